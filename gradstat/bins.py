@@ -1,0 +1,340 @@
+"""Bin schemes: which bin a value falls into, and where the bins end.
+
+Every engine follows the arithmetic written here, so counts agree to the last one. Values are
+binned as float32. float16 and bfloat16 widen exactly; float64 is rounded *down* to float32, so a
+bin is the same interval ``[edges[i], edges[i + 1])`` for every dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+FLOAT32_MAX = 3.4028234663852886e38
+
+
+@dataclass(frozen=True)
+class Log2Bins:
+    """Quarter-octave bins over all of float32: one pass, no range, mergeable with any other record.
+
+    The bin of a value is the top 11 bits of its float32 pattern (sign, 8 exponent bits, 2 mantissa
+    bits), put in order from the most negative to the most positive. A bin is at most a quarter of
+    its lower magnitude wide. The four outer bins on each side would hold infinities and NaN, which
+    are counted apart, so they stay empty. ``-0.0`` counts as ``0.0``, in bin 1024.
+
+    Example:
+        >>> import torch, gradstat
+        >>> counts, edges = gradstat.histogram(torch.tensor([1.0, 1.1, -2.0]), gradstat.Log2Bins())
+        >>> counts.shape, int(counts.max()), float(edges[counts.argmax()])
+        (torch.Size([2048]), 2, 1.0)
+    """
+
+    @property
+    def bins(self) -> int:
+        """Number of bins, 2048."""
+        return 2048
+
+    @property
+    def spec(self) -> str:
+        """Text from which `parse_bins` makes an equal scheme."""
+        return "log2"
+
+    def index(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Bin of each value.
+
+        Args:
+            x: finite values, float32, any shape.
+            low: ignored; there for a common signature with `LinearBins`.
+            high: ignored.
+
+        Returns:
+            int64, the shape of ``x``, in 0..2047.
+        """
+        bits = (x + 0.0).view(torch.int32) >> 21
+        return torch.where(bits < 0, ~bits & 1023, bits + 1024).long()
+
+    def edges(self, low: Tensor, high: Tensor) -> Tensor:
+        """The smallest float32 of each bin, then the end of the last.
+
+        Args:
+            low: any shape; only its device is used.
+            high: ignored.
+
+        Returns:
+            float64, shape ``(2049,)``, not decreasing; infinite at the outer bins.
+        """
+        magnitude = torch.arange(1021, device=low.device, dtype=torch.int32) << 21
+        positive = widen(magnitude.view(torch.float32))
+        negative = -widen((magnitude[1:] - 1).view(torch.float32)).flip(0)
+        negative[0] = -math.inf
+        outer = positive.new_full((4,), math.inf)
+        return torch.cat([-outer, negative, positive, outer])
+
+
+@dataclass(frozen=True)
+class LinearBins:
+    """Equal-width bins.
+
+    The bin of a value is ``floor((x - low) * (bins / (high - low)))``, each operation rounded to
+    float32, the last bin closed. That is monotone in x, so each bin is an interval; `edges` gives
+    the intervals as they are, and ``numpy.histogram(x, bins=edges)`` counts the same.
+
+    Args:
+        bins: number of bins, 1 or more.
+        low: lower end of the range; ``None`` takes each tensor's finite minimum.
+        high: upper end of the range; ``None`` takes each tensor's finite maximum.
+        nice: round the automatic edges to few digits, as MATLAB's ``histcounts(x, bins)`` does.
+        track: take the range of the record before, widened by half of itself on both sides: one
+            pass instead of two. `Statistics.below` and `Statistics.above` count what fell outside.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: ``bins`` < 1, a range that is not finite in float32, ``low`` >= ``high``, one
+            end without the other, ``nice`` or ``track`` together with a range or each other.
+
+    Example:
+        >>> import torch, gradstat
+        >>> gradstat.histogram(torch.tensor([0.0, 0.2, 1.0]), gradstat.LinearBins(2, 0.0, 1.0))
+        (tensor([2, 1]), tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64))
+    """
+
+    bins: int
+    low: float | None = None
+    high: float | None = None
+    nice: bool = False
+    track: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bins, int) or isinstance(self.bins, bool):
+            raise TypeError(f"LinearBins() needs an integer number of bins; bins is {self.bins!r}")
+        if not 1 <= self.bins <= 1 << 20:
+            raise ValueError(f"LinearBins() needs 1 to 1048576 bins; bins is {self.bins}")
+        if (self.low is None) != (self.high is None):
+            raise ValueError(
+                f"LinearBins() needs both ends of the range or none; low is {self.low}, "
+                f"high is {self.high}"
+            )
+        if self.nice + self.track + (self.low is not None) > 1:
+            raise ValueError(
+                f"LinearBins() needs one of a range, nice and track; low is {self.low}, "
+                f"nice is {self.nice}, track is {self.track}"
+            )
+        if self.low is None or self.high is None:
+            return
+        for name, value in (("low", self.low), ("high", self.high)):
+            if not isinstance(value, (int, float)):
+                raise TypeError(f"LinearBins() needs a range of two numbers; {name} is {value!r}")
+            if not abs(value) <= FLOAT32_MAX:
+                raise ValueError(f"LinearBins() needs a range finite in float32; {name} is {value}")
+        if not _round_float32(self.low) < _round_float32(self.high):
+            raise ValueError(
+                f"LinearBins() needs low < high in float32; low is {self.low}, high is {self.high}"
+            )
+
+    @property
+    def spec(self) -> str:
+        """Text from which `parse_bins` makes an equal scheme."""
+        return f"linear {self.bins} {self.low} {self.high} {self.nice} {self.track}"
+
+    def index(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Bin of each value; -1 below the range, ``bins`` above it.
+
+        Args:
+            x: finite values, float32.
+            low: float32, broadcastable to ``x``.
+            high: float32, broadcastable to ``x``.
+
+        Returns:
+            int64, the shape of ``x``, in -1..bins.
+        """
+        scale, inv_width = self._factors(low, high)
+        t = ((x * scale) - (low * scale)) * inv_width
+        inside = t.clamp(0, self.bins - 1).floor().long()
+        return torch.where(x < low, -1, torch.where(x > high, self.bins, inside))
+
+    def edges(self, low: Tensor, high: Tensor) -> Tensor:
+        """The smallest float32 of each bin, then ``high``.
+
+        Found by bisection over the ordered float32 bit patterns, so the edges are those of
+        `index` itself, rounding included.
+
+        Args:
+            low: float32 values, any shape ``(...)``.
+            high: like ``low``.
+
+        Returns:
+            float64, shape ``(..., bins + 1)``, not decreasing.
+        """
+        low, high = low.float()[..., None], high.float()[..., None]
+        target = torch.arange(1, self.bins, device=low.device)
+        first, last = _ordered(low).expand(*low.shape[:-1], self.bins - 1), _ordered(high)
+        last = last.expand_as(first)
+        for _ in range(33):
+            middle = (first + last) >> 1
+            reached = self.index(_from_ordered(middle), low, high) >= target
+            first = torch.where(reached, first, middle + 1)
+            last = torch.where(reached, middle, last)
+        return widen(torch.cat([low, _from_ordered(last) + 0.0, high], -1))
+
+    def automatic_range(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
+        """Range that holds every value between a minimum and a maximum.
+
+        Args:
+            minimum: smallest finite value of each tensor, NaN where there is none, any shape.
+            maximum: largest finite value of each tensor.
+
+        Returns:
+            low and high, float32: the float32 hull of the two (rounded outwards to few digits
+            with ``nice``), at least a few float32 wide; 0 and 1 where there is no value.
+        """
+        lo, hi = float32_below(minimum), -float32_below(-maximum)
+        empty = torch.isnan(lo)
+        lo, hi = torch.where(empty, 0.0, lo), torch.where(empty, 1.0, hi)
+        if self.nice:
+            low, high = _nice_range(widen(lo), widen(hi), self.bins)
+        else:
+            # 2**-21 of a float32 is 4 to 8 of its units in the last place.
+            half = (lo.abs() * 2.0**-21).clamp(min=0.5)
+            constant = lo == hi
+            low, high = torch.where(constant, lo - half, lo), torch.where(constant, hi + half, hi)
+        return _clamp_float32(low), _clamp_float32(high)
+
+    def tracked_range(
+        self, minimum: Tensor, maximum: Tensor, low: Tensor, high: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Range for the next record: this one's values, widened by half their spread on each side.
+
+        Args:
+            minimum: smallest finite value of each tensor in this record, NaN where there is none.
+            maximum: largest finite value.
+            low: this record's range, kept where the record holds no finite value.
+            high: its other end.
+
+        Returns:
+            low and high, float32.
+        """
+        lo, hi = self.automatic_range(minimum, maximum)
+        margin = (widen(hi) - widen(lo)) / 2
+        empty = torch.isnan(minimum)
+        next_low = torch.where(empty, low.float(), _clamp_float32(widen(lo) - margin))
+        next_high = torch.where(empty, high.float(), _clamp_float32(widen(hi) + margin))
+        return next_low, next_high
+
+    def _factors(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Power of two by which values are scaled, and bins per scaled unit, both float32.
+
+        The scale keeps ``high - low`` and its reciprocal inside float32's normal range. It is 1 for
+        widths from 2**-100 to 2**126; elsewhere ``x * scale`` is still exact where it matters, so
+        fusing it with the subtraction changes nothing.
+        """
+        width = high - low
+        scale = torch.ones_like(width)
+        scale = torch.where(width < 2.0**-100, 2.0**100, scale)
+        scale = torch.where(width > 2.0**126, 2.0**-8, scale)
+        return scale, self.bins / (high * scale - low * scale)
+
+
+Bins: TypeAlias = Log2Bins | LinearBins
+
+
+def parse_bins(spec: str) -> Bins:
+    """Make the scheme whose `spec` is given.
+
+    Args:
+        spec: what ``Log2Bins().spec`` or ``LinearBins(...).spec`` returned.
+
+    Returns:
+        The scheme.
+
+    Raises:
+        ValueError: any other text.
+    """
+    kind, *fields = spec.split(" ")
+    if kind == "log2" and not fields:
+        return Log2Bins()
+    if kind == "linear" and len(fields) == 5:
+        bins, low, high, nice, track = fields
+        ends = (None, None) if low == "None" else (float(low), float(high))
+        return LinearBins(int(bins), *ends, nice == "True", track == "True")
+    raise ValueError(f"parse_bins() needs the spec of a bin scheme; spec is {spec!r}")
+
+
+def widen(x: Tensor) -> Tensor:
+    """float64 of the values, or float32 on a device that has no float64 (Apple's MPS)."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
+def float32_below(x: Tensor) -> Tensor:
+    """Largest finite float32 that is not above each value; exact for the narrower dtypes.
+
+    Args:
+        x: float16, bfloat16, float32 or float64, any shape, finite or NaN.
+
+    Returns:
+        float32, the shape of ``x``.
+    """
+    y = x.float()
+    if x.dtype == torch.float64:
+        y = torch.where(y.double() > x, torch.nextafter(y, y.new_tensor(-math.inf)), y)
+        y = y.clamp(min=-FLOAT32_MAX)
+    return y
+
+
+def _nice_range(lo: Tensor, hi: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Bin range as MATLAB's ``histcounts(x, n)`` picks it; float64 in and out.
+
+    Powers of ten come from a table, not from ``log10``, whose last digit differs by device.
+    """
+    table = _powers_of_ten(lo.device)
+
+    def power_of_ten(x: Tensor) -> Tensor:
+        at = torch.searchsorted(table, x.contiguous(), right=True) - 1
+        return table[at.clamp(min=0)]
+
+    size = torch.maximum(lo.abs(), hi.abs())
+    constant = hi - lo <= 2.0**-26 * size
+    raw = (hi - lo) / n
+    power = power_of_ten(raw)
+    width = power * torch.floor(raw / power).clamp(min=1.0)
+    left = torch.minimum(width * torch.floor(lo / width), lo)
+    narrow = (hi - left) / n
+    spread = (hi - left) / (n - 1) - narrow if n > 1 else narrow
+    power = power_of_ten(spread)
+    width = power * torch.ceil(narrow / power)
+    right = torch.maximum(left + n * width, hi)
+    # A constant is a range of 1 around it, or of as many float32 as there are bins if that is more.
+    spacing = size * 2.0**-23
+    room = torch.ceil(max(n, 16) * spacing).clamp(min=1.0) / 4
+    left = torch.where(constant, torch.floor(2 * (lo - room)) / 2, left)
+    right = torch.where(constant, torch.ceil(2 * (hi + room)) / 2, right)
+    return left, right
+
+
+@functools.cache
+def _powers_of_ten(device: torch.device) -> Tensor:
+    return torch.tensor([float(f"1e{k}") for k in range(-70, 42)], dtype=torch.float64).to(device)
+
+
+def _clamp_float32(x: Tensor) -> Tensor:
+    return x.clamp(-FLOAT32_MAX, FLOAT32_MAX).float()
+
+
+def _round_float32(x: float) -> float:
+    rounded: float = struct.unpack("f", struct.pack("f", x))[0]
+    return rounded
+
+
+def _ordered(x: Tensor) -> Tensor:
+    """float32 to int64 keys in the same order; -0.0 comes just before 0.0."""
+    bits = x.view(torch.int32).long()
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _from_ordered(key: Tensor) -> Tensor:
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).int().view(torch.float32)

@@ -1,0 +1,224 @@
+"""`histogram` and `statistics`: check the arguments, choose the engine, run it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from gradstat.bins import Bins, LinearBins, Log2Bins, parse_bins
+from gradstat.statistics import FLOATS, INTEGERS, Statistics
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ENGINES = {"cpu": "cpu", "reference": "reference", "triton": "gpu"}
+
+
+def statistics(
+    x: Tensor | Sequence[Tensor],
+    bins: Bins | None = None,
+    *,
+    engine: str | None = None,
+    previous: Statistics | None = None,
+) -> Statistics:
+    """Measure a tensor, or each of a list of tensors, in one pass.
+
+    No host synchronisation; every integer is the same on every engine, every float within 1e-5 of
+    float64 (a sum or mean whose terms cancel: within 1e-6 of the sum or mean of magnitudes).
+
+    Args:
+        x: float16, bfloat16, float32 or float64 tensor of any shape and strides, or a sequence of
+            them on one device.
+        bins: `Log2Bins` (default) or `LinearBins`.
+        engine: ``"triton"`` (CUDA and ROCm), ``"cpu"`` or ``"reference"``; by default, or by the
+            environment variable ``GRADSTAT_ENGINE``, the fastest one for the device.
+        previous: the record before, whose range ``LinearBins(track=True)`` widens and uses;
+            without it the range is each tensor's own.
+
+    Returns:
+        Statistics of shape ``()`` for a tensor, ``(L,)`` for a sequence.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: an empty sequence, tensors on two devices, an unknown engine or one that cannot
+            run here, a ``previous`` that does not fit.
+
+    Example:
+        >>> import torch, gradstat
+        >>> s = gradstat.statistics([torch.ones(4), torch.tensor([0.0, float("inf")])])
+        >>> s.l2.tolist(), s.zeros.tolist(), s.posinf.tolist()
+        ([2.0, 0.0], [0, 1], [0, 1])
+    """
+    bins = _check_bins("statistics", Log2Bins() if bins is None else bins)
+    tensors = [x] if isinstance(x, Tensor) else x
+    _check_tensors("statistics", tensors)
+    low, high = _ranges("statistics", bins, tensors, previous)
+    result = measure(tensors, bins, low, high, engine)
+    return result[0] if isinstance(x, Tensor) else result
+
+
+def histogram(
+    x: Tensor,
+    bins: int | Bins = 30,
+    range: tuple[float, float] | None = None,  # numpy.histogram's name for it
+) -> tuple[Tensor, Tensor]:
+    """Histogram of a tensor, as `numpy.histogram` and `torch.histogram`, for tensors on any device.
+
+    Values that are not finite are left out. The edges are the smallest float32 of each bin, so
+    ``numpy.histogram(x, bins=edges)`` gives exactly the same counts.
+
+    Args:
+        x: float16, bfloat16, float32 or float64, any shape and strides.
+        bins: number of equal-width bins, or a bin scheme.
+        range: lower and upper end; by default the finite minimum and maximum.
+
+    Returns:
+        counts, int64 ``(bins,)``, and edges, float64 ``(bins + 1,)``, on the device of ``x``.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: ``bins`` < 1, a range that is not finite or not increasing, a range beside a
+            scheme.
+
+    Example:
+        >>> import torch, gradstat
+        >>> gradstat.histogram(torch.tensor([1.0, 2.0, 1.0]), bins=2)
+        (tensor([2, 1]), tensor([1.0000, 1.5000, 2.0000], dtype=torch.float64))
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"histogram() needs a tensor; x is {type(x).__name__}")
+    if isinstance(bins, (Log2Bins, LinearBins)):
+        if range is not None:
+            raise ValueError(f"histogram() needs a range or a scheme, not both; range is {range}")
+        scheme = bins
+    else:
+        scheme = LinearBins(bins, *_check_range(range))
+    result = statistics(x, scheme)
+    return result.counts, result.edges
+
+
+def measure(
+    tensors: Sequence[Tensor],
+    bins: Bins,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
+    engine: str | None = None,
+) -> Statistics:
+    """`statistics` of checked arguments: what watch calls during backward.
+
+    Args:
+        tensors: L tensors on one device.
+        bins: scheme.
+        low: lower ends of linear ranges, float32 ``(L,)``, or ``None``.
+        high: upper ends.
+        engine: name, or ``None``.
+
+    Returns:
+        Statistics of shape ``(L,)``.
+    """
+    if torch.compiler.is_compiling():
+        # One opaque node in the graph; called eagerly it would only cost its dispatch.
+        packed = _measure_op(list(tensors), bins.spec, low, high, engine or "")
+        return Statistics(bins, *packed)
+    result: Statistics = _choose_engine(engine, tensors[0]).measure(tensors, bins, low, high)
+    return result
+
+
+@torch.library.custom_op("gradstat::measure", mutates_args=())
+def _measure_op(
+    tensors: list[Tensor], bins: str, low: Tensor | None, high: Tensor | None, engine: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    result = measure(tensors, parse_bins(bins), low, high, engine or None)
+    return result.integers, result.floats, result.counts
+
+
+@_measure_op.register_fake
+def _(
+    tensors: list[Tensor], bins: str, low: Tensor | None, high: Tensor | None, engine: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, x = len(tensors), tensors[0]
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    return (
+        x.new_empty((n, len(INTEGERS)), dtype=torch.int64),
+        x.new_empty((n, len(FLOATS)), dtype=wide),
+        x.new_empty((n, parse_bins(bins).bins), dtype=torch.int64),
+    )
+
+
+def _choose_engine(engine: str | None, x: Tensor) -> ModuleType:
+    name = engine or os.environ.get("GRADSTAT_ENGINE")
+    if not name:
+        name = {"cuda": "triton", "cpu": "cpu"}.get(x.device.type, "reference")
+    if name not in ENGINES:
+        raise ValueError(f"gradstat needs one of the engines {', '.join(ENGINES)}; got {name!r}")
+    return importlib.import_module(f"gradstat.engines.{ENGINES[name]}")
+
+
+def _ranges(
+    function: str, bins: Bins, tensors: Sequence[Tensor], previous: Statistics | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Ranges known before the pass: explicit or tracked ones."""
+    if not isinstance(bins, LinearBins):
+        return None, None
+    if bins.low is not None and bins.high is not None:
+        low = torch.full((len(tensors),), bins.low, dtype=torch.float32, device=tensors[0].device)
+        return low, torch.full_like(low, bins.high)
+    if not bins.track or previous is None:
+        return None, None
+    if previous.bins != bins or previous.counts.shape[:-1].numel() != len(tensors):
+        raise ValueError(
+            f"{function}() needs a previous record of as many tensors with the same bins; previous "
+            f"has {previous.counts.shape[:-1].numel()} with {previous.bins}, x has {len(tensors)}"
+        )
+    fields = (previous.min, previous.max, previous.low, previous.high)
+    return bins.tracked_range(*(field.reshape(-1) for field in fields))
+
+
+def _check_bins(function: str, bins: Bins) -> Bins:
+    if not isinstance(bins, (Log2Bins, LinearBins)):
+        raise TypeError(f"{function}() needs Log2Bins or LinearBins; bins is {bins!r}")
+    return bins
+
+
+def _check_range(range: tuple[float, float] | None) -> tuple[float | None, float | None]:
+    if range is None:
+        return None, None
+    if not isinstance(range, (tuple, list)) or len(range) != 2:
+        raise TypeError(f"histogram() needs a range of two numbers; range is {range!r}")
+    return range[0], range[1]
+
+
+def _check_tensors(function: str, tensors: Sequence[Tensor]) -> None:
+    if not isinstance(tensors, (list, tuple)):
+        raise TypeError(
+            f"{function}() needs a tensor or a list of tensors; x is {type(tensors).__name__}"
+        )
+    if not tensors:
+        raise ValueError(f"{function}() needs at least one tensor; x is empty")
+    for i, x in enumerate(tensors):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{function}() needs tensors; x[{i}] is {type(x).__name__}")
+        advice = _instead(x)
+        if advice:
+            raise TypeError(f"{function}() needs dense floating-point tensors; x[{i}] is {advice}")
+        if x.device != tensors[0].device:
+            raise ValueError(
+                f"{function}() needs tensors on one device; x[{i}] is on {x.device}, x[0] on "
+                f"{tensors[0].device}"
+            )
+
+
+def _instead(x: Tensor) -> str:
+    """What an unsupported tensor is and what to pass instead; empty for a supported one."""
+    if x.layout != torch.strided:
+        return f"{x.layout} ({x.dtype}): pass x.coalesce().values() or x.to_dense()"
+    if x.dtype in DTYPES:
+        return ""
+    if x.is_complex():
+        return f"{x.dtype}: pass torch.view_as_real(x) or x.abs()"
+    if x.is_quantized:
+        return f"{x.dtype}: pass x.dequantize()"
+    return f"{x.dtype}: pass x.float()"

@@ -1,0 +1,341 @@
+"""`Statistics`: what one pass over a tensor, or over each of a list of tensors, measures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradstat.bins import FLOAT32_MAX, Bins, LinearBins, Log2Bins
+
+INTEGERS = ("numel", "finite", "zeros", "nan", "posinf", "neginf", "below", "above")
+FLOATS = ("min", "max", "sum", "std", "l1", "l2", "low", "high")
+DERIVED = ("mean", "var", "rms", "abs_max")
+
+# Largest magnitude that rounds to zero: half the smallest subnormal, ties going to even.
+_FLUSHED_BELOW = {
+    torch.float16: 2.0**-25,
+    torch.bfloat16: 2.0**-134,
+    torch.float8_e4m3fn: 2.0**-10,
+    torch.float8_e5m2: 2.0**-17,
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Statistics:
+    """Statistics of one tensor, shape ``()``, or of a list of L tensors, shape ``(L,)``.
+
+    Three tensors on the input's device hold everything; each field is a view or a formula of them.
+    NaN and infinities are counted and left out of everything else. Floats are float64 (float32
+    where the device has no float64) and NaN where they are undefined: min, max and mean of nothing,
+    std of fewer than two values.
+
+    Args:
+        bins: scheme of the histogram.
+        integers: int64, shape ``(..., 8)``, the fields of `INTEGERS` in order.
+        floats: float64, shape ``(..., 8)``, the fields of `FLOATS` in order.
+        counts: int64, shape ``(..., bins)``, finite values in each bin.
+
+    Example:
+        >>> import torch, gradstat
+        >>> s = gradstat.statistics(torch.tensor([3.0, -4.0, float("nan")]))
+        >>> int(s.finite), int(s.nan), float(s.l2), float(s.mean)
+        (2, 1, 5.0, -0.5)
+    """
+
+    bins: Bins
+    integers: Tensor
+    floats: Tensor
+    counts: Tensor
+
+    @property
+    def numel(self) -> Tensor:
+        """Elements, finite or not; int64."""
+        return self.integers[..., 0]
+
+    @property
+    def finite(self) -> Tensor:
+        """Elements that are neither NaN nor infinite; int64."""
+        return self.integers[..., 1]
+
+    @property
+    def zeros(self) -> Tensor:
+        """Elements equal to zero, of either sign; int64."""
+        return self.integers[..., 2]
+
+    @property
+    def nan(self) -> Tensor:
+        """NaN elements; int64."""
+        return self.integers[..., 3]
+
+    @property
+    def posinf(self) -> Tensor:
+        """Elements equal to plus infinity; int64."""
+        return self.integers[..., 4]
+
+    @property
+    def neginf(self) -> Tensor:
+        """Elements equal to minus infinity; int64."""
+        return self.integers[..., 5]
+
+    @property
+    def below(self) -> Tensor:
+        """Finite elements below the histogram's range; int64."""
+        return self.integers[..., 6]
+
+    @property
+    def above(self) -> Tensor:
+        """Finite elements above the histogram's range; int64."""
+        return self.integers[..., 7]
+
+    @property
+    def min(self) -> Tensor:
+        """Smallest finite value."""
+        return self.floats[..., 0]
+
+    @property
+    def max(self) -> Tensor:
+        """Largest finite value."""
+        return self.floats[..., 1]
+
+    @property
+    def sum(self) -> Tensor:
+        """Sum of the finite values."""
+        return self.floats[..., 2]
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation, correction 1, as `torch.std`."""
+        return self.floats[..., 3]
+
+    @property
+    def l1(self) -> Tensor:
+        """Sum of magnitudes."""
+        return self.floats[..., 4]
+
+    @property
+    def l2(self) -> Tensor:
+        """Euclidean norm: the root of the sum of squares."""
+        return self.floats[..., 5]
+
+    @property
+    def low(self) -> Tensor:
+        """Lower end of the histogram's range; minus infinity for `Log2Bins`."""
+        return self.floats[..., 6]
+
+    @property
+    def high(self) -> Tensor:
+        """Upper end of the histogram's range; infinity for `Log2Bins`."""
+        return self.floats[..., 7]
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of the finite values."""
+        return self.sum / self.finite
+
+    @property
+    def var(self) -> Tensor:
+        """Variance, correction 1, as `torch.var`."""
+        return self.std**2
+
+    @property
+    def rms(self) -> Tensor:
+        """Root mean square."""
+        return self.l2 / self.finite.to(self.l2.dtype).sqrt()
+
+    @property
+    def abs_max(self) -> Tensor:
+        """Largest magnitude."""
+        return torch.maximum(self.min.abs(), self.max.abs())
+
+    @property
+    def edges(self) -> Tensor:
+        """Bin edges: float64, ``(bins + 1,)`` for `Log2Bins`, ``(..., bins + 1)`` for `LinearBins`.
+
+        ``numpy.histogram(x, bins=edges)`` gives `counts`.
+        """
+        return self.bins.edges(self.low, self.high)
+
+    def __len__(self) -> int:
+        """Number of tensors measured."""
+        if self.counts.dim() < 2:
+            raise TypeError("len() needs Statistics of a list; this is of one tensor")
+        return self.counts.shape[0]
+
+    def __getitem__(self, index: int | slice) -> Statistics:
+        """Statistics of one tensor of the list, or of a part of the list."""
+        if self.counts.dim() < 2:
+            raise TypeError("indexing needs Statistics of a list; this is of one tensor")
+        return Statistics(self.bins, self.integers[index], self.floats[index], self.counts[index])
+
+    def __iter__(self) -> Iterator[Statistics]:
+        """Statistics of each tensor of the list."""
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        """A line per tensor with the fields people look at first; waits for the device."""
+        rows = [self] if self.counts.dim() == 1 else list(self)
+        names = ("numel", "zeros", "nan", "min", "max", "mean", "std", "l2")
+        lines = [
+            ", ".join(f"{name}={getattr(row, name).item():.4g}" for name in names) for row in rows
+        ]
+        return f"Statistics({self.bins}:" + "".join(f"\n  {line}" for line in lines) + ")"
+
+    def to(self, device: torch.device | str) -> Statistics:
+        """The same on another device.
+
+        Args:
+            device: where to.
+
+        Returns:
+            Statistics there.
+        """
+        return Statistics(
+            self.bins, self.integers.to(device), self.floats.to(device), self.counts.to(device)
+        )
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Statistics of the union of two sets of values: of shards, steps or ranks.
+
+        Counts, min and max are exact; the variance follows Chan, Golub and LeVeque, "Updating
+        formulae and a pairwise algorithm for computing sample variances" (1979).
+
+        Args:
+            other: of the same shape, with the same bins over the same ranges.
+
+        Returns:
+            Statistics of the union, on this one's device.
+
+        Raises:
+            ValueError: other bins, shapes or ranges. Comparing ranges waits for the device.
+        """
+        if self.bins != other.bins or self.counts.shape != other.counts.shape:
+            raise ValueError(
+                f"merge() needs the same bins and shape; other is {other.bins} of "
+                f"{tuple(other.counts.shape)}, this is {self.bins} of {tuple(self.counts.shape)}"
+            )
+        other = other.to(self.counts.device)
+        if isinstance(self.bins, LinearBins) and not torch.equal(
+            self.floats[..., 6:], other.floats[..., 6:]
+        ):
+            raise ValueError(
+                "merge() needs histograms over the same range; low and high differ. "
+                "Log2Bins and LinearBins with a fixed range always merge"
+            )
+        floats = torch.stack(
+            [
+                torch.fmin(self.min, other.min),
+                torch.fmax(self.max, other.max),
+                self.sum + other.sum,
+                _union_std(self, other),
+                self.l1 + other.l1,
+                torch.hypot(self.l2, other.l2),
+                self.low,
+                self.high,
+            ],
+            -1,
+        )
+        return Statistics(
+            self.bins, self.integers + other.integers, floats, self.counts + other.counts
+        )
+
+    def unscale(self, scale: float | Tensor) -> Statistics:
+        """Statistics of the values divided by a power of two, such as a loss scale.
+
+        Exact: the values of one bin move to one other bin (below 2**-128, to the bin of zero).
+
+        Args:
+            scale: a positive power of two; a 0-dim tensor on the statistics' device costs no wait.
+
+        Returns:
+            Statistics of ``x / scale``.
+
+        Raises:
+            ValueError: a number that is not a positive power of two.
+        """
+        if not isinstance(scale, Tensor):
+            if not (math.isfinite(scale) and scale > 0 and math.frexp(scale)[0] == 0.5):
+                raise ValueError(f"unscale() needs a positive power of two; scale is {scale}")
+            scale = self.floats.new_tensor(scale)
+        floats, counts = self.floats / scale, self.counts
+        if isinstance(self.bins, Log2Bins):
+            # A bin goes where its end nearer to zero goes.
+            inner = self.edges[1024:-1].nan_to_num(posinf=0.0) / scale
+            inner = inner.clamp(max=FLOAT32_MAX).float()
+            positive = self.bins.index(inner, inner, inner)
+            target = torch.cat([2047 - positive.flip(0), positive])
+            counts = torch.zeros_like(counts).scatter_add_(-1, target.expand_as(counts), counts)
+        return Statistics(self.bins, self.integers, floats, counts)
+
+    def quantile(self, q: float) -> Tensor:
+        """Quantile of the finite values, read off the histogram.
+
+        Interpolated within the bin that holds it, so it is off by less than that bin's width: for
+        `Log2Bins` a quarter of its magnitude. Values outside a linear range count as its ends.
+
+        Args:
+            q: fraction of the values below, 0 to 1.
+
+        Returns:
+            float64, shape ``()`` or ``(L,)``; NaN where there is no finite value.
+
+        Raises:
+            ValueError: ``q`` outside 0..1.
+        """
+        if not 0 <= q <= 1:
+            raise ValueError(f"quantile() needs q between 0 and 1; q is {q}")
+        edges = self.edges.expand(*self.counts.shape[:-1], -1)
+        edges = edges.clamp(self.min[..., None], self.max[..., None])
+        rank = q * self.finite - self.below
+        total = self.counts.cumsum(-1).to(edges.dtype)
+        at = torch.searchsorted(total, rank[..., None].clamp(min=0.5))
+        at = at.clamp(max=self.bins.bins - 1)
+        inside, after = self.counts.gather(-1, at), total.gather(-1, at)
+        share = 1 - (after - rank[..., None]) / inside.clamp(min=1)
+        low, high = edges.gather(-1, at), edges.gather(-1, at + 1)
+        value = torch.lerp(low, high, share.clamp(0, 1)).squeeze(-1)
+        return torch.where(self.finite > 0, value, math.nan)
+
+    def underflow(self, dtype: torch.dtype) -> Tensor:
+        """Fraction of the non-zero finite values that would become zero in a narrower type.
+
+        Read off the histogram: exact for float16 and both float8 types but for values at the very
+        threshold, half the smallest subnormal, which are taken to survive. For bfloat16 all values
+        below 2**-128 are taken to be lost, though it keeps some down to 2**-134.
+
+        Args:
+            dtype: float16, bfloat16, float8_e4m3fn or float8_e5m2.
+
+        Returns:
+            float64, shape ``()`` or ``(L,)``; 0 where there is no non-zero value.
+
+        Raises:
+            ValueError: another dtype, or a histogram that is not over `Log2Bins`.
+        """
+        if dtype not in _FLUSHED_BELOW:
+            names = ", ".join(str(known) for known in _FLUSHED_BELOW)
+            raise ValueError(f"underflow() needs one of {names}; dtype is {dtype}")
+        if not isinstance(self.bins, Log2Bins):
+            raise ValueError(f"underflow() needs statistics over Log2Bins; bins is {self.bins}")
+        threshold = max(_FLUSHED_BELOW[dtype], 2.0**-128)
+        edges = self.edges
+        small = (edges[1:] <= threshold) & (edges[:-1] > -threshold)
+        lost = (self.counts * small).sum(-1) - self.zeros
+        return lost / (self.finite - self.zeros).clamp(min=1)
+
+
+def _union_std(a: Statistics, b: Statistics) -> Tensor:
+    """Standard deviation of a union, scaled so that no square overflows or underflows."""
+    delta = (b.mean - a.mean).nan_to_num()
+    std_a, std_b = a.std.nan_to_num(), b.std.nan_to_num()
+    unit = torch.maximum(torch.maximum(std_a, std_b), delta.abs())
+    unit = torch.where(unit > 0, unit, 1.0)
+    n = a.finite + b.finite
+    between = (delta / unit) ** 2 * a.finite * (b.finite / n.clamp(min=1))
+    within = (std_a / unit) ** 2 * (a.finite - 1).clamp(min=0)
+    within = within + (std_b / unit) ** 2 * (b.finite - 1).clamp(min=0)
+    variance = (within + between) / (n - 1).clamp(min=1)
+    return torch.where(n > 1, unit * variance.sqrt(), math.nan)

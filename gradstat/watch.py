@@ -1,0 +1,5 @@
+class Watch:
+    pass
+
+
+watch = None
