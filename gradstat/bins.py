@@ -137,6 +137,12 @@ class LinearBins:
                 f"LinearBins() needs low < high in float32; low is {self.low}, high is {self.high}"
             )
 
+    def __repr__(self) -> str:
+        """The arguments that were given."""
+        ends = "" if self.low is None else f", {self.low}, {self.high}"
+        options = [f", {name}=True" for name in ("nice", "track") if getattr(self, name)]
+        return f"LinearBins({self.bins}{ends}{''.join(options)})"
+
     @property
     def spec(self) -> str:
         """Text from which `parse_bins` makes an equal scheme."""
@@ -260,8 +266,8 @@ def parse_bins(spec: str) -> Bins:
         return Log2Bins()
     if kind == "linear" and len(fields) == 5:
         bins, low, high, nice, track = fields
-        ends = (None, None) if low == "None" else (float(low), float(high))
-        return LinearBins(int(bins), *ends, nice == "True", track == "True")
+        ends = [None if end == "None" else float(end) for end in (low, high)]
+        return LinearBins(int(bins), ends[0], ends[1], nice == "True", track == "True")
     raise ValueError(f"parse_bins() needs the spec of a bin scheme; spec is {spec!r}")
 
 

@@ -14,6 +14,7 @@ from gradstat.bins import Bins, LinearBins, Log2Bins, parse_bins
 from gradstat.statistics import FLOATS, INTEGERS, Statistics
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ENGINE_VARIABLE = "GRADSTAT_ENGINE"
 ENGINES = {"cpu": "cpu", "reference": "reference", "triton": "gpu"}
 
 
@@ -52,10 +53,13 @@ def statistics(
         >>> s.l2.tolist(), s.zeros.tolist(), s.posinf.tolist()
         ([2.0, 0.0], [0, 1], [0, 1])
     """
-    bins = _check_bins("statistics", Log2Bins() if bins is None else bins)
+    bins = check_bins("statistics", Log2Bins() if bins is None else bins)
     tensors = [x] if isinstance(x, Tensor) else x
     _check_tensors("statistics", tensors)
-    low, high = _ranges("statistics", bins, tensors, previous)
+    check_engine("statistics", engine)
+    if previous is not None:
+        _check_previous("statistics", bins, tensors, previous)
+    low, high = known_range(bins, tensors[0].device, len(tensors), previous)
     result = measure(tensors, bins, low, high, engine)
     return result[0] if isinstance(x, Tensor) else result
 
@@ -148,36 +152,65 @@ def _(
     )
 
 
-def _choose_engine(engine: str | None, x: Tensor) -> ModuleType:
-    name = engine or os.environ.get("GRADSTAT_ENGINE")
-    if not name:
-        name = {"cuda": "triton", "cpu": "cpu"}.get(x.device.type, "reference")
-    if name not in ENGINES:
-        raise ValueError(f"gradstat needs one of the engines {', '.join(ENGINES)}; got {name!r}")
-    return importlib.import_module(f"gradstat.engines.{ENGINES[name]}")
-
-
-def _ranges(
-    function: str, bins: Bins, tensors: Sequence[Tensor], previous: Statistics | None
+def known_range(
+    bins: Bins, device: torch.device, n: int, previous: Statistics | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Ranges known before the pass: explicit or tracked ones."""
+    """Ranges known before the pass: those of the scheme, or tracked ones.
+
+    Args:
+        bins: scheme.
+        device: where the tensors are.
+        n: how many there are, L.
+        previous: record before, of the same tensors; only ``LinearBins(track=True)`` uses it.
+
+    Returns:
+        low and high, float32 ``(L,)``, or ``None`` twice when the pass itself must find them.
+    """
     if not isinstance(bins, LinearBins):
         return None, None
     if bins.low is not None and bins.high is not None:
-        low = torch.full((len(tensors),), bins.low, dtype=torch.float32, device=tensors[0].device)
+        low = torch.full((n,), bins.low, dtype=torch.float32, device=device)
         return low, torch.full_like(low, bins.high)
-    if not bins.track or previous is None:
-        return None, None
-    if previous.bins != bins or previous.counts.shape[:-1].numel() != len(tensors):
+    if bins.track and previous is not None:
+        fields = (previous.min, previous.max, previous.low, previous.high)
+        return bins.tracked_range(*(field.reshape(-1) for field in fields))
+    return None, None
+
+
+def is_measurable(x: Tensor) -> bool:
+    """Whether `statistics` takes the tensor: dense, and of one of four floating-point dtypes."""
+    return x.layout == torch.strided and x.dtype in DTYPES
+
+
+def _choose_engine(engine: str | None, x: Tensor) -> ModuleType:
+    name = engine or os.environ.get(ENGINE_VARIABLE)
+    if not name:
+        name = {"cuda": "triton", "cpu": "cpu"}.get(x.device.type, "reference")
+    return importlib.import_module(f"gradstat.engines.{ENGINES[name]}")
+
+
+def check_engine(function: str, engine: str | None) -> None:
+    """Raise ValueError unless the engine, or the one the environment names, exists."""
+    for source, name in (("engine", engine), (ENGINE_VARIABLE, os.environ.get(ENGINE_VARIABLE))):
+        if name and name not in ENGINES:
+            raise ValueError(
+                f"{function}() needs one of the engines {', '.join(ENGINES)}; {source} is {name!r}"
+            )
+
+
+def _check_previous(
+    function: str, bins: Bins, tensors: Sequence[Tensor], previous: Statistics
+) -> None:
+    n = previous.counts.shape[:-1].numel()
+    if previous.bins != bins or n != len(tensors):
         raise ValueError(
             f"{function}() needs a previous record of as many tensors with the same bins; previous "
-            f"has {previous.counts.shape[:-1].numel()} with {previous.bins}, x has {len(tensors)}"
+            f"is of {n} with {previous.bins}, x has {len(tensors)} and bins is {bins}"
         )
-    fields = (previous.min, previous.max, previous.low, previous.high)
-    return bins.tracked_range(*(field.reshape(-1) for field in fields))
 
 
-def _check_bins(function: str, bins: Bins) -> Bins:
+def check_bins(function: str, bins: Bins) -> Bins:
+    """Raise TypeError unless ``bins`` is a scheme; return it."""
     if not isinstance(bins, (Log2Bins, LinearBins)):
         raise TypeError(f"{function}() needs Log2Bins or LinearBins; bins is {bins!r}")
     return bins
@@ -212,11 +245,9 @@ def _check_tensors(function: str, tensors: Sequence[Tensor]) -> None:
 
 
 def _instead(x: Tensor) -> str:
-    """What an unsupported tensor is and what to pass instead; empty for a supported one."""
+    """What an unsupported tensor is and what to pass instead."""
     if x.layout != torch.strided:
         return f"{x.layout} ({x.dtype}): pass x.coalesce().values() or x.to_dense()"
-    if x.dtype in DTYPES:
-        return ""
     if x.is_complex():
         return f"{x.dtype}: pass torch.view_as_real(x) or x.abs()"
     if x.is_quantized:
