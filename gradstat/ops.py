@@ -234,9 +234,10 @@ def _check_tensors(function: str, tensors: Sequence[Tensor]) -> None:
     for i, x in enumerate(tensors):
         if not isinstance(x, Tensor):
             raise TypeError(f"{function}() needs tensors; x[{i}] is {type(x).__name__}")
-        advice = _instead(x)
-        if advice:
-            raise TypeError(f"{function}() needs dense floating-point tensors; x[{i}] is {advice}")
+        if not is_measurable(x):
+            raise TypeError(
+                f"{function}() needs dense floating-point tensors; x[{i}] is {_instead(x)}"
+            )
         if x.device != tensors[0].device:
             raise ValueError(
                 f"{function}() needs tensors on one device; x[{i}] is on {x.device}, x[0] on "
