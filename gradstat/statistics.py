@@ -288,13 +288,16 @@ class Statistics:
         if not 0 <= q <= 1:
             raise ValueError(f"quantile() needs q between 0 and 1; q is {q}")
         edges = self.edges.expand(*self.counts.shape[:-1], -1)
-        edges = edges.clamp(self.min[..., None], self.max[..., None])
-        rank = q * self.finite - self.below
-        total = self.counts.cumsum(-1).to(edges.dtype)
-        at = torch.searchsorted(total, rank[..., None].clamp(min=0.5))
-        at = at.clamp(max=self.bins.bins - 1)
-        inside, after = self.counts.gather(-1, at), total.gather(-1, at)
-        share = 1 - (after - rank[..., None]) / inside.clamp(min=1)
+        low, high = self.low[..., None], self.high[..., None]
+        inner = [end[..., None].clamp(low, high) for end in (self.min, self.max)]
+        # What is outside the range is in two more bins, of no width, at its ends.
+        edges = torch.cat([low, edges.clamp(*inner), high], -1)
+        counts = torch.cat([self.below[..., None], self.counts, self.above[..., None]], -1)
+        rank = q * self.finite[..., None].to(edges.dtype)
+        total = counts.cumsum(-1).to(edges.dtype)
+        at = torch.searchsorted(total, rank.clamp(min=0.5)).clamp(max=self.bins.bins + 1)
+        inside, after = counts.gather(-1, at), total.gather(-1, at)
+        share = 1 - (after - rank) / inside.clamp(min=1)
         low, high = edges.gather(-1, at), edges.gather(-1, at + 1)
         value = torch.lerp(low, high, share.clamp(0, 1)).squeeze(-1)
         return torch.where(self.finite > 0, value, math.nan)
@@ -324,7 +327,7 @@ class Statistics:
         edges = self.edges
         small = (edges[1:] <= threshold) & (edges[:-1] > -threshold)
         lost = (self.counts * small).sum(-1) - self.zeros
-        return lost / (self.finite - self.zeros).clamp(min=1)
+        return lost.to(edges.dtype) / (self.finite - self.zeros).clamp(min=1)
 
 
 def _union_std(a: Statistics, b: Statistics) -> Tensor:
@@ -333,7 +336,7 @@ def _union_std(a: Statistics, b: Statistics) -> Tensor:
     std_a, std_b = a.std.nan_to_num(), b.std.nan_to_num()
     unit = torch.maximum(torch.maximum(std_a, std_b), delta.abs())
     unit = torch.where(unit > 0, unit, 1.0)
-    n = a.finite + b.finite
+    n = (a.finite + b.finite).to(delta.dtype)
     between = (delta / unit) ** 2 * a.finite * (b.finite / n.clamp(min=1))
     within = (std_a / unit) ** 2 * (a.finite - 1).clamp(min=0)
     within = within + (std_b / unit) ** 2 * (b.finite - 1).clamp(min=0)
