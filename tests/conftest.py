@@ -1,0 +1,78 @@
+"""Set-up that must happen before any test module is imported, and the engines under test."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+CUDA = torch.cuda.is_available()
+if not CUDA:
+    # Triton reads it when it is imported: without a GPU its kernels run in its interpreter.
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ["MPLBACKEND"] = "agg"
+# The engine that a user prefers is not the one under test.
+os.environ.pop("GRADSTAT_ENGINE", None)
+
+from gradstat import Log2Bins, Statistics, ops  # noqa: E402 (the environment comes first)
+from gradstat.bins import Bins  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+# The everyday run tries the same examples each time; the slow one explores and prints what fails.
+hypothesis.settings.register_profile(
+    "everyday", max_examples=50, deadline=None, derandomize=True, database=None
+)
+hypothesis.settings.load_profile("everyday")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not CUDA:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine, and the device that its tests give it tensors on."""
+
+    name: str
+    device: str
+
+    def measure(
+        self,
+        tensors: Sequence[torch.Tensor],
+        bins: Bins | None = None,
+        low: torch.Tensor | None = None,
+        high: torch.Tensor | None = None,
+    ) -> Statistics:
+        return ops.measure(tensors, bins or Log2Bins(), low, high, self.name)
+
+
+ENGINES = [
+    pytest.param(Engine("reference", "cpu"), id="reference"),
+    pytest.param(Engine("cpu", "cpu"), id="cpu"),
+    # On a GPU where there is one, in the interpreter elsewhere.
+    pytest.param(
+        Engine("triton", "cuda" if CUDA else "cpu"),
+        id="triton",
+        marks=[pytest.mark.gpu] if CUDA else [],
+    ),
+]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """Each engine in turn."""
+    selected: Engine = request.param
+    return selected
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """Random numbers that are the same in every run."""
+    return torch.Generator().manual_seed(20)
