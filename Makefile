@@ -1,0 +1,53 @@
+# Each target sets up what it needs in a virtual environment of its own and then runs, so that any
+# of them may be the first command in a fresh checkout. Arguments: make study ARGS="--data mnist".
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+
+.PHONY: help study test test-slow lint format bench clean
+# Two installs at once into one environment would damage it.
+.NOTPARALLEL:
+# A half-made environment must not pass for a whole one.
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make study      train two small networks and draw how their gradients are distributed"
+	@echo "make test       run the tests"
+	@echo "make test-slow  run the long property tests: 10,000 examples each"
+	@echo "make lint       check style, format and types"
+	@echo "make format     put the code in the project's format"
+	@echo "make bench      measure the speed against other libraries"
+	@echo "make clean      remove the environment and everything built"
+
+study: $(VENV)/installed-study
+	$(BIN)/python examples/relu_vs_sigmoid.py $(ARGS)
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed-bench
+	$(BIN)/python -m pytest bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist gradstat.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# One stamp for each extra of pyproject.toml: installed once, and again when that file changes.
+$(VENV)/installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
