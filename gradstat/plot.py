@@ -1,0 +1,276 @@
+"""Figures of a `History`, or of several side by side: `ridge`, `curves`, `heatmap`.
+
+Each returns a `matplotlib.figure.Figure` that belongs to no window, so they work without a
+display; ``figure.savefig(path)`` writes it. Not imported with gradstat: ``import gradstat.plot``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from mpl_toolkits.mplot3d import Axes3D
+
+from gradstat import panels, series
+from gradstat.history import History
+from gradstat.series import Histories, Layers, Limits
+
+_MAGNITUDES = ("mean_abs", "std", "var", "l1", "l2", "rms", "abs_max")
+_LABELS = {"mean_abs": "mean |gradient|", "mean": "mean gradient", "std": "standard deviation"}
+_MAX_RIDGES = 60
+_MAX_COLUMNS = 200
+
+
+def ridge(
+    history: Histories,
+    *,
+    layers: Layers | None = None,
+    steps_per_epoch: int | None = None,
+    limits: Limits | None = None,
+    figure: Figure | None = None,
+) -> Figure:
+    """Draw each layer's histograms one behind the other, the newest in front.
+
+    Over `LinearBins` the horizontal axis is the gradient; over `Log2Bins` it is its magnitude, by
+    octave, without the zeros. At most 60 records are drawn, evenly spread, the newest among them.
+
+    Args:
+        history: one History, or several in a mapping of names or a sequence; each starts a row.
+        layers: names of the layers to draw, by default all; a mapping gives each a title.
+        steps_per_epoch: count in epochs of so many steps, and draw the last record of each.
+        limits: ends of the horizontal axis, in gradients or log2 |gradient|; by default all fits.
+        figure: cleared and drawn into; by default a new one of a fitting size.
+
+    Returns:
+        The figure: a 3-D axes for each layer of each history, and the colour bar's.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: no records, an unknown layer, limits that do not increase, both kinds of bins.
+
+    Example:
+        >>> import torch, gradstat, gradstat.plot
+        >>> model = torch.nn.Linear(3, 2)
+        >>> with gradstat.watch(model, bins=gradstat.LinearBins(30)) as w:
+        ...     model(torch.ones(1, 3)).sum().backward()
+        >>> len(gradstat.plot.ridge(w.history).axes)
+        2
+    """
+    named = series.check_histories("ridge", history)
+    titles = series.check_layers("ridge", named, layers)
+    series.check_count("ridge", "steps_per_epoch", steps_per_epoch)
+    limits = series.check_limits("ridge", limits)
+    log2 = series.check_bins("ridge", named)
+    drawn = []
+    for name, each in named.items():
+        kept = series.select(each.steps, steps_per_epoch, _MAX_RIDGES)
+        time = series.times(each, steps_per_epoch)[kept]
+        for layer, title in titles.items():
+            drawn.append((_heading(name, title), time, *series.histograms(each, layer, kept)))
+    if limits is None:
+        limits = series.extent([panel[2:] for panel in drawn], symmetric=not log2)
+
+    first = min(float(time[0]) for _, time, _, _ in drawn)
+    last = max(float(time[-1]) for _, time, _, _ in drawn)
+    span = (first, last if last > first else first + 1)
+    color = ScalarMappable(Normalize(*span), "viridis")
+    unit = "step" if steps_per_epoch is None else "epoch"
+    figure, boxes, bar = panels.grid_3d(figure, len(named), len(titles))
+    for box, (title, time, counts, edges) in zip(boxes, drawn, strict=True):
+        ax: Axes3D = figure.add_axes(box, projection="3d")
+        panels.style_3d(ax, title, limits, span, max(1, counts.max()))
+        ax.set_xlabel(r"$\log_2$ |gradient|" if log2 else "gradient", labelpad=-3)
+        ax.set_ylabel(unit, labelpad=-3)
+        ax.set_zlabel("count", labelpad=-1)
+        panels.add_ridges(ax, time, counts, edges, limits, color.to_rgba(time))
+    colorbar = panels.add_colorbar(figure, color, unit, figure.add_axes(bar))
+    colorbar.locator = panels.whole_numbers(5)
+    return figure
+
+
+def curves(
+    history: Histories,
+    field: str = "mean_abs",
+    *,
+    split: str | None = None,
+    layers: Layers | None = None,
+    steps_per_epoch: int | None = None,
+    average: int = 1,
+    log: bool | None = None,
+    figure: Figure | None = None,
+) -> Figure:
+    """Draw a statistic of each layer against time.
+
+    Args:
+        history: one History, or several in a mapping of names or a sequence.
+        field: a field of `Statistics`, or ``"mean_abs"``, the mean of magnitudes.
+        split: ``"layer"`` draws a panel for each layer with a line for each history (the default
+            for several), ``"history"`` a panel for each history with a line for each layer.
+        layers: names of the layers to draw, by default all; a mapping gives each a title.
+        steps_per_epoch: count in epochs of so many steps.
+        average: draw the mean of so many records in a row.
+        log: logarithmic vertical axis; by default for the fields that are magnitudes.
+        figure: cleared and drawn into; by default a new one of a fitting size.
+
+    Returns:
+        The figure. Panels split by history share their vertical axis.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: an unknown field, split or layer, no records, ``average`` < 1.
+
+    Example:
+        >>> import torch, gradstat, gradstat.plot
+        >>> model = torch.nn.Linear(3, 2)
+        >>> with gradstat.watch(model) as w:
+        ...     model(torch.ones(1, 3)).sum().backward()
+        >>> gradstat.plot.curves(w.history, "std").axes[0].get_yscale()
+        'log'
+    """
+    named = series.check_histories("curves", history)
+    titles = series.check_layers("curves", named, layers)
+    series.check_count("curves", "steps_per_epoch", steps_per_epoch)
+    series.check_count("curves", "average", average)
+    series.check_field("curves", field)
+    if split is None:
+        split = "layer" if len(named) > 1 else "history"
+    if split not in ("layer", "history"):
+        raise ValueError(f"curves() needs split 'layer' or 'history'; split is {split!r}")
+    by_layer = split == "layer"
+    heads, keys = list(titles.values()), list(named)
+    if not by_layer:
+        heads, keys = keys, heads
+    figure, axes = panels.grid_2d(
+        figure,
+        len(heads),
+        4 if by_layer else 2,
+        (2.7, 2.2) if by_layer else (3.9, 3.0),
+        sharex=True,
+        sharey=not by_layer,
+    )
+    log = field in _MAGNITUDES if log is None else log
+    colors = panels.line_colors(len(keys), ordered=not by_layer)
+    for i, (ax, head) in enumerate(zip(axes, heads, strict=True)):
+        panels.style_2d(ax, head)
+        for j, color in enumerate(colors):
+            each = list(named.values())[j if by_layer else i]
+            layer = list(titles)[i if by_layer else j]
+            time = series.block_last(series.times(each, steps_per_epoch), average)
+            value = series.block_mean(series.values(each, layer, field), average)
+            panels.add_line(ax, time, value, color, log=log)
+    unit = "iteration" if steps_per_epoch is None else "epoch"
+    panels.label_axes(figure, unit, _LABELS.get(field, field))
+    if any(keys):
+        panels.add_key(figure, keys, colors)
+    return figure
+
+
+def heatmap(
+    history: Histories,
+    field: str = "std",
+    *,
+    layers: Layers | None = None,
+    steps_per_epoch: int | None = None,
+    log: bool | None = None,
+    figure: Figure | None = None,
+) -> Figure:
+    """Draw a statistic as colour, layer against time, or whole histograms against time.
+
+    With ``field="counts"`` each layer has a panel: the vertical axis is log2 |gradient|, the colour
+    the share of its finite elements in that octave (zeros, which have no octave, stay undrawn). A
+    layer whose gradient vanishes sinks. Needs histories over `Log2Bins`.
+
+    Long histories are averaged over time to at most 200 columns.
+
+    Args:
+        history: one History, or several in a mapping of names or a sequence.
+        field: a field of `Statistics`, ``"mean_abs"``, the mean of magnitudes, or ``"counts"``.
+        layers: names of the layers to draw, by default all; a mapping gives each a title.
+        steps_per_epoch: count in epochs of so many steps.
+        log: logarithmic colour; by default for the fields that are magnitudes.
+        figure: cleared and drawn into; by default a new one of a fitting size.
+
+    Returns:
+        The figure: an axes for each history, or for each layer of each history, and the colour
+        bar's. All panels share one colour scale, and with ``"counts"`` one vertical axis.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: an unknown field or layer, no records, ``"counts"`` of `LinearBins`.
+
+    Example:
+        >>> import torch, gradstat, gradstat.plot
+        >>> model = torch.nn.Linear(3, 2)
+        >>> with gradstat.watch(model) as w:
+        ...     model(torch.ones(1, 3)).sum().backward()
+        >>> len(gradstat.plot.heatmap(w.history, "counts").axes)
+        2
+    """
+    named = series.check_histories("heatmap", history)
+    titles = series.check_layers("heatmap", named, layers)
+    series.check_count("heatmap", "steps_per_epoch", steps_per_epoch)
+    series.check_field("heatmap", field, "counts")
+    if field == "counts":
+        if not series.check_bins("heatmap", named):
+            raise ValueError("heatmap() needs Log2Bins for 'counts'; history is over LinearBins")
+        return _heatmap_counts(named, titles, steps_per_epoch, log, figure)
+    images = []
+    for each in named.values():
+        size = math.ceil(len(each) / _MAX_COLUMNS)
+        time = series.block_mean(series.times(each, steps_per_epoch), size)
+        means = [series.block_mean(series.values(each, layer, field), size) for layer in titles]
+        images.append((time, np.stack(means)))
+    log = field in _MAGNITUDES if log is None else log
+    everything = np.concatenate([image.ravel() for _, image in images])
+    norm = panels.color_norm(everything, log=log)
+    height = min(12.0, 0.6 + 0.3 * len(titles))
+    figure, axes = panels.grid_2d(figure, len(named), 2, (4.2, height), sharey=True)
+    for ax, name, (time, image) in zip(axes, named, images, strict=True):
+        panels.style_2d(ax, name)
+        rows = np.arange(len(titles) + 1) - 0.5
+        drawn = panels.add_image(ax, time, rows, image, norm, colormaps["viridis"])
+        shown = range(0, len(titles), math.ceil(len(titles) / 40))
+        ax.set_yticks(shown, [list(titles.values())[i] for i in shown])
+    axes[0].invert_yaxis()
+    panels.label_axes(figure, "iteration" if steps_per_epoch is None else "epoch", "")
+    panels.add_colorbar(figure, drawn, _LABELS.get(field, field), axes)
+    return figure
+
+
+def _heatmap_counts(
+    named: dict[str, History],
+    titles: dict[str, str],
+    steps_per_epoch: int | None,
+    log: bool | None,
+    figure: Figure | None,
+) -> Figure:
+    drawn = []
+    for name, each in named.items():
+        size = math.ceil(len(each) / _MAX_COLUMNS)
+        time = series.block_mean(series.times(each, steps_per_epoch), size)
+        for layer, title in titles.items():
+            drawn.append((_heading(name, title), time, series.octave_shares(each, layer, size)))
+    everything = np.concatenate([shares for _, _, shares in drawn])
+    norm = panels.color_norm(everything, log=bool(log))
+    cmap = panels.density_colormap()
+    figure, axes = panels.grid_2d(
+        figure, len(drawn), min(4, len(titles)), (2.5, 2.1), sharex=True, sharey=True
+    )
+    for ax, (title, time, shares) in zip(axes, drawn, strict=True):
+        panels.style_2d(ax, title)
+        image = panels.add_image(ax, time, series.OCTAVES, shares.T, norm, cmap)
+    # Stray elements far below would squeeze the picture: show octaves that ever hold one in 100.
+    shown = np.nan_to_num(everything).max(0, keepdims=True) > 0.01
+    axes[0].set_ylim(*series.extent([(shown, series.OCTAVES[None])], symmetric=False))
+    panels.powers_of_two(axes[0].yaxis)
+    panels.label_axes(figure, "iteration" if steps_per_epoch is None else "epoch", "|gradient|")
+    panels.add_colorbar(figure, image, "share of elements", axes)
+    return figure
+
+
+def _heading(name: str, title: str) -> str:
+    return f"{name}  {title}" if name else title
