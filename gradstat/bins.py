@@ -177,6 +177,8 @@ class LinearBins:
         Returns:
             float64, shape ``(..., bins + 1)``, not decreasing.
         """
+        if torch.compiler.is_compiling():
+            return _linear_edges_op(low, high, self.bins)
         low, high = low.float()[..., None], high.float()[..., None]
         target = torch.arange(1, self.bins, device=low.device)
         first, last = _ordered(low).expand(*low.shape[:-1], self.bins - 1), _ordered(high)
@@ -249,6 +251,17 @@ class LinearBins:
 Bins: TypeAlias = Log2Bins | LinearBins
 
 
+@torch.library.custom_op("gradstat::linear_edges", mutates_args=())
+def _linear_edges_op(low: Tensor, high: Tensor, bins: int) -> Tensor:
+    """`LinearBins.edges` as one node of a graph: its loop, unrolled, takes a minute to compile."""
+    return LinearBins(bins).edges(low, high)
+
+
+@_linear_edges_op.register_fake
+def _(low: Tensor, high: Tensor, bins: int) -> Tensor:
+    return widen(low.new_empty((*low.shape, bins + 1)))
+
+
 def parse_bins(spec: str) -> Bins:
     """Make the scheme whose `spec` is given.
 
@@ -297,7 +310,7 @@ def _nice_range(lo: Tensor, hi: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
     Powers of ten come from a table, not from ``log10``, whose last digit differs by device.
     """
-    table = _powers_of_ten(lo.device)
+    table = powers_of_ten(lo.device)
 
     def power_of_ten(x: Tensor) -> Tensor:
         at = torch.searchsorted(table, x.contiguous(), right=True) - 1
@@ -323,8 +336,9 @@ def _nice_range(lo: Tensor, hi: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _powers_of_ten(device: torch.device) -> Tensor:
-    return torch.tensor([float(f"1e{k}") for k in range(-70, 42)], dtype=torch.float64).to(device)
+def powers_of_ten(device: torch.device) -> Tensor:
+    """Powers of ten from 1e-80 to 1e47 in order, float64 ``(128,)``."""
+    return torch.tensor([float(f"1e{k}") for k in range(-80, 48)], dtype=torch.float64).to(device)
 
 
 def _clamp_float32(x: Tensor) -> Tensor:
