@@ -178,7 +178,8 @@ class LinearBins:
             float64, shape ``(..., bins + 1)``, not decreasing.
         """
         if torch.compiler.is_compiling():
-            return _linear_edges_op(low, high, self.bins)
+            edges: Tensor = _linear_edges_op(low, high, self.bins)
+            return edges
         low, high = low.float()[..., None], high.float()[..., None]
         target = torch.arange(1, self.bins, device=low.device)
         first, last = _ordered(low).expand(*low.shape[:-1], self.bins - 1), _ordered(high)
@@ -245,7 +246,8 @@ class LinearBins:
         scale = torch.ones_like(width)
         scale = torch.where(width < 2.0**-100, 2.0**100, scale)
         scale = torch.where(width > 2.0**126, 2.0**-8, scale)
-        return scale, self.bins / (high * scale - low * scale)
+        # A number divided by a tensor would be rounded twice.
+        return scale, torch.full_like(width, self.bins) / (high * scale - low * scale)
 
 
 Bins: TypeAlias = Log2Bins | LinearBins

@@ -53,14 +53,9 @@ def statistics(
         >>> s.l2.tolist(), s.zeros.tolist(), s.posinf.tolist()
         ([2.0, 0.0], [0, 1], [0, 1])
     """
-    bins = check_bins("statistics", Log2Bins() if bins is None else bins)
     tensors = [x] if isinstance(x, Tensor) else x
-    _check_tensors("statistics", tensors)
-    check_engine("statistics", engine)
-    if previous is not None:
-        _check_previous("statistics", bins, tensors, previous)
-    low, high = known_range(bins, tensors[0].device, len(tensors), previous)
-    result = measure(tensors, bins, low, high, engine)
+    bins = Log2Bins() if bins is None else bins
+    result = _check_and_measure("statistics", tensors, bins, engine, previous)
     return result[0] if isinstance(x, Tensor) else result
 
 
@@ -100,8 +95,24 @@ def histogram(
         scheme = bins
     else:
         scheme = LinearBins(bins, *_check_range(range))
-    result = statistics(x, scheme)
+    result = _check_and_measure("histogram", [x], scheme)[0]
     return result.counts, result.edges
+
+
+def _check_and_measure(
+    function: str,
+    tensors: Sequence[Tensor],
+    bins: Bins,
+    engine: str | None = None,
+    previous: Statistics | None = None,
+) -> Statistics:
+    check_bins(function, bins)
+    _check_tensors(function, tensors)
+    check_engine(function, engine)
+    if previous is not None:
+        _check_previous(function, bins, tensors, previous)
+    low, high = known_range(bins, tensors[0].device, len(tensors), previous)
+    return measure(tensors, bins, low, high, engine)
 
 
 def measure(

@@ -1,0 +1,152 @@
+"""The CPU engine: one pass over memory, compiled by Numba, on all of torch's threads.
+
+It computes what `reference` defines: every integer is equal, every float in float64 arithmetic.
+Beside a tensor it needs under 1 MB, whatever its strides; results do not depend on the threads.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradstat.bins import Bins, LinearBins
+from gradstat.engines.cpu_blocks import BFLOAT16, FIELDS, FLOAT16, FLOAT32, FLOAT64
+from gradstat.engines.cpu_compile import Array
+from gradstat.engines.cpu_counts import MAX_LANE_BINS
+from gradstat.engines.cpu_passes import (
+    COLUMNS,
+    COUNTS_ONLY,
+    FLOATS_ONLY,
+    FUSED,
+    SCRATCH_WORDS,
+    finish,
+    work,
+)
+from gradstat.engines.cpu_threads import run_together
+from gradstat.statistics import FLOATS, INTEGERS, Statistics
+
+_CODES = {
+    torch.bfloat16: BFLOAT16,
+    torch.float16: FLOAT16,
+    torch.float32: FLOAT32,
+    torch.float64: FLOAT64,
+}
+_ITEM = 1 << 16  # elements: enough to hide the taking of an item, few enough to share a tensor out
+_MAX_ITEMS = 4096  # of one tensor: its partials stay under 400 KB
+_ALONE_BELOW = 1 << 18  # elements: waking another thread takes longer than these
+
+_scratches: list[Array] = []  # between calls; the lanes in them are zero
+
+
+def measure(
+    tensors: Sequence[Tensor], bins: Bins, low: Tensor | None = None, high: Tensor | None = None
+) -> Statistics:
+    """Statistics of each tensor of a list, as `reference.measure`.
+
+    Args:
+        tensors: L floating-point tensors on the CPU, any shapes and strides.
+        bins: scheme of the histogram.
+        low: lower ends of the ranges of `LinearBins`, float32 ``(L,)``; ``None`` for an automatic
+            range, and for `Log2Bins`.
+        high: upper ends.
+
+    Returns:
+        Statistics of shape ``(L,)``.
+    """
+    rows = len(tensors)
+    integers = np.zeros((rows, len(INTEGERS)), np.int64)
+    floats = np.empty((rows, len(FLOATS)))
+    counts = np.zeros((rows, bins.bins), np.int64)
+    table, layouts = _tabulate(tensors)
+    run = _Run(table, isinstance(bins, LinearBins), integers, floats, counts)
+    if not isinstance(bins, LinearBins):
+        run(FUSED)
+    elif low is not None and high is not None:
+        floats[:, 6], floats[:, 7] = low.numpy(), high.numpy()
+        run(FUSED)
+    else:
+        run(FLOATS_ONLY)
+        if bins.nice:
+            minimum, maximum = torch.from_numpy(floats[:, 0]), torch.from_numpy(floats[:, 1])
+            low, high = bins.automatic_range(minimum, maximum)
+            floats[:, 6], floats[:, 7] = low.numpy(), high.numpy()
+        run(COUNTS_ONLY)
+    del layouts  # the table holds their addresses
+    return Statistics(
+        bins, torch.from_numpy(integers), torch.from_numpy(floats), torch.from_numpy(counts)
+    )
+
+
+class _Run:
+    """Runs stages over one list, alone or with helpers."""
+
+    def __init__(
+        self, table: Array, is_linear: bool, integers: Array, floats: Array, counts: Array
+    ) -> None:
+        self.table, self.is_linear = table, is_linear
+        partials = np.empty((int(table[-1, 4]), FIELDS))
+        self.results = (partials, integers, floats, counts)
+        small = int(table[:-1, 1].sum()) < _ALONE_BELOW
+        alone = small or counts.shape[1] > MAX_LANE_BINS  # such rows are not shared
+        self.threads = 1 if alone else torch.get_num_threads()
+
+    def __call__(self, stage: int) -> None:
+        """Run one stage."""
+        self.table[-1, 0] = 0
+
+        def job() -> None:
+            scratch = _scratches.pop() if _scratches else np.zeros(SCRATCH_WORDS, np.uint32)
+            work(self.table, stage, self.is_linear, *self.results, scratch)
+            _scratches.append(scratch)
+
+        if self.threads == 1:
+            job()
+        else:
+            run_together(job, self.threads)
+        finish(self.table, stage, self.is_linear, *self.results)
+
+
+def _tabulate(tensors: Sequence[Tensor]) -> tuple[Array, list[array[int]]]:
+    """The work table of a list, and the layouts it points to."""
+    cells: list[int] = []
+    layouts: list[array[int]] = []
+    items = 0
+    for x in tensors:
+        numel, address = x.numel(), 0
+        if not x.is_contiguous() or numel == 1:
+            x = x.resolve_neg()
+            layout = _layout(x)
+            if layout[0]:
+                layouts.append(layout)
+                address = layout.buffer_info()[0]
+        size = _ITEM
+        while numel > size * _MAX_ITEMS:
+            size *= 2
+        cells += (x.data_ptr(), numel, _CODES[x.dtype], address, items, size)
+        items += -(-numel // size)
+    cells += (0, 0, 0, 0, items, 0)
+    return np.array(cells, np.int64).reshape(-1, COLUMNS), layouts
+
+
+def _layout(x: Tensor) -> array[int]:
+    """Number of dimensions, then size and stride of each; none if the memory has no gaps.
+
+    Dimensions are put in the order of memory, since no statistic depends on the order of values,
+    and joined where they can be: a transposed matrix comes out as contiguous.
+    """
+    dimensions = sorted(
+        ((size, step) for size, step in zip(x.shape, x.stride(), strict=True) if size > 1),
+        key=lambda dimension: -dimension[1],
+    )
+    joined: list[tuple[int, int]] = []
+    for size, step in dimensions:
+        if joined and joined[-1][1] == size * step:
+            size *= joined.pop()[0]
+        joined.append((size, step))
+    if not joined or (len(joined) == 1 and joined[0][1] == 1):
+        return array("q", [0])
+    return array("q", [len(joined), *(number for pair in joined for number in pair)])

@@ -1,0 +1,201 @@
+"""The Triton engine: all tensors of a list in one launch, and one small launch to finish it."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+from triton import knobs
+
+from gradstat.bins import Bins, LinearBins, Log2Bins, powers_of_ten
+from gradstat.engines import reference
+from gradstat.engines.work import make_items
+from gradstat.kernels.finish import finish_kernel
+from gradstat.kernels.histogram import histogram_kernel
+from gradstat.kernels.measure import PARTIAL_FIELDS, measure_kernel
+from gradstat.statistics import FLOATS, INTEGERS, Statistics
+
+MAX_BINS = 4094  # a program keeps its histogram, with two more slots, in registers
+FINISH_BLOCK = 128
+MAX_PLANS = 64
+
+# Element type in device code and columns of a tile: one 16-byte load for each of 128 threads.
+# bfloat16 is loaded as bits.
+KINDS = {
+    torch.float32: (tl.float32, 512),
+    torch.float16: (tl.float16, 1024),
+    torch.bfloat16: (tl.int16, 1024),
+}
+ROWS = 4
+NUM_WARPS = 4
+
+# A range's kind, as finish_kernel takes it.
+NO_RANGE, KNOWN_RANGE, AUTOMATIC_RANGE = range(3)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of one dtype: their work items and spans on the device, see engines/work.py."""
+
+    dtype: torch.dtype
+    items: Tensor
+    spans: Tensor
+
+
+def measure(
+    tensors: Sequence[Tensor], bins: Bins, low: Tensor | None = None, high: Tensor | None = None
+) -> Statistics:
+    """Statistics of each tensor of a list, as `reference.measure`, without waiting for the device.
+
+    float64 tensors, and all tensors when there are more than 4,094 linear bins, go to the reference
+    engine.
+
+    Args:
+        tensors: L tensors on one CUDA device, or on the CPU when Triton interprets.
+        bins: scheme of the histogram.
+        low: lower ends of known ranges, float32 ``(L,)``.
+        high: upper ends.
+
+    Returns:
+        Statistics of shape ``(L,)``.
+
+    Raises:
+        ValueError: tensors that are not on a CUDA device.
+    """
+    device = tensors[0].device
+    if device.type != "cuda" and not knobs.runtime.interpret:
+        raise ValueError(
+            f"engine 'triton' needs CUDA tensors, or TRITON_INTERPRET=1 set before triton is "
+            f"imported; the tensors are on {device}"
+        )
+    if bins.bins > MAX_BINS:
+        return reference.measure(tensors, bins, low, high)
+    n = len(tensors)
+    result = Statistics(
+        bins,
+        torch.empty((n, len(INTEGERS)), dtype=torch.int64, device=device),
+        torch.empty((n, len(FLOATS)), dtype=torch.float64, device=device),
+        torch.zeros((n, bins.bins), dtype=torch.int64, device=device),
+    )
+    if isinstance(bins, Log2Bins):
+        kind, ranges = NO_RANGE, result.floats  # not read
+    elif low is None or high is None:
+        kind, ranges = AUTOMATIC_RANGE, torch.empty((n, 2), dtype=torch.float32, device=device)
+    else:
+        kind, ranges = KNOWN_RANGE, torch.stack([low, high], 1)
+    with _on(device):
+        for group in _plan(tensors):
+            _launch(group, result, ranges, kind)
+    for i, x in enumerate(tensors):
+        if x.dtype == torch.float64:
+            ends = ranges[i : i + 1].unbind(1) if kind == KNOWN_RANGE else ()
+            _copy_row(reference.measure([x], bins, *ends), result, i)
+    return result
+
+
+def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None:
+    bins, n_items = result.bins, len(group.items)
+    element, lanes = KINDS[group.dtype]
+    is_bfloat16 = group.dtype == torch.bfloat16
+    n_bins = 0 if kind == AUTOMATIC_RANGE else bins.bins
+    slots = 2048 if kind == NO_RANGE else 1 << (bins.bins + 1).bit_length()
+    partials = result.floats.new_empty((n_items, PARTIAL_FIELDS.value))
+    if n_items:
+        measure_kernel[(n_items,)](
+            group.items,
+            ranges,
+            partials,
+            result.counts,
+            element,
+            is_bfloat16,
+            n_bins,
+            slots,
+            kind == NO_RANGE,
+            ROWS,
+            lanes,
+            num_warps=NUM_WARPS,
+        )
+    finish_kernel[(len(group.spans),)](
+        group.spans,
+        partials,
+        ranges,
+        powers_of_ten(ranges.device),
+        result.integers,
+        result.floats,
+        bins.bins,
+        kind,
+        isinstance(bins, LinearBins) and bins.nice,
+        FINISH_BLOCK,
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
+    if n_items and kind == AUTOMATIC_RANGE:
+        histogram_kernel[(n_items,)](
+            group.items,
+            ranges,
+            result.counts,
+            element,
+            is_bfloat16,
+            bins.bins,
+            slots,
+            ROWS,
+            lanes,
+            num_warps=NUM_WARPS,
+        )
+
+
+_plans: OrderedDict[tuple[Any, ...], list[Group]] = OrderedDict()
+_plans_lock = threading.Lock()
+
+
+def _plan(tensors: Sequence[Tensor]) -> list[Group]:
+    """Groups of a list; built and uploaded anew only when addresses, shapes or dtypes change."""
+    key = tuple([_signature(x) for x in tensors])
+    with _plans_lock:
+        plan = _plans.get(key)
+        if plan is not None:
+            _plans.move_to_end(key)
+            return plan
+    plan = []
+    for dtype, (_, lanes) in KINDS.items():
+        rows = [i for i, x in enumerate(tensors) if x.dtype == dtype]
+        if rows:
+            items, spans = make_items([tensors[i] for i in rows], rows, ROWS * lanes)
+            device = tensors[0].device
+            plan.append(Group(dtype, _upload(items, device), _upload(spans, device)))
+    with _plans_lock:
+        _plans[key] = plan
+        if len(_plans) > MAX_PLANS:
+            _plans.popitem(last=False)
+    return plan
+
+
+def _signature(x: Tensor) -> tuple[Any, ...]:
+    if x.is_contiguous():
+        return x.data_ptr(), x.dtype, x.numel()
+    return x.data_ptr(), x.dtype, x.shape, x.stride()
+
+
+def _upload(table: NDArray[Any], device: torch.device) -> Tensor:
+    host = torch.from_numpy(table)
+    if device.type == "cpu":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def _copy_row(source: Statistics, target: Statistics, row: int) -> None:
+    target.integers[row].copy_(source.integers[0])
+    target.floats[row].copy_(source.floats[0])
+    target.counts[row].copy_(source.counts[0])
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

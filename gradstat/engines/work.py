@@ -1,0 +1,126 @@
+"""Work items for a list of tensors: which program reads which elements.
+
+The table's layout is in kernels/items.py. Items depend on the list alone, so results do not depend
+on the machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.int64]
+
+MIN_ITEM, MAX_ITEM = 1 << 13, 1 << 16  # elements
+TARGET_ITEMS = 1024  # a few programs for each multiprocessor of a large GPU
+ALIGNMENT = 16  # bytes of the widest load
+
+
+class Run(NamedTuple):
+    """A part of a tensor: rows of equally spaced elements; offsets and strides in elements."""
+
+    offset: int
+    inner: int
+    inner_stride: int
+    outer: int
+    outer_stride: int
+
+
+def make_items(tensors: Sequence[Tensor], rows: Sequence[int], tile: int) -> tuple[Array, Array]:
+    """Tables for one launch over tensors of one dtype.
+
+    Args:
+        tensors: N tensors.
+        rows: row of each one's results.
+        tile: elements of a whole tile.
+
+    Returns:
+        items, int64 ``(W, 7)``, see kernels/items.py; and spans, int64 ``(N, 4)``: row, first
+        item, end of its items, numel.
+    """
+    total = sum(x.numel() for x in tensors)
+    size = min(max(1 << (total // TARGET_ITEMS).bit_length(), MIN_ITEM), MAX_ITEM)
+    blocks: list[Array] = []
+    spans = np.empty((len(tensors), 4), dtype=np.int64)
+    n_items = 0
+    for i, (x, row) in enumerate(zip(tensors, rows, strict=True)):
+        first = n_items
+        for run in _runs(x, size):
+            block = _split_run(x, row, run, size, tile)
+            blocks.append(block)
+            n_items += len(block)
+        spans[i] = row, first, n_items, x.numel()
+    items = np.concatenate(blocks) if blocks else np.empty((0, 7), dtype=np.int64)
+    return items, spans
+
+
+def _runs(x: Tensor, size: int) -> Iterator[Run]:
+    """Parts of a tensor, each element in one of them, in memory order where there is one."""
+    dims = _merge_dims(x)
+    if len(dims) == 1 and dims[0][1] == 1:
+        yield Run(0, dims[0][0], 1, 1, 0)
+        return
+    *others, (outer, outer_stride), (inner, inner_stride) = [(1, 0), *dims]
+    if inner_stride == 1 and inner >= size:
+        others, outer, outer_stride = [*others, (outer, outer_stride)], 1, 0
+    for at in product(*(range(length) for length, _ in others)):
+        offset = sum(k * stride for k, (_, stride) in zip(at, others, strict=True))
+        yield Run(offset, inner, inner_stride, outer, outer_stride)
+
+
+def _merge_dims(x: Tensor) -> list[tuple[int, int]]:
+    """Sizes and strides by descending stride, joined where one dimension continues the next.
+
+    The order of elements does not matter to a statistic, so a transposed or channels-last tensor
+    is one run of memory.
+    """
+    if x.numel() == 0:
+        return [(0, 1)]
+    dims = [(size, step) for size, step in zip(x.shape, x.stride(), strict=True) if size > 1]
+    merged: list[tuple[int, int]] = []
+    for size, step in sorted(dims, key=lambda dim: -dim[1]):
+        if merged and merged[-1][1] == size * step:
+            merged[-1] = (merged[-1][0] * size, step)
+        else:
+            merged.append((size, step))
+    return merged or [(1, 1)]
+
+
+def _split_run(x: Tensor, row: int, run: Run, size: int, tile: int) -> Array:
+    address = x.data_ptr() + run.offset * x.element_size()
+    if run.outer == 1 and run.inner_stride == 1:
+        return _split_contiguous(address, row, run.inner, x.element_size(), size, tile)
+    pieces = []
+    columns = min(run.inner, size)
+    lines = max(1, size // columns)
+    for line, column in product(range(0, run.outer, lines), range(0, run.inner, columns)):
+        offset = line * run.outer_stride + column * run.inner_stride
+        width = min(columns, run.inner - column)
+        n = width * min(lines, run.outer - line)
+        where = address + offset * x.element_size()
+        pieces.append((where, row, n, 0, width, run.inner_stride, run.outer_stride))
+    return np.array(pieces, dtype=np.int64).reshape(-1, 7)
+
+
+def _split_contiguous(address: int, row: int, n: int, itemsize: int, size: int, tile: int) -> Array:
+    """Items of a contiguous run; the elements before the first aligned one are an item too."""
+    head = min(-address % ALIGNMENT // itemsize, n)
+    starts = np.arange(head, n, size, dtype=np.int64)
+    if head:
+        starts = np.concatenate([np.zeros(1, dtype=np.int64), starts])
+    lengths = np.diff(starts, append=n)
+    items = np.empty((len(starts), 7), dtype=np.int64)
+    items[:, 0] = address + starts * itemsize
+    items[:, 1] = row
+    items[:, 2] = lengths
+    items[:, 3] = lengths // tile * tile
+    items[:, 4] = 1 << 30  # one row
+    items[:, 5:] = 1, 0
+    if head:
+        items[0, 3] = 0
+    return items

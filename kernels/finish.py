@@ -1,0 +1,123 @@
+"""The finishing kernel: one program merges the partial results of one tensor, in fixed order."""
+
+import triton
+import triton.language as tl
+
+from gradstat.kernels.binning import automatic_range
+from gradstat.kernels.measure import PARTIAL_FIELDS
+
+INF = tl.constexpr(float("inf"))
+NAN = tl.constexpr(float("nan"))
+
+
+@triton.jit
+def finish_kernel(
+    spans_ptr,
+    partials_ptr,
+    ranges_ptr,
+    powers_ptr,
+    integers_ptr,
+    floats_ptr,
+    BINS: tl.constexpr,
+    RANGE: tl.constexpr,
+    NICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Statistics of the tensor that row ``program_id`` of the spans names.
+
+    Launch without fused multiply-add when NICE: its edges are exact.
+
+    Args:
+        spans_ptr: int64 (N, 4): row of the results, first work item, end of its items, numel.
+        partials_ptr: float64 (W, 13), see measure.py.
+        ranges_ptr: float32 (L, 2); read for known ranges, written for automatic ones.
+        powers_ptr: float64 (128,), powers of ten; read when NICE.
+        integers_ptr: int64 (L, 8), fields of `gradstat.statistics.INTEGERS`.
+        floats_ptr: float64 (L, 8), fields of `gradstat.statistics.FLOATS`.
+        BINS: bins of the scheme.
+        RANGE: 0 for log2 bins, 1 for known linear ranges, 2 for automatic ones.
+        NICE: round automatic ranges to few digits.
+        BLOCK: items merged at once.
+    """
+    span_ptr = spans_ptr + tl.program_id(0).to(tl.int64) * 4
+    row = tl.load(span_ptr)
+    first = tl.load(span_ptr + 1)
+    end = tl.load(span_ptr + 2)
+    numel = tl.load(span_ptr + 3)
+    block = tl.arange(0, BLOCK)
+
+    total = tl.zeros((BLOCK,), tl.float64)
+    magnitudes = tl.zeros((BLOCK,), tl.float64)
+    squares = tl.zeros((BLOCK,), tl.float64)
+    smallest = tl.full((BLOCK,), INF, tl.float64)
+    largest = tl.full((BLOCK,), -INF, tl.float64)
+    finite = tl.zeros((BLOCK,), tl.float64)
+    zeros = tl.zeros((BLOCK,), tl.float64)
+    nan = tl.zeros((BLOCK,), tl.float64)
+    posinf = tl.zeros((BLOCK,), tl.float64)
+    neginf = tl.zeros((BLOCK,), tl.float64)
+    below = tl.zeros((BLOCK,), tl.float64)
+    above = tl.zeros((BLOCK,), tl.float64)
+    for start in range(first, end, BLOCK):
+        item = start + block
+        mask = item < end
+        p = partials_ptr + item * PARTIAL_FIELDS
+        total += tl.load(p, mask=mask, other=0.0)
+        magnitudes += tl.load(p + 1, mask=mask, other=0.0)
+        squares += tl.load(p + 2, mask=mask, other=0.0)
+        smallest = tl.minimum(smallest, tl.load(p + 4, mask=mask, other=INF))
+        largest = tl.maximum(largest, tl.load(p + 5, mask=mask, other=-INF))
+        finite += tl.load(p + 6, mask=mask, other=0.0)
+        zeros += tl.load(p + 7, mask=mask, other=0.0)
+        nan += tl.load(p + 8, mask=mask, other=0.0)
+        posinf += tl.load(p + 9, mask=mask, other=0.0)
+        neginf += tl.load(p + 10, mask=mask, other=0.0)
+        below += tl.load(p + 11, mask=mask, other=0.0)
+        above += tl.load(p + 12, mask=mask, other=0.0)
+    n = tl.sum(finite)
+    sum_ = tl.sum(total)
+    mean = sum_ / tl.maximum(n, 1.0)
+
+    # Deviations from the whole mean: each item's own, and those of its mean.
+    deviations = tl.zeros((BLOCK,), tl.float64)
+    for start in range(first, end, BLOCK):
+        item = start + block
+        mask = item < end
+        p = partials_ptr + item * PARTIAL_FIELDS
+        part = tl.load(p + 6, mask=mask, other=0.0)
+        away = tl.load(p, mask=mask, other=0.0) / tl.maximum(part, 1.0) - mean
+        deviations += tl.load(p + 3, mask=mask, other=0.0) + part * away * away
+    variance = tl.maximum(tl.sum(deviations), 0.0) / tl.maximum(n - 1.0, 1.0)
+    lo = tl.where(n > 0.0, tl.min(smallest), NAN)
+    hi = tl.where(n > 0.0, tl.max(largest), NAN)
+    std = tl.where(lo == hi, 0.0, tl.sqrt(variance))
+    std = tl.where(n > 1.0, std, NAN)
+
+    low = -INF
+    high = INF
+    if RANGE == 1:
+        low = tl.load(ranges_ptr + 2 * row)
+        high = tl.load(ranges_ptr + 2 * row + 1)
+    if RANGE == 2:
+        low, high = automatic_range(lo.to(tl.float32), hi.to(tl.float32), powers_ptr, BINS, NICE)
+        tl.store(ranges_ptr + 2 * row, low)
+        tl.store(ranges_ptr + 2 * row + 1, high)
+
+    i = integers_ptr + 8 * row
+    tl.store(i, numel)
+    tl.store(i + 1, n.to(tl.int64))
+    tl.store(i + 2, tl.sum(zeros).to(tl.int64))
+    tl.store(i + 3, tl.sum(nan).to(tl.int64))
+    tl.store(i + 4, tl.sum(posinf).to(tl.int64))
+    tl.store(i + 5, tl.sum(neginf).to(tl.int64))
+    tl.store(i + 6, tl.sum(below).to(tl.int64))
+    tl.store(i + 7, tl.sum(above).to(tl.int64))
+    f = floats_ptr + 8 * row
+    tl.store(f, lo)
+    tl.store(f + 1, hi)
+    tl.store(f + 2, sum_)
+    tl.store(f + 3, std)
+    tl.store(f + 4, tl.sum(magnitudes))
+    tl.store(f + 5, tl.sqrt(tl.sum(squares)))
+    tl.store(f + 6, low)
+    tl.store(f + 7, high)

@@ -1,0 +1,53 @@
+"""The second sweep for automatic ranges: the histogram alone, once the range is known."""
+
+import triton
+import triton.language as tl
+
+from gradstat.kernels.binning import linear_factors, linear_slot
+from gradstat.kernels.items import load_any, load_item, load_tile
+from gradstat.kernels.measure import add_histogram
+
+
+@triton.jit
+def histogram_kernel(
+    items_ptr,
+    ranges_ptr,
+    counts_ptr,
+    DTYPE: tl.constexpr,
+    IS_BFLOAT16: tl.constexpr,
+    BINS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Linear histogram of work item ``program_id``.
+
+    Args:
+        items_ptr: int64 (W, 7), see items.py.
+        ranges_ptr: float32 (L, 2), low and high of each tensor.
+        counts_ptr: int64 (L, BINS); bins are added to it.
+        DTYPE: element type of the tensors; int16 for bfloat16.
+        IS_BFLOAT16: whether the elements are bfloat16.
+        BINS: bins of the scheme.
+        SLOTS: power of two: slots of the histogram in shared memory.
+        ROWS: rows of a tile.
+        LANES: columns of a tile.
+    """
+    address, tensor, n, n_aligned, strides = load_item(items_ptr)
+    lanes = tl.arange(0, LANES)
+    tile = tl.arange(0, ROWS)[:, None] * LANES + lanes[None, :]
+    low = tl.load(ranges_ptr + 2 * tensor)
+    high = tl.load(ranges_ptr + 2 * tensor + 1)
+    scale, inv_width = linear_factors(low, high, BINS)
+    histogram = tl.zeros((SLOTS,), tl.int32)
+    for start in range(0, n_aligned, ROWS * LANES):
+        x = load_tile(address, start + tile, DTYPE, IS_BFLOAT16)
+        slot = linear_slot(x, low, high, scale, inv_width, BINS, SLOTS)
+        slot = tl.reshape(slot, [ROWS * LANES], can_reorder=True)
+        histogram += tl.histogram(slot, SLOTS)
+    for start in range(n_aligned, n, LANES):
+        offsets = start + lanes
+        x = load_any(address, strides, offsets, n, 0.0, DTYPE, IS_BFLOAT16)
+        slot = linear_slot(x, low, high, scale, inv_width, BINS, SLOTS)
+        histogram += tl.histogram(slot, SLOTS, mask=offsets < n)
+    add_histogram(histogram, counts_ptr + tensor * BINS, BINS, SLOTS, False)

@@ -1,0 +1,57 @@
+"""Work items: how a program finds its elements.
+
+A launch takes a table of work items, int64, shape (W, 7). Item w is part of one tensor and is read
+by program w. Its fields, in order:
+
+    address       of its first element, in bytes
+    tensor        row of its results
+    n             elements, below 2**31
+    n_aligned     of these, elements in whole tiles, contiguous from a 16-byte boundary
+    inner         length of a row of the rest; element i is in row i // inner
+    inner_stride  elements between neighbours in a row
+    outer_stride  elements between rows
+"""
+
+import triton
+import triton.language as tl
+
+ITEM_FIELDS = tl.constexpr(7)
+
+
+@triton.jit
+def load_item(items_ptr):
+    """Fields of this program's item; the counts as int32."""
+    field_ptr = items_ptr + tl.program_id(0).to(tl.int64) * ITEM_FIELDS
+    address = tl.load(field_ptr)
+    tensor = tl.load(field_ptr + 1)
+    n = tl.load(field_ptr + 2).to(tl.int32)
+    n_aligned = tl.load(field_ptr + 3).to(tl.int32)
+    inner = tl.load(field_ptr + 4).to(tl.int32)
+    inner_stride = tl.load(field_ptr + 5)
+    outer_stride = tl.load(field_ptr + 6)
+    return address, tensor, n, n_aligned, (inner, inner_stride, outer_stride)
+
+
+@triton.jit
+def widen(x, IS_BFLOAT16: tl.constexpr):
+    """float32 of loaded elements; bfloat16 arrives as its bits, int16, and widens exactly."""
+    if IS_BFLOAT16:
+        return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def load_tile(address, offsets, DTYPE: tl.constexpr, IS_BFLOAT16: tl.constexpr):
+    """Elements at offsets of an aligned run, as float32: 16-byte loads, no mask."""
+    x_ptr = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+    return widen(tl.load(x_ptr + offsets), IS_BFLOAT16)
+
+
+@triton.jit
+def load_any(address, strides, offsets, n, other, DTYPE: tl.constexpr, IS_BFLOAT16: tl.constexpr):
+    """Elements at offsets of any item, as float32; ``other`` where the offset is not below n."""
+    inner, inner_stride, outer_stride = strides
+    where = (offsets // inner) * outer_stride + (offsets % inner) * inner_stride
+    mask = offsets < n
+    x = widen(tl.load(address.to(tl.pointer_type(DTYPE)) + where, mask=mask, other=0), IS_BFLOAT16)
+    return tl.where(mask, x, other)

@@ -1,0 +1,180 @@
+"""The measuring kernel: one program reads one work item once and writes its partial results."""
+
+import triton
+import triton.language as tl
+
+from gradstat.kernels.binning import linear_factors, linear_slot, log2_bin, log2_slot
+from gradstat.kernels.careful import careful_sums
+from gradstat.kernels.items import load_any, load_item, load_tile
+
+# Fields of a row of partials, float64.
+PARTIAL_FIELDS = tl.constexpr(13)
+
+# Squares of values in this window, and sums of 2**16 of them, stay in float32's normal range.
+SAFE_LOW = tl.constexpr(2.0**-40)
+SAFE_HIGH = tl.constexpr(2.0**40)
+INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def _combine(s, q, a, lo, hi, z, s1, q1, a1, lo1, hi1, z1):
+    return s + s1, q + q1, a + a1, tl.minimum(lo, lo1), tl.maximum(hi, hi1), z + z1
+
+
+@triton.jit
+def find_slots(x, ends, BINS: tl.constexpr, SLOTS: tl.constexpr, LOG2: tl.constexpr):
+    """Slot of each value: see `log2_slot` and `linear_slot`."""
+    if LOG2:
+        return log2_slot(x)
+    low, high, scale, inv_width = ends
+    return linear_slot(x, low, high, scale, inv_width, BINS, SLOTS)
+
+
+@triton.jit
+def measure_kernel(
+    items_ptr,
+    ranges_ptr,
+    partials_ptr,
+    counts_ptr,
+    DTYPE: tl.constexpr,
+    IS_BFLOAT16: tl.constexpr,
+    BINS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    LOG2: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Sums, extremes, zero and non-finite counts and the histogram of work item ``program_id``.
+
+    Args:
+        items_ptr: int64 (W, 7), see items.py.
+        ranges_ptr: float32 (L, 2), low and high of each tensor; not read for log2 bins.
+        partials_ptr: float64 (W, 13): sum, l1, sum of squares, squared deviations from the mean,
+            min, max, finite, zeros, nan, posinf, neginf, below, above.
+        counts_ptr: int64 (L, BINS), zeroed by the caller; bins are added to it.
+        DTYPE: element type of the tensors; int16 for bfloat16.
+        IS_BFLOAT16: whether the elements are bfloat16.
+        BINS: bins of the scheme; 0 for no histogram.
+        SLOTS: power of two: slots of the histogram in shared memory.
+        LOG2: log2 bins, not linear ones.
+        ROWS: rows of a tile.
+        LANES: columns of a tile: as many elements as the threads load at once.
+    """
+    address, tensor, n, n_aligned, strides = load_item(items_ptr)
+    lanes = tl.arange(0, LANES)
+    tile = tl.arange(0, ROWS)[:, None] * LANES + lanes[None, :]
+    slots = tl.arange(0, SLOTS)
+    low = 0.0
+    high = 0.0
+    scale = 0.0
+    inv_width = 0.0
+    if BINS > 0 and not LOG2:
+        low = tl.load(ranges_ptr + 2 * tensor)
+        high = tl.load(ranges_ptr + 2 * tensor + 1)
+        scale, inv_width = linear_factors(low, high, BINS)
+    ends = (low, high, scale, inv_width)
+
+    total = tl.zeros((LANES,), tl.float32)
+    squares = tl.zeros((LANES,), tl.float32)
+    magnitudes = tl.zeros((LANES,), tl.float32)
+    smallest = tl.full((LANES,), INF, tl.float32)
+    largest = tl.full((LANES,), -INF, tl.float32)
+    zeros = tl.zeros((LANES,), tl.int32)
+    histogram = tl.zeros((SLOTS,), tl.int32)
+
+    for start in range(0, n_aligned, ROWS * LANES):
+        x = load_tile(address, start + tile, DTYPE, IS_BFLOAT16)
+        # Reducing over rows stays inside a thread.
+        total += tl.sum(x, 0)
+        squares += tl.sum(x * x, 0)
+        magnitudes += tl.sum(tl.abs(x), 0)
+        smallest = tl.minimum(smallest, tl.min(x, 0))
+        largest = tl.maximum(largest, tl.max(x, 0))
+        zeros += tl.sum((x == 0.0).to(tl.int32), 0)
+        if BINS > 0:
+            slot = tl.reshape(
+                find_slots(x, ends, BINS, SLOTS, LOG2), [ROWS * LANES], can_reorder=True
+            )
+            histogram += tl.histogram(slot, SLOTS)
+
+    for start in range(n_aligned, n, LANES):
+        offsets = start + lanes
+        mask = offsets < n
+        x = load_any(address, strides, offsets, n, 0.0, DTYPE, IS_BFLOAT16)
+        total += x
+        squares += x * x
+        magnitudes += tl.abs(x)
+        smallest = tl.minimum(smallest, tl.where(mask, x, INF))
+        largest = tl.maximum(largest, tl.where(mask, x, -INF))
+        zeros += (mask & (x == 0.0)).to(tl.int32)
+        if BINS > 0:
+            histogram += tl.histogram(find_slots(x, ends, BINS, SLOTS, LOG2), SLOTS, mask=mask)
+
+    s, q, a, lo, hi, z = tl.reduce(
+        (total, squares, magnitudes, smallest, largest, zeros), 0, _combine
+    )
+    largest_magnitude = tl.maximum(-lo, hi)
+    # False also when q or an extreme is NaN or infinite.
+    safe = (largest_magnitude >= SAFE_LOW) & (largest_magnitude <= SAFE_HIGH) & (q < INF)
+    safe = safe & (s * s <= 0.5 * q * n)
+    if safe | ((largest_magnitude == 0.0) & (q == 0.0)):
+        sum64 = s.to(tl.float64)
+        l1 = a.to(tl.float64)
+        squares64 = q.to(tl.float64)
+        deviations = squares64 - sum64 * sum64 / n
+        finite = n
+        nan = 0
+        posinf = 0
+        neginf = 0
+    else:
+        sum64, l1, squares64, deviations, lo, hi, finite, nan, posinf, neginf = careful_sums(
+            address, strides, n, DTYPE, IS_BFLOAT16, LANES
+        )
+
+    below = 0
+    above = 0
+    if BINS > 0 and not LOG2:
+        # NaN is in no order, so it went with the values below the range.
+        below = tl.sum(tl.where(slots == BINS, histogram, 0)) - nan - neginf
+        above = tl.sum(tl.where(slots == BINS + 1, histogram, 0)) - posinf
+    partial_ptr = partials_ptr + tl.program_id(0).to(tl.int64) * PARTIAL_FIELDS
+    tl.store(partial_ptr, sum64)
+    tl.store(partial_ptr + 1, l1)
+    tl.store(partial_ptr + 2, squares64)
+    tl.store(partial_ptr + 3, deviations)
+    tl.store(partial_ptr + 4, lo.to(tl.float64))
+    tl.store(partial_ptr + 5, hi.to(tl.float64))
+    tl.store(partial_ptr + 6, finite.to(tl.float64))
+    tl.store(partial_ptr + 7, z.to(tl.float64))
+    tl.store(partial_ptr + 8, nan.to(tl.float64))
+    tl.store(partial_ptr + 9, posinf.to(tl.float64))
+    tl.store(partial_ptr + 10, neginf.to(tl.float64))
+    tl.store(partial_ptr + 11, below.to(tl.float64))
+    tl.store(partial_ptr + 12, above.to(tl.float64))
+    if BINS > 0:
+        add_histogram(histogram, counts_ptr + tensor * BINS, BINS, SLOTS, LOG2)
+
+
+@triton.jit
+def add_histogram(
+    histogram, counts_ptr, BINS: tl.constexpr, SLOTS: tl.constexpr, LOG2: tl.constexpr
+):
+    """Add a program's slots to the counts of its tensor, finite values alone.
+
+    Args:
+        histogram: int32 (SLOTS,).
+        counts_ptr: int64 (BINS,).
+        BINS: bins.
+        SLOTS: slots.
+        LOG2: log2 bins.
+    """
+    slots = tl.arange(0, SLOTS)
+    if LOG2:
+        bins = log2_bin(slots)
+        # Magnitudes from 1020 on have the exponent of infinity and NaN.
+        kept = (slots & 1023) < 1020
+    else:
+        bins = slots
+        kept = slots < BINS
+    mask = kept & (histogram != 0)
+    tl.atomic_add(counts_ptr + bins, histogram.to(tl.int64), mask=mask, sem="relaxed")

@@ -1,0 +1,292 @@
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import gradstat
+from gradstat import LinearBins, Log2Bins
+
+ONE = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda f: f(3), TypeError, "a tensor or a list of tensors; x is int"),
+        (
+            lambda f: f(t for t in (ONE,)),
+            TypeError,
+            "a tensor or a list of tensors; x is generator",
+        ),
+        (lambda f: f([]), ValueError, "at least one tensor; x is empty"),
+        (lambda f: f([ONE, None]), TypeError, "tensors; x[1] is NoneType"),
+        (lambda f: f([ONE, np.ones(1)]), TypeError, "tensors; x[1] is ndarray"),
+        (lambda f: f(ONE, 30), TypeError, "Log2Bins or LinearBins; bins is 30"),
+        (
+            lambda f: f(ONE, LinearBins),
+            TypeError,
+            f"Log2Bins or LinearBins; bins is {LinearBins!r}",
+        ),
+        (
+            lambda f: f(ONE, engine="cuda"),
+            ValueError,
+            "one of the engines cpu, reference, triton; engine is 'cuda'",
+        ),
+        (
+            lambda f: f([ONE, torch.ones(1, device="meta")]),
+            ValueError,
+            "tensors on one device; x[1] is on meta, x[0] on cpu",
+        ),
+        (
+            lambda f: f(ONE, LinearBins(3, track=True), previous=f([ONE, ONE])),
+            ValueError,
+            "a previous record of as many tensors with the same bins; previous is of 2 with "
+            f"{Log2Bins()}, x has 1 and bins is {LinearBins(3, track=True)}",
+        ),
+    ],
+)
+def test_statistics_refuses_by_argument(
+    call: Callable[..., Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^{re.escape('statistics() needs ' + message)}$"):
+        call(gradstat.statistics)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda f: f([1.0, 2.0]), TypeError, "histogram() needs a tensor; x is list"),
+        (lambda f: f(ONE, 0), ValueError, "LinearBins() needs 1 to 1048576 bins; bins is 0"),
+        (
+            lambda f: f(ONE, "auto"),
+            TypeError,
+            "LinearBins() needs an integer number of bins; bins is 'auto'",
+        ),
+        (
+            lambda f: f(ONE, 3, (1.0, 1.0)),
+            ValueError,
+            "LinearBins() needs low < high in float32; low is 1.0, high is 1.0",
+        ),
+        (
+            lambda f: f(ONE, 3, (0.0, math.inf)),
+            ValueError,
+            "LinearBins() needs a range finite in float32; high is inf",
+        ),
+        (
+            lambda f: f(ONE, 3, 1.0),
+            TypeError,
+            "histogram() needs a range of two numbers; range is 1.0",
+        ),
+        (
+            lambda f: f(ONE, 3, (1.0,)),
+            TypeError,
+            "histogram() needs a range of two numbers; range is (1.0,)",
+        ),
+        (
+            lambda f: f(ONE, Log2Bins(), (0.0, 1.0)),
+            ValueError,
+            "histogram() needs a range or a scheme, not both; range is (0.0, 1.0)",
+        ),
+    ],
+)
+def test_histogram_refuses_by_argument(
+    call: Callable[..., Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        call(gradstat.histogram)
+
+
+# torch deprecates quantised tensors, and warns once for each process.
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("function", ["statistics", "histogram"])
+@pytest.mark.parametrize(
+    ("make", "advice"),
+    [
+        (lambda: ONE.long(), "torch.int64: pass x.float()"),
+        (lambda: ONE.bool(), "torch.bool: pass x.float()"),
+        (lambda: ONE.to(torch.float8_e5m2), "torch.float8_e5m2: pass x.float()"),
+        (
+            lambda: ONE.to(torch.complex64),
+            "torch.complex64: pass torch.view_as_real(x) or x.abs()",
+        ),
+        (
+            lambda: ONE.to_sparse(),
+            "torch.sparse_coo (torch.float32): pass x.coalesce().values() or x.to_dense()",
+        ),
+        (
+            lambda: torch.quantize_per_tensor(ONE, 1.0, 0, torch.qint8),
+            "torch.qint8: pass x.dequantize()",
+        ),
+    ],
+)
+def test_functions_say_what_to_pass_instead(
+    function: str, make: Callable[[], torch.Tensor], advice: str
+) -> None:
+    message = f"{function}() needs dense floating-point tensors; x[0] is {advice}"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        getattr(gradstat, function)(make())
+
+
+@pytest.mark.parametrize("function", [gradstat.statistics, gradstat.histogram])
+def test_functions_refuse_an_unknown_engine_in_the_environment(
+    function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADSTAT_ENGINE", "fast")
+    message = (
+        f"{function.__name__}() needs one of the engines cpu, reference, triton; "
+        f"GRADSTAT_ENGINE is 'fast'"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        function(ONE)
+
+
+@pytest.mark.parametrize(
+    ("argument", "variable", "module"),
+    [
+        (None, None, "cpu"),
+        (None, "", "cpu"),
+        (None, "reference", "reference"),
+        ("cpu", "reference", "cpu"),
+        ("reference", None, "reference"),
+        ("triton", "cpu", "gpu"),
+    ],
+)
+def test_engine_is_the_argument_then_the_environment_then_the_device(
+    argument: str | None, variable: str | None, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if variable is not None:
+        monkeypatch.setenv("GRADSTAT_ENGINE", variable)
+    expected = gradstat.statistics(ONE, engine="reference")
+    calls = []
+
+    def measure(*_: object) -> gradstat.Statistics:
+        calls.append(module)
+        return expected
+
+    monkeypatch.setattr(f"gradstat.engines.{module}.measure", measure)
+    assert gradstat.ops.measure([ONE], Log2Bins(), engine=argument) is expected
+    assert calls == [module]
+
+
+def test_triton_refuses_cpu_tensors_that_it_cannot_read() -> None:
+    code = "import torch, gradstat; gradstat.statistics(torch.ones(1), engine='triton')"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    message = "ValueError: engine 'triton' needs CUDA tensors, or TRITON_INTERPRET=1"
+    assert message in run.stderr
+    assert "the tensors are on cpu" in run.stderr
+
+
+@pytest.mark.parametrize("x", [torch.tensor(2.0), torch.ones(2, 3), torch.empty(0, 4)])
+def test_statistics_takes_any_shape(x: torch.Tensor) -> None:
+    s = gradstat.statistics(x)
+    assert int(s.numel) == x.numel()
+    assert int(s.counts.sum()) == x.numel()
+    assert gradstat.statistics([x]).counts.shape == (1, 2048)
+
+
+def test_statistics_of_a_parameter_needs_no_gradient() -> None:
+    x = torch.ones(3, requires_grad=True)
+    s = gradstat.statistics([x, x * 2])
+    assert s.sum.tolist() == [3.0, 6.0]
+    assert not s.floats.requires_grad
+
+
+def test_statistics_changes_nothing(generator: torch.Generator) -> None:
+    x = torch.randn(1000, generator=generator)
+    x[:3] = torch.tensor([math.nan, math.inf, -0.0])
+    before = x.clone()
+    gradstat.statistics(x, LinearBins(30))
+    assert torch.equal(x.view(torch.int32), before.view(torch.int32))
+
+
+@pytest.mark.parametrize(("bins", "range_"), [(30, None), (7, (-0.5, 1.5)), (1, None)])
+def test_histogram_agrees_with_numpy(
+    bins: int, range_: tuple[float, float] | None, generator: torch.Generator
+) -> None:
+    x = torch.randn(5000, generator=generator)
+    counts, edges = gradstat.histogram(x, bins, range_)
+    assert counts.dtype == torch.int64
+    assert edges.dtype == torch.float64
+    assert np.array_equal(counts.numpy(), np.histogram(x.double().numpy(), edges.numpy())[0])
+    ours, theirs = edges.numpy(), np.histogram_bin_edges(x.double().numpy(), bins, range_)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+def compiled_histogram(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    counts, edges = gradstat.histogram(x * 2, 10)
+    return counts * 2, edges, *gradstat.histogram(x, 5, (-1.0, 1.0))
+
+
+def compiled_statistics(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    s = gradstat.statistics([x, x[1:] * 2])
+    union = s[0].merge(s[1])
+    fields = (s.mean, s.var, s.rms, s.counts, s.edges)
+    return *fields, s.quantile(0.5), s.underflow(torch.float16), union.std, s.unscale(4.0).l2
+
+
+def compiled_tracking(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    bins = LinearBins(5, track=True)
+    first = gradstat.statistics(x, bins)
+    second = gradstat.statistics(x * 3, bins, previous=first)
+    return second.counts, second.below, second.above, second.edges
+
+
+@pytest.fixture(scope="module")
+def inductor() -> str:
+    """Name of the backend; skips where it cannot compile anything at all."""
+    try:
+        torch.compile(torch.neg, backend="inductor")(ONE)
+    except RuntimeError as error:
+        pytest.skip(f"inductor needs a C++ compiler and Python's headers: {error}")
+    return "inductor"
+
+
+@pytest.fixture(params=["aot_eager", "inductor"])
+def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "inductor":
+        request.getfixturevalue("inductor")
+    name: str = request.param
+    return name
+
+
+@pytest.mark.parametrize(
+    "function",
+    [compiled_histogram, compiled_statistics, compiled_tracking],
+    ids=lambda f: f.__name__,
+)
+def test_functions_compile_without_a_graph_break(
+    function: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
+    backend: str,
+    generator: torch.Generator,
+) -> None:
+    x = torch.randn(100, generator=generator)
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for got, expected in zip(compiled(x), function(x), strict=True):
+        # Derived values are the compiler's own arithmetic, to float64's last digits.
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(5), LinearBins(5, -1.0, 1.0)])
+def test_measure_is_a_well_behaved_operator(
+    bins: Log2Bins | LinearBins, engine: str, generator: torch.Generator
+) -> None:
+    tensors = [torch.randn(9, generator=generator), torch.randn(2, 3, generator=generator).half()]
+    ranges = gradstat.ops.known_range(bins, torch.device("cpu"), 2)
+    torch.library.opcheck(torch.ops.gradstat.measure, (tensors, bins.spec, *ranges, engine))
+
+
+def test_linear_edges_is_a_well_behaved_operator() -> None:
+    low, high = torch.tensor([0.0, -1.0]), torch.tensor([1.0, 5.0])
+    torch.library.opcheck(torch.ops.gradstat.linear_edges, (low, high, 7))
