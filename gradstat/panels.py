@@ -78,7 +78,7 @@ def grid_3d(figure: Figure | None, histories: int, layers: int) -> tuple[Figure,
     for panel in range(histories * layers):
         row = panel // layers * rows_each + panel % layers // columns
         column = panel % layers % columns
-        boxes.append((column * cell[0], 1 - (row + 1) * cell[1], cell[0], 0.92 * cell[1]))
+        boxes.append((column * cell[0], 1 - (row + 1) * cell[1], cell[0], 0.9 * cell[1]))
     bar = min(0.5, 2.4 / height)
     return figure, boxes, (1 - 0.62 / width, (1 - bar) / 2, 0.12 / width, bar)
 
@@ -93,8 +93,8 @@ def style_3d(ax: Axes3D, title: str, x_limits: Limits, y_limits: Limits, top: fl
     ax.set_xlim(*x_limits)
     ax.set_ylim(*y_limits)
     ax.set_zlim(0, top)
-    ax.set_title(title, fontsize=10, color=INK, y=1.03, pad=0)
-    for axis, pad in ((ax.xaxis, -3), (ax.yaxis, -3), (ax.zaxis, -1)):
+    ax.set_title(title, fontsize=10, color=INK, y=1.06, pad=0)
+    for axis, pad in ((ax.xaxis, -3), (ax.yaxis, -3), (ax.zaxis, 1)):
         axis.pane.set_facecolor("white")
         axis.pane.set_edgecolor(GRID)
         axis._axinfo["grid"].update(color=GRID, linewidth=0.6)

@@ -85,7 +85,7 @@ def ridge(
         panels.style_3d(ax, title, limits, span, max(1, counts.max()))
         ax.set_xlabel(r"$\log_2$ |gradient|" if log2 else "gradient", labelpad=-3)
         ax.set_ylabel(unit, labelpad=-3)
-        ax.set_zlabel("count", labelpad=-1)
+        ax.set_zlabel("count", labelpad=1)
         panels.add_ridges(ax, time, counts, edges, limits, color.to_rgba(time))
     colorbar = panels.add_colorbar(figure, color, unit, figure.add_axes(bar))
     colorbar.locator = panels.whole_numbers(5)

@@ -1,0 +1,23 @@
+"""The library alone: watch a deep sigmoid network train and see which layers learn nothing."""
+
+import torch
+from torch import nn
+
+import gradstat
+import gradstat.plot
+
+torch.manual_seed(0)
+model = nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(32, 32), nn.Sigmoid())])
+optimizer = torch.optim.Adam(model.parameters())
+
+with gradstat.watch(model) as w:
+    for _ in range(100):
+        x = torch.rand(64, 32)
+        loss = nn.functional.mse_loss(model(x), x)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+for layer, rms in zip(w.history.layers, w.history["rms"][-1], strict=True):
+    print(f"{layer:9}  {rms:.1e}")
+gradstat.plot.curves(w.history).savefig("gradients.png")
