@@ -5,7 +5,7 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: help study test test-slow lint format bench clean
+.PHONY: help study images test test-slow lint format bench clean
 # Two installs at once into one environment would damage it.
 .NOTPARALLEL:
 # A half-made environment must not pass for a whole one.
@@ -13,6 +13,7 @@ BIN := $(VENV)/bin
 
 help:
 	@echo "make study      train two small networks and draw how their gradients are distributed"
+	@echo "make images     the same, for the figures of the documentation"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the long property tests: 10,000 examples each"
 	@echo "make lint       check style, format and types"
@@ -22,6 +23,10 @@ help:
 
 study: $(VENV)/installed-study
 	$(BIN)/python examples/relu_vs_sigmoid.py $(ARGS)
+
+images: $(VENV)/installed-study
+	$(BIN)/python examples/relu_vs_sigmoid.py
+	$(BIN)/python docs/make_images.py study
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest $(ARGS)

@@ -1,0 +1,49 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s#]+)[^)\s]*\)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_blocks_run_as_printed(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    text = page.read_text()
+    for block in BLOCK.finditer(text):
+        # Line numbers in a traceback are then those of the page.
+        line = text[: block.start(1)].count("\n")
+        exec(compile("\n" * line + block[1], page, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = LINK.findall(page.read_text())
+    assert [each for each in links if "://" not in each and not (page.parent / each).exists()] == []
+
+
+def test_readme_begins_with_the_quick_start_and_what_it_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT / "README.md").read_text()
+    code = BLOCK.search(readme)[1]
+    script = (ROOT / "examples" / "quickstart.py").read_text()
+    assert script.partition('"""\n\n')[2] == code
+
+    exec(compile(code, "README.md", "exec"), {})
+    got = [line.split() for line in capsys.readouterr().out.splitlines()]
+    printed = re.search(r"^```text\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)[1]
+    expected = [line.split() for line in printed.splitlines()]
+    assert [layer for layer, _ in got] == [layer for layer, _ in expected]
+    # Another machine adds in another order.
+    assert [float(rms) for _, rms in got] == pytest.approx([float(r) for _, r in expected], rel=0.1)
+    assert (tmp_path / "gradients.png").stat().st_size > 0
