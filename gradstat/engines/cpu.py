@@ -61,6 +61,7 @@ def measure(
     integers = np.zeros((rows, len(INTEGERS)), np.int64)
     floats = np.empty((rows, len(FLOATS)))
     counts = np.zeros((rows, bins.bins), np.int64)
+    tensors = [x.resolve_neg() for x in tensors]  # a copy where torch keeps a sign apart
     table, layouts = _tabulate(tensors)
     run = _Run(table, isinstance(bins, LinearBins), integers, floats, counts)
     if not isinstance(bins, LinearBins):
@@ -99,7 +100,10 @@ class _Run:
         self.table[-1, 0] = 0
 
         def job() -> None:
-            scratch = _scratches.pop() if _scratches else np.zeros(SCRATCH_WORDS, np.uint32)
+            try:
+                scratch = _scratches.pop()
+            except IndexError:  # all are in use
+                scratch = np.zeros(SCRATCH_WORDS, np.uint32)
             work(self.table, stage, self.is_linear, *self.results, scratch)
             _scratches.append(scratch)
 
@@ -117,8 +121,7 @@ def _tabulate(tensors: Sequence[Tensor]) -> tuple[Array, list[array[int]]]:
     items = 0
     for x in tensors:
         numel, address = x.numel(), 0
-        if not x.is_contiguous() or numel == 1:
-            x = x.resolve_neg()
+        if not x.is_contiguous():
             layout = _layout(x)
             if layout[0]:
                 layouts.append(layout)

@@ -23,19 +23,19 @@ from gradstat.kernels.histogram import histogram_kernel
 from gradstat.kernels.measure import PARTIAL_FIELDS, measure_kernel
 from gradstat.statistics import FLOATS, INTEGERS, Statistics
 
-MAX_BINS = 4094  # a program keeps its histogram, with two more slots, in registers
+MAX_BINS = 4093  # a program keeps its histogram, with three more slots, in registers
 FINISH_BLOCK = 128
 MAX_PLANS = 64
 
-# Element type in device code and columns of a tile: one 16-byte load for each of 128 threads.
-# bfloat16 is loaded as bits.
-KINDS = {
-    torch.float32: (tl.float32, 512),
-    torch.float16: (tl.float16, 1024),
-    torch.bfloat16: (tl.int16, 1024),
-}
+NUM_WARPS = 8
 ROWS = 4
-NUM_WARPS = 4
+# Element type in device code, bfloat16 as its bits, and columns of a tile: a 16-byte load for each
+# thread.
+KINDS = {
+    torch.float32: (tl.float32, 1024),
+    torch.float16: (tl.float16, 2048),
+    torch.bfloat16: (tl.int16, 2048),
+}
 
 # A range's kind, as finish_kernel takes it.
 NO_RANGE, KNOWN_RANGE, AUTOMATIC_RANGE = range(3)
@@ -55,7 +55,7 @@ def measure(
 ) -> Statistics:
     """Statistics of each tensor of a list, as `reference.measure`, without waiting for the device.
 
-    float64 tensors, and all tensors when there are more than 4,094 linear bins, go to the reference
+    float64 tensors, and all tensors when there are more than 4,093 linear bins, go to the reference
     engine.
 
     Args:
@@ -78,6 +78,7 @@ def measure(
         )
     if bins.bins > MAX_BINS:
         return reference.measure(tensors, bins, low, high)
+    tensors = [x.resolve_neg() for x in tensors]  # a copy where torch keeps a sign apart
     n = len(tensors)
     result = Statistics(
         bins,
@@ -106,7 +107,7 @@ def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None
     element, lanes = KINDS[group.dtype]
     is_bfloat16 = group.dtype == torch.bfloat16
     n_bins = 0 if kind == AUTOMATIC_RANGE else bins.bins
-    slots = 2048 if kind == NO_RANGE else 1 << (bins.bins + 1).bit_length()
+    slots = 2048 if kind == NO_RANGE else 1 << (bins.bins + 2).bit_length()
     partials = result.floats.new_empty((n_items, PARTIAL_FIELDS.value))
     if n_items:
         measure_kernel[(n_items,)](
