@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import zipfile
+from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from gradstat.statistics import DERIVED, FLOATS, INTEGERS, Statistics
 
 FORMAT = "gradstat history 1"
 FIELDS = (*INTEGERS, *FLOATS, *DERIVED)
+_SAVED = ["format", "bins", "layers", "steps", "integers", "floats", "sizes", "indices", "values"]
 _DENSE_BYTES = 4 << 20  # dense histograms waiting to be packed together
 
 Array = NDArray[Any]
@@ -46,9 +47,10 @@ class History:
         self.layers = list(layers)
         self.bins = bins
         self._steps: list[int] = []
-        self._integers: list[Array] = []
-        self._floats: list[Array] = []
-        self._dense: list[Array] = []
+        # With room for more records than there are, so that adding one seldom copies the others.
+        self._integers = np.empty((0, len(self.layers), len(INTEGERS)), dtype=np.int64)
+        self._floats = np.empty((0, len(self.layers), len(FLOATS)))
+        self._dense: list[Array] = []  # histograms of the newest records, not packed yet
         self._packed = SparseRows.empty()
 
     @property
@@ -65,18 +67,26 @@ class History:
         return f"History({len(self)} steps, {len(self.layers)} layers, {self.bins})"
 
     def append(self, step: int, integers: Array, floats: Array, counts: Array) -> None:
-        """Add one record; the arrays are kept, not copied.
+        """Add one record.
 
         Args:
             step: its number, higher than the last one's.
             integers: int64 ``(L, 8)``, fields as in `Statistics`.
             floats: float64 ``(L, 8)``.
-            counts: int64 ``(L, bins)``.
+            counts: int64 ``(L, bins)``, kept for a while, not copied.
+
+        Raises:
+            ValueError: a step that is not higher.
         """
-        self._steps.append(step)
-        self._integers.append(integers)
-        self._floats.append(floats)
+        at = len(self)
+        if at and step <= self._steps[-1]:
+            raise ValueError(f"append() needs a step after {self._steps[-1]}; step is {step}")
+        if at == len(self._integers):
+            self._integers = _with_room(self._integers)
+            self._floats = _with_room(self._floats)
+        self._integers[at], self._floats[at] = integers, floats
         self._dense.append(counts)
+        self._steps.append(step)
         if len(self._dense) * counts.nbytes > _DENSE_BYTES:
             self._pack()
 
@@ -94,13 +104,11 @@ class History:
         """
         if field not in FIELDS:
             raise KeyError(f"History[] needs one of {', '.join(FIELDS)}; got {field!r}")
-        shape = (len(self), len(self.layers))
-        integers = np.array(self._integers, dtype=np.int64).reshape(*shape, len(INTEGERS))
-        floats = np.array(self._floats, dtype=np.float64).reshape(*shape, len(FLOATS))
+        integers, floats = self._integers[: len(self)], self._floats[: len(self)]
         statistics = Statistics(
-            self.bins, torch.from_numpy(integers), torch.from_numpy(floats), torch.empty(*shape, 0)
+            self.bins, torch.from_numpy(integers), torch.from_numpy(floats), torch.empty(0)
         )
-        values: Array = getattr(statistics, field).numpy()
+        values: Array = getattr(statistics, field).numpy().copy()
         return values
 
     def record(self, step: int = -1) -> Statistics:
@@ -116,10 +124,9 @@ class History:
             KeyError: a step that was not recorded.
         """
         at = self._find_step(step)
-        self._pack()
-        n = len(self.layers)
-        rows = range(at * n, (at + 1) * n)
-        counts = np.stack([self._packed.row(row, self.bins.bins) for row in rows])
+        counts = np.empty((len(self.layers), self.bins.bins), dtype=np.int64)
+        for column in range(len(self.layers)):
+            counts[column] = self._counts(at, column)
         return Statistics(
             self.bins,
             torch.from_numpy(self._integers[at].copy()),
@@ -141,9 +148,7 @@ class History:
             KeyError: an unknown layer, or a step that was not recorded.
         """
         column, at = self._find_layer(layer), self._find_step(step)
-        self._pack()
-        counts = self._packed.row(at * len(self.layers) + column, self.bins.bins)
-        return counts, self._edges(self._floats[at][column])
+        return self._counts(at, column), self._edges(self._floats[at, column])
 
     def histograms(self, layer: str) -> tuple[Array, Array]:
         """Histogram of one layer in every recorded step.
@@ -159,13 +164,10 @@ class History:
             KeyError: an unknown layer.
         """
         column = self._find_layer(layer)
-        self._pack()
-        rows = range(column, len(self) * len(self.layers), len(self.layers))
-        counts = np.zeros((len(self), self.bins.bins), dtype=np.int64)
-        for at, row in enumerate(rows):
-            counts[at] = self._packed.row(row, self.bins.bins)
-        floats = [record[column] for record in self._floats]
-        return counts, self._edges(np.array(floats).reshape(len(self), len(FLOATS)))
+        counts = np.empty((len(self), self.bins.bins), dtype=np.int64)
+        for at in range(len(self)):
+            counts[at] = self._counts(at, column)
+        return counts, self._edges(self._floats[: len(self), column])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the whole record to a NumPy ``.npz`` file, which appears whole or not at all.
@@ -174,6 +176,7 @@ class History:
             path: the file; one that is there is replaced.
         """
         self._pack()
+        sizes, indices, values = self._packed.arrays()
         target = Path(path)
         unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
@@ -184,11 +187,11 @@ class History:
                     bins=np.array(self.bins.spec),
                     layers=np.array(self.layers, dtype=np.str_),
                     steps=self.steps,
-                    integers=np.array(self._integers, dtype=np.int64),
-                    floats=np.array(self._floats, dtype=np.float64),
-                    sizes=self._packed.sizes,
-                    indices=self._packed.indices,
-                    values=self._packed.values,
+                    integers=self._integers[: len(self)],
+                    floats=self._floats[: len(self)],
+                    sizes=sizes,
+                    indices=indices,
+                    values=values,
                 )
             unfinished.replace(target)
         finally:
@@ -205,46 +208,65 @@ class History:
             An equal History.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: there is no such file; another OSError: it cannot be opened.
             ValueError: a damaged file, or one that `save` did not write.
         """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                data = {name: file[name] for name in file.files}
-            if str(data["format"]) != FORMAT:
-                raise ValueError(f"its format is {data['format']}, not {FORMAT}")
-            history = cls([str(name) for name in data["layers"]], parse_bins(str(data["bins"])))
-            history._restore(data)
-        except FileNotFoundError:
-            raise
-        except (ValueError, KeyError, OSError, EOFError, TypeError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"History.load() needs a file that History.save() wrote; {os.fspath(path)} is "
-                f"damaged or another kind: {error}"
-            ) from error
-        return history
+        with Path(path).open("rb") as file:
+            try:
+                with np.load(file, allow_pickle=False) as arrays:
+                    return cls._restored({name: arrays[name] for name in arrays.files})
+            except Exception as error:  # zipfile, zlib and NumPy meet damage with a dozen kinds
+                raise ValueError(
+                    f"History.load() needs a file that History.save() wrote; {os.fspath(path)} is "
+                    f"damaged or another kind: {error}"
+                ) from error
 
-    def _restore(self, data: dict[str, Array]) -> None:
-        n_steps, n_layers = len(data["steps"]), len(self.layers)
-        sizes, indices, values = data["sizes"], data["indices"], data["values"]
-        shapes_fit = (
-            data["integers"].size == n_steps * n_layers * len(INTEGERS)
-            and data["floats"].size == n_steps * n_layers * len(FLOATS)
-            and sizes.shape == (n_steps * n_layers,)
-            and indices.shape == values.shape == (int(sizes.sum()),)
-            and (indices.size == 0 or int(indices.max()) < self.bins.bins)
+    @classmethod
+    def _restored(cls, data: dict[str, Array]) -> History:
+        if missing := [name for name in _SAVED if name not in data]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        if str(data["format"]) != FORMAT:
+            raise ValueError(f"its format is {data['format']}, not {FORMAT}")
+        history = cls([str(name) for name in data["layers"].flat], parse_bins(str(data["bins"])))
+        # A "safe" cast refuses what could lose anything, such as floats for integers.
+        steps, integers, sizes, indices, values = (
+            data[name].astype(np.int64, casting="safe")
+            for name in ("steps", "integers", "sizes", "indices", "values")
         )
-        if not shapes_fit:
+        floats = data["floats"].astype(np.float64, casting="safe")
+        shape = (len(steps), len(history.layers))
+        fit = (
+            data["layers"].ndim == steps.ndim == 1
+            and len(set(history.layers)) == shape[1]
+            and integers.shape == (*shape, len(INTEGERS))
+            and floats.shape == (*shape, len(FLOATS))
+            and _rise(steps, np.zeros(1, dtype=np.int64))
+            and sizes.shape == (shape[0] * shape[1],)
+            and bool((sizes >= 0).all())
+            and indices.shape == values.shape == (sizes.sum(),)
+            and bool((indices < history.bins.bins).all())
+            and _rise(indices, np.cumsum(sizes) - sizes)
+            and bool((values > 0).all())
+        )
+        if not fit:
             raise ValueError("its arrays do not fit each other")
-        self._steps = [int(step) for step in data["steps"]]
-        self._integers = list(data["integers"].reshape(n_steps, n_layers, -1))
-        self._floats = list(data["floats"].reshape(n_steps, n_layers, -1))
-        self._packed = SparseRows(sizes, indices, values)
+        history._steps = steps.tolist()
+        history._integers, history._floats = integers, floats
+        history._packed = SparseRows(sizes, data["indices"], data["values"])
+        return history
 
     def _pack(self) -> None:
         if self._dense:
             self._packed.extend(np.concatenate(self._dense))
             self._dense.clear()
+
+    def _counts(self, at: int, column: int) -> Array:
+        """Histogram of a layer, by its column, in the record at a position: a new array."""
+        n_packed = len(self) - len(self._dense)
+        if at >= n_packed:
+            dense: Array = self._dense[at - n_packed][column].copy()
+            return dense
+        return self._packed.row(at * len(self.layers) + column, self.bins.bins)
 
     def _edges(self, floats: Array) -> Array:
         """Edges for rows of `FLOATS`."""
@@ -260,6 +282,19 @@ class History:
     def _find_step(self, step: int) -> int:
         if step < 0 and -step <= len(self):
             return len(self) + step
-        if step not in self._steps:
+        at = bisect_left(self._steps, step)
+        if at == len(self) or self._steps[at] != step:
             raise KeyError(f"History needs a recorded step; step is {step} of {len(self)} records")
-        return self._steps.index(step)
+        return at
+
+
+def _with_room(rows: Array) -> Array:
+    """The same rows with room for as many again."""
+    return np.concatenate([rows, np.empty((max(len(rows), 16), *rows.shape[1:]), rows.dtype)])
+
+
+def _rise(x: Array, starts: Array) -> bool:
+    """Whether integers are non-negative and, between one start and the next, increase."""
+    steps = np.diff(x, prepend=0)
+    steps[starts[starts < len(x)]] = 1
+    return bool((x >= 0).all() and (steps > 0).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,23 @@ Array = NDArray[Any]
 
 
 class SparseRows:
-    """Rows of counts as their non-zero entries, appended in blocks.
+    """Rows of counts as their non-zero entries.
+
+    Appended in blocks that are never put together: neither adding a row nor reading one costs more
+    for the rows that are there already.
 
     Args:
-        sizes: entries of each row, int32.
+        sizes: entries of each row, integers.
         indices: bin of each entry, uint32 or, where it fits, uint16.
         values: count of each entry, int64 or, where it fits, uint32.
     """
 
     def __init__(self, sizes: Array, indices: Array, values: Array) -> None:
-        self._blocks = [(sizes, indices, values)]
-        self._ends = np.cumsum(sizes)
+        self._starts: list[int] = []  # first row of each block
+        # Of each block: where each row's entries end, their bins, their counts.
+        self._blocks: list[tuple[Array, Array, Array]] = []
+        self._n_rows = 0
+        self._add(sizes, indices, values)
 
     @classmethod
     def empty(cls) -> SparseRows:
@@ -33,40 +40,29 @@ class SparseRows:
         at, indices = np.nonzero(rows != 0)
         values = rows[at, indices]
         small = values.size == 0 or values.max() < 1 << 32
-        self._blocks.append(
-            (
-                np.bincount(at, minlength=len(rows)).astype(np.int32),
-                indices.astype(np.uint16 if rows.shape[1] <= 1 << 16 else np.uint32),
-                values.astype(np.uint32) if small else values,
-            )
+        self._add(
+            np.bincount(at, minlength=len(rows)),
+            indices.astype(np.uint16 if rows.shape[1] <= 1 << 16 else np.uint32),
+            values.astype(np.uint32) if small else values,
         )
 
     def row(self, row: int, bins: int) -> Array:
         """One row, dense: int64 ``(bins,)``."""
-        self._join()
-        part = slice(self._ends[row - 1] if row else 0, self._ends[row])
+        block = bisect_right(self._starts, row) - 1
+        ends, indices, values = self._blocks[block]
+        at = row - self._starts[block]
+        part = slice(ends[at - 1] if at else 0, ends[at])
         dense = np.zeros(bins, dtype=np.int64)
-        dense[self.indices[part]] = self.values[part]
+        dense[indices[part]] = values[part]
         return dense
 
-    @property
-    def sizes(self) -> Array:
-        """Entries of each row."""
-        return self._join()[0]
+    def arrays(self) -> tuple[Array, Array, Array]:
+        """Sizes, indices and values of all rows, as the constructor takes them."""
+        sizes = [np.diff(ends, prepend=0).astype(np.int32) for ends, _, _ in self._blocks]
+        _, indices, values = zip(*self._blocks, strict=True)
+        return np.concatenate(sizes), np.concatenate(indices), np.concatenate(values)
 
-    @property
-    def indices(self) -> Array:
-        """Bin of each entry."""
-        return self._join()[1]
-
-    @property
-    def values(self) -> Array:
-        """Count of each entry."""
-        return self._join()[2]
-
-    def _join(self) -> tuple[Array, Array, Array]:
-        if len(self._blocks) > 1:
-            sizes, indices, values = (np.concatenate(c) for c in zip(*self._blocks, strict=True))
-            self._blocks = [(sizes, indices, values)]
-            self._ends = np.cumsum(sizes)
-        return self._blocks[0]
+    def _add(self, sizes: Array, indices: Array, values: Array) -> None:
+        self._starts.append(self._n_rows)
+        self._blocks.append((np.cumsum(sizes, dtype=np.int64), indices, values))
+        self._n_rows += len(sizes)
