@@ -26,9 +26,8 @@ FIELDS = 12
 
 BFLOAT16, FLOAT16, FLOAT32, FLOAT64 = range(4)
 
-SIGN, INFINITY = np.uint32(0x80000000), np.uint32(0x7F800000)
+SIGN = np.uint32(0x80000000)
 LARGEST = np.float32(FLOAT32_MAX)
-_LARGEST64 = np.finfo(np.float64).max
 
 # Where the squares cancel down to this share of themselves, they are summed again about the mean.
 _CANCELLATION = 2.0**-20
@@ -64,49 +63,64 @@ def merge(into: Array, other: Array) -> None:
 
 @compiled
 def summarise(x: Array, spare: Array, partial: Array) -> None:
-    """Write the partial of a float32 block; ``spare`` is room for a copy of it."""
+    """Write the partial of a float32 or float64 block; ``spare`` is room for a copy of it."""
     clear(partial)
     partial[FINITE], partial[UNIT] = x.size, 1.0
-    smallest, largest, zeros = _extremes(x.view(np.uint32))
+    smallest, largest, zeros = _extremes(x)
     filler, fillers = 0.0, 0.0
-    if max(smallest & ~SIGN, largest & ~SIGN) >= INFINITY:
+    if not (abs(smallest) < np.inf and abs(largest) < np.inf):
         clean = spare[: x.size]
-        filler = _replace_nonfinite(x.view(np.uint32), clean.view(np.uint32), partial)
+        filler = _replace_nonfinite(x, clean, partial)
         if partial[FINITE] == 0:
             return
         fillers = x.size - partial[FINITE]
         x = clean
-        smallest, largest, zeros = _extremes(x.view(np.uint32))
-    low, high = (
-        np.float64(np.uint32(smallest).view(np.float32)),
-        np.float64(np.uint32(largest).view(np.float32)),
-    )
-    partial[MIN], partial[MAX] = low, high
+        smallest, largest, zeros = _extremes(x)
+    partial[MIN], partial[MAX] = smallest, largest
     # The fillers are taken out again: exact for the count, far below float32 for the sums.
     partial[ZEROS] = zeros - (fillers if filler == 0 else 0.0)
-    count = partial[FINITE]
+    count, scale = partial[FINITE], 1.0
+    if x.itemsize == 8:
+        partial[UNIT], scale = _unit(max(abs(smallest), abs(largest)))
+    low, filler = smallest * scale, filler * scale
     if smallest == largest:
         partial[SUM], partial[L1], partial[SQUARES] = count * low, count * abs(low), count * low**2
         return
-    total, magnitude, squares = _sums(x)
+    total, magnitude, squares = _sums(x, scale)
     total -= fillers * filler
     squares -= fillers * filler**2
     mean = total / count
     central = squares - total * mean
     if central < _CANCELLATION * squares:
-        central = _central_squares(x, mean) - fillers * (filler - mean) ** 2
+        central = _central_squares(x, scale, mean) - fillers * (filler - mean) ** 2
     partial[SUM], partial[L1] = total, magnitude - fillers * abs(filler)
     partial[SQUARES], partial[CENTRAL] = squares, max(central, 0.0)
 
 
 @compiled
-def _extremes(bits: Array) -> tuple[Scalar, Scalar, Scalar]:
-    """Bits of the smallest and of the largest value, and how many zeros there are of either sign.
+def _unit(largest: float) -> tuple[float, float]:
+    """Power of two near the largest magnitude of a float64 block, and its reciprocal.
 
-    The largest unsigned pattern is the most negative value if it has a sign; the largest signed one
-    is the most positive value if it has none. NaN and infinities come out as an extreme, so that a
-    block without them needs no test per element.
+    No square of a float32 overflows float64 or is lost in it: there the unit stays 1.
     """
+    _, exponent = math.frexp(largest)
+    exponent = min(max(exponent - 1, -1022), 1023) if largest > 0 else -1022
+    return math.ldexp(1.0, exponent), math.ldexp(1.0, -exponent)
+
+
+@compiled
+def _extremes(x: Array) -> tuple[float, float, int]:
+    """The smallest and the largest value, and how many zeros there are of either sign.
+
+    The largest unsigned bit pattern is the most negative value if it has a sign; the largest signed
+    one is the most positive value if it has none. NaN and infinities come out as an extreme, so
+    that a block without them needs no test per element.
+    """
+    return _extremes64(x.view(np.uint64)) if x.itemsize == 8 else _extremes32(x.view(np.uint32))
+
+
+@compiled
+def _extremes32(bits: Array) -> tuple[float, float, int]:
     least, most = np.uint32(0xFFFFFFFF), np.uint32(0)
     signed_most, zeros = np.int32(-0x80000000), np.int32(0)
     for j in range(bits.size):
@@ -117,15 +131,34 @@ def _extremes(bits: Array) -> tuple[Scalar, Scalar, Scalar]:
         zeros = np.int32(zeros + np.int32(np.uint32(pattern & ~SIGN) == np.uint32(0)))
     smallest = most if most >= SIGN else least
     largest = np.uint32(signed_most) if signed_most >= 0 else least
-    return smallest, largest, zeros
+    return (
+        np.float64(np.uint32(smallest).view(np.float32)),
+        np.float64(np.uint32(largest).view(np.float32)),
+        np.int64(zeros),
+    )
+
+
+@compiled
+def _extremes64(bits: Array) -> tuple[float, float, int]:
+    least, most = np.uint64(0xFFFFFFFFFFFFFFFF), np.uint64(0)
+    signed_most, zeros = np.int64(-0x8000000000000000), np.int64(0)
+    for j in range(bits.size):
+        pattern = bits[j]
+        least = min(least, pattern)
+        most = max(most, pattern)
+        signed_most = max(signed_most, np.int64(pattern))
+        zeros += np.int64(np.uint64(pattern << np.uint64(1)) == np.uint64(0))
+    smallest = most if most >> np.uint64(63) else least
+    largest = np.uint64(signed_most) if signed_most >= 0 else least
+    return np.uint64(smallest).view(np.float64), np.uint64(largest).view(np.float64), zeros
 
 
 @compiled_sum
-def _sums(x: Array) -> tuple[float, float, float]:
-    """Sum, sum of magnitudes and of squares; in float64 no float32's square overflows."""
+def _sums(x: Array, scale: float) -> tuple[float, float, float]:
+    """Sum, sum of magnitudes and of squares, in float64, of the values times ``scale``."""
     total, magnitude, squares = 0.0, 0.0, 0.0
     for j in range(x.size):
-        value = np.float64(x[j])
+        value = np.float64(x[j]) * scale
         total += value
         magnitude += abs(value)
         squares += value * value
@@ -133,70 +166,35 @@ def _sums(x: Array) -> tuple[float, float, float]:
 
 
 @compiled_sum
-def _central_squares(x: Array, mean: float) -> float:
+def _central_squares(x: Array, scale: float, mean: float) -> float:
     squares = 0.0
     for j in range(x.size):
-        deviation = np.float64(x[j]) - mean
+        deviation = np.float64(x[j]) * scale - mean
         squares += deviation * deviation
     return squares
 
 
 @compiled
-def _replace_nonfinite(bits: Array, clean: Array, partial: Array) -> float:
+def _replace_nonfinite(x: Array, clean: Array, partial: Array) -> float:
     """Copy a block with NaN and infinities counted and replaced by its first finite value.
 
     Returns that value; ``partial[FINITE] == 0`` says that there is none.
     """
-    filler = np.uint32(0)
-    for j in range(bits.size):
-        if np.uint32(bits[j] & ~SIGN) < INFINITY:
-            filler = bits[j]
+    filler = x[0]
+    for j in range(x.size):
+        if abs(x[j]) < np.inf:
+            filler = x[j]
             break
     nan, posinf, neginf = np.int32(0), np.int32(0), np.int32(0)
-    for j in range(bits.size):
-        pattern = bits[j]
-        magnitude = np.uint32(pattern & ~SIGN)
-        nan = np.int32(nan + np.int32(magnitude > INFINITY))
-        posinf = np.int32(posinf + np.int32(pattern == INFINITY))
-        neginf = np.int32(neginf + np.int32(pattern == (INFINITY | SIGN)))
-        clean[j] = pattern if magnitude < INFINITY else filler
-    partial[NAN], partial[POSINF], partial[NEGINF] = nan, posinf, neginf
-    partial[FINITE] = bits.size - nan - posinf - neginf
-    return np.float64(np.uint32(filler).view(np.float32))
-
-
-@compiled
-def summarise_float64(x: Array, partial: Array) -> None:
-    """Write the partial of a float64 block."""
-    clear(partial)
     for j in range(x.size):
         value = x[j]
-        if abs(value) <= _LARGEST64:
-            partial[FINITE] += 1
-            partial[ZEROS] += value == 0
-            partial[MIN], partial[MAX] = min(partial[MIN], value), max(partial[MAX], value)
-        elif value != value:
-            partial[NAN] += 1
-        elif value > 0:
-            partial[POSINF] += 1
-        else:
-            partial[NEGINF] += 1
-    if partial[FINITE] == 0:
-        return
-    _, exponent = math.frexp(max(abs(partial[MIN]), abs(partial[MAX])))
-    exponent = min(max(exponent - 1, -1022), 1023) if partial[ZEROS] < partial[FINITE] else -1022
-    partial[UNIT], scale = math.ldexp(1.0, exponent), math.ldexp(1.0, -exponent)
-    for j in range(x.size):
-        value = x[j] * scale
-        if abs(value) <= _LARGEST64:
-            partial[SUM] += value
-            partial[L1] += abs(value)
-            partial[SQUARES] += value * value
-    mean = partial[SUM] / partial[FINITE]
-    for j in range(x.size):
-        value = x[j] * scale
-        if abs(value) <= _LARGEST64:
-            partial[CENTRAL] += (value - mean) ** 2
+        nan = np.int32(nan + np.int32(value != value))
+        posinf = np.int32(posinf + np.int32(value == np.inf))
+        neginf = np.int32(neginf + np.int32(value == -np.inf))
+        clean[j] = value if abs(value) < np.inf else filler
+    partial[NAN], partial[POSINF], partial[NEGINF] = nan, posinf, neginf
+    partial[FINITE] = x.size - nan - posinf - neginf
+    return np.float64(filler)
 
 
 @compiled
@@ -223,13 +221,12 @@ def narrow(value: float, is_linear: bool, high: Scalar) -> Scalar:
     `Log2Bins` it goes to the outermost bins instead.
     """
     x = np.float32(value)
-    if np.float64(x) > value:
-        bits = np.float32(value).view(np.uint32)
-        if x == 0:
-            bits = SIGN | np.uint32(1)
-        else:
-            bits = np.uint32(bits - np.uint32(1)) if x > 0 else np.uint32(bits + np.uint32(1))
-        x = np.uint32(bits).view(np.float32)
+    bits = np.float32(x).view(np.uint32)
+    # The pattern before it in the order of values; without branches, so that a block is vectors.
+    before = np.uint32(bits - np.uint32(1)) if x > 0 else np.uint32(bits + np.uint32(1))
+    before = SIGN | np.uint32(1) if x == 0 else before
+    bits = before if np.float64(x) > value else bits
+    x = np.uint32(bits).view(np.float32)
     if is_linear:
         return np.float32(np.inf) if value > np.float64(high) else x
     return np.float32(-LARGEST) if x == -np.inf and value != -np.inf else x

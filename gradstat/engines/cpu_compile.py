@@ -98,6 +98,20 @@ def atomic_add(typing_context: IR, address: IR, value: IR) -> IR:
 
 
 @_intrinsic
+def prefetch(typing_context: IR, address: IR) -> IR:
+    """``prefetch(address)``: ask for the memory there, which need not exist, in the cache."""
+
+    def generate(context: IR, builder: IR, signature: IR, arguments: IR) -> IR:
+        kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT32, _INT32, _INT32])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", (_BYTE.as_pointer(),), kind)
+        where = builder.inttoptr(arguments[0], _BYTE.as_pointer())
+        builder.call(fetch, [where, _INT32(0), _INT32(2), _INT32(1)])  # to read, data, near
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@_intrinsic
 def widen_half(typing_context: IR, bits: IR) -> IR:
     """``widen_half(bits)``: float32 value of a float16 given as uint16."""
 

@@ -36,7 +36,6 @@ from gradstat.engines.cpu_blocks import (
     narrow,
     narrow_block,
     summarise,
-    summarise_float64,
 )
 from gradstat.engines.cpu_compile import (
     Array,
@@ -67,7 +66,7 @@ from gradstat.statistics import FLOATS, INTEGERS
 
 BLOCK = 4096  # elements; a block, its slots and the counters they touch stay in the fastest cache
 SMALL = 1 << 15  # a tensor below this is one item and counts straight into its row
-SCRATCH_WORDS = 4 * BLOCK + LANES * STRIDE  # uint32 for each thread; the lanes, at the end, zero
+SCRATCH_WORDS = 5 * BLOCK + LANES * STRIDE  # uint32 for each thread; the lanes, at the end, zero
 
 ADDRESS, NUMEL, DTYPE, LAYOUT, FIRST, ITEM = range(6)
 COLUMNS = 6
@@ -96,7 +95,7 @@ def _item(
 ) -> None:
     """Elements ``start`` to ``stop`` of one tensor, block by block."""
     integers, counts = rows
-    slots, lanes = scratch[3 * BLOCK : 4 * BLOCK], scratch[4 * BLOCK :]
+    slots, lanes = scratch[3 * BLOCK : 4 * BLOCK], scratch[5 * BLOCK :]
     if stage != COUNTS_ONLY:
         clear(partial)
     elif _is_one_slot(partial, stop - start, is_linear, factors):
@@ -119,7 +118,8 @@ def _item(
         if straight:
             scatter_row(slots[:size], integers, counts)
         else:
-            scatter(slots[:size], lanes)
+            itemsize = _itemsize(row[DTYPE])
+            scatter(slots[:size], lanes, row[ADDRESS] + (begin + BLOCK) * itemsize, itemsize)
 
 
 @compiled
@@ -154,8 +154,9 @@ def _block(
 ) -> Array:
     """Load a block as float32 and, unless only counts are wanted, write its partial."""
     raw, wide = scratch[: 2 * BLOCK], scratch[2 * BLOCK : 3 * BLOCK].view(np.float32)
+    spare = scratch[3 * BLOCK : 5 * BLOCK]
     dtype = row[DTYPE]
-    itemsize = 8 if dtype == FLOAT64 else 4 if dtype == FLOAT32 else 2
+    itemsize = _itemsize(dtype)
     address = row[ADDRESS] + begin * itemsize
     if row[LAYOUT] != 0:
         _gather_block(row, begin, size, itemsize, raw)
@@ -163,13 +164,17 @@ def _block(
     if dtype == FLOAT64:
         values = array_at(address, np.float64, size)
         if stage != COUNTS_ONLY:
-            summarise_float64(values, partial)
+            summarise(values, spare.view(np.float64), partial)
         return narrow_block(values, is_linear, high, wide)
     x = load(address, dtype, size, wide)
     if stage != COUNTS_ONLY:
-        spare = scratch[3 * BLOCK : 4 * BLOCK].view(np.float32)
-        summarise(x, spare, partial)
+        summarise(x, spare.view(np.float32), partial)
     return x
+
+
+@compiled
+def _itemsize(dtype: int) -> int:
+    return 8 if dtype == FLOAT64 else 4 if dtype == FLOAT32 else 2
 
 
 @compiled
@@ -240,7 +245,7 @@ def _entry_points(sources: int) -> tuple[Callable[..., None], Callable[..., None
         """
         _ = sources
         mode = enter_ieee_mode()
-        last, lanes = table.shape[0] - 1, scratch[4 * BLOCK :]
+        last, lanes = table.shape[0] - 1, scratch[5 * BLOCK :]
         tensor, owner, in_lanes = 0, -1, 0
         while True:
             item = atomic_add(table.ctypes.data + 8 * (last * COLUMNS + NEXT), 1)
