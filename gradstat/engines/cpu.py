@@ -20,8 +20,10 @@ from gradstat.engines.cpu_counts import MAX_LANE_BINS
 from gradstat.engines.cpu_passes import (
     COLUMNS,
     COUNTS_ONLY,
+    FIRST,
     FLOATS_ONLY,
     FUSED,
+    NEXT,
     SCRATCH_WORDS,
     finish,
     work,
@@ -36,8 +38,10 @@ _CODES = {
     torch.float64: FLOAT64,
 }
 _ITEM = 1 << 16  # elements: enough to hide the taking of an item, few enough to share a tensor out
-_MAX_ITEMS = 4096  # of one tensor: its partials stay under 400 KB
+_MAX_ITEMS = 2048  # of one tensor: its partials stay under 200 KB
 _ALONE_BELOW = 1 << 18  # elements: waking another thread takes longer than these
+
+_LOW, _HIGH = FLOATS.index("low"), FLOATS.index("high")
 
 _scratches: list[Array] = []  # between calls; the lanes in them are zero
 
@@ -57,82 +61,78 @@ def measure(
     Returns:
         Statistics of shape ``(L,)``.
     """
-    rows = len(tensors)
+    rows, is_linear = len(tensors), isinstance(bins, LinearBins)
+    table, numel, held = _tabulate(tensors)
+    partials = np.empty((int(table[-1, FIRST]), FIELDS))
     integers = np.zeros((rows, len(INTEGERS)), np.int64)
     floats = np.empty((rows, len(FLOATS)))
     counts = np.zeros((rows, bins.bins), np.int64)
-    tensors = [x.resolve_neg() for x in tensors]  # a copy where torch keeps a sign apart
-    table, layouts = _tabulate(tensors)
-    run = _Run(table, isinstance(bins, LinearBins), integers, floats, counts)
+    alone = numel < _ALONE_BELOW or bins.bins > MAX_LANE_BINS  # such rows are not shared
+    threads = 1 if alone else torch.get_num_threads()
+
+    def run(stage: int) -> None:
+        _run(threads, table, stage, is_linear, partials, integers, floats, counts)
+
     if not isinstance(bins, LinearBins):
         run(FUSED)
     elif low is not None and high is not None:
-        floats[:, 6], floats[:, 7] = low.numpy(), high.numpy()
+        floats[:, _LOW], floats[:, _HIGH] = low.numpy(), high.numpy()
         run(FUSED)
     else:
         run(FLOATS_ONLY)
         if bins.nice:
             minimum, maximum = torch.from_numpy(floats[:, 0]), torch.from_numpy(floats[:, 1])
             low, high = bins.automatic_range(minimum, maximum)
-            floats[:, 6], floats[:, 7] = low.numpy(), high.numpy()
+            floats[:, _LOW], floats[:, _HIGH] = low.numpy(), high.numpy()
         run(COUNTS_ONLY)
-    del layouts  # the table holds their addresses
+    del held  # the table has its addresses
     return Statistics(
         bins, torch.from_numpy(integers), torch.from_numpy(floats), torch.from_numpy(counts)
     )
 
 
-class _Run:
-    """Runs stages over one list, alone or with helpers."""
+def _run(threads: int, table: Array, *arguments: object) -> None:
+    """One stage over a list, alone or with helpers."""
+    table[-1, NEXT] = 0
 
-    def __init__(
-        self, table: Array, is_linear: bool, integers: Array, floats: Array, counts: Array
-    ) -> None:
-        self.table, self.is_linear = table, is_linear
-        partials = np.empty((int(table[-1, 4]), FIELDS))
-        self.results = (partials, integers, floats, counts)
-        small = int(table[:-1, 1].sum()) < _ALONE_BELOW
-        alone = small or counts.shape[1] > MAX_LANE_BINS  # such rows are not shared
-        self.threads = 1 if alone else torch.get_num_threads()
+    def job() -> None:
+        try:
+            scratch = _scratches.pop()
+        except IndexError:  # all are in use
+            scratch = np.zeros(SCRATCH_WORDS, np.uint32)
+        work(table, *arguments, scratch)
+        _scratches.append(scratch)
 
-    def __call__(self, stage: int) -> None:
-        """Run one stage."""
-        self.table[-1, 0] = 0
-
-        def job() -> None:
-            try:
-                scratch = _scratches.pop()
-            except IndexError:  # all are in use
-                scratch = np.zeros(SCRATCH_WORDS, np.uint32)
-            work(self.table, stage, self.is_linear, *self.results, scratch)
-            _scratches.append(scratch)
-
-        if self.threads == 1:
-            job()
-        else:
-            run_together(job, self.threads)
-        finish(self.table, stage, self.is_linear, *self.results)
+    if threads == 1:
+        job()
+    else:
+        run_together(job, threads)
+    finish(table, *arguments)
 
 
-def _tabulate(tensors: Sequence[Tensor]) -> tuple[Array, list[array[int]]]:
-    """The work table of a list, and the layouts it points to."""
+def _tabulate(tensors: Sequence[Tensor]) -> tuple[Array, int, list[object]]:
+    """The work table of a list, how many elements it has, and what must live as long."""
     cells: list[int] = []
-    layouts: list[array[int]] = []
-    items = 0
+    held: list[object] = []
+    total, items = 0, 0
     for x in tensors:
+        if x.is_neg():  # torch keeps the sign apart
+            x = x.resolve_neg()
+            held.append(x)
         numel, address = x.numel(), 0
         if not x.is_contiguous():
             layout = _layout(x)
             if layout[0]:
-                layouts.append(layout)
+                held.append(layout)
                 address = layout.buffer_info()[0]
         size = _ITEM
         while numel > size * _MAX_ITEMS:
             size *= 2
         cells += (x.data_ptr(), numel, _CODES[x.dtype], address, items, size)
         items += -(-numel // size)
+        total += numel
     cells += (0, 0, 0, 0, items, 0)
-    return np.array(cells, np.int64).reshape(-1, COLUMNS), layouts
+    return np.array(cells, np.int64).reshape(-1, COLUMNS), total, held
 
 
 def _layout(x: Tensor) -> array[int]:

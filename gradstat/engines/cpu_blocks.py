@@ -109,7 +109,7 @@ def _unit(largest: float) -> tuple[float, float]:
 
 
 @compiled
-def _extremes(x: Array) -> tuple[float, float, int]:
+def _extremes(x: Array) -> tuple[Scalar, Scalar, Scalar]:
     """The smallest and the largest value, and how many zeros there are of either sign.
 
     The largest unsigned bit pattern is the most negative value if it has a sign; the largest signed
@@ -120,7 +120,7 @@ def _extremes(x: Array) -> tuple[float, float, int]:
 
 
 @compiled
-def _extremes32(bits: Array) -> tuple[float, float, int]:
+def _extremes32(bits: Array) -> tuple[Scalar, Scalar, Scalar]:
     least, most = np.uint32(0xFFFFFFFF), np.uint32(0)
     signed_most, zeros = np.int32(-0x80000000), np.int32(0)
     for j in range(bits.size):
@@ -139,7 +139,7 @@ def _extremes32(bits: Array) -> tuple[float, float, int]:
 
 
 @compiled
-def _extremes64(bits: Array) -> tuple[float, float, int]:
+def _extremes64(bits: Array) -> tuple[Scalar, Scalar, Scalar]:
     least, most = np.uint64(0xFFFFFFFFFFFFFFFF), np.uint64(0)
     signed_most, zeros = np.int64(-0x8000000000000000), np.int64(0)
     for j in range(bits.size):

@@ -119,22 +119,25 @@ def add_to_row(slot: int, n: int, integers: Array, counts: Array) -> None:
 
 
 @compiled
-def flush(lanes: Array, integers: Array, counts: Array) -> None:
-    """Move the lanes' counts to a tensor's row, to which other threads may be adding as well."""
+def flush(lanes: Array, integers: Array, counts: Array, is_shared: bool) -> None:
+    """Move the lanes' counts to a tensor's row, which other threads may share."""
     total = lanes[: counts.size + 2]
     for lane in range(1, LANES):
         row = lanes[lane * STRIDE : lane * STRIDE + total.size]
         for j in range(total.size):
             total[j] += row[j]
             row[j] = np.uint32(0)
+    if is_shared:
+        atomic_add(integers.ctypes.data + 8 * BELOW, np.int64(total[0]))
+        atomic_add(integers.ctypes.data + 8 * ABOVE, np.int64(total[total.size - 1]))
+        for j in range(counts.size):
+            if total[j + 1] != 0:
+                atomic_add(counts.ctypes.data + 8 * j, np.int64(total[j + 1]))
+    else:
+        integers[BELOW] += total[0]
+        integers[ABOVE] += total[total.size - 1]
+        inner = total[1:]
+        for j in range(counts.size):
+            counts[j] += np.int64(inner[j])
     for j in range(total.size):
-        n = np.int64(total[j])
-        if n == 0:
-            continue
         total[j] = np.uint32(0)
-        if j == 0:
-            atomic_add(integers.ctypes.data + 8 * BELOW, n)
-        elif j > counts.size:
-            atomic_add(integers.ctypes.data + 8 * ABOVE, n)
-        else:
-            atomic_add(counts.ctypes.data + 8 * (j - 1), n)

@@ -7,33 +7,24 @@ tensor. Its size depends on that tensor alone, so the floats do not depend on th
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from gradstat.engines import cpu_blocks, cpu_compile, cpu_counts
+from gradstat.engines import cpu_blocks, cpu_compile, cpu_counts, cpu_rows
 from gradstat.engines.cpu_blocks import (
-    CENTRAL,
     FIELDS,
     FINITE,
     FLOAT32,
     FLOAT64,
-    L1,
-    LARGEST,
     MAX,
     MIN,
-    NEGINF,
-    SQUARES,
-    SUM,
-    UNIT,
     clear,
     gather,
     load,
     merge,
-    narrow,
     narrow_block,
     summarise,
 )
@@ -49,8 +40,6 @@ from gradstat.engines.cpu_compile import (
     read,
 )
 from gradstat.engines.cpu_counts import (
-    ABOVE,
-    BELOW,
     LANES,
     MAX_LANE_BINS,
     STRIDE,
@@ -62,10 +51,16 @@ from gradstat.engines.cpu_counts import (
     scatter_row,
     slot_of,
 )
-from gradstat.statistics import FLOATS, INTEGERS
+from gradstat.engines.cpu_rows import (
+    HIGH,
+    LOW,
+    close_linear_row,
+    close_log2_row,
+    write_range,
+    write_values,
+)
 
 BLOCK = 4096  # elements; a block, its slots and the counters they touch stay in the fastest cache
-SMALL = 1 << 15  # a tensor below this is one item and counts straight into its row
 SCRATCH_WORDS = 5 * BLOCK + LANES * STRIDE  # uint32 for each thread; the lanes, at the end, zero
 
 ADDRESS, NUMEL, DTYPE, LAYOUT, FIRST, ITEM = range(6)
@@ -75,8 +70,6 @@ NEXT = ADDRESS
 # A run does floats and counts in one sweep, or one after the other where the range comes between.
 FUSED, FLOATS_ONLY, COUNTS_ONLY = range(3)
 
-_LOW, _HIGH = FLOATS.index("low"), FLOATS.index("high")
-_NAN, _POSINF, _NEGINF = (INTEGERS.index(name) for name in ("nan", "posinf", "neginf"))
 _LANES_HOLD = 1 << 31  # values, and what is added before the next look: 32 bits never overflow
 
 
@@ -173,6 +166,11 @@ def _block(
 
 
 @compiled
+def _is_shared(table: Array, tensor: int) -> bool:
+    return bool(table[tensor + 1, FIRST] > table[tensor, FIRST] + 1)
+
+
+@compiled
 def _itemsize(dtype: int) -> int:
     return 8 if dtype == FLOAT64 else 4 if dtype == FLOAT32 else 2
 
@@ -183,38 +181,6 @@ def _gather_block(row: Array, begin: int, size: int, itemsize: int, raw: Array) 
     dimensions = read(row[LAYOUT], np.int64)
     layout = array_at(row[LAYOUT] + 8, np.int64, 2 * dimensions)
     gather(row[ADDRESS], itemsize, layout, begin, size, raw)
-
-
-@compiled
-def _write(total: Array, numel: int, integers: Array, floats: Array) -> None:
-    """A tensor's integers, but for below and above, and its floats, but for the range."""
-    n, unit = total[FINITE], total[UNIT]
-    integers[0] = numel
-    for k in range(FINITE, NEGINF + 1):  # in the order of `INTEGERS`
-        integers[k + 1] = np.int64(total[k])
-    floats[0] = total[MIN] if n > 0 else np.nan
-    floats[1] = total[MAX] if n > 0 else np.nan
-    floats[2] = total[SUM] * unit
-    # Of equal values it is zero, whatever the rounding of the means.
-    central = total[CENTRAL] if total[MIN] < total[MAX] else 0.0
-    floats[3] = unit * math.sqrt(central / (n - 1)) if n > 1 else np.nan
-    floats[4] = total[L1] * unit
-    floats[5] = unit * math.sqrt(total[SQUARES])
-
-
-@compiled
-def _write_range(total: Array, floats: Array) -> None:
-    """Range from the extremes, as `LinearBins.automatic_range` without ``nice``."""
-    if total[FINITE] == 0:
-        floats[_LOW], floats[_HIGH] = 0.0, 1.0
-        return
-    low = narrow(total[MIN], False, LARGEST)
-    high = np.float32(-narrow(-total[MAX], False, LARGEST))
-    if low == high:
-        half = max(np.float32(abs(low) * np.float32(2.0**-21)), np.float32(0.5))
-        low, high = np.float32(low - half), np.float32(high + half)
-    floats[_LOW] = max(np.float32(low), np.float32(-LARGEST))
-    floats[_HIGH] = min(np.float32(high), LARGEST)
 
 
 def _entry_points(sources: int) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -254,21 +220,21 @@ def _entry_points(sources: int) -> tuple[Callable[..., None], Callable[..., None
             while table[tensor + 1, FIRST] <= item:
                 tensor += 1
             if owner >= 0 and (owner != tensor or in_lanes > _LANES_HOLD):
-                flush(lanes, integers[owner], counts[owner])
+                flush(lanes, integers[owner], counts[owner], _is_shared(table, owner))
                 owner, in_lanes = -1, 0
             row = table[tensor]
-            straight = row[NUMEL] < SMALL or counts.shape[1] > MAX_LANE_BINS
+            straight = row[NUMEL] < 2 * counts.shape[1] or counts.shape[1] > MAX_LANE_BINS
             if not straight and stage != FLOATS_ONLY:
                 owner, in_lanes = tensor, in_lanes + row[ITEM]
             start = (item - row[FIRST]) * row[ITEM]
             stop = min(row[NUMEL], start + row[ITEM])
-            factors = linear_factors(floats[tensor, _LOW], floats[tensor, _HIGH], counts.shape[1])
+            factors = linear_factors(floats[tensor, LOW], floats[tensor, HIGH], counts.shape[1])
             rows = (integers[tensor], counts[tensor])
             _item(
                 row, start, stop, stage, is_linear, straight, factors, partials[item], rows, scratch
             )
         if owner >= 0:
-            flush(lanes, integers[owner], counts[owner])
+            flush(lanes, integers[owner], counts[owner], _is_shared(table, owner))
         leave_ieee_mode(mode)
 
     @compiled_entry
@@ -290,16 +256,13 @@ def _entry_points(sources: int) -> tuple[Callable[..., None], Callable[..., None
                 clear(total)
                 for item in range(table[tensor, FIRST], table[tensor + 1, FIRST]):
                     merge(total, partials[item])
-                _write(total, table[tensor, NUMEL], integers[tensor], floats[tensor])
+                write_values(total, table[tensor, NUMEL], integers[tensor], floats[tensor])
             if not is_linear:
-                floats[tensor, _LOW], floats[tensor, _HIGH] = -np.inf, np.inf
-                counts[tensor, :4] = 0
-                counts[tensor, -4:] = 0
+                close_log2_row(floats[tensor], counts[tensor])
             elif stage == FLOATS_ONLY:
-                _write_range(total, floats[tensor])
+                write_range(total, floats[tensor])
             else:
-                integers[tensor, BELOW] -= integers[tensor, _NEGINF]
-                integers[tensor, ABOVE] -= integers[tensor, _NAN] + integers[tensor, _POSINF]
+                close_linear_row(integers[tensor])
         leave_ieee_mode(mode)
 
     return work, finish
@@ -307,7 +270,7 @@ def _entry_points(sources: int) -> tuple[Callable[..., None], Callable[..., None
 
 def _checksum() -> int:
     """Of the files that the entry points compile; Numba itself looks at this file only."""
-    files = (cpu_blocks.__file__, cpu_compile.__file__, cpu_counts.__file__)
+    files = (cpu_blocks.__file__, cpu_compile.__file__, cpu_counts.__file__, cpu_rows.__file__)
     return zlib.crc32(b"".join(Path(file).read_bytes() for file in files))
 
 
