@@ -1,0 +1,93 @@
+"""Hooks through which a `Recorder` sees gradients; taking them off leaves nothing behind."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gradstat.records import Recorder
+
+
+class BackwardHooks:
+    """Each backward pass is a pass of the recorder.
+
+    Args:
+        parameters: to hook, in the order of the recorder's layers.
+        recorder: what sees their gradients.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], recorder: Recorder) -> None:
+        self._recorder = recorder
+        # What will be called next in the running pass. Autograd alone keeps it alive, and drops it
+        # with a pass that an exception ends.
+        self._next_call: Callable[[], Callable[..., None] | None] = lambda: None
+        self._handles = [
+            _hook(parameter, partial(self._on_gradient, index))
+            for index, parameter in enumerate(parameters)
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _on_gradient(self, index: int, parameter: Tensor) -> None:
+        with self._recorder.lock:
+            if self._next_call() is None:
+                self._recorder.begin()
+                self._await_end()
+            if parameter.grad is not None:
+                self._recorder.add(index, parameter.grad)
+
+    def _await_end(self) -> None:
+        on_end = partial(self._on_end)
+        self._next_call = weakref.ref(on_end)
+        torch.autograd.Variable._execution_engine.queue_callback(on_end)
+
+    def _on_end(self) -> None:
+        with self._recorder.lock:
+            node = torch._C._current_autograd_node()
+            if node is None or not self._await_end_outside(node):
+                self._recorder.end()
+
+    def _await_end_outside(self, node: torch.autograd.graph.Node) -> bool:
+        """Go on after a backward pass inside another one, as reentrant checkpointing runs them.
+
+        Args:
+            node: of the outer graph, which ran the inner pass.
+
+        Returns:
+            Whether there is a node after it, from which the end of the outer pass can be awaited.
+        """
+        handles: list[RemovableHandle] = []
+
+        def on_outer_node(*_: Any) -> None:  # noqa: ANN401 (gradients, which it does not read)
+            with self._recorder.lock:
+                for handle in handles:
+                    handle.remove()
+                self._await_end()
+
+        self._next_call = weakref.ref(on_outer_node)
+        handles += [
+            after.register_prehook(on_outer_node) for after, _ in node.next_functions if after
+        ]
+        return bool(handles)
+
+
+def _hook(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Hook a parameter, also one that is frozen for now."""
+    frozen = not parameter.requires_grad
+    # A hook cannot be put on a frozen parameter, but stays on one.
+    parameter.requires_grad_(True)
+    try:
+        handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    finally:
+        parameter.requires_grad_(not frozen)
+    return handle
