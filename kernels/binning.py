@@ -10,9 +10,10 @@ FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
 def log2_slot(x):
     """Top 11 bits of float32 values, int32 in 0..2047: sign, exponent, 2 mantissa bits.
 
-    The mask changes no value; it tells the compiler that no slot lies outside the histogram.
+    ``-0.0`` is in slot 1024, not in that of ``0.0``: `measure_kernel` moves it. The mask changes
+    nothing; it tells the compiler that no slot lies outside the histogram.
     """
-    return ((x + 0.0).to(tl.int32, bitcast=True) >> 21) & 2047
+    return (x.to(tl.int32, bitcast=True) >> 21) & 2047
 
 
 @triton.jit
@@ -32,15 +33,15 @@ def linear_factors(low, high, BINS: tl.constexpr):
 
 @triton.jit
 def linear_slot(x, low, high, scale, inv_width, BINS: tl.constexpr, SLOTS: tl.constexpr):
-    """Bin of each value in 0..BINS-1; BINS for values below the range and NaN, BINS + 1 above it.
+    """Bin of each value in 0..BINS-1, or BINS where rounding takes the end of the last bin there.
 
-    Fusing the first product with the subtraction changes nothing: ``x * scale`` is exact.
+    BINS + 1 above the range and for NaN, SLOTS - 1 below it. The sign of t is that of x - low even
+    where t underflows. Fusing the first product with the subtraction changes nothing:
+    ``x * scale`` is exact.
     """
     t = (x * scale - low * scale) * inv_width
-    slot = tl.minimum(t.to(tl.int32), BINS - 1)
-    slot = tl.where(x >= low, slot, BINS)
-    slot = tl.where(x > high, BINS + 1, slot)
-    return slot & (SLOTS - 1)
+    sign = t.to(tl.int32, bitcast=True) >> 31
+    return tl.where(x <= high, (t.to(tl.int32) | sign) & (SLOTS - 1), BINS + 1)
 
 
 @triton.jit

@@ -9,22 +9,6 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _combine_extremes(lo, hi, nan, posinf, neginf, lo1, hi1, nan1, posinf1, neginf1):
-    return (
-        tl.minimum(lo, lo1),
-        tl.maximum(hi, hi1),
-        nan + nan1,
-        posinf + posinf1,
-        neginf + neginf1,
-    )
-
-
-@triton.jit
-def _add2(a, b, a1, b1):
-    return a + a1, b + b1
-
-
-@triton.jit
 def _extremes(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, LANES: tl.constexpr):
     """Smallest and largest finite value (infinite if there is none) and non-finite counts."""
     lanes = tl.arange(0, LANES)
@@ -42,35 +26,38 @@ def _extremes(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, LANES: tl.c
         nans += (x != x).to(tl.int32)
         posinfs += (x == INF).to(tl.int32)
         neginfs += (x == -INF).to(tl.int32)
-    return tl.reduce((smallest, largest, nans, posinfs, neginfs), 0, _combine_extremes)
+    return tl.min(smallest), tl.max(largest), tl.sum(nans), tl.sum(posinfs), tl.sum(neginfs)
 
 
 @triton.jit
 def _sums(
     address, strides, n, scale, center, DTYPE, IS_BFLOAT16: tl.constexpr, LANES: tl.constexpr
 ):
-    """Sums of d and d * d, with d = x * scale - center, over finite x."""
+    """Sums of d, abs(d) and d * d, with d = x * scale - center, over finite x."""
     lanes = tl.arange(0, LANES)
     total = tl.zeros((LANES,), tl.float32)
+    magnitudes = tl.zeros((LANES,), tl.float32)
     squares = tl.zeros((LANES,), tl.float32)
     for start in range(0, n, LANES):
-        offsets = start + lanes
-        x = load_any(address, strides, offsets, n, INF, DTYPE, IS_BFLOAT16)
+        x = load_any(address, strides, start + lanes, n, INF, DTYPE, IS_BFLOAT16)
         d = tl.where(tl.abs(x) < INF, x * scale - center, 0.0)
         total += d
+        magnitudes += tl.abs(d)
         squares += d * d
-    return tl.reduce((total, squares), 0, _add2)
+    return tl.sum(total), tl.sum(magnitudes), tl.sum(squares)
 
 
 @triton.jit
-def _magnitudes(address, strides, n, scale, DTYPE, IS_BFLOAT16: tl.constexpr, LANES: tl.constexpr):
-    """Sum of abs(x * scale) over finite x."""
+def zero_counts(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, LANES: tl.constexpr):
+    """Elements equal to zero, and those of them with a minus sign."""
     lanes = tl.arange(0, LANES)
-    total = tl.zeros((LANES,), tl.float32)
+    zeros = tl.zeros((LANES,), tl.int32)
+    negative = tl.zeros((LANES,), tl.int32)
     for start in range(0, n, LANES):
-        x = load_any(address, strides, start + lanes, n, INF, DTYPE, IS_BFLOAT16)
-        total += tl.where(tl.abs(x) < INF, tl.abs(x) * scale, 0.0)
-    return tl.sum(total, 0)
+        x = load_any(address, strides, start + lanes, n, 1.0, DTYPE, IS_BFLOAT16)
+        zeros += (x == 0.0).to(tl.int32)
+        negative += (x.to(tl.int32, bitcast=True) == -0x80000000).to(tl.int32)
+    return tl.sum(zeros), tl.sum(negative)
 
 
 @triton.jit
@@ -101,10 +88,9 @@ def careful_sums(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, LANES: t
     scale_exponent = tl.minimum(tl.maximum(254 - exponent, 1), 253)
     scale = (scale_exponent << 23).to(tl.float32, bitcast=True)
     unit = 1.0 / scale.to(tl.float64)
-    l1 = _magnitudes(address, strides, n, scale, DTYPE, IS_BFLOAT16, LANES)
-    total, _ = _sums(address, strides, n, scale, 0.0, DTYPE, IS_BFLOAT16, LANES)
+    total, l1, _ = _sums(address, strides, n, scale, 0.0, DTYPE, IS_BFLOAT16, LANES)
     center = tl.where(finite > 0, total / finite, 0.0)
-    rest, squares = _sums(address, strides, n, scale, center, DTYPE, IS_BFLOAT16, LANES)
+    rest, _, squares = _sums(address, strides, n, scale, center, DTYPE, IS_BFLOAT16, LANES)
 
     count = tl.maximum(finite, 1).to(tl.float64)
     rest64 = rest.to(tl.float64)

@@ -35,13 +35,12 @@ def histogram_kernel(
     """
     address, tensor, n, n_aligned, strides = load_item(items_ptr)
     lanes = tl.arange(0, LANES)
-    tile = tl.arange(0, ROWS)[:, None] * LANES + lanes[None, :]
     low = tl.load(ranges_ptr + 2 * tensor)
     high = tl.load(ranges_ptr + 2 * tensor + 1)
     scale, inv_width = linear_factors(low, high, BINS)
     histogram = tl.zeros((SLOTS,), tl.int32)
     for start in range(0, n_aligned, ROWS * LANES):
-        x = load_tile(address, start + tile, DTYPE, IS_BFLOAT16)
+        x = load_tile(address, start, DTYPE, IS_BFLOAT16, ROWS, LANES)
         slot = linear_slot(x, low, high, scale, inv_width, BINS, SLOTS)
         slot = tl.reshape(slot, [ROWS * LANES], can_reorder=True)
         histogram += tl.histogram(slot, SLOTS)

@@ -41,10 +41,28 @@ def widen(x, IS_BFLOAT16: tl.constexpr):
 
 
 @triton.jit
-def load_tile(address, offsets, DTYPE: tl.constexpr, IS_BFLOAT16: tl.constexpr):
-    """Elements at offsets of an aligned run, as float32: 16-byte loads, no mask."""
+def load_tile(
+    address,
+    start,
+    DTYPE: tl.constexpr,
+    IS_BFLOAT16: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Elements of an aligned run from ``start`` on, float32 (ROWS, LANES): 16-byte loads, no mask.
+
+    bfloat16 comes in pairs: a 32-bit word has two.
+    """
+    if IS_BFLOAT16:
+        WORDS: tl.constexpr = LANES // 2
+        words_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
+        offsets = tl.arange(0, ROWS)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+        words = tl.load(words_ptr + start // 2 + offsets)
+        pair = tl.join(words << 16, words & -65536).to(tl.float32, bitcast=True)
+        return tl.reshape(pair, [ROWS, LANES])
     x_ptr = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
-    return widen(tl.load(x_ptr + offsets), IS_BFLOAT16)
+    offsets = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    return tl.load(x_ptr + start + offsets).to(tl.float32)
 
 
 @triton.jit

@@ -4,21 +4,25 @@ import triton
 import triton.language as tl
 
 from gradstat.kernels.binning import linear_factors, linear_slot, log2_bin, log2_slot
-from gradstat.kernels.careful import careful_sums
+from gradstat.kernels.careful import careful_sums, zero_counts
 from gradstat.kernels.items import load_any, load_item, load_tile
 
 # Fields of a row of partials, float64.
 PARTIAL_FIELDS = tl.constexpr(13)
 
-# Squares of values in this window, and sums of 2**16 of them, stay in float32's normal range.
-SAFE_LOW = tl.constexpr(2.0**-40)
-SAFE_HIGH = tl.constexpr(2.0**40)
+# Where the largest magnitude is in this window, the squares of 2**16 values neither overflow nor
+# lose more to underflow than a float32 does to rounding.
+SAFE_LOW = tl.constexpr(2.0**-56)
+SAFE_HIGH = tl.constexpr(2.0**54)
+# Bits of 2**-128: smaller magnitudes share their slot with zero.
+NEAR_ZERO = tl.constexpr(1 << 21)
 INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _combine(s, q, a, lo, hi, z, s1, q1, a1, lo1, hi1, z1):
-    return s + s1, q + q1, a + a1, tl.minimum(lo, lo1), tl.maximum(hi, hi1), z + z1
+def _magnitude_keys(x):
+    """uint32 that ascend with the magnitude, but for zero, which has the largest."""
+    return ((x.to(tl.int32, bitcast=True) << 1) - 1).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -60,9 +64,12 @@ def measure_kernel(
         ROWS: rows of a tile.
         LANES: columns of a tile: as many elements as the threads load at once.
     """
+    # float16 has no value but zero in the slots of zero, so these count zeros. Another dtype may:
+    # then the smallest magnitude beside zero says so.
+    ZERO_SLOTS: tl.constexpr = LOG2 and DTYPE == tl.float16
+    NEAR_ZERO_SLOTS: tl.constexpr = LOG2 and DTYPE != tl.float16
     address, tensor, n, n_aligned, strides = load_item(items_ptr)
     lanes = tl.arange(0, LANES)
-    tile = tl.arange(0, ROWS)[:, None] * LANES + lanes[None, :]
     slots = tl.arange(0, SLOTS)
     low = 0.0
     high = 0.0
@@ -80,21 +87,24 @@ def measure_kernel(
     smallest = tl.full((LANES,), INF, tl.float32)
     largest = tl.full((LANES,), -INF, tl.float32)
     zeros = tl.zeros((LANES,), tl.int32)
+    nearest = tl.full((LANES,), 0xFFFFFFFF, tl.uint32)
     histogram = tl.zeros((SLOTS,), tl.int32)
 
     for start in range(0, n_aligned, ROWS * LANES):
-        x = load_tile(address, start + tile, DTYPE, IS_BFLOAT16)
+        x = load_tile(address, start, DTYPE, IS_BFLOAT16, ROWS, LANES)
         # Reducing over rows stays inside a thread.
         total += tl.sum(x, 0)
         squares += tl.sum(x * x, 0)
         magnitudes += tl.sum(tl.abs(x), 0)
         smallest = tl.minimum(smallest, tl.min(x, 0))
         largest = tl.maximum(largest, tl.max(x, 0))
-        zeros += tl.sum((x == 0.0).to(tl.int32), 0)
+        if NEAR_ZERO_SLOTS:
+            nearest = tl.minimum(nearest, tl.min(_magnitude_keys(x), 0))
+        elif not ZERO_SLOTS:
+            zeros += tl.sum((x == 0.0).to(tl.int32), 0)
         if BINS > 0:
-            slot = tl.reshape(
-                find_slots(x, ends, BINS, SLOTS, LOG2), [ROWS * LANES], can_reorder=True
-            )
+            slot = find_slots(x, ends, BINS, SLOTS, LOG2)
+            slot = tl.reshape(slot, [ROWS * LANES], can_reorder=True)
             histogram += tl.histogram(slot, SLOTS)
 
     for start in range(n_aligned, n, LANES):
@@ -106,20 +116,24 @@ def measure_kernel(
         magnitudes += tl.abs(x)
         smallest = tl.minimum(smallest, tl.where(mask, x, INF))
         largest = tl.maximum(largest, tl.where(mask, x, -INF))
-        zeros += (mask & (x == 0.0)).to(tl.int32)
+        if NEAR_ZERO_SLOTS:
+            nearest = tl.minimum(nearest, _magnitude_keys(x))
+        elif not ZERO_SLOTS:
+            zeros += (mask & (x == 0.0)).to(tl.int32)
         if BINS > 0:
             histogram += tl.histogram(find_slots(x, ends, BINS, SLOTS, LOG2), SLOTS, mask=mask)
 
-    s, q, a, lo, hi, z = tl.reduce(
-        (total, squares, magnitudes, smallest, largest, zeros), 0, _combine
-    )
+    s = tl.sum(total)
+    q = tl.sum(squares)
+    lo = tl.min(smallest)
+    hi = tl.max(largest)
     largest_magnitude = tl.maximum(-lo, hi)
     # False also when q or an extreme is NaN or infinite.
     safe = (largest_magnitude >= SAFE_LOW) & (largest_magnitude <= SAFE_HIGH) & (q < INF)
     safe = safe & (s * s <= 0.5 * q * n)
     if safe | ((largest_magnitude == 0.0) & (q == 0.0)):
         sum64 = s.to(tl.float64)
-        l1 = a.to(tl.float64)
+        l1 = tl.sum(magnitudes).to(tl.float64)
         squares64 = q.to(tl.float64)
         deviations = squares64 - sum64 * sum64 / n
         finite = n
@@ -131,12 +145,21 @@ def measure_kernel(
             address, strides, n, DTYPE, IS_BFLOAT16, LANES
         )
 
+    z = tl.sum(zeros)
     below = 0
     above = 0
-    if BINS > 0 and not LOG2:
-        # NaN is in no order, so it went with the values below the range.
-        below = tl.sum(tl.where(slots == BINS, histogram, 0)) - nan - neginf
-        above = tl.sum(tl.where(slots == BINS + 1, histogram, 0)) - posinf
+    if LOG2:
+        z = tl.sum(tl.where((slots & 1023) == 0, histogram, 0))
+        negative = tl.sum(tl.where(slots == 1024, histogram, 0))
+        if NEAR_ZERO_SLOTS:
+            if tl.min(nearest) < 2 * NEAR_ZERO - 1:
+                z, negative = zero_counts(address, strides, n, DTYPE, IS_BFLOAT16, LANES)
+        # A zero with a minus sign counts as one without.
+        moved = (slots == 0).to(tl.int32) - (slots == 1024).to(tl.int32)
+        histogram += moved * negative
+    elif BINS > 0:
+        below = tl.sum(tl.where(slots == SLOTS - 1, histogram, 0)) - neginf
+        above = tl.sum(tl.where(slots == BINS + 1, histogram, 0)) - nan - posinf
     partial_ptr = partials_ptr + tl.program_id(0).to(tl.int64) * PARTIAL_FIELDS
     tl.store(partial_ptr, sum64)
     tl.store(partial_ptr + 1, l1)
@@ -174,7 +197,7 @@ def add_histogram(
         # Magnitudes from 1020 on have the exponent of infinity and NaN.
         kept = (slots & 1023) < 1020
     else:
-        bins = slots
-        kept = slots < BINS
+        bins = tl.minimum(slots, BINS - 1)
+        kept = slots <= BINS
     mask = kept & (histogram != 0)
     tl.atomic_add(counts_ptr + bins, histogram.to(tl.int64), mask=mask, sem="relaxed")
