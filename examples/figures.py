@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from gradstat import History, panels, plot
+from gradstat import History, labels, panels, plot
 
 Array = NDArray[Any]
 
@@ -43,7 +43,7 @@ def figures(
         "the classes. The mean is a poor signal;\nmagnitudes, in the figures that follow, are a "
         "good one.",
         fontsize=9,
-        color=panels.INK,
+        color=labels.INK,
     )
     yield "4_mean", means
     yield (
@@ -72,26 +72,27 @@ def draw_activations() -> Figure:
         "sigmoid": (sigmoid, sigmoid * (1 - sigmoid)),
     }
     figure, axes = panels.grid_2d(None, 2, 2, (3.6, 2.6))
-    for ax, (name, (value, derivative)) in zip(axes, curves.items(), strict=True):
-        panels.style_2d(ax, name)
+    for ax, (value, derivative) in zip(axes, curves.values(), strict=True):
+        panels.style_2d(ax)
         ax.plot(x, value, color=panels.HUES[0], linewidth=1.8)
         ax.plot(x, derivative, color=panels.HUES[1], linewidth=1.8)
         ax.set_xlim(-5, 5)
     axes[1].set_ylim(-0.04, 1.04)
-    panels.label_axes(figure, "x", "")
-    panels.add_key(figure, ["f(x)", "derivative"], panels.HUES)
+    labels.label_axes(figure, "x", "")
+    labels.add_key(figure, ["f(x)", "derivative"], panels.HUES)
+    labels.add_titles(axes, list(curves))
     return figure
 
 
 def draw_loss(losses: dict[str, Array]) -> Figure:
     """Figure 3: the loss of each iteration."""
     figure, (ax,) = panels.grid_2d(None, 1, 1, (5.6, 3.0))
-    panels.style_2d(ax, "")
+    panels.style_2d(ax)
     for color, loss in zip(panels.HUES, losses.values(), strict=False):
         panels.add_line(ax, np.arange(1, len(loss) + 1), loss, color, log=False)
     ax.set_ylim(bottom=0)
-    panels.label_axes(figure, "iteration", "cross-entropy")
-    panels.add_key(figure, list(losses), panels.HUES)
+    labels.label_axes(figure, "iteration", "cross-entropy")
+    labels.add_key(figure, list(losses), panels.HUES)
     return figure
 
 

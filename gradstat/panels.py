@@ -1,34 +1,32 @@
-"""How the figures of `plot` look: their layout, axes, lines and keys."""
+"""How the figures of `plot` look: their layout, axes, lines and colours."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize, to_rgba
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator
 from mpl_toolkits.mplot3d import Axes3D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
+from gradstat.labels import INK, Color, log_ticks, powers_apart, whole_numbers
 from gradstat.series import Array, Limits, outline
 
 Box: TypeAlias = tuple[float, float, float, float]
-Color: TypeAlias = tuple[float, ...]
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 HUES = [
     to_rgba(f"#{code}") for code in ("0072B2", "D55E00", "009E73", "CC79A7", "E69F00", "56B4E9")
 ]
-INK, LINE, GRID = "#333333", "#999999", "#e4e4e4"
-_MAX_KEYS = 12
+LINE, GRID = "#999999", "#e4e4e4"
+CELL = 3.0  # inches, width of a 3-D panel
 
 
 def fresh(figure: Figure | None, width: float, height: float) -> Figure:
@@ -45,24 +43,43 @@ def grid_2d(
     columns: int,
     size: tuple[float, float],
     *,
+    groups: int = 1,
+    margin: float = 0.9,
     sharex: bool = False,
     sharey: bool = False,
 ) -> tuple[Figure, list[Axes]]:
-    """Lay out panels of ``size`` inches, row by row; the unused places stay empty."""
+    """Lay out panels of ``size`` inches, row by row; the unused places stay empty.
+
+    Args:
+        figure: as in `fresh`.
+        panels: number of panels in each group.
+        columns: panels in a row, at most.
+        size: width and height of a panel.
+        groups: each starts a row.
+        margin: inches beside the panels, for labels, keys and colour bars.
+        sharex: all panels have the same horizontal axis.
+        sharey: all panels have the same vertical axis.
+
+    Returns:
+        The figure and the axes of the panels, group by group.
+    """
     columns = min(columns, panels)
     rows = math.ceil(panels / columns)
-    figure = fresh(figure, columns * size[0] + 0.9, rows * size[1] + 0.5)
+    figure = fresh(figure, columns * size[0] + margin, groups * rows * size[1] + 0.5)
     figure.set_layout_engine("constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
-    axes = list(grid.flat)
-    for unused in axes[panels:]:
+    grid = figure.subplots(groups * rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
+    by_group = grid.reshape(groups, rows * columns)
+    for unused in by_group[:, panels:].flat:
         unused.remove()
-    for lowest in axes[max(0, panels - columns) : panels]:
+    axes: list[Axes] = list(by_group[:, :panels].flat)
+    for lowest in axes[max(0, len(axes) - columns) :]:
         lowest.tick_params(labelbottom=True)
-    return figure, axes[:panels]
+    return figure, axes
 
 
-def grid_3d(figure: Figure | None, histories: int, layers: int) -> tuple[Figure, list[Box], Box]:
+def grid_3d(
+    figure: Figure | None, histories: int, layers: int, title_lines: int
+) -> tuple[Figure, list[Box], Box]:
     """Lay out a box for each layer of each history, and one for the colour bar.
 
     By hand: constrained layout does not know how far the labels of 3-D axes reach.
@@ -70,20 +87,21 @@ def grid_3d(figure: Figure | None, histories: int, layers: int) -> tuple[Figure,
     columns = min(layers, 2 if histories == 1 and layers <= 4 else 4)
     rows_each = math.ceil(layers / columns)
     rows = rows_each * histories
-    width, height = 3.0 * columns + 0.8, 2.7 * rows
+    row_height = 2.65 + 0.17 * title_lines
+    width, height = CELL * columns + 0.8, row_height * rows
     figure = fresh(figure, width, height)
     figure.set_layout_engine("none")
-    cell = 3.0 / width, 1 / rows
     boxes = []
     for panel in range(histories * layers):
         row = panel // layers * rows_each + panel % layers // columns
+        bottom = 1 - (row + 1) / rows + 0.13 / height
         column = panel % layers % columns
-        boxes.append((column * cell[0], 1 - (row + 1) * cell[1], cell[0], 0.9 * cell[1]))
+        boxes.append((column * CELL / width, bottom, CELL / width, 2.43 / height))
     bar = min(0.5, 2.4 / height)
     return figure, boxes, (1 - 0.62 / width, (1 - bar) / 2, 0.12 / width, bar)
 
 
-def style_3d(ax: Axes3D, title: str, x_limits: Limits, y_limits: Limits, top: float) -> None:
+def style_3d(ax: Axes3D, x_limits: Limits, y_limits: Limits, top: float) -> None:
     """White panes, a pale grid, few ticks and MATLAB's ``view(-130, 50)``."""
     ax.view_init(elev=50, azim=140)
     ax.set_proj_type("ortho")
@@ -93,7 +111,6 @@ def style_3d(ax: Axes3D, title: str, x_limits: Limits, y_limits: Limits, top: fl
     ax.set_xlim(*x_limits)
     ax.set_ylim(*y_limits)
     ax.set_zlim(0, top)
-    ax.set_title(title, fontsize=10, color=INK, y=1.06, pad=0)
     for axis, pad in ((ax.xaxis, -3), (ax.yaxis, -3), (ax.zaxis, 1)):
         axis.pane.set_facecolor("white")
         axis.pane.set_edgecolor(GRID)
@@ -101,26 +118,23 @@ def style_3d(ax: Axes3D, title: str, x_limits: Limits, y_limits: Limits, top: fl
         axis.line.set_color(LINE)
         axis.set_tick_params(labelsize=7, pad=pad, labelcolor=INK, color=LINE)
         axis.label.set(fontsize=8, color=INK)
+    for axis, side in ((ax.xaxis, "right"), (ax.yaxis, "left")):
+        axis.set_rotate_label(False)
+        axis._axinfo["label"]["ha"] = side
     # Two axes meet in a corner; only one of them writes there.
     ax.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
     ax.yaxis.set_major_locator(whole_numbers(5, prune="upper"))
     ax.zaxis.set_major_locator(MaxNLocator(3, integer=True))
 
 
-def style_2d(ax: Axes, title: str) -> None:
+def style_2d(ax: Axes) -> None:
     """Two spines, a pale grid, small type."""
-    ax.set_title(title, fontsize=10, color=INK)
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(LINE)
     ax.tick_params(which="both", labelsize=8, labelcolor=INK, color=LINE)
     ax.grid(color=GRID, linewidth=0.6)
     ax.set_axisbelow(True)
     ax.xaxis.set_major_locator(whole_numbers(5))
-
-
-def whole_numbers(most: int, prune: Literal["upper"] | None = None) -> MaxNLocator:
-    """Ticks at multiples of 1, 2 or 5 times a power of ten."""
-    return MaxNLocator(most, steps=[1, 2, 5, 10], integer=True, prune=prune)
 
 
 def add_ridges(
@@ -156,11 +170,8 @@ def add_line(ax: Axes, time: Array, value: Array, color: Color, *, log: bool) ->
     )
     if log and np.isfinite(value).any() and ax.get_yscale() != "log":
         ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(numticks=7))
-        ax.yaxis.set_minor_locator(NullLocator())
     elif not log:
-        ax.yaxis.set_major_formatter(ScalarFormatter(useMathText=True))
-        ax.ticklabel_format(axis="y", scilimits=(-2, 3))
+        ax.yaxis.set_major_formatter(powers_apart())
         ax.yaxis.offsetText.set(fontsize=8, color=INK)
         ax.yaxis.set_major_locator(MaxNLocator(5))
 
@@ -170,27 +181,6 @@ def line_colors(count: int, *, ordered: bool) -> list[Color]:
     if ordered:
         return [colormaps["viridis"](0.88 * i / max(1, count - 1)) for i in range(count)]
     return [HUES[i % len(HUES)] for i in range(count)]
-
-
-def add_key(figure: Figure, names: list[str], colors: list[Color]) -> None:
-    """Name the lines, beside the panels; of many, the first, the last and some between."""
-    kept = np.unique(np.linspace(0, len(names) - 1, min(len(names), _MAX_KEYS)).round().astype(int))
-    lines = [Line2D([], [], color=colors[i], linewidth=2) for i in kept]
-    figure.legend(
-        lines,
-        [names[i] for i in kept],
-        loc="outside right upper",
-        fontsize=9,
-        labelcolor=INK,
-        frameon=False,
-        handlelength=1.2,
-    )
-
-
-def label_axes(figure: Figure, x: str, y: str) -> None:
-    """Label the axes that all panels have in common."""
-    figure.supxlabel(x, fontsize=9, color=INK)
-    figure.supylabel(y, fontsize=9, color=INK)
 
 
 def color_norm(x: Array, *, log: bool) -> Normalize:
@@ -224,8 +214,13 @@ def add_colorbar(
     else:
         bar = figure.colorbar(source, ax=where, label=label, pad=0.02)
     bar.outline.set_visible(False)
+    norm = source.norm
+    if isinstance(norm, LogNorm) and norm.vmin and norm.vmax:
+        bar.locator, bar.formatter = log_ticks(norm.vmin, norm.vmax)
+        bar.minorlocator = NullLocator()
     bar.ax.tick_params(which="both", labelsize=8, labelcolor=INK, color=LINE)
     bar.ax.yaxis.label.set(fontsize=9, color=INK)
+    bar.ax.yaxis.offsetText.set(fontsize=8, color=INK)
     return bar
 
 
@@ -234,9 +229,3 @@ def density_colormap() -> ListedColormap:
     colors = colormaps["magma_r"](np.linspace(0, 0.95, 256))
     colors[:48] = 1 - (1 - colors[:48]) * np.linspace(0, 1, 48)[:, None]
     return ListedColormap(colors)
-
-
-def powers_of_two(axis: Axis) -> None:
-    """Write tick k as 2^k."""
-    axis.set_major_locator(MaxNLocator(6, integer=True))
-    axis.set_major_formatter(FuncFormatter(lambda k, _: rf"$2^{{{k:.0f}}}$"))

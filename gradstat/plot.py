@@ -15,7 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d import Axes3D
 
-from gradstat import panels, series
+from gradstat import labels, panels, series
 from gradstat.history import History
 from gradstat.series import Histories, Layers, Limits
 
@@ -79,16 +79,21 @@ def ridge(
     span = (first, last if last > first else first + 1)
     color = ScalarMappable(Normalize(*span), "viridis")
     unit = "step" if steps_per_epoch is None else "epoch"
-    figure, boxes, bar = panels.grid_3d(figure, len(named), len(titles))
-    for box, (title, time, counts, edges) in zip(boxes, drawn, strict=True):
+    heads, size = labels.fit_titles([head for head, *_ in drawn], panels.CELL - 0.1)
+    title_lines = max(head.count("\n") + 1 for head in heads)
+    figure, boxes, bar = panels.grid_3d(figure, len(named), len(titles), title_lines)
+    for box, head, (_, time, counts, edges) in zip(boxes, heads, drawn, strict=True):
         ax: Axes3D = figure.add_axes(box, projection="3d")
-        panels.style_3d(ax, title, limits, span, max(1, counts.max()))
-        ax.set_xlabel(r"$\log_2$ |gradient|" if log2 else "gradient", labelpad=-3)
-        ax.set_ylabel(unit, labelpad=-3)
+        panels.style_3d(ax, limits, span, max(1, counts.max()))
+        ax.set_title(head, fontsize=size, color=labels.INK, y=1.05, pad=0)
+        ax.set_xlabel("|gradient|" if log2 else "gradient", labelpad=-1)
+        if log2:
+            labels.powers_of_two(ax.xaxis, 3)
+        ax.set_ylabel(unit, labelpad=-1)
         ax.set_zlabel("count", labelpad=1)
         panels.add_ridges(ax, time, counts, edges, limits, color.to_rgba(time))
     colorbar = panels.add_colorbar(figure, color, unit, figure.add_axes(bar))
-    colorbar.locator = panels.whole_numbers(5)
+    colorbar.locator = labels.whole_numbers(5)
     return figure
 
 
@@ -149,13 +154,14 @@ def curves(
         len(heads),
         4 if by_layer else 2,
         (2.7, 2.2) if by_layer else (3.9, 3.0),
+        margin=0.5 + max(0.4, labels.longest_inches(keys, 9)),
         sharex=True,
         sharey=not by_layer,
     )
     log = field in _MAGNITUDES if log is None else log
     colors = panels.line_colors(len(keys), ordered=not by_layer)
-    for i, (ax, head) in enumerate(zip(axes, heads, strict=True)):
-        panels.style_2d(ax, head)
+    for i, ax in enumerate(axes):
+        panels.style_2d(ax)
         for j, color in enumerate(colors):
             each = list(named.values())[j if by_layer else i]
             layer = list(titles)[i if by_layer else j]
@@ -163,9 +169,12 @@ def curves(
             value = series.block_mean(series.values(each, layer, field), average)
             panels.add_line(ax, time, value, color, log=log)
     unit = "iteration" if steps_per_epoch is None else "epoch"
-    panels.label_axes(figure, unit, _LABELS.get(field, field))
+    labels.label_axes(figure, unit, _LABELS.get(field, field))
     if any(keys):
-        panels.add_key(figure, keys, colors)
+        labels.add_key(figure, keys, colors)
+    for ax in axes:
+        labels.label_log(ax)
+    labels.add_titles(axes, heads)
     return figure
 
 
@@ -227,17 +236,19 @@ def heatmap(
     log = field in _MAGNITUDES if log is None else log
     everything = np.concatenate([image.ravel() for _, image in images])
     norm = panels.color_norm(everything, log=log)
-    height = min(12.0, 0.6 + 0.3 * len(titles))
-    figure, axes = panels.grid_2d(figure, len(named), 2, (4.2, height), sharey=True)
-    for ax, name, (time, image) in zip(axes, named, images, strict=True):
-        panels.style_2d(ax, name)
+    height = min(12.0, max(1.6, 0.6 + 0.3 * len(titles)))
+    margin = 0.3 + max(0.6, labels.longest_inches(list(titles.values()), 8))
+    figure, axes = panels.grid_2d(figure, len(named), 2, (4.2, height), margin=margin, sharey=True)
+    for ax, (time, image) in zip(axes, images, strict=True):
+        panels.style_2d(ax)
         rows = np.arange(len(titles) + 1) - 0.5
         drawn = panels.add_image(ax, time, rows, image, norm, colormaps["viridis"])
         shown = range(0, len(titles), math.ceil(len(titles) / 40))
         ax.set_yticks(shown, [list(titles.values())[i] for i in shown])
     axes[0].invert_yaxis()
-    panels.label_axes(figure, "iteration" if steps_per_epoch is None else "epoch", "")
+    labels.label_axes(figure, "iteration" if steps_per_epoch is None else "epoch", "")
     panels.add_colorbar(figure, drawn, _LABELS.get(field, field), axes)
+    labels.add_titles(axes, list(named))
     return figure
 
 
@@ -258,19 +269,20 @@ def _heatmap_counts(
     norm = panels.color_norm(everything, log=bool(log))
     cmap = panels.density_colormap()
     figure, axes = panels.grid_2d(
-        figure, len(drawn), min(4, len(titles)), (2.5, 2.1), sharex=True, sharey=True
+        figure, len(titles), 4, (2.5, 2.1), groups=len(named), sharex=True, sharey=True
     )
-    for ax, (title, time, shares) in zip(axes, drawn, strict=True):
-        panels.style_2d(ax, title)
+    for ax, (_, time, shares) in zip(axes, drawn, strict=True):
+        panels.style_2d(ax)
         image = panels.add_image(ax, time, series.OCTAVES, shares.T, norm, cmap)
     # Stray elements far below would squeeze the picture: show octaves that ever hold one in 100.
     shown = np.nan_to_num(everything).max(0, keepdims=True) > 0.01
     axes[0].set_ylim(*series.extent([(shown, series.OCTAVES[None])], symmetric=False))
-    panels.powers_of_two(axes[0].yaxis)
-    panels.label_axes(figure, "iteration" if steps_per_epoch is None else "epoch", "|gradient|")
+    labels.powers_of_two(axes[0].yaxis, 6)
+    labels.label_axes(figure, "iteration" if steps_per_epoch is None else "epoch", "|gradient|")
     panels.add_colorbar(figure, image, "share of elements", axes)
+    labels.add_titles(axes, [head for head, *_ in drawn])
     return figure
 
 
 def _heading(name: str, title: str) -> str:
-    return f"{name}  {title}" if name else title
+    return f"{name}{labels.NAME_GAP}{title}" if name else title

@@ -1,0 +1,151 @@
+"""What the figures of `plot` say: titles, axis labels, ticks and keys."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.textpath import TextPath
+from matplotlib.ticker import (
+    Formatter,
+    FuncFormatter,
+    Locator,
+    LogFormatterMathtext,
+    LogFormatterSciNotation,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+    ScalarFormatter,
+)
+
+Color: TypeAlias = tuple[float, ...]
+
+INK = "#333333"
+NAME_GAP = "  "  # between a history's name and a layer's
+_MAX_KEYS = 12
+
+
+def label_axes(figure: Figure, x: str, y: str) -> None:
+    """Label the axes that all panels have in common."""
+    figure.supxlabel(x, fontsize=9, color=INK)
+    figure.supylabel(y, fontsize=9, color=INK)
+
+
+def add_key(figure: Figure, names: list[str], colors: list[Color]) -> None:
+    """Name the lines, beside the panels; of many, the first, the last and some between."""
+    kept = np.unique(np.linspace(0, len(names) - 1, min(len(names), _MAX_KEYS)).round().astype(int))
+    lines = [Line2D([], [], color=colors[i], linewidth=2) for i in kept]
+    figure.legend(
+        lines,
+        [names[i] for i in kept],
+        loc="outside right upper",
+        fontsize=9,
+        labelcolor=INK,
+        frameon=False,
+        handlelength=1.2,
+    )
+
+
+def add_titles(axes: list[Axes], titles: list[str]) -> None:
+    """Write a title over each panel of a constrained layout, no wider than the panel."""
+    if not any(titles):
+        return
+    figure = axes[0].get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    width = min(ax.get_position().width for ax in axes) * figure.get_figwidth()
+    fitted, size = fit_titles(titles, width)
+    # An axis writes its power of ten where a title begins.
+    powers = any(ax.yaxis.get_offset_text().get_text() for ax in axes)
+    longest = max(text_inches(line, size) for title in fitted for line in title.split("\n"))
+    pad = 16 if powers and longest > width - 1 else 6
+    for ax, title in zip(axes, fitted, strict=True):
+        ax.set_title(title, fontsize=size, color=INK, pad=pad)
+
+
+def fit_titles(titles: list[str], inches: float) -> tuple[list[str], float]:
+    """Titles that fit a width, and their size in points.
+
+    If one is too long all are broken in two, after a history's name or else a dot; if that is not
+    enough all are smaller, and in what is still too long an ellipsis stands for the beginning.
+    """
+    fitted = titles
+    if any(text_inches(title, 10) > inches for title in titles):
+        fitted = ["\n".join(_halves(title)) for title in titles]
+    lines = [line for title in fitted for line in title.split("\n")]
+    size = 10 * inches / max(inches, *(text_inches(line, 10) for line in lines))
+    if size < 6:
+        size = 6
+        fitted = ["\n".join(_shorten(line, inches) for line in t.split("\n")) for t in fitted]
+    return fitted, size
+
+
+def _halves(title: str) -> tuple[str, str] | tuple[str]:
+    name, gap, rest = title.partition(NAME_GAP)
+    if gap:
+        return name, rest
+    breaks = [i + 1 for i, letter in enumerate(title[:-1]) if letter in ". "]
+    if not breaks:
+        return (title,)
+    at = min(breaks, key=lambda i: max(i, len(title) - i))
+    return title[:at].rstrip(), title[at:].lstrip()
+
+
+def _shorten(line: str, inches: float) -> str:
+    shown = line
+    while len(shown) > 1 and text_inches(shown, 6) > inches:
+        shown = "…" + shown[2:]
+    return shown
+
+
+def text_inches(text: str, size: float) -> float:
+    """Width of a line of text."""
+    return float(TextPath((0, 0), text, size=size).get_extents().width) / 72 if text else 0.0
+
+
+def longest_inches(texts: list[str], size: float) -> float:
+    """Width of the one with the most letters."""
+    return text_inches(max(texts, key=len), size)
+
+
+def whole_numbers(most: int, prune: Literal["upper"] | None = None) -> MaxNLocator:
+    """Ticks at multiples of 1, 2 or 5 times a power of ten."""
+    return MaxNLocator(most, steps=[1, 2, 5, 10], integer=True, prune=prune)
+
+
+def log_ticks(low: float, high: float) -> tuple[Locator, Formatter]:
+    """Ticks of a logarithmic axis, at least two: at powers of ten if there are as many."""
+    if math.floor(math.log10(high)) > math.ceil(math.log10(low)):
+        return LogLocator(numticks=7), LogFormatterMathtext()
+    if high > 10 * low:
+        every = LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(math.inf, math.inf))
+        return LogLocator(subs=(1.0, 2.0, 5.0)), every
+    return MaxNLocator(5), powers_apart()
+
+
+def powers_apart() -> ScalarFormatter:
+    """Numbers with what power of ten they need written once, at the end of the axis."""
+    formatter = ScalarFormatter(useMathText=True)
+    formatter.set_powerlimits((-2, 3))
+    return formatter
+
+
+def label_log(ax: Axes) -> None:
+    """Ticks of a logarithmic vertical axis whose limits are known."""
+    if ax.get_yscale() == "log":
+        locator, formatter = log_ticks(*sorted(ax.get_ylim()))
+        ax.yaxis.set_major_locator(locator)
+        ax.yaxis.set_major_formatter(formatter)
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.offsetText.set(fontsize=8, color=INK)
+
+
+def powers_of_two(axis: Axis, most: int) -> None:
+    """Write tick k as 2^k."""
+    axis.set_major_locator(MaxNLocator(most, integer=True))
+    axis.set_major_formatter(FuncFormatter(lambda k, _: rf"$2^{{{k:.0f}}}$"))
