@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.utils.hooks import RemovableHandle
 
 from gradstat.records import Recorder
@@ -20,10 +21,13 @@ class BackwardHooks:
     Args:
         parameters: to hook, in the order of the recorder's layers.
         recorder: what sees their gradients.
+        scaler: what scales the loss, or ``None``.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], recorder: Recorder) -> None:
-        self._recorder = recorder
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], recorder: Recorder, scaler: GradScaler | None
+    ) -> None:
+        self._recorder, self._scaler = recorder, scaler
         # What will be called next in the running pass. Autograd alone keeps it alive, and drops it
         # with a pass that an exception ends.
         self._next_call: Callable[[], Callable[..., None] | None] = lambda: None
@@ -41,7 +45,8 @@ class BackwardHooks:
     def _on_gradient(self, index: int, parameter: Tensor) -> None:
         with self._recorder.lock:
             if self._next_call() is None:
-                self._recorder.begin()
+                # There is no scale before the first loss, nor in a scaler that is not enabled.
+                self._recorder.begin(getattr(self._scaler, "_scale", None))
                 self._await_end()
             if parameter.grad is not None:
                 self._recorder.add(index, parameter.grad)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradstat.bins import LinearBins
+from gradstat.bins import Bins, LinearBins, widen
 from gradstat.history import History
 from gradstat.ops import is_measurable, known_range, measure
 from gradstat.statistics import FLOATS, INTEGERS, Statistics
@@ -50,16 +50,24 @@ class Recorder:
         self._bucket_bytes, self._engine = bucket_bytes, engine
         self._n_passes = 0
         self._recording = False
+        self._scale: Tensor | None = None
         self._buckets: dict[torch.device, _Bucket] = {}
         self._parts: list[_Part] = []
         self._pending: deque[_Record] = deque()
         self._ranges = _Ranges()
 
-    def begin(self) -> None:
-        """Start a pass."""
+    def begin(self, scale: Tensor | None = None) -> None:
+        """Start a pass.
+
+        Args:
+            scale: what the gradients of this pass are to be divided by, 0-dim, on any device; it
+                may be changed in place afterwards.
+        """
         self.drop()
         step, within = divmod(self._n_passes, self._accumulation_steps)
         self._recording = within == self._accumulation_steps - 1 and step % self._every == 0
+        if self._recording and scale is not None:
+            self._scale = scale.detach().clone()
 
     def add(self, index: int, gradient: Tensor) -> None:
         """Measure a layer's gradient, now or by the end of the pass; a later one replaces it.
@@ -88,7 +96,8 @@ class Recorder:
                 self._measure(bucket)
         if self._recording:
             step = self._n_passes // self._accumulation_steps
-            self._pending.append(_Record(step, self._parts))
+            scale = None if self._scale is None else _Transfer(self._scale)
+            self._pending.append(_Record(step, self._bins, self._parts, scale))
         self._n_passes += 1
         self.drop()
         self.collect(wait=False)
@@ -96,6 +105,7 @@ class Recorder:
     def drop(self) -> None:
         """Forget an unfinished pass."""
         self._recording = False
+        self._scale = None
         self._buckets.clear()
         self._parts = []
 
@@ -107,8 +117,7 @@ class Recorder:
         """
         while self._pending and self._pending[0].has_arrived(wait):
             record = self._pending.popleft()
-            rows = record.rows(len(self.history.layers), self._bins.bins)
-            self.history.append(record.step, *rows)
+            self.history.append(record.step, *record.rows(len(self.history.layers)))
 
     def _measure(self, bucket: _Bucket) -> None:
         """Launch over a bucket and empty it; the results start on their way to the host."""
@@ -123,10 +132,13 @@ class Recorder:
         for group in groups:
             if group:
                 indices, tensors = tuple(group), list(group.values())
+                if self._scale is not None and isinstance(self._bins, LinearBins):
+                    tensors = _divide(tensors, self._scale)
                 previous = self._ranges.previous(indices)
                 ends = known_range(self._bins, tensors[0].device, len(tensors), previous)
                 result = measure(tensors, self._bins, *ends, self._engine)
-                self._parts.append(_Part(indices, result))
+                transfer = _Transfer(result.integers, result.floats, result.counts)
+                self._parts.append(_Part(indices, transfer))
                 if len(groups) > 1:
                     self._ranges.remember(indices, result)
 
@@ -175,25 +187,18 @@ class _Ranges:
             self._rows[index] = (result, row)
 
 
-class _Part:
-    """The result of one launch, on its way to the host.
+class _Transfer:
+    """Tensors on their way to the host."""
 
-    Args:
-        indices: layer of each row.
-        result: Statistics on the device.
-    """
-
-    def __init__(self, indices: tuple[int, ...], result: Statistics) -> None:
-        self.indices = indices
+    def __init__(self, *tensors: Tensor) -> None:
         self._event: torch.Event | None = None
-        arrays = (result.integers, result.floats, result.counts)
-        if result.counts.device.type == "cuda":
+        if tensors[0].device.type == "cuda":
             # PyTorch's cache of pinned blocks does not reuse one before its copy is over.
-            self._arrays = [_copy_to_pinned(array) for array in arrays]
+            self._tensors = [_copy_to_pinned(x) for x in tensors]
             self._event = torch.Event("cuda")
             self._event.record()
         else:
-            self._arrays = [array.cpu() for array in arrays]
+            self._tensors = [x.cpu() for x in tensors]
 
     def has_arrived(self, wait: bool) -> bool:
         if self._event is None or self._event.query():
@@ -203,30 +208,56 @@ class _Part:
         return wait
 
     def arrays(self) -> tuple[NDArray[np.generic], ...]:
-        return tuple(array.numpy() for array in self._arrays)
+        return tuple(x.numpy() for x in self._tensors)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The result of one launch: the layer of each row, and integers, floats and counts."""
+
+    indices: tuple[int, ...]
+    result: _Transfer
 
 
 @dataclass(frozen=True)
 class _Record:
-    """What one pass measured."""
+    """What one pass measured; what is over `Log2Bins` is still to be divided by the scale."""
 
     step: int
+    bins: Bins
     parts: list[_Part]
+    scale: _Transfer | None
 
     def has_arrived(self, wait: bool) -> bool:
-        return all(part.has_arrived(wait) for part in self.parts)
+        transfers = [part.result for part in self.parts]
+        if self.scale is not None:
+            transfers.append(self.scale)
+        return all(transfer.has_arrived(wait) for transfer in transfers)
 
-    def rows(self, n_layers: int, n_bins: int) -> tuple[NDArray[np.generic], ...]:
+    def rows(self, n_layers: int) -> tuple[NDArray[np.generic], ...]:
         """Integers ``(L, 8)``, floats ``(L, 8)``, counts ``(L, bins)`` of all layers in order."""
         if len(self.parts) == 1 and len(self.parts[0].indices) == n_layers:
-            return self.parts[0].arrays()
-        integers = np.zeros((n_layers, len(INTEGERS)), dtype=np.int64)
-        floats = np.full((n_layers, len(FLOATS)), np.nan)
-        counts = np.zeros((n_layers, n_bins), dtype=np.int64)
-        for part in self.parts:
-            rows = list(part.indices)
-            integers[rows], floats[rows], counts[rows] = part.arrays()
-        return integers, floats, counts
+            integers, floats, counts = self.parts[0].result.arrays()
+        else:
+            integers = np.zeros((n_layers, len(INTEGERS)), dtype=np.int64)
+            floats = np.full((n_layers, len(FLOATS)), np.nan)
+            counts = np.zeros((n_layers, self.bins.bins), dtype=np.int64)
+            for part in self.parts:
+                rows = list(part.indices)
+                integers[rows], floats[rows], counts[rows] = part.result.arrays()
+        if self.scale is None or isinstance(self.bins, LinearBins):
+            return integers, floats, counts
+        (scale,) = self.scale.arrays()
+        scaled = Statistics(self.bins, *(torch.from_numpy(x) for x in (integers, floats, counts)))
+        unscaled = scaled.unscale(torch.from_numpy(scale).double())
+        return unscaled.integers.numpy(), unscaled.floats.numpy(), unscaled.counts.numpy()
+
+
+def _divide(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:
+    """Unscaled copies, by the arithmetic of `torch.amp.GradScaler`; in float32 at least."""
+    wide = [x.float() if x.itemsize < 4 else x for x in gradients]
+    inverse = widen(scale.to(wide[0].device, non_blocking=True)).reciprocal().float()
+    return list(torch._foreach_mul(wide, inverse))
 
 
 def _copy_to_pinned(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from torch import nn
+from torch.amp import GradScaler
 from torch.nn.parameter import is_lazy
 
 from gradstat.bins import Bins, Log2Bins
@@ -26,6 +27,7 @@ def watch(
     *,
     parameters: Selector | None = None,
     accumulation_steps: int = 1,
+    scaler: GradScaler | None = None,
     bucket_bytes: int = 25 << 20,
     engine: str | None = None,
 ) -> Watch:
@@ -49,6 +51,10 @@ def watch(
             function of name and parameter. By default all but biases.
         accumulation_steps: backward passes per optimizer step. The last of each is recorded, when
             the gradient is whole.
+        scaler: what scales the loss: gradients are then measured unscaled. Exact while the scale
+            is a power of two, as by default; with another one a value may be counted up to two bins
+            of `Log2Bins` too near to zero. A step that the scaler will skip has a record like any
+            other, its NaN and infinities counted.
         bucket_bytes: gradients measured in one launch; the default leaves them in a GPU's cache.
         engine: as in `statistics`.
 
@@ -83,10 +89,12 @@ def watch(
         if number < 1:
             raise ValueError(f"watch() needs a number of 1 or more; {name} is {number}")
     check_engine("watch", engine)
+    if not isinstance(scaler, GradScaler | None):
+        raise TypeError(f"watch() needs a torch.amp.GradScaler; scaler is {type(scaler).__name__}")
     selected = _select(model, parameters)
     history = History(list(selected), bins)
     recorder = Recorder(history, every, accumulation_steps, bucket_bytes, engine)
-    return Watch(recorder, BackwardHooks(selected.values(), recorder))
+    return Watch(recorder, BackwardHooks(selected.values(), recorder, scaler))
 
 
 class Watch:

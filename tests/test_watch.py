@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
@@ -520,6 +521,127 @@ def test_watch_sees_the_gradients_of_a_compiled_model(when: str) -> None:
     assert len(w.history) == 2
 
 
+def scaled_backward(model: nn.Module, scaler: GradScaler, factor: float = 1.0) -> None:
+    scaler.scale(factor * model(torch.randn(8, 6)).square().mean()).backward()
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 25 << 20])
+@pytest.mark.parametrize("bins", SCHEMES, ids=repr)
+def test_watch_measures_unscaled_gradients(bins: Bins, bucket_bytes: int) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scaler = GradScaler("cpu", growth_interval=2)
+    previous = None
+    with gradstat.watch(model, bins, scaler=scaler, bucket_bytes=bucket_bytes) as w:
+        for _ in range(4):
+            scaled_backward(model, scaler)
+            scaler.unscale_(optimizer)
+            tracked = previous if bins == LinearBins(6, track=True) else None
+            previous = gradstat.statistics(gradients(model, WEIGHTS), bins, previous=tracked)
+            assert_record(w.last, previous)
+            scaler.step(optimizer)
+            scaler.update()
+            assert_record(w.last, previous)
+            optimizer.zero_grad()
+    assert scaler.get_scale() == 2.0**18
+
+
+@pytest.mark.parametrize("bins", SCHEMES[1:], ids=repr)
+def test_watch_measures_gradients_of_any_scale_exactly_in_linear_bins(bins: Bins) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scaler = GradScaler("cpu", init_scale=1000.0)
+    with gradstat.watch(model, bins, scaler=scaler) as w:
+        scaled_backward(model, scaler)
+        scaler.unscale_(optimizer)
+    assert_record(w.last, gradstat.statistics(gradients(model, WEIGHTS), bins))
+
+
+def test_watch_is_at_most_two_bins_off_for_a_scale_that_is_no_power_of_two() -> None:
+    model = nn.Linear(500, 20, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for scale in (3.0, 1000.0, 2.0**16 / 1.74):
+        scaler = GradScaler("cpu", init_scale=scale)
+        model.zero_grad()
+        with gradstat.watch(model, scaler=scaler) as w:
+            scaler.scale(model(torch.randn(3, 500)).square().mean()).backward()
+            scaler.unscale_(optimizer)
+        expected = gradstat.statistics([model.weight.grad])
+        assert torch.equal(w.last.integers, expected.integers)
+        torch.testing.assert_close(w.last.floats, expected.floats, rtol=1e-6, atol=1e-7)
+        # Values in a bin or beyond it, away from zero.
+        got, true = (
+            torch.stack([c[0, 1024:], c[0, :1024].flip(0)]).flip(1).cumsum(1).flip(1)
+            for c in (w.last.counts, expected.counts)
+        )
+        assert (got <= true).all()
+        assert (got[:, :-2] >= true[:, 2:]).all()
+
+
+def test_watch_shows_the_steps_that_a_scaler_skips() -> None:
+    model = nn.Linear(6, 5, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scaler = GradScaler("cpu", init_scale=2.0**127)
+    weights = [model.weight.detach().clone()]
+    with gradstat.watch(model, scaler=scaler) as w:
+        for factor in (1e3, 1e-3):
+            scaled_backward(model, scaler, factor)
+            scaler.step(optimizer)
+            scaler.update()
+            largest = model.weight.grad.double().abs().max()
+            weights.append(model.weight.detach().clone())
+            optimizer.zero_grad()
+    skipped, taken = w.history.record(0), w.history.record(1)
+    assert torch.equal(weights[1], weights[0])
+    assert int(skipped.nan + skipped.posinf + skipped.neginf) > 0
+    assert not torch.equal(weights[2], weights[1])
+    assert int(taken.finite) == 30
+    # scaler.step() has unscaled it.
+    assert float(taken.abs_max) == float(largest)
+
+
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(6)], ids=repr)
+def test_watch_loses_nothing_of_scaled_half_gradients(bins: Bins) -> None:
+    model = nn.Linear(6, 5, bias=False).half()
+    scaler = GradScaler("cpu", init_scale=2.0**15)
+    with gradstat.watch(model, bins, scaler=scaler) as w:
+        x = torch.full((1, 6), 2.0**-12, dtype=torch.float16)
+        scaler.scale(1.5 * 2.0**-10 * model(x).float().sum()).backward()
+    # Half of float16's smallest number would be nothing.
+    assert w.history["max"].tolist() == [[1.5 * 2.0**-22]]
+    assert w.history["zeros"].tolist() == [[0]]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_watch_takes_a_scaler_that_does_not_scale(enabled: bool) -> None:
+    model = make_model()
+    with gradstat.watch(model, scaler=GradScaler("cpu", enabled=enabled)) as w:
+        backward(model)
+    assert_record(w.last, gradstat.statistics(gradients(model, WEIGHTS)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bins", SCHEMES, ids=repr)
+def test_watch_never_makes_backward_wait_for_the_gpu(bins: Bins) -> None:
+    model = make_model().cuda()
+    scaler = GradScaler("cuda")
+    x = torch.randn(8, 6, device="cuda")
+    with gradstat.watch(model, bins, scaler=scaler, bucket_bytes=100) as w:
+        for step in range(4):
+            loss = scaler.scale(model(x).square().mean())
+            # The first step compiles kernels and fills caches.
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            try:
+                loss.backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            expected = [g / 2.0**16 for g in gradients(model, WEIGHTS)]
+            model.zero_grad()
+    last = gradstat.statistics(expected, Log2Bins())
+    assert len(w.history) == 4
+    assert torch.equal(w.last.min, last.min.cpu())
+
+
 class Checkpointed(nn.Module):
     """Blocks that are run again during backward; the last one shares the first one's weight."""
 
@@ -622,6 +744,11 @@ MODEL = make_model()
             lambda: gradstat.watch(MODEL, bucket_bytes="25 MB"),
             TypeError,
             "an integer; bucket_bytes is '25 MB'",
+        ),
+        (
+            lambda: gradstat.watch(MODEL, scaler=2.0),
+            TypeError,
+            "a torch.amp.GradScaler; scaler is float",
         ),
         (
             lambda: gradstat.watch(MODEL, engine="cuda"),
