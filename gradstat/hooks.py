@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gradstat.records import Recorder
@@ -84,6 +85,38 @@ class BackwardHooks:
             after.register_prehook(on_outer_node) for after, _ in node.next_functions if after
         ]
         return bool(handles)
+
+
+class StepHook:
+    """Each step of an optimizer is a pass of the recorder.
+
+    Args:
+        parameters: in the order of the recorder's layers.
+        recorder: what sees their gradients.
+        optimizer: measured before it steps.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], recorder: Recorder, optimizer: Optimizer
+    ) -> None:
+        self._recorder = recorder
+        self._indices: dict[Tensor, int] = {p: index for index, p in enumerate(parameters)}
+        self._handle = optimizer.register_step_pre_hook(self._on_step)
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self._handle.remove()
+
+    def _on_step(self, optimizer: Optimizer, *_: Any) -> None:  # noqa: ANN401 (what step() is given)
+        with self._recorder.lock:
+            # A fused optimizer is given the scale by GradScaler.step(), to divide by it itself.
+            self._recorder.begin(getattr(optimizer, "grad_scale", None))
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    index = self._indices.get(parameter)
+                    if index is not None and parameter.grad is not None:
+                        self._recorder.add(index, parameter.grad)
+            self._recorder.end()
 
 
 def _hook(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:

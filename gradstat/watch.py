@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from types import TracebackType
+from typing import Literal
 
 from torch import nn
 from torch.amp import GradScaler
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from gradstat.bins import Bins, Log2Bins
 from gradstat.history import History
-from gradstat.hooks import BackwardHooks
+from gradstat.hooks import BackwardHooks, StepHook
 from gradstat.ops import check_bins, check_engine
 from gradstat.records import Recorder
 from gradstat.statistics import Statistics
@@ -27,21 +29,25 @@ def watch(
     *,
     parameters: Selector | None = None,
     accumulation_steps: int = 1,
+    when: Literal["backward", "step"] = "backward",
+    optimizer: Optimizer | None = None,
     scaler: GradScaler | None = None,
     bucket_bytes: int = 25 << 20,
     engine: str | None = None,
 ) -> Watch:
-    """Measure a model's gradients during backward.
+    """Measure a model's gradients, during backward or when the optimizer steps.
 
-    One record per backward pass that reaches a watched parameter; reentrant checkpoints are part
-    of the pass they run in, and passes that overlap in several threads make one record. Nothing
-    waits for the device until the record is read, and nothing about the training changes.
+    One record per backward pass that reaches a watched parameter, or per step. Reentrant
+    checkpoints are part of the pass they run in, and passes that overlap in several threads make
+    one record. Nothing waits for the device until a record is read, and nothing about the training
+    changes.
 
-    A record holds ``p.grad`` as the pass leaves it. A layer that got none, being frozen or unused,
-    is a row of NaN and of zero counts; a shared parameter is one layer, under its first name. Of a
-    sparse gradient its values are measured, not the zeros around them. Parameters that are
-    replaced, as ``load_state_dict(assign=True)`` does, are not seen any more: watch again. Nor are
-    gradients under compiled autograd.
+    A record holds ``p.grad`` as the pass has accumulated it; where something changes it during
+    backward, as DistributedDataParallel does, ``when="step"`` sees the outcome. A layer that has
+    none, being frozen or unused, is a row of NaN and of zero counts; a shared parameter is one
+    layer, under its first name. Of a sparse gradient its values are measured, not the zeros around
+    them. Parameters that are replaced, as ``load_state_dict(assign=True)`` does, are not seen any
+    more: watch again. Compiled autograd needs ``when="step"``.
 
     Args:
         model: the model; watch it after moving, sharding or wrapping it.
@@ -51,10 +57,16 @@ def watch(
             function of name and parameter. By default all but biases.
         accumulation_steps: backward passes per optimizer step. The last of each is recorded, when
             the gradient is whole.
-        scaler: what scales the loss: gradients are then measured unscaled. Exact while the scale
-            is a power of two, as by default; with another one a value may be counted up to two bins
-            of `Log2Bins` too near to zero. A step that the scaler will skip has a record like any
-            other, its NaN and infinities counted.
+        when: ``"backward"`` measures each gradient as soon as it is there; ``"step"`` measures what
+            the optimizer is about to apply: after reduction, unscaling and clipping. Two watches
+            of one model compare them.
+        optimizer: whose steps are records, for ``when="step"``; layers that it does not hold are
+            absent, and so are the steps that a scaler skips (a fused optimizer skips them itself,
+            with a record).
+        scaler: what scales the loss, for ``when="backward"``: gradients are then measured unscaled.
+            Exact while the scale is a power of two, as by default; with another one a value may be
+            counted up to two bins of `Log2Bins` too near to zero. A step that the scaler will skip
+            has a record like any other, its NaN and infinities counted.
         bucket_bytes: gradients measured in one launch; the default leaves them in a GPU's cache.
         engine: as in `statistics`.
 
@@ -63,8 +75,9 @@ def watch(
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: a number below 1, an unknown engine, no parameter that is selected and needs a
-            gradient.
+        ValueError: a number below 1, an unknown engine, options that do not go together, no
+            parameter that is selected and needs a gradient, one without a shape so far, an
+            optimizer of other parameters.
 
     Example:
         >>> import torch, gradstat
@@ -91,10 +104,14 @@ def watch(
     check_engine("watch", engine)
     if not isinstance(scaler, GradScaler | None):
         raise TypeError(f"watch() needs a torch.amp.GradScaler; scaler is {type(scaler).__name__}")
+    _check_when(when, optimizer, scaler, accumulation_steps)
     selected = _select(model, parameters)
     history = History(list(selected), bins)
     recorder = Recorder(history, every, accumulation_steps, bucket_bytes, engine)
-    return Watch(recorder, BackwardHooks(selected.values(), recorder, scaler))
+    if optimizer is None:
+        return Watch(recorder, BackwardHooks(selected.values(), recorder, scaler))
+    _check_holds(optimizer, selected)
+    return Watch(recorder, StepHook(selected.values(), recorder, optimizer))
 
 
 class Watch:
@@ -102,10 +119,10 @@ class Watch:
 
     Args:
         recorder: what the hooks feed.
-        hooks: on the model.
+        hooks: on the model or the optimizer.
     """
 
-    def __init__(self, recorder: Recorder, hooks: BackwardHooks) -> None:
+    def __init__(self, recorder: Recorder, hooks: BackwardHooks | StepHook) -> None:
         self._recorder, self._hooks = recorder, hooks
 
     @property
@@ -145,6 +162,44 @@ class Watch:
     ) -> None:
         """Close it."""
         self.close()
+
+
+def _check_when(
+    when: str, optimizer: Optimizer | None, scaler: GradScaler | None, accumulation_steps: int
+) -> None:
+    if when not in ("backward", "step"):
+        raise ValueError(f"watch() needs one of backward, step; when is {when!r}")
+    if when == "backward":
+        if optimizer is not None:
+            raise ValueError(
+                f"watch() needs when='step' for an optimizer; optimizer is "
+                f"{type(optimizer).__name__}, when is {when!r}"
+            )
+        return
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"watch() needs a torch.optim.Optimizer for when='step'; optimizer is "
+            f"{type(optimizer).__name__}"
+        )
+    if scaler is not None:
+        raise ValueError(
+            "watch() needs no scaler for when='step', which sees unscaled gradients; scaler is "
+            f"{type(scaler).__name__}"
+        )
+    if accumulation_steps != 1:
+        raise ValueError(
+            "watch() needs accumulation_steps of 1 for when='step', which counts steps; "
+            f"accumulation_steps is {accumulation_steps}"
+        )
+
+
+def _check_holds(optimizer: Optimizer, selected: dict[str, nn.Parameter]) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in selected.values()):
+        raise ValueError(
+            f"watch() needs an optimizer of the model's parameters; optimizer is "
+            f"{type(optimizer).__name__} with {len(held)} others, {len(selected)} are selected"
+        )
 
 
 def _select(model: nn.Module, parameters: Selector | None) -> dict[str, nn.Parameter]:

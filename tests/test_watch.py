@@ -270,6 +270,18 @@ def test_watch_tracks_the_range_of_each_layer_through_steps_without_it() -> None
             assert_record(w.last[layer], gradstat.statistics(gradient, bins, previous=previous))
 
 
+def test_watch_must_be_repeated_after_parameters_are_replaced() -> None:
+    model = make_model()
+    with gradstat.watch(model) as w:
+        backward(model)
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+        backward(model)
+        assert len(w.history) == 1
+        with gradstat.watch(model) as again:
+            backward(model)
+    assert (len(w.history), len(again.history)) == (1, 1)
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_watch_does_not_mind_how_gradients_are_zeroed(set_to_none: bool) -> None:
     model = make_model()
@@ -642,6 +654,152 @@ def test_watch_never_makes_backward_wait_for_the_gpu(bins: Bins) -> None:
     assert torch.equal(w.last.min, last.min.cpu())
 
 
+def n_step_hooks(optimizer: torch.optim.Optimizer) -> int:
+    hooks = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    return sum(len(each) for each in hooks)
+
+
+@pytest.mark.parametrize("bins", SCHEMES, ids=repr)
+def test_watch_at_step_measures_what_the_optimizer_applies(bins: Bins) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scaler = GradScaler("cpu")
+    previous = None
+    with gradstat.watch(model, bins, when="step", optimizer=optimizer) as w:
+        for step in range(3):
+            for _ in range(2):
+                scaled_backward(model, scaler)
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            tracked = previous if bins == LinearBins(6, track=True) else None
+            previous = gradstat.statistics(gradients(model, WEIGHTS), bins, previous=tracked)
+            assert len(w.history) == step
+            scaler.step(optimizer)
+            assert_record(w.last, previous)
+            scaler.update()
+            optimizer.zero_grad()
+        assert n_hooks(model) == 0
+    assert w.history.steps.tolist() == [0, 1, 2]
+    assert n_step_hooks(optimizer) == 0
+
+
+def test_watch_at_step_leaves_training_bit_identical() -> None:
+    model = make_model()
+    watched = copy.deepcopy(model)
+    for each in (model, watched):
+        torch.manual_seed(1)
+        optimizer = torch.optim.AdamW(each.parameters(), lr=0.1)
+        w = gradstat.watch(each, when="step", optimizer=optimizer)
+        if each is model:
+            w.close()
+        for _ in range(4):
+            backward(each)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(w.history) == 4
+    for mine, theirs in zip(watched.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine.view(torch.int32), theirs.view(torch.int32))
+
+
+@pytest.mark.parametrize("unscale", [True, False])
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(6, nice=True)], ids=repr)
+def test_watch_at_step_unscales_what_a_fused_optimizer_is_given(bins: Bins, unscale: bool) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, fused=True)
+    scaler = GradScaler("cpu")
+    with gradstat.watch(model, bins, when="step", optimizer=optimizer) as w:
+        scaled_backward(model, scaler)
+        expected = [g / 2.0**16 for g in gradients(model, WEIGHTS)]
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+    assert_record(w.last, gradstat.statistics(expected, bins))
+
+
+def test_watch_at_step_does_not_see_steps_that_a_scaler_skips() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    scaler = GradScaler("cpu", init_scale=2.0**127)
+    with (
+        gradstat.watch(model, scaler=scaler) as seen,
+        gradstat.watch(model, when="step", optimizer=optimizer) as applied,
+    ):
+        for factor in (1e4, 1e-4, 1e4):
+            scaled_backward(model, scaler, factor)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    assert seen.history.steps.tolist() == [0, 1, 2]
+    assert (seen.history["finite"] < seen.history["numel"]).any(1).tolist() == [True, False, True]
+    assert applied.history.steps.tolist() == [0]
+    assert_record(applied.last, seen.history.record(1))
+
+
+def test_watches_at_backward_and_at_step_show_what_clipping_does() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with (
+        gradstat.watch(model, parameters="") as before,
+        gradstat.watch(model, parameters="", when="step", optimizer=optimizer) as after,
+    ):
+        for _ in range(3):
+            backward(model)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            optimizer.step()
+            optimizer.zero_grad()
+    norms = [np.linalg.norm(w.history["l2"], axis=1) for w in (before, after)]
+    assert (norms[0] > 0.02).all()
+    np.testing.assert_allclose(norms[1], 0.01, rtol=1e-4)
+
+
+def test_watch_at_step_leaves_out_layers_that_the_optimizer_does_not_hold() -> None:
+    model = make_model()
+    model[2].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(model[2:].parameters(), lr=0.5)
+    with gradstat.watch(model, when="step", optimizer=optimizer) as w:
+        backward(model)
+        optimizer.step()
+        assert is_absent(w.last) == [True, True, False]
+        model[2].weight.requires_grad_(True)
+        optimizer.add_param_group({"params": [model[0].weight]})
+        optimizer.zero_grad()
+        backward(model)
+        optimizer.step()
+        assert_record(w.last, gradstat.statistics(gradients(model, WEIGHTS)))
+
+
+def test_watch_at_step_every_records_each_nth_step() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with gradstat.watch(model, every=2, when="step", optimizer=optimizer) as w:
+        for _ in range(5):
+            backward(model)
+            backward(model)
+            optimizer.step()
+    assert w.history.steps.tolist() == [0, 2, 4]
+
+
+def test_watch_at_step_closes_when_the_block_fails() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    w = gradstat.watch(model, when="step", optimizer=optimizer)
+    assert n_step_hooks(optimizer) == 1
+    with pytest.raises(KeyError, match="mine"), w:
+        raise KeyError("mine")
+    assert n_step_hooks(optimizer) == 0
+
+
+def test_watch_at_step_lets_the_optimizer_be_copied() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    keys = list(optimizer.state_dict())
+    with gradstat.watch(model, when="step", optimizer=optimizer) as w:
+        assert list(optimizer.state_dict()) == keys
+        for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+            twin.step()
+        assert len(w.history) == 0
+
+
 class Checkpointed(nn.Module):
     """Blocks that are run again during backward; the last one shares the first one's weight."""
 
@@ -721,6 +879,7 @@ def test_watch_forgets_a_checkpointed_backward_that_fails() -> None:
 
 
 MODEL = make_model()
+OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.1)
 
 
 @pytest.mark.parametrize(
@@ -744,6 +903,39 @@ MODEL = make_model()
             lambda: gradstat.watch(MODEL, bucket_bytes="25 MB"),
             TypeError,
             "an integer; bucket_bytes is '25 MB'",
+        ),
+        (
+            lambda: gradstat.watch(MODEL, when="forward"),
+            ValueError,
+            "one of backward, step; when is 'forward'",
+        ),
+        (
+            lambda: gradstat.watch(MODEL, optimizer=OPTIMIZER),
+            ValueError,
+            "when='step' for an optimizer; optimizer is SGD, when is 'backward'",
+        ),
+        (
+            lambda: gradstat.watch(MODEL, when="step"),
+            TypeError,
+            "a torch.optim.Optimizer for when='step'; optimizer is NoneType",
+        ),
+        (
+            lambda: gradstat.watch(
+                MODEL, when="step", optimizer=OPTIMIZER, scaler=GradScaler("cpu")
+            ),
+            ValueError,
+            "no scaler for when='step', which sees unscaled gradients; scaler is GradScaler",
+        ),
+        (
+            lambda: gradstat.watch(MODEL, when="step", optimizer=OPTIMIZER, accumulation_steps=2),
+            ValueError,
+            "accumulation_steps of 1 for when='step', which counts steps; accumulation_steps is 2",
+        ),
+        (
+            lambda: gradstat.watch(make_model(), when="step", optimizer=OPTIMIZER),
+            ValueError,
+            "an optimizer of the model's parameters; optimizer is SGD with 6 others, 3 are "
+            "selected",
         ),
         (
             lambda: gradstat.watch(MODEL, scaler=2.0),
@@ -797,4 +989,4 @@ def test_watch_refuses_by_argument(
 ) -> None:
     with pytest.raises(error, match=f"^{re.escape('watch() needs ' + message)}$"):
         call()
-    assert n_hooks(MODEL) == 0
+    assert n_hooks(MODEL) == n_step_hooks(OPTIMIZER) == 0
