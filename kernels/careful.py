@@ -9,16 +9,41 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _extremes(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, LANES: tl.constexpr):
+def power_of_two(magnitude):
+    """The power of two that brings a magnitude into [1, 2), or nearest to it as a normal float32.
+
+    1 for zero.
+    """
+    exponent = magnitude.to(tl.int32, bitcast=True) >> 23
+    scale_exponent = tl.minimum(tl.maximum(254 - exponent, 1), 253)
+    scale = (scale_exponent << 23).to(tl.float32, bitcast=True)
+    return tl.where(magnitude > 0.0, scale, 1.0)
+
+
+@triton.jit
+def find_unit(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, THREADS: tl.constexpr):
+    """A power of two and a center, both float32, such that ``x * unit - center`` is of order 1.
+
+    They suit the first elements, and so, as a rule, the rest.
+    """
+    offsets = tl.arange(0, THREADS)
+    x = load_any(address, strides, offsets, n, 0.0, DTYPE, IS_BFLOAT16)
+    x = tl.where(tl.abs(x) < INF, x, 0.0)
+    unit = power_of_two(tl.max(tl.abs(x)))
+    return unit, tl.sum(x * unit) / tl.minimum(n, THREADS)
+
+
+@triton.jit
+def _extremes(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, THREADS: tl.constexpr):
     """Smallest and largest finite value (infinite if there is none) and non-finite counts."""
-    lanes = tl.arange(0, LANES)
-    smallest = tl.full((LANES,), INF, tl.float32)
-    largest = tl.full((LANES,), -INF, tl.float32)
-    nans = tl.zeros((LANES,), tl.int32)
-    posinfs = tl.zeros((LANES,), tl.int32)
-    neginfs = tl.zeros((LANES,), tl.int32)
-    for start in range(0, n, LANES):
-        offsets = start + lanes
+    threads = tl.arange(0, THREADS)
+    smallest = tl.full((THREADS,), INF, tl.float32)
+    largest = tl.full((THREADS,), -INF, tl.float32)
+    nans = tl.zeros((THREADS,), tl.int32)
+    posinfs = tl.zeros((THREADS,), tl.int32)
+    neginfs = tl.zeros((THREADS,), tl.int32)
+    for start in range(0, n, THREADS):
+        offsets = start + threads
         x = load_any(address, strides, offsets, n, 0.0, DTYPE, IS_BFLOAT16)
         used = (tl.abs(x) < INF) & (offsets < n)
         smallest = tl.minimum(smallest, tl.where(used, x, INF))
@@ -31,15 +56,15 @@ def _extremes(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, LANES: tl.c
 
 @triton.jit
 def _sums(
-    address, strides, n, scale, center, DTYPE, IS_BFLOAT16: tl.constexpr, LANES: tl.constexpr
+    address, strides, n, scale, center, DTYPE, IS_BFLOAT16: tl.constexpr, THREADS: tl.constexpr
 ):
     """Sums of d, abs(d) and d * d, with d = x * scale - center, over finite x."""
-    lanes = tl.arange(0, LANES)
-    total = tl.zeros((LANES,), tl.float32)
-    magnitudes = tl.zeros((LANES,), tl.float32)
-    squares = tl.zeros((LANES,), tl.float32)
-    for start in range(0, n, LANES):
-        x = load_any(address, strides, start + lanes, n, INF, DTYPE, IS_BFLOAT16)
+    threads = tl.arange(0, THREADS)
+    total = tl.zeros((THREADS,), tl.float32)
+    magnitudes = tl.zeros((THREADS,), tl.float32)
+    squares = tl.zeros((THREADS,), tl.float32)
+    for start in range(0, n, THREADS):
+        x = load_any(address, strides, start + threads, n, INF, DTYPE, IS_BFLOAT16)
         d = tl.where(tl.abs(x) < INF, x * scale - center, 0.0)
         total += d
         magnitudes += tl.abs(d)
@@ -48,24 +73,24 @@ def _sums(
 
 
 @triton.jit
-def zero_counts(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, LANES: tl.constexpr):
+def zero_counts(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, THREADS: tl.constexpr):
     """Elements equal to zero, and those of them with a minus sign."""
-    lanes = tl.arange(0, LANES)
-    zeros = tl.zeros((LANES,), tl.int32)
-    negative = tl.zeros((LANES,), tl.int32)
-    for start in range(0, n, LANES):
-        x = load_any(address, strides, start + lanes, n, 1.0, DTYPE, IS_BFLOAT16)
+    threads = tl.arange(0, THREADS)
+    zeros = tl.zeros((THREADS,), tl.int32)
+    negative = tl.zeros((THREADS,), tl.int32)
+    for start in range(0, n, THREADS):
+        x = load_any(address, strides, start + threads, n, 1.0, DTYPE, IS_BFLOAT16)
         zeros += (x == 0.0).to(tl.int32)
         negative += (x.to(tl.int32, bitcast=True) == -0x80000000).to(tl.int32)
     return tl.sum(zeros), tl.sum(negative)
 
 
 @triton.jit
-def careful_sums(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, LANES: tl.constexpr):
+def careful_sums(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, THREADS: tl.constexpr):
     """Sums over the finite elements, whatever their magnitude, and non-finite counts.
 
-    Values are scaled by the power of two that brings the largest magnitude into [1, 2); deviations
-    are taken from the mean in a pass of their own. The item is still in cache.
+    Values are scaled so that the largest magnitude is in [1, 2); deviations are taken from the mean
+    in a pass of their own. The item is still in cache.
 
     Args:
         address: see items.py, as strides and n.
@@ -73,24 +98,21 @@ def careful_sums(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, LANES: t
         n: elements.
         DTYPE: element type; int16 for bfloat16.
         IS_BFLOAT16: whether the elements are bfloat16.
-        LANES: elements loaded at once.
+        THREADS: elements loaded at once.
 
     Returns:
         sum, l1, sum of squares, sum of squared deviations from the mean (float64); smallest and
         largest (float32, infinite when there is no finite element); finite, nan, posinf, neginf
         (int32).
     """
-    lo, hi, nan, posinf, neginf = _extremes(address, strides, n, DTYPE, IS_BFLOAT16, LANES)
+    lo, hi, nan, posinf, neginf = _extremes(address, strides, n, DTYPE, IS_BFLOAT16, THREADS)
     finite = n - nan - posinf - neginf
     largest_magnitude = tl.maximum(tl.maximum(-lo, hi), 0.0)
-    exponent = largest_magnitude.to(tl.int32, bitcast=True) >> 23
-    # 2**(127 - exponent), kept a normal float32; its inverse in float64 is exact.
-    scale_exponent = tl.minimum(tl.maximum(254 - exponent, 1), 253)
-    scale = (scale_exponent << 23).to(tl.float32, bitcast=True)
+    scale = power_of_two(largest_magnitude)
     unit = 1.0 / scale.to(tl.float64)
-    total, l1, _ = _sums(address, strides, n, scale, 0.0, DTYPE, IS_BFLOAT16, LANES)
+    total, l1, _ = _sums(address, strides, n, scale, 0.0, DTYPE, IS_BFLOAT16, THREADS)
     center = tl.where(finite > 0, total / finite, 0.0)
-    rest, _, squares = _sums(address, strides, n, scale, center, DTYPE, IS_BFLOAT16, LANES)
+    rest, _, squares = _sums(address, strides, n, scale, center, DTYPE, IS_BFLOAT16, THREADS)
 
     count = tl.maximum(finite, 1).to(tl.float64)
     rest64 = rest.to(tl.float64)

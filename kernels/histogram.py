@@ -18,7 +18,8 @@ def histogram_kernel(
     BINS: tl.constexpr,
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
-    LANES: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """Linear histogram of work item ``program_id``.
 
@@ -30,22 +31,24 @@ def histogram_kernel(
         IS_BFLOAT16: whether the elements are bfloat16.
         BINS: bins of the scheme.
         SLOTS: power of two: slots of the histogram in shared memory.
-        ROWS: rows of a tile.
-        LANES: columns of a tile.
+        ROWS: vectors of a tile for each thread.
+        THREADS: threads of the program.
+        VECTOR: elements in 16 bytes.
     """
     address, tensor, n, n_aligned, strides = load_item(items_ptr)
-    lanes = tl.arange(0, LANES)
+    threads = tl.arange(0, THREADS)
     low = tl.load(ranges_ptr + 2 * tensor)
     high = tl.load(ranges_ptr + 2 * tensor + 1)
     scale, inv_width = linear_factors(low, high, BINS)
     histogram = tl.zeros((SLOTS,), tl.int32)
-    for start in range(0, n_aligned, ROWS * LANES):
-        x = load_tile(address, start, DTYPE, IS_BFLOAT16, ROWS, LANES)
+    TILE: tl.constexpr = ROWS * THREADS * VECTOR
+    for start in range(0, n_aligned, TILE):
+        x = load_tile(address, start, DTYPE, IS_BFLOAT16, ROWS, THREADS, VECTOR)
         slot = linear_slot(x, low, high, scale, inv_width, BINS, SLOTS)
-        slot = tl.reshape(slot, [ROWS * LANES], can_reorder=True)
+        slot = tl.reshape(slot, [TILE], can_reorder=True)
         histogram += tl.histogram(slot, SLOTS)
-    for start in range(n_aligned, n, LANES):
-        offsets = start + lanes
+    for start in range(n_aligned, n, THREADS):
+        offsets = start + threads
         x = load_any(address, strides, offsets, n, 0.0, DTYPE, IS_BFLOAT16)
         slot = linear_slot(x, low, high, scale, inv_width, BINS, SLOTS)
         histogram += tl.histogram(slot, SLOTS, mask=offsets < n)

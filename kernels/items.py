@@ -5,7 +5,7 @@ by program w. Its fields, in order:
 
     address       of its first element, in bytes
     tensor        row of its results
-    n             elements, below 2**31
+    n             elements, below 2**24
     n_aligned     of these, elements in whole tiles, contiguous from a 16-byte boundary
     inner         length of a row of the rest; element i is in row i // inner
     inner_stride  elements between neighbours in a row
@@ -47,22 +47,25 @@ def load_tile(
     DTYPE: tl.constexpr,
     IS_BFLOAT16: tl.constexpr,
     ROWS: tl.constexpr,
-    LANES: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
-    """Elements of an aligned run from ``start`` on, float32 (ROWS, LANES): 16-byte loads, no mask.
+    """Elements of an aligned run from ``start`` on, float32 (ROWS, THREADS, VECTOR), no mask.
 
-    bfloat16 comes in pairs: a 32-bit word has two.
+    A vector is 16 bytes and one load. bfloat16 comes in 32-bit words, two to a word.
     """
+    rows = tl.arange(0, ROWS)[:, None, None]
+    threads = tl.arange(0, THREADS)[None, :, None]
     if IS_BFLOAT16:
-        WORDS: tl.constexpr = LANES // 2
-        words_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
-        offsets = tl.arange(0, ROWS)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-        words = tl.load(words_ptr + start // 2 + offsets)
-        pair = tl.join(words << 16, words & -65536).to(tl.float32, bitcast=True)
-        return tl.reshape(pair, [ROWS, LANES])
-    x_ptr = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
-    offsets = tl.arange(0, ROWS)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    return tl.load(x_ptr + start + offsets).to(tl.float32)
+        WORDS: tl.constexpr = VECTOR // 2
+        words_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16) + start // 2
+        offsets = (rows * THREADS + threads) * WORDS + tl.arange(0, WORDS)[None, None, :]
+        words = tl.load(words_ptr + offsets)
+        pairs = tl.join(words << 16, words & -65536).to(tl.float32, bitcast=True)
+        return tl.reshape(pairs, [ROWS, THREADS, VECTOR])
+    x_ptr = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16) + start
+    offsets = (rows * THREADS + threads) * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    return tl.load(x_ptr + offsets).to(tl.float32)
 
 
 @triton.jit

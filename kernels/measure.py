@@ -4,16 +4,14 @@ import triton
 import triton.language as tl
 
 from gradstat.kernels.binning import linear_factors, linear_slot, log2_bin, log2_slot
-from gradstat.kernels.careful import careful_sums, zero_counts
+from gradstat.kernels.careful import careful_sums, find_unit, zero_counts
 from gradstat.kernels.items import load_any, load_item, load_tile
 
 # Fields of a row of partials, float64.
 PARTIAL_FIELDS = tl.constexpr(13)
 
-# Where the largest magnitude is in this window, the squares of 2**16 values neither overflow nor
-# lose more to underflow than a float32 does to rounding.
-SAFE_LOW = tl.constexpr(2.0**-56)
-SAFE_HIGH = tl.constexpr(2.0**54)
+# A sum of squares from here on has lost less to underflow than a float32 does to rounding.
+SAFE_SQUARES = tl.constexpr(2.0**-100)
 # Bits of 2**-128: smaller magnitudes share their slot with zero.
 NEAR_ZERO = tl.constexpr(1 << 21)
 INF = tl.constexpr(float("inf"))
@@ -46,7 +44,8 @@ def measure_kernel(
     SLOTS: tl.constexpr,
     LOG2: tl.constexpr,
     ROWS: tl.constexpr,
-    LANES: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """Sums, extremes, zero and non-finite counts and the histogram of work item ``program_id``.
 
@@ -61,15 +60,16 @@ def measure_kernel(
         BINS: bins of the scheme; 0 for no histogram.
         SLOTS: power of two: slots of the histogram in shared memory.
         LOG2: log2 bins, not linear ones.
-        ROWS: rows of a tile.
-        LANES: columns of a tile: as many elements as the threads load at once.
+        ROWS: vectors of a tile for each thread.
+        THREADS: threads of the program.
+        VECTOR: elements in 16 bytes.
     """
     # float16 has no value but zero in the slots of zero, so these count zeros. Another dtype may:
     # then the smallest magnitude beside zero says so.
-    ZERO_SLOTS: tl.constexpr = LOG2 and DTYPE == tl.float16
-    NEAR_ZERO_SLOTS: tl.constexpr = LOG2 and DTYPE != tl.float16
+    ZERO_SLOTS: tl.constexpr = LOG2 and tl.float16 == DTYPE
+    NEAR_ZERO_SLOTS: tl.constexpr = LOG2 and tl.float16 != DTYPE
     address, tensor, n, n_aligned, strides = load_item(items_ptr)
-    lanes = tl.arange(0, LANES)
+    threads = tl.arange(0, THREADS)
     slots = tl.arange(0, SLOTS)
     low = 0.0
     high = 0.0
@@ -81,71 +81,78 @@ def measure_kernel(
         scale, inv_width = linear_factors(low, high, BINS)
     ends = (low, high, scale, inv_width)
 
-    total = tl.zeros((LANES,), tl.float32)
-    squares = tl.zeros((LANES,), tl.float32)
-    magnitudes = tl.zeros((LANES,), tl.float32)
-    smallest = tl.full((LANES,), INF, tl.float32)
-    largest = tl.full((LANES,), -INF, tl.float32)
-    zeros = tl.zeros((LANES,), tl.int32)
-    nearest = tl.full((LANES,), 0xFFFFFFFF, tl.uint32)
+    # Sums are of y = x * unit - center: where that is of the order of 1, no square overflows or
+    # underflows, and the variance does not cancel. The first elements say what to take.
+    unit, center = find_unit(address, strides, n, DTYPE, IS_BFLOAT16, THREADS)
+    total = tl.zeros((THREADS,), tl.float32)
+    squares = tl.zeros((THREADS,), tl.float32)
+    magnitudes = tl.zeros((THREADS,), tl.float32)
+    smallest = tl.full((THREADS,), INF, tl.float32)
+    largest = tl.full((THREADS,), -INF, tl.float32)
+    # Exact in float32, and an instruction cheaper: an item has fewer than 2**24 elements.
+    zeros = tl.zeros((THREADS,), tl.float32)
+    nearest = tl.full((THREADS,), 0xFFFFFFFF, tl.uint32)
     histogram = tl.zeros((SLOTS,), tl.int32)
 
-    for start in range(0, n_aligned, ROWS * LANES):
-        x = load_tile(address, start, DTYPE, IS_BFLOAT16, ROWS, LANES)
-        # Reducing over rows stays inside a thread.
-        total += tl.sum(x, 0)
-        squares += tl.sum(x * x, 0)
-        magnitudes += tl.sum(tl.abs(x), 0)
-        smallest = tl.minimum(smallest, tl.min(x, 0))
-        largest = tl.maximum(largest, tl.max(x, 0))
+    TILE: tl.constexpr = ROWS * THREADS * VECTOR
+    for start in range(0, n_aligned, TILE):
+        x = load_tile(address, start, DTYPE, IS_BFLOAT16, ROWS, THREADS, VECTOR)
+        y = x * unit - center
+        # These reductions stay inside a thread.
+        total += tl.sum(tl.sum(y, 2), 0)
+        squares += tl.sum(tl.sum(y * y, 2), 0)
+        magnitudes += tl.sum(tl.sum(tl.abs(x), 2), 0)
+        smallest = tl.minimum(smallest, tl.min(tl.min(x, 2), 0))
+        largest = tl.maximum(largest, tl.max(tl.max(x, 2), 0))
         if NEAR_ZERO_SLOTS:
-            nearest = tl.minimum(nearest, tl.min(_magnitude_keys(x), 0))
+            nearest = tl.minimum(nearest, tl.min(tl.min(_magnitude_keys(x), 2), 0))
         elif not ZERO_SLOTS:
-            zeros += tl.sum((x == 0.0).to(tl.int32), 0)
+            zeros += tl.sum(tl.sum((x == 0.0).to(tl.float32), 2), 0)
         if BINS > 0:
             slot = find_slots(x, ends, BINS, SLOTS, LOG2)
-            slot = tl.reshape(slot, [ROWS * LANES], can_reorder=True)
-            histogram += tl.histogram(slot, SLOTS)
+            histogram += tl.histogram(tl.reshape(slot, [TILE], can_reorder=True), SLOTS)
 
-    for start in range(n_aligned, n, LANES):
-        offsets = start + lanes
+    for start in range(n_aligned, n, THREADS):
+        offsets = start + threads
         mask = offsets < n
         x = load_any(address, strides, offsets, n, 0.0, DTYPE, IS_BFLOAT16)
-        total += x
-        squares += x * x
+        y = tl.where(mask, x * unit - center, 0.0)
+        total += y
+        squares += y * y
         magnitudes += tl.abs(x)
         smallest = tl.minimum(smallest, tl.where(mask, x, INF))
         largest = tl.maximum(largest, tl.where(mask, x, -INF))
         if NEAR_ZERO_SLOTS:
             nearest = tl.minimum(nearest, _magnitude_keys(x))
         elif not ZERO_SLOTS:
-            zeros += (mask & (x == 0.0)).to(tl.int32)
+            zeros += (mask & (x == 0.0)).to(tl.float32)
         if BINS > 0:
             histogram += tl.histogram(find_slots(x, ends, BINS, SLOTS, LOG2), SLOTS, mask=mask)
 
     s = tl.sum(total)
     q = tl.sum(squares)
+    a = tl.sum(magnitudes)
     lo = tl.min(smallest)
     hi = tl.max(largest)
-    largest_magnitude = tl.maximum(-lo, hi)
-    # False also when q or an extreme is NaN or infinite.
-    safe = (largest_magnitude >= SAFE_LOW) & (largest_magnitude <= SAFE_HIGH) & (q < INF)
-    safe = safe & (s * s <= 0.5 * q * n)
-    if safe | ((largest_magnitude == 0.0) & (q == 0.0)):
-        sum64 = s.to(tl.float64)
-        l1 = tl.sum(magnitudes).to(tl.float64)
-        squares64 = q.to(tl.float64)
-        deviations = squares64 - sum64 * sum64 / n
+    # A NaN or an infinity makes q one as well, so it is not safe.
+    safe = (lo == hi) | ((q >= SAFE_SQUARES) & (s * s <= 0.5 * q * n))
+    if safe & (q < INF) & (a < INF):
+        inverse = 1.0 / unit.to(tl.float64)
+        shift = center.to(tl.float64) * n
+        sum64 = (s.to(tl.float64) + shift) * inverse
+        l1 = a.to(tl.float64)
+        deviations = (q.to(tl.float64) - s.to(tl.float64) * s / n) * inverse * inverse
+        squares64 = deviations + sum64 * sum64 / n
         finite = n
         nan = 0
         posinf = 0
         neginf = 0
     else:
         sum64, l1, squares64, deviations, lo, hi, finite, nan, posinf, neginf = careful_sums(
-            address, strides, n, DTYPE, IS_BFLOAT16, LANES
+            address, strides, n, DTYPE, IS_BFLOAT16, THREADS
         )
 
-    z = tl.sum(zeros)
+    z = tl.sum(zeros).to(tl.int32)
     below = 0
     above = 0
     if LOG2:
@@ -153,7 +160,7 @@ def measure_kernel(
         negative = tl.sum(tl.where(slots == 1024, histogram, 0))
         if NEAR_ZERO_SLOTS:
             if tl.min(nearest) < 2 * NEAR_ZERO - 1:
-                z, negative = zero_counts(address, strides, n, DTYPE, IS_BFLOAT16, LANES)
+                z, negative = zero_counts(address, strides, n, DTYPE, IS_BFLOAT16, THREADS)
         # A zero with a minus sign counts as one without.
         moved = (slots == 0).to(tl.int32) - (slots == 1024).to(tl.int32)
         histogram += moved * negative

@@ -28,14 +28,11 @@ FINISH_BLOCK = 128
 MAX_PLANS = 64
 
 NUM_WARPS = 8
-ROWS = 4
-# Element type in device code, bfloat16 as its bits, and columns of a tile: a 16-byte load for each
-# thread.
-KINDS = {
-    torch.float32: (tl.float32, 1024),
-    torch.float16: (tl.float16, 2048),
-    torch.bfloat16: (tl.int16, 2048),
-}
+THREADS = 32 * NUM_WARPS
+ROWS = 4  # vectors that a thread loads at once
+VECTOR_BYTES = 16
+# Element types in device code; bfloat16 as its bits.
+ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.int16}
 
 # A range's kind, as finish_kernel takes it.
 NO_RANGE, KNOWN_RANGE, AUTOMATIC_RANGE = range(3)
@@ -104,7 +101,7 @@ def measure(
 
 def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None:
     bins, n_items = result.bins, len(group.items)
-    element, lanes = KINDS[group.dtype]
+    element, vector = ELEMENTS[group.dtype], VECTOR_BYTES // group.dtype.itemsize
     is_bfloat16 = group.dtype == torch.bfloat16
     n_bins = 0 if kind == AUTOMATIC_RANGE else bins.bins
     slots = 2048 if kind == NO_RANGE else 1 << (bins.bins + 2).bit_length()
@@ -121,7 +118,8 @@ def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None
             slots,
             kind == NO_RANGE,
             ROWS,
-            lanes,
+            THREADS,
+            vector,
             num_warps=NUM_WARPS,
         )
     finish_kernel[(len(group.spans),)](
@@ -148,7 +146,8 @@ def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None
             bins.bins,
             slots,
             ROWS,
-            lanes,
+            THREADS,
+            vector,
             num_warps=NUM_WARPS,
         )
 
@@ -166,10 +165,11 @@ def _plan(tensors: Sequence[Tensor]) -> list[Group]:
             _plans.move_to_end(key)
             return plan
     plan = []
-    for dtype, (_, lanes) in KINDS.items():
+    for dtype in ELEMENTS:
         rows = [i for i, x in enumerate(tensors) if x.dtype == dtype]
         if rows:
-            items, spans = make_items([tensors[i] for i in rows], rows, ROWS * lanes)
+            tile = ROWS * THREADS * VECTOR_BYTES // dtype.itemsize
+            items, spans = make_items([tensors[i] for i in rows], rows, tile)
             device = tensors[0].device
             plan.append(Group(dtype, _upload(items, device), _upload(spans, device)))
     with _plans_lock:

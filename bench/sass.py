@@ -1,0 +1,158 @@
+"""What the compiler makes of a Triton kernel: the code of its main loop, registers and spills."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as _nvidia
+from triton.compiler import ASTSource
+
+TOOLS = Path(_nvidia.__file__).parent / "bin"
+ARCHITECTURES = (80, 90, 100)
+
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(.*?)\s*;")
+_LABEL = re.compile(r"^(\.L_\S+):")
+_TARGET = re.compile(r"`\((\.L_[^)]+)\)")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction: its opcode with modifiers, and the label it branches to."""
+
+    opcode: str
+    target: str | None
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled kernel.
+
+    Args:
+        loop: instructions of the main loop, the one that loads most.
+        registers: of each thread.
+        spills: bytes of local memory and stack.
+        shared: bytes of shared memory.
+    """
+
+    loop: list[Instruction]
+    registers: int
+    spills: int
+    shared: int
+
+    def count(self, pattern: str) -> int:
+        """Instructions of the loop whose opcode begins with the pattern."""
+        return sum(bool(re.match(pattern, each.opcode)) for each in self.loop)
+
+    def pipes(self) -> Counter[str]:
+        """Instructions of the loop by the pipe that executes them."""
+        return Counter(pipe(each.opcode) for each in self.loop)
+
+
+def compile_kernel(
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    target: GPUTarget,
+    num_warps: int = 4,
+    **options: Any,
+) -> Any:
+    """Compile a kernel for a GPU that need not be there.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        signature: type of each argument that is not constant.
+        constants: value of each constant.
+        target: backend, architecture and warp size.
+        num_warps: warps of a program.
+        options: further options of the compiler.
+
+    Returns:
+        Triton's compiled kernel.
+    """
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name, kind in signature.items()
+            if kind.startswith("*")
+        },
+    )
+    return triton.compile(source, target=target, options={"num_warps": num_warps, **options})
+
+
+def inspect(compiled: Any) -> Compiled:
+    """Disassemble a kernel compiled for an NVIDIA GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        code = _run("nvdisasm", "-c", str(cubin))
+        usage = _run("cuobjdump", "-res-usage", str(cubin))
+    use = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", usage)}
+    return Compiled(_main_loop(code), use["REG"], use["STACK"] + use["LOCAL"], use["SHARED"])
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run(
+        [TOOLS / tool, *arguments], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def _main_loop(code: str) -> list[Instruction]:
+    """The innermost loop with the most bytes loaded from global memory."""
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in code.splitlines():
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif found := _INSTRUCTION.match(line):
+            text = re.sub(r"^@!?U?P\w+\s+", "", found[2])
+            target = _TARGET.search(text)
+            instructions.append(Instruction(text.split()[0], target and target[1]))
+    loops = [
+        (labels[each.target], at + 1)
+        for at, each in enumerate(instructions)
+        if each.opcode.startswith("BRA") and each.target and labels.get(each.target, at + 1) <= at
+    ]
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+
+    def loaded(loop: tuple[int, int]) -> int:
+        return sum(load_bytes(each.opcode) for each in instructions[slice(*loop)])
+
+    return instructions[slice(*max(inner, key=loaded))]
+
+
+def load_bytes(opcode: str) -> int:
+    """Bytes that a thread loads from global memory with an instruction; 0 for others."""
+    if not opcode.startswith("LDG"):
+        return 0
+    width = re.search(r"\.(64|128|256)\b", opcode)
+    if width:
+        return int(width[1]) // 8
+    return 2 if ".U16" in opcode else 1 if ".U8" in opcode else 4
+
+
+def pipe(opcode: str) -> str:
+    """Execution pipe of an instruction on Ampere and later, by opcode."""
+    stem = opcode.partition(".")[0]
+    if stem in ("FADD", "FMUL", "FFMA", "IMAD", "FADD2", "FMUL2", "FFMA2"):
+        return "fma"
+    if stem in ("LDG", "LDS", "STS", "STG", "ATOMS", "ATOMG", "RED", "LDGSTS", "SHFL"):
+        return "memory"
+    if stem in ("I2F", "F2I", "MUFU", "I2FP", "F2IP", "POPC", "FLO", "F2F"):
+        return "conversion"
+    if stem in ("BRA", "BAR", "BSSY", "BSYNC", "EXIT", "NOP", "WARPSYNC", "DEPBAR"):
+        return "control"
+    if stem.startswith("U") or stem in ("R2UR", "S2UR"):
+        return "uniform"
+    return "alu"
