@@ -39,7 +39,9 @@ def linear_slot(x, low, high, scale, inv_width, BINS: tl.constexpr, SLOTS: tl.co
     where t underflows. Fusing the first product with the subtraction changes nothing:
     ``x * scale`` is exact.
     """
-    t = (x * scale - low * scale) * inv_width
+    # Not -(low * scale): -0.0 must be 0.0, without a sign, away from a low end of zero.
+    offset = 0.0 - low * scale
+    t = (x * scale + offset) * inv_width
     sign = t.to(tl.int32, bitcast=True) >> 31
     return tl.where(x <= high, (t.to(tl.int32) | sign) & (SLOTS - 1), BINS + 1)
 
