@@ -29,7 +29,7 @@ MAX_PLANS = 64
 
 NUM_WARPS = 8
 THREADS = 32 * NUM_WARPS
-ROWS = 4  # vectors that a thread loads at once
+EACH = 16  # elements of a tile for each thread
 VECTOR_BYTES = 16
 # Element types in device code; bfloat16 as its bits.
 ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.int16}
@@ -117,7 +117,7 @@ def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None
             n_bins,
             slots,
             kind == NO_RANGE,
-            ROWS,
+            EACH // vector,
             THREADS,
             vector,
             num_warps=NUM_WARPS,
@@ -145,7 +145,7 @@ def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None
             is_bfloat16,
             bins.bins,
             slots,
-            ROWS,
+            EACH // vector,
             THREADS,
             vector,
             num_warps=NUM_WARPS,
@@ -168,8 +168,7 @@ def _plan(tensors: Sequence[Tensor]) -> list[Group]:
     for dtype in ELEMENTS:
         rows = [i for i, x in enumerate(tensors) if x.dtype == dtype]
         if rows:
-            tile = ROWS * THREADS * VECTOR_BYTES // dtype.itemsize
-            items, spans = make_items([tensors[i] for i in rows], rows, tile)
+            items, spans = make_items([tensors[i] for i in rows], rows, EACH * THREADS)
             device = tensors[0].device
             plan.append(Group(dtype, _upload(items, device), _upload(spans, device)))
     with _plans_lock:
