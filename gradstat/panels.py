@@ -29,6 +29,14 @@ LINE, GRID = "#999999", "#e4e4e4"
 CELL = 3.0  # inches, width of a 3-D panel
 
 
+def check_figure(function: str, figure: Figure | None) -> None:
+    """Refuse what cannot be drawn into."""
+    if figure is not None and not isinstance(figure, Figure):
+        raise TypeError(
+            f"{function}() needs a matplotlib Figure; figure is {type(figure).__name__}"
+        )
+
+
 def fresh(figure: Figure | None, width: float, height: float) -> Figure:
     """Return an empty figure: a new one of so many inches, or the one given, cleared."""
     if figure is None:

@@ -60,9 +60,11 @@ def ridge(
         >>> len(gradstat.plot.ridge(w.history).axes)
         2
     """
+    panels.check_figure("ridge", figure)
     named = series.check_histories("ridge", history)
     titles = series.check_layers("ridge", named, layers)
-    series.check_count("ridge", "steps_per_epoch", steps_per_epoch)
+    if steps_per_epoch is not None:
+        series.check_count("ridge", "steps_per_epoch", steps_per_epoch)
     limits = series.check_limits("ridge", limits)
     log2 = series.check_bins("ridge", named)
     drawn = []
@@ -136,9 +138,11 @@ def curves(
         >>> gradstat.plot.curves(w.history, "std").axes[0].get_yscale()
         'log'
     """
+    panels.check_figure("curves", figure)
     named = series.check_histories("curves", history)
     titles = series.check_layers("curves", named, layers)
-    series.check_count("curves", "steps_per_epoch", steps_per_epoch)
+    if steps_per_epoch is not None:
+        series.check_count("curves", "steps_per_epoch", steps_per_epoch)
     series.check_count("curves", "average", average)
     series.check_field("curves", field)
     if split is None:
@@ -219,9 +223,11 @@ def heatmap(
         >>> len(gradstat.plot.heatmap(w.history, "counts").axes)
         2
     """
+    panels.check_figure("heatmap", figure)
     named = series.check_histories("heatmap", history)
     titles = series.check_layers("heatmap", named, layers)
-    series.check_count("heatmap", "steps_per_epoch", steps_per_epoch)
+    if steps_per_epoch is not None:
+        series.check_count("heatmap", "steps_per_epoch", steps_per_epoch)
     series.check_field("heatmap", field, "counts")
     if field == "counts":
         if not series.check_bins("heatmap", named):

@@ -50,7 +50,8 @@ def check_layers(function: str, named: dict[str, History], layers: Layers | None
     known = list(dict.fromkeys(layer for each in named.values() for layer in each.layers))
     if layers is None:
         return {layer: layer for layer in known}
-    if isinstance(layers, str) or not isinstance(layers, (Mapping, Sequence)):
+    names = isinstance(layers, (Mapping, Sequence)) and not isinstance(layers, str)
+    if not names or not all(isinstance(layer, str) for layer in layers):
         raise TypeError(f"{function}() needs a sequence of layer names; layers is {layers!r}")
     titles = dict(layers) if isinstance(layers, Mapping) else {layer: layer for layer in layers}
     if not titles:
@@ -61,11 +62,11 @@ def check_layers(function: str, named: dict[str, History], layers: Layers | None
     return titles
 
 
-def check_count(function: str, name: str, value: int | None) -> None:
-    """Refuse what is neither ``None`` nor a positive integer."""
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+def check_count(function: str, name: str, value: int) -> None:
+    """Refuse what is not a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{function}() needs an integer number of steps; {name} is {value!r}")
-    if value is not None and value < 1:
+    if value < 1:
         raise ValueError(f"{function}() needs one step or more; {name} is {value}")
 
 
@@ -80,7 +81,8 @@ def check_limits(function: str, limits: Limits | None) -> Limits | None:
     """Refuse limits that are not two increasing finite numbers."""
     if limits is None:
         return None
-    if not isinstance(limits, (tuple, list)) or len(limits) != 2:
+    pair = isinstance(limits, (tuple, list)) and len(limits) == 2
+    if not pair or not all(isinstance(end, (int, float)) for end in limits):
         raise TypeError(f"{function}() needs limits of two numbers; limits is {limits!r}")
     low, high = float(limits[0]), float(limits[1])
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
@@ -158,10 +160,12 @@ def histograms(history: History, layer: str, kept: Array) -> tuple[Array, Array]
     """Counts ``(K, B)`` and edges ``(K, B + 1)`` of some records; all zero for an unknown layer."""
     if layer not in history.layers:
         return np.zeros((len(kept), 1), np.int64), np.zeros((len(kept), 2))
-    counts, edges = history.histograms(layer)
+    # One by one: of a long run only these few, whose edges take time to find.
+    found = [history.histogram(layer, step) for step in history.steps[kept].tolist()]
+    counts = np.stack([each for each, _ in found])
     if isinstance(history.bins, Log2Bins):
-        return octaves(counts[kept]), np.broadcast_to(OCTAVES, (len(kept), 257))
-    return counts[kept], edges[kept]
+        return octaves(counts), np.broadcast_to(OCTAVES, (len(kept), 257))
+    return counts, np.stack([edges for _, edges in found])
 
 
 def octaves(counts: Array) -> Array:

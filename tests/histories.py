@@ -1,0 +1,54 @@
+"""Histories made without training, for the tests of the figures."""
+
+from collections.abc import Callable, Collection
+
+import numpy as np
+import torch
+
+import gradstat
+from gradstat import History
+from gradstat.bins import Bins
+from gradstat.statistics import FLOATS, INTEGERS
+
+LONG_NAMES = [f"transformer.h.{i}.mlp.c_proj.weight" for i in range(12)]
+
+Gradient = Callable[[int, int], torch.Tensor]
+
+
+def falling(step: int, layer: int) -> torch.Tensor:
+    """A gradient that is a tenth of the one of two layers before."""
+    generator = torch.Generator().manual_seed(100 * step + layer)
+    return torch.randn(50, generator=generator) * 10.0 ** (-layer / 2)
+
+
+def make_history(
+    bins: Bins,
+    layers: int | list[str] = 2,
+    steps: int = 3,
+    gradient: Gradient = falling,
+    absent: Collection[tuple[int, int]] = (),
+) -> History:
+    """Record ``gradient(step, layer)`` but for the absent ones, as `gradstat.watch` does."""
+    names = [f"{i}.weight" for i in range(layers)] if isinstance(layers, int) else layers
+    history = History(names, bins)
+    for step in range(steps):
+        tensors = [gradient(step, layer) for layer in range(len(names))]
+        s = gradstat.statistics(tensors, bins, engine="reference")
+        integers, floats, counts = (part.numpy() for part in (s.integers, s.floats, s.counts))
+        for at, layer in absent:
+            if at == step:
+                integers[layer], floats[layer], counts[layer] = 0, np.nan, 0
+        history.append(step, integers, floats, counts)
+    return history
+
+
+def repeat_record(history: History, steps: int) -> History:
+    """The newest record of a history as often as asked."""
+    record = history.record(-1)
+    parts = [part.numpy() for part in (record.integers, record.floats, record.counts)]
+    assert parts[0].shape[1] == len(INTEGERS)
+    assert parts[1].shape[1] == len(FLOATS)
+    repeated = History(history.layers, history.bins)
+    for step in range(steps):
+        repeated.append(step, *parts)
+    return repeated
