@@ -80,7 +80,10 @@ def synthetic(count: int = 5000, seed: int = 0) -> Images:
     Raises:
         ImportError: Pillow is not installed.
     """
-    from PIL import Image
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError('synthetic() needs Pillow: pip install "gradstat[study]"') from error
 
     rng = np.random.default_rng(seed)
     y = rng.permutation(np.arange(count, dtype=np.int64) % CLASSES)
@@ -109,7 +112,7 @@ def synthetic(count: int = 5000, seed: int = 0) -> Images:
             (side, side), Image.Transform.AFFINE, affine[i], Image.Resampling.BILINEAR
         )
         x[i] = placed.reduce(SUPERSAMPLING)
-    return x.reshape(count, -1) / np.float32(255), y
+    return x.reshape(count, SIDE * SIDE) / np.float32(255), y
 
 
 def mnist() -> Images:
@@ -135,11 +138,8 @@ def mnist() -> Images:
 
 def _glyphs() -> list[list[Any]]:
     """A centred image of each digit in each face, `SUPERSAMPLING` times as large as the result."""
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError as error:
-        raise ImportError('synthetic() needs Pillow: pip install "gradstat[study]"') from error
     import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
 
     folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
     side = SIDE * SUPERSAMPLING
@@ -159,7 +159,8 @@ def _glyphs() -> list[list[Any]]:
 
 def _read_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: NumPy leaves a damaged file open.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return file["x"], file["y"]
     except (KeyError, ValueError, zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ValueError(
@@ -209,16 +210,14 @@ def _checked(x: NDArray[Any], y: NDArray[Any], source: str) -> Images:
             f"y {y.shape}"
         )
     if y.dtype.kind not in "iu" or not (y.min() >= 0 and y.max() < CLASSES):
-        raise ValueError(
-            f"load() needs integer labels in 0..9; y in {source} is {y.dtype}, {y.min()} to "
-            f"{y.max()}"
-        )
+        raise ValueError(f"load() needs integer labels in 0..9; y in {source} is {_describe(y)}")
     if x.dtype.kind not in "iuf" or not (x.min() >= 0 and x.max() <= 255):
-        raise ValueError(
-            f"load() needs pixels in 0..1 or 0..255; x in {source} is {x.dtype}"
-            + (f", {x.min()} to {x.max()}" if x.dtype.kind in "iuf" else "")
-        )
+        raise ValueError(f"load() needs pixels in 0..1 or 0..255; x in {source} is {_describe(x)}")
     pixels = x.reshape(len(x), -1).astype(np.float32)
     if x.dtype == np.uint8 or pixels.max() > 1:
         pixels /= np.float32(255)
     return pixels, y.astype(np.int64)
+
+
+def _describe(x: NDArray[Any]) -> str:
+    return str(x.dtype) + (f", {x.min()} to {x.max()}" if x.dtype.kind in "iuf" else "")

@@ -1,17 +1,11 @@
-import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 from histories import LONG_NAMES, make_history
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.text import Text
-from matplotlib.transforms import Bbox
+from legibility import assert_legible
 
 from gradstat import History, LinearBins, Log2Bins, labels, plot
-
-PIXEL = 1.0
 
 LOG2 = {name: make_history(Log2Bins(), LONG_NAMES) for name in ("ReLU", "sigmoid")}
 LINEAR = {name: make_history(LinearBins(30, nice=True), LONG_NAMES) for name in ("ReLU", "sigmoid")}
@@ -35,45 +29,6 @@ FIGURES = {
 def pick(like: History | dict[str, History], other: dict[str, History]) -> object:
     """One history of the others where there is one, else all."""
     return other["ReLU"] if isinstance(like, History) else other
-
-
-def drawn_texts(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Bbox]]:
-    """Every text that drawing the figure really draws, and where."""
-    texts = []
-    draw = Text.draw
-
-    def record(text: Text, renderer: object) -> None:
-        if text.get_visible() and text.get_text():
-            texts.append((text.get_text(), text.get_window_extent(renderer)))
-        draw(text, renderer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Text, "draw", record)
-        FigureCanvasAgg(figure).draw()
-    return texts
-
-
-def overlaps(a: Bbox, b: Bbox) -> bool:
-    width = min(a.x1, b.x1) - max(a.x0, b.x0)
-    height = min(a.y1, b.y1) - max(a.y0, b.y0)
-    return width > PIXEL and height > PIXEL
-
-
-def assert_legible(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No text over another, over the colour bar, or beyond the figure."""
-    texts = drawn_texts(figure, monkeypatch)
-    assert len(texts) > 4
-    pairs = itertools.combinations(texts, 2)
-    assert [(a, b) for (a, at), (b, to) in pairs if overlaps(at, to)] == []
-    width, height = figure.bbox.size
-    beyond = [
-        text
-        for text, box in texts
-        if min(box.x0, box.y0) < -PIXEL or box.x1 > width + PIXEL or box.y1 > height + PIXEL
-    ]
-    assert beyond == []
-    bars = [ax.get_window_extent() for ax in figure.axes if ax.get_label() == "<colorbar>"]
-    assert [text for text, box in texts for bar in bars if overlaps(box, bar)] == []
 
 
 @pytest.mark.parametrize(("n_histories", "n_layers"), SIZES)
