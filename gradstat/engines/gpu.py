@@ -104,7 +104,7 @@ def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None
     element, vector = ELEMENTS[group.dtype], VECTOR_BYTES // group.dtype.itemsize
     is_bfloat16 = group.dtype == torch.bfloat16
     n_bins = 0 if kind == AUTOMATIC_RANGE else bins.bins
-    slots = 2048 if kind == NO_RANGE else 1 << (bins.bins + 2).bit_length()
+    slots = slots_of(bins)
     partials = result.floats.new_empty((n_items, PARTIAL_FIELDS.value))
     if n_items:
         measure_kernel[(n_items,)](
@@ -150,6 +150,11 @@ def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None
             vector,
             num_warps=NUM_WARPS,
         )
+
+
+def slots_of(bins: Bins) -> int:
+    """Slots of a program's histogram: a power of two, with room for three beside linear bins."""
+    return bins.bins if isinstance(bins, Log2Bins) else 1 << (bins.bins + 2).bit_length()
 
 
 _plans: OrderedDict[tuple[Any, ...], list[Group]] = OrderedDict()

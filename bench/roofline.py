@@ -1,0 +1,164 @@
+"""How fast the kernels can be, read off their machine code; no GPU is needed.
+
+Compiles the measuring kernel for each architecture, dtype and kind of bins, finds its main loop,
+and compares the instructions of an element with what a GPU executes in the time in which its memory
+delivers one.
+
+Assumptions: memory delivers its nominal bandwidth and the loop alone takes time; a multiprocessor
+issues 4 warp instructions a clock; a clock executes the lanes of `LANES` in each pipe; latency is
+hidden, for which `in flight` bytes are there: the loads of as many programs as fit by registers
+(Little's law asks for 15 to 40 KB on these GPUs). What is limited by neither instructions nor
+latency is limited by the memory: a share of 1.
+
+Usage: python bench/roofline.py [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import sass
+import torch
+from triton.backends.compiler import GPUTarget
+
+from gradstat.bins import LinearBins, Log2Bins
+from gradstat.engines import gpu
+from gradstat.kernels.finish import finish_kernel
+from gradstat.kernels.histogram import histogram_kernel
+from gradstat.kernels.measure import measure_kernel
+
+SCHEMES = {"Log2Bins()": Log2Bins(), "LinearBins(64, ...)": LinearBins(64, -0.5, 0.5)}
+ISSUED = 128  # instructions of a thread that a multiprocessor issues in a clock
+REGISTERS = 65536  # of a multiprocessor
+
+
+@dataclass(frozen=True)
+class GPU:
+    """Nominal figures of a card, and lanes of each pipe of a multiprocessor in a clock."""
+
+    name: str
+    architecture: int
+    bytes_per_second: float
+    multiprocessors: int
+    hertz: float
+    lanes: dict[str, int]
+
+
+_LANES = {"alu": 64, "fma": 128, "memory": 32, "conversion": 16}
+GPUS = (
+    GPU("A100", 80, 2.04e12, 108, 1.41e9, {**_LANES, "fma": 64}),
+    GPU("H100", 90, 3.35e12, 132, 1.755e9, _LANES),
+    GPU("H200", 90, 4.8e12, 132, 1.755e9, _LANES),
+    GPU("B200", 100, 8.0e12, 148, 1.85e9, _LANES),
+)
+
+
+def kernel_arguments(name: str, dtype: torch.dtype, scheme: str) -> tuple[Any, ...]:
+    """A kernel, the types of its arguments and its constants, as `gradstat.engines.gpu` has them.
+
+    Args:
+        name: ``"measure"``, ``"histogram"`` or ``"finish"``.
+        dtype: of the tensors.
+        scheme: a key of `SCHEMES`.
+    """
+    bins = SCHEMES[scheme]
+    is_log2 = isinstance(bins, Log2Bins)
+    slots = gpu.slots_of(bins)
+    vector = gpu.VECTOR_BYTES // dtype.itemsize
+    tables = {"items_ptr": "*i64", "ranges_ptr": "*fp32", "counts_ptr": "*i64"}
+    elements = {
+        "DTYPE": gpu.ELEMENTS[dtype],
+        "IS_BFLOAT16": dtype == torch.bfloat16,
+        "BINS": bins.bins,
+        "SLOTS": slots,
+        "ROWS": gpu.EACH // vector,
+        "THREADS": gpu.THREADS,
+        "VECTOR": vector,
+    }
+    if name == "measure":
+        return measure_kernel, {**tables, "partials_ptr": "*fp64"}, {**elements, "LOG2": is_log2}
+    if name == "histogram":
+        return histogram_kernel, tables, elements
+    results = {"spans_ptr": "*i64", "partials_ptr": "*fp64", "ranges_ptr": "*fp32"}
+    results |= {"powers_ptr": "*fp64", "integers_ptr": "*i64", "floats_ptr": "*fp64"}
+    kind = gpu.NO_RANGE if is_log2 else gpu.AUTOMATIC_RANGE
+    constants = {"BINS": bins.bins, "RANGE": kind, "NICE": not is_log2, "BLOCK": gpu.FINISH_BLOCK}
+    return finish_kernel, results, constants
+
+
+def examine(architecture: int, dtype: torch.dtype, scheme: str) -> dict[str, Any]:
+    """Figures of the measuring kernel's main loop."""
+    kernel, signature, constants = kernel_arguments("measure", dtype, scheme)
+    target = GPUTarget("cuda", architecture, 32)
+    code = sass.inspect(
+        sass.compile_kernel(kernel, signature, constants, target, num_warps=gpu.NUM_WARPS)
+    )
+    programs = min(REGISTERS // (gpu.THREADS * code.registers), 2048 // gpu.THREADS)
+    return {
+        "architecture": architecture,
+        "dtype": str(dtype).removeprefix("torch."),
+        "bins": scheme,
+        "instructions": len(code.loop) / gpu.EACH,
+        "pipes": {pipe: count / gpu.EACH for pipe, count in sorted(code.pipes().items())},
+        "registers": code.registers,
+        "spills": code.spills,
+        "barriers": code.count("BAR"),
+        "load_bytes": min(
+            sass.load_bytes(each.opcode) for each in code.loop if sass.load_bytes(each.opcode)
+        ),
+        "in_flight": programs * gpu.THREADS * gpu.EACH * dtype.itemsize,
+    }
+
+
+def predict(gpu_: GPU, figures: dict[str, Any]) -> tuple[float, float, str]:
+    """Instructions that fit an element's time, the share of bandwidth, and what limits it."""
+    itemsize = 4 if figures["dtype"] == "float32" else 2
+    per_clock = gpu_.bytes_per_second / gpu_.hertz / gpu_.multiprocessors / itemsize
+    budget = ISSUED / per_clock
+    shares = {"memory bandwidth": 1.0, "issue": budget / figures["instructions"]}
+    for pipe, lanes in gpu_.lanes.items():
+        used = figures["pipes"].get(pipe, 0)
+        if used:
+            shares[pipe] = lanes / per_clock / used
+    limit = min(shares, key=lambda name: shares[name])
+    return budget, min(shares[limit], 1.0), limit
+
+
+def main() -> None:
+    """Print the table; write it as JSON too."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    options = parser.parse_args()
+    rows = [
+        examine(architecture, dtype, scheme)
+        for architecture in sass.ARCHITECTURES
+        for scheme in SCHEMES
+        for dtype in gpu.ELEMENTS
+    ]
+    for row in rows:
+        pipes = ", ".join(f"{pipe} {count:.1f}" for pipe, count in row["pipes"].items())
+        print(
+            f"sm_{row['architecture']:<3} {row['bins']:19} {row['dtype']:8} "
+            f"{row['instructions']:5.1f} instructions an element ({pipes}); "
+            f"{row['registers']} registers, {row['spills']} B spilled, {row['load_bytes']}-byte "
+            f"loads, {row['barriers']} barriers a tile, {row['in_flight'] / 1024:.0f} KB in flight"
+        )
+    print()
+    for card in GPUS:
+        for row in rows:
+            if row["architecture"] == card.architecture:
+                budget, share, limit = predict(card, row)
+                print(
+                    f"{card.name} {row['bins']:19} {row['dtype']:8} {row['instructions']:5.1f} of "
+                    f"{budget:4.1f} instructions: {share:4.0%} of bandwidth, limited by {limit}"
+                )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
