@@ -78,22 +78,22 @@ class Recorder:
         """
         if not self._recording:
             return
-        with torch.no_grad():
-            if gradient.layout == torch.sparse_coo:
-                gradient = gradient.coalesce().values()
-            if not is_measurable(gradient):
-                return
-            bucket = self._buckets.setdefault(gradient.device, _Bucket())
-            bucket.gradients[index] = gradient
-            bucket.n_bytes += gradient.nbytes
-            if bucket.n_bytes >= self._bucket_bytes:
-                self._measure(bucket)
+        if gradient.layout == torch.sparse_coo:
+            gradient = gradient.detach().coalesce().values()
+        if not is_measurable(gradient):
+            return
+        bucket = self._buckets.get(gradient.device)
+        if bucket is None:
+            bucket = self._buckets[gradient.device] = _Bucket()
+        bucket.gradients[index] = gradient
+        bucket.n_bytes += gradient.nbytes
+        if bucket.n_bytes >= self._bucket_bytes:
+            self._measure(bucket)
 
     def end(self) -> None:
         """Finish the pass; its record is in `history` once it has arrived on the host."""
-        with torch.no_grad():
-            for bucket in self._buckets.values():
-                self._measure(bucket)
+        for bucket in self._buckets.values():
+            self._measure(bucket)
         if self._recording:
             step = self._n_passes // self._accumulation_steps
             scale = None if self._scale is None else _Transfer(self._scale)
@@ -119,6 +119,7 @@ class Recorder:
             record = self._pending.popleft()
             self.history.append(record.step, *record.rows(len(self.history.layers)))
 
+    @torch.no_grad()
     def _measure(self, bucket: _Bucket) -> None:
         """Launch over a bucket and empty it; the results start on their way to the host."""
         gradients = dict(sorted(bucket.gradients.items()))
