@@ -2,6 +2,7 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,37 @@ def test_watch_records_backward_in_another_thread() -> None:
             thread.start()
             thread.join()
             assert_record(w.last, gradstat.statistics(gradients(model, WEIGHTS)))
+    assert w.history.steps.tolist() == [0, 1]
+
+
+class Waits(torch.autograd.Function):
+    """The identity, whose gradient waits until something else has been done."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, act: Callable[[], None]) -> Tensor:
+        ctx.act = act
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.act()
+        return grad, None
+
+
+def test_watch_makes_one_record_of_passes_that_overlap() -> None:
+    model = make_model()
+
+    def run_another() -> None:
+        thread = threading.Thread(target=backward, args=(model,))
+        thread.start()
+        thread.join()
+
+    with gradstat.watch(model) as w:
+        model[4](Waits.apply(model[:4](torch.randn(3, 6)), run_another)).sum().backward()
+        assert_record(w.last, gradstat.statistics(gradients(model, WEIGHTS)))
+        model.zero_grad()
+        backward(model)
+        assert_record(w.last, gradstat.statistics(gradients(model, WEIGHTS)))
     assert w.history.steps.tolist() == [0, 1]
 
 
