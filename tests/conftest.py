@@ -2,7 +2,6 @@
 
 import os
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -85,20 +84,9 @@ ENGINES = [
 
 
 @pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engine:
-    """Each engine in turn.
-
-    The interpreter gets tiles of 4 x 16 elements: it reduces lane by lane in Python, so that a tile
-    as wide as a GPU's takes 0.1 to 0.3 s. The kernels are the same but for that constant.
-    """
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """Each engine in turn."""
     selected: Engine = request.param
-    if selected.is_interpreted:
-        from gradstat.engines import gpu
-
-        kinds = {dtype: (element, 16) for dtype, (element, _) in gpu.KINDS.items()}
-        monkeypatch.setattr(gpu, "KINDS", kinds)
-        # Plans are made for tiles of one width.
-        monkeypatch.setattr(gpu, "_plans", OrderedDict())
     return selected
 
 

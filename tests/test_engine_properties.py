@@ -1,0 +1,86 @@
+"""Linear counts of every engine against numpy.histogram, on examples that hypothesis makes up."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from conftest import Engine
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gradstat import LinearBins
+from gradstat.ops import known_range
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+finite_float32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
+# Magnitudes of everyday as often as those that float32 makes hard.
+ends = st.tuples(finite_float32, finite_float32) | st.tuples(
+    st.floats(-4, 4, width=32), st.floats(-4, 4, width=32)
+)
+values = st.lists(st.floats(-4, 4) | st.floats(), max_size=30)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A tensor and the scheme to count it with."""
+
+    x: torch.Tensor
+    bins: LinearBins
+
+
+@st.composite
+def examples(draw: st.DrawFn) -> Example:
+    """Values at the edges of the bins, just below and just above them, among any others."""
+    n, dtype = draw(st.integers(1, 40)), draw(st.sampled_from(DTYPES))
+    mode = draw(st.sampled_from(["explicit", "automatic", "nice"]))
+    x = torch.tensor(draw(values), dtype=torch.float64).to(dtype)
+    if mode == "explicit":
+        low, high = sorted(draw(ends.filter(lambda pair: pair[0] != pair[1])))
+        bins = LinearBins(n, low, high)
+        range_ = torch.tensor(low), torch.tensor(high)
+    else:
+        bins = LinearBins(n, nice=mode == "nice")
+        finite = x[x.isfinite()]
+        nothing = torch.tensor(math.nan, dtype=dtype)
+        extremes = (finite.min(), finite.max()) if len(finite) else (nothing, nothing)
+        range_ = bins.automatic_range(*extremes)
+    edges = bins.edges(*range_)
+    near = [edges.to(dtype)] + [
+        torch.nextafter(edges.to(dtype), torch.tensor(end, dtype=dtype))
+        for end in (-math.inf, math.inf)
+    ]
+    if mode != "explicit" and len(x):
+        # Within the values, so that they leave the range as it is.
+        near = [at.clamp(*extremes) for at in near]
+    return Example(torch.cat([x, *near]), bins)
+
+
+def assert_counts_are_numpys(engine: Engine, example: Example) -> None:
+    x = example.x.to(engine.device)
+    s = engine.measure([x], example.bins, *known_range(example.bins, x.device, 1))[0]
+    finite = example.x[example.x.isfinite()].double().numpy()
+    counts, _ = np.histogram(finite, bins=s.edges.cpu().numpy())
+    assert np.array_equal(s.counts.cpu().numpy(), counts)
+    assert int(s.below) == np.sum(finite < float(s.low))
+    assert int(s.above) == np.sum(finite > float(s.high))
+    assert int(s.counts.sum() + s.below + s.above) == finite.size
+
+
+# The engine, the same for all examples of a test, holds nothing that one could leave behind.
+stateless = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@stateless
+@given(example=examples())
+def test_linear_counts_are_numpys(engine: Engine, example: Example) -> None:
+    assert_counts_are_numpys(engine, example)
+
+
+@pytest.mark.slow
+@settings(stateless, max_examples=10_000, derandomize=False, print_blob=True)
+@given(example=examples())
+def test_linear_counts_are_numpys_ten_thousand_times(engine: Engine, example: Example) -> None:
+    assert_counts_are_numpys(engine, example)
