@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -38,6 +39,9 @@ ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16
 NO_RANGE, KNOWN_RANGE, AUTOMATIC_RANGE = range(3)
 
 
+_dtype_of = operator.attrgetter("dtype")
+
+
 @dataclass(frozen=True)
 class Group:
     """Tensors of one dtype: their work items and spans on the device, see engines/work.py."""
@@ -45,6 +49,14 @@ class Group:
     dtype: torch.dtype
     items: Tensor
     spans: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to launch for a list, and its rows of float64."""
+
+    groups: list[Group]
+    float64_rows: list[int]
 
 
 def measure(
@@ -75,7 +87,8 @@ def measure(
         )
     if bins.bins > MAX_BINS:
         return reference.measure(tensors, bins, low, high)
-    tensors = [x.resolve_neg() for x in tensors]  # a copy where torch keeps a sign apart
+    if any(map(Tensor.is_neg, tensors)):
+        tensors = [x.resolve_neg() for x in tensors]  # a copy where torch keeps a sign apart
     n = len(tensors)
     result = Statistics(
         bins,
@@ -89,13 +102,13 @@ def measure(
         kind, ranges = AUTOMATIC_RANGE, torch.empty((n, 2), dtype=torch.float32, device=device)
     else:
         kind, ranges = KNOWN_RANGE, torch.stack([low, high], 1)
+    plan = _plan(tensors)
     with _on(device):
-        for group in _plan(tensors):
+        for group in plan.groups:
             _launch(group, result, ranges, kind)
-    for i, x in enumerate(tensors):
-        if x.dtype == torch.float64:
-            ends = ranges[i : i + 1].unbind(1) if kind == KNOWN_RANGE else ()
-            _copy_row(reference.measure([x], bins, *ends), result, i)
+    for i in plan.float64_rows:
+        ends = ranges[i : i + 1].unbind(1) if kind == KNOWN_RANGE else ()
+        _copy_row(reference.measure([tensors[i]], bins, *ends), result, i)
     return result
 
 
@@ -157,36 +170,38 @@ def slots_of(bins: Bins) -> int:
     return bins.bins if isinstance(bins, Log2Bins) else 1 << (bins.bins + 2).bit_length()
 
 
-_plans: OrderedDict[tuple[Any, ...], list[Group]] = OrderedDict()
+_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 _plans_lock = threading.Lock()
 
 
-def _plan(tensors: Sequence[Tensor]) -> list[Group]:
-    """Groups of a list; built and uploaded anew only when addresses, shapes or dtypes change."""
-    key = tuple([_signature(x) for x in tensors])
+def _plan(tensors: Sequence[Tensor]) -> Plan:
+    """Plan of a list; built and uploaded anew only when addresses, shapes or dtypes change."""
+    # Mapped methods: this is most of the cost of a call with many tensors.
+    key: tuple[Any, ...] = (
+        tuple(map(Tensor.data_ptr, tensors)),
+        tuple(map(Tensor.numel, tensors)),
+        tuple(map(_dtype_of, tensors)),
+    )
+    if not all(map(Tensor.is_contiguous, tensors)):
+        key = (*key, tuple([(x.shape, x.stride()) for x in tensors]))
     with _plans_lock:
         plan = _plans.get(key)
         if plan is not None:
             _plans.move_to_end(key)
             return plan
-    plan = []
-    for dtype in ELEMENTS:
-        rows = [i for i, x in enumerate(tensors) if x.dtype == dtype]
-        if rows:
-            items, spans = make_items([tensors[i] for i in rows], rows, EACH * THREADS)
-            device = tensors[0].device
-            plan.append(Group(dtype, _upload(items, device), _upload(spans, device)))
+    rows: dict[torch.dtype, list[int]] = {}
+    for i, x in enumerate(tensors):
+        rows.setdefault(x.dtype, []).append(i)
+    plan = Plan([], rows.pop(torch.float64, []))
+    for dtype, members in rows.items():
+        items, spans = make_items([tensors[i] for i in members], members, EACH * THREADS)
+        device = tensors[0].device
+        plan.groups.append(Group(dtype, _upload(items, device), _upload(spans, device)))
     with _plans_lock:
         _plans[key] = plan
         if len(_plans) > MAX_PLANS:
             _plans.popitem(last=False)
     return plan
-
-
-def _signature(x: Tensor) -> tuple[Any, ...]:
-    if x.is_contiguous():
-        return x.data_ptr(), x.dtype, x.numel()
-    return x.data_ptr(), x.dtype, x.shape, x.stride()
 
 
 def _upload(table: NDArray[Any], device: torch.device) -> Tensor:
