@@ -152,7 +152,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         options.x = torch.from_numpy(x).to(options.device)
         options.y = torch.from_numpy(y).to(options.device)
         options.out.mkdir(parents=True, exist_ok=True)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    # A PyTorch built without CUDA refuses its device with an AssertionError.
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         parser.error(str(error))
     return options
 
