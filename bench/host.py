@@ -1,0 +1,57 @@
+"""What a call of the Triton engine costs the host, with the launches themselves left out.
+
+Usage: python bench/host.py
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: the engine takes CPU tensors
+
+import torch
+
+from gradstat.bins import Bins, LinearBins
+from gradstat.engines import gpu
+from gradstat.ops import known_range
+
+TENSORS = (4, 16, 64, 148, 300)
+ROUNDS = 1000
+
+
+class NoLaunch:
+    """A kernel that does nothing."""
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *arguments, **options: None
+
+
+def microseconds(tensors: int, bins: Bins) -> float:
+    """Median over rounds, in steady state: the table of work items is uploaded already."""
+    xs = [torch.ones(1000) for _ in range(tensors)]
+    ends = known_range(bins, xs[0].device, tensors)
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        gpu.measure(xs, bins, *ends)
+        times.append(time.perf_counter() - start)
+    return 1e6 * statistics.median(times)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    gpu.measure_kernel = gpu.finish_kernel = gpu.histogram_kernel = NoLaunch()
+    # A CPU tensor's counts are zeroed by the host, a GPU's are not: few bins, so that it is small.
+    bins = LinearBins(64, -1.0, 1.0)
+    times = {tensors: microseconds(tensors, bins) for tensors in TENSORS}
+    for tensors, time_ in times.items():
+        print(f"{tensors:4} tensors: {time_:6.1f} us a call")
+    first, last = TENSORS[0], TENSORS[-1]
+    print(f"{(times[last] - times[first]) / (last - first):.2f} us a tensor")
+
+
+if __name__ == "__main__":
+    main()
