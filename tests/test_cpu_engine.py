@@ -1,0 +1,275 @@
+"""What only the CPU engine has: threads, forks, Numba's cache, a bound on memory."""
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import gradstat
+from gradstat import LinearBins, Log2Bins, Statistics
+from gradstat.bins import Bins
+from gradstat.engines import cpu
+from gradstat.engines.cpu_counts import MAX_LANE_BINS
+
+measure = functools.partial(gradstat.statistics, engine="cpu")
+
+SHARED = 1 << 19  # elements: enough that helper threads take part
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_identical(got: Statistics, expected: Statistics) -> None:
+    assert torch.equal(got.integers, expected.integers)
+    assert torch.equal(got.counts, expected.counts)
+    torch.testing.assert_close(got.floats, expected.floats, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_agrees_with_the_reference(tensors: list[torch.Tensor], bins: Bins) -> None:
+    got, expected = measure(tensors, bins), gradstat.statistics(tensors, bins, engine="reference")
+    assert torch.equal(got.integers, expected.integers)
+    assert torch.equal(got.counts, expected.counts)
+    torch.testing.assert_close(got.floats, expected.floats, rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+def run_python(code: str, *, cwd: Path, **environment: str) -> str:
+    """Output of a program in a process of its own."""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(30)], ids=str)
+def test_measure_is_safe_from_several_threads(bins: Bins, generator: torch.Generator) -> None:
+    lists = [
+        [torch.randn(n, generator=generator), torch.randn(3, generator=generator)]
+        for n in (1, 40_000, SHARED, SHARED + 1)
+    ]
+    expected = [measure(tensors, bins) for tensors in lists]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            calls = [(i, pool.submit(measure, lists[i], bins)) for i in [0, 1, 2, 3] * 25]
+            for i, call in calls:
+                assert_identical(call.result(), expected[i])
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_measure_takes_new_scratch_when_another_thread_took_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Contended(list[object]):
+        def __bool__(self) -> bool:
+            return True
+
+    x = torch.ones(5)
+    monkeypatch.setattr(cpu, "_scratches", Contended())
+    assert int(measure(x).finite) == 5
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_measure_works_in_autograds_hooks_and_threads(generator: torch.Generator) -> None:
+    results: dict[str, Statistics] = {}
+
+    def train(name: str, x: torch.Tensor) -> None:
+        x.register_hook(lambda gradient: results.__setitem__(name, measure(gradient)))
+        (x * x).sum().backward()
+
+    inputs = {str(i): torch.randn(SHARED, generator=generator) for i in range(4)}
+    threads = [
+        threading.Thread(target=train, args=(name, x.clone().requires_grad_()))
+        for name, x in inputs.items()
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, x in inputs.items():
+        assert_identical(results[name], measure(2 * x))
+
+
+# Helper threads, and the locks they hold, do not come along into a forked child.
+FORKED = """
+import multiprocessing, torch, gradstat
+from gradstat.engines import cpu_threads
+
+torch.set_num_threads(2)
+x = torch.arange(1 << 19).float()
+
+def count(_):
+    return gradstat.statistics(x, engine="cpu").counts.tolist()
+
+def helpers(_):
+    count(0)
+    return [thread.is_alive() for thread in cpu_threads._pool._threads]
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, i):
+        return gradstat.statistics(x * i, engine="cpu").l1
+
+here = count(0)
+if METHOD == "fork":
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(count, range(4)) == [here] * 4
+        assert all(alive and all(alive) for alive in pool.map(helpers, range(4)))
+else:
+    loader = torch.utils.data.DataLoader(Rows(), num_workers=2, multiprocessing_context="fork")
+    assert [float(row) for row in loader] == [float((x.double() * i).sum()) for i in range(4)]
+assert count(0) == here
+print("done")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("method", ["fork", "DataLoader"])
+def test_measure_works_after_a_fork(method: str, tmp_path: Path) -> None:
+    code = FORKED.replace("METHOD", repr(method))
+    assert run_python(code, cwd=tmp_path).endswith("done\n")
+
+
+def test_measure_works_where_numba_can_write_no_cache(tmp_path: Path) -> None:
+    shutil.copytree(
+        ROOT / "gradstat", tmp_path / "gradstat", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    # A file in the place of a directory is unwritable even to the superuser.
+    blocked = tmp_path / "gradstat" / "engines" / "__pycache__"
+    blocked.touch()
+    code = """
+import torch, gradstat
+from gradstat.engines import cpu_passes
+print(gradstat.__file__, float(gradstat.statistics(torch.ones(3), engine="cpu").sum))
+print(type(cpu_passes.work._cache).__name__)
+"""
+    nowhere = str(blocked / "none")
+    output = run_python(
+        code,
+        cwd=tmp_path,
+        PYTHONPATH=str(tmp_path),
+        NUMBA_CACHE_DIR=nowhere,
+        XDG_CACHE_HOME=nowhere,
+        HOME=nowhere,
+    )
+    assert output.split() == [str(tmp_path / "gradstat" / "__init__.py"), "3.0", "NullCache"]
+
+
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(30), LinearBins(5000)], ids=str)
+def test_measure_does_not_depend_on_the_number_of_threads(
+    bins: Bins, generator: torch.Generator
+) -> None:
+    tensors = [torch.randn(n, generator=generator) + 1 for n in (SHARED, 3, 100_000, SHARED + 1)]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            results += [measure(tensors, bins) for _ in range(5)]
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert_identical(result, results[0])
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(30)], ids=str)
+def test_measure_keeps_subnormals_that_torch_flushes(bins: Bins) -> None:
+    x = (torch.arange(SHARED, dtype=torch.float64) % 999 * 1e-43 - 4e-41).float()
+    expected = measure(x, bins)
+    assert int(expected.zeros) < SHARED // 100
+    if not torch.set_flush_denormal(True):
+        pytest.skip("needs a processor that torch can make flush subnormals")
+    try:
+        got = measure(x, bins)
+        # The caller's mode is as it was: this product is subnormal.
+        assert float(torch.tensor(2.0**-120) * 2.0**-20) == 0
+    finally:
+        torch.set_flush_denormal(False)
+    assert_identical(got, expected)
+
+
+MEMORY = """
+import torch, gradstat
+from pathlib import Path
+
+torch.set_num_threads(THREADS)
+SETUP
+def peak_bytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) << 10
+
+for bins in (gradstat.Log2Bins(), gradstat.LinearBins(30)):
+    gradstat.statistics([x[:, :3], y[:3]], bins, engine="cpu")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = peak_bytes()
+    gradstat.statistics([x, y], bins, engine="cpu")
+    print(peak_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_measure_needs_under_a_megabyte_beside_the_tensors(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    setup = f"x = torch.ones(3000, 4000, dtype={dtype})[:, ::2]\ny = x.t()[1:].expand(2, -1, -1)"
+    code = MEMORY.replace("THREADS", "2").replace("SETUP", setup)
+    for growth in run_python(code, cwd=tmp_path).split():
+        assert int(growth) < 1 << 20
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("n", [MAX_LANE_BINS, MAX_LANE_BINS + 1, 100_000])
+def test_measure_counts_more_bins_than_its_private_counters(
+    n: int, generator: torch.Generator
+) -> None:
+    x = torch.randn(SHARED, generator=generator)
+    x[::99] = float("nan")
+    # Two bins that all threads count in, were they to share this tensor.
+    crowded = torch.tensor([0.0, 1.0]).repeat(SHARED)
+    assert_agrees_with_the_reference([x, x[:50], x[::3], crowded], LinearBins(n))
+    assert_agrees_with_the_reference([x, x[:50], x[::3]], LinearBins(n, -1.0, 1.0))
+
+
+@pytest.mark.parametrize("n", [(1 << 15) - 1, 1 << 15, (1 << 16) + 1])
+def test_measure_agrees_where_it_begins_to_divide_a_tensor(
+    n: int, generator: torch.Generator
+) -> None:
+    x = torch.randn(n, generator=generator)
+    x[: n // 2] *= 1e-20
+    for bins in (Log2Bins(), LinearBins(30), LinearBins(7, -0.5, 0.5)):
+        assert_agrees_with_the_reference([x, x.double() * 1e-200, x.half()], bins)
+
+
+def test_measure_reads_negated_views_while_others_are_copied(generator: torch.Generator) -> None:
+    # The copy of each must live until all are read; freed, the next one would take its place.
+    parts = [torch.randn(5000, generator=generator) * 10.0**i for i in range(6)]
+    views = [torch.complex(part, part).conj().imag for part in parts]
+    assert all(view.is_neg() for view in views)
+    assert_agrees_with_the_reference(views, Log2Bins())
+    for row, part in zip(measure(views), parts, strict=True):
+        assert float(row.sum) == pytest.approx(-float(part.double().sum()), rel=1e-9)
