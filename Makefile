@@ -5,7 +5,7 @@ VENV ?= .venv
 ARGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: help study images test test-slow lint format bench roofline clean
+.PHONY: help study images test test-slow lint format bench bench-gpu roofline clean
 # Two installs at once into one environment would damage it.
 .NOTPARALLEL:
 # A half-made environment must not pass for a whole one.
@@ -19,6 +19,7 @@ help:
 	@echo "make lint       check style, format and types"
 	@echo "make format     put the code in the project's format"
 	@echo "make bench      measure the speed against other libraries"
+	@echo "make bench-gpu  test and measure the kernels on a GPU"
 	@echo "make roofline   compile the kernels and predict their speed; no GPU needed"
 	@echo "make clean      remove the environment and everything built"
 
@@ -46,6 +47,9 @@ format: $(VENV)/installed-lint
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m pytest bench $(ARGS)
+
+bench-gpu: $(VENV)/installed-bench
+	$(BIN)/python bench/gpu_suite.py $(ARGS)
 
 roofline: $(VENV)/installed-bench
 	$(BIN)/python bench/roofline.py $(ARGS)

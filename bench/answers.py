@@ -1,0 +1,56 @@
+"""The right answer, and what one would write with torch alone; on any device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradstat import LinearBins, Log2Bins, Statistics
+from gradstat.bins import Bins
+from gradstat.engines import reference
+from gradstat.ops import known_range
+
+BINS, LOW, HIGH = 64, -1.0, 1.0
+SCHEMES: dict[str, Bins] = {"log2": Log2Bins(), "linear": LinearBins(BINS, LOW, HIGH)}
+
+_PART = 1 << 23  # elements: what the reference measures at a time, for want of memory
+
+
+def truth(x: Tensor, bins: Bins) -> Statistics:
+    """The reference's answer for one tensor."""
+    parts = x.detach().reshape(-1).split(_PART)
+    low, high = known_range(bins, x.device, 1)
+    result = reference.measure(parts[:1], bins, low, high)[0]
+    for part in parts[1:]:
+        result = result.merge(reference.measure([part], bins, low, high)[0])
+    return result
+
+
+def check_statistics(result: Statistics, expected: Statistics) -> None:
+    """Every integer equal, every float within 1e-5; sums, which cancel, of the magnitudes."""
+    assert torch.equal(result.integers, expected.integers)
+    assert torch.equal(result.counts, expected.counts)
+    torch.testing.assert_close(result.min, expected.min, rtol=0, atol=0)
+    torch.testing.assert_close(result.max, expected.max, rtol=0, atol=0)
+    for name in ("std", "l1", "l2"):
+        torch.testing.assert_close(
+            getattr(result, name), getattr(expected, name), rtol=1e-5, atol=0
+        )
+    assert ((result.sum - expected.sum).abs() <= 1e-6 * expected.l1).all()
+
+
+def composite(x: Tensor) -> tuple[Any, ...]:
+    """The same numbers from torch's own operators."""
+    low, high = torch.aminmax(x)
+    return (
+        low,
+        high,
+        x.mean(),
+        x.std(),
+        torch.linalg.vector_norm(x),
+        torch.histc(x if x.dtype == torch.float32 else x.float(), BINS, LOW, HIGH),
+        torch.count_nonzero(x),
+        torch.isfinite(x).sum(),
+    )

@@ -1,0 +1,35 @@
+"""The benchmarks that need a GPU must not break while there is none."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import CUDA, ROOT
+
+SUITE = [sys.executable, str(ROOT / "bench" / "gpu_suite.py")]
+
+
+def test_gpu_suite_goes_through_in_a_dry_run(tmp_path: Path) -> None:
+    # The interpreter's NumPy warns of NaN and infinities that the kernels expect.
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    command = [*SUITE, "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "dry-run.json").read_text())
+    suites = {row["suite"] for row in document["benchmarks"]}
+    assert suites == {"tensors", "lists", "training"}
+    assert all(row["median"] > 0 for row in document["benchmarks"])
+    assert (tmp_path / "dry-run.png").stat().st_size > 0
+
+
+@pytest.mark.skipif(CUDA, reason="there is a CUDA device")
+def test_gpu_suite_says_that_there_is_no_gpu_and_what_it_would_run(tmp_path: Path) -> None:
+    command = [*SUITE, "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "There is no CUDA device here, so nothing was measured" in done.stdout
+    assert "a training step of GPT-2 small" in done.stdout
+    assert list(tmp_path.iterdir()) == []
