@@ -210,74 +210,27 @@ def test_load_refuses_idx_images_without_labels(tmp_path: Path) -> None:
     refuse(other, FileNotFoundError, f"load() needs labels beside {other}, {rule}such name")
 
 
+SHAPES = "x of shape (N, ...) and y of shape (N,); PATH has x"
+LABELS = "integer labels in 0..9; y in PATH is"
+PIXELS = "pixels in 0..1 or 0..255; x in PATH is"
+
+
 @pytest.mark.parametrize(
     ("x", "y", "message"),
     [
-        (
-            np.zeros(3),
-            np.zeros(3, int),
-            "x of shape (N, ...) and y of shape (N,); PATH has x (3,), y (3,)",
-        ),
-        (
-            np.zeros((3, 2)),
-            np.zeros(4, int),
-            "x of shape (N, ...) and y of shape (N,); PATH has x (3, 2), y (4,)",
-        ),
-        (
-            np.zeros((3, 2)),
-            np.zeros((3, 1), int),
-            "x of shape (N, ...) and y of shape (N,); PATH has x (3, 2), y (3, 1)",
-        ),
-        (
-            np.zeros((0, 2)),
-            np.zeros(0, int),
-            "x of shape (N, ...) and y of shape (N,); PATH has x (0, 2), y (0,)",
-        ),
-        (
-            np.zeros((3, 2, 0)),
-            np.zeros(3, int),
-            "x of shape (N, ...) and y of shape (N,); PATH has x (3, 2, 0), y (3,)",
-        ),
-        (
-            np.zeros((2, 2)),
-            np.array([0, 10]),
-            "integer labels in 0..9; y in PATH is int64, 0 to 10",
-        ),
-        (
-            np.zeros((2, 2)),
-            np.array([-1, 1]),
-            "integer labels in 0..9; y in PATH is int64, -1 to 1",
-        ),
-        (
-            np.zeros((2, 2)),
-            np.zeros(2),
-            "integer labels in 0..9; y in PATH is float64, 0.0 to 0.0",
-        ),
-        (
-            np.full((2, 2), 256),
-            np.zeros(2, int),
-            "pixels in 0..1 or 0..255; x in PATH is int64, 256 to 256",
-        ),
-        (
-            np.full((2, 2), -0.5),
-            np.zeros(2, int),
-            "pixels in 0..1 or 0..255; x in PATH is float64, -0.5 to -0.5",
-        ),
-        (
-            np.full((2, 2), np.nan),
-            np.zeros(2, int),
-            "pixels in 0..1 or 0..255; x in PATH is float64, nan to nan",
-        ),
-        (
-            np.full((2, 2), "a"),
-            np.zeros(2, int),
-            "pixels in 0..1 or 0..255; x in PATH is <U1",
-        ),
-        (
-            np.zeros((2, 2)),
-            np.array(["a", "b"]),
-            "integer labels in 0..9; y in PATH is <U1",
-        ),
+        (np.zeros(3), np.zeros(3, int), f"{SHAPES} (3,), y (3,)"),
+        (np.zeros((3, 2)), np.zeros(4, int), f"{SHAPES} (3, 2), y (4,)"),
+        (np.zeros((3, 2)), np.zeros((3, 1), int), f"{SHAPES} (3, 2), y (3, 1)"),
+        (np.zeros((0, 2)), np.zeros(0, int), f"{SHAPES} (0, 2), y (0,)"),
+        (np.zeros((3, 2, 0)), np.zeros(3, int), f"{SHAPES} (3, 2, 0), y (3,)"),
+        (np.zeros((2, 2)), np.array([0, 10]), f"{LABELS} int64, 0 to 10"),
+        (np.zeros((2, 2)), np.array([-1, 1]), f"{LABELS} int64, -1 to 1"),
+        (np.zeros((2, 2)), np.zeros(2), f"{LABELS} float64, 0.0 to 0.0"),
+        (np.zeros((2, 2)), np.array(["a", "b"]), f"{LABELS} <U1"),
+        (np.full((2, 2), 256), np.zeros(2, int), f"{PIXELS} int64, 256 to 256"),
+        (np.full((2, 2), -0.5), np.zeros(2, int), f"{PIXELS} float64, -0.5 to -0.5"),
+        (np.full((2, 2), np.nan), np.zeros(2, int), f"{PIXELS} float64, nan to nan"),
+        (np.full((2, 2), "a"), np.zeros(2, int), f"{PIXELS} <U1"),
     ],
 )
 def test_load_refuses_arrays_that_are_no_labelled_images(

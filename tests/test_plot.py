@@ -8,6 +8,7 @@ import pytest
 import torch
 from histories import make_history, repeat_record
 from matplotlib import pyplot
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
@@ -275,3 +276,23 @@ def test_heatmap_of_counts_is_the_share_of_each_octave() -> None:
         shares = {octaves[i]: column[i] for i in np.flatnonzero(column)}
         assert shares == {-2: 3 / 6, 2: 1 / 6}
     assert ax.get_ylim() == (-2, 3)
+
+
+@pytest.mark.parametrize(
+    ("field", "log", "kind"),
+    [
+        ("std", None, LogNorm),
+        ("std", False, Normalize),
+        ("mean", None, Normalize),
+        ("max", True, LogNorm),
+        ("counts", None, Normalize),
+        ("counts", True, LogNorm),
+    ],
+)
+def test_heatmap_colour_is_logarithmic_for_magnitudes_or_when_asked(
+    field: str, log: bool | None, kind: type[Normalize]
+) -> None:
+    figure = plot.heatmap([LOG2, make_history(Log2Bins(), steps=6)], field, log=log)
+    norms = {id(ax.collections[0].norm): ax.collections[0].norm for ax in figure.axes[:-1]}
+    (norm,) = norms.values()
+    assert type(norm) is kind
