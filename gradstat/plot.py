@@ -135,7 +135,7 @@ def curves(
         >>> model = torch.nn.Linear(3, 2)
         >>> with gradstat.watch(model) as w:
         ...     model(torch.ones(1, 3)).sum().backward()
-        >>> gradstat.plot.curves(w.history, "std").axes[0].get_yscale()
+        >>> gradstat.plot.curves(w.history, "rms").axes[0].get_yscale()
         'log'
     """
     panels.check_figure("curves", figure)
