@@ -3,9 +3,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Where benchmarks leave their results.
+RESULTS ?= .benchmarks
 BIN := $(VENV)/bin
 
-.PHONY: help study images test test-slow lint format bench bench-gpu roofline clean
+.PHONY: help study images test test-slow lint format bench bench-training bench-results bench-gpu roofline clean
 # Two installs at once into one environment would damage it.
 .NOTPARALLEL:
 # A half-made environment must not pass for a whole one.
@@ -19,6 +21,8 @@ help:
 	@echo "make lint       check style, format and types"
 	@echo "make format     put the code in the project's format"
 	@echo "make bench      measure the speed against other libraries"
+	@echo "make bench-training  measure what watching costs a training run"
+	@echo "make bench-results   run both; record, plot and put in the README what they find"
 	@echo "make bench-gpu  test and measure the kernels on a GPU"
 	@echo "make roofline   compile the kernels and predict their speed; no GPU needed"
 	@echo "make clean      remove the environment and everything built"
@@ -46,7 +50,22 @@ format: $(VENV)/installed-lint
 	$(BIN)/ruff format .
 
 bench: $(VENV)/installed-bench
-	$(BIN)/python -m pytest bench $(ARGS)
+	mkdir -p $(RESULTS)
+	for suite in tensors lists; do \
+		$(BIN)/python -m pytest bench/test_$$suite.py --benchmark-columns=median,iqr,rounds \
+			--benchmark-json=$(RESULTS)/$$suite.json $(ARGS) || exit; \
+	done
+	$(BIN)/python bench/report.py $(RESULTS)
+
+bench-training: $(VENV)/installed-bench
+	mkdir -p $(RESULTS)
+	$(BIN)/python bench/training.py --json $(RESULTS)/training.json $(ARGS)
+	$(BIN)/python bench/report.py $(RESULTS)
+
+bench-results: RESULTS = bench/results
+bench-results: bench bench-training
+	$(BIN)/python bench/plot.py $(RESULTS)
+	$(BIN)/python bench/report.py $(RESULTS) --readme README.md
 
 bench-gpu: $(VENV)/installed-bench
 	$(BIN)/python bench/gpu_suite.py $(ARGS)

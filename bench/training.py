@@ -1,0 +1,223 @@
+"""What it costs a training run to measure all weight gradients at every step.
+
+Each way is timed against a bare loop of its own: a few steps bare, a few steps measured, and again,
+so that what else the machine does falls on both. The ratio is the median over those pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+import gradstat
+from gradstat.engines import reference
+
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+import wandb  # reads its environment when imported
+
+VOCABULARY, CONTEXT, WIDTH, LAYERS = 1024, 128, 256, 4
+
+
+class Block(nn.Module):
+    """A transformer layer: causal attention, then a feed-forward network, each with its norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (
+            part.view(batch, length, 4, -1).transpose(1, 2)
+            for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        )
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, length, WIDTH))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """4 layers, width 256, context 128."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(CONTEXT, WIDTH)
+        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.places.weight[: tokens.shape[1]]
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits.flatten(0, 1)
+
+
+def build_mlp() -> tuple[nn.Module, Tensor, Tensor]:
+    """The study's network, 784-10-10-10-10, on a batch of 128."""
+    layers: list[nn.Module] = [nn.Linear(784, 10)]
+    for _ in range(3):
+        layers += [nn.ReLU(), nn.Linear(10, 10)]
+    return nn.Sequential(*layers), torch.rand(128, 784), torch.randint(10, (128,))
+
+
+def build_gpt() -> tuple[nn.Module, Tensor, Tensor]:
+    """A small GPT on 8 rows of random tokens."""
+    tokens = torch.randint(VOCABULARY, (8, CONTEXT + 1))
+    return GPT(), tokens[:, :-1], tokens[:, 1:].flatten()
+
+
+Build = Callable[[], tuple[nn.Module, Tensor, Tensor]]
+
+
+class Run:
+    """A model in training with Adam on one batch; one more step at each call."""
+
+    def __init__(self, build: Build) -> None:
+        torch.manual_seed(20)
+        self.model, self.inputs, self.targets = build()
+        self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-3)
+        self.loss = torch.zeros(())
+
+    def __call__(self) -> None:
+        self.loss = nn.functional.cross_entropy(self.model(self.inputs), self.targets)
+        self.loss.backward()
+        self.measure()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def measure(self) -> None:
+        """Nothing: bare."""
+
+
+class WithGradstat(Run):
+    def __init__(self, build: Build) -> None:
+        super().__init__(build)
+        self.watch = gradstat.watch(self.model)
+        # Before it is timed: its record is what the reference says of the same gradients.
+        nn.functional.cross_entropy(self.model(self.inputs), self.targets).backward()
+        weights = [p for name, p in self.model.named_parameters() if "bias" not in name]
+        expected = reference.measure([p.grad for p in weights], gradstat.Log2Bins())
+        assert torch.equal(self.watch.last.counts, expected.counts)
+        torch.testing.assert_close(self.watch.last.floats, expected.floats, rtol=1e-5, atol=1e-6)
+        self.optimizer.zero_grad()
+
+
+class WithWandb(Run):
+    def __init__(self, build: Build) -> None:
+        super().__init__(build)
+        self.run = wandb.init(project="bench", dir=tempfile.gettempdir())
+        self.run.watch(self.model, log="gradients", log_freq=1)
+
+    def measure(self) -> None:
+        self.run.log({"loss": self.loss.item()})
+
+
+class WithTensorBoard(Run):
+    def __init__(self, build: Build) -> None:
+        super().__init__(build)
+        self.writer, self.step = SummaryWriter(tempfile.mkdtemp()), 0
+
+    def measure(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            if "bias" not in name:
+                self.writer.add_histogram(name, parameter.grad, self.step)
+        self.step += 1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A network, how many steps are timed at a time, and how many times."""
+
+    build: Build
+    steps: int
+    pairs: int
+
+
+WORKLOADS = {"MLP": Workload(build_mlp, 40, 60), "small GPT": Workload(build_gpt, 1, 40)}
+WAYS: dict[str, type[Run]] = {
+    "gradstat.watch": WithGradstat,
+    "wandb.watch": WithWandb,
+    "TensorBoard add_histogram": WithTensorBoard,
+}
+
+
+def seconds_per_step(run: Run, steps: int) -> float:
+    start = time.perf_counter()
+    for _ in range(steps):
+        run()
+    return (time.perf_counter() - start) / steps
+
+
+def compare(workload: Workload, way: type[Run], pairs: int) -> dict[str, float]:
+    bare, measured = Run(workload.build), way(workload.build)
+    for run in (bare, measured):
+        seconds_per_step(run, max(3, workload.steps // 4))
+    times = []
+    for pair in range(pairs):
+        # Whoever comes second has the warmer cache: they take turns.
+        runs = (bare, measured) if pair % 2 else (measured, bare)
+        seconds = {run: seconds_per_step(run, workload.steps) for run in runs}
+        times.append((seconds[bare], seconds[measured]))
+    ratios = [b / a for a, b in times]
+    quartiles = statistics.quantiles(ratios, n=4)
+    return {
+        "bare": statistics.median(a for a, _ in times),
+        "measured": statistics.median(b for _, b in times),
+        "ratio": quartiles[1],
+        "lower quartile": quartiles[0],
+        "upper quartile": quartiles[2],
+        "pairs": pairs,
+    }
+
+
+@contextlib.contextmanager
+def quiet_exit() -> Iterator[None]:
+    """wandb's helper process is asked to end even if a comparison fails."""
+    try:
+        yield
+    finally:
+        wandb.finish()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--pairs", type=float, default=1.0, help="times as many pairs as usual")
+    arguments = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    with quiet_exit():
+        for name, workload in WORKLOADS.items():
+            for way, kind in WAYS.items():
+                result = compare(workload, kind, max(4, round(workload.pairs * arguments.pairs)))
+                rows.append({"network": name, "way": way, **result})
+                print(
+                    f"{name:10} {way:26} bare {1e3 * result['bare']:8.3f} ms a step, "
+                    f"measured {1e3 * result['measured']:8.3f}, ratio {result['ratio']:.3f} "
+                    f"({result['lower quartile']:.3f} to {result['upper quartile']:.3f})",
+                    flush=True,
+                )
+    if arguments.json:
+        packages = ("gradstat", "torch", "numba", "numpy", "wandb", "tensorboard")
+        document = {**describe(packages), "benchmarks": rows}
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
