@@ -1,0 +1,161 @@
+"""The package as users get it: the wheel, its contents, its names and the examples in its docs."""
+
+import doctest
+import importlib
+import inspect
+import os
+import pkgutil
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import CUDA, ROOT
+
+import gradstat
+
+MODULES = sorted(
+    module.name
+    for module in pkgutil.walk_packages(gradstat.__path__, "gradstat.")
+    # Triton's kernels have no examples, and are importable only where Triton is.
+    if not module.name.startswith("gradstat.kernels")
+)
+
+
+def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of what the build reads, so that no earlier build is in it."""
+    folder = tmp_path_factory.mktemp("build")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("gradstat", "kernels"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=ignore)
+    built = run(
+        *("-m", "build", "--no-isolation", "--wheel", "--outdir", str(folder), str(source)),
+        cwd=folder,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder that the wheel is installed in, far from the checkout."""
+    target = tmp_path_factory.mktemp("installed")
+    pip = ("-m", "pip", "install", "--no-deps", "--no-index", "--target", str(target), str(wheel))
+    result = run(*pip, cwd=target)
+    assert result.returncode == 0, result.stderr
+    return target
+
+
+def test_wheel_has_every_file_of_the_package(wheel: Path) -> None:
+    packages = {"gradstat": "gradstat", "engines": "gradstat/engines", "kernels": "kernels"}
+    expected = {
+        ("gradstat/" if name != "gradstat" else "") + f"{name}/{path.name}"
+        for name, folder in packages.items()
+        for path in (ROOT / folder).iterdir()
+        if path.suffix in (".py", ".typed") or path.name == "py.typed"
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert "gradstat/py.typed" in names
+        assert "gradstat/kernels/measure.py" in names
+        assert names == expected
+        # Not a link: its text.
+        source = (ROOT / "kernels" / "measure.py").read_text()
+        assert archive.read("gradstat/kernels/measure.py").decode() == source
+
+
+INSTALLED = """
+import sys
+sys.path.insert(0, FOLDER)
+import torch, gradstat
+from gradstat.engines import gpu
+print(gradstat.__file__)
+print(gpu.measure_kernel.fn.__code__.co_filename)
+
+model = torch.nn.Linear(4, 3)
+with gradstat.watch(model) as w:
+    model(torch.ones(2, 4)).sum().backward()
+assert w.history["sum"].tolist() == [[24.0]]
+x = torch.tensor([1.0, -2.0, 0.0, float("nan")], device=DEVICE)
+for engine in ("triton", *(["cpu"] if DEVICE == "cpu" else []), "reference"):
+    s = gradstat.statistics(x, engine=engine)
+    assert (float(s.l1), int(s.nan), int(s.counts.sum())) == (3.0, 1, 3), engine
+"""
+
+
+def test_wheel_works_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
+    device = "cuda" if CUDA else "cpu"
+    code = INSTALLED.replace("FOLDER", repr(str(installed))).replace("DEVICE", repr(device))
+    # -I leaves out the current folder, PYTHONPATH and the user's own packages.
+    result = run("-I", "-W", "ignore::RuntimeWarning", "-c", code, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    files = [Path(line) for line in result.stdout.splitlines()]
+    assert files == [
+        installed / "gradstat" / "__init__.py",
+        installed / "gradstat" / "kernels" / "measure.py",
+    ]
+
+
+def test_import_loads_no_heavy_package(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import gradstat; "
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+        "print(sorted(new & {'triton', 'numba', 'llvmlite', 'matplotlib', 'tqdm', 'mlxtend'}), "
+        "'gradstat.ops' in sys.modules)"
+    )
+    result = run("-c", code, cwd=tmp_path)
+    assert result.stdout == "[] True\n", result.stderr
+
+
+def test_kernels_refuse_to_be_imported_by_another_name() -> None:
+    result = run("-c", "import kernels", cwd=ROOT)
+    assert result.returncode == 1
+    message = "ImportError: these kernels are part of gradstat: import gradstat.kernels"
+    assert result.stderr.splitlines()[-1] == message
+
+
+def test_public_names_are_sorted_and_documented() -> None:
+    assert gradstat.__all__ == sorted(set(gradstat.__all__))
+    defined = {
+        name
+        for name, value in vars(gradstat).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert set(gradstat.__all__) == defined
+    for name in gradstat.__all__:
+        value = getattr(gradstat, name)
+        # Its own docstring, not one that a dataclass or a base class makes up.
+        assert "\n" in (value.__doc__ or ""), name
+
+
+@pytest.mark.parametrize("name", [*MODULES, "gradstat"])
+def test_docstrings_examples_run(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name), report=True)
+    assert result.failed == 0
+
+
+def test_public_functions_have_an_example() -> None:
+    finder = doctest.DocTestFinder()
+    for name in ("LinearBins", "Log2Bins", "Statistics", "histogram", "statistics", "watch"):
+        value = getattr(gradstat, name)
+        assert any(test.examples for test in finder.find(value, name)), name
