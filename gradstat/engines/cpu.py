@@ -6,6 +6,7 @@ Beside a tensor it needs under 1 MB, whatever its strides; results do not depend
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Sequence
 
@@ -71,7 +72,13 @@ def measure(
     threads = 1 if alone else torch.get_num_threads()
 
     def run(stage: int) -> None:
-        _run(threads, table, stage, is_linear, partials, integers, floats, counts)
+        table[-1, NEXT] = 0
+        arguments = (table, stage, is_linear, partials, integers, floats, counts)
+        if threads == 1:
+            _work(*arguments)
+        else:
+            run_together(functools.partial(_work, *arguments), threads)
+        finish(*arguments)
 
     if not isinstance(bins, LinearBins):
         run(FUSED)
@@ -91,23 +98,14 @@ def measure(
     )
 
 
-def _run(threads: int, table: Array, *arguments: object) -> None:
-    """One stage over a list, alone or with helpers."""
-    table[-1, NEXT] = 0
-
-    def job() -> None:
-        try:
-            scratch = _scratches.pop()
-        except IndexError:  # all are in use
-            scratch = np.zeros(SCRATCH_WORDS, np.uint32)
-        work(table, *arguments, scratch)
-        _scratches.append(scratch)
-
-    if threads == 1:
-        job()
-    else:
-        run_together(job, threads)
-    finish(table, *arguments)
+def _work(*arguments: object) -> None:
+    """`work`, with a scratch."""
+    try:
+        scratch = _scratches.pop()
+    except IndexError:  # all are in use
+        scratch = np.zeros(SCRATCH_WORDS, np.uint32)
+    work(*arguments, scratch)
+    _scratches.append(scratch)
 
 
 def _tabulate(tensors: Sequence[Tensor]) -> tuple[Array, int, list[object]]:
