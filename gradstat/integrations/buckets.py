@@ -1,0 +1,116 @@
+"""Histograms as other programs take them: finite edges, the filled part alone, few bins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from gradstat.history import History
+from gradstat.series import Array, select
+from gradstat.statistics import Statistics
+
+
+def buckets(statistics: Statistics, edges: Array, most: int | None = None) -> tuple[Array, Array]:
+    """Counts and edges of one tensor's histogram, from its first filled bin to its last.
+
+    Nothing is redistributed: the counts are those of the record, or sums of neighbours. Neighbours
+    that are all empty are one bucket, as between the negative and the positive values, where
+    `Log2Bins` has hundreds. Values
+    outside a linear range have a bucket on either side, which ends at the smallest or largest of
+    them. In place of an infinite edge stands the smallest or largest value.
+
+    Args:
+        statistics: of one tensor, on the CPU.
+        edges: its bins', float64 ``(bins + 1,)``.
+        most: most buckets; if there are more, every so many neighbours are one.
+
+    Returns:
+        counts, int64 ``(B,)``, and edges, float64 ``(B + 1,)``; B is 0 where no value is finite.
+    """
+    counts = statistics.counts.numpy()
+    below, above = int(statistics.below), int(statistics.above)
+    low, high = float(statistics.min), float(statistics.max)
+    if below:
+        counts, edges = np.append(below, counts), np.append(low, edges)
+    if above:
+        counts, edges = np.append(counts, above), np.append(edges, high)
+    filled = np.flatnonzero(counts)
+    if not len(filled):
+        return np.zeros(0, np.int64), np.zeros(0)
+    counts = counts[filled[0] : filled[-1] + 1]
+    edges = edges[filled[0] : filled[-1] + 2].copy()
+    if math.isinf(edges[0]):
+        edges[0] = low
+    if math.isinf(edges[-1]):
+        edges[-1] = high
+    starts = np.flatnonzero((counts > 0) | np.append(True, counts[:-1] > 0))
+    counts, edges = counts[starts], np.append(edges[starts], edges[-1])
+    if most is not None and len(counts) > most:
+        starts = np.arange(0, len(counts), math.ceil(len(counts) / most))
+        counts = np.add.reduceat(counts, starts)
+        edges = np.append(edges[starts], edges[-1])
+    return counts, edges
+
+
+def rows(history: History, step: int) -> Iterator[tuple[str, Statistics, Array]]:
+    """Layer, statistics and edges of each layer with a gradient in a step."""
+    record = history.record(step)
+    edges = record.edges.numpy()
+    edges = np.broadcast_to(edges, (len(record), edges.shape[-1]))
+    for layer, statistics, ends in zip(history.layers, record, edges, strict=True):
+        if int(statistics.numel):
+            yield layer, statistics, ends
+
+
+def chosen_steps(function: str, history: History, max_records: int | None) -> list[int]:
+    """Steps of at most so many records, evenly spread, the newest among them.
+
+    Args:
+        function: the caller's name, for its errors.
+        history: with one record at least.
+        max_records: ``None`` takes all.
+
+    Returns:
+        Numbers in ``history.steps``.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: no records, ``max_records`` < 1.
+    """
+    if not isinstance(history, History):
+        raise TypeError(f"{function}() needs a History; history is {type(history).__name__}")
+    if len(history) == 0 or not history.layers:
+        raise ValueError(f"{function}() needs a History with records; history is {history!r}")
+    if max_records is None:
+        max_records = len(history)
+    if not isinstance(max_records, int) or isinstance(max_records, bool):
+        raise TypeError(
+            f"{function}() needs an integer number of records; max_records is {max_records!r}"
+        )
+    if max_records < 1:
+        raise ValueError(f"{function}() needs one record or more; max_records is {max_records}")
+    if max_records == 1:
+        return [int(history.steps[-1])]
+    steps = history.steps
+    return [int(step) for step in steps[select(steps, None, max_records)]]
+
+
+def scalars(statistics: Statistics) -> dict[str, float]:
+    """What to draw of one tensor against time: its size, shape, zeros and non-finite elements.
+
+    Args:
+        statistics: of one tensor, on the CPU, with one element at least.
+
+    Returns:
+        By name; what is undefined, such as the mean of nothing, is left out.
+    """
+    finite, numel = int(statistics.finite), int(statistics.numel)
+    named = {name: float(getattr(statistics, name)) for name in ("mean", "std", "rms", "l2")}
+    if finite:
+        named["zero_fraction"] = int(statistics.zeros) / finite
+    named["nonfinite"] = float(numel - finite)
+    if not finite:
+        return {"nonfinite": named["nonfinite"]}
+    return {name: value for name, value in named.items() if not math.isnan(value)}

@@ -1,0 +1,69 @@
+"""`write`: a History as TensorBoard's event files."""
+
+from __future__ import annotations
+
+import os
+
+from gradstat.history import History
+from gradstat.integrations.buckets import buckets, chosen_steps, rows, scalars
+
+
+def write(
+    history: History, log_dir: str | os.PathLike[str], *, max_records: int | None = 1000
+) -> None:
+    """Write histograms and scalars of each layer for TensorBoard.
+
+    The tags of a layer are ``LAYER/gradient``, the histogram, and ``LAYER/mean``, ``/std``,
+    ``/rms``, ``/l2``, ``/zero_fraction`` (of the finite elements) and ``/nonfinite`` (a count).
+    The buckets are the record's own, from the first filled one to the last: no count is estimated.
+    A layer without a gradient in a step has no point there.
+
+    Args:
+        history: with one record at least.
+        log_dir: folder of the run; made if it is not there. Files in it stay.
+        max_records: most records to write, evenly spread, the newest among them; ``None`` writes
+            all. TensorBoard itself shows 1,000 scalars and fewer histograms of a tag unless it is
+            started with ``--samples_per_plugin scalars=0,histograms=0``.
+
+    Raises:
+        ImportError: TensorBoard is not installed.
+        TypeError: an argument of another kind.
+        ValueError: no records, ``max_records`` < 1.
+
+    Example:
+        >>> from gradstat.integrations import tensorboard
+        >>> tensorboard.write(w.history, "runs/today")  # doctest: +SKIP
+    """
+    steps = chosen_steps("write", history, max_records)
+    try:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from torch.utils.tensorboard import FileWriter
+        from torch.utils.tensorboard.summary import histogram_raw, scalar
+    except ImportError as error:
+        raise ImportError("write() needs TensorBoard: pip install tensorboard") from error
+    writer = FileWriter(os.fspath(log_dir))
+    try:
+        for step in steps:
+            # One event a step: each costs the writer's thread a turn.
+            event = Summary()
+            for layer, statistics, edges in rows(history, step):
+                for name, value in scalars(statistics).items():
+                    point = scalar(f"{layer}/{name}", value)  # type: ignore[no-untyped-call]
+                    event.MergeFrom(point)
+                counts, ends = buckets(statistics, edges)
+                if len(counts):
+                    histogram = histogram_raw(  # type: ignore[no-untyped-call]
+                        f"{layer}/gradient",
+                        min=float(statistics.min),
+                        max=float(statistics.max),
+                        num=int(statistics.finite),
+                        sum=float(statistics.sum),
+                        sum_squares=float(statistics.l2) * float(statistics.l2),  # may be infinite
+                        # Right ends. An empty bucket before the first says where that begins.
+                        bucket_limits=ends.tolist(),
+                        bucket_counts=[0, *counts.tolist()],
+                    )
+                    event.MergeFrom(histogram)
+            writer.add_summary(event, step)
+    finally:
+        writer.close()

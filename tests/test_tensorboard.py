@@ -1,0 +1,165 @@
+"""Event files, read back with TensorBoard's own reader."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from histories import make_history
+
+import gradstat
+from gradstat import History
+from gradstat.integrations import tensorboard
+from gradstat.integrations.buckets import buckets
+
+pytestmark = pytest.mark.integrations
+event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+
+def read(folder: Path) -> "event_accumulator.EventAccumulator":
+    events = event_accumulator.EventAccumulator(
+        str(folder), size_guidance={"histograms": 0, "scalars": 0, "tensors": 0}
+    )
+    return events.Reload()
+
+
+def values(events: "event_accumulator.EventAccumulator", tag: str) -> list[float]:
+    return [event.value for event in events.Scalars(tag)]
+
+
+@pytest.mark.parametrize(
+    "bins", [gradstat.Log2Bins(), gradstat.LinearBins(7), gradstat.LinearBins(9, -0.5, 0.5)]
+)
+def test_write_keeps_every_count_and_every_filled_edge(
+    tmp_path: Path, bins: gradstat.LinearBins | gradstat.Log2Bins
+) -> None:
+    h = make_history(bins, layers=2, steps=4)
+    tensorboard.write(h, tmp_path)
+    events = read(tmp_path)
+    for layer in h.layers:
+        written = events.Histograms(f"{layer}/gradient")
+        assert [event.step for event in written] == [0, 1, 2, 3]
+        for event in written:
+            histogram, column = event.histogram_value, h.layers.index(layer)
+            counts, edges = h.histogram(layer, event.step)
+            ends = dict(zip(histogram.bucket_limit, histogram.bucket, strict=True))
+            inside = {r: n for r, n in zip(edges[1:], counts, strict=True) if n}
+            assert {end: n for end, n in ends.items() if end in inside and n} == inside
+            assert sum(ends.values()) == h["finite"][event.step, column] == histogram.num
+            assert histogram.bucket[0] == 0
+            first = edges[np.flatnonzero(counts)[0]]
+            below = h["below"][event.step, column]
+            assert histogram.bucket_limit[0] == (histogram.min if below else first)
+            for name in ("min", "max", "sum"):
+                assert getattr(histogram, name) == h[name][event.step, column]
+            assert histogram.sum_squares == h["l2"][event.step, column] ** 2
+
+
+def test_write_gives_each_layer_a_folder_of_scalars(tmp_path: Path) -> None:
+    def gradient(step: int, layer: int) -> torch.Tensor:
+        return torch.tensor([0.0, 3.0, -4.0, float("nan"), float("inf")][: 5 - layer])
+
+    h = make_history(gradstat.Log2Bins(), layers=["a.weight", "b/c"], steps=2, gradient=gradient)
+    tensorboard.write(h, tmp_path)
+    events = read(tmp_path)
+    names = ("l2", "mean", "nonfinite", "rms", "std", "zero_fraction")
+    assert sorted(events.Tags()["scalars"]) == [f"{x}/{n}" for x in h.layers for n in names]
+    assert sorted(events.Tags()["histograms"]) == ["a.weight/gradient", "b/c/gradient"]
+    assert values(events, "a.weight/nonfinite") == [2, 2]
+    assert values(events, "b/c/nonfinite") == [1, 1]
+    assert values(events, "a.weight/l2") == [5, 5]
+    assert values(events, "a.weight/zero_fraction") == pytest.approx([1 / 3] * 2)
+    for name in ("mean", "std", "rms"):
+        assert values(events, f"a.weight/{name}") == pytest.approx(h[name][:, 0])
+
+
+def test_write_leaves_out_what_is_absent_or_undefined(tmp_path: Path) -> None:
+    def gradient(step: int, layer: int) -> torch.Tensor:
+        return torch.full((3,), float("nan")) if layer else torch.ones(1)
+
+    h = make_history(gradstat.Log2Bins(), 2, 3, gradient, absent=[(1, 0)])
+    tensorboard.write(h, tmp_path)
+    events = read(tmp_path)
+    assert [event.step for event in events.Histograms("0.weight/gradient")] == [0, 2]
+    assert [event.step for event in events.Scalars("0.weight/rms")] == [0, 2]
+    assert values(events, "1.weight/nonfinite") == [3, 3, 3]
+    tags = events.Tags()
+    assert tags["histograms"] == ["0.weight/gradient"]
+    # One element has no standard deviation, and no finite one nothing but its number.
+    assert [tag for tag in tags["scalars"] if tag.startswith("1.")] == ["1.weight/nonfinite"]
+    assert "0.weight/std" not in tags["scalars"]
+
+
+def test_write_draws_the_largest_float64_and_the_smallest_float32(tmp_path: Path) -> None:
+    x = torch.tensor([-1e300, -1e-44, 1e-44, 1e300], dtype=torch.float64)
+    h = make_history(gradstat.Log2Bins(), 1, 1, lambda step, layer: x)
+    tensorboard.write(h, tmp_path)
+    (event,) = read(tmp_path).Histograms("0.weight/gradient")
+    limits = event.histogram_value.bucket_limit
+    assert np.isfinite(limits).all()
+    assert (limits[0], limits[-1]) == (-1e300, 1e300)
+    assert sum(event.histogram_value.bucket) == 4
+
+
+def test_write_thins_to_so_many_records_and_keeps_the_newest(tmp_path: Path) -> None:
+    h = make_history(gradstat.Log2Bins(), 1, 50)
+    tensorboard.write(h, tmp_path / "few", max_records=5)
+    few = [event.step for event in read(tmp_path / "few").Scalars("0.weight/l2")]
+    assert few == [0, 12, 24, 37, 49]
+    tensorboard.write(h, tmp_path / "one", max_records=1)
+    assert [e.step for e in read(tmp_path / "one").Histograms("0.weight/gradient")] == [49]
+    tensorboard.write(h, tmp_path / "all", max_records=None)
+    assert len(read(tmp_path / "all").Histograms("0.weight/gradient")) == 50
+
+
+@pytest.mark.parametrize(
+    ("history", "max_records", "error", "message"),
+    [
+        (None, 5, TypeError, r"write\(\) needs a History; history is NoneType"),
+        (
+            History(["a"], gradstat.Log2Bins()),
+            5,
+            ValueError,
+            r"with records; history is History\(0",
+        ),
+        ("made", 0, ValueError, r"write\(\) needs one record or more; max_records is 0"),
+        ("made", 2.0, TypeError, r"an integer number of records; max_records is 2\.0"),
+    ],
+)
+def test_write_refuses_by_name_and_makes_no_folder(
+    tmp_path: Path, history: object, max_records: int, error: type[Exception], message: str
+) -> None:
+    if history == "made":
+        history = make_history(gradstat.Log2Bins())
+    with pytest.raises(error, match=message):
+        tensorboard.write(history, tmp_path / "run", max_records=max_records)
+    assert not (tmp_path / "run").exists()
+
+
+def test_buckets_are_few_where_bins_are_empty() -> None:
+    s = gradstat.statistics(torch.tensor([-1.0, -1.0, 0.0, 1.0]))
+    counts, edges = buckets(s, s.edges.numpy())
+    # Hundreds of bins lie between 0 and 1.
+    assert counts.tolist() == [2, 0, 1, 0, 1]
+    assert edges[[0, 1, -2, -1]] == pytest.approx([-1.25, -1.0, 1.0, 1.25])
+
+
+@pytest.mark.parametrize("most", [1, 3, 50])
+def test_buckets_sums_neighbours_when_there_are_too_many(
+    most: int, generator: torch.Generator
+) -> None:
+    x = torch.randn(5000, generator=generator)
+    s = gradstat.statistics(x)
+    counts, edges = buckets(s, s.edges.numpy(), most)
+    assert most / 2 < len(counts) <= most
+    assert counts.tolist() == np.histogram(x.numpy(), bins=edges)[0].tolist()
+    assert counts.sum() == 5000
+
+
+def test_buckets_counts_what_is_outside_a_linear_range() -> None:
+    x = torch.tensor([-9.0, -8.0, 0.25, 0.75, 7.0])
+    s = gradstat.statistics(x, gradstat.LinearBins(2, 0.0, 1.0))
+    counts, edges = buckets(s, s.edges.numpy())
+    assert (counts.tolist(), edges.tolist()) == ([2, 1, 1, 1], [-9, 0, 0.5, 1, 7])
+    inside = gradstat.statistics(x[2:4], gradstat.LinearBins(2, 0.0, 1.0))
+    assert buckets(inside, inside.edges.numpy())[0].tolist() == [1, 1]
