@@ -18,6 +18,7 @@ CALLS = {
     "gradstat linear": "**`gradstat.statistics(x, LinearBins(64, -1, 1))`**",
     "torch composite": "torch: aminmax, mean, std, norm, histc, count_nonzero, isfinite",
 }
+RATIOS = "Times are medians, ratios medians of pairs taken a moment apart."
 SCHEMES = ("gradstat log2", "gradstat linear")
 
 
@@ -56,7 +57,7 @@ def where(document: Document) -> str:
     dirty = " with changes" if document["dirty"] else ""
     return (
         f"{machine['threads']} threads of {machine['cpu']}, {machine['system']}; {names}; "
-        f"commit {document['commit'][:10]}{dirty}. Medians; ratios are medians of pairs."
+        f"commit {document['commit'][:10]}{dirty}."
     )
 
 
@@ -194,10 +195,10 @@ def main() -> None:
     )
     sections: dict[str, str] = {}
     if tensors and lists:
-        parts = (tensor_table(tensors), list_table(lists), where(tensors))
+        parts = (tensor_table(tensors), list_table(lists), f"{where(tensors)} {RATIOS}")
         sections["bench:cpu"] = "\n\n".join(parts)
     if training:
-        sections["bench:training"] = f"{training_table(training)}\n\n{where(training)}"
+        sections["bench:training"] = f"{training_table(training)}\n\n{where(training)} {RATIOS}"
     for section in sections.values():
         print(f"{section}\n")
     targets = target_table(tensors, lists, training)
