@@ -150,7 +150,7 @@ class Workload:
     pairs: int
 
 
-WORKLOADS = {"MLP": Workload(build_mlp, 40, 60), "small GPT": Workload(build_gpt, 1, 40)}
+WORKLOADS = {"MLP": Workload(build_mlp, 5, 300), "small GPT": Workload(build_gpt, 1, 40)}
 WAYS: dict[str, type[Run]] = {
     "gradstat.watch": WithGradstat,
     "wandb.watch": WithWandb,
