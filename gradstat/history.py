@@ -6,7 +6,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,11 @@ from numpy.typing import NDArray
 from gradstat.bins import Bins, parse_bins
 from gradstat.sparse import SparseRows
 from gradstat.statistics import DERIVED, FLOATS, INTEGERS, Statistics
+
+if TYPE_CHECKING:
+    import pandas
+
+    from gradstat.diagnosis import Finding, Thresholds
 
 FORMAT = "gradstat history 1"
 FIELDS = (*INTEGERS, *FLOATS, *DERIVED)
@@ -286,6 +291,62 @@ class History:
         if at == len(self) or self._steps[at] != step:
             raise KeyError(f"History needs a recorded step; step is {step} of {len(self)} records")
         return at
+
+    def diagnose(self, thresholds: Thresholds | None = None) -> list[Finding]:
+        """Find what is wrong with the gradients, the worst first.
+
+        Args:
+            thresholds: by default those that healthy runs stay within.
+
+        Returns:
+            Findings, as `gradstat.diagnosis.diagnose` describes them.
+
+        Raises:
+            ValueError: there are no records.
+        """
+        from gradstat.diagnosis import diagnose
+
+        return diagnose(self, thresholds)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Make a table: a row for each step and layer, with every field and the histogram.
+
+        Returns:
+            DataFrame, its columns those of `gradstat.tables`.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        from gradstat.tables import to_pandas
+
+        return to_pandas(self)
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Write that table to a Parquet file.
+
+        Args:
+            path: the file; one that is there is replaced.
+
+        Raises:
+            ImportError: pyarrow is not installed.
+            OSError: the file cannot be written.
+        """
+        from gradstat.tables import to_parquet
+
+        to_parquet(self, path)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write that table to a CSV file, lists as JSON.
+
+        Args:
+            path: the file; one that is there is replaced.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        from gradstat.tables import to_csv
+
+        to_csv(self, path)
 
 
 def _with_room(rows: Array) -> Array:

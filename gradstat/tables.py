@@ -1,0 +1,212 @@
+"""A `History` as a table: one row for each step and layer, for pandas, Parquet and CSV.
+
+Columns are ``step``, ``layer``, every field of `Statistics`, and the histogram as three lists of
+one length, of the bins that are not empty: ``bin_low``, ``bin_high`` and ``bin_count``. A layer
+without a gradient has a row of zero counts, NaN (null in Parquet) and empty lists. In CSV lists are
+JSON, and NaN and infinities empty cells (null within a list).
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradstat.history import FIELDS, History
+from gradstat.series import Array
+
+if TYPE_CHECKING:
+    import pandas
+
+LISTS = ("bin_low", "bin_high", "bin_count")
+COLUMNS = ("step", "layer", *FIELDS, *LISTS)
+_BATCH = 64  # records turned into rows at a time
+
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """R rows of the table.
+
+    Args:
+        columns: the plain ones by name, each ``(R,)``; ``layer`` holds objects.
+        sizes: entries of each row's lists, int64 ``(R,)``.
+        lists: entries of all rows' lists, one row after the other, by name.
+    """
+
+    columns: dict[str, Array]
+    sizes: Array
+    lists: dict[str, Array]
+
+
+def to_pandas(history: History, *, progress: Progress | None = None) -> pandas.DataFrame:
+    """Make a DataFrame, with an array in each cell of the three lists.
+
+    Args:
+        history: S records of L layers.
+        progress: called with a number of records when they are done.
+
+    Returns:
+        S x L rows: by step, then by layer.
+
+    Raises:
+        ImportError: pandas is not installed.
+    """
+    pandas = _import("to_pandas", "pandas")
+    parts = list(rows(history, progress))
+    data: dict[str, Any] = {
+        name: np.concatenate([part.columns[name] for part in parts])
+        if parts
+        else np.empty(0, _dtype(name))
+        for name in COLUMNS[:-3]
+    }
+    data |= {name: [cell for part in parts for cell in _cells(part, name)] for name in LISTS}
+    return pandas.DataFrame(data)
+
+
+def to_parquet(
+    history: History, path: str | os.PathLike[str], *, progress: Progress | None = None
+) -> None:
+    """Write a Parquet file, which appears whole or not at all.
+
+    Args:
+        history: S records of L layers.
+        path: the file; one that is there is replaced.
+        progress: called with a number of records when they are done.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+        OSError: the file cannot be written.
+    """
+    pa, parquet = _import("to_parquet", "pyarrow"), _import("to_parquet", "pyarrow.parquet")
+    plain = {"layer": pa.string()} | {
+        name: pa.from_numpy_dtype(_dtype(name)) for name in COLUMNS[:-3] if name != "layer"
+    }
+    lists = {"bin_low": pa.float64(), "bin_high": pa.float64(), "bin_count": pa.int64()}
+    types = plain | {name: pa.list_(each) for name, each in lists.items()}
+    schema = pa.schema(
+        [(name, types[name]) for name in COLUMNS], metadata={"gradstat_bins": history.bins.spec}
+    )
+    with _replacing(Path(path)) as unfinished, parquet.ParquetWriter(unfinished, schema) as writer:
+        for part in rows(history, progress):
+            offsets = np.concatenate([[0], np.cumsum(part.sizes)]).astype(np.int32)
+            arrays = [
+                pa.array(part.columns[name], plain[name], from_pandas=True) for name in COLUMNS[:-3]
+            ]
+            arrays += [pa.ListArray.from_arrays(offsets, part.lists[name]) for name in LISTS]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+
+
+def to_csv(
+    history: History, path: str | os.PathLike[str], *, progress: Progress | None = None
+) -> None:
+    """Write a CSV file, which appears whole or not at all.
+
+    Args:
+        history: S records of L layers.
+        path: the file; one that is there is replaced.
+        progress: called with a number of records when they are done.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with (
+        _replacing(Path(path)) as unfinished,
+        unfinished.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for part in rows(history, progress):
+            plain = [_texts(part.columns[name]) for name in COLUMNS[:-3]]
+            lists = [[_json(cell) for cell in _cells(part, name)] for name in LISTS]
+            writer.writerows(zip(*plain, *lists, strict=True))
+
+
+def rows(history: History, progress: Progress | None = None) -> Iterator[Rows]:
+    """Rows of the table, some dozen records at a time.
+
+    Args:
+        history: S records of L layers.
+        progress: called with a number of records when they are done.
+
+    Yields:
+        The next rows.
+    """
+    n_layers, steps = len(history.layers), history.steps
+    fields = {name: history[name] for name in FIELDS}
+    layers = np.array(history.layers, dtype=object)
+    for start in range(0, len(steps), _BATCH):
+        part = slice(start, start + _BATCH)
+        records = [history.record(step) for step in steps[part].tolist()]
+        columns = {
+            "step": np.repeat(steps[part], n_layers),
+            "layer": np.tile(layers, len(records)),
+        } | {name: values[part].ravel() for name, values in fields.items()}
+        sizes, lists = [], []
+        for record in records:
+            row, column = np.nonzero(counts := record.counts.numpy())
+            edges = np.broadcast_to(record.edges.numpy(), (n_layers, counts.shape[1] + 1))
+            sizes.append(np.bincount(row, minlength=n_layers))
+            lists.append((edges[row, column], edges[row, column + 1], counts[row, column]))
+        joined = [np.concatenate(each) for each in zip(*lists, strict=True)]
+        yield Rows(columns, np.concatenate(sizes), dict(zip(LISTS, joined, strict=True)))
+        if progress is not None:
+            progress(len(records))
+
+
+def _cells(part: Rows, name: str) -> list[Array]:
+    """The list of each row."""
+    return np.split(part.lists[name], np.cumsum(part.sizes)[:-1])
+
+
+def _texts(column: Array) -> list[Any]:
+    """Cells of a CSV file; of NaN and infinities, which each reader spells otherwise, empty."""
+    values: list[Any] = column.tolist()
+    if column.dtype.kind == "f":
+        values = [repr(value) if math.isfinite(value) else "" for value in values]
+    return values
+
+
+def _json(cell: Array) -> str:
+    values = cell.tolist()
+    if not np.isfinite(cell).all():
+        values = [value if math.isfinite(value) else None for value in values]
+    return json.dumps(values)
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    if name == "layer":
+        return np.dtype(object)
+    integer = name == "step" or name in FIELDS[:8]
+    return np.dtype(np.int64 if integer else np.float64)
+
+
+def _import(function: str, name: str) -> Any:  # noqa: ANN401 (a module without types)
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise ImportError(
+            f'{function}() needs {package}: pip install "gradstat[tables]"'
+        ) from error
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which takes the place of ``path`` once all is written."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,138 @@
+import csv
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from histories import make_history
+
+import gradstat
+from gradstat import History, LinearBins, Log2Bins
+from gradstat.bins import Bins
+from gradstat.history import FIELDS
+from gradstat.statistics import INTEGERS
+from gradstat.tables import COLUMNS, rows
+
+SCHEMES = [Log2Bins(), LinearBins(5)]
+
+
+def make(bins: Bins, steps: int = 3) -> History:
+    """Two layers, the second absent in step 1."""
+    return make_history(bins, 2, steps, absent=[(1, 1)])
+
+
+def spell(value: float) -> str:
+    return repr(value) if math.isfinite(value) else ""
+
+
+@pytest.mark.parametrize("bins", SCHEMES, ids=repr)
+def test_to_csv_has_a_row_for_each_step_and_layer_with_every_field(
+    bins: Bins, tmp_path: Path
+) -> None:
+    history = make(bins)
+    history.to_csv(tmp_path / "run.csv")
+    with (tmp_path / "run.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == list(COLUMNS)
+    assert COLUMNS[:2] + COLUMNS[-3:] == ("step", "layer", "bin_low", "bin_high", "bin_count")
+    order = [(step, layer) for step in (0, 1, 2) for layer in (0, 1)]
+    assert len(table) == len(order)
+    for row, (step, layer) in zip(table, order, strict=True):
+        assert (row["step"], row["layer"]) == (str(step), history.layers[layer])
+        for field in FIELDS:
+            value = history[field][step, layer].item()
+            assert row[field] == (str(value) if field in INTEGERS else spell(value)), field
+        counts, edges = history.histogram(history.layers[layer], step)
+        filled = np.flatnonzero(counts)
+        assert json.loads(row["bin_count"]) == counts[filled].tolist()
+        assert json.loads(row["bin_low"]) == edges[filled].tolist()
+        assert json.loads(row["bin_high"]) == edges[filled + 1].tolist()
+    assert json.loads(table[3]["bin_count"]) == []
+    assert table[3]["mean"] == ""
+    assert json.loads(table[0]["bin_count"]) != []
+
+
+def test_to_csv_lists_stay_json_where_a_bin_has_no_end(tmp_path: Path) -> None:
+    history = make_history(Log2Bins(), 1, 1, lambda *_: torch.tensor([3.4e38, -3.4e38]))
+    history.to_csv(tmp_path / "run.csv")
+    with (tmp_path / "run.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert json.loads(row["bin_low"])[0] is None
+    assert json.loads(row["bin_high"])[1] is None
+    assert "Infinity" not in row["bin_low"] + row["bin_high"]
+
+
+def test_rows_come_in_batches_and_report_each(tmp_path: Path) -> None:
+    history, done = make(Log2Bins(), 150), []
+    sizes = [len(part.sizes) for part in rows(history, done.append)]
+    assert sizes == [128, 128, 44]
+    assert done == [64, 64, 22]
+    history.to_csv(tmp_path / "run.csv")
+    with (tmp_path / "run.csv").open(newline="") as file:
+        steps = [row["step"] for row in csv.DictReader(file)]
+    assert steps == [str(step) for step in range(150) for _ in range(2)]
+
+
+def test_a_table_of_no_records_has_its_columns(tmp_path: Path) -> None:
+    History(["weight"], Log2Bins()).to_csv(tmp_path / "run.csv")
+    assert (tmp_path / "run.csv").read_text() == ",".join(COLUMNS) + "\n"
+
+
+def write_csv(history: History, path: Path) -> None:
+    history.to_csv(path)
+
+
+def write_parquet(history: History, path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    history.to_parquet(path)
+
+
+@pytest.mark.parametrize("write", [write_csv, write_parquet])
+def test_a_table_appears_whole_or_not_at_all(
+    write: Callable[[History, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "run"
+    target.write_text("what was there")
+    history, record = make(Log2Bins(), 150), History.record
+
+    def fails_late(self: History, step: int = -1) -> gradstat.Statistics:
+        if step == 100:
+            raise RuntimeError("interrupted")
+        return record(self, step)
+
+    monkeypatch.setattr(History, "record", fails_late)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        write(history, target)
+    assert target.read_text() == "what was there"
+    assert list(tmp_path.iterdir()) == [target]
+    monkeypatch.undo()
+    write(history, target)
+    assert target.stat().st_size > 10_000
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize(
+    ("package", "read"),
+    [
+        ("pandas", lambda h, path: h.to_pandas()),
+        ("pyarrow", lambda h, path: h.to_parquet(path)),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(
+    package: str,
+    read: Callable[[History, Path], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # None in sys.modules is how Python remembers that there is no such module.
+    monkeypatch.setitem(sys.modules, package, None)
+    function = "to_pandas" if package == "pandas" else "to_parquet"
+    with pytest.raises(ImportError) as raised:
+        read(make(Log2Bins()), tmp_path / "run")
+    assert str(raised.value) == f'{function}() needs {package}: pip install "gradstat[tables]"'
+    assert list(tmp_path.iterdir()) == []
