@@ -7,7 +7,7 @@ ARGS ?=
 RESULTS ?= .benchmarks
 BIN := $(VENV)/bin
 
-.PHONY: help study images test test-slow lint format bench bench-training bench-results bench-gpu roofline clean
+.PHONY: help study images test test-slow test-integrations lint format bench bench-training bench-results bench-gpu roofline clean
 # Two installs at once into one environment would damage it.
 .NOTPARALLEL:
 # A half-made environment must not pass for a whole one.
@@ -18,6 +18,8 @@ help:
 	@echo "make images     the same, for the figures of the documentation"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the long property tests: 10,000 examples each"
+	@echo "make test-integrations"
+	@echo "                test that pandas, polars and DuckDB open what gradstat writes"
 	@echo "make lint       check style, format and types"
 	@echo "make format     put the code in the project's format"
 	@echo "make bench      measure the speed against other libraries"
@@ -39,6 +41,9 @@ test: $(VENV)/installed-test
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-integrations: $(VENV)/installed-test-integrations
+	$(BIN)/python -m pytest -m integrations $(ARGS)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
