@@ -35,15 +35,13 @@ def linear_factors(low, high, BINS: tl.constexpr):
 def linear_slot(x, low, high, scale, inv_width, BINS: tl.constexpr, SLOTS: tl.constexpr):
     """Bin of each value in 0..BINS-1, or BINS where rounding takes the end of the last bin there.
 
-    BINS + 1 above the range and for NaN, SLOTS - 1 below it. The sign of t is that of x - low even
-    where t underflows. Fusing the first product with the subtraction changes nothing:
-    ``x * scale`` is exact.
+    BINS + 1 above the range and for NaN, SLOTS - 1 below it. A value is compared as it is: scaled,
+    a subnormal may round to zero, and a sign does not tell -0.0, which is in a range from 0.0, from
+    what is below it. Fusing the first product with the subtraction changes no bin.
     """
-    # Not -(low * scale): -0.0 must be 0.0, without a sign, away from a low end of zero.
-    offset = 0.0 - low * scale
-    t = (x * scale + offset) * inv_width
-    sign = t.to(tl.int32, bitcast=True) >> 31
-    return tl.where(x <= high, (t.to(tl.int32) | sign) & (SLOTS - 1), BINS + 1)
+    t = (x * scale - low * scale) * inv_width
+    slot = tl.where(x >= low, t.to(tl.int32), -1) & (SLOTS - 1)
+    return tl.where(x <= high, slot, BINS + 1)
 
 
 @triton.jit
