@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import distributed as dist
 
-from gradstat.bins import Bins, parse_bins
+from gradstat import archive, ranks
+from gradstat.archive import OWN, SAME, Records
+from gradstat.bins import Bins
 from gradstat.sparse import SparseRows
 from gradstat.statistics import DERIVED, FLOATS, INTEGERS, Statistics
 
@@ -21,9 +24,7 @@ if TYPE_CHECKING:
 
     from gradstat.diagnosis import Finding, Thresholds
 
-FORMAT = "gradstat history 1"
 FIELDS = (*INTEGERS, *FLOATS, *DERIVED)
-_SAVED = ["format", "bins", "layers", "steps", "integers", "floats", "sizes", "indices", "values"]
 _DENSE_BYTES = 4 << 20  # dense histograms waiting to be packed together
 
 Array = NDArray[Any]
@@ -38,6 +39,8 @@ class History:
     Args:
         layers: L names.
         bins: scheme of every histogram.
+        capacity: most records to keep, 2 or more: the first, the last, and between them every so
+            many, evenly. Whenever it is full every other one is dropped.
 
     Example:
         >>> import torch, gradstat
@@ -48,9 +51,14 @@ class History:
         (['weight'], array([[1.]]))
     """
 
-    def __init__(self, layers: Sequence[str], bins: Bins) -> None:
+    def __init__(self, layers: Sequence[str], bins: Bins, *, capacity: int | None = None) -> None:
         self.layers = list(layers)
         self.bins = bins
+        # Which ranks of a distributed run hold the same values of a layer, as in `Records`.
+        self.origins = np.full(len(self.layers), OWN)
+        self._capacity = capacity
+        self._stride = 1  # appended records from one that is kept to the next
+        self._n_appended = 0
         self._steps: list[int] = []
         # With room for more records than there are, so that adding one seldom copies the others.
         self._integers = np.empty((0, len(self.layers), len(INTEGERS)), dtype=np.int64)
@@ -83,17 +91,21 @@ class History:
         Raises:
             ValueError: a step that is not higher.
         """
-        at = len(self)
-        if at and step <= self._steps[-1]:
+        if self._steps and step <= self._steps[-1]:
             raise ValueError(f"append() needs a step after {self._steps[-1]}; step is {step}")
+        if self._capacity is not None:
+            self._make_room(self._capacity)
+        at = len(self._steps)
         if at == len(self._integers):
             self._integers = _with_room(self._integers)
             self._floats = _with_room(self._floats)
         self._integers[at], self._floats[at] = integers, floats
+        # Before the newest one joins them, which may have to go again.
+        if (len(self._dense) + 1) * counts.nbytes > _DENSE_BYTES:
+            self._pack()
         self._dense.append(counts)
         self._steps.append(step)
-        if len(self._dense) * counts.nbytes > _DENSE_BYTES:
-            self._pack()
+        self._n_appended += 1
 
     def __getitem__(self, field: str) -> Array:
         """One field of `Statistics` at every step and layer.
@@ -179,86 +191,104 @@ class History:
 
         Args:
             path: the file; one that is there is replaced.
+
+        Raises:
+            OSError: it cannot be written.
         """
-        self._pack()
-        sizes, indices, values = self._packed.arrays()
-        target = Path(path)
-        unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with unfinished.open("wb") as file:
-                np.savez_compressed(
-                    file,
-                    format=np.array(FORMAT),
-                    bins=np.array(self.bins.spec),
-                    layers=np.array(self.layers, dtype=np.str_),
-                    steps=self.steps,
-                    integers=self._integers[: len(self)],
-                    floats=self._floats[: len(self)],
-                    sizes=sizes,
-                    indices=indices,
-                    values=values,
-                )
-            unfinished.replace(target)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        archive.write(Path(path), self.to_records())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:
-        """Read what `save` wrote.
+        """Read what `save` wrote, or what ``watch(path=...)`` has written so far.
 
         Args:
-            path: the file.
+            path: the file or the directory.
 
         Returns:
             An equal History.
 
         Raises:
             FileNotFoundError: there is no such file; another OSError: it cannot be opened.
-            ValueError: a damaged file, or one that `save` did not write.
+            ValueError: a damaged file, one that `save` did not write, or a directory that lacks
+                one.
         """
-        with Path(path).open("rb") as file:
-            try:
-                with np.load(file, allow_pickle=False) as arrays:
-                    return cls._restored({name: arrays[name] for name in arrays.files})
-            except Exception as error:  # zipfile, zlib and NumPy meet damage with a dozen kinds
-                raise ValueError(
-                    f"History.load() needs a file that History.save() wrote; {os.fspath(path)} is "
-                    f"damaged or another kind: {error}"
-                ) from error
+        return cls.from_records(archive.read(Path(path)))
+
+    def reduce(
+        self, group: dist.ProcessGroup | None = None, *, replicated: bool | None = None
+    ) -> History:
+        """What all ranks of a distributed run measured, together; each of them must call it.
+
+        Values that several ranks hold count once. A DTensor knows which: shards are put together
+        and replicas are not. Other gradients are the same on each rank when the optimizer steps,
+        and during backward, as under DistributedDataParallel, each rank's own part of the batch.
+
+        Counts, min and max are exact; the variance follows Chan's formula. It takes four
+        collectives, however many records there are, and memory for the histograms of all of them.
+
+        Args:
+            group: by default all ranks.
+            replicated: whether gradients that are no DTensors are the same on each rank; by default
+                ``True`` unless they were measured during backward.
+
+        Returns:
+            The same new History on each rank.
+
+        Raises:
+            ValueError: on each rank: other layers, bins or steps elsewhere, histograms over other
+                ranges, a layer that should be the same on each rank and is not.
+        """
+        mine = self.to_records()
+        if replicated is not None:
+            plain = mine.origins < 0
+            mine.origins[plain] = SAME if replicated else OWN
+        return History.from_records(ranks.merge(mine, group))
+
+    def to_records(self) -> Records:
+        """All arrays, of which only ``origins`` is a copy."""
+        self._pack()
+        integers, floats = self._integers[: len(self)], self._floats[: len(self)]
+        return Records(
+            self.layers, self.bins, self._steps, integers, floats, self._packed, self.origins.copy()
+        )
 
     @classmethod
-    def _restored(cls, data: dict[str, Array]) -> History:
-        if missing := [name for name in _SAVED if name not in data]:
-            raise ValueError(f"it lacks {', '.join(missing)}")
-        if str(data["format"]) != FORMAT:
-            raise ValueError(f"its format is {data['format']}, not {FORMAT}")
-        history = cls([str(name) for name in data["layers"].flat], parse_bins(str(data["bins"])))
-        # A "safe" cast refuses what could lose anything, such as floats for integers.
-        steps, integers, sizes, indices, values = (
-            data[name].astype(np.int64, casting="safe")
-            for name in ("steps", "integers", "sizes", "indices", "values")
-        )
-        floats = data["floats"].astype(np.float64, casting="safe")
-        shape = (len(steps), len(history.layers))
-        fit = (
-            data["layers"].ndim == steps.ndim == 1
-            and len(set(history.layers)) == shape[1]
-            and integers.shape == (*shape, len(INTEGERS))
-            and floats.shape == (*shape, len(FLOATS))
-            and _rise(steps, np.zeros(1, dtype=np.int64))
-            and sizes.shape == (shape[0] * shape[1],)
-            and bool((sizes >= 0).all())
-            and indices.shape == values.shape == (sizes.sum(),)
-            and bool((indices < history.bins.bins).all())
-            and _rise(indices, np.cumsum(sizes) - sizes)
-            and bool((values > 0).all())
-        )
-        if not fit:
-            raise ValueError("its arrays do not fit each other")
-        history._steps = steps.tolist()
-        history._integers, history._floats = integers, floats
-        history._packed = SparseRows(sizes, data["indices"], data["values"])
+    def from_records(cls, records: Records) -> History:
+        """A History of such arrays, which it keeps."""
+        history = cls(records.layers, records.bins)
+        history.origins = records.origins
+        history._steps = list(records.steps)
+        history._integers, history._floats = records.integers, records.floats
+        history._packed = records.counts
+        history._n_appended = len(records.steps)
         return history
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the records take."""
+        dense = sum(counts.nbytes for counts in self._dense)
+        return self._integers.nbytes + self._floats.nbytes + self._packed.nbytes + dense
+
+    def _make_room(self, capacity: int) -> None:
+        """Drop records as one more comes."""
+        if self._steps and (self._n_appended - 1) % self._stride:
+            # The last one was kept only because it was the last one.
+            self._keep(slice(len(self) - 1))
+        if len(self) >= capacity:
+            self._keep(slice(None, None, 2))
+            self._stride *= 2
+
+    def _keep(self, kept: slice) -> None:
+        n = len(self)
+        newest_goes = kept == slice(n - 1) and self._dense
+        if newest_goes:
+            self._dense.pop()
+        else:
+            self._pack()
+            at = np.arange(n * len(self.layers)).reshape(n, -1)[kept]
+            self._packed = self._packed.keep(at.ravel())
+            self._integers, self._floats = self._integers[:n][kept], self._floats[:n][kept]
+        self._steps = self._steps[kept]
 
     def _pack(self) -> None:
         if self._dense:
@@ -352,10 +382,3 @@ class History:
 def _with_room(rows: Array) -> Array:
     """The same rows with room for as many again."""
     return np.concatenate([rows, np.empty((max(len(rows), 16), *rows.shape[1:]), rows.dtype)])
-
-
-def _rise(x: Array, starts: Array) -> bool:
-    """Whether integers are non-negative and, between one start and the next, increase."""
-    steps = np.diff(x, prepend=0)
-    steps[starts[starts < len(x)]] = 1
-    return bool((x >= 0).all() and (steps > 0).all())

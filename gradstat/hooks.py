@@ -23,12 +23,17 @@ class BackwardHooks:
         parameters: to hook, in the order of the recorder's layers.
         recorder: what sees their gradients.
         scaler: what scales the loss, or ``None``.
+        at_once: measure each gradient before its hook returns.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], recorder: Recorder, scaler: GradScaler | None
+        self,
+        parameters: Iterable[nn.Parameter],
+        recorder: Recorder,
+        scaler: GradScaler | None,
+        at_once: bool,
     ) -> None:
-        self._recorder, self._scaler = recorder, scaler
+        self._recorder, self._scaler, self._at_once = recorder, scaler, at_once
         # What will be called next in the running pass. Autograd alone keeps it alive, and drops it
         # with a pass that an exception ends.
         self._next_call: Callable[[], Callable[..., None] | None] = lambda: None
@@ -49,8 +54,11 @@ class BackwardHooks:
                 # There is no scale before the first loss, nor in a scaler that is not enabled.
                 self._recorder.begin(getattr(self._scaler, "_scale", None))
                 self._await_end()
-            if parameter.grad is not None:
-                self._recorder.add(index, parameter.grad)
+            gradient = parameter.grad
+            if gradient is not None:
+                self._recorder.add(index, gradient)
+                if self._at_once:
+                    self._recorder.measure_waiting()
 
     def _await_end(self) -> None:
         on_end = partial(self._on_end)
@@ -60,7 +68,12 @@ class BackwardHooks:
     def _on_end(self) -> None:
         with self._recorder.lock:
             node = torch._C._current_autograd_node()
-            if node is None or not self._await_end_outside(node):
+            if node is None:
+                self._recorder.end()
+                return
+            # By the end of the outer pass others may have changed the gradients of this one.
+            self._recorder.measure_waiting()
+            if not self._await_end_outside(node):
                 self._recorder.end()
 
     def _await_end_outside(self, node: torch.autograd.graph.Node) -> bool:
@@ -88,34 +101,46 @@ class BackwardHooks:
 
 
 class StepHook:
-    """Each step of an optimizer is a pass of the recorder.
+    """Each step of an optimizer, or each call, is a pass of the recorder.
 
     Args:
         parameters: in the order of the recorder's layers.
         recorder: what sees their gradients.
-        optimizer: measured before it steps.
+        optimizer: measured before it steps; without one only `measure` measures.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], recorder: Recorder, optimizer: Optimizer
+        self, parameters: Iterable[nn.Parameter], recorder: Recorder, optimizer: Optimizer | None
     ) -> None:
-        self._recorder = recorder
-        self._indices: dict[Tensor, int] = {p: index for index, p in enumerate(parameters)}
-        self._handle = optimizer.register_step_pre_hook(self._on_step)
+        self._recorder, self._parameters, self.optimizer = recorder, list(parameters), optimizer
+        self._indices = {id(p): index for index, p in enumerate(self._parameters)}
+        self._handle = None
+        if optimizer is not None:
+            self._handle = optimizer.register_step_pre_hook(self._on_step)
 
     def remove(self) -> None:
         """Take the hook off."""
-        self._handle.remove()
+        if self._handle is not None:
+            self._handle.remove()
+
+    def measure(self) -> None:
+        """Measure all gradients as they are."""
+        self._measure(self._parameters, None)
 
     def _on_step(self, optimizer: Optimizer, *_: Any) -> None:  # noqa: ANN401 (what step() is given)
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        # A fused optimizer is given the scale by GradScaler.step(), to divide by it itself.
+        self._measure(held, getattr(optimizer, "grad_scale", None))
+
+    def _measure(self, parameters: list[nn.Parameter], scale: Tensor | None) -> None:
         with self._recorder.lock:
-            # A fused optimizer is given the scale by GradScaler.step(), to divide by it itself.
-            self._recorder.begin(getattr(optimizer, "grad_scale", None))
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    index = self._indices.get(parameter)
-                    if index is not None and parameter.grad is not None:
-                        self._recorder.add(index, parameter.grad)
+            self._recorder.begin(scale)
+            for parameter in parameters:
+                index = self._indices.get(id(parameter))
+                if index is not None:
+                    gradient = parameter.grad
+                    if gradient is not None:
+                        self._recorder.add(index, gradient)
             self._recorder.end()
 
 

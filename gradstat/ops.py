@@ -138,7 +138,7 @@ def measure(
         # One opaque node in the graph; called eagerly it would only cost its dispatch.
         packed = _measure_op(list(tensors), bins.spec, low, high, engine or "")
         return Statistics(bins, *packed)
-    result: Statistics = _choose_engine(engine, tensors[0]).measure(tensors, bins, low, high)
+    result: Statistics = choose_engine(engine, tensors[0]).measure(tensors, bins, low, high)
     return result
 
 
@@ -193,7 +193,8 @@ def is_measurable(x: Tensor) -> bool:
     return x.layout == torch.strided and x.dtype in DTYPES
 
 
-def _choose_engine(engine: str | None, x: Tensor) -> ModuleType:
+def choose_engine(engine: str | None, x: Tensor) -> ModuleType:
+    """The engine of that name, by default the fastest one for the tensor's device."""
     name = engine or os.environ.get(ENGINE_VARIABLE)
     if not name:
         name = {"cuda": "triton", "cpu": "cpu"}.get(x.device.type, "reference")

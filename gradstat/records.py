@@ -1,4 +1,4 @@
-"""`Recorder`: measures the gradients of one pass after another and hands the results to a History.
+"""`Recorder`: measures the gradients of one pass after another and hands the results on.
 
 Gradients are measured in buckets, each in one launch, and the results travel to the host while the
 device goes on: nothing here waits for the device but `Recorder.collect` when it is told to.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +19,14 @@ from torch import Tensor
 
 from gradstat.bins import Bins, LinearBins, widen
 from gradstat.history import History
-from gradstat.ops import is_measurable, known_range, measure
+from gradstat.journal import Journal
+from gradstat.ops import choose_engine, is_measurable, known_range
+from gradstat.ranks import local_part, origin_of
 from gradstat.statistics import FLOATS, INTEGERS, Statistics
+from gradstat.transfers import Ranges, Transfer
+
+Sink = Callable[[int, Statistics], object]
+Rows = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 
 class Recorder:
@@ -33,6 +41,8 @@ class Recorder:
         accumulation_steps: passes in a step; the last of them is measured.
         bucket_bytes: gradients measured in one launch.
         engine: name, or ``None``.
+        sink: is given each record too.
+        journal: so is it.
     """
 
     def __init__(
@@ -42,19 +52,28 @@ class Recorder:
         accumulation_steps: int,
         bucket_bytes: int,
         engine: str | None,
+        sink: Sink | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.history = history
         self.lock = threading.RLock()
         self._bins = history.bins
+        self._is_linear = isinstance(history.bins, LinearBins)
         self._every, self._accumulation_steps = every, accumulation_steps
         self._bucket_bytes, self._engine = bucket_bytes, engine
+        self._sink, self._journal = sink, journal
+        self._engines: dict[str, ModuleType] = {}
         self._n_passes = 0
         self._recording = False
         self._scale: Tensor | None = None
-        self._buckets: dict[torch.device, _Bucket] = {}
+        # Gradients that wait to be measured together, by device (-1 for the CPU) and layer.
+        self._waiting: dict[int, dict[int, Tensor]] = {}
+        self._n_bytes: dict[int, int] = {}
         self._parts: list[_Part] = []
         self._pending: deque[_Record] = deque()
-        self._ranges = _Ranges()
+        self._arrived: deque[tuple[int, Rows]] = deque()
+        self._is_handing_on = False
+        self._ranges = Ranges()
 
     def begin(self, scale: Tensor | None = None) -> None:
         """Start a pass.
@@ -63,11 +82,12 @@ class Recorder:
             scale: what the gradients of this pass are to be divided by, 0-dim, on any device; it
                 may be changed in place afterwards.
         """
-        self.drop()
+        if self._recording:
+            self.drop()
         step, within = divmod(self._n_passes, self._accumulation_steps)
-        self._recording = within == self._accumulation_steps - 1 and step % self._every == 0
-        if self._recording and scale is not None:
-            self._scale = scale.detach().clone()
+        if within == self._accumulation_steps - 1 and step % self._every == 0:
+            self._recording = True
+            self._scale = None if scale is None else scale.detach().clone()
 
     def add(self, index: int, gradient: Tensor) -> None:
         """Measure a layer's gradient, now or by the end of the pass; a later one replaces it.
@@ -78,36 +98,49 @@ class Recorder:
         """
         if not self._recording:
             return
-        if gradient.layout == torch.sparse_coo:
+        if type(gradient) is not Tensor:
+            origin = origin_of(gradient)
+            if origin is not None:
+                self.history.origins[index] = origin
+                gradient = local_part(gradient)
+        if gradient.is_sparse:
             gradient = gradient.detach().coalesce().values()
         if not is_measurable(gradient):
             return
-        bucket = self._buckets.get(gradient.device)
-        if bucket is None:
-            bucket = self._buckets[gradient.device] = _Bucket()
-        bucket.gradients[index] = gradient
-        bucket.n_bytes += gradient.nbytes
-        if bucket.n_bytes >= self._bucket_bytes:
-            self._measure(bucket)
+        device = gradient.get_device()
+        waiting = self._waiting.get(device)
+        if waiting is None:
+            waiting = self._waiting[device] = {}
+        waiting[index] = gradient
+        n_bytes = self._n_bytes[device] = self._n_bytes.get(device, 0) + gradient.nbytes
+        # The owner of a larger buffer may change it meanwhile, as DistributedDataParallel does.
+        if n_bytes >= self._bucket_bytes or gradient._is_view():
+            self._measure_waiting(device)
+
+    def measure_waiting(self) -> None:
+        """Measure now what `add` has taken."""
+        for device in list(self._waiting):
+            self._measure_waiting(device)
 
     def end(self) -> None:
         """Finish the pass; its record is in `history` once it has arrived on the host."""
-        for bucket in self._buckets.values():
-            self._measure(bucket)
         if self._recording:
+            self.measure_waiting()
             step = self._n_passes // self._accumulation_steps
-            scale = None if self._scale is None else _Transfer(self._scale)
+            scale = None if self._scale is None else Transfer((self._scale,))
             self._pending.append(_Record(step, self._bins, self._parts, scale))
+            self._parts = []
+            self._recording = False
         self._n_passes += 1
-        self.drop()
-        self.collect(wait=False)
+        if self._pending:
+            self.collect(wait=False)
 
     def drop(self) -> None:
         """Forget an unfinished pass."""
         self._recording = False
-        self._scale = None
-        self._buckets.clear()
         self._parts = []
+        self._waiting.clear()
+        self._n_bytes.clear()
 
     def collect(self, wait: bool) -> None:
         """Move records that have arrived into the history, oldest first.
@@ -117,126 +150,103 @@ class Recorder:
         """
         while self._pending and self._pending[0].has_arrived(wait):
             record = self._pending.popleft()
-            self.history.append(record.step, *record.rows(len(self.history.layers)))
+            rows = record.rows(len(self.history.layers))
+            self.history.append(record.step, *rows)
+            if self._journal is not None:
+                self._journal.append(record.step, *rows)
+            if self._sink is not None:
+                self._arrived.append((record.step, rows))
+        if self._sink is not None and not self._is_handing_on:
+            self._hand_on(self._sink)
 
-    @torch.no_grad()
-    def _measure(self, bucket: _Bucket) -> None:
+    def finish(self) -> None:
+        """Wait for all records if anybody else is to have them, and hand them on."""
+        with self.lock:
+            if self._sink is not None or self._journal is not None:
+                self.collect(wait=True)
+            if self._journal is not None:
+                self._journal.flush()
+
+    def _hand_on(self, sink: Sink) -> None:
+        # A sink that reads the history may find another record, which is then the next one here.
+        self._is_handing_on = True
+        try:
+            while self._arrived:
+                step, rows = self._arrived.popleft()
+                sink(step, Statistics(self._bins, *(torch.from_numpy(each) for each in rows)))
+        finally:
+            self._is_handing_on = False
+
+    def _measure_waiting(self, device: int) -> None:
         """Launch over a bucket and empty it; the results start on their way to the host."""
-        gradients = dict(sorted(bucket.gradients.items()))
-        bucket.clear()
-        if isinstance(self._bins, LinearBins) and self._bins.track:
+        gradients = dict(sorted(self._waiting.pop(device).items()))
+        self._n_bytes[device] = 0
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                self._measure(gradients)
+        else:
+            self._measure(gradients)
+
+    def _measure(self, gradients: dict[int, Tensor]) -> None:
+        if not self._is_linear:
+            self._launch(gradients, None, None)
+        elif isinstance(self._bins, LinearBins) and self._bins.track:
             # The first range of a layer is found in a pass of its own.
             known = {i: x for i, x in gradients.items() if self._ranges.knows(i, x.device)}
-            groups = [known, {i: x for i, x in gradients.items() if i not in known}]
+            for group in (known, {i: x for i, x in gradients.items() if i not in known}):
+                if group:
+                    self._measure_linear(group)
         else:
-            groups = [gradients]
-        for group in groups:
-            if group:
-                indices, tensors = tuple(group), list(group.values())
-                if self._scale is not None and isinstance(self._bins, LinearBins):
-                    tensors = _divide(tensors, self._scale)
-                previous = self._ranges.previous(indices)
-                ends = known_range(self._bins, tensors[0].device, len(tensors), previous)
-                result = measure(tensors, self._bins, *ends, self._engine)
-                transfer = _Transfer(result.integers, result.floats, result.counts)
-                self._parts.append(_Part(indices, transfer))
-                if len(groups) > 1:
-                    self._ranges.remember(indices, result)
+            self._measure_linear(gradients)
+
+    def _measure_linear(self, gradients: dict[int, Tensor]) -> None:
+        indices, tensors = tuple(gradients), list(gradients.values())
+        if self._scale is not None:
+            gradients = dict(zip(indices, _divide(tensors, self._scale), strict=True))
+        previous = self._ranges.previous(indices)
+        ends = known_range(self._bins, tensors[0].device, len(tensors), previous)
+        result = self._launch(gradients, *ends)
+        if isinstance(self._bins, LinearBins) and self._bins.track:
+            self._ranges.remember(indices, result)
+
+    def _launch(
+        self, gradients: dict[int, Tensor], low: Tensor | None, high: Tensor | None
+    ) -> Statistics:
+        tensors = list(gradients.values())
+        kind = tensors[0].device.type
+        engine = self._engines.get(kind)
+        if engine is None:
+            engine = self._engines[kind] = choose_engine(self._engine, tensors[0])
+        result: Statistics = engine.measure(tensors, self._bins, low, high)
+        transfer = Transfer((result.integers, result.floats, result.counts))
+        self._parts.append(_Part(tuple(gradients), transfer))
+        return result
 
 
-@dataclass
-class _Bucket:
-    """Gradients on one device that wait to be measured together, by index of their layer."""
-
-    gradients: dict[int, Tensor] = field(default_factory=dict)
-    n_bytes: int = 0
-
-    def clear(self) -> None:
-        self.gradients.clear()
-        self.n_bytes = 0
-
-
-class _Ranges:
-    """Where the newest result of each layer is, for ``LinearBins(track=True)``."""
-
-    def __init__(self) -> None:
-        self._rows: dict[int, tuple[Statistics, int]] = {}
-
-    def knows(self, index: int, device: torch.device) -> bool:
-        return index in self._rows and self._rows[index][0].floats.device == device
-
-    def previous(self, indices: tuple[int, ...]) -> Statistics | None:
-        """The newest results of layers, all known or none, in the order of their indices."""
-        rows = [self._rows[index] for index in indices if index in self._rows]
-        if not rows:
-            return None
-        first = rows[0][0]
-        if len(first) == len(rows) and all(
-            result is first and row == at for at, (result, row) in enumerate(rows)
-        ):
-            return first
-        # They were measured in other buckets than now.
-        return Statistics(
-            first.bins,
-            torch.stack([result.integers[row] for result, row in rows]),
-            torch.stack([result.floats[row] for result, row in rows]),
-            torch.stack([result.counts[row] for result, row in rows]),
-        )
-
-    def remember(self, indices: tuple[int, ...], result: Statistics) -> None:
-        for row, index in enumerate(indices):
-            self._rows[index] = (result, row)
-
-
-class _Transfer:
-    """Tensors on their way to the host."""
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self._event: torch.Event | None = None
-        if tensors[0].device.type == "cuda":
-            # PyTorch's cache of pinned blocks does not reuse one before its copy is over.
-            self._tensors = [_copy_to_pinned(x) for x in tensors]
-            self._event = torch.Event("cuda")
-            self._event.record()
-        else:
-            self._tensors = [x.cpu() for x in tensors]
-
-    def has_arrived(self, wait: bool) -> bool:
-        if self._event is None or self._event.query():
-            return True
-        if wait:
-            self._event.synchronize()
-        return wait
-
-    def arrays(self) -> tuple[NDArray[np.generic], ...]:
-        return tuple(x.numpy() for x in self._tensors)
-
-
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """The result of one launch: the layer of each row, and integers, floats and counts."""
 
     indices: tuple[int, ...]
-    result: _Transfer
+    result: Transfer
 
 
-@dataclass(frozen=True)
-class _Record:
+class _Record(NamedTuple):
     """What one pass measured; what is over `Log2Bins` is still to be divided by the scale."""
 
     step: int
     bins: Bins
     parts: list[_Part]
-    scale: _Transfer | None
+    scale: Transfer | None
 
     def has_arrived(self, wait: bool) -> bool:
-        transfers = [part.result for part in self.parts]
-        if self.scale is not None:
-            transfers.append(self.scale)
-        return all(transfer.has_arrived(wait) for transfer in transfers)
+        for part in self.parts:
+            if not part.result.has_arrived(wait):
+                return False
+        return self.scale is None or self.scale.has_arrived(wait)
 
-    def rows(self, n_layers: int) -> tuple[NDArray[np.generic], ...]:
+    def rows(self, n_layers: int) -> Rows:
         """Integers ``(L, 8)``, floats ``(L, 8)``, counts ``(L, bins)`` of all layers in order."""
+        integers: NDArray[Any]
         if len(self.parts) == 1 and len(self.parts[0].indices) == n_layers:
             integers, floats, counts = self.parts[0].result.arrays()
         else:
@@ -259,7 +269,3 @@ def _divide(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:
     wide = [x.float() if x.itemsize < 4 else x for x in gradients]
     inverse = widen(scale.to(wide[0].device, non_blocking=True)).reciprocal().float()
     return list(torch._foreach_mul(wide, inverse))
-
-
-def _copy_to_pinned(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)

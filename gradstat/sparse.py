@@ -35,19 +35,24 @@ class SparseRows:
         """No rows."""
         return cls(np.zeros(0, np.int32), np.zeros(0, np.uint16), np.zeros(0, np.uint32))
 
+    @classmethod
+    def narrowed(cls, sizes: Array, indices: Array, values: Array, bins: int) -> SparseRows:
+        """Rows of histograms of so many bins, from int64 arrays as the constructor takes them."""
+        return cls(sizes, *_narrow(indices, values, bins))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return sum(array.nbytes for block in self._blocks for array in block)
+
     def extend(self, rows: Array) -> None:
         """Append dense rows, int64 ``(N, bins)``."""
         n_rows, bins = rows.shape
         flat = rows.ravel()
         # NumPy finds what is not zero several times faster in one dimension and among booleans.
         at = np.flatnonzero(flat != 0)
-        values = flat[at]
-        small = values.size == 0 or values.max() < 1 << 32
-        self._add(
-            np.bincount(at // bins, minlength=n_rows),
-            (at % bins).astype(np.uint16 if bins <= 1 << 16 else np.uint32),
-            values.astype(np.uint32) if small else values,
-        )
+        sizes = np.bincount(at // bins, minlength=n_rows)
+        self._add(sizes, *_narrow(at % bins, flat[at], bins))
 
     def row(self, row: int, bins: int) -> Array:
         """One row, dense: int64 ``(bins,)``."""
@@ -59,6 +64,14 @@ class SparseRows:
         dense[indices[part]] = values[part]
         return dense
 
+    def keep(self, rows: Array) -> SparseRows:
+        """Some of the rows, by their numbers, which rise."""
+        sizes, indices, values = self.arrays()
+        kept = np.zeros(len(sizes), bool)
+        kept[rows] = True
+        entries = np.repeat(kept, sizes)
+        return SparseRows(sizes[kept], indices[entries], values[entries])
+
     def arrays(self) -> tuple[Array, Array, Array]:
         """Sizes, indices and values of all rows, as the constructor takes them."""
         sizes = [np.diff(ends, prepend=0).astype(np.int32) for ends, _, _ in self._blocks]
@@ -69,3 +82,11 @@ class SparseRows:
         self._starts.append(self._n_rows)
         self._blocks.append((np.cumsum(sizes, dtype=np.int64), indices, values))
         self._n_rows += len(sizes)
+
+
+def _narrow(indices: Array, values: Array, bins: int) -> tuple[Array, Array]:
+    small = values.size == 0 or values.max() < 1 << 32
+    return (
+        indices.astype(np.uint16 if bins <= 1 << 16 else np.uint32),
+        values.astype(np.uint32) if small else values,
+    )

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import re
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 from torch import nn
 from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from gradstat.archive import SAME
 from gradstat.bins import Bins, Log2Bins
 from gradstat.history import History
 from gradstat.hooks import BackwardHooks, StepHook
+from gradstat.journal import Journal
 from gradstat.ops import check_bins, check_engine
-from gradstat.records import Recorder
+from gradstat.records import Recorder, Sink
 from gradstat.statistics import Statistics
 
 Selector = str | Callable[[str, nn.Parameter], bool]
@@ -29,9 +35,12 @@ def watch(
     *,
     parameters: Selector | None = None,
     accumulation_steps: int = 1,
-    when: Literal["backward", "step"] = "backward",
+    when: Literal["backward", "step", "call"] = "backward",
     optimizer: Optimizer | None = None,
     scaler: GradScaler | None = None,
+    capacity: int | None = None,
+    sink: Sink | None = None,
+    path: str | os.PathLike[str] | None = None,
     bucket_bytes: int = 25 << 20,
     engine: str | None = None,
 ) -> Watch:
@@ -42,12 +51,16 @@ def watch(
     one record. Nothing waits for the device until a record is read, and nothing about the training
     changes.
 
-    A record holds ``p.grad`` as the pass has accumulated it; where something changes it during
-    backward, as DistributedDataParallel does, ``when="step"`` sees the outcome. A layer that has
-    none, being frozen or unused, is a row of NaN and of zero counts; a shared parameter is one
-    layer, under its first name. Of a sparse gradient its values are measured, not the zeros around
-    them. Parameters that are replaced, as ``load_state_dict(assign=True)`` does, are not seen any
-    more: watch again. Compiled autograd needs ``when="step"``.
+    A record holds ``p.grad`` as the pass has accumulated it. A layer that has none, being frozen or
+    unused, is a row of NaN and of zero counts; a shared parameter is one layer, under its first
+    name. Of a sparse gradient its values are measured, not the zeros around them. Parameters that
+    are replaced, as ``load_state_dict(assign=True)`` does, or added later are not seen: watch
+    again. Compiled autograd needs ``when="step"``.
+
+    In a distributed run each rank records what it has itself, and `History.reduce` puts the ranks
+    together. Of a DTensor, as FSDP2 makes them, that is its shard. DistributedDataParallel averages
+    gradients during backward, when they are measured before that; ``when="step"`` measures the
+    average.
 
     Args:
         model: the model; watch it after moving, sharding or wrapping it.
@@ -58,15 +71,24 @@ def watch(
         accumulation_steps: backward passes per optimizer step. The last of each is recorded, when
             the gradient is whole.
         when: ``"backward"`` measures each gradient as soon as it is there; ``"step"`` measures what
-            the optimizer is about to apply: after reduction, unscaling and clipping. Two watches
-            of one model compare them.
+            the optimizer is about to apply: after reduction, unscaling and clipping; ``"call"``
+            measures where `Watch.measure` is called. Two watches of one model compare them.
         optimizer: whose steps are records, for ``when="step"``; layers that it does not hold are
             absent, and so are the steps that a scaler skips (a fused optimizer skips them itself,
-            with a record).
+            with a record). A closure given to its ``step()`` runs after the measurement: for that
+            there is ``when="call"``.
         scaler: what scales the loss, for ``when="backward"``: gradients are then measured unscaled.
             Exact while the scale is a power of two, as by default; with another one a value may be
             counted up to two bins of `Log2Bins` too near to zero. A step that the scaler will skip
             has a record like any other, its NaN and infinities counted.
+        capacity: most records to keep in memory, 2 or more: the first, the last, and between them
+            every so many, evenly.
+        sink: a function of a step's number and its record, Statistics on the CPU that it must not
+            change. It is called in order, in the thread that trains, and what it raises is raised
+            there.
+        path: a directory to which all records are written as the run goes on, every 5 seconds and
+            at the end, for `History.load` to read at any time, also after the process was killed.
+            Where that fails one warning is given, and training goes on. Each rank needs its own.
         bucket_bytes: gradients measured in one launch; the default leaves them in a GPU's cache.
         engine: as in `statistics`.
 
@@ -77,7 +99,7 @@ def watch(
         TypeError: an argument of another kind.
         ValueError: a number below 1, an unknown engine, options that do not go together, no
             parameter that is selected and needs a gradient, one without a shape so far, an
-            optimizer of other parameters.
+            optimizer of other parameters, a directory that has records already.
 
     Example:
         >>> import torch, gradstat
@@ -91,26 +113,33 @@ def watch(
     bins = check_bins("watch", Log2Bins() if bins is None else bins)
     if not isinstance(model, nn.Module):
         raise TypeError(f"watch() needs a torch.nn.Module; model is {type(model).__name__}")
-    numbers = {
-        "every": every,
-        "accumulation_steps": accumulation_steps,
-        "bucket_bytes": bucket_bytes,
-    }
-    for name, number in numbers.items():
-        if not isinstance(number, int) or isinstance(number, bool):
-            raise TypeError(f"watch() needs an integer; {name} is {number!r}")
-        if number < 1:
-            raise ValueError(f"watch() needs a number of 1 or more; {name} is {number}")
+    _check_integer("every", every, 1)
+    _check_integer("accumulation_steps", accumulation_steps, 1)
+    _check_integer("bucket_bytes", bucket_bytes, 1)
+    if capacity is not None:
+        _check_integer("capacity", capacity, 2)
+    if sink is not None and not callable(sink):
+        raise TypeError(f"watch() needs a function; sink is {sink!r}")
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise TypeError(f"watch() needs a directory's path; path is {path!r}")
     check_engine("watch", engine)
     if not isinstance(scaler, GradScaler | None):
         raise TypeError(f"watch() needs a torch.amp.GradScaler; scaler is {type(scaler).__name__}")
     _check_when(when, optimizer, scaler, accumulation_steps)
     selected = _select(model, parameters)
-    history = History(list(selected), bins)
-    recorder = Recorder(history, every, accumulation_steps, bucket_bytes, engine)
-    if optimizer is None:
-        return Watch(recorder, BackwardHooks(selected.values(), recorder, scaler))
-    _check_holds(optimizer, selected)
+    if optimizer is not None:
+        _check_holds(optimizer, selected)
+    history = History(list(selected), bins, capacity=capacity)
+    if when != "backward":
+        # Unless they are DTensors, which say it themselves.
+        history.origins[:] = SAME
+    journal = None if path is None else Journal(Path(path), history)
+    recorder = Recorder(history, every, accumulation_steps, bucket_bytes, engine, sink, journal)
+    if when == "backward":
+        return Watch(
+            recorder,
+            BackwardHooks(selected.values(), recorder, scaler, _is_changed_in_backward(model)),
+        )
     return Watch(recorder, StepHook(selected.values(), recorder, optimizer))
 
 
@@ -124,6 +153,8 @@ class Watch:
 
     def __init__(self, recorder: Recorder, hooks: BackwardHooks | StepHook) -> None:
         self._recorder, self._hooks = recorder, hooks
+        # A run that ends without close() loses nothing either; hooks live as long as the model.
+        weakref.finalize(hooks, recorder.finish)
 
     @property
     def history(self) -> History:
@@ -144,11 +175,26 @@ class Watch:
         """
         return self.history.record(-1)
 
+    def measure(self) -> None:
+        """Make a record of the gradients as they are, for ``when="call"``.
+
+        Raises:
+            ValueError: another ``when``.
+        """
+        if not isinstance(self._hooks, StepHook) or self._hooks.optimizer is not None:
+            when = "step" if isinstance(self._hooks, StepHook) else "backward"
+            raise ValueError(f"measure() needs watch(when='call'); when is {when!r}")
+        self._hooks.measure()
+
     def close(self) -> None:
-        """Take the hooks off the model; `history` stays readable."""
+        """Take the hooks off the model; `history` stays readable.
+
+        Waits for records on their way from the device if they are to be written or handed on.
+        """
         with self._recorder.lock:
             self._hooks.remove()
             self._recorder.drop()
+            self._recorder.finish()
 
     def __enter__(self) -> Watch:
         """The watch itself."""
@@ -164,31 +210,36 @@ class Watch:
         self.close()
 
 
+def _check_integer(name: str, number: int, least: int) -> None:
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"watch() needs an integer; {name} is {number!r}")
+    if number < least:
+        raise ValueError(f"watch() needs a number of {least} or more; {name} is {number}")
+
+
 def _check_when(
     when: str, optimizer: Optimizer | None, scaler: GradScaler | None, accumulation_steps: int
 ) -> None:
-    if when not in ("backward", "step"):
-        raise ValueError(f"watch() needs one of backward, step; when is {when!r}")
-    if when == "backward":
-        if optimizer is not None:
-            raise ValueError(
-                f"watch() needs when='step' for an optimizer; optimizer is "
-                f"{type(optimizer).__name__}, when is {when!r}"
-            )
-        return
-    if not isinstance(optimizer, Optimizer):
+    if when not in ("backward", "step", "call"):
+        raise ValueError(f"watch() needs one of backward, step, call; when is {when!r}")
+    if when != "step" and optimizer is not None:
+        raise ValueError(
+            f"watch() needs when='step' for an optimizer; optimizer is "
+            f"{type(optimizer).__name__}, when is {when!r}"
+        )
+    if when == "step" and not isinstance(optimizer, Optimizer):
         raise TypeError(
             f"watch() needs a torch.optim.Optimizer for when='step'; optimizer is "
             f"{type(optimizer).__name__}"
         )
-    if scaler is not None:
+    if when != "backward" and scaler is not None:
         raise ValueError(
-            "watch() needs no scaler for when='step', which sees unscaled gradients; scaler is "
+            f"watch() needs no scaler for when={when!r}, which sees unscaled gradients; scaler is "
             f"{type(scaler).__name__}"
         )
-    if accumulation_steps != 1:
+    if when != "backward" and accumulation_steps != 1:
         raise ValueError(
-            "watch() needs accumulation_steps of 1 for when='step', which counts steps; "
+            f"watch() needs accumulation_steps of 1 for when={when!r}, which counts steps; "
             f"accumulation_steps is {accumulation_steps}"
         )
 
@@ -241,6 +292,14 @@ def _select(model: nn.Module, parameters: Selector | None) -> dict[str, nn.Param
             f"parameters={parameters!r}, none of them requiring a gradient"
         )
     return selected
+
+
+def _is_changed_in_backward(model: nn.Module) -> bool:
+    """Whether gradients may be averaged before the end of the pass that computes them."""
+    return any(
+        isinstance(module, DistributedDataParallel) and module.static_graph
+        for module in model.modules()
+    )
 
 
 def _is_weight(name: str, parameter: nn.Parameter) -> bool:

@@ -68,7 +68,7 @@ OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.1)
         (
             lambda: gradstat.watch(MODEL, when="forward"),
             ValueError,
-            "one of backward, step; when is 'forward'",
+            "one of backward, step, call; when is 'forward'",
         ),
         (
             lambda: gradstat.watch(MODEL, optimizer=OPTIMIZER),

@@ -1,0 +1,244 @@
+"""What each rank of the tests of distributed training runs: python distributed_workers.py R W DIR.
+
+All numbers are multiples of powers of two that float64 holds, so that sums are the same in any
+order and one process can compute what the ranks must have seen.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from recording import arrays
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import gradstat
+from gradstat import History, LinearBins, Log2Bins
+
+N_STEPS = 2
+LEARNING_RATE = 2.0**-10
+# Neither 2 nor 4 ranks share these rows evenly, and some get none.
+SIZES = (6, 5, 3, 1)
+FIXED = LinearBins(16, -64.0, 64.0)
+
+
+class Model(nn.Sequential):
+    def __init__(self, reentrant: bool = False) -> None:
+        generator = torch.Generator().manual_seed(3)
+        layers: list[nn.Module] = []
+        for n_in, n_out in pairwise(SIZES):
+            layers += [nn.Linear(n_in, n_out, bias=False, dtype=torch.float64), nn.ReLU()]
+            weight = torch.randint(-2, 3, (n_out, n_in), generator=generator)
+            layers[-2].weight.data.copy_(weight)
+        super().__init__(*layers[:-1])
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.reentrant:
+            return super().forward(x)
+        for layer in self:
+            x = checkpoint(layer, x.requires_grad_(), use_reentrant=True)
+        return x
+
+
+def batch(step: int, rank: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randint(-3, 4, (4, SIZES[0]), generator=generator).double()
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, rank: int, set_to_none: bool = True
+) -> None:
+    for step in range(N_STEPS):
+        optimizer.zero_grad(set_to_none)
+        model(batch(step, rank)).sum().backward()
+        optimizer.step()
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+
+
+def extreme_tensors(world: int) -> dict[str, list[Tensor]]:
+    """Values of each rank from which a variance is hard to compute; the last rank has one."""
+    generator = torch.Generator().manual_seed(5)
+    cases = {"far": (1e6, 1.0), "tiny": (0.0, 1e-30), "huge": (0.0, 1e30), "apart": (0.0, 1.0)}
+    return {
+        name: [
+            mean * (rank + 1)
+            + 5.0 * rank * (name == "apart")
+            + std * torch.randn(1 if rank == world - 1 else 50, generator=generator).double()
+            for rank in range(world)
+        ]
+        for name, (mean, std) in cases.items()
+    }
+
+
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "barrier")
+
+
+@contextmanager
+def counted_collectives() -> Iterator[list[str]]:
+    """The names of collectives that Python code asks for."""
+    calls: list[str] = []
+    originals = {name: getattr(dist, name) for name in COLLECTIVES}
+
+    def counting(name: str) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            calls.append(name)
+            return originals[name](*args, **kwargs)
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(dist, name, counting(name))
+    try:
+        yield calls
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+class Rank:
+    def __init__(self, rank: int, world: int, directory: Path) -> None:
+        self.rank, self.world, self.directory = rank, world, directory
+
+    def keep(self, name: str, history: History) -> None:
+        history.save(self.directory / f"{name}.{self.rank}.npz")
+
+    def note(self, name: str, text: str) -> None:
+        (self.directory / f"{name}.{self.rank}.txt").write_text(text)
+
+    def keep_both(self, name: str, history: History, **options: object) -> None:
+        self.keep(name, history)
+        self.keep(f"{name}_merged", history.reduce(**options))
+
+    def run(self) -> None:
+        self.run_ddp()
+        self.run_fsdp()
+        self.run_refused()
+        for name, tensors in extreme_tensors(self.world).items():
+            history = History(["weight"], Log2Bins())
+            history.append(0, *arrays(gradstat.statistics([tensors[self.rank]])))
+            self.keep_both(f"extreme_{name}", history)
+
+    def run_ddp(self) -> None:
+        for name, options, set_to_none in (
+            ("ddp", {}, True),
+            ("ddp_view", {"gradient_as_bucket_view": True}, False),
+            ("ddp_static", {"static_graph": True}, True),
+            ("ddp_static_view", {"static_graph": True, "gradient_as_bucket_view": True}, False),
+            ("ddp_reentrant", {"static_graph": True}, False),
+        ):
+            model = DistributedDataParallel(Model(reentrant=name == "ddp_reentrant"), **options)
+            optimizer = make_optimizer(model)
+            with (
+                gradstat.watch(model) as local,
+                gradstat.watch(model, when="step", optimizer=optimizer) as averaged,
+                gradstat.watch(model, FIXED) as linear,
+                counted_collectives() as calls,
+            ):
+                train(model, optimizer, self.rank, set_to_none)
+            self.keep_both(name, local.history)
+            self.keep_both(f"{name}_step", averaged.history)
+            if name == "ddp":
+                self.note("collectives_in_training", " ".join(calls))
+                with counted_collectives() as calls:
+                    again = local.history.reduce().reduce()
+                self.note("collectives_of_reduce", " ".join(calls[: len(calls) // 2]))
+                self.keep("ddp_merged_twice", again)
+                self.keep("ddp_as_replicated_one", self.reduce_alone(local.history))
+                self.keep_both("ddp_linear", linear.history)
+                averaged.history.save(self.directory / f"again.{self.rank}.npz")
+                loaded = History.load(self.directory / f"again.{self.rank}.npz")
+                self.keep("ddp_step_loaded_merged", loaded.reduce())
+                self.keep("ddp_step_summed", averaged.history.reduce(replicated=False))
+        self.run_unused()
+
+    def reduce_alone(self, history: History) -> History:
+        """Over a group of this rank only."""
+        groups = [dist.new_group([rank]) for rank in range(self.world)]
+        return history.reduce(groups[self.rank])
+
+    def run_unused(self) -> None:
+        """Layer 2 has no gradient but on the first rank."""
+        model = DistributedDataParallel(Model(), find_unused_parameters=True)
+        inner = model.module
+        inner.forward = lambda x: (
+            nn.Sequential.forward(inner, x) if self.rank == 0 else inner[4](inner[0](x)[:, :3])
+        )
+        with gradstat.watch(model) as w:
+            model(batch(0, self.rank)).sum().backward()
+        self.keep_both("unused", w.history)
+
+    def run_fsdp(self) -> None:
+        meshes = {"fsdp": init_device_mesh("cpu", (self.world,))}
+        if self.world == 4:
+            meshes["hsdp"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
+        for name, mesh in meshes.items():
+            model = Model()
+            for layer in model:
+                if isinstance(layer, nn.Linear):
+                    fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            optimizer = make_optimizer(model)
+            with (
+                gradstat.watch(model) as w,
+                gradstat.watch(model, when="step", optimizer=optimizer) as applied,
+                counted_collectives() as calls,
+            ):
+                train(model, optimizer, self.rank)
+            self.note(f"{name}_collectives", " ".join(calls))
+            self.keep_both(name, w.history)
+            self.keep_both(f"{name}_step", applied.history)
+            if name == "hsdp":
+                self.keep("hsdp_shard_merged", w.history.reduce(mesh.get_group("shard")))
+                self.keep("hsdp_replica_merged", w.history.reduce(mesh.get_group("replica")))
+
+    def run_refused(self) -> None:
+        one = arrays(gradstat.statistics([torch.full((3,), float(self.rank + 1))]))
+        steps = History(["weight"], Log2Bins())
+        steps.append(self.rank, *one)
+        layers = History([f"weight{min(self.rank, 1)}"], Log2Bins())
+        bins = History(["weight"], LinearBins(2048, 0.0, self.rank + 1.0))
+        replicas = History(["weight"], Log2Bins())
+        replicas.append(7, *one)
+        ranges = History(["weight"], LinearBins(2048))
+        ranged = gradstat.statistics([torch.arange(4.0) * (self.rank + 1)], LinearBins(2048))
+        ranges.append(5, *arrays(ranged))
+        for name, history, replicated in (
+            ("steps", steps, None),
+            ("layers", layers, None),
+            ("bins", bins, None),
+            ("replicas", replicas, True),
+            ("ranges", ranges, None),
+        ):
+            try:
+                history.reduce(replicated=replicated)
+            except ValueError as error:
+                self.note(f"refused_{name}", str(error))
+
+
+def main(rank: int, world: int, directory: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory / 'meeting'}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=40),
+    )
+    Rank(rank, world, directory).run()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
