@@ -1,0 +1,100 @@
+"""`log`: a History in a Weights & Biases run."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradstat.history import History
+from gradstat.integrations.buckets import buckets, chosen_steps, rows, scalars
+
+if TYPE_CHECKING:
+    import wandb
+
+_MAX_BUCKETS = 512  # wandb.Histogram takes no more
+_MAX_POINTS = 10_000  # of one custom chart
+_COLUMNS = ("layer", "numel", "mean", "std", "rms", "l2", "zero_fraction", "nonfinite")
+
+
+def log(history: History, run: wandb.Run, *, max_records: int | None = 100) -> None:
+    """Log histograms of each layer, one chart and one table to a run.
+
+    - ``gradients/rms``, a chart: log10 of each layer's rms against the step, a line for each layer.
+    - ``gradients/layers``, a table: the statistics of each layer in the newest record.
+    - ``gradients/histogram/LAYER``: the histograms, against ``gradients/step``. They make no panels
+      of their own, of which there would be hundreds: add those that you want to see. The buckets
+      are sums of the record's own bins, as many as 512 allow; no count is estimated.
+
+    A layer without a gradient in a step has no histogram there. The run's own step goes up by one
+    for each record, and is otherwise left alone.
+
+    Args:
+        history: with one record at least.
+        run: what ``wandb.init()`` returned, online or offline; not finished here.
+        max_records: most records whose histograms are logged, evenly spread, the newest among them;
+            ``None`` logs all.
+
+    Raises:
+        ImportError: wandb is not installed.
+        TypeError: an argument of another kind.
+        ValueError: no records, ``max_records`` < 1.
+
+    Example:
+        >>> import wandb  # doctest: +SKIP
+        >>> from gradstat.integrations import wandb as viewer
+        >>> with wandb.init(mode="offline") as run:  # doctest: +SKIP
+        ...     viewer.log(w.history, run)
+    """
+    steps = chosen_steps("log", history, max_records)
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("log() needs Weights & Biases: pip install wandb") from error
+    if not isinstance(run, wandb.Run):
+        raise TypeError(f"log() needs a run of wandb.init(); run is {type(run).__name__}")
+    run.define_metric("gradients/step", hidden=True)
+    run.define_metric("gradients/histogram/*", step_metric="gradients/step", hidden=True)
+    for step in steps:
+        record: dict[str, object] = {"gradients/step": step}
+        for layer, statistics, edges in rows(history, step):
+            counts, ends = buckets(statistics, edges, _MAX_BUCKETS)
+            if len(counts):
+                record[f"gradients/histogram/{layer}"] = wandb.Histogram(
+                    np_histogram=(counts, ends)
+                )
+        run.log(record)
+    xs, ys, keys = _lines(history)
+    summary: dict[str, object] = {
+        "gradients/layers": wandb.Table(columns=list(_COLUMNS), data=_newest(history))
+    }
+    if keys:
+        title = "log10 rms of each layer's gradient"
+        summary["gradients/rms"] = wandb.plot.line_series(xs, ys, keys, title, "step")
+    run.log(summary)
+
+
+def _lines(history: History) -> tuple[list[list[int]], list[list[float]], list[str]]:
+    """Steps and log10 rms of each layer with a rms above zero anywhere, 10,000 points in all."""
+    most = max(1, _MAX_POINTS // len(history.layers))
+    kept = np.searchsorted(history.steps, chosen_steps("log", history, most))
+    steps, rms = history.steps[kept], history["rms"][kept]
+    xs, ys, keys = [], [], []
+    for layer, values in zip(history.layers, rms.T, strict=True):
+        known = values > 0
+        if known.any():
+            xs.append(steps[known].tolist())
+            ys.append(np.log10(values[known]).tolist())
+            keys.append(layer)
+    return xs, ys, keys
+
+
+def _newest(history: History) -> list[list[object]]:
+    """Rows of `_COLUMNS`; NaN where a number is undefined."""
+    table: list[list[object]] = []
+    for layer, statistics, _ in rows(history, int(history.steps[-1])):
+        named = scalars(statistics)
+        numbers = [named.get(name, math.nan) for name in _COLUMNS[2:]]
+        table.append([layer, int(statistics.numel), *numbers])
+    return table

@@ -1,0 +1,161 @@
+"""A run logged offline, read back from the file that wandb would send."""
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from histories import make_history
+
+import gradstat
+from gradstat import History
+from gradstat.integrations import wandb as viewer
+
+pytestmark = [
+    pytest.mark.integrations,
+    # wandb leaves a temporary folder of its own to the garbage collector.
+    pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning"),
+]
+wandb = pytest.importorskip("wandb")
+
+Logged = Callable[..., "list[dict[str, Any]]"]
+
+
+def records(path: Path) -> Iterator[Any]:
+    """Records of a ``.wandb`` file: LevelDB's log format after 7 bytes of its own."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, parts = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield Record.FromString(parts)
+            parts = b""
+
+
+@pytest.fixture
+def logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Logged:
+    """Logs a history to an offline run and returns what each call of ``run.log`` wrote."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def log(history: History, **options: Any) -> list[dict[str, Any]]:
+        settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
+        with wandb.init(project="test", dir=tmp_path, settings=settings) as run:
+            viewer.log(history, run, **options)
+        # Its other process may still be writing when the run is finished, not when it has ended.
+        wandb.teardown()
+        (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+        logged.metrics = []
+        rows = []
+        for record in records(path):
+            if record.WhichOneof("record_type") == "metric":
+                logged.metrics.append(record.metric)
+            if record.WhichOneof("record_type") == "history":
+                row: dict[str, Any] = {}
+                for item in record.history.item:
+                    key, *below = item.nested_key or [item.key]
+                    value = json.loads(item.value_json)
+                    if below:
+                        row.setdefault(key, {})[below[0]] = value
+                    else:
+                        row[key] = value
+                rows.append(row)
+        logged.files = path.parent / "files"
+        return rows
+
+    logged = log
+    return log
+
+
+def table(logged: Logged, kind: str) -> dict[str, Any]:
+    (path,) = (logged.files / "media" / "table" / "gradients").glob(f"{kind}_*.json")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("bins", [gradstat.Log2Bins(), gradstat.LinearBins(9, -0.5, 0.5)])
+def test_log_keeps_every_count(logged: Logged, bins: gradstat.Log2Bins) -> None:
+    h = make_history(bins, layers=2, steps=4)
+    rows = [row for row in logged(h) if "gradients/step" in row][:4]
+    assert [row["gradients/step"] for row in rows] == [0, 1, 2, 3]
+    for step, row in enumerate(rows):
+        for column, layer in enumerate(h.layers):
+            histogram = row[f"gradients/histogram/{layer}"]
+            assert histogram["_type"] == "histogram"
+            counts, edges = h.histogram(layer, step)
+            lefts = dict(zip(histogram["bins"], histogram["values"], strict=False))
+            filled = {left: n for left, n in zip(edges[:-1], counts, strict=True) if n}
+            assert {left: n for left, n in lefts.items() if left in filled} == filled
+            assert sum(histogram["values"]) == h["finite"][step, column]
+
+
+def test_log_sums_neighbours_over_512_buckets(logged: Logged) -> None:
+    def gradient(step: int, layer: int) -> torch.Tensor:
+        return torch.linspace(-1, 1, 20_000)
+
+    h = make_history(gradstat.LinearBins(1300), 1, 1, gradient)
+    histogram = logged(h)[0]["gradients/histogram/0.weight"]
+    counts, edges = h.histogram("0.weight")
+    assert histogram["values"] == np.add.reduceat(counts, np.arange(0, 1300, 3)).tolist()
+    assert histogram["bins"] == [*edges[:-1:3].tolist(), edges[-1]]
+
+
+def test_log_makes_one_chart_and_one_table_of_many_layers(logged: Logged) -> None:
+    h = make_history(gradstat.Log2Bins(), layers=30, steps=3, absent=[(1, 4)])
+    rows = logged(h)
+    shown = {key for row in rows for key in row if not key.startswith("_")}
+    histograms = {f"gradients/histogram/{layer}" for layer in h.layers}
+    assert shown == {"gradients/step", "gradients/layers", "gradients/rms_table"} | histograms
+    hidden = {metric.glob_name or metric.name for metric in logged.metrics if metric.options.hidden}
+    assert {"gradients/step", "gradients/histogram/*"} <= hidden
+    assert "gradients/histogram/4.weight" not in rows[1]
+    chart = table(logged, "rms_table")
+    assert chart["columns"] == ["step", "lineKey", "lineVal"]
+    points = {(step, layer): value for step, layer, value in chart["data"]}
+    assert len(points) == 3 * 30 - 1
+    assert points[2, "7.weight"] == pytest.approx(np.log10(h["rms"][2, 7]))
+    layers = table(logged, "layers")
+    assert [row[0] for row in layers["data"]] == h.layers
+    by_name = dict(zip(layers["columns"], layers["data"][7], strict=True))
+    for name in ("mean", "std", "rms", "l2"):
+        assert by_name[name] == pytest.approx(h[name][-1, 7])
+    assert (by_name["numel"], by_name["nonfinite"], by_name["zero_fraction"]) == (50, 0, 0)
+
+
+def test_log_draws_what_has_no_finite_value_nowhere_but_in_the_table(logged: Logged) -> None:
+    def gradient(step: int, layer: int) -> torch.Tensor:
+        return torch.full((3,), float("nan")) if layer else torch.zeros(2)
+
+    rows = logged(make_history(gradstat.Log2Bins(), 2, 2, gradient))
+    assert all("gradients/histogram/1.weight" not in row for row in rows)
+    assert rows[0]["gradients/histogram/0.weight"]["values"] == [2]
+    assert "gradients/rms_table" not in rows[-1]
+    zero, nan = table(logged, "layers")["data"]
+    assert (zero[4], zero[6:]) == (0, [1, 0])
+    assert nan[-1] == 3
+
+
+def test_log_thins_to_so_many_records(logged: Logged) -> None:
+    h = make_history(gradstat.Log2Bins(), 1, 21)
+    steps = [
+        row["gradients/step"]
+        for row in logged(h, max_records=3)
+        if "gradients/histogram/0.weight" in row
+    ]
+    assert steps == [0, 10, 20]
+
+
+def test_log_refuses_what_is_not_a_run() -> None:
+    message = r"log\(\) needs a run of wandb\.init\(\); run is NoneType"
+    with pytest.raises(TypeError, match=message):
+        viewer.log(make_history(gradstat.Log2Bins()), None)
+    with pytest.raises(ValueError, match=r"log\(\) needs one record or more; max_records is 0"):
+        viewer.log(make_history(gradstat.Log2Bins()), None, max_records=0)
