@@ -1,0 +1,275 @@
+"""What the commands of `cli` print: tables of text that fit a screen."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from gradstat import archive
+from gradstat.diagnosis import Finding
+from gradstat.history import History
+from gradstat.ops import ENGINE_VARIABLE
+from gradstat.series import Array
+from gradstat.windows import median
+
+Item = TypeVar("Item")
+
+_PACKAGES = ("torch", "triton", "numba", "numpy", "matplotlib", "pandas", "pyarrow")
+_MOST_LAYERS = 24
+_BAR = 12  # characters
+_MOST_LINES = 10  # layers that a figure's key has room for
+
+
+def info() -> str:
+    """Versions, devices, and the engine that each will use."""
+    lines = [f"gradstat {_version('gradstat')}, Python {platform.python_version()}", ""]
+    lines += [f"{name:11} {_version(name) or 'not installed'}" for name in _PACKAGES]
+    forced = os.environ.get(ENGINE_VARIABLE)
+    rows = [("CPU tensors", forced or "cpu")]
+    if torch.cuda.is_available():
+        rows += [
+            (f"cuda:{i} tensors ({torch.cuda.get_device_name(i)})", forced or "triton")
+            for i in range(torch.cuda.device_count())
+        ]
+    else:
+        rows.append(("CUDA or ROCm tensors", "triton; no such device here"))
+    rows.append(("tensors elsewhere, float64 on a GPU", forced or "reference"))
+    width = max(len(what) for what, _ in rows)
+    lines += ["", "Engine", *(f"{what:{width}}  {engine}" for what, engine in rows)]
+    lines.append(f"{ENGINE_VARIABLE} is {forced!r}" if forced else f"{ENGINE_VARIABLE} is not set")
+    return "\n".join(lines)
+
+
+def heading(name: str, history: History) -> str:
+    """A run in one line."""
+    steps = history.steps
+    return (
+        f"{name}: {_count(len(history), 'record')} of {_count(len(history.layers), 'layer')}, "
+        f"steps {steps[0]} to {steps[-1]}, {history.bins}"
+    )
+
+
+def findings(found: Sequence[Finding], most: int | None = 3, indent: str = "") -> str:
+    """Findings, a paragraph each.
+
+    Args:
+        found: the worst first.
+        most: paragraphs for each kind and severity; ``None`` for all.
+        indent: before each line.
+
+    Returns:
+        Text; says so where there are none.
+    """
+    lines = []
+    shown: Counter[tuple[str, str]] = Counter()
+    total = Counter((each.severity, each.kind) for each in found)
+    for each in found:
+        group = each.severity, each.kind
+        shown[group] += 1
+        if most is None or shown[group] <= most:
+            lines.append(textwrap.fill(str(each), _width(), subsequent_indent="  "))
+        elif shown[group] == total[group]:
+            lines.append(f"  and {total[group] - most} more like it (--all shows them)")
+    lines = textwrap.indent("\n".join(lines), indent).splitlines()
+    return "\n".join(lines) if lines else f"{indent}nothing found"
+
+
+def compare(runs: Mapping[str, History], *, every_layer: bool = False) -> str:
+    """Two runs layer by layer: rms of each, their ratio, first over last layer, and findings.
+
+    Args:
+        runs: two histories with records, by name.
+        every_layer: also where a network has more layers than a screen has lines.
+
+    Returns:
+        Text.
+    """
+    typical = {name: _typical(history) for name, history in runs.items()}
+    layers = list(dict.fromkeys(layer for history in runs.values() for layer in history.layers))
+    shown = layers if every_layer else _some(layers, _MOST_LAYERS)
+    known = [x for values in typical.values() for x in values.values() if x > 0]
+    ends = (min(known), max(known)) if known else (1.0, 1.0)
+    one, other = runs
+    rows = [("rms, median of all records", "A", "", "B", "", "B / A")]
+    for layer in shown:
+        a, b = (typical[name].get(layer, math.nan) for name in (one, other))
+        rows.append((layer, _number(a), _bar(a, *ends), _number(b), _bar(b, *ends), _ratio(b, a)))
+    shares = [_first_over_last(typical[name], runs[name].layers) for name in (one, other)]
+    rows.append(("first layer / last layer", _share(shares[0]), "", _share(shares[1]), "", ""))
+    lines = [f"A  {heading(one, runs[one])}", f"B  {heading(other, runs[other])}", ""]
+    lines += _table(rows)
+    if len(shown) < len(layers):
+        lines.append(f"{len(layers) - len(shown)} layers between them are left out (--all)")
+    for name, history in runs.items():
+        found = [each for each in history.diagnose() if each.severity != "note"]
+        lines += ["", f"{'A' if name == one else 'B'}  {name}:"]
+        lines.append(findings(found, most=2, indent="   "))
+    return "\n".join(lines)
+
+
+def draw(runs: Mapping[str, History], path: Path) -> None:
+    """Write the curves of several runs: mean |gradient| of some of the layers against time.
+
+    Args:
+        runs: histories with records, by name.
+        path: of the file; its suffix is the format.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: an unknown format.
+    """
+    from gradstat import plot
+
+    layers = list(dict.fromkeys(layer for history in runs.values() for layer in history.layers))
+    average = max(1, max(len(history) for history in runs.values()) // 100)
+    figure = plot.curves(
+        dict(runs), split="history", layers=_some(layers, _MOST_LINES), average=average
+    )
+    figure.savefig(path)
+
+
+def newest(name: str, history: History) -> str:
+    """The newest record as a table, a line for each layer, and the worst findings."""
+    record = history.record()
+    rms = record.rms.tolist()
+    known = [x for x in rms if x > 0]
+    ends = (min(known), max(known)) if known else (1.0, 1.0)
+    rows = [("layer", "rms", "", "largest", "zeros", "NaN, infinite")]
+    for at, layer in enumerate(history.layers):
+        numel, finite = int(record.numel[at]), int(record.finite[at])
+        zeros = f"{int(record.zeros[at]) / finite:.0%}" if finite else "-"
+        rows.append(
+            (
+                layer,
+                _number(rms[at]),
+                _bar(rms[at], *ends),
+                _number(float(record.abs_max[at])),
+                zeros,
+                str(numel - finite) if numel else "no gradient",
+            )
+        )
+    found = [each for each in history.diagnose() if each.severity != "note"]
+    lines = [f"{name}: step {history.steps[-1]}", ""]
+    lines += _table([rows[0], *_some(rows[1:], _MOST_LAYERS)])
+    return "\n".join([*lines, "", findings(found, most=2)])
+
+
+def tail(path: Path, interval_s: float, updates: int | None = None) -> None:
+    """Print the newest record of a run whenever there is another one; for ever, or so many times.
+
+    Of a directory only its newest file is read, however long the run is.
+
+    Args:
+        path: file or directory.
+        interval_s: seconds from one look to the next.
+        updates: tables to print; by default until interrupted.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is damaged or another kind of file.
+    """
+    seen, printed = None, 0
+    while updates is None or printed < updates:
+        state = _state(path)
+        if state != seen:
+            seen = state
+            history = _newest_file(path)
+            if len(history):
+                clear = "\x1b[H\x1b[2J" if sys.stdout.isatty() else "\n" if printed else ""
+                print(clear + newest(str(path), history), flush=True)
+                printed += 1
+                continue
+            if not printed:
+                print(f"{path} has no records yet", flush=True)
+        time.sleep(interval_s)
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Something that changes whenever the run's files do."""
+    files = archive.segments(path) if path.is_dir() else [path]
+    newest = files[-1].stat() if files else None
+    return (len(files), newest.st_mtime_ns, newest.st_size) if newest else (0,)
+
+
+def _newest_file(path: Path) -> History:
+    files = archive.segments(path) if path.is_dir() else []
+    return History.load(files[-1] if files else path)
+
+
+def _typical(history: History) -> dict[str, float]:
+    """Median rms of each layer over all records."""
+    rms: Array = median(history["rms"])
+    return dict(zip(history.layers, rms.tolist(), strict=True))
+
+
+def _first_over_last(typical: Mapping[str, float], layers: Sequence[str]) -> float:
+    present = [typical[layer] for layer in layers if typical[layer] > 0]
+    return present[0] / present[-1] if present else math.nan
+
+
+def _some(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many, evenly spread, the first and the last among them."""
+    at = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[i] for i in at]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns side by side, the first and those that are bars to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left = {0} | {i for i in range(len(widths)) if any(row[i].startswith("#") for row in rows)}
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _bar(value: float, low: float, high: float) -> str:
+    """A bar on a log scale from the smallest value, one character long, to the largest."""
+    if not value > 0:
+        return ""
+    share = math.log(value / low) / math.log(high / low) if high > low else 1.0
+    return "#" * (1 + round(share * (_BAR - 1)))
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1e}" if value else "0"
+
+
+def _ratio(value: float, by: float) -> str:
+    return f"{value / by:.2g}" if by > 0 and not math.isnan(value) else "-"
+
+
+def _share(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2g}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _width() -> int:
+    return max(60, min(shutil.get_terminal_size().columns, 100))

@@ -1,0 +1,239 @@
+import csv
+import importlib
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from findings import noise
+from histories import make_history
+from torch import Tensor
+
+import gradstat
+from gradstat import History, LinearBins, Log2Bins
+from gradstat.cli import TARGETS, main
+
+
+def vanishing(step: int, layer: int) -> Tensor:
+    return noise(step, layer, 10.0 ** (layer - 4))
+
+
+@pytest.fixture
+def healthy(tmp_path: Path) -> Path:
+    make_history(Log2Bins(), 3, 25, noise).save(tmp_path / "healthy.npz")
+    return tmp_path / "healthy.npz"
+
+
+@pytest.fixture
+def ill(tmp_path: Path) -> Path:
+    make_history(Log2Bins(), 3, 25, vanishing).save(tmp_path / "ill.npz")
+    return tmp_path / "ill.npz"
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def test_info_shows_versions_and_the_engine_of_each_device(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run("info") == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"^torch +{re.escape(torch.__version__.partition('+')[0])}", shown, re.M)
+    assert re.search(r"^CPU tensors +cpu$", shown, re.M)
+    assert re.search(r"^CUDA or ROCm tensors +triton; no such device here$", shown, re.M)
+    assert shown.endswith("GRADSTAT_ENGINE is not set\n")
+    monkeypatch.setenv("GRADSTAT_ENGINE", "reference")
+    assert run("info") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^CPU tensors +reference$", shown, re.M)
+    assert shown.endswith("GRADSTAT_ENGINE is 'reference'\n")
+
+
+def test_info_names_each_gpu(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"Card {i}")
+    assert run("info") == 0
+    shown = capsys.readouterr().out
+    assert re.findall(r"^cuda:(\d) tensors \(Card (\d)\) +triton$", shown, re.M) == [
+        ("0", "0"),
+        ("1", "1"),
+    ]
+
+
+def test_diagnose_exits_with_1_only_for_something_severe(
+    healthy: Path, ill: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("diagnose", healthy) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{healthy}: 25 records of 3 layers, steps 0 to 24, Log2Bins()\n")
+    assert "severe" not in shown
+    assert "note: scale" in shown
+    assert run("diagnose", ill) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[1].startswith("severe: vanishing, steps 0 to 24: From 2.weight back to 0.weight")
+
+
+def test_diagnose_takes_thresholds(ill: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--threshold", "vanishing_severe=1e-3", "--threshold", "window=5")
+    assert run("diagnose", ill, *arguments) == 0
+    assert "warning: vanishing" in capsys.readouterr().out
+    milder = ("--threshold", "vanishing_ratio=1e-3", "--threshold", "vanishing_severe=1e-3")
+    assert run("diagnose", ill, *milder) == 0
+    assert "vanishing" not in capsys.readouterr().out
+
+
+def test_diagnose_prints_json(ill: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("diagnose", ill, "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    expected = History.load(ill).diagnose()
+    assert [(f["kind"], f["layer"], f["steps"], f["numbers"], f["sentence"]) for f in found] == [
+        (f.kind, f.layer, list(f.steps), f.numbers, f.sentence) for f in expected
+    ]
+
+
+def test_diagnose_sums_up_layers_that_show_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_history(LinearBins(3), 9, 25, lambda *_: torch.zeros(4)).save(tmp_path / "dead.npz")
+    assert run("diagnose", tmp_path / "dead.npz") == 1
+    shown = capsys.readouterr().out
+    assert shown.count("severe: dead") == 3
+    assert shown.endswith("\n  and 6 more like it (--all shows them)\n")
+    assert run("diagnose", tmp_path / "dead.npz", "--all") == 1
+    shown = capsys.readouterr().out
+    assert shown.count("severe: dead") == 9
+    assert "--all" not in shown
+
+
+def test_export_writes_a_table_into_a_new_directory(
+    ill: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "new" / "tables"
+    assert run("export", ill, "--to", "csv", folder) == 0
+    assert capsys.readouterr().out == f"{folder / 'ill.csv'}\n"
+    with (folder / "ill.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["layer"] for row in table] == History.load(ill).layers * 25
+
+
+@pytest.mark.integrations
+def test_export_writes_parquet(ill: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert run("export", ill, "--to", "parquet", tmp_path) == 0
+    assert parquet.read_table(tmp_path / "ill.parquet").num_rows == 75
+
+
+def test_export_gives_a_target_the_run_its_name_and_a_progress_bar(
+    ill: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = []
+
+    def write(history: History, folder: Path, name: str, progress: Callable[[int], object]) -> Path:
+        progress(len(history))
+        given.append((len(history), folder, name))
+        return folder / name
+
+    monkeypatch.setitem(TARGETS, "elsewhere", write)
+    assert run("export", ill, "--to", "elsewhere", tmp_path) == 0
+    assert given == [(25, tmp_path, "ill")]
+    assert capsys.readouterr().out == f"{tmp_path / 'ill'}\n"
+
+
+def test_export_says_which_package_is_missing(
+    ill: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert run("export", ill, "--to", "parquet", tmp_path) == 2
+    message = 'to_parquet() needs pyarrow: pip install "gradstat[tables]"'
+    assert capsys.readouterr().err == f"gradstat export: error: {message}\n"
+
+
+def test_help_lists_every_command_and_explains_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["diagnose"], ["export"], ["compare"], ["tail"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, "--help"])
+        assert ended.value.code == 0
+        shown = capsys.readouterr().out
+        assert "RUN" in shown
+        names = arguments or ["info", "diagnose", "export", "compare", "tail"]
+        assert all(re.search(rf"\b{name}\b", shown) for name in names)
+
+
+def test_commands_read_a_run_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = torch.nn.Linear(3, 2)
+    with gradstat.watch(model, path=tmp_path / "run"):
+        for _ in range(4):
+            model(torch.rand(5, 3)).square().sum().backward()
+    assert run("diagnose", tmp_path / "run") == 0
+    assert "4 records of 1 layer, steps 0 to 3" in capsys.readouterr().out
+    assert run("export", tmp_path / "run", "--to", "csv", tmp_path) == 0
+    assert (tmp_path / "run.csv").read_text().count("\n") == 5
+    assert run("tail", tmp_path / "run", "--updates", "1") == 0
+    assert f"{tmp_path / 'run'}: step 3" in capsys.readouterr().out
+
+
+def test_command_runs_as_a_module_and_stops_when_nobody_reads(ill: Path) -> None:
+    module = [sys.executable, "-m", "gradstat"]
+    done = subprocess.run(
+        [*module, "diagnose", str(ill)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "severe: vanishing" in done.stdout
+    with subprocess.Popen(
+        [*module, "diagnose", str(ill), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(60) == 0
+
+
+def test_tail_ends_cleanly_with_ctrl_c(ill: Path) -> None:
+    command = [sys.executable, "-u", "-m", "gradstat", "tail", str(ill)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline() == f"{ill}: step 24\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 0
+
+
+def test_import_of_gradstat_leaves_the_command_and_its_packages_out() -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import gradstat; "
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
+        "print(sorted(new & {'pandas', 'pyarrow', 'tqdm', 'matplotlib', 'numba', 'triton'}), "
+        "[name for name in ('cli', 'screens', 'tables', 'rules') if f'gradstat.{name}' in "
+        "sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout == "[] []\n"
+
+
+def test_the_command_of_the_package_is_main() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, _, name = project["scripts"]["gradstat"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main

@@ -1,0 +1,116 @@
+"""What the command line says of runs that cannot be read, and arguments that are none."""
+
+from pathlib import Path
+
+import pytest
+from findings import noise
+from histories import make_history
+
+from gradstat import History, Log2Bins
+from gradstat.cli import main
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def healthy(tmp_path: Path) -> Path:
+    make_history(Log2Bins(), 3, 25, noise).save(tmp_path / "healthy.npz")
+    return tmp_path / "healthy.npz"
+
+
+@pytest.fixture
+def damaged(healthy: Path, tmp_path: Path) -> Path:
+    (tmp_path / "damaged.npz").write_bytes(healthy.read_bytes()[:-700])
+    return tmp_path / "damaged.npz"
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    History(["weight"], Log2Bins()).save(tmp_path / "empty.npz")
+    return tmp_path / "empty.npz"
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    (tmp_path / "notes.txt").write_text("no run\n")
+    return tmp_path / "notes.txt"
+
+
+@pytest.fixture
+def missing(tmp_path: Path) -> Path:
+    return tmp_path / "missing.npz"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "folder").mkdir()
+    return tmp_path / "folder"
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["diagnose {}", "export {} --to csv {0}.d", "compare {} {0}", "tail {} --updates 1"],
+)
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("missing", "No such file or directory: {}"),
+        ("damaged", "{} is damaged or another kind"),
+        ("foreign", "{} is damaged or another kind"),
+    ],
+)
+def test_commands_fail_with_one_line_that_says_why(
+    command: str,
+    what: str,
+    message: str,
+    healthy: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = request.getfixturevalue(what)
+    arguments = command.replace("compare {} {0}", f"compare {{}} {healthy}")
+    assert run(*arguments.replace("{0}", "{}").format(path, path).split()) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"gradstat {command.partition(' ')[0]}: error: ")
+    assert message.format(path) in shown.err
+    assert shown.err.count("\n") == 1
+
+
+def test_diagnose_of_nothing_fails_with_one_line(
+    empty: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("diagnose", empty) == 2
+    assert capsys.readouterr().err == f"gradstat diagnose: error: {empty} has no records yet\n"
+    assert run("diagnose", folder) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("gradstat diagnose: error: ")
+    assert f"{folder} has no records" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("vanishing=1", "needs NAME=VALUE with a known name; got 'vanishing=1'"),
+        ("vanishing_ratio=low", "needs a number; got 'vanishing_ratio=low'"),
+        ("window=2.5", "needs a number; got 'window=2.5'"),
+    ],
+)
+def test_diagnose_refuses_what_is_no_threshold(
+    healthy: Path, text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("diagnose", healthy, "--threshold", text)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"argument --threshold: {message}\n")
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan"])
+def test_tail_refuses_an_interval_that_is_none(
+    healthy: Path, seconds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("tail", healthy, "--interval", seconds) == 2
+    message = f"--interval needs a number of seconds above 0; it is {float(seconds)}"
+    assert capsys.readouterr().err == f"gradstat tail: error: {message}\n"
