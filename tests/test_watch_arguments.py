@@ -99,6 +99,29 @@ OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.1)
             "selected",
         ),
         (
+            lambda: gradstat.watch(MODEL, when="call", optimizer=OPTIMIZER),
+            ValueError,
+            "when='step' for an optimizer; optimizer is SGD, when is 'call'",
+        ),
+        (
+            lambda: gradstat.watch(MODEL, when="call", scaler=GradScaler("cpu")),
+            ValueError,
+            "no scaler for when='call', which sees unscaled gradients; scaler is GradScaler",
+        ),
+        (
+            lambda: gradstat.watch(MODEL, when="call", accumulation_steps=2),
+            ValueError,
+            "accumulation_steps of 1 for when='call', which counts steps; accumulation_steps is 2",
+        ),
+        (
+            lambda: gradstat.watch(MODEL, capacity=1),
+            ValueError,
+            "a number of 2 or more; capacity is 1",
+        ),
+        (lambda: gradstat.watch(MODEL, capacity=9.0), TypeError, "an integer; capacity is 9.0"),
+        (lambda: gradstat.watch(MODEL, sink=[]), TypeError, "a function; sink is []"),
+        (lambda: gradstat.watch(MODEL, path=3), TypeError, "a directory's path; path is 3"),
+        (
             lambda: gradstat.watch(MODEL, scaler=2.0),
             TypeError,
             "a torch.amp.GradScaler; scaler is float",

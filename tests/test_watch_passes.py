@@ -1,5 +1,6 @@
 import copy
 import pickle
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -218,6 +219,50 @@ def test_watch_close_in_the_middle_of_backward_drops_that_record() -> None:
     assert n_hooks(model) == 0
 
 
+def test_watch_measures_when_it_is_called() -> None:
+    model = make_model()
+    with gradstat.watch(model, when="call", every=2) as w:
+        assert n_hooks(model) == 0
+        expected = []
+        for _ in range(3):
+            backward(model)
+            assert len(w.history) == len(expected)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            w.measure()
+            expected += [gradstat.statistics(gradients(model, WEIGHTS))]
+            w.measure()
+    assert w.history.steps.tolist() == [0, 2, 4]
+    for step, record in zip(w.history.steps.tolist(), expected, strict=True):
+        assert_record(w.history.record(step), record)
+
+
+def test_watch_measures_inside_the_closure_of_a_step() -> None:
+    model = make_model()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
+    with gradstat.watch(model, when="call") as w:
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, 6)).square().mean()
+            loss.backward()
+            w.measure()
+            return loss
+
+        optimizer.step(closure)
+    assert len(w.history) > 1
+    assert_record(w.last, gradstat.statistics(gradients(model, WEIGHTS)))
+
+
+@pytest.mark.parametrize("when", ["backward", "step"])
+def test_watch_measures_only_where_it_is_meant_to(when: str) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"when": when, "optimizer": optimizer} if when == "step" else {}
+    message = re.escape(f"measure() needs watch(when='call'); when is {when!r}")
+    with gradstat.watch(model, **options) as w, pytest.raises(ValueError, match=f"^{message}$"):
+        w.measure()
+
+
 def test_watch_last_needs_a_record() -> None:
     with gradstat.watch(make_model()) as w:
         assert len(w.history) == 0
@@ -242,24 +287,6 @@ def test_watch_lets_the_model_be_copied(duplicate: Callable[[nn.Module], nn.Modu
         assert len(w.history) == 1
     for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_watch_sees_the_gradients_of_a_compiled_model(when: str) -> None:
-    torch.compiler.reset()
-    model = make_model()
-    if when == "after":
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        backward(compiled)
-        model.zero_grad()
-    with gradstat.watch(model) as w:
-        if when == "before":
-            compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-        for _ in range(2):
-            model.zero_grad()
-            backward(compiled)
-            assert_record(w.last, gradstat.statistics(gradients(model, WEIGHTS)))
-    assert len(w.history) == 2
 
 
 class Checkpointed(nn.Module):
