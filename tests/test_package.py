@@ -67,13 +67,11 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_has_every_file_of_the_package(wheel: Path) -> None:
-    packages = {"gradstat": "gradstat", "kernels": "kernels"}
-    packages |= {name: f"gradstat/{name}" for name in ("engines", "integrations")}
     expected = {
-        ("gradstat/" if name != "gradstat" else "") + f"{name}/{path.name}"
-        for name, folder in packages.items()
-        for path in (ROOT / folder).iterdir()
-        if path.suffix in (".py", ".typed") or path.name == "py.typed"
+        f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
+        for package, folder in (("gradstat", "gradstat"), ("gradstat/kernels", "kernels"))
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix == ".py" or path.name == "py.typed"
     }
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
