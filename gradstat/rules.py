@@ -76,7 +76,7 @@ def find_trend(run: Run, thresholds: Thresholds) -> list[Finding]:
         times = 10 ** abs(fit.fall)
         change = "shrinks" if kind == "vanishing" else "grows"
         sentence = (
-            f"From {last} back to {first} the gradient {change} {times:.3g}-fold, by a factor of "
+            f"From {last} back to {first} the gradient {change} {_round(times)}-fold, by a factor of "
             f"{10 ** abs(fit.slope):.2g} at each layer."
         )
         severe = kind == "vanishing" and ratio <= thresholds.vanishing_severe
@@ -123,7 +123,7 @@ def find_growth(run: Run, thresholds: Thresholds) -> list[Finding]:
         before, now = float(so_far[at, column]), float(rms[at, column])
         numbers = {"growth": times, "rms": now, "rms_before": before}
         sentence = (
-            f"{layer}'s gradient grew {times:.3g}-fold, from an rms of {before:.1e} to {now:.1e} "
+            f"{layer}'s gradient grew {_round(times)}-fold, from an rms of {before:.1e} to {now:.1e} "
             f"at step {run.steps[blocks[at][-1]]}."
         )
         severity: Severity = "severe" if times >= thresholds.exploding_severe else "warning"
@@ -257,6 +257,12 @@ def _stopped(record: Statistics, octaves: float) -> Array:
     smallest = limit >= outer[len(outer) // 2]
     share: Array = (below - zeros * smallest) / np.maximum(finite - zeros, 1)
     return share
+
+
+def _round(times: float) -> str:
+    """Three digits, and no exponent up to a million."""
+    rounded = float(f"{times:.3g}")
+    return f"{rounded:,.0f}" if 100 <= rounded < 1e6 else f"{rounded:.3g}"
 
 
 def _worst(flushed: dict[str, Array], column: int) -> dict[str, float]:
