@@ -32,16 +32,38 @@ def linear_factors(low, high, BINS: tl.constexpr):
 
 
 @triton.jit
-def linear_slot(x, low, high, scale, inv_width, BINS: tl.constexpr, SLOTS: tl.constexpr):
+def aligned_where_unscaled(n_aligned, scale):
+    """``n_aligned``, or 0 for values that are scaled down: the masked loop compares them."""
+    return tl.where(scale < 1.0, 0, n_aligned)
+
+
+@triton.jit
+def linear_slot(
+    x, low, high, scale, inv_width, BINS: tl.constexpr, SLOTS: tl.constexpr, SIGN: tl.constexpr
+):
     """Bin of each value in 0..BINS-1, or BINS where rounding takes the end of the last bin there.
 
-    BINS + 1 above the range and for NaN, SLOTS - 1 below it. A value is compared as it is: scaled,
-    a subnormal may round to zero, and a sign does not tell -0.0, which is in a range from 0.0, from
-    what is below it. Fusing the first product with the subtraction changes no bin.
+    BINS + 1 above the range and for NaN, SLOTS - 1 below it. What is below, the sign of t says, an
+    instruction cheaper than a comparison: not where values are scaled down, since subnormals then
+    round to zero. Fusing the first product with the addition changes no bin.
+
+    Args:
+        x: values, float32.
+        low: lower end of the range, float32, as high.
+        high: upper end.
+        scale: see `linear_factors`, as inv_width.
+        inv_width: bins per scaled unit.
+        BINS: bins.
+        SLOTS: power of two, more than BINS + 2.
+        SIGN: take the sign of t; ``scale`` is at least 1.
     """
-    t = (x * scale - low * scale) * inv_width
-    slot = tl.where(x >= low, t.to(tl.int32), -1) & (SLOTS - 1)
-    return tl.where(x <= high, slot, BINS + 1)
+    # Not -(low * scale): -0.0 must come to 0.0 where low is zero, without a sign.
+    t = (x * scale + (0.0 - low * scale)) * inv_width
+    if SIGN:
+        slot = t.to(tl.int32) | (t.to(tl.int32, bitcast=True) >> 31)
+    else:
+        slot = tl.where(x >= low, t.to(tl.int32), -1)
+    return tl.where(x <= high, slot & (SLOTS - 1), BINS + 1)
 
 
 @triton.jit

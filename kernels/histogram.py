@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from gradstat.kernels.binning import linear_factors, linear_slot
+from gradstat.kernels.binning import aligned_where_unscaled, linear_factors, linear_slot
 from gradstat.kernels.items import load_any, load_item, load_tile
 from gradstat.kernels.measure import add_histogram
 
@@ -40,16 +40,17 @@ def histogram_kernel(
     low = tl.load(ranges_ptr + 2 * tensor)
     high = tl.load(ranges_ptr + 2 * tensor + 1)
     scale, inv_width = linear_factors(low, high, BINS)
+    n_aligned = aligned_where_unscaled(n_aligned, scale)
     histogram = tl.zeros((SLOTS,), tl.int32)
     TILE: tl.constexpr = ROWS * THREADS * VECTOR
     for start in range(0, n_aligned, TILE):
         x = load_tile(address, start, DTYPE, IS_BFLOAT16, ROWS, THREADS, VECTOR)
-        slot = linear_slot(x, low, high, scale, inv_width, BINS, SLOTS)
+        slot = linear_slot(x, low, high, scale, inv_width, BINS, SLOTS, True)
         slot = tl.reshape(slot, [TILE], can_reorder=True)
         histogram += tl.histogram(slot, SLOTS)
     for start in range(n_aligned, n, THREADS):
         offsets = start + threads
         x = load_any(address, strides, offsets, n, 0.0, DTYPE, IS_BFLOAT16)
-        slot = linear_slot(x, low, high, scale, inv_width, BINS, SLOTS)
+        slot = linear_slot(x, low, high, scale, inv_width, BINS, SLOTS, False)
         histogram += tl.histogram(slot, SLOTS, mask=offsets < n)
     add_histogram(histogram, counts_ptr + tensor * BINS, BINS, SLOTS, False)

@@ -3,7 +3,13 @@
 import triton
 import triton.language as tl
 
-from gradstat.kernels.binning import linear_factors, linear_slot, log2_bin, log2_slot
+from gradstat.kernels.binning import (
+    aligned_where_unscaled,
+    linear_factors,
+    linear_slot,
+    log2_bin,
+    log2_slot,
+)
 from gradstat.kernels.careful import careful_sums, find_unit, zero_counts
 from gradstat.kernels.items import load_any, load_item, load_tile
 
@@ -24,12 +30,14 @@ def _magnitude_keys(x):
 
 
 @triton.jit
-def find_slots(x, ends, BINS: tl.constexpr, SLOTS: tl.constexpr, LOG2: tl.constexpr):
+def find_slots(
+    x, ends, BINS: tl.constexpr, SLOTS: tl.constexpr, LOG2: tl.constexpr, SIGN: tl.constexpr
+):
     """Slot of each value: see `log2_slot` and `linear_slot`."""
     if LOG2:
         return log2_slot(x)
     low, high, scale, inv_width = ends
-    return linear_slot(x, low, high, scale, inv_width, BINS, SLOTS)
+    return linear_slot(x, low, high, scale, inv_width, BINS, SLOTS, SIGN)
 
 
 @triton.jit
@@ -79,6 +87,7 @@ def measure_kernel(
         low = tl.load(ranges_ptr + 2 * tensor)
         high = tl.load(ranges_ptr + 2 * tensor + 1)
         scale, inv_width = linear_factors(low, high, BINS)
+        n_aligned = aligned_where_unscaled(n_aligned, scale)
     ends = (low, high, scale, inv_width)
 
     # Sums are of y = x * unit - center: where that is of the order of 1, no square overflows or
@@ -109,7 +118,7 @@ def measure_kernel(
         elif not ZERO_SLOTS:
             zeros += tl.sum(tl.sum((x == 0.0).to(tl.float32), 2), 0)
         if BINS > 0:
-            slot = find_slots(x, ends, BINS, SLOTS, LOG2)
+            slot = find_slots(x, ends, BINS, SLOTS, LOG2, True)
             histogram += tl.histogram(tl.reshape(slot, [TILE], can_reorder=True), SLOTS)
 
     for start in range(n_aligned, n, THREADS):
@@ -127,7 +136,8 @@ def measure_kernel(
         elif not ZERO_SLOTS:
             zeros += (mask & (x == 0.0)).to(tl.float32)
         if BINS > 0:
-            histogram += tl.histogram(find_slots(x, ends, BINS, SLOTS, LOG2), SLOTS, mask=mask)
+            slot = find_slots(x, ends, BINS, SLOTS, LOG2, False)
+            histogram += tl.histogram(slot, SLOTS, mask=mask)
 
     s = tl.sum(total)
     q = tl.sum(squares)

@@ -55,7 +55,13 @@ def examples(draw: st.DrawFn) -> Example:
     if mode != "explicit" and len(x):
         # Within the values, so that they leave the range as it is.
         near = [at.clamp(*extremes) for at in near]
-    return Example(torch.cat([x, *near]), bins)
+    x = torch.cat([x, *near])
+    return Example(fill_tile(x) if draw(st.booleans()) else x, bins)
+
+
+def fill_tile(x: torch.Tensor) -> torch.Tensor:
+    """The values again and again: the kernels read a whole tile, 4,096 values, its own way."""
+    return x.repeat(math.ceil(4200 / len(x)))[:4200]
 
 
 def assert_counts_are_numpys(engine: Engine, case: Example) -> None:
@@ -84,6 +90,9 @@ stateless = settings(suppress_health_check=[HealthCheck.function_scoped_fixture]
 @example(case=Example(AROUND_ZERO, LinearBins(2, -TINY, 8.6e37)))
 @example(case=Example(AROUND_ZERO, LinearBins(2, TINY, 8.6e37)))
 @example(case=Example(AROUND_ZERO.relu(), LinearBins(2)))
+@example(case=Example(fill_tile(AROUND_ZERO), LinearBins(3, 0.0, 1.0)))
+@example(case=Example(fill_tile(AROUND_ZERO), LinearBins(2, -TINY, 8.6e37)))
+@example(case=Example(fill_tile(AROUND_ZERO.relu()), LinearBins(2)))
 @example(case=Example(torch.tensor([0.0, -0.0, 1.0]), LinearBins(2)))
 def test_linear_counts_are_numpys(engine: Engine, case: Example) -> None:
     assert_counts_are_numpys(engine, case)
