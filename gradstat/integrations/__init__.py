@@ -1,4 +1,5 @@
-"""Records in the viewers people already have open: `tensorboard`, `wandb`.
+"""Records in the viewers people already have open, and watches in the trainers they use.
 
-Each imports its package when it is called, so neither is needed to import gradstat.
+The viewers are `tensorboard` and `wandb`; each imports its package when it is called. The trainers
+are `lightning` and `transformers`, which import theirs at once. None is needed to import gradstat.
 """

@@ -1,0 +1,58 @@
+"""What the callbacks of trainers have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from gradstat.history import History
+from gradstat.watch import Watch, watch
+
+_KNOWN = ("model", "when", "optimizer", "scaler", "accumulation_steps")
+
+
+class Watching:
+    """A watch that lasts as long as a training.
+
+    Args:
+        **options: as `gradstat.watch`.
+
+    Raises:
+        TypeError: an option that the trainer knows.
+    """
+
+    def __init__(self, **options: Any) -> None:  # noqa: ANN401 (checked by watch)
+        super().__init__()
+        for name in _KNOWN:
+            if name in options:
+                raise TypeError(
+                    f"WatchCallback() needs no {name}, which the trainer knows; {name} is "
+                    f"{options[name]!r}"
+                )
+        self._options = options
+        self._watch: Watch | None = None
+
+    @property
+    def watch(self) -> Watch:
+        """The watch of the newest training.
+
+        Raises:
+            RuntimeError: there has been none.
+        """
+        if self._watch is None:
+            raise RuntimeError("WatchCallback needs a training; the trainer has not started one")
+        return self._watch
+
+    @property
+    def history(self) -> History:
+        """Its records so far, as `Watch.history`."""
+        return self.watch.history
+
+    def _start(self, model: nn.Module, **options: Any) -> None:  # noqa: ANN401
+        self._stop()
+        self._watch = watch(model, **self._options, **options)
+
+    def _stop(self) -> None:
+        if self._watch is not None:
+            self._watch.close()

@@ -1,0 +1,62 @@
+"""`WatchCallback`: a Lightning callback that watches the module which is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from gradstat.integrations.callbacks import Watching
+
+try:
+    from lightning.pytorch import Callback
+except ImportError:
+    try:
+        from pytorch_lightning import Callback
+    except ImportError as error:
+        raise ImportError("WatchCallback needs Lightning: pip install lightning") from error
+
+
+class WatchCallback(Watching, Callback):  # type: ignore[misc]
+    """Record the gradients of each optimizer step of a Lightning training.
+
+    They are measured when the gradient is whole, averaged over the ranks and unscaled, and before
+    Lightning clips it. A module with several optimizers has a record for each step of each of them.
+
+    Args:
+        **options: as `gradstat.watch`, but ``model``, ``when``, ``optimizer``, ``scaler`` and
+            ``accumulation_steps``, which Lightning knows.
+
+    Example:
+        >>> from gradstat.integrations.lightning import WatchCallback  # doctest: +SKIP
+        >>> gradients = WatchCallback(every=10)  # doctest: +SKIP
+        >>> Trainer(callbacks=[gradients]).fit(module, loader)  # doctest: +SKIP
+        >>> gradients.history  # doctest: +SKIP
+    """
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ANN401
+        """Watch the module."""
+        self._start(pl_module, when="call")
+
+    def on_before_optimizer_step(
+        self,
+        trainer: Any,  # noqa: ANN401
+        pl_module: nn.Module,
+        optimizer: Optimizer,
+    ) -> None:
+        """Make a record."""
+        self.watch.measure()
+
+    def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ANN401
+        """Close the watch."""
+        self._stop()
+
+    def on_exception(
+        self,
+        trainer: Any,  # noqa: ANN401
+        pl_module: nn.Module,
+        exception: BaseException,
+    ) -> None:
+        """Close the watch."""
+        self._stop()

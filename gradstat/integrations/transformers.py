@@ -1,0 +1,50 @@
+"""`WatchCallback`: a callback of Hugging Face's Trainer that watches the model it trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from gradstat.integrations.callbacks import Watching
+
+try:
+    from transformers import TrainerCallback
+except ImportError as error:
+    raise ImportError("WatchCallback needs transformers: pip install transformers") from error
+
+
+class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
+    """Record the gradients of each optimizer step of a Trainer.
+
+    They are measured as they are applied: whole, averaged over the ranks, unscaled and clipped.
+
+    Args:
+        **options: as `gradstat.watch`, but ``model``, ``when``, ``optimizer``, ``scaler`` and
+            ``accumulation_steps``, which the Trainer knows.
+
+    Example:
+        >>> from gradstat.integrations.transformers import WatchCallback  # doctest: +SKIP
+        >>> gradients = WatchCallback(every=10)  # doctest: +SKIP
+        >>> Trainer(model, arguments, callbacks=[gradients], ...).train()  # doctest: +SKIP
+        >>> gradients.history  # doctest: +SKIP
+    """
+
+    def on_train_begin(
+        self,
+        args: Any,  # noqa: ANN401
+        state: Any,  # noqa: ANN401
+        control: Any,  # noqa: ANN401
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        **_: Any,  # noqa: ANN401
+    ) -> None:
+        """Watch the model."""
+        # Accelerate wraps the optimizer that will step.
+        self._start(model, when="step", optimizer=getattr(optimizer, "optimizer", optimizer))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+        """Close the watch."""
+        self._stop()
