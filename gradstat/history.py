@@ -378,6 +378,24 @@ class History:
 
         to_csv(self, path)
 
+    def report(self, path: str | os.PathLike[str], *, title: str = "Gradients") -> None:
+        """Write a page to look around in: findings, a map, every layer's distribution over time.
+
+        One file of HTML, which needs neither a network nor a server.
+
+        Args:
+            path: the file; one that is there is replaced.
+            title: heading of the page.
+
+        Raises:
+            TypeError: a title that is no text.
+            ValueError: there are no records.
+            OSError: the file cannot be written.
+        """
+        from gradstat.report import write
+
+        write(self, path, title=title)
+
 
 def _with_room(rows: Array) -> Array:
     """The same rows with room for as many again."""

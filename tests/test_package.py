@@ -71,7 +71,7 @@ def test_wheel_has_every_file_of_the_package(wheel: Path) -> None:
         f"{package}/{path.relative_to(ROOT / folder).as_posix()}"
         for package, folder in (("gradstat", "gradstat"), ("gradstat/kernels", "kernels"))
         for path in (ROOT / folder).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix in (".py", ".css", ".html", ".js") or path.name == "py.typed"
     }
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}

@@ -1,0 +1,205 @@
+// Canvases that follow their width, the screen's resolution and the colour scheme.
+
+const VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"];
+const dark = matchMedia("(prefers-color-scheme: dark)");
+const drawings = [];
+
+function css(name) {
+  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+}
+
+const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+
+// 256 colours between the stops, [r, g, b] each.
+function ramp(stops) {
+  const colors = stops.map(rgb);
+  return Array.from({ length: 256 }, (_, i) => {
+    const at = (i / 255) * (colors.length - 1);
+    const below = Math.min(Math.floor(at), colors.length - 2);
+    return colors[below].map((c, j) => Math.round(c + (at - below) * (colors[below + 1][j] - c)));
+  });
+}
+
+const viridis = ramp(VIRIDIS);
+const densityLight = ramp(["#ffffff", "#fcdcc4", "#f59b73", "#d3546f", "#8a3a80", "#2b1550"]);
+const densityDark = ramp(["#171a1f", "#43206b", "#8a3a86", "#d3546f", "#f59b73", "#fdeec4"]);
+
+function colorAt(colors, x) {
+  return colors[Math.max(0, Math.min(255, Math.round(255 * x)))];
+}
+
+// A canvas of a height in a parent, drawn by draw(context, width, height) now and whenever its
+// size or the colour scheme changes.
+function addCanvas(parent, height, draw) {
+  const canvas = document.createElement("canvas");
+  parent.append(canvas);
+  const drawing = { canvas, height, draw, redraw: () => paint(drawing) };
+  drawings.push(drawing);
+  return drawing;
+}
+
+function paint({ canvas, height, draw }) {
+  const width = canvas.parentElement.clientWidth;
+  if (!width) return;
+  const scale = window.devicePixelRatio || 1;
+  canvas.width = Math.round(width * scale);
+  canvas.height = Math.round(height * scale);
+  canvas.style.height = `${height}px`;
+  const context = canvas.getContext("2d");
+  context.scale(scale, scale);
+  draw(context, width, height);
+}
+
+function redrawAll() {
+  for (const drawing of drawings) drawing.redraw();
+}
+
+let waiting = 0;
+function redrawSoon() {
+  cancelAnimationFrame(waiting);
+  waiting = requestAnimationFrame(redrawAll);
+}
+dark.addEventListener("change", redrawSoon);
+window.addEventListener("resize", redrawSoon);
+
+function type(context, size, align, baseline) {
+  context.font = `${size}px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif`;
+  context.textAlign = align;
+  context.textBaseline = baseline;
+  context.fillStyle = css("--muted");
+}
+
+// The longest end of a text that fits a width, after an ellipsis.
+function fitted(context, text, width) {
+  if (context.measureText(text).width <= width) return text;
+  let [low, high] = [0, text.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (context.measureText("\u2026" + text.slice(middle)).width <= width) high = middle;
+    else low = middle + 1;
+  }
+  return "\u2026" + text.slice(low);
+}
+
+// Round numbers between two ends, about as many as asked, at least 1 apart if they are whole.
+function roundTicks(low, high, about, integers) {
+  const raw = (high - low) / Math.max(1, about) || 1;
+  const power = 10 ** Math.floor(Math.log10(raw));
+  let step = power * [1, 2, 5, 10].find((m) => m * power >= raw * 0.999);
+  if (integers) step = Math.max(1, Math.round(step));
+  const ticks = [];
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) ticks.push(i * step || 0);
+  return ticks;
+}
+
+// Axis of steps under a plot: `first` is the first step of each of its columns.
+function stepAxis(context, first, left, width, top) {
+  type(context, 11, "center", "top");
+  context.strokeStyle = css("--line");
+  const last = first[first.length - 1];
+  let edge = -Infinity;
+  for (const step of roundTicks(first[0], last, width / 70, true)) {
+    let column = first.findIndex((each) => each >= step);
+    if (column < 0) column = first.length - 1;
+    const x = left + ((column + 0.5) / first.length) * width;
+    const text = whole(step);
+    const half = context.measureText(text).width / 2;
+    if (x - half < edge + 10 || x + half > left + width + 12) continue;
+    edge = x + half;
+    line(context, x, top, x, top + 4);
+    context.fillText(text, x, top + 6);
+  }
+}
+
+function line(context, x0, y0, x1, y1) {
+  context.beginPath();
+  context.moveTo(x0, y0);
+  context.lineTo(x1, y1);
+  context.stroke();
+}
+
+// A line through log2 values with a band from `low` to `high`, and marks where `bad` is not zero.
+function curve(context, box, ends, level, low, high, bad) {
+  const n = level.length;
+  const x = (t) => box.left + ((t + 0.5) / n) * box.width;
+  const y = (v) => box.top + box.height * (1 - (v - ends[0]) / (ends[1] - ends[0]));
+  context.fillStyle = css("--soft");
+  for (let t = 0; t < n; t++) {
+    if (!Number.isFinite(high[t]) || n === 1) continue;
+    const top = y(high[t]);
+    const bottom = Number.isFinite(low[t]) ? y(low[t]) : box.top + box.height;
+    context.fillRect(box.left + (t / n) * box.width, top, box.width / n + 0.3, bottom - top);
+  }
+  context.strokeStyle = css("--accent");
+  context.lineWidth = 1.4;
+  context.lineJoin = "round";
+  context.beginPath();
+  let drawing = false;
+  for (let t = 0; t < n; t++) {
+    if (!Number.isFinite(level[t])) {
+      drawing = false;
+      continue;
+    }
+    if (drawing) context.lineTo(x(t), y(level[t]));
+    else context.moveTo(x(t), y(level[t]));
+    const alone = !drawing && !Number.isFinite(level[t + 1]);
+    if (alone) {
+      context.fillStyle = css("--accent");
+      context.fillRect(x(t) - 1.5, y(level[t]) - 1.5, 3, 3);
+    }
+    drawing = true;
+  }
+  context.stroke();
+  context.fillStyle = css("--broken");
+  for (let t = 0; t < n; t++) {
+    if (bad[t]) context.fillRect(box.left + (t / n) * box.width, box.top + box.height - 3, Math.max(1.5, box.width / n), 3);
+  }
+}
+
+// Smallest and largest finite value, at least `least` apart.
+function spread(values, least) {
+  let [low, high] = [Infinity, -Infinity];
+  for (const list of values) {
+    for (const v of list) {
+      if (!Number.isFinite(v)) continue;
+      if (v < low) low = v;
+      if (v > high) high = v;
+    }
+  }
+  if (low > high) return [-1, 0];
+  const missing = Math.max(0, least - (high - low)) / 2;
+  return [low - missing, high + missing];
+}
+
+const tip = byId("tip");
+
+function showTip(event, title, lines) {
+  const head = document.createElement("b");
+  head.textContent = title;
+  tip.replaceChildren(head, ...lines.map((text) => {
+    const row = document.createElement("div");
+    row.textContent = text;
+    return row;
+  }));
+  tip.hidden = false;
+  const box = tip.getBoundingClientRect();
+  const right = event.clientX + 16 + box.width > window.innerWidth - 8;
+  tip.style.left = `${Math.max(8, right ? event.clientX - 16 - box.width : event.clientX + 16)}px`;
+  tip.style.top = `${Math.max(8, Math.min(event.clientY + 14, window.innerHeight - box.height - 8))}px`;
+}
+
+function hideTip() {
+  tip.hidden = true;
+}
+
+// Calls move(event, x, y) in CSS pixels, and leave() when the pointer goes.
+function onHover(canvas, move, leave) {
+  canvas.addEventListener("pointermove", (event) => {
+    const box = canvas.getBoundingClientRect();
+    move(event, event.clientX - box.left, event.clientY - box.top);
+  });
+  canvas.addEventListener("pointerleave", () => {
+    hideTip();
+    leave();
+  });
+}

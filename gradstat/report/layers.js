@@ -1,0 +1,132 @@
+// The table: a row for each layer with the line of its rms, in any order, filtered by name.
+
+const COLUMNS = [
+  { name: "#", width: "52px", wide: true, order: (i) => i, text: (i) => String(i + 1) },
+  { name: "Layer", left: true, order: (i) => meta.layers[i], text: (i) => meta.layers[i] },
+  { name: "Elements", width: "100px", wide: true, order: (i) => meta.newest.numel[i], text: (i) => whole(meta.newest.numel[i]) },
+  { name: "rms by step, each on its own log scale", width: "34%", left: true, spark: true },
+  { name: "rms, newest", width: "104px", order: (i) => meta.newest.rms[i] ?? -1, text: (i) => number(meta.newest.rms[i]) },
+  { name: "Zeros", width: "78px", wide: true, order: (i) => zeroShare(i), text: (i) => share(zeroShare(i)) },
+  { name: "NaN, inf", width: "84px", wide: true, order: (i) => broken[i], text: (i) => whole(broken[i]), bad: (i) => broken[i] > 0 },
+];
+
+// Of the whole run.
+const broken = Array.from({ length: L }, (_, i) => part(arrays.nonfinite, i).reduce((a, b) => a + b, 0));
+
+function part(array, layer) {
+  return array.subarray(layer * T, (layer + 1) * T);
+}
+
+function zeroShare(layer) {
+  const at = layer * K + K - 1;
+  return arrays.sampleFinite[at] ? arrays.sampleZeros[at] / arrays.sampleFinite[at] : NaN;
+}
+
+function buildLayers(select) {
+  const body = byId("rows");
+  const sparks = new Map();
+  const seen = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      if (!entry.isIntersecting) continue;
+      seen.unobserve(entry.target);
+      const layer = Number(entry.target.parentElement.dataset.layer);
+      const drawing = addCanvas(entry.target.firstChild, 28, (context, width, height) => drawSpark(context, layer, width, height));
+      sparks.set(layer, drawing);
+      drawing.redraw();
+    }
+  }, { rootMargin: "200px" });
+  const rows = Array.from({ length: L }, (_, i) => {
+    const row = document.createElement("tr");
+    row.dataset.layer = String(i);
+    row.tabIndex = 0;
+    for (const column of COLUMNS) {
+      const cell = row.insertCell();
+      cell.className = [column.left && "text", column.wide && "wide", column.bad?.(i) && "bad"].filter(Boolean).join(" ");
+      if (column.spark) {
+        cell.className = "spark";
+        const holder = document.createElement("div");
+        cell.append(holder);
+        holder.style.height = "28px";
+        seen.observe(cell);
+      } else {
+        cell.textContent = column.text(i);
+        if (column.left) cell.title = column.text(i);
+      }
+    }
+    row.addEventListener("click", () => select(i, { from: "table" }));
+    return row;
+  });
+  body.addEventListener("keydown", (event) => {
+    const row = event.target.closest("tr");
+    const move = { ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling" }[event.key];
+    if (event.key === "Enter" || event.key === " ") select(Number(row.dataset.layer), { from: "table" });
+    else if (move) {
+      let to = row[move];
+      while (to && to.hidden) to = to[move];
+      to?.focus();
+    } else return;
+    event.preventDefault();
+  });
+  const hover = (event) => {
+    const cell = event.target.closest("td.spark");
+    if (!cell) return hideTip();
+    const layer = Number(cell.parentElement.dataset.layer);
+    const canvas = cell.querySelector("canvas");
+    if (!canvas) return;
+    const box = canvas.getBoundingClientRect();
+    const t = Math.floor(((event.clientX - box.left) / box.width) * T);
+    if (t >= 0 && t < T) showTip(event, meta.layers[layer], cellLines(layer, t));
+  };
+  body.addEventListener("pointermove", hover);
+  body.addEventListener("pointerleave", hideTip);
+  buildHead(body, rows);
+  body.append(...rows);
+  byId("filter").addEventListener("input", (event) => {
+    const wanted = event.target.value.trim().toLowerCase();
+    let shown = 0;
+    for (const row of rows) {
+      row.hidden = !meta.layers[Number(row.dataset.layer)].toLowerCase().includes(wanted);
+      shown += !row.hidden;
+    }
+    byId("none").hidden = shown > 0;
+  });
+  return rows;
+}
+
+function buildHead(body, rows) {
+  const heads = COLUMNS.map((column) => {
+    const head = document.createElement("th");
+    head.className = [column.left && "text", column.wide && "wide"].filter(Boolean).join(" ");
+    if (column.width) head.style.width = column.width;
+    const button = document.createElement("button");
+    button.type = "button";
+    button.textContent = column.name;
+    button.title = column.name;
+    button.style.overflow = "hidden";
+    button.style.textOverflow = "ellipsis";
+    head.append(button);
+    if (!column.order) button.disabled = true;
+    button.addEventListener("click", () => {
+      const down = head.getAttribute("aria-sort") === "descending";
+      const sign = down ? 1 : -1;
+      for (const other of heads) {
+        other.removeAttribute("aria-sort");
+        other.classList.remove("sorted");
+      }
+      head.setAttribute("aria-sort", down ? "ascending" : "descending");
+      head.classList.add("sorted");
+      const key = (row) => column.order(Number(row.dataset.layer));
+      const compare = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
+      body.append(...[...rows].sort((a, b) => sign * compare(key(a), key(b))));
+    });
+    return head;
+  });
+  byId("columns").append(...heads);
+}
+
+function drawSpark(context, layer, width, height) {
+  const [level, least, most] = [arrays.level, arrays.least, arrays.most].map((array) => part(array, layer));
+  const ends = spread([level, least, most], 2);
+  const box = { left: 0, top: 3, width, height: height - 6 };
+  curve(context, box, ends, level, least, most, part(arrays.nonfinite, layer));
+}

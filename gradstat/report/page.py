@@ -1,0 +1,160 @@
+"""The page: what `thin` leaves of a history, packed into one file of HTML."""
+
+from __future__ import annotations
+
+import base64
+import html
+import importlib.metadata
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gradstat.bins import Log2Bins
+from gradstat.diagnosis import diagnose
+from gradstat.history import History
+from gradstat.report import thin
+from gradstat.series import Array
+
+_SCRIPTS = ("data.js", "canvas.js", "map.js", "layers.js", "detail.js", "main.js")
+_NUMBERS = ("numel", "mean", "std", "rms", "l2", "min", "max", "zeros", "nan", "posinf", "neginf")
+_WIDTHS = ("<u1", "<u2", "<u4")
+
+
+def write(history: History, path: str | os.PathLike[str], *, title: str = "Gradients") -> None:
+    """Write a page that shows a run: findings, a map of magnitudes, every layer's distribution.
+
+    One file of HTML that loads nothing else. Long runs are thinned, and the page says how: a column
+    of its map is the statistics of all elements of some records in a row, together; distributions
+    are those of single records, evenly spread, the newest among them.
+
+    Args:
+        history: with one record at least.
+        path: the file, which appears whole or not at all; one that is there is replaced.
+        title: heading of the page.
+
+    Raises:
+        TypeError: something other than a History or a text.
+        ValueError: a history without records.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> import torch, gradstat
+        >>> model = torch.nn.Linear(3, 2)
+        >>> with gradstat.watch(model) as w:
+        ...     model(torch.ones(1, 3)).sum().backward()
+        >>> w.history.report("report.html")  # doctest: +SKIP
+    """
+    if not isinstance(history, History):
+        raise TypeError(f"report() needs a History; history is {type(history).__name__}")
+    if not isinstance(title, str):
+        raise TypeError(f"report() needs a text; title is {title!r}")
+    if len(history) == 0 or not history.layers:
+        raise ValueError(f"report() needs a History with records; history is {history!r}")
+    text = _render(history, title)
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _render(history: History, title: str) -> str:
+    files = resources.files("gradstat.report")
+
+    def read(name: str) -> str:
+        return (files / name).read_text(encoding="utf-8")
+
+    meta, data = _contents(history)
+    parts = {
+        "title": html.escape(title),
+        "style": read("report.css"),
+        "script": "".join(read(name) for name in _SCRIPTS),
+        # In a script element only "<" can end the text early.
+        "meta": json.dumps(meta, allow_nan=False).replace("<", "\\u003c"),
+        "data": data,
+    }
+    # In one pass: what is put in is not looked through again.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], read("template.html"))
+
+
+def _contents(history: History) -> tuple[dict[str, Any], str]:
+    """Everything the page's script reads: JSON, and arrays in base64."""
+    columns, samples = thin.columns(history), thin.samples(history)
+    log2 = isinstance(history.bins, Log2Bins)
+    arrays = {
+        "level": columns.level,
+        "least": columns.least,
+        "most": columns.most,
+        "zeros": columns.zeros,
+        "nonfinite": columns.nonfinite,
+        "counts": samples.counts,
+        "sampleFinite": samples.finite,
+        "sampleZeros": samples.zeros,
+        "sampleNonfinite": samples.nonfinite,
+    }
+    if samples.edges is not None:
+        arrays["sampleEdges"] = samples.edges
+    layout, data = _pack(arrays)
+    newest = history.record(-1)
+    numbers = {name: getattr(newest, name).tolist() for name in _NUMBERS}
+    meta = {
+        "version": importlib.metadata.version("gradstat"),
+        "bins": repr(history.bins),
+        "log2": log2,
+        "layers": history.layers,
+        "records": len(history),
+        "findings": [
+            {
+                "kind": finding.kind,
+                "severity": finding.severity,
+                "layer": history.layers.index(finding.layer),
+                "steps": finding.steps,
+                "sentence": finding.sentence,
+            }
+            for finding in diagnose(history)
+        ],
+        "steps": columns.steps.tolist(),
+        "sizes": columns.records.tolist(),
+        "sampleSteps": samples.steps.tolist(),
+        "first": samples.first.tolist(),
+        "rows": samples.rows.tolist(),
+        "newest": {name: [_json(x) for x in column] for name, column in numbers.items()},
+        "arrays": layout,
+    }
+    return meta, data
+
+
+def _pack(arrays: Mapping[str, Array]) -> tuple[dict[str, tuple[str, int, int]], str]:
+    """Arrays one after the other in base64, and the type, offset in bytes and length of each."""
+    layout, parts, offset = {}, [], 0
+    for name, array in arrays.items():
+        little = _narrow(array).ravel()
+        layout[name] = (little.dtype.str[1:], offset, little.size)
+        padding = -little.nbytes % 8
+        parts.append(little.tobytes() + bytes(padding))
+        offset += little.nbytes + padding
+    return layout, base64.b64encode(b"".join(parts)).decode("ascii")
+
+
+def _narrow(array: Array) -> Array:
+    """The same numbers in fewer bytes: counts in as few as hold them."""
+    if array.dtype.kind == "f":
+        return array.astype(array.dtype.newbyteorder("<"))
+    largest = int(array.max(initial=0))
+    for width in _WIDTHS:
+        if largest <= np.iinfo(width).max:
+            return array.astype(width)
+    return array.astype("<f8")
+
+
+def _json(x: float) -> float | None:
+    return x if math.isfinite(x) else None

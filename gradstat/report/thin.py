@@ -1,0 +1,151 @@
+"""A history of any length in few enough numbers for a page: columns of records, and samples.
+
+Nothing is interpolated. A column is the statistics of all elements of its records together; a
+sample is one record as it was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradstat.bins import Log2Bins
+from gradstat.history import History
+from gradstat.series import Array, divide, select
+
+_MAX_COLUMNS, _MAX_CELLS = 600, 120_000
+_MAX_SAMPLES, _MAX_HISTOGRAMS = 120, 24_000
+_MIN_COLUMNS, _MIN_SAMPLES = 20, 4  # however many layers there are
+_MAX_ROWS = 64  # of a histogram over linear bins
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A history of S records and L layers in T columns of records.
+
+    Args:
+        steps: first and last step of each column, int64 ``(T, 2)``.
+        records: how many each holds, int64 ``(T,)``.
+        level: log2 of the rms of all finite elements of a column, float32 ``(L, T)``; minus
+            infinity where they are zero, NaN where there are none.
+        least: log2 of the smallest rms of a record in it, float32 ``(L, T)``.
+        most: log2 of the largest.
+        zeros: share of zeros among the finite elements, float32 ``(L, T)``; NaN where there are
+            none.
+        nonfinite: NaN and infinite elements, int64 ``(L, T)``.
+    """
+
+    steps: Array
+    records: Array
+    level: Array
+    least: Array
+    most: Array
+    zeros: Array
+    nonfinite: Array
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Histograms of K of the records, of each layer over the rows that it fills in any of them.
+
+    Over `Log2Bins` a row is an octave of magnitudes: row r holds 2**(r - 127) up to 2**(r - 126),
+    row 0 all that is smaller and not zero. Over `LinearBins` a row is a bin or, of more than 64,
+    some neighbours.
+
+    Args:
+        steps: of each record, int64 ``(K,)``.
+        first: first row of each layer, int64 ``(L,)``.
+        rows: number of rows of each layer, int64 ``(L,)``.
+        counts: int64, layer by layer ``(K, rows)``, one after the other.
+        finite: finite elements, int64 ``(L, K)``.
+        zeros: of them, int64 ``(L, K)``.
+        nonfinite: the others, int64 ``(L, K)``.
+        edges: lowest and highest edge of the rows, float64 ``(L, K, 2)``; ``None`` over `Log2Bins`.
+    """
+
+    steps: Array
+    first: Array
+    rows: Array
+    counts: Array
+    finite: Array
+    zeros: Array
+    nonfinite: Array
+    edges: Array | None
+
+
+def columns(history: History) -> Columns:
+    """Put the records of a history in columns of nearly equal size."""
+    n_records, n_layers = len(history), len(history.layers)
+    count = min(n_records, _MAX_COLUMNS, max(_MIN_COLUMNS, _MAX_CELLS // n_layers))
+    starts = np.arange(count) * n_records // count
+    ends = np.append(starts[1:], n_records)
+    steps = np.stack([history.steps[starts], history.steps[ends - 1]], 1)
+    finite = history["finite"]
+    total = np.add.reduceat(finite, starts, axis=0)
+    nonfinite = np.add.reduceat(history["numel"] - finite, starts, axis=0)
+    zeros = np.add.reduceat(history["zeros"], starts, axis=0)
+    l2 = np.where(finite > 0, history["l2"], 0.0)
+    # Scaled by the largest norm of the column, so that no square overflows or underflows.
+    unit = np.maximum.reduceat(l2, starts, axis=0)
+    unit[unit == 0] = 1.0
+    squares = (l2 / np.repeat(unit, ends - starts, axis=0)) ** 2
+    rms = unit * np.sqrt(divide(np.add.reduceat(squares, starts, axis=0), total))
+    own = history["rms"]
+    return Columns(
+        steps,
+        ends - starts,
+        _log2(rms).T,
+        _log2(np.fmin.reduceat(own, starts, axis=0)).T,
+        _log2(np.fmax.reduceat(own, starts, axis=0)).T,
+        divide(zeros, total).T.astype(np.float32),
+        nonfinite.T,
+    )
+
+
+def samples(history: History) -> Samples:
+    """Take histograms of some records, evenly spread, the newest among them."""
+    n_layers = len(history.layers)
+    most = min(_MAX_SAMPLES, max(_MIN_SAMPLES, _MAX_HISTOGRAMS // n_layers))
+    steps = history.steps[select(history.steps, None, most)]
+    log2 = isinstance(history.bins, Log2Bins)
+    counts, numbers, ends = [], [], []
+    for step in steps.tolist():
+        record = history.record(step)
+        zeros = record.zeros.numpy()
+        rows = record.counts.numpy()
+        if log2:
+            rows = _octaves(rows, zeros)
+        else:
+            starts = np.arange(0, rows.shape[1], -(-rows.shape[1] // _MAX_ROWS))
+            rows = np.add.reduceat(rows, starts, axis=1)
+            ends.append(np.stack([record.low.numpy(), record.high.numpy()], -1))
+        counts.append(rows)
+        finite = record.finite.numpy()
+        numbers.append((finite, zeros, record.numel.numpy() - finite))
+    stacked = np.stack(counts, 1)
+    filled: Array = stacked.max(1) > 0
+    if not log2:
+        filled[:] = True
+    first = filled.argmax(1)
+    rows = np.where(filled.any(1), filled.shape[1] - filled[:, ::-1].argmax(1) - first, 0)
+    parts = [
+        stacked[i, :, a : a + n].ravel() for i, (a, n) in enumerate(zip(first, rows, strict=True))
+    ]
+    finite, zeros, nonfinite = (np.stack(each, 1) for each in zip(*numbers, strict=True))
+    edges = None if log2 else np.stack(ends, 1)
+    return Samples(steps, first, rows, np.concatenate(parts), finite, zeros, nonfinite, edges)
+
+
+def _octaves(counts: Array, zeros: Array) -> Array:
+    """Histograms of magnitudes by octave, ``(L, 255)``, without the zeros."""
+    magnitudes = counts[:, 1024:] + counts[:, 1023::-1]
+    octaves: Array = magnitudes.reshape(len(counts), 256, 4).sum(2)[:, :255]
+    octaves[:, 0] -= zeros
+    return octaves
+
+
+def _log2(x: Array) -> Array:
+    with np.errstate(divide="ignore"):
+        logarithm: Array = np.log2(x).astype(np.float32)
+    return logarithm

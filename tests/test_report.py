@@ -1,0 +1,214 @@
+"""The report: what is thinned and how, the file, and what is embedded in it."""
+
+import base64
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from histories import LONG_NAMES, falling, make_history, repeat_record
+
+import gradstat
+from gradstat import History
+from gradstat.report import thin, write
+
+LOG2 = gradstat.Log2Bins()
+
+
+def contents(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What a page's script reads."""
+    page = path.read_text(encoding="utf-8")
+    meta = json.loads(
+        re.search(r'<script type="application/json" id="meta">(.*?)</script>', page)[1]
+    )
+    data = base64.b64decode(re.search(r'id="data">(.*?)</script>', page)[1])
+    arrays = {
+        name: np.frombuffer(data, f"<{kind}", length, offset)
+        for name, (kind, offset, length) in meta["arrays"].items()
+    }
+    return meta, arrays
+
+
+def test_columns_of_a_short_history_are_its_records() -> None:
+    h = make_history(LOG2, layers=3, steps=5, absent=[(2, 1)])
+    columns = thin.columns(h)
+    assert columns.steps.tolist() == [[s, s] for s in range(5)]
+    assert columns.records.tolist() == [1] * 5
+    for each in (columns.level, columns.least, columns.most):
+        np.testing.assert_allclose(each, np.log2(h["rms"]).T, rtol=1e-6)
+    assert np.isnan(columns.level[1, 2])
+    assert np.isnan(columns.zeros[1, 2])
+
+
+def test_columns_of_a_long_history_are_its_elements_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(thin, "_MAX_COLUMNS", 2)
+
+    def gradient(step: int, layer: int) -> torch.Tensor:
+        x = falling(step, layer)[: 10 + step].double() * 10.0 ** (-200 * layer)
+        x[:step] = 0
+        return torch.cat([x, torch.full((step,), float("inf"))])
+
+    h = make_history(LOG2, layers=2, steps=5, gradient=gradient)
+    columns = thin.columns(h)
+    assert columns.steps.tolist() == [[0, 1], [2, 4]]
+    assert columns.records.tolist() == [2, 3]
+    for layer in range(2):
+        x = torch.cat([gradient(step, layer) for step in (2, 3, 4)])
+        finite = x[x.isfinite()].double()
+        unit = 10.0 ** (-200 * layer)
+        rms = float((finite / unit).square().mean().sqrt())
+        # Squares of 1e-200 would be zero.
+        assert columns.level[layer, 1] == pytest.approx(math.log2(rms) + math.log2(unit), rel=1e-6)
+        assert columns.nonfinite[layer, 1] == 2 + 3 + 4
+        assert columns.zeros[layer, 1] == pytest.approx(9 / len(finite))
+        own = np.log2(h["rms"][2:, layer])
+        assert columns.least[layer, 1] == pytest.approx(own.min(), rel=1e-6)
+        assert columns.most[layer, 1] == pytest.approx(own.max(), rel=1e-6)
+
+
+def test_columns_tell_zero_from_nothing() -> None:
+    gradients = [torch.zeros(3), torch.full((3,), float("nan")), torch.ones(3)]
+    h = make_history(LOG2, 3, 1, lambda step, layer: gradients[layer], absent=[(0, 2)])
+    columns = thin.columns(h)
+    assert columns.level[0, 0] == -math.inf
+    assert np.isnan(columns.level[1:, 0]).all()
+    assert columns.nonfinite[:, 0].tolist() == [0, 3, 0]
+
+
+def test_samples_count_magnitudes_by_octave() -> None:
+    x = torch.tensor([0.0, -0.0, 1e-40, 1.0, -1.5, 1.99, 2.0, -3e38, float("nan")])
+    h = make_history(LOG2, 1, 1, lambda step, layer: x)
+    samples = thin.samples(h)
+    rows = np.flatnonzero(samples.counts) + samples.first[0]
+    assert rows.tolist() == [0, 127, 128, 254]
+    assert samples.counts[samples.counts > 0].tolist() == [1, 3, 1, 1]
+    assert samples.counts.size == samples.rows[0] == 255
+    assert (samples.finite[0, 0], samples.zeros[0, 0], samples.nonfinite[0, 0]) == (8, 2, 1)
+
+
+def test_samples_are_spread_over_the_records_and_end_with_the_newest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(thin, "_MAX_SAMPLES", 4)
+    h = make_history(LOG2, layers=2, steps=31)
+    samples = thin.samples(h)
+    assert samples.steps.tolist() == [0, 10, 20, 30]
+    start = 0
+    for layer, (first, rows) in enumerate(zip(samples.first, samples.rows, strict=True)):
+        counts = samples.counts[start : start + 4 * rows].reshape(4, rows)
+        start += 4 * rows
+        assert counts.any(0)[[0, -1]].all()
+        for each, step in zip(counts, samples.steps, strict=True):
+            exponents = np.frexp(falling(int(step), layer).abs().numpy())[1] - 1 + 127 - first
+            assert each.tolist() == np.bincount(exponents, minlength=rows).tolist()
+    assert start == samples.counts.size
+
+
+def test_samples_of_linear_bins_sum_neighbours() -> None:
+    h = make_history(gradstat.LinearBins(130), layers=2, steps=3)
+    samples = thin.samples(h)
+    assert samples.rows.tolist() == [44, 44]
+    counts, edges = h.histogram("1.weight", 2)
+    summed = np.add.reduceat(counts, np.arange(0, 130, 3))
+    assert samples.counts.reshape(2, 3, 44)[1, 2].tolist() == summed.tolist()
+    assert samples.edges is not None
+    assert samples.edges[1, 2].tolist() == [edges[0], edges[-1]]
+
+
+@pytest.mark.parametrize("bins", [LOG2, gradstat.LinearBins(30), gradstat.LinearBins(4, -1.0, 1.0)])
+def test_report_holds_what_was_thinned(tmp_path: Path, bins: gradstat.Log2Bins) -> None:
+    h = make_history(bins, layers=3, steps=6, absent=[(5, 0)])
+    h.report(tmp_path / "run.html", title="A run")
+    meta, arrays = contents(tmp_path / "run.html")
+    assert meta["layers"] == h.layers
+    assert meta["records"] == 6
+    assert meta["bins"] == repr(bins)
+    columns, samples = thin.columns(h), thin.samples(h)
+    np.testing.assert_array_equal(arrays["level"], columns.level.ravel())
+    np.testing.assert_array_equal(arrays["counts"], samples.counts)
+    np.testing.assert_array_equal(arrays["sampleFinite"], samples.finite.ravel())
+    assert arrays["counts"].dtype == np.uint8
+    assert ("sampleEdges" in arrays) == (bins != LOG2)
+    assert meta["newest"]["rms"] == [None, *h["rms"][-1, 1:]]
+    assert [f["sentence"] for f in meta["findings"]] == [f.sentence for f in h.diagnose()]
+    assert [h.layers[f["layer"]] for f in meta["findings"]] == [f.layer for f in h.diagnose()]
+    assert meta["findings"]
+
+
+def test_report_loads_nothing(tmp_path: Path) -> None:
+    make_history(LOG2).report(tmp_path / "run.html")
+    page = (tmp_path / "run.html").read_text()
+    assert "default-src 'none'" in page
+    code = re.sub(r'(?s)<script type="application/.*?</script>', "", page)
+    assert re.findall(r"https?:|\bsrc=|@import|url\(|\bfetch\(|\bimport\b", code) == []
+    assert "{{" not in code.replace("${{", "")
+
+
+NASTY = '</script><img src=x onerror="alert(1)">&{{data}}\u2028'
+
+
+def test_report_escapes_names_and_title(tmp_path: Path) -> None:
+    h = make_history(LOG2, layers=[NASTY, "b"])
+    h.report(tmp_path / "run.html", title=NASTY)
+    page = (tmp_path / "run.html").read_text(encoding="utf-8")
+    assert "<img" not in page
+    assert "<h1>&lt;/script&gt;&lt;img src=x onerror=&quot;alert(1)&quot;&gt;&amp;{{data}}" in page
+    assert contents(tmp_path / "run.html")[0]["layers"] == [NASTY, "b"]
+
+
+def test_report_appears_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.html"
+    path.write_text("before")
+    h = make_history(LOG2)
+
+    def fail(self: Path, text: str, encoding: str) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fail)
+        with pytest.raises(OSError, match="disk full"):
+            h.report(path)
+    assert path.read_text() == "before"
+    h.report(path)
+    assert path.read_text().startswith("<!doctype html>")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_report_refuses_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "run.html"
+    with pytest.raises(ValueError, match=r"report\(\) needs a History with records; history is"):
+        History(["a"], LOG2).report(path)
+    with pytest.raises(TypeError, match=r"report\(\) needs a text; title is 3"):
+        make_history(LOG2).report(path, title=3)
+    with pytest.raises(TypeError, match=r"report\(\) needs a History; history is NoneType"):
+        write(None, path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report_of_500_layers_stays_under_10_mb_whatever_the_number_of_steps(
+    tmp_path: Path, generator: torch.Generator
+) -> None:
+    # Over 40 octaves, like the gradients of a million elements, and counts that take four bytes.
+    octaves = torch.exp2(-torch.arange(40.0)).repeat_interleave(2)
+    record = make_history(
+        LOG2,
+        [f"{name}.{i}" for i in range(42) for name in LONG_NAMES][:500],
+        1,
+        lambda step, layer: octaves,
+    )
+    history = repeat_record(record, 250)
+    history.report(tmp_path / "run.html")
+    columns, samples = thin.columns(history), thin.samples(history)
+    assert columns.level.shape == (500, 240)
+    assert samples.rows.tolist() == [40] * 500
+    # Here they take one byte.
+    larger = 4 / 3 * 3 * samples.counts.size
+    assert (tmp_path / "run.html").stat().st_size + larger < 10e6
