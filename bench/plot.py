@@ -124,7 +124,7 @@ def _bars(axes: Axes, kinds: list[str], values: dict[str, list[float]]) -> None:
             )
     axes.set_yscale("log")
     axes.set_xticks(range(len(kinds)), kinds)
-    axes.set_ylim(top=1.6 * max(map(max, values.values())))
+    axes.set_ylim(top=2.5 * max(map(max, values.values())))
 
 
 PLOTS = {"tensors": plot_tensors, "lists": plot_lists, "training": plot_training}

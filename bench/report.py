@@ -31,7 +31,7 @@ def find(document: Document, group: str, contestant: str) -> Row:
     for row in document["benchmarks"]:
         if row["group"] == group and row["contestant"] == contestant:
             return dict(row)
-    raise KeyError(f"{group}: {contestant}")
+    sys.exit(f"no tables: the results lack {contestant} of {group}; run the whole suite")
 
 
 def group(document: Document, name: str) -> list[Row]:
