@@ -100,6 +100,18 @@ def test_diagnose_finds_exploding_by_the_growth_over_steps(final: float, severit
     assert finding.numbers["growth"] == growth
 
 
+@pytest.mark.parametrize(
+    ("growth", "shown"), [(1234.5, "1,230-fold"), (7.6543e5, "765,000-fold"), (2e9, "2e+09-fold")]
+)
+def test_diagnose_rounds_the_growth_to_three_digits(growth: float, shown: str) -> None:
+    def gradient(step: int, layer: int) -> Tensor:
+        return torch.full((4,), growth if step >= 10 else 1.0)
+
+    finding = only(make_history(Log2Bins(), 1, 15, gradient), "exploding")
+    assert f"0.weight's gradient grew {shown}, from an rms of 1.0e+00 to " in finding.sentence
+    assert finding.sentence.endswith(" at step 11.")
+
+
 def test_diagnose_finds_exploding_in_a_run_of_thousands_of_records() -> None:
     history = make_history(LinearBins(1, -1.0, 1.0), 1, 1000, lambda step, layer: noise(step, 0))
     integers, floats = history.record().integers.numpy(), history.record().floats.numpy()
