@@ -76,8 +76,8 @@ def find_trend(run: Run, thresholds: Thresholds) -> list[Finding]:
         times = 10 ** abs(fit.fall)
         change = "shrinks" if kind == "vanishing" else "grows"
         sentence = (
-            f"From {last} back to {first} the gradient {change} {_round(times)}-fold, by a factor of "
-            f"{10 ** abs(fit.slope):.2g} at each layer."
+            f"From {last} back to {first} the gradient {change} {_round(times)}-fold, by a factor "
+            f"of {10 ** abs(fit.slope):.2g} at each layer."
         )
         severe = kind == "vanishing" and ratio <= thresholds.vanishing_severe
         severity: Severity = "severe" if severe else "warning"
@@ -123,8 +123,8 @@ def find_growth(run: Run, thresholds: Thresholds) -> list[Finding]:
         before, now = float(so_far[at, column]), float(rms[at, column])
         numbers = {"growth": times, "rms": now, "rms_before": before}
         sentence = (
-            f"{layer}'s gradient grew {_round(times)}-fold, from an rms of {before:.1e} to {now:.1e} "
-            f"at step {run.steps[blocks[at][-1]]}."
+            f"{layer}'s gradient grew {_round(times)}-fold, from an rms of {before:.1e} to "
+            f"{now:.1e} at step {run.steps[blocks[at][-1]]}."
         )
         severity: Severity = "severe" if times >= thresholds.exploding_severe else "warning"
         findings.append(Finding("exploding", severity, layer, steps, numbers, sentence))
