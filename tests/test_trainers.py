@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from recording import WEIGHTS, assert_record, make_model, n_hooks, n_step_hooks
+from recording import WEIGHTS, assert_record, assert_same, make_model, n_hooks, n_step_hooks
 from torch import Tensor, nn
 
 import gradstat
@@ -43,15 +43,17 @@ def lightning() -> Any:
     return lightning.pytorch
 
 
+QUIET = {
+    "accelerator": "cpu",
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+    "logger": False,
+}
+
+
 def make_trainer(lightning: Any, callback: Any, **options: Any) -> Any:
-    quiet = {
-        "accelerator": "cpu",
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": False,
-        "logger": False,
-    }
-    return lightning.Trainer(callbacks=[callback], **quiet, **options)
+    return lightning.Trainer(callbacks=[callback], **QUIET, **options)
 
 
 def make_module(lightning: Any, fails_at: int | None = None) -> Any:
@@ -162,9 +164,12 @@ def make_gpt(transformers: Any) -> nn.Module:
     return transformers.GPT2LMHeadModel(config)
 
 
-def train_gpt(transformers: Any, model: nn.Module, callback: Any, path: Path) -> None:
-    rows = [{"input_ids": x, "labels": x} for x in torch.randint(32, (12, 8)).unbind()]
-    arguments = transformers.TrainingArguments(
+def make_rows() -> list[dict[str, Tensor]]:
+    return [{"input_ids": x, "labels": x} for x in torch.randint(32, (12, 8)).unbind()]
+
+
+def make_arguments(transformers: Any, path: Path) -> Any:
+    return transformers.TrainingArguments(
         output_dir=str(path),
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
@@ -176,7 +181,11 @@ def train_gpt(transformers: Any, model: nn.Module, callback: Any, path: Path) ->
         disable_tqdm=True,
         use_cpu=True,
     )
-    transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+
+
+def train_gpt(transformers: Any, model: nn.Module, callback: Any, path: Path) -> None:
+    arguments = make_arguments(transformers, path)
+    transformers.Trainer(model, arguments, train_dataset=make_rows(), callbacks=[callback]).train()
 
 
 def test_transformers_callback_records_what_each_step_applies(
@@ -219,6 +228,39 @@ def test_transformers_callback_leaves_training_bit_identical(
         train_gpt(transformers, model, callback, tmp_path)
     for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine.view(torch.int32), theirs.view(torch.int32))
+
+
+PRINTED = re.compile(r"^```py\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def run_printed(package: str, namespace: dict[str, Any]) -> History:
+    """Run what docs/training.md prints for a trainer."""
+    code = next(
+        each for each in PRINTED.findall((ROOT / "docs/training.md").read_text()) if package in each
+    )
+    exec(code, namespace)
+    return namespace["gradients"].history
+
+
+def test_lightning_lines_run_as_printed(
+    lightning: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"Trainer": lightning.Trainer, "options": QUIET, "loader": loader()}
+    history = run_printed("lightning", {**names, "module": make_module(lightning)})
+    assert history.steps.tolist() == [0, 2, 4]
+    assert_same(History.load(tmp_path / "run" / "lightning"), history)
+
+
+def test_transformers_lines_run_as_printed(
+    transformers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, rows = make_arguments(transformers, tmp_path), make_rows()
+    names = {"Trainer": transformers.Trainer, "arguments": arguments, "rows": rows}
+    history = run_printed("transformers", {**names, "model": make_gpt(transformers)})
+    assert history.steps.tolist() == [0, 2, 4]
+    assert_same(History.load(tmp_path / "run" / "transformers"), history)
 
 
 def lightning_callback() -> type:
