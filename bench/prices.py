@@ -52,7 +52,9 @@ def instructions(kernel: Any, dtype: torch.dtype, scheme: str, architecture: int
     """Instructions of an element in the main loop."""
     _, signature, constants = roofline.kernel_arguments("measure", dtype, scheme)
     target = GPUTarget("cuda", architecture, 32)
-    compiled = sass.compile_kernel(kernel, signature, constants, target, num_warps=gpu.NUM_WARPS)
+    compiled = sass.compile_kernel(
+        kernel, signature, constants, target, num_warps=gpu.THREADS // target.warp_size
+    )
     return len(sass.inspect(compiled).loop) / gpu.EACH
 
 

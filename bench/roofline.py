@@ -95,7 +95,9 @@ def examine(architecture: int, dtype: torch.dtype, scheme: str) -> dict[str, Any
     kernel, signature, constants = kernel_arguments("measure", dtype, scheme)
     target = GPUTarget("cuda", architecture, 32)
     code = sass.inspect(
-        sass.compile_kernel(kernel, signature, constants, target, num_warps=gpu.NUM_WARPS)
+        sass.compile_kernel(
+            kernel, signature, constants, target, num_warps=gpu.THREADS // target.warp_size
+        )
     )
     programs = min(REGISTERS // (gpu.THREADS * code.registers), 2048 // gpu.THREADS)
     return {

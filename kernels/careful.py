@@ -34,45 +34,6 @@ def find_unit(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, THREADS: tl
 
 
 @triton.jit
-def _extremes(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, THREADS: tl.constexpr):
-    """Smallest and largest finite value (infinite if there is none) and non-finite counts."""
-    threads = tl.arange(0, THREADS)
-    smallest = tl.full((THREADS,), INF, tl.float32)
-    largest = tl.full((THREADS,), -INF, tl.float32)
-    nans = tl.zeros((THREADS,), tl.int32)
-    posinfs = tl.zeros((THREADS,), tl.int32)
-    neginfs = tl.zeros((THREADS,), tl.int32)
-    for start in range(0, n, THREADS):
-        offsets = start + threads
-        x = load_any(address, strides, offsets, n, 0.0, DTYPE, IS_BFLOAT16)
-        used = (tl.abs(x) < INF) & (offsets < n)
-        smallest = tl.minimum(smallest, tl.where(used, x, INF))
-        largest = tl.maximum(largest, tl.where(used, x, -INF))
-        nans += (x != x).to(tl.int32)
-        posinfs += (x == INF).to(tl.int32)
-        neginfs += (x == -INF).to(tl.int32)
-    return tl.min(smallest), tl.max(largest), tl.sum(nans), tl.sum(posinfs), tl.sum(neginfs)
-
-
-@triton.jit
-def _sums(
-    address, strides, n, scale, center, DTYPE, IS_BFLOAT16: tl.constexpr, THREADS: tl.constexpr
-):
-    """Sums of d, abs(d) and d * d, with d = x * scale - center, over finite x."""
-    threads = tl.arange(0, THREADS)
-    total = tl.zeros((THREADS,), tl.float32)
-    magnitudes = tl.zeros((THREADS,), tl.float32)
-    squares = tl.zeros((THREADS,), tl.float32)
-    for start in range(0, n, THREADS):
-        x = load_any(address, strides, start + threads, n, INF, DTYPE, IS_BFLOAT16)
-        d = tl.where(tl.abs(x) < INF, x * scale - center, 0.0)
-        total += d
-        magnitudes += tl.abs(d)
-        squares += d * d
-    return tl.sum(total), tl.sum(magnitudes), tl.sum(squares)
-
-
-@triton.jit
 def zero_counts(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, THREADS: tl.constexpr):
     """Elements equal to zero, and those of them with a minus sign."""
     threads = tl.arange(0, THREADS)
@@ -87,10 +48,9 @@ def zero_counts(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, THREADS: 
 
 @triton.jit
 def careful_sums(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, THREADS: tl.constexpr):
-    """Sums over the finite elements, whatever their magnitude, and non-finite counts.
+    """Sums over the finite elements in float64, and non-finite counts.
 
-    Values are scaled so that the largest magnitude is in [1, 2); deviations are taken from the mean
-    in a pass of their own. The item is still in cache.
+    Deviations are taken from the mean in a pass of their own. The item is still in cache.
 
     Args:
         address: see items.py, as strides and n.
@@ -101,31 +61,49 @@ def careful_sums(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, THREADS:
         THREADS: elements loaded at once.
 
     Returns:
-        sum, l1, sum of squares, sum of squared deviations from the mean (float64); smallest and
-        largest (float32, infinite when there is no finite element); finite, nan, posinf, neginf
-        (int32).
+        sum, l1, sum of squared deviations from the mean (float64); smallest and largest (float32,
+        infinite when there is no finite element); finite, nan, posinf, neginf (int32).
     """
-    lo, hi, nan, posinf, neginf = _extremes(address, strides, n, DTYPE, IS_BFLOAT16, THREADS)
+    threads = tl.arange(0, THREADS)
+    total = tl.zeros((THREADS,), tl.float64)
+    magnitudes = tl.zeros((THREADS,), tl.float64)
+    smallest = tl.full((THREADS,), INF, tl.float32)
+    largest = tl.full((THREADS,), -INF, tl.float32)
+    nans = tl.zeros((THREADS,), tl.int32)
+    posinfs = tl.zeros((THREADS,), tl.int32)
+    neginfs = tl.zeros((THREADS,), tl.int32)
+    for start in range(0, n, THREADS):
+        offsets = start + threads
+        x = load_any(address, strides, offsets, n, 0.0, DTYPE, IS_BFLOAT16)
+        is_finite = tl.abs(x) < INF
+        used = is_finite & (offsets < n)
+        value = tl.where(is_finite, x, 0.0).to(tl.float64)
+        total += value
+        magnitudes += tl.abs(value)
+        smallest = tl.minimum(smallest, tl.where(used, x, INF))
+        largest = tl.maximum(largest, tl.where(used, x, -INF))
+        nans += (x != x).to(tl.int32)
+        posinfs += (x == INF).to(tl.int32)
+        neginfs += (x == -INF).to(tl.int32)
+    nan = tl.sum(nans)
+    posinf = tl.sum(posinfs)
+    neginf = tl.sum(neginfs)
     finite = n - nan - posinf - neginf
-    largest_magnitude = tl.maximum(tl.maximum(-lo, hi), 0.0)
-    scale = power_of_two(largest_magnitude)
-    unit = 1.0 / scale.to(tl.float64)
-    total, l1, _ = _sums(address, strides, n, scale, 0.0, DTYPE, IS_BFLOAT16, THREADS)
-    center = tl.where(finite > 0, total / finite, 0.0)
-    rest, _, squares = _sums(address, strides, n, scale, center, DTYPE, IS_BFLOAT16, THREADS)
+    sum64 = tl.sum(total)
+    mean = sum64 / tl.maximum(finite, 1)
 
-    count = tl.maximum(finite, 1).to(tl.float64)
-    rest64 = rest.to(tl.float64)
-    sum64 = center.to(tl.float64) * finite + rest64
-    deviations = tl.maximum(squares.to(tl.float64) - rest64 * rest64 / count, 0.0)
-    squares64 = deviations + sum64 * sum64 / count
+    squares = tl.zeros((THREADS,), tl.float64)
+    for start in range(0, n, THREADS):
+        x = load_any(address, strides, start + threads, n, INF, DTYPE, IS_BFLOAT16)
+        is_finite = tl.abs(x) < INF
+        away = tl.where(is_finite, x, 0.0).to(tl.float64) - mean
+        squares += tl.where(is_finite, away * away, 0.0)
     return (
-        sum64 * unit,
-        l1.to(tl.float64) * unit,
-        squares64 * unit * unit,
-        deviations * unit * unit,
-        lo,
-        hi,
+        sum64,
+        tl.sum(magnitudes),
+        tl.sum(squares),
+        tl.min(smallest),
+        tl.max(largest),
         finite,
         nan,
         posinf,

@@ -24,7 +24,7 @@ def histogram_kernel(
     """Linear histogram of work item ``program_id``.
 
     Args:
-        items_ptr: int64 (W, 7), see items.py.
+        items_ptr: int64 (W, 9), see items.py.
         ranges_ptr: float32 (L, 2), low and high of each tensor.
         counts_ptr: int64 (L, BINS); bins are added to it.
         DTYPE: element type of the tensors; int16 for bfloat16.

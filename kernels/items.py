@@ -1,6 +1,6 @@
 """Work items: how a program finds its elements.
 
-A launch takes a table of work items, int64, shape (W, 7). Item w is part of one tensor and is read
+A launch takes a table of work items, int64, shape (W, 9). Item w is part of one tensor and is read
 by program w. Its fields, in order:
 
     address       of its first element, in bytes
@@ -9,13 +9,15 @@ by program w. Its fields, in order:
     n_aligned     of these, elements in whole tiles, contiguous from a 16-byte boundary
     inner         length of a row of the rest; element i is in row i // inner
     inner_stride  elements between neighbours in a row
-    outer_stride  elements between rows
+    middle        rows of a plane
+    middle_stride elements between rows
+    outer_stride  elements between planes
 """
 
 import triton
 import triton.language as tl
 
-ITEM_FIELDS = tl.constexpr(7)
+ITEM_FIELDS = tl.constexpr(9)
 
 
 @triton.jit
@@ -28,8 +30,11 @@ def load_item(items_ptr):
     n_aligned = tl.load(field_ptr + 3).to(tl.int32)
     inner = tl.load(field_ptr + 4).to(tl.int32)
     inner_stride = tl.load(field_ptr + 5)
-    outer_stride = tl.load(field_ptr + 6)
-    return address, tensor, n, n_aligned, (inner, inner_stride, outer_stride)
+    middle = tl.load(field_ptr + 6).to(tl.int32)
+    middle_stride = tl.load(field_ptr + 7)
+    outer_stride = tl.load(field_ptr + 8)
+    strides = (inner, inner_stride, middle, middle_stride, outer_stride)
+    return address, tensor, n, n_aligned, strides
 
 
 @triton.jit
@@ -71,8 +76,10 @@ def load_tile(
 @triton.jit
 def load_any(address, strides, offsets, n, other, DTYPE: tl.constexpr, IS_BFLOAT16: tl.constexpr):
     """Elements at offsets of any item, as float32; ``other`` where the offset is not below n."""
-    inner, inner_stride, outer_stride = strides
-    where = (offsets // inner) * outer_stride + (offsets % inner) * inner_stride
+    inner, inner_stride, middle, middle_stride, outer_stride = strides
+    row = offsets // inner
+    where = (row // middle) * outer_stride + (row % middle) * middle_stride
+    where += (offsets % inner) * inner_stride
     mask = offsets < n
     x = widen(tl.load(address.to(tl.pointer_type(DTYPE)) + where, mask=mask, other=0), IS_BFLOAT16)
     return tl.where(mask, x, other)

@@ -58,7 +58,7 @@ def measure_kernel(
     """Sums, extremes, zero and non-finite counts and the histogram of work item ``program_id``.
 
     Args:
-        items_ptr: int64 (W, 7), see items.py.
+        items_ptr: int64 (W, 9), see items.py.
         ranges_ptr: float32 (L, 2), low and high of each tensor; not read for log2 bins.
         partials_ptr: float64 (W, 13): sum, l1, sum of squares, squared deviations from the mean,
             min, max, finite, zeros, nan, posinf, neginf, below, above.
@@ -144,23 +144,24 @@ def measure_kernel(
     a = tl.sum(magnitudes)
     lo = tl.min(smallest)
     hi = tl.max(largest)
-    # A NaN or an infinity makes q one as well, so it is not safe.
-    safe = (lo == hi) | ((q >= SAFE_SQUARES) & (s * s <= 0.5 * q * n))
-    if safe & (q < INF) & (a < INF):
+    # Not where the squares underflowed, where the center is large beside the values, or where it is
+    # far from their mean. A NaN or an infinity makes q one as well.
+    centered = (tl.abs(center) * n <= 4.0 * unit * a) & (s * s <= 0.5 * q * n)
+    if ((lo == hi) | ((q >= SAFE_SQUARES) & centered)) & (q < INF) & (a < INF):
         inverse = 1.0 / unit.to(tl.float64)
         shift = center.to(tl.float64) * n
         sum64 = (s.to(tl.float64) + shift) * inverse
         l1 = a.to(tl.float64)
         deviations = (q.to(tl.float64) - s.to(tl.float64) * s / n) * inverse * inverse
-        squares64 = deviations + sum64 * sum64 / n
         finite = n
         nan = 0
         posinf = 0
         neginf = 0
     else:
-        sum64, l1, squares64, deviations, lo, hi, finite, nan, posinf, neginf = careful_sums(
+        sum64, l1, deviations, lo, hi, finite, nan, posinf, neginf = careful_sums(
             address, strides, n, DTYPE, IS_BFLOAT16, THREADS
         )
+    squares64 = deviations + sum64 * sum64 / tl.maximum(finite, 1)
 
     z = tl.sum(zeros).to(tl.int32)
     below = 0

@@ -58,12 +58,12 @@ class Engine:
         low: torch.Tensor | None = None,
         high: torch.Tensor | None = None,
     ) -> Statistics:
-        with _numpy_silent_as_a_gpu() if self.is_interpreted else nullcontext():
+        with numpy_silent_as_a_gpu() if self.is_interpreted else nullcontext():
             return ops.measure(tensors, bins or Log2Bins(), low, high, self.name)
 
 
 @contextmanager
-def _numpy_silent_as_a_gpu() -> Iterator[None]:
+def numpy_silent_as_a_gpu() -> Iterator[None]:
     """The interpreter computes in NumPy, which warns of NaN, infinities and overflowing squares."""
     with np.errstate(invalid="ignore", over="ignore"), warnings.catch_warnings():
         # nanmin and nanmax, which stand for tl.min and tl.max.

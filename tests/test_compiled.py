@@ -25,7 +25,8 @@ for target in (GPUTarget("hip", "gfx942", 64), GPUTarget("cuda", 90, 32)):
             for scheme in roofline.SCHEMES:
                 if (name, scheme) != ("histogram", "Log2Bins()"):
                     arguments = roofline.kernel_arguments(name, dtype, scheme)
-                    compiled = sass.compile_kernel(*arguments, target, num_warps=gpu.NUM_WARPS)
+                    warps = gpu.THREADS // target.warp_size
+                    compiled = sass.compile_kernel(*arguments, target, num_warps=warps)
                     print(target.arch, name, dtype, scheme, list(compiled.asm)[-1])
 """
 

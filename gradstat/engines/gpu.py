@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import threading
 from collections import OrderedDict
@@ -26,10 +27,8 @@ from gradstat.statistics import FLOATS, INTEGERS, Statistics
 
 MAX_BINS = 4093  # a program keeps its histogram, with three more slots, in registers
 FINISH_BLOCK = 128
-MAX_PLANS = 64
-
-NUM_WARPS = 8
-THREADS = 32 * NUM_WARPS
+MAX_TABLE_BYTES = 64 << 20  # of all plans that are kept
+THREADS = 256
 EACH = 16  # elements of a tile for each thread
 VECTOR_BYTES = 16
 # Element types in device code; bfloat16 as its bits.
@@ -57,6 +56,13 @@ class Plan:
 
     groups: list[Group]
     float64_rows: list[int]
+    stream: int  # on which the tables were uploaded
+    uploaded: torch.cuda.Event | None
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of its tables on the device."""
+        return sum(group.items.nbytes + group.spans.nbytes for group in self.groups)
 
 
 def measure(
@@ -102,8 +108,8 @@ def measure(
         kind, ranges = AUTOMATIC_RANGE, torch.empty((n, 2), dtype=torch.float32, device=device)
     else:
         kind, ranges = KNOWN_RANGE, torch.stack([low, high], 1)
-    plan = _plan(tensors)
     with _on(device):
+        plan = _plan(tensors, device)
         for group in plan.groups:
             _launch(group, result, ranges, kind)
     for i in plan.float64_rows:
@@ -115,9 +121,10 @@ def measure(
 def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None:
     bins, n_items = result.bins, len(group.items)
     element, vector = ELEMENTS[group.dtype], VECTOR_BYTES // group.dtype.itemsize
+    is_nice = isinstance(bins, LinearBins) and bins.nice
     is_bfloat16 = group.dtype == torch.bfloat16
     n_bins = 0 if kind == AUTOMATIC_RANGE else bins.bins
-    slots = slots_of(bins)
+    slots, num_warps = slots_of(bins), _num_warps(ranges.device)
     partials = result.floats.new_empty((n_items, PARTIAL_FIELDS.value))
     if n_items:
         measure_kernel[(n_items,)](
@@ -133,20 +140,20 @@ def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None
             EACH // vector,
             THREADS,
             vector,
-            num_warps=NUM_WARPS,
+            num_warps=num_warps,
         )
     finish_kernel[(len(group.spans),)](
         group.spans,
         partials,
         ranges,
-        powers_of_ten(ranges.device),
+        powers_of_ten(ranges.device) if is_nice else ranges,  # else not read
         result.integers,
         result.floats,
         bins.bins,
         kind,
-        isinstance(bins, LinearBins) and bins.nice,
+        is_nice,
         FINISH_BLOCK,
-        num_warps=NUM_WARPS,
+        num_warps=num_warps,
         enable_fp_fusion=False,
     )
     if n_items and kind == AUTOMATIC_RANGE:
@@ -161,7 +168,7 @@ def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None
             EACH // vector,
             THREADS,
             vector,
-            num_warps=NUM_WARPS,
+            num_warps=num_warps,
         )
 
 
@@ -172,43 +179,89 @@ def slots_of(bins: Bins) -> int:
 
 _plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 _plans_lock = threading.Lock()
+# What a CUDA graph reads at every replay: plans, and tables in the host's memory.
+_captured: list[Any] = []
 
 
-def _plan(tensors: Sequence[Tensor]) -> Plan:
+def _plan(tensors: Sequence[Tensor], device: torch.device) -> Plan:
     """Plan of a list; built and uploaded anew only when addresses, shapes or dtypes change."""
     # Mapped methods: this is most of the cost of a call with many tensors.
     key: tuple[Any, ...] = (
+        device,
         tuple(map(Tensor.data_ptr, tensors)),
         tuple(map(Tensor.numel, tensors)),
         tuple(map(_dtype_of, tensors)),
     )
     if not all(map(Tensor.is_contiguous, tensors)):
         key = (*key, tuple([(x.shape, x.stride()) for x in tensors]))
+    is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     with _plans_lock:
         plan = _plans.get(key)
         if plan is not None:
             _plans.move_to_end(key)
-            return plan
-    rows: dict[torch.dtype, list[int]] = {}
-    for i, x in enumerate(tensors):
-        rows.setdefault(x.dtype, []).append(i)
-    plan = Plan([], rows.pop(torch.float64, []))
-    for dtype, members in rows.items():
-        items, spans = make_items([tensors[i] for i in members], members, EACH * THREADS)
-        device = tensors[0].device
-        plan.groups.append(Group(dtype, _upload(items, device), _upload(spans, device)))
-    with _plans_lock:
-        _plans[key] = plan
-        if len(_plans) > MAX_PLANS:
-            _plans.popitem(last=False)
+    if plan is None:
+        plan = _make_plan(tensors, device, is_capturing)
+        if not is_capturing:
+            _keep_plan(key, plan)
+    elif is_capturing:
+        _captured.append(plan)
+    elif plan.uploaded is not None:
+        _wait_for_tables(plan)
     return plan
 
 
-def _upload(table: NDArray[Any], device: torch.device) -> Tensor:
+def _make_plan(tensors: Sequence[Tensor], device: torch.device, is_capturing: bool) -> Plan:
+    rows: dict[torch.dtype, list[int]] = {}
+    for i, x in enumerate(tensors):
+        if x.numel() and not x.data_ptr():
+            raise ValueError(f"measure() needs tensors with values; tensors[{i}] has no storage")
+        rows.setdefault(x.dtype, []).append(i)
+    float64_rows = rows.pop(torch.float64, [])
+    groups = []
+    for dtype, members in rows.items():
+        tables = make_items([tensors[i] for i in members], members, EACH * THREADS)
+        items, spans = (_upload(table, device, is_capturing) for table in tables)
+        groups.append(Group(dtype, items, spans))
+    if device.type != "cuda" or is_capturing:
+        return Plan(groups, float64_rows, 0, None)
+    stream = torch.cuda.current_stream(device)
+    return Plan(groups, float64_rows, stream.cuda_stream, stream.record_event())
+
+
+def _keep_plan(key: tuple[Any, ...], plan: Plan) -> None:
+    with _plans_lock:
+        _plans[key] = plan
+        total = sum(each.table_bytes for each in _plans.values())
+        while total > MAX_TABLE_BYTES and len(_plans) > 1:
+            total -= _plans.popitem(last=False)[1].table_bytes
+
+
+def _wait_for_tables(plan: Plan) -> None:
+    """Let the current stream use tables that another one uploaded."""
+    stream = torch.cuda.current_stream()
+    if stream.cuda_stream != plan.stream and plan.uploaded is not None:
+        stream.wait_event(plan.uploaded)
+        for group in plan.groups:
+            group.items.record_stream(stream)
+            group.spans.record_stream(stream)
+
+
+def _upload(table: NDArray[Any], device: torch.device, is_capturing: bool) -> Tensor:
     host = torch.from_numpy(table)
     if device.type == "cpu":
         return host
+    if is_capturing:
+        # No pinned memory can be had now; every replay copies the table anew from here.
+        _captured.append(host)
+        return host.to(device, non_blocking=True)
     return host.pin_memory().to(device, non_blocking=True)
+
+
+@functools.cache
+def _num_warps(device: torch.device) -> int:
+    """Warps of a program: of 32 threads, on AMD's data-centre GPUs of 64."""
+    warp = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+    return int(THREADS // warp)
 
 
 def _copy_row(source: Statistics, target: Statistics, row: int) -> None:

@@ -22,13 +22,14 @@ ALIGNMENT = 16  # bytes of the widest load
 
 
 class Run(NamedTuple):
-    """A part of a tensor: rows of equally spaced elements; offsets and strides in elements."""
+    """A part of a tensor: planes of rows of equally spaced elements.
+
+    Offset and strides in elements; strides from the element to the plane.
+    """
 
     offset: int
-    inner: int
-    inner_stride: int
-    outer: int
-    outer_stride: int
+    sizes: tuple[int, int, int]
+    strides: tuple[int, int, int]
 
 
 def make_items(tensors: Sequence[Tensor], rows: Sequence[int], tile: int) -> tuple[Array, Array]:
@@ -40,7 +41,7 @@ def make_items(tensors: Sequence[Tensor], rows: Sequence[int], tile: int) -> tup
         tile: elements of a whole tile.
 
     Returns:
-        items, int64 ``(W, 7)``, see kernels/items.py; and spans, int64 ``(N, 4)``: row, first
+        items, int64 ``(W, 9)``, see kernels/items.py; and spans, int64 ``(N, 4)``: row, first
         item, end of its items, numel.
     """
     total = sum(x.numel() for x in tensors)
@@ -55,7 +56,7 @@ def make_items(tensors: Sequence[Tensor], rows: Sequence[int], tile: int) -> tup
             blocks.append(block)
             n_items += len(block)
         spans[i] = row, first, n_items, x.numel()
-    items = np.concatenate(blocks) if blocks else np.empty((0, 7), dtype=np.int64)
+    items = np.concatenate(blocks) if blocks else np.empty((0, 9), dtype=np.int64)
     return items, spans
 
 
@@ -63,14 +64,17 @@ def _runs(x: Tensor, size: int) -> Iterator[Run]:
     """Parts of a tensor, each element in one of them, in memory order where there is one."""
     dims = _merge_dims(x)
     if len(dims) == 1 and dims[0][1] == 1:
-        yield Run(0, dims[0][0], 1, 1, 0)
+        yield Run(0, (dims[0][0], 1, 1), (1, 0, 0))
         return
-    *others, (outer, outer_stride), (inner, inner_stride) = [(1, 0), *dims]
-    if inner_stride == 1 and inner >= size:
-        others, outer, outer_stride = [*others, (outer, outer_stride)], 1, 0
+    *others, outer, middle, inner = [(1, 0), (1, 0), *dims]
+    if inner[0] * middle[0] > size:  # more than an item: its rows are split alone
+        others, outer, middle = [*others, outer], middle, (1, 0)
+    if inner[1] == 1 and inner[0] >= size:  # so long a row has whole tiles
+        others, outer = [*others, outer], (1, 0)
+    sizes, strides = zip(inner, middle, outer, strict=True)
     for at in product(*(range(length) for length, _ in others)):
         offset = sum(k * stride for k, (_, stride) in zip(at, others, strict=True))
-        yield Run(offset, inner, inner_stride, outer, outer_stride)
+        yield Run(offset, sizes, strides)
 
 
 def _merge_dims(x: Tensor) -> list[tuple[int, int]]:
@@ -92,19 +96,24 @@ def _merge_dims(x: Tensor) -> list[tuple[int, int]]:
 
 
 def _split_run(x: Tensor, row: int, run: Run, size: int, tile: int) -> Array:
-    address = x.data_ptr() + run.offset * x.element_size()
-    if run.outer == 1 and run.inner_stride == 1:
-        return _split_contiguous(address, row, run.inner, x.element_size(), size, tile)
-    pieces = []
-    columns = min(run.inner, size)
-    lines = max(1, size // columns)
-    for line, column in product(range(0, run.outer, lines), range(0, run.inner, columns)):
-        offset = line * run.outer_stride + column * run.inner_stride
-        width = min(columns, run.inner - column)
-        n = width * min(lines, run.outer - line)
-        where = address + offset * x.element_size()
-        pieces.append((where, row, n, 0, width, run.inner_stride, run.outer_stride))
-    return np.array(pieces, dtype=np.int64).reshape(-1, 7)
+    address, itemsize = x.data_ptr() + run.offset * x.element_size(), x.element_size()
+    inner, middle, outer = run.sizes
+    inner_stride, middle_stride, outer_stride = run.strides
+    if middle == outer == inner_stride == 1:
+        return _split_contiguous(address, row, inner, itemsize, size, tile)
+    columns = min(inner, size)
+    planes = max(1, size // (columns * middle))
+    grid = np.meshgrid(np.arange(0, outer, planes), np.arange(0, inner, columns), indexing="ij")
+    plane, column = (axis.reshape(-1) for axis in grid)
+    width = np.minimum(columns, inner - column)
+    items = np.empty((len(plane), 9), dtype=np.int64)
+    items[:, 0] = address + (plane * outer_stride + column * inner_stride) * itemsize
+    items[:, 1] = row
+    items[:, 2] = width * middle * np.minimum(planes, outer - plane)
+    items[:, 3] = 0
+    items[:, 4] = width
+    items[:, 5:] = inner_stride, middle, middle_stride, outer_stride
+    return items
 
 
 def _split_contiguous(address: int, row: int, n: int, itemsize: int, size: int, tile: int) -> Array:
@@ -114,13 +123,13 @@ def _split_contiguous(address: int, row: int, n: int, itemsize: int, size: int, 
     if head:
         starts = np.concatenate([np.zeros(1, dtype=np.int64), starts])
     lengths = np.diff(starts, append=n)
-    items = np.empty((len(starts), 7), dtype=np.int64)
+    items = np.empty((len(starts), 9), dtype=np.int64)
     items[:, 0] = address + starts * itemsize
     items[:, 1] = row
     items[:, 2] = lengths
     items[:, 3] = lengths // tile * tile
     items[:, 4] = 1 << 30  # one row
-    items[:, 5:] = 1, 0
+    items[:, 5:] = 1, 1, 0, 0
     if head:
         items[0, 3] = 0
     return items
