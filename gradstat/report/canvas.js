@@ -98,7 +98,7 @@ function stepAxis(context, first, left, width, top) {
   context.strokeStyle = css("--line");
   const last = first[first.length - 1];
   let edge = -Infinity;
-  for (const step of roundTicks(first[0], last, width / 70, true)) {
+  for (const step of roundTicks(first[0], last, width / 55, true)) {
     let column = first.findIndex((each) => each >= step);
     if (column < 0) column = first.length - 1;
     const x = left + ((column + 0.5) / first.length) * width;

@@ -195,13 +195,13 @@ function drawShares(context, width) {
   const colors = dark.matches ? densityDark : densityLight;
   const { largest } = extent(state.layer);
   type(context, 11, "left", "middle");
-  const text = `share of the finite elements, up to ${share(largest)}`;
-  for (let x = 0; x < 90; x++) {
-    context.fillStyle = `rgb(${colorAt(colors, 0.08 + 0.92 * Math.sqrt(x / 89)).join()})`;
+  const text = `share of the elements, up to ${share(largest)}`;
+  for (let x = 0; x < 60; x++) {
+    context.fillStyle = `rgb(${colorAt(colors, 0.08 + 0.92 * Math.sqrt(x / 59)).join()})`;
     context.fillRect(LEFT + x, 3, 1, 8);
   }
   context.fillStyle = css("--muted");
-  context.fillText(text, LEFT + 98, 7);
+  context.fillText(text, LEFT + 68, 7);
 }
 
 function drawHistogram(context, width, height) {

@@ -4,7 +4,7 @@ const COLUMNS = [
   { name: "#", width: "52px", wide: true, order: (i) => i, text: (i) => String(i + 1) },
   { name: "Layer", left: true, order: (i) => meta.layers[i], text: (i) => meta.layers[i] },
   { name: "Elements", width: "100px", wide: true, order: (i) => meta.newest.numel[i], text: (i) => whole(meta.newest.numel[i]) },
-  { name: "rms by step, each on its own log scale", width: "34%", left: true, spark: true },
+  { name: "rms by step, own log scale", width: "28%", left: true, spark: true },
   { name: "rms, newest", width: "104px", order: (i) => meta.newest.rms[i] ?? -1, text: (i) => number(meta.newest.rms[i]) },
   { name: "Zeros", width: "78px", wide: true, order: (i) => zeroShare(i), text: (i) => share(zeroShare(i)) },
   { name: "NaN, inf", width: "84px", wide: true, order: (i) => broken[i], text: (i) => whole(broken[i]), bad: (i) => broken[i] > 0 },
@@ -34,7 +34,7 @@ function buildLayers(select) {
       sparks.set(layer, drawing);
       drawing.redraw();
     }
-  }, { rootMargin: "200px" });
+  }, { rootMargin: "1500px" });
   const rows = Array.from({ length: L }, (_, i) => {
     const row = document.createElement("tr");
     row.dataset.layer = String(i);
@@ -49,7 +49,9 @@ function buildLayers(select) {
         holder.style.height = "28px";
         seen.observe(cell);
       } else {
-        cell.textContent = column.text(i);
+        const text = document.createElement("bdi");
+        text.textContent = column.text(i);
+        cell.append(text);
         if (column.left) cell.title = column.text(i);
       }
     }

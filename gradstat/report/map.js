@@ -72,12 +72,13 @@ function buildMap(select) {
     context.strokeStyle = css("--ink");
     context.lineWidth = 1.5;
     const y = rowTop(state.layer);
-    context.strokeRect(left + 0.75, y + 0.25, width - left - 1.5, Math.max(2, rowHeight - 1));
+    // Around a row that is high enough to be seen inside it.
+    if (rowHeight >= 6) context.strokeRect(left + 0.75, y + 0.25, width - left - 1.5, rowHeight - 1);
     context.fillStyle = css("--ink");
     context.beginPath();
-    context.moveTo(left - 1, y + rowHeight / 2);
-    context.lineTo(left - 7, y + rowHeight / 2 - 4);
-    context.lineTo(left - 7, y + rowHeight / 2 + 4);
+    context.moveTo(left, y + rowHeight / 2);
+    context.lineTo(left - 7, y + rowHeight / 2 - 5);
+    context.lineTo(left - 7, y + rowHeight / 2 + 5);
     context.fill();
     if (!state.cell) return;
     const cell = (width - left) / T;
