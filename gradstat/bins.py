@@ -11,6 +11,7 @@ import functools
 import math
 import struct
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TypeAlias
 
 import torch
@@ -111,8 +112,9 @@ class LinearBins:
     track: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bins, int) or isinstance(self.bins, bool):
+        if not isinstance(self.bins, Integral) or isinstance(self.bins, bool):
             raise TypeError(f"LinearBins() needs an integer number of bins; bins is {self.bins!r}")
+        object.__setattr__(self, "bins", int(self.bins))
         if not 1 <= self.bins <= 1 << 20:
             raise ValueError(f"LinearBins() needs 1 to 1048576 bins; bins is {self.bins}")
         if (self.low is None) != (self.high is None):
@@ -128,10 +130,11 @@ class LinearBins:
         if self.low is None or self.high is None:
             return
         for name, value in (("low", self.low), ("high", self.high)):
-            if not isinstance(value, (int, float)):
+            if not isinstance(value, Real) or isinstance(value, bool):
                 raise TypeError(f"LinearBins() needs a range of two numbers; {name} is {value!r}")
             if not abs(value) <= FLOAT32_MAX:
                 raise ValueError(f"LinearBins() needs a range finite in float32; {name} is {value}")
+            object.__setattr__(self, name, float(value))
         if not _round_float32(self.low) < _round_float32(self.high):
             raise ValueError(
                 f"LinearBins() needs low < high in float32; low is {self.low}, high is {self.high}"
@@ -302,7 +305,7 @@ def float32_below(x: Tensor) -> Tensor:
     """
     y = x.float()
     if x.dtype == torch.float64:
-        y = torch.where(y.double() > x, torch.nextafter(y, y.new_tensor(-math.inf)), y)
+        y = torch.where(y.double() > x, torch.nextafter(y, y.new_full((), -math.inf)), y)
         y = y.clamp(min=-FLOAT32_MAX)
     return y
 

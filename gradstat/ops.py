@@ -136,7 +136,8 @@ def measure(
     """
     if torch.compiler.is_compiling():
         # One opaque node in the graph; called eagerly it would only cost its dispatch.
-        packed = _measure_op(list(tensors), bins.spec, low, high, engine or "")
+        values = [x.detach() for x in tensors]
+        packed = _measure_op(values, bins.spec, low, high, engine or "")
         return Statistics(bins, *packed)
     result: Statistics = choose_engine(engine, tensors[0]).measure(tensors, bins, low, high)
     return result
@@ -204,7 +205,7 @@ def choose_engine(engine: str | None, x: Tensor) -> ModuleType:
 def check_engine(function: str, engine: str | None) -> None:
     """Raise ValueError unless the engine, or the one the environment names, exists."""
     for source, name in (("engine", engine), (ENGINE_VARIABLE, os.environ.get(ENGINE_VARIABLE))):
-        if name and name not in ENGINES:
+        if name and name not in tuple(ENGINES):
             raise ValueError(
                 f"{function}() needs one of the engines {', '.join(ENGINES)}; {source} is {name!r}"
             )

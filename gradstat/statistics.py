@@ -218,9 +218,12 @@ class Statistics:
                 f"{tuple(other.counts.shape)}, this is {self.bins} of {tuple(self.counts.shape)}"
             )
         other = other.to(self.counts.device)
-        if isinstance(self.bins, LinearBins) and not torch.equal(
-            self.floats[..., 6:], other.floats[..., 6:]
-        ):
+        # A layer that is absent from a record has no range, and nothing else.
+        only_other, only_this = self.low.isnan()[..., None], other.low.isnan()[..., None]
+        ranges = [
+            torch.where(only_other | only_this, 0.0, each.floats[..., 6:]) for each in (self, other)
+        ]
+        if isinstance(self.bins, LinearBins) and not torch.equal(*ranges):
             raise ValueError(
                 "merge() needs histograms over the same range; low and high differ. "
                 "Log2Bins and LinearBins with a fixed range always merge"
@@ -238,6 +241,8 @@ class Statistics:
             ],
             -1,
         )
+        floats = torch.where(only_this, self.floats, floats)
+        floats = torch.where(only_other, other.floats, floats)
         return Statistics(
             self.bins, self.integers + other.integers, floats, self.counts + other.counts
         )

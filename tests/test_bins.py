@@ -291,3 +291,11 @@ def test_linear_bins_refuses_by_name(
 ) -> None:
     with pytest.raises(error, match=f"^{re.escape('LinearBins() needs ' + message)}$"):
         LinearBins(*arguments)
+
+
+def test_linear_bins_take_numpys_numbers() -> None:
+    bins = LinearBins(np.int64(3), np.float32(0), np.float64(1))
+    assert bins == LinearBins(3, 0.0, 1.0)
+    assert repr(bins) == "LinearBins(3, 0.0, 1.0)"
+    with pytest.raises(TypeError, match="needs a range of two numbers; low is False"):
+        LinearBins(3, False, True)

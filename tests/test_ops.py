@@ -264,12 +264,14 @@ def backend(request: pytest.FixtureRequest) -> str:
     [compiled_histogram, compiled_statistics, compiled_tracking],
     ids=lambda f: f.__name__,
 )
+@pytest.mark.parametrize("requires_grad", [False, True])
 def test_functions_compile_without_a_graph_break(
+    requires_grad: bool,
     function: Callable[[torch.Tensor], tuple[torch.Tensor, ...]],
     backend: str,
     generator: torch.Generator,
 ) -> None:
-    x = torch.randn(100, generator=generator)
+    x = torch.randn(100, generator=generator, requires_grad=requires_grad)
     torch.compiler.reset()
     compiled = torch.compile(function, fullgraph=True, backend=backend)
     for got, expected in zip(compiled(x), function(x), strict=True):

@@ -113,6 +113,22 @@ def test_merge_with_nothing_changes_nothing(generator: torch.Generator) -> None:
     assert_same(empty.merge(empty), empty)
 
 
+@pytest.mark.parametrize("scheme", [Log2Bins(), LinearBins(5, -1.0, 1.0)])
+def test_merge_with_an_absent_layer_changes_nothing(
+    scheme: Log2Bins | LinearBins, generator: torch.Generator
+) -> None:
+    x = measure([normal(9, generator), normal(5, generator)], scheme)
+    absent = Statistics(
+        scheme,
+        torch.zeros_like(x.integers),
+        torch.full_like(x.floats, math.nan),
+        torch.zeros_like(x.counts),
+    )
+    assert_same(x.merge(absent), x)
+    assert_same(absent.merge(x), x)
+    assert_same(absent.merge(absent), absent)
+
+
 def test_merge_refuses_what_does_not_add_up(generator: torch.Generator) -> None:
     x = normal(9, generator)
     for a, b in (

@@ -118,6 +118,11 @@ def _tabulate(tensors: Sequence[Tensor]) -> tuple[Array, int, list[object]]:
             x = x.resolve_neg()
             held.append(x)
         numel, address = x.numel(), 0
+        if numel and not x.data_ptr():
+            raise ValueError(
+                f"measure() needs tensors with values; tensors[{len(cells) // COLUMNS}] has no "
+                f"storage"
+            )
         if not x.is_contiguous():
             layout = _layout(x)
             if layout[0]:

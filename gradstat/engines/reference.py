@@ -64,7 +64,7 @@ def _measure_one(
         if low is None or high is None:
             low, high = bins.automatic_range(minimum.to(x.dtype), maximum.to(x.dtype))
     else:
-        low, high = minimum.new_tensor(-math.inf), minimum.new_tensor(math.inf)
+        low, high = minimum.new_full((), -math.inf), minimum.new_full((), math.inf)
     # float64 outside the range may round into it, so it is compared as it is.
     binned = float32_below(torch.where(is_finite, x, 0.0))
     index = bins.index(binned, low.float(), high.float())
@@ -76,7 +76,7 @@ def _measure_one(
 
     integers = torch.stack(
         [
-            torch.tensor(x.numel(), device=x.device),
+            torch.full((), x.numel(), dtype=torch.int64, device=x.device),
             n,
             (x == 0).sum(),
             torch.isnan(x).sum(),
