@@ -151,14 +151,37 @@ def _csv(history: History, folder: Path, name: str, progress: tables.Progress) -
     return folder / f"{name}.csv"
 
 
+def _tensorboard(history: History, folder: Path, name: str, progress: tables.Progress) -> Path:
+    from gradstat.integrations import tensorboard
+
+    # Every point would be there twice.
+    if list((folder / name).glob("events.out.tfevents.*")):
+        raise ValueError(f"{folder / name} holds event files already")
+    tensorboard.write(history, folder / name, progress=progress)
+    return folder / name
+
+
+def _wandb(history: History, folder: Path, name: str, progress: tables.Progress) -> Path:
+    from gradstat.integrations import wandb
+
+    return wandb.write(history, folder, name, progress=progress)
+
+
 # Each is given the history, the directory, the run's name and what to call with the number of
 # records that are done, and returns what it wrote.
-TARGETS: dict[str, Target] = {"parquet": _parquet, "csv": _csv}
+TARGETS: dict[str, Target] = {
+    "parquet": _parquet,
+    "csv": _csv,
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+}
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     _add_run(parser)
-    parser.add_argument("--to", required=True, choices=list(TARGETS), help="what to write")
+    parser.add_argument(
+        "--to", required=True, choices=list(TARGETS), help="what to write; wandb: an offline run"
+    )
     parser.add_argument(
         "directory", metavar="DIR", type=Path, help="where to; made if it is not there"
     )
@@ -173,6 +196,25 @@ def _export(options: argparse.Namespace) -> int:
             history, options.directory, run_name(options.run_path), bar.update
         )
     print(written)
+    return 0
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="the page; by default RUN's name and .html",
+    )
+
+
+def _report(options: argparse.Namespace) -> int:
+    name = run_name(options.run_path)
+    path = options.output or Path(f"{name}.html")
+    load(options.run_path).report(path, title=name)
+    print(path)
     return 0
 
 
@@ -224,6 +266,7 @@ COMMANDS = {
         _diagnose,
     ),
     "export": Command("write a run for other programs", _add_export, _export),
+    "report": Command("write a run as an HTML page to look around in", _add_report, _report),
     "compare": Command("compare two runs layer by layer", _add_compare, _compare),
     "tail": Command("show a run's newest record as it is written", _add_tail, _tail),
 }

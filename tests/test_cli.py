@@ -136,6 +136,57 @@ def test_export_writes_parquet(ill: Path, tmp_path: Path) -> None:
     assert parquet.read_table(tmp_path / "ill.parquet").num_rows == 75
 
 
+@pytest.mark.integrations
+def test_export_writes_a_run_of_tensorboard(ill: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    assert run("export", ill, "--to", "tensorboard", tmp_path / "runs") == 0
+    (file,) = (tmp_path / "runs" / "ill").iterdir()
+    assert file.name.startswith("events.out.tfevents.")
+    assert run("export", ill, "--to", "tensorboard", tmp_path / "runs") == 2
+    assert list((tmp_path / "runs" / "ill").iterdir()) == [file]
+
+
+@pytest.mark.integrations
+@pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning")
+def test_export_writes_an_offline_run_of_wandb(
+    ill: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb")
+    assert run("export", ill, "--to", "wandb", tmp_path / "runs") == 0
+    folder = Path(capsys.readouterr().out.removesuffix("\n"))
+    assert folder.parent == tmp_path / "runs" / "wandb"
+    assert list(folder.glob("*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("package", "name"), [("tensorboard", "TensorBoard"), ("wandb", "Weights & Biases")]
+)
+def test_export_says_which_viewer_is_missing(
+    package: str,
+    name: str,
+    ill: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for module in [package, *(each for each in sys.modules if each.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, module, None)
+    assert run("export", ill, "--to", package, tmp_path / "runs") == 2
+    message = f"write() needs {name}: pip install {package}"
+    assert capsys.readouterr().err == f"gradstat export: error: {message}\n"
+
+
+def test_report_writes_a_page_named_after_the_run(
+    ill: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run("report", ill) == 0
+    assert capsys.readouterr().out == "ill.html\n"
+    assert "<h1>ill</h1>" in Path("ill.html").read_text(encoding="utf-8")
+    assert run("report", ill, "-o", tmp_path / "page.html") == 0
+    assert (tmp_path / "page.html").read_bytes() == Path("ill.html").read_bytes()
+
+
 def test_export_gives_a_target_the_run_its_name_and_a_progress_bar(
     ill: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,13 +213,13 @@ def test_export_says_which_package_is_missing(
 
 
 def test_help_lists_every_command_and_explains_run(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["diagnose"], ["export"], ["compare"], ["tail"]):
+    for arguments in ([], ["diagnose"], ["export"], ["report"], ["compare"], ["tail"]):
         with pytest.raises(SystemExit) as ended:
             main([*arguments, "--help"])
         assert ended.value.code == 0
         shown = capsys.readouterr().out
         assert "RUN" in shown
-        names = arguments or ["info", "diagnose", "export", "compare", "tail"]
+        names = arguments or ["info", "diagnose", "export", "report", "compare", "tail"]
         assert all(re.search(rf"\b{name}\b", shown) for name in names)
 
 

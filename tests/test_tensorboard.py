@@ -103,9 +103,11 @@ def test_write_draws_the_largest_float64_and_the_smallest_float32(tmp_path: Path
 
 def test_write_thins_to_so_many_records_and_keeps_the_newest(tmp_path: Path) -> None:
     h = make_history(gradstat.Log2Bins(), 1, 50)
-    tensorboard.write(h, tmp_path / "few", max_records=5)
+    done: list[int] = []
+    tensorboard.write(h, tmp_path / "few", max_records=5, progress=done.append)
     few = [event.step for event in read(tmp_path / "few").Scalars("0.weight/l2")]
     assert few == [0, 12, 24, 37, 49]
+    assert done == [1, 12, 12, 13, 12]
     tensorboard.write(h, tmp_path / "one", max_records=1)
     assert [e.step for e in read(tmp_path / "one").Histograms("0.weight/gradient")] == [49]
     tensorboard.write(h, tmp_path / "all", max_records=None)

@@ -22,6 +22,8 @@ pytestmark = [
 ]
 wandb = pytest.importorskip("wandb")
 
+LOG2 = gradstat.Log2Bins()
+
 Logged = Callable[..., "list[dict[str, Any]]"]
 
 
@@ -81,7 +83,7 @@ def table(logged: Logged, kind: str) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("bins", [gradstat.Log2Bins(), gradstat.LinearBins(9, -0.5, 0.5)])
+@pytest.mark.parametrize("bins", [LOG2, gradstat.LinearBins(9, -0.5, 0.5)])
 def test_log_keeps_every_count(logged: Logged, bins: gradstat.Log2Bins) -> None:
     h = make_history(bins, layers=2, steps=4)
     rows = [row for row in logged(h) if "gradients/step" in row][:4]
@@ -109,7 +111,7 @@ def test_log_sums_neighbours_over_512_buckets(logged: Logged) -> None:
 
 
 def test_log_makes_one_chart_and_one_table_of_many_layers(logged: Logged) -> None:
-    h = make_history(gradstat.Log2Bins(), layers=30, steps=3, absent=[(1, 4)])
+    h = make_history(LOG2, layers=30, steps=3, absent=[(1, 4)])
     rows = logged(h)
     shown = {key for row in rows for key in row if not key.startswith("_")}
     histograms = {f"gradients/histogram/{layer}" for layer in h.layers}
@@ -134,7 +136,7 @@ def test_log_draws_what_has_no_finite_value_nowhere_but_in_the_table(logged: Log
     def gradient(step: int, layer: int) -> torch.Tensor:
         return torch.full((3,), float("nan")) if layer else torch.zeros(2)
 
-    rows = logged(make_history(gradstat.Log2Bins(), 2, 2, gradient))
+    rows = logged(make_history(LOG2, 2, 2, gradient))
     assert all("gradients/histogram/1.weight" not in row for row in rows)
     assert rows[0]["gradients/histogram/0.weight"]["values"] == [2]
     assert "gradients/rms_table" not in rows[-1]
@@ -144,7 +146,7 @@ def test_log_draws_what_has_no_finite_value_nowhere_but_in_the_table(logged: Log
 
 
 def test_log_thins_to_so_many_records(logged: Logged) -> None:
-    h = make_history(gradstat.Log2Bins(), 1, 21)
+    h = make_history(LOG2, 1, 21)
     steps = [
         row["gradients/step"]
         for row in logged(h, max_records=3)
@@ -153,9 +155,33 @@ def test_log_thins_to_so_many_records(logged: Logged) -> None:
     assert steps == [0, 10, 20]
 
 
+def test_write_makes_an_offline_run(tmp_path: Path) -> None:
+    done: list[int] = []
+    h = make_history(LOG2, 2, 250)
+    folder = viewer.write(h, tmp_path / "runs", "today", progress=done.append)
+    assert folder.parent == tmp_path / "runs" / "wandb"
+    (path,) = folder.glob("*.wandb")
+    runs = [each.run for each in records(path) if each.WhichOneof("record_type") == "run"]
+    assert {(run.project, run.display_name) for run in runs} == {("gradstat", "today")}
+    steps = [each for each in records(path) if each.WhichOneof("record_type") == "history"]
+    assert len(steps) == 100 + 1
+    assert (len(done), sum(done)) == (100, 250)
+
+
+def test_write_leaves_a_run_that_is_going_on_alone(tmp_path: Path) -> None:
+    settings = wandb.Settings(mode="offline", silent=True, console="off")
+    with wandb.init(project="test", dir=tmp_path, settings=settings) as run:
+        message = rf"write\(\) needs a process without a run; {run.id} is going on"
+        with pytest.raises(ValueError, match=message):
+            viewer.write(make_history(LOG2), tmp_path / "other", "today")
+        run.log({"loss": 1.0})
+    assert not (tmp_path / "other").exists()
+    wandb.teardown()
+
+
 def test_log_refuses_what_is_not_a_run() -> None:
     message = r"log\(\) needs a run of wandb\.init\(\); run is NoneType"
     with pytest.raises(TypeError, match=message):
-        viewer.log(make_history(gradstat.Log2Bins()), None)
+        viewer.log(make_history(LOG2), None)
     with pytest.raises(ValueError, match=r"log\(\) needs one record or more; max_records is 0"):
-        viewer.log(make_history(gradstat.Log2Bins()), None, max_records=0)
+        viewer.log(make_history(LOG2), None, max_records=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -95,6 +95,25 @@ def chosen_steps(function: str, history: History, max_records: int | None) -> li
         return [int(history.steps[-1])]
     steps = history.steps
     return [int(step) for step in steps[select(steps, None, max_records)]]
+
+
+def counted(
+    history: History, steps: list[int], progress: Callable[[int], object] | None
+) -> Iterator[int]:
+    """The steps one by one; after each, reports how many further records of the history it covers.
+
+    Args:
+        history: all of whose records count, those between two of the steps with the second.
+        steps: some of its steps, the newest among them.
+        progress: called with the number; ``None`` for nobody.
+    """
+    done = 0
+    for step in steps:
+        yield step
+        covered = int(np.searchsorted(history.steps, step)) + 1
+        if progress is not None:
+            progress(covered - done)
+        done = covered
 
 
 def scalars(statistics: Statistics) -> dict[str, float]:

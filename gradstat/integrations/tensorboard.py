@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from gradstat.history import History
-from gradstat.integrations.buckets import buckets, chosen_steps, rows, scalars
+from gradstat.integrations.buckets import buckets, chosen_steps, counted, rows, scalars
 
 
 def write(
-    history: History, log_dir: str | os.PathLike[str], *, max_records: int | None = 1000
+    history: History,
+    log_dir: str | os.PathLike[str],
+    *,
+    max_records: int | None = 1000,
+    progress: Callable[[int], object] | None = None,
 ) -> None:
     """Write histograms and scalars of each layer for TensorBoard.
 
@@ -24,6 +29,7 @@ def write(
         max_records: most records to write, evenly spread, the newest among them; ``None`` writes
             all. TensorBoard itself shows 1,000 scalars and fewer histograms of a tag unless it is
             started with ``--samples_per_plugin scalars=0,histograms=0``.
+        progress: called with the number of further records that are done or left out.
 
     Raises:
         ImportError: TensorBoard is not installed.
@@ -43,7 +49,7 @@ def write(
         raise ImportError("write() needs TensorBoard: pip install tensorboard") from error
     writer = FileWriter(os.fspath(log_dir))
     try:
-        for step in steps:
+        for step in counted(history, steps, progress):
             # One event a step: each costs the writer's thread a turn.
             event = Summary()
             for layer, statistics, edges in rows(history, step):

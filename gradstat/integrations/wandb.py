@@ -1,14 +1,17 @@
-"""`log`: a History in a Weights & Biases run."""
+"""`log`, `write`: a History in a Weights & Biases run, or in a new one on disk."""
 
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gradstat.history import History
-from gradstat.integrations.buckets import buckets, chosen_steps, rows, scalars
+from gradstat.integrations.buckets import buckets, chosen_steps, counted, rows, scalars
 
 if TYPE_CHECKING:
     import wandb
@@ -18,7 +21,13 @@ _MAX_POINTS = 10_000  # of one custom chart
 _COLUMNS = ("layer", "numel", "mean", "std", "rms", "l2", "zero_fraction", "nonfinite")
 
 
-def log(history: History, run: wandb.Run, *, max_records: int | None = 100) -> None:
+def log(
+    history: History,
+    run: wandb.Run,
+    *,
+    max_records: int | None = 100,
+    progress: Callable[[int], object] | None = None,
+) -> None:
     """Log histograms of each layer, one chart and one table to a run.
 
     - ``gradients/rms``, a chart: log10 of each layer's rms against the step, a line for each layer.
@@ -35,6 +44,7 @@ def log(history: History, run: wandb.Run, *, max_records: int | None = 100) -> N
         run: what ``wandb.init()`` returned, online or offline; not finished here.
         max_records: most records whose histograms are logged, evenly spread, the newest among them;
             ``None`` logs all.
+        progress: called with the number of further records that are done or left out.
 
     Raises:
         ImportError: wandb is not installed.
@@ -56,7 +66,7 @@ def log(history: History, run: wandb.Run, *, max_records: int | None = 100) -> N
         raise TypeError(f"log() needs a run of wandb.init(); run is {type(run).__name__}")
     run.define_metric("gradients/step", hidden=True)
     run.define_metric("gradients/histogram/*", step_metric="gradients/step", hidden=True)
-    for step in steps:
+    for step in counted(history, steps, progress):
         record: dict[str, object] = {"gradients/step": step}
         for layer, statistics, edges in rows(history, step):
             counts, ends = buckets(statistics, edges, _MAX_BUCKETS)
@@ -73,6 +83,45 @@ def log(history: History, run: wandb.Run, *, max_records: int | None = 100) -> N
         title = "log10 rms of each layer's gradient"
         summary["gradients/rms"] = wandb.plot.line_series(xs, ys, keys, title, "step")
     run.log(summary)
+
+
+def write(
+    history: History,
+    folder: str | os.PathLike[str],
+    name: str,
+    *,
+    progress: Callable[[int], object] | None = None,
+) -> Path:
+    """Write an offline run, which ``wandb sync`` sends.
+
+    Args:
+        history: with one record at least.
+        folder: where wandb makes its folder ``wandb``; made if it is not there.
+        name: of the run, in the project ``gradstat``.
+        progress: as for `log`.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        ImportError: wandb is not installed.
+        ValueError: no records, or another run is going on in this process: use `log`.
+    """
+    chosen_steps("write", history, None)
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("write() needs Weights & Biases: pip install wandb") from error
+    if wandb.run is not None:
+        raise ValueError(f"write() needs a process without a run; {wandb.run.id} is going on")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    settings = wandb.Settings(mode="offline", silent=True, console="off")
+    with wandb.init(project="gradstat", name=name, dir=folder, settings=settings) as run:
+        log(history, run, progress=progress)
+        written = Path(run.dir).parent
+    # Its other process may still be writing when the run is finished, not when it has ended.
+    wandb.teardown()
+    return written
 
 
 def _lines(history: History) -> tuple[list[list[int]], list[list[float]], list[str]]:
