@@ -1,10 +1,12 @@
 """Event files, read back with TensorBoard's own reader."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from histories import make_history
 
 import gradstat
@@ -14,6 +16,9 @@ from gradstat.integrations.buckets import buckets
 
 pytestmark = pytest.mark.integrations
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+
+VIEWERS = ROOT / "docs" / "viewers.md"
 
 
 def read(folder: Path) -> "event_accumulator.EventAccumulator":
@@ -136,6 +141,15 @@ def test_write_refuses_by_name_and_makes_no_folder(
     with pytest.raises(error, match=message):
         tensorboard.write(history, tmp_path / "run", max_records=max_records)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_line_of_the_documentation_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"^```py\n([^`]*tensorboard[^`]*)^```$", VIEWERS.read_text(), re.M)
+    exec(code, {"history": make_history(gradstat.Log2Bins())})
+    assert read(tmp_path / "runs" / "sigmoid").Tags()["histograms"]
 
 
 def test_buckets_are_few_where_bins_are_empty() -> None:

@@ -1,6 +1,7 @@
 """A run logged offline, read back from the file that wandb would send."""
 
 import json
+import re
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from histories import make_history
 
 import gradstat
@@ -166,6 +168,20 @@ def test_write_makes_an_offline_run(tmp_path: Path) -> None:
     steps = [each for each in records(path) if each.WhichOneof("record_type") == "history"]
     assert len(steps) == 100 + 1
     assert (len(done), sum(done)) == (100, 250)
+
+
+def test_the_lines_of_the_documentation_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CONSOLE", "off")
+    page = (ROOT / "docs" / "viewers.md").read_text()
+    (code,) = re.findall(r"^```py\n([^`]*wandb[^`]*)^```$", page, re.MULTILINE)
+    exec(code, {"history": make_history(LOG2)})
+    wandb.teardown()
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert sum(each.WhichOneof("record_type") == "history" for each in records(path)) == 4
 
 
 def test_write_leaves_a_run_that_is_going_on_alone(tmp_path: Path) -> None:
