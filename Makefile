@@ -70,10 +70,11 @@ bench-training: $(VENV)/installed-bench
 
 bench-results: RESULTS = bench/results
 bench-results: bench bench-training
+	$(BIN)/python bench/breakdown.py --markdown $(RESULTS)/breakdown.md
 	$(BIN)/python bench/plot.py $(RESULTS)
 	$(BIN)/python bench/report.py $(RESULTS) --readme README.md
 
-bench-gpu: $(VENV)/installed-bench
+bench-gpu: $(VENV)/installed-test $(VENV)/installed-bench
 	$(BIN)/python bench/gpu_suite.py $(ARGS)
 
 roofline: $(VENV)/installed-bench

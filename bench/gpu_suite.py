@@ -34,7 +34,17 @@ if DRY_RUN:
 
 import torch
 import triton
-from answers import BINS, HIGH, LOW, SCHEMES, check_statistics, composite, truth
+from answers import (
+    BINS,
+    HIGH,
+    LOW,
+    SCHEMES,
+    check_composite,
+    check_counts,
+    check_statistics,
+    composite,
+    truth,
+)
 from networks import GPT
 from shapes import GPT2_SMALL, MLP, RESNET50
 from torch import Tensor, nn
@@ -44,6 +54,13 @@ import gradstat
 Call = Callable[[], Any]
 
 DTYPES = (torch.float32, torch.bfloat16)
+SANITIZED = """
+import torch, gradstat
+x = torch.randn(99999).cuda()
+xs = [x, x[1:], x[::3], x.half(), x.bfloat16(), x[:99000].view(300, 330).t(), x[:0]]
+for bins in (gradstat.Log2Bins(), gradstat.LinearBins(64, -1.0, 1.0), gradstat.LinearBins(30)):
+    print(gradstat.statistics(xs, bins))
+"""
 DISTRIBUTIONS = ("Gaussian", "lognormal", "zeros", "one bin")
 LISTS = {"MLP": MLP, "ResNet-50": RESNET50, "GPT-2 small": GPT2_SMALL}
 
@@ -150,6 +167,20 @@ def contestants(x: Tensor) -> dict[str, Call]:
     return calls
 
 
+def check_contestants(x: Tensor) -> None:
+    """Whether what counts values counts them right."""
+    expected = {name: truth(x, bins) for name, bins in SCHEMES.items()}
+    for name, call in contestants(x).items():
+        if name.startswith("gradstat "):
+            check_statistics(call(), expected[name.removeprefix("gradstat ")])
+        elif name == "torch composite":
+            check_composite(call(), expected["linear"], x.dtype)
+        elif name == "torch.histc":
+            check_counts(call(), expected["linear"])
+        elif name == "cupy.histogram":
+            check_counts(call()[0].get(), expected["linear"])
+
+
 def time_tensors(plan: Plan, clock: Clock) -> Iterator[dict[str, Any]]:
     """Every size, and every distribution at one size."""
     cases = [(size, "Gaussian") for size in plan.sizes]
@@ -157,8 +188,7 @@ def time_tensors(plan: Plan, clock: Clock) -> Iterator[dict[str, Any]]:
     for dtype in DTYPES:
         for n_bytes, distribution in cases:
             x = make(n_bytes, dtype, distribution, clock.device)
-            for bins in SCHEMES.values():
-                check_statistics(gradstat.statistics(x, bins, engine="triton"), truth(x, bins))
+            check_contestants(x)
             for flushed in (True, False) if n_bytes <= plan.hot_up_to else (True,):
                 for name, call in contestants(x).items():
                     yield {
@@ -188,6 +218,7 @@ def time_lists(plan: Plan, clock: Clock) -> Iterator[dict[str, Any]]:
                 call = functools.partial(gradstat.statistics, tensors, bins, engine="triton")
                 for result, x in zip(call(), tensors, strict=True):
                     check_statistics(result, truth(x, bins))
+                    check_composite(composite(x), truth(x, SCHEMES["linear"]), dtype)
                 calls[f"gradstat {name}"] = call
             calls["torch composite"] = functools.partial(composite_each, tensors)
             calls["_foreach_norm"] = functools.partial(torch._foreach_norm, tensors)
@@ -249,7 +280,10 @@ def watch_with_wandb(model: nn.Module) -> Iterator[None]:
 
     with wandb.init(project="bench", dir=tempfile.mkdtemp(), mode="offline") as run:
         run.watch(model, log="gradients", log_freq=1)
+        # wandb writes what it watched when something is logged.
+        handle = model.register_forward_pre_hook(lambda *_: run.log({"step": 1}))
         yield
+        handle.remove()
         run.unwatch(model)
 
 
@@ -267,8 +301,8 @@ def gate() -> list[dict[str, Any]]:
     """
     commands = {"pytest -m gpu": [sys.executable, "-m", "pytest", "-q", "-m", "gpu"]}
     if shutil.which("compute-sanitizer"):
-        code = "import torch, gradstat; print(gradstat.statistics(torch.randn(99999).cuda()))"
-        commands["compute-sanitizer"] = ["compute-sanitizer", sys.executable, "-c", code]
+        tool = ["compute-sanitizer", "--error-exitcode", "1"]
+        commands["compute-sanitizer"] = [*tool, sys.executable, "-c", SANITIZED]
     passed = []
     for name, command in commands.items():
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

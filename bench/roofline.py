@@ -1,8 +1,8 @@
 """How fast the kernels can be, read off their machine code; no GPU is needed.
 
-Compiles the measuring kernel for each architecture, dtype and kind of bins, finds its main loop,
-and compares the instructions of an element with what a GPU executes in the time in which its memory
-delivers one.
+Compiles the measuring kernel, and the one of the second sweep that automatic ranges take, for each
+architecture and dtype, finds the main loop, and compares the instructions of an element with what a
+GPU executes in the time in which its memory delivers one.
 
 Assumptions: memory delivers its nominal bandwidth and the loop alone takes time; a multiprocessor
 issues 4 warp instructions a clock; a clock executes the lanes of `LANES` in each pipe; latency is
@@ -32,6 +32,7 @@ from gradstat.kernels.histogram import histogram_kernel
 from gradstat.kernels.measure import measure_kernel
 
 SCHEMES = {"Log2Bins()": Log2Bins(), "LinearBins(64, ...)": LinearBins(64, -0.5, 0.5)}
+KERNELS = [*(("measure", scheme) for scheme in SCHEMES), ("histogram", "LinearBins(64, ...)")]
 ISSUED = 128  # instructions of a thread that a multiprocessor issues in a clock
 REGISTERS = 65536  # of a multiprocessor
 
@@ -90,9 +91,9 @@ def kernel_arguments(name: str, dtype: torch.dtype, scheme: str) -> tuple[Any, .
     return finish_kernel, results, constants
 
 
-def examine(architecture: int, dtype: torch.dtype, scheme: str) -> dict[str, Any]:
-    """Figures of the measuring kernel's main loop."""
-    kernel, signature, constants = kernel_arguments("measure", dtype, scheme)
+def examine(architecture: int, name: str, dtype: torch.dtype, scheme: str) -> dict[str, Any]:
+    """Figures of a kernel's main loop."""
+    kernel, signature, constants = kernel_arguments(name, dtype, scheme)
     target = GPUTarget("cuda", architecture, 32)
     code = sass.inspect(
         sass.compile_kernel(
@@ -102,6 +103,7 @@ def examine(architecture: int, dtype: torch.dtype, scheme: str) -> dict[str, Any
     programs = min(REGISTERS // (gpu.THREADS * code.registers), 2048 // gpu.THREADS)
     return {
         "architecture": architecture,
+        "kernel": name,
         "dtype": str(dtype).removeprefix("torch."),
         "bins": scheme,
         "instructions": len(code.loop) / gpu.EACH,
@@ -136,15 +138,15 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     options = parser.parse_args()
     rows = [
-        examine(architecture, dtype, scheme)
+        examine(architecture, name, dtype, scheme)
         for architecture in sass.ARCHITECTURES
-        for scheme in SCHEMES
+        for name, scheme in KERNELS
         for dtype in gpu.ELEMENTS
     ]
     for row in rows:
         pipes = ", ".join(f"{pipe} {count:.1f}" for pipe, count in row["pipes"].items())
         print(
-            f"sm_{row['architecture']:<3} {row['bins']:19} {row['dtype']:8} "
+            f"sm_{row['architecture']:<3} {row['kernel']:9} {row['bins']:19} {row['dtype']:8} "
             f"{row['instructions']:5.1f} instructions an element ({pipes}); "
             f"{row['registers']} registers, {row['spills']} B spilled, {row['load_bytes']}-byte "
             f"loads, {row['barriers']} barriers a tile, {row['in_flight'] / 1024:.0f} KB in flight"
@@ -155,8 +157,9 @@ def main() -> None:
             if row["architecture"] == card.architecture:
                 budget, share, limit = predict(card, row)
                 print(
-                    f"{card.name} {row['bins']:19} {row['dtype']:8} {row['instructions']:5.1f} of "
-                    f"{budget:4.1f} instructions: {share:4.0%} of bandwidth, limited by {limit}"
+                    f"{card.name} {row['kernel']:9} {row['bins']:19} {row['dtype']:8} "
+                    f"{row['instructions']:5.1f} of {budget:4.1f} instructions: {share:4.0%} of "
+                    f"bandwidth, limited by {limit}"
                 )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))

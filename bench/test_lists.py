@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from contestants import SCHEMES, check_composite, check_statistics, composite, truth
+from answers import SCHEMES, check_composite, check_statistics, composite, truth
 from shapes import GPT2_SMALL, MLP, RESNET50, Shape
 from torch import Tensor
 

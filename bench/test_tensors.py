@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from contestants import GRADSTAT, PEERS, READ, SCHEMES, Contestant, truth
+from answers import SCHEMES, truth
+from contestants import GRADSTAT, PEERS, READ, Contestant
 from torch import Tensor
 
 from gradstat import Statistics

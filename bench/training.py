@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from machine import describe
+from networks import GPT
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -31,42 +32,7 @@ os.environ["WANDB_SILENT"] = "true"
 
 import wandb  # reads its environment when imported
 
-VOCABULARY, CONTEXT, WIDTH, LAYERS = 1024, 128, 256, 4
-
-
-class Block(nn.Module):
-    """A transformer layer: causal attention, then a feed-forward network, each with its norm."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, length, _ = x.shape
-        q, k, v = (
-            part.view(batch, length, 4, -1).transpose(1, 2)
-            for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)
-        )
-        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).reshape(batch, length, WIDTH))
-        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
-
-
-class GPT(nn.Module):
-    """4 layers, width 256, context 128."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, VOCABULARY, bias=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.tokens(tokens) + self.places.weight[: tokens.shape[1]]
-        logits: Tensor = self.head(self.norm(self.blocks(x)))
-        return logits.flatten(0, 1)
+GPT_SIZES = {"layers": 4, "width": 256, "heads": 4, "vocabulary": 1024, "context": 128}
 
 
 def build_mlp() -> tuple[nn.Module, Tensor, Tensor]:
@@ -78,9 +44,9 @@ def build_mlp() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def build_gpt() -> tuple[nn.Module, Tensor, Tensor]:
-    """A small GPT on 8 rows of random tokens."""
-    tokens = torch.randint(VOCABULARY, (8, CONTEXT + 1))
-    return GPT(), tokens[:, :-1], tokens[:, 1:].flatten()
+    """A small GPT, 4 layers of width 256, on 8 rows of 128 random tokens."""
+    tokens = torch.randint(GPT_SIZES["vocabulary"], (8, GPT_SIZES["context"] + 1))
+    return GPT(**GPT_SIZES), tokens[:, :-1], tokens[:, 1:].flatten()
 
 
 Build = Callable[[], tuple[nn.Module, Tensor, Tensor]]

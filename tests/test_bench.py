@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,3 +34,12 @@ def test_gpu_suite_says_that_there_is_no_gpu_and_what_it_would_run(tmp_path: Pat
     assert "There is no CUDA device here, so nothing was measured" in done.stdout
     assert "a training step of GPT-2 small" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_call_of_the_triton_engine_costs_the_host_little() -> None:
+    command = [sys.executable, str(ROOT / "bench" / "host.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    times = {int(n): float(us) for n, us in re.findall(r"(\d+) tensors: +([\d.]+) us", done.stdout)}
+    # The targets are 60 us a call and 0.3 us a tensor; the rest is room for other machines.
+    assert times[148] <= 120
+    assert (times[300] - times[4]) / 296 <= 0.6
