@@ -60,9 +60,10 @@ def log(
     steps = chosen_steps("log", history, max_records)
     try:
         import wandb
+        from wandb.sdk.wandb_run import Run  # older ones have no wandb.Run
     except ImportError as error:
         raise ImportError("log() needs Weights & Biases: pip install wandb") from error
-    if not isinstance(run, wandb.Run):
+    if not isinstance(run, Run):
         raise TypeError(f"log() needs a run of wandb.init(); run is {type(run).__name__}")
     run.define_metric("gradients/step", hidden=True)
     run.define_metric("gradients/histogram/*", step_metric="gradients/step", hidden=True)
