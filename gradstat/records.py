@@ -98,6 +98,9 @@ class Recorder:
         """
         if not self._recording:
             return
+        # What is part of a larger buffer may be changed in it meanwhile, as DistributedDataParallel
+        # does; a shard is nobody else's.
+        at_once = gradient._is_view()
         if type(gradient) is not Tensor:
             origin = origin_of(gradient)
             if origin is not None:
@@ -113,8 +116,7 @@ class Recorder:
             waiting = self._waiting[device] = {}
         waiting[index] = gradient
         n_bytes = self._n_bytes[device] = self._n_bytes.get(device, 0) + gradient.nbytes
-        # The owner of a larger buffer may change it meanwhile, as DistributedDataParallel does.
-        if n_bytes >= self._bucket_bytes or gradient._is_view():
+        if at_once or n_bytes >= self._bucket_bytes:
             self._measure_waiting(device)
 
     def measure_waiting(self) -> None:

@@ -153,14 +153,15 @@ class Watch:
 
     def __init__(self, recorder: Recorder, hooks: BackwardHooks | StepHook) -> None:
         self._recorder, self._hooks = recorder, hooks
-        # A run that ends without close() loses nothing either; hooks live as long as the model.
-        weakref.finalize(hooks, recorder.finish)
+        # A run that ends without close() loses nothing either: hooks live as long as the model.
+        self._finish = weakref.finalize(hooks, recorder.finish)
 
     @property
     def history(self) -> History:
         """All records so far; waits for those still on their way from the device.
 
-        Always the same object, to which later records are added.
+        Always the same object, to which later records are added. With ``capacity`` they also make
+        others go: another thread than the one that trains should read `last` instead.
         """
         with self._recorder.lock:
             self._recorder.collect(wait=True)
@@ -173,7 +174,8 @@ class Watch:
         Raises:
             KeyError: there is none yet.
         """
-        return self.history.record(-1)
+        with self._recorder.lock:
+            return self.history.record(-1)
 
     def measure(self) -> None:
         """Make a record of the gradients as they are, for ``when="call"``.
@@ -194,7 +196,7 @@ class Watch:
         with self._recorder.lock:
             self._hooks.remove()
             self._recorder.drop()
-            self._recorder.finish()
+            self._finish()
 
     def __enter__(self) -> Watch:
         """The watch itself."""

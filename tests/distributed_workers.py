@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradstat
 from gradstat import History, LinearBins, Log2Bins
+from gradstat.engines import cpu
 
 N_STEPS = 2
 LEARNING_RATE = 2.0**-10
@@ -86,6 +87,23 @@ COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "ba
 
 
 @contextmanager
+def counted_launches() -> Iterator[list[int]]:
+    """How many gradients each call of the engine measures."""
+    sizes: list[int] = []
+    original = cpu.measure
+
+    def measure(tensors: list[Tensor], *arguments: object) -> object:
+        sizes.append(len(tensors))
+        return original(tensors, *arguments)
+
+    cpu.measure = measure
+    try:
+        yield sizes
+    finally:
+        cpu.measure = original
+
+
+@contextmanager
 def counted_collectives() -> Iterator[list[str]]:
     """The names of collectives that Python code asks for."""
     calls: list[str] = []
@@ -130,6 +148,11 @@ class Rank:
             history.append(0, *arrays(gradstat.statistics([tensors[self.rank]])))
             self.keep_both(f"extreme_{name}", history)
 
+    def note_launches(self, name: str, model: nn.Module) -> None:
+        with gradstat.watch(model), counted_launches() as sizes:
+            model(batch(0, self.rank)).sum().backward()
+        self.note(f"{name}_launches", str(sizes))
+
     def run_ddp(self) -> None:
         for name, options, set_to_none in (
             ("ddp", {}, True),
@@ -147,6 +170,7 @@ class Rank:
                 counted_collectives() as calls,
             ):
                 train(model, optimizer, self.rank, set_to_none)
+            self.note_launches(name, model)
             self.keep_both(name, local.history)
             self.keep_both(f"{name}_step", averaged.history)
             if name == "ddp":
@@ -196,6 +220,7 @@ class Rank:
                 counted_collectives() as calls,
             ):
                 train(model, optimizer, self.rank)
+            self.note_launches(name, model)
             self.note(f"{name}_collectives", " ".join(calls))
             self.keep_both(name, w.history)
             self.keep_both(f"{name}_step", applied.history)

@@ -189,6 +189,11 @@ def test_reduce_takes_four_collectives_and_training_none(run: Run) -> None:
     assert run.note("collectives_of_reduce") == "all_gather_object" + 3 * " all_reduce"
 
 
+def test_watch_measures_gradients_together_where_nothing_changes_them(run: Run) -> None:
+    assert run.note("ddp_launches") == run.note("fsdp_launches") == "[3]"
+    assert run.note("ddp_static_launches") == "[1, 1, 1]"
+
+
 def test_reduce_takes_layers_that_some_ranks_lack(run: Run) -> None:
     model = Model()
     whole = torch.autograd.grad(model(batch(0, 0)).sum(), list(model.parameters()))
