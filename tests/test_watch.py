@@ -208,6 +208,18 @@ def test_watch_must_be_repeated_after_parameters_are_replaced() -> None:
     assert (len(w.history), len(again.history)) == (1, 1)
 
 
+def test_watch_must_be_repeated_after_parameters_are_added() -> None:
+    model = make_model()
+    with gradstat.watch(model) as w:
+        model.append(nn.Linear(3, 2))
+        backward(model)
+        with gradstat.watch(model) as again:
+            backward(model)
+    assert w.history.layers == WEIGHTS
+    assert is_absent(w.last) == [False] * 3
+    assert again.history.layers == [*WEIGHTS, "5.weight"]
+
+
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_watch_does_not_mind_how_gradients_are_zeroed(set_to_none: bool) -> None:
     model = make_model()
