@@ -54,15 +54,17 @@ def segment_name(number: int) -> str:
     return f"{number:08}.npz"
 
 
-def write(path: Path, records: Records, compress: bool = True) -> None:
+def write(path: Path, records: Records, *, compress: bool = True, new: bool = False) -> None:
     """Write a file, which appears whole or not at all.
 
     Args:
         path: the file; one that is there is replaced.
         records: what it is to hold.
         compress: it; takes ten times as long.
+        new: rather fail than replace a file.
 
     Raises:
+        FileExistsError: there is one, for ``new``.
         OSError: it cannot be written.
     """
     sizes, indices, values = records.counts.arrays()
@@ -83,7 +85,8 @@ def write(path: Path, records: Records, compress: bool = True) -> None:
                 values=values,
                 origins=records.origins,
             )
-        unfinished.replace(path)
+        if not (new and _link(unfinished, path)):
+            unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -108,6 +111,17 @@ def read(path: Path) -> Records:
 def segments(path: Path) -> list[Path]:
     """Files of a directory, in their order."""
     return sorted(file for file in path.glob("*.npz") if file.stem.isdigit())
+
+
+def _link(file: Path, path: Path) -> bool:
+    """Give a file another name unless that is taken; whether the file system can do it."""
+    try:
+        path.hardlink_to(file)
+    except FileExistsError:
+        raise
+    except OSError:
+        return False
+    return True
 
 
 def _read_file(path: Path) -> Records:

@@ -31,17 +31,16 @@ class Journal:
     """
 
     def __init__(self, path: Path, like: History) -> None:
-        if found := archive.segments(path):
-            raise ValueError(
-                f"watch() needs a directory without records; path is {path}, which has "
-                f"{len(found)} files of them"
-            )
+        found = len(archive.segments(path))
         self._path, self._like = path, like
         self._buffer = History(like.layers, like.bins)
         self._n_segments = 0
         self._has_warned = False
         self._process = os.getpid()
-        # The first file has no records: it shows at once whether the directory can be written.
+        # The first file has no records: it shows at once whether the directory can be written, and
+        # keeps other runs and ranks away.
+        if found:
+            raise _refusal(path, found)
         self._write()
 
     def append(self, step: int, *arrays: NDArray[Any]) -> None:
@@ -59,11 +58,14 @@ class Journal:
     def _write(self) -> None:
         self._due_s = time.monotonic() + _INTERVAL_S
         self._buffer.origins[:] = self._like.origins
+        file = self._path / archive.segment_name(self._n_segments)
         try:
             self._path.mkdir(parents=True, exist_ok=True)
-            file = self._path / archive.segment_name(self._n_segments)
-            archive.write(file, self._buffer.to_records(), compress=False)
+            archive.write(file, self._buffer.to_records(), compress=False, new=True)
         except OSError as error:
+            if not len(self._buffer) and isinstance(error, FileExistsError) and file.exists():
+                # Another one has begun to write there since it was looked at.
+                raise _refusal(self._path, 1) from error
             self._give_notice(error)
             if self._buffer.nbytes < _MOST_BYTES:
                 return
@@ -79,3 +81,10 @@ class Journal:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def _refusal(path: Path, found: int) -> ValueError:
+    return ValueError(
+        f"watch() needs a directory without records; path is {path}, which has {found} files of "
+        f"them"
+    )

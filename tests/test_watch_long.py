@@ -310,7 +310,7 @@ def test_watch_does_not_fill_the_memory_for_a_disk_that_stays_full(
     model = make_model()
     sizes = []
 
-    def full(path: Path, records: archive.Records, compress: bool) -> None:
+    def full(path: Path, records: archive.Records, **_: object) -> None:
         sizes.append(len(records.steps))
         raise OSError(28, "No space left on device")
 
@@ -332,6 +332,45 @@ def test_watch_refuses_a_directory_with_records(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         gradstat.watch(model, path=tmp_path)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_watches_that_begin_together_do_not_share_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    with gradstat.watch(model, path=tmp_path) as w:
+        # As if both had looked before either has written.
+        monkeypatch.setattr(archive, "segments", lambda path: [])
+        with pytest.raises(ValueError, match="needs a directory without records"):
+            gradstat.watch(model, path=tmp_path)
+        monkeypatch.undo()
+        backward(model)
+    assert_same(History.load(tmp_path), w.history)
+
+
+def test_history_is_never_written_over_another_run(tmp_path: Path) -> None:
+    history = History(["weight"], Log2Bins())
+    archive.write(tmp_path / "run.npz", history.to_records(), new=True)
+    before = (tmp_path / "run.npz").read_bytes()
+    with pytest.raises(FileExistsError):
+        archive.write(tmp_path / "run.npz", history.to_records(), new=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.npz"]
+    assert (tmp_path / "run.npz").read_bytes() == before
+
+
+@pytest.mark.usefixtures("hurried")
+def test_watch_writes_where_files_cannot_be_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    model = make_model()
+    with gradstat.watch(model, path=tmp_path) as w:
+        backward(model)
+    assert_same(History.load(tmp_path), w.history)
 
 
 def damage_middle(path: Path) -> str:
