@@ -23,6 +23,7 @@ from gradstat.journal import Journal
 from gradstat.ops import choose_engine, is_measurable, known_range
 from gradstat.ranks import local_part, origin_of
 from gradstat.statistics import FLOATS, INTEGERS, Statistics
+from gradstat.streams import SideStream
 from gradstat.transfers import Ranges, Transfer
 
 Sink = Callable[[int, Statistics], object]
@@ -43,6 +44,7 @@ class Recorder:
         engine: name, or ``None``.
         sink: is given each record too.
         journal: so is it.
+        side: where launches run; ``None`` for the stream that computes the gradients.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Recorder:
         engine: str | None,
         sink: Sink | None = None,
         journal: Journal | None = None,
+        side: SideStream | None = None,
     ) -> None:
         self.history = history
         self.lock = threading.RLock()
@@ -61,7 +64,7 @@ class Recorder:
         self._is_linear = isinstance(history.bins, LinearBins)
         self._every, self._accumulation_steps = every, accumulation_steps
         self._bucket_bytes, self._engine = bucket_bytes, engine
-        self._sink, self._journal = sink, journal
+        self._sink, self._journal, self._side = sink, journal, side
         self._engines: dict[str, ModuleType] = {}
         self._n_passes = 0
         self._recording = False
@@ -129,6 +132,8 @@ class Recorder:
         if self._recording:
             self.measure_waiting()
             step = self._n_passes // self._accumulation_steps
+            if self._side is not None:
+                self._side.join()
             scale = None if self._scale is None else Transfer((self._scale,))
             self._pending.append(_Record(step, self._bins, self._parts, scale))
             self._parts = []
@@ -139,6 +144,8 @@ class Recorder:
 
     def drop(self) -> None:
         """Forget an unfinished pass."""
+        if self._side is not None:
+            self._side.join()
         self._recording = False
         self._parts = []
         self._waiting.clear()
@@ -183,7 +190,10 @@ class Recorder:
         """Launch over a bucket and empty it; the results start on their way to the host."""
         gradients = dict(sorted(self._waiting.pop(device).items()))
         self._n_bytes[device] = 0
-        if torch.is_grad_enabled():
+        if self._side is not None:
+            with torch.no_grad(), self._side.beside(list(gradients.values())):
+                self._measure(gradients)
+        elif torch.is_grad_enabled():
             with torch.no_grad():
                 self._measure(gradients)
         else:

@@ -79,4 +79,5 @@ class Ranges:
 
 
 def _copy_to_pinned(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    pinned = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
+    return pinned.copy_(x, non_blocking=True)

@@ -24,6 +24,7 @@ from gradstat.journal import Journal
 from gradstat.ops import check_bins, check_engine
 from gradstat.records import Recorder, Sink
 from gradstat.statistics import Statistics
+from gradstat.streams import SideStream
 
 Selector = str | Callable[[str, nn.Parameter], bool]
 
@@ -42,6 +43,7 @@ def watch(
     sink: Sink | None = None,
     path: str | os.PathLike[str] | None = None,
     bucket_bytes: int = 25 << 20,
+    stream: Literal["current", "side"] = "current",
     engine: str | None = None,
 ) -> Watch:
     """Measure a model's gradients, during backward or when the optimizer steps.
@@ -90,6 +92,8 @@ def watch(
             at the end, for `History.load` to read at any time, also after the process was killed.
             Where that fails one warning is given, and training goes on. Each rank needs its own.
         bucket_bytes: gradients measured in one launch; the default leaves them in a GPU's cache.
+        stream: ``"side"`` measures on a CUDA stream of its own, beside the rest of the backward
+            pass; whatever comes after the pass waits for it, on the device.
         engine: as in `statistics`.
 
     Returns:
@@ -122,6 +126,8 @@ def watch(
         raise TypeError(f"watch() needs a function; sink is {sink!r}")
     if path is not None and not isinstance(path, str | os.PathLike):
         raise TypeError(f"watch() needs a directory's path; path is {path!r}")
+    if stream not in ("current", "side"):
+        raise ValueError(f"watch() needs one of current, side; stream is {stream!r}")
     check_engine("watch", engine)
     if not isinstance(scaler, GradScaler | None):
         raise TypeError(f"watch() needs a torch.amp.GradScaler; scaler is {type(scaler).__name__}")
@@ -134,7 +140,10 @@ def watch(
         # Unless they are DTensors, which say it themselves.
         history.origins[:] = SAME
     journal = None if path is None else Journal(Path(path), history)
-    recorder = Recorder(history, every, accumulation_steps, bucket_bytes, engine, sink, journal)
+    side = SideStream() if stream == "side" else None
+    recorder = Recorder(
+        history, every, accumulation_steps, bucket_bytes, engine, sink, journal, side
+    )
     if when == "backward":
         return Watch(
             recorder,

@@ -70,3 +70,50 @@ def test_statistics_run_on_the_current_stream() -> None:
         s = gradstat.statistics(x)
     stream.synchronize()
     assert int(s.zeros) == 0
+
+
+@pytest.mark.parametrize("bins", SCHEMES, ids=repr)
+def test_watch_on_a_side_stream_sees_gradients_before_they_change(
+    bins: Log2Bins | LinearBins,
+) -> None:
+    model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(4))).cuda()
+    x = torch.randn(64, 512, device="cuda")
+    with (
+        gradstat.watch(model, bins, bucket_bytes=1, stream="side") as w,
+        gradstat.watch(model, bins, engine="reference") as expected,
+    ):
+        for _ in range(3):
+            model.zero_grad(set_to_none=False)
+            model(x).square().mean().backward()
+            for parameter in model.parameters():
+                parameter.grad.fill_(7.0)
+    for step in range(3):
+        assert torch.equal(w.history.record(step).integers, expected.history.record(step).integers)
+        assert torch.equal(w.history.record(step).counts, expected.history.record(step).counts)
+
+
+def test_a_training_step_with_watch_can_be_captured() -> None:
+    model = torch.nn.Linear(300, 200).cuda()
+    x = torch.randn(64, 300, device="cuda")
+
+    def step() -> gradstat.Statistics:
+        model.zero_grad(set_to_none=True)
+        model(x).square().mean().backward()
+        return gradstat.statistics([p.grad for p in model.parameters()])
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()  # gradients have other addresses here than in the warm-up
+    for _ in range(100):  # other plans come and go
+        gradstat.statistics(torch.randn(1000, device="cuda"))
+    x.normal_()
+    graph.replay()
+    expected = gradstat.statistics([p.grad for p in model.parameters()], engine="reference")
+    assert torch.equal(captured.integers, expected.integers)
+    assert torch.equal(captured.counts, expected.counts)

@@ -53,6 +53,11 @@ OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.1)
             ValueError,
             "a number of 1 or more; every is 0",
         ),
+        (
+            lambda: gradstat.watch(MODEL, stream="other"),
+            ValueError,
+            "one of current, side; stream is 'other'",
+        ),
         (lambda: gradstat.watch(MODEL, every=True), TypeError, "an integer; every is True"),
         (lambda: gradstat.watch(MODEL, every=1.5), TypeError, "an integer; every is 1.5"),
         (
@@ -174,3 +179,10 @@ def test_watch_refuses_by_argument(
     with pytest.raises(error, match=f"^{re.escape('watch() needs ' + message)}$"):
         call()
     assert n_hooks(MODEL) == n_step_hooks(OPTIMIZER) == 0
+
+
+def test_a_side_stream_changes_nothing_where_there_are_no_streams() -> None:
+    model = make_model()
+    with gradstat.watch(model, stream="side", bucket_bytes=1) as w:
+        backward(model)
+    assert_record(w.last, gradstat.statistics(gradients(model, WEIGHTS)))
