@@ -17,7 +17,7 @@ from conftest import ROOT
 import gradstat
 from gradstat import LinearBins, Log2Bins, Statistics
 from gradstat.bins import Bins
-from gradstat.engines import cpu
+from gradstat.engines import cpu, cpu_threads
 from gradstat.engines.cpu_counts import MAX_LANE_BINS
 
 measure = functools.partial(gradstat.statistics, engine="cpu")
@@ -273,3 +273,19 @@ def test_measure_reads_negated_views_while_others_are_copied(generator: torch.Ge
     assert_agrees_with_the_reference(views, Log2Bins())
     for row, part in zip(measure(views), parts, strict=True):
         assert float(row.sum) == pytest.approx(-float(part.double().sum()), rel=1e-9)
+
+
+CPUS = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
+
+
+@pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs, and to place threads")
+def test_helpers_are_kept_off_the_cpu_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(1 << 20)
+    cpu.measure([x], Log2Bins())  # starts the helper
+    for mine in sorted(CPUS)[:2]:
+        monkeypatch.setattr(cpu_threads, "_get_cpu", lambda mine=mine: mine)
+        cpu.measure([x], Log2Bins())
+        for helper in cpu_threads._helper_ids:
+            assert os.sched_getaffinity(helper) == CPUS - {mine}
+    assert os.sched_getaffinity(0) == CPUS
+    assert cpu_threads._helper_ids
