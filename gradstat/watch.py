@@ -72,10 +72,10 @@ def watch(
             function of name and parameter. By default all but biases.
         accumulation_steps: backward passes per optimizer step. The last of each is recorded, when
             the gradient is whole.
-        when: ``"backward"`` measures gradients by the end of the pass, in buckets: hooks of your own
-            must not change them before that; ``"step"`` measures what the optimizer is about to
-            apply: after reduction, unscaling and clipping; ``"call"``
-            measures where `Watch.measure` is called. Two watches of one model compare them.
+        when: ``"backward"`` measures gradients by the end of the pass, in buckets: other hooks must
+            not change them before that; ``"step"`` measures what the optimizer is about to apply:
+            after reduction, unscaling and clipping; ``"call"`` measures where `Watch.measure` is
+            called. Two watches of one model compare them.
         optimizer: whose steps are records, for ``when="step"``; layers that it does not hold are
             absent, and so are the steps that a scaler skips (a fused optimizer skips them itself,
             with a record). A closure given to its ``step()`` runs after the measurement: for that
