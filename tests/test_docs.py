@@ -1,4 +1,5 @@
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,8 @@ def test_readme_begins_with_the_quick_start_and_what_it_prints(
     # Another machine adds in another order.
     assert [float(rms) for _, rms in got] == pytest.approx([float(r) for _, r in expected], rel=0.1)
     assert (tmp_path / "gradients.png").stat().st_size > 0
+
+
+def test_reference_is_that_of_the_docstrings() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))
+    assert (ROOT / "docs" / "reference.md").read_text() == script["render"]()
