@@ -183,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         run.every_step.save(options.out / f"{name.lower()}_every_step.npz")
         run.each_epoch.save(options.out / f"{name.lower()}_each_epoch.npz")
+        run.every_step.report(options.out / f"{name.lower()}.html", title=f"{name} network")
         runs[name] = run
     torch.set_num_threads(threads)
     drawn = figures(
@@ -192,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for name, figure in drawn:
         save_figure(figure, options.out / f"{name}.png")
-    print(f"\nFigures and histories are in {options.out}/")
+    print(f"\nFigures, reports and histories are in {options.out}/")
 
     verdicts = judge(
         runs["ReLU"].measured(), runs["sigmoid"].measured(), options.data, options.batch_size

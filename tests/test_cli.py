@@ -257,17 +257,28 @@ def test_command_runs_as_a_module_and_stops_when_nobody_reads(ill: Path) -> None
 
 
 def test_tail_ends_cleanly_with_ctrl_c(ill: Path) -> None:
-    command = [sys.executable, "-u", "-m", "gradstat", "tail", str(ill)]
+    # A shell that starts its jobs in the background has them ignore Ctrl-C.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from gradstat.cli import main; sys.exit(main())"
+    )
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        [sys.executable, "-u", "-c", code, "tail", str(ill)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
     ) as process:
-        assert process.stdout
-        assert process.stderr
-        assert process.stdout.readline() == f"{ill}: step 24\n"
-        time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
-        assert process.stderr.read() == ""
-        assert process.wait(60) == 0
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == f"{ill}: step 24\n"
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert errors == ""
+    assert process.returncode == 0
 
 
 def test_import_of_gradstat_leaves_the_command_and_its_packages_out() -> None:

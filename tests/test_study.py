@@ -30,6 +30,7 @@ FIGURES = [
 FILES = sorted(
     [f"{name}.png" for name in FIGURES]
     + [f"{n.lower()}_{kind}.npz" for n in NETWORKS for kind in ("every_step", "each_epoch")]
+    + [f"{n.lower()}.html" for n in NETWORKS]
 )
 
 
@@ -100,7 +101,7 @@ def test_every_claim_that_one_epoch_of_mnist_can_answer_holds(on_mnist: Finished
 
 
 @pytest.mark.parametrize("name", ["on_digits", "on_mnist"])
-def test_study_writes_its_figures_and_histories_and_nothing_else(
+def test_study_writes_its_figures_reports_and_histories_and_nothing_else(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     finished: Finished = request.getfixturevalue(name)
@@ -110,7 +111,7 @@ def test_study_writes_its_figures_and_histories_and_nothing_else(
         pixels = image.imread(finished.out / f"{figure}.png")
         assert min(pixels.shape[:2]) >= 400
         assert pixels[..., :3].std() > 0.01
-    assert "Figures and histories are in results/" in finished.stdout
+    assert "Figures, reports and histories are in results/" in finished.stdout
 
 
 @pytest.mark.parametrize("network", NETWORKS)
