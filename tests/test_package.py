@@ -150,7 +150,13 @@ def test_public_names_are_sorted_and_documented() -> None:
 
 @pytest.mark.parametrize("name", [*MODULES, "gradstat"])
 def test_docstrings_examples_run(name: str) -> None:
-    result = doctest.testmod(importlib.import_module(name), report=True)
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        if not name.startswith("gradstat.integrations."):
+            raise
+        pytest.skip(str(error))
+    result = doctest.testmod(module, report=True)
     assert result.failed == 0
 
 
