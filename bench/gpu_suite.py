@@ -34,6 +34,7 @@ from gpu_cases import (
     time_tensors,
     time_training,
 )
+from machine import describe_code
 
 ROOT = Path(__file__).parent.parent
 SANITIZED = """
@@ -67,8 +68,6 @@ def gate() -> list[dict[str, Any]]:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Card, versions and commit."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     card: dict[str, Any] = {"name": f"none: {platform.machine()}, interpreted"}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -86,7 +85,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
     }
-    return {"card": card, "versions": versions, "commit": commit}
+    return {"card": card, "versions": versions, **describe_code()}
 
 
 def draw(document: dict[str, Any], path: Path) -> None:

@@ -24,8 +24,15 @@ def describe(packages: Sequence[str]) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: version(name) for name in packages},
         },
+        **describe_code(),
+    }
+
+
+def describe_code() -> dict[str, Any]:
+    """Commit, and whether what results depend on has changed since."""
+    return {
         "commit": _git("rev-parse", "HEAD"),
-        # Of what the results depend on; the results themselves do not count.
+        # The results themselves do not count.
         "dirty": bool(_git("status", "--porcelain", "--", "gradstat", "kernels", "bench/*.py")),
     }
 

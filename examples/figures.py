@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from gradstat import History, labels, panels, plot
+from gradstat.files import replacing
 
 Array = NDArray[Any]
 
@@ -98,12 +98,8 @@ def draw_loss(losses: dict[str, Array]) -> Figure:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG that appears whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=150)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 class LiveRidge:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradstat.bins import Bins, parse_bins
+from gradstat.files import replacing
 from gradstat.sparse import SparseRows
 from gradstat.statistics import FLOATS, INTEGERS
 
@@ -69,8 +69,7 @@ def write(path: Path, records: Records, *, compress: bool = True, new: bool = Fa
     """
     sizes, indices, values = records.counts.arrays()
     save = np.savez_compressed if compress else np.savez
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as unfinished:
         with unfinished.open("wb") as file:
             save(
                 file,
@@ -85,10 +84,8 @@ def write(path: Path, records: Records, *, compress: bool = True, new: bool = Fa
                 values=values,
                 origins=records.origins,
             )
-        if not (new and _link(unfinished, path)):
-            unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        if new:
+            _claim(path, unfinished)
 
 
 def read(path: Path) -> Records:
@@ -113,15 +110,14 @@ def segments(path: Path) -> list[Path]:
     return sorted(file for file in path.glob("*.npz") if file.stem.isdigit())
 
 
-def _link(file: Path, path: Path) -> bool:
-    """Give a file another name unless that is taken; whether the file system can do it."""
+def _claim(path: Path, file: Path) -> None:
+    """Make a name one of a file that is there, or fail if it is taken; some file systems cannot."""
     try:
         path.hardlink_to(file)
     except FileExistsError:
         raise
     except OSError:
-        return False
-    return True
+        return
 
 
 def _read_file(path: Path) -> Records:

@@ -45,6 +45,14 @@ def check_histories(function: str, history: Histories) -> dict[str, History]:
     return named
 
 
+def check_history(function: str, history: History) -> None:
+    """Refuse what is no single History with records."""
+    if not isinstance(history, History):
+        raise TypeError(f"{function}() needs a History; history is {type(history).__name__}")
+    if len(history) == 0 or not history.layers:
+        raise ValueError(f"{function}() needs a History with records; history is {history!r}")
+
+
 def check_layers(function: str, named: dict[str, History], layers: Layers | None) -> dict[str, str]:
     """Return the title of each layer to draw, in order."""
     known = list(dict.fromkeys(layer for each in named.values() for layer in each.layers))
@@ -62,12 +70,12 @@ def check_layers(function: str, named: dict[str, History], layers: Layers | None
     return titles
 
 
-def check_count(function: str, name: str, value: int) -> None:
+def check_count(function: str, name: str, value: int, unit: str = "step") -> None:
     """Refuse what is not a positive integer."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{function}() needs an integer number of steps; {name} is {value!r}")
+        raise TypeError(f"{function}() needs an integer number of {unit}s; {name} is {value!r}")
     if value < 1:
-        raise ValueError(f"{function}() needs one step or more; {name} is {value}")
+        raise ValueError(f"{function}() needs one {unit} or more; {name} is {value}")
 
 
 def check_field(function: str, field: str, *also: str) -> None:

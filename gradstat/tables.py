@@ -14,13 +14,13 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradstat.files import replacing
 from gradstat.history import FIELDS, History
 from gradstat.series import Array
 
@@ -97,7 +97,7 @@ def to_parquet(
     schema = pa.schema(
         [(name, types[name]) for name in COLUMNS], metadata={"gradstat_bins": history.bins.spec}
     )
-    with _replacing(Path(path)) as unfinished, parquet.ParquetWriter(unfinished, schema) as writer:
+    with replacing(Path(path)) as unfinished, parquet.ParquetWriter(unfinished, schema) as writer:
         for part in rows(history, progress):
             offsets = np.concatenate([[0], np.cumsum(part.sizes)]).astype(np.int32)
             arrays = [
@@ -121,7 +121,7 @@ def to_csv(
         OSError: the file cannot be written.
     """
     with (
-        _replacing(Path(path)) as unfinished,
+        replacing(Path(path)) as unfinished,
         unfinished.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.writer(file)
@@ -199,14 +199,3 @@ def _import(function: str, name: str) -> Any:  # noqa: ANN401 (a module without 
         raise ImportError(
             f'{function}() needs {package}: pip install "gradstat[tables]"'
         ) from error
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, which takes the place of ``path`` once all is written."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

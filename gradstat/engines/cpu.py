@@ -30,6 +30,7 @@ from gradstat.engines.cpu_passes import (
     work,
 )
 from gradstat.engines.cpu_threads import run_together
+from gradstat.engines.layout import merge_dims, no_storage
 from gradstat.statistics import FLOATS, INTEGERS, Statistics
 
 _CODES = {
@@ -119,10 +120,7 @@ def _tabulate(tensors: Sequence[Tensor]) -> tuple[Array, int, list[object]]:
             held.append(x)
         numel, address = x.numel(), 0
         if numel and not x.data_ptr():
-            raise ValueError(
-                f"measure() needs tensors with values; tensors[{len(cells) // COLUMNS}] has no "
-                f"storage"
-            )
+            raise no_storage(len(cells) // COLUMNS)
         if not x.is_contiguous():
             layout = _layout(x)
             if layout[0]:
@@ -139,20 +137,8 @@ def _tabulate(tensors: Sequence[Tensor]) -> tuple[Array, int, list[object]]:
 
 
 def _layout(x: Tensor) -> array[int]:
-    """Number of dimensions, then size and stride of each; none if the memory has no gaps.
-
-    Dimensions are put in the order of memory, since no statistic depends on the order of values,
-    and joined where they can be: a transposed matrix comes out as contiguous.
-    """
-    dimensions = sorted(
-        ((size, step) for size, step in zip(x.shape, x.stride(), strict=True) if size > 1),
-        key=lambda dimension: -dimension[1],
-    )
-    joined: list[tuple[int, int]] = []
-    for size, step in dimensions:
-        if joined and joined[-1][1] == size * step:
-            size *= joined.pop()[0]
-        joined.append((size, step))
-    if not joined or (len(joined) == 1 and joined[0][1] == 1):
+    """Number of dimensions, then size and stride of each; none if the memory has no gaps."""
+    dims = merge_dims(x)
+    if len(dims) == 1 and dims[0][1] == 1:
         return array("q", [0])
-    return array("q", [len(joined), *(number for pair in joined for number in pair)])
+    return array("q", [len(dims), *(number for pair in dims for number in pair)])

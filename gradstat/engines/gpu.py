@@ -19,6 +19,7 @@ from triton import knobs
 
 from gradstat.bins import Bins, LinearBins, Log2Bins, powers_of_ten
 from gradstat.engines import reference
+from gradstat.engines.layout import no_storage
 from gradstat.engines.work import make_items
 from gradstat.kernels.finish import finish_kernel
 from gradstat.kernels.histogram import histogram_kernel
@@ -205,7 +206,7 @@ def _plan(tensors: Sequence[Tensor], device: torch.device) -> Plan:
             _keep_plan(key, plan)
     elif is_capturing:
         _captured.append(plan)
-    elif plan.uploaded is not None:
+    else:
         _wait_for_tables(plan)
     return plan
 
@@ -214,7 +215,7 @@ def _make_plan(tensors: Sequence[Tensor], device: torch.device, is_capturing: bo
     rows: dict[torch.dtype, list[int]] = {}
     for i, x in enumerate(tensors):
         if x.numel() and not x.data_ptr():
-            raise ValueError(f"measure() needs tensors with values; tensors[{i}] has no storage")
+            raise no_storage(i)
         rows.setdefault(x.dtype, []).append(i)
     float64_rows = rows.pop(torch.float64, [])
     groups = []
@@ -238,8 +239,10 @@ def _keep_plan(key: tuple[Any, ...], plan: Plan) -> None:
 
 def _wait_for_tables(plan: Plan) -> None:
     """Let the current stream use tables that another one uploaded."""
+    if plan.uploaded is None:  # the CPU has no streams
+        return
     stream = torch.cuda.current_stream()
-    if stream.cuda_stream != plan.stream and plan.uploaded is not None:
+    if stream.cuda_stream != plan.stream:
         stream.wait_event(plan.uploaded)
         for group in plan.groups:
             group.items.record_stream(stream)

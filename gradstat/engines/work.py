@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gradstat.engines.layout import merge_dims
+
 Array = NDArray[np.int64]
 
 MIN_ITEM, MAX_ITEM = 1 << 13, 1 << 16  # elements
@@ -62,7 +64,7 @@ def make_items(tensors: Sequence[Tensor], rows: Sequence[int], tile: int) -> tup
 
 def _runs(x: Tensor, size: int) -> Iterator[Run]:
     """Parts of a tensor, each element in one of them, in memory order where there is one."""
-    dims = _merge_dims(x)
+    dims = merge_dims(x)
     if len(dims) == 1 and dims[0][1] == 1:
         yield Run(0, (dims[0][0], 1, 1), (1, 0, 0))
         return
@@ -75,24 +77,6 @@ def _runs(x: Tensor, size: int) -> Iterator[Run]:
     for at in product(*(range(length) for length, _ in others)):
         offset = sum(k * stride for k, (_, stride) in zip(at, others, strict=True))
         yield Run(offset, sizes, strides)
-
-
-def _merge_dims(x: Tensor) -> list[tuple[int, int]]:
-    """Sizes and strides by descending stride, joined where one dimension continues the next.
-
-    The order of elements does not matter to a statistic, so a transposed or channels-last tensor
-    is one run of memory.
-    """
-    if x.numel() == 0:
-        return [(0, 1)]
-    dims = [(size, step) for size, step in zip(x.shape, x.stride(), strict=True) if size > 1]
-    merged: list[tuple[int, int]] = []
-    for size, step in sorted(dims, key=lambda dim: -dim[1]):
-        if merged and merged[-1][1] == size * step:
-            merged[-1] = (merged[-1][0] * size, step)
-        else:
-            merged.append((size, step))
-    return merged or [(1, 1)]
 
 
 def _split_run(x: Tensor, row: int, run: Run, size: int, tile: int) -> Array:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from gradstat.history import History
-from gradstat.series import Array, select
+from gradstat.series import Array, check_count, check_history, select
 from gradstat.statistics import Statistics
 
 
@@ -79,18 +79,10 @@ def chosen_steps(function: str, history: History, max_records: int | None) -> li
         TypeError: an argument of another kind.
         ValueError: no records, ``max_records`` < 1.
     """
-    if not isinstance(history, History):
-        raise TypeError(f"{function}() needs a History; history is {type(history).__name__}")
-    if len(history) == 0 or not history.layers:
-        raise ValueError(f"{function}() needs a History with records; history is {history!r}")
+    check_history(function, history)
     if max_records is None:
         max_records = len(history)
-    if not isinstance(max_records, int) or isinstance(max_records, bool):
-        raise TypeError(
-            f"{function}() needs an integer number of records; max_records is {max_records!r}"
-        )
-    if max_records < 1:
-        raise ValueError(f"{function}() needs one record or more; max_records is {max_records}")
+    check_count(function, "max_records", max_records, "record")
     if max_records == 1:
         return [int(history.steps[-1])]
     steps = history.steps

@@ -18,9 +18,10 @@ import numpy as np
 
 from gradstat.bins import Log2Bins
 from gradstat.diagnosis import diagnose
+from gradstat.files import replacing
 from gradstat.history import History
 from gradstat.report import thin
-from gradstat.series import Array
+from gradstat.series import Array, check_history
 
 _SCRIPTS = ("data.js", "canvas.js", "map.js", "layers.js", "detail.js", "main.js")
 _NUMBERS = ("numel", "mean", "std", "rms", "l2", "min", "max", "zeros", "nan", "posinf", "neginf")
@@ -51,20 +52,12 @@ def write(history: History, path: str | os.PathLike[str], *, title: str = "Gradi
         ...     model(torch.ones(1, 3)).sum().backward()
         >>> w.history.report("report.html")  # doctest: +SKIP
     """
-    if not isinstance(history, History):
-        raise TypeError(f"report() needs a History; history is {type(history).__name__}")
+    check_history("report", history)
     if not isinstance(title, str):
         raise TypeError(f"report() needs a text; title is {title!r}")
-    if len(history) == 0 or not history.layers:
-        raise ValueError(f"report() needs a History with records; history is {history!r}")
     text = _render(history, title)
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(Path(path)) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _render(history: History, title: str) -> str:
