@@ -51,7 +51,16 @@ def make_up(layers: int, steps: int) -> History:
     )
     names = [f"model.layers.{i // 7}.{i % 7}.weight" for i in range(layers)]
     origins = np.full(layers, OWN)
-    records = Records(names, Log2Bins(), list(range(steps)), integers, floats, rows, origins)
+    records = Records(
+        names,
+        Log2Bins(),
+        list(range(steps)),
+        integers,
+        floats,
+        rows,
+        origins,
+        ["grad"] * len(names),
+    )
     return History.from_records(records)
 
 

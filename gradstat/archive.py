@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from gradstat.bins import Bins, parse_bins
 from gradstat.files import replacing
+from gradstat.kinds import GRAD, KINDS
 from gradstat.sparse import SparseRows
 from gradstat.statistics import FLOATS, INTEGERS
 
@@ -38,6 +39,7 @@ class Records:
         counts: S times L histograms.
         origins: int64 ``(L,)``: the first rank of a distributed run that holds the same values of
             a layer, `OWN` or `SAME`.
+        kinds: L of `KINDS`: what each layer's values are.
     """
 
     layers: list[str]
@@ -47,6 +49,7 @@ class Records:
     floats: Array
     counts: SparseRows
     origins: Array
+    kinds: list[str]
 
 
 def segment_name(number: int) -> str:
@@ -83,6 +86,7 @@ def write(path: Path, records: Records, *, compress: bool = True, new: bool = Fa
                 indices=indices,
                 values=values,
                 origins=records.origins,
+                kinds=np.array(records.kinds, dtype=np.str_),
             )
         if new:
             _claim(path, unfinished)
@@ -151,7 +155,8 @@ def _join(path: Path, parts: Iterable[Records]) -> Records:
     records = list(parts)
     first = records[0]
     steps = [step for part in records for step in part.steps]
-    fit = all(part.layers == first.layers and part.bins == first.bins for part in records)
+    run = (first.layers, first.kinds, first.bins)
+    fit = all((part.layers, part.kinds, part.bins) == run for part in records)
     if not fit or any(a >= b for a, b in pairwise(steps)):
         raise ValueError(f"History.load() needs the files of one run; {path} has those of several")
     arrays = zip(*(part.counts.arrays() for part in records), strict=True)
@@ -163,6 +168,7 @@ def _join(path: Path, parts: Iterable[Records]) -> Records:
         np.concatenate([part.floats for part in records]),
         SparseRows(*(np.concatenate(each) for each in arrays)),
         records[-1].origins,
+        first.kinds,
     )
 
 
@@ -173,6 +179,7 @@ def _check(data: dict[str, Array]) -> Records:
         raise ValueError(f"its format is {data['format']}, not {FORMAT}")
     layers, bins = [str(name) for name in data["layers"].flat], parse_bins(str(data["bins"]))
     data.setdefault("origins", np.full(len(layers), OWN))
+    kinds = [str(kind) for kind in data.get("kinds", np.full(len(layers), GRAD)).flat]
     # A "safe" cast refuses what could lose anything, such as floats for integers.
     steps, integers, sizes, indices, values, origins = (
         data[name].astype(np.int64, casting="safe")
@@ -193,11 +200,13 @@ def _check(data: dict[str, Array]) -> Records:
         and _rise(indices, np.cumsum(sizes) - sizes)
         and bool((values > 0).all())
         and origins.shape == (shape[1],)
+        and len(kinds) == shape[1]
+        and set(kinds) <= set(KINDS)
     )
     if not fit:
         raise ValueError("its arrays do not fit each other")
     counts = SparseRows(sizes, data["indices"], data["values"])
-    return Records(layers, bins, steps.tolist(), integers, floats, counts, origins)
+    return Records(layers, bins, steps.tolist(), integers, floats, counts, origins, kinds)
 
 
 def _rise(x: Array, starts: Array) -> bool:

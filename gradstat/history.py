@@ -16,6 +16,7 @@ from torch import distributed as dist
 from gradstat import archive, ranks
 from gradstat.archive import OWN, SAME, Records
 from gradstat.bins import Bins
+from gradstat.kinds import GRAD, PARAM, UNIT, UPDATE, plain_name
 from gradstat.sparse import SparseRows
 from gradstat.statistics import DERIVED, FLOATS, INTEGERS, Statistics
 
@@ -41,6 +42,7 @@ class History:
         bins: scheme of every histogram.
         capacity: most records to keep, 2 or more: the first, the last, and between them every so
             many, evenly. Whenever it is full every other one is dropped.
+        kinds: of what each layer is, by default gradients; see ``what`` of `gradstat.watch`.
 
     Example:
         >>> import torch, gradstat
@@ -51,8 +53,16 @@ class History:
         (['weight'], array([[1.]]))
     """
 
-    def __init__(self, layers: Sequence[str], bins: Bins, *, capacity: int | None = None) -> None:
+    def __init__(
+        self,
+        layers: Sequence[str],
+        bins: Bins,
+        *,
+        capacity: int | None = None,
+        kinds: Sequence[str] | None = None,
+    ) -> None:
         self.layers = list(layers)
+        self.kinds = [GRAD] * len(self.layers) if kinds is None else list(kinds)
         self.bins = bins
         # Which ranks of a distributed run hold the same values of a layer, as in `Records`.
         self.origins = np.full(len(self.layers), OWN)
@@ -186,6 +196,66 @@ class History:
             counts[at] = self._counts(at, column)
         return counts, self._edges(self._floats[: len(self), column])
 
+    def select(self, kind: str) -> History:
+        """The rows of one kind, where ``watch(what=...)`` has recorded several.
+
+        Args:
+            kind: ``"grad"``, ``"param"``, ``"update"``, ``"activation"``, ``"unit"`` (the largest
+                magnitude of each unit of an activation) or ``"grad_output"``.
+
+        Returns:
+            A new History of as many records, its layers named by their parameters or modules.
+
+        Raises:
+            KeyError: a kind that was not recorded.
+        """
+        columns = self._columns("select", kind)
+        records = self.to_records()
+        at = np.arange(len(self))[:, None] * len(self.layers) + columns
+        chosen = Records(
+            [plain_name(kind, self.layers[column]) for column in columns],
+            self.bins,
+            list(self._steps),
+            records.integers[:, columns],
+            records.floats[:, columns],
+            self._packed.keep(at.ravel()),
+            records.origins[columns],
+            [kind] * len(columns),
+        )
+        return History.from_records(chosen)
+
+    def update_ratio(self) -> Array:
+        """How large a step's change of the weights was, as a share of them.
+
+        Returns:
+            The rms of ``update`` over that of ``param``: float64 ``(S, L)``, for the layers of
+            ``select("update")``; infinite for weights of zero that changed.
+
+        Raises:
+            KeyError: updates were not recorded.
+        """
+        update, weight = (self._columns("update_ratio", kind) for kind in (UPDATE, PARAM))
+        rms = self["rms"]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio: Array = rms[:, update] / rms[:, weight]
+        return ratio
+
+    def dead_units(self) -> Array:
+        """The share of each module's units whose output was zero for the whole batch.
+
+        Returns:
+            float64 ``(S, L)``, for the layers of ``select("unit")``, which are those of
+            ``select("activation")``.
+
+        Raises:
+            KeyError: activations were not recorded.
+        """
+        columns = self._columns("dead_units", UNIT)
+        zeros, numel = self["zeros"][:, columns], self["numel"][:, columns]
+        with np.errstate(invalid="ignore"):
+            share: Array = zeros / numel
+        return share
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the whole record to a NumPy ``.npz`` file, which appears whole or not at all.
 
@@ -240,7 +310,7 @@ class History:
         """
         mine = self.to_records()
         if replicated is not None:
-            plain = mine.origins < 0
+            plain = (mine.origins < 0) & (np.array(mine.kinds) == GRAD)
             mine.origins[plain] = SAME if replicated else OWN
         return History.from_records(ranks.merge(mine, group))
 
@@ -249,13 +319,20 @@ class History:
         self._pack()
         integers, floats = self._integers[: len(self)], self._floats[: len(self)]
         return Records(
-            self.layers, self.bins, self._steps, integers, floats, self._packed, self.origins.copy()
+            self.layers,
+            self.bins,
+            self._steps,
+            integers,
+            floats,
+            self._packed,
+            self.origins.copy(),
+            self.kinds,
         )
 
     @classmethod
     def from_records(cls, records: Records) -> History:
         """A History of such arrays, which it keeps."""
-        history = cls(records.layers, records.bins)
+        history = cls(records.layers, records.bins, kinds=records.kinds)
         history.origins = records.origins
         history._steps = list(records.steps)
         history._integers, history._floats = records.integers, records.floats
@@ -308,6 +385,16 @@ class History:
         ends = torch.from_numpy(np.ascontiguousarray(floats[..., 6:]))
         edges: Array = self.bins.edges(ends[..., 0], ends[..., 1]).numpy()
         return edges
+
+    def _columns(self, function: str, kind: str) -> Array:
+        """Where the rows of a kind are."""
+        columns = np.flatnonzero(np.array(self.kinds) == kind)
+        if not len(columns):
+            raise KeyError(
+                f"{function}() needs a history with {kind!r}; it has "
+                f"{', '.join(dict.fromkeys(self.kinds))}"
+            )
+        return columns
 
     def _find_layer(self, layer: str) -> int:
         if layer not in self.layers:

@@ -91,7 +91,9 @@ def merge(mine: Records, group: dist.ProcessGroup | None) -> Records:
     floats = _sum_floats(mine, integers[..., 1], sends, least, greatest, ranks)
     counts = stretches.pack(sums[integers.size :])
     origins = np.full_like(mine.origins, SAME)
-    return Records(mine.layers, mine.bins, mine.steps, integers, floats, counts, origins)
+    return Records(
+        mine.layers, mine.bins, mine.steps, integers, floats, counts, origins, mine.kinds
+    )
 
 
 class _Ranks:
@@ -126,8 +128,8 @@ class _Ranks:
 
 def _agree(mine: Records, ranks: _Ranks) -> Array:
     """Origins of the layers on each rank, int64 ``(W, L)``, if all ranks have the same records."""
-    kinds = {"layers": mine.layers, "bins": mine.bins.spec, "steps": mine.steps}
-    gathered = ranks.gather((kinds, mine.origins))
+    run = {"layers": mine.layers, "bins": mine.bins.spec, "steps": mine.steps}
+    gathered = ranks.gather((run, mine.origins))
     for rank, (theirs, _) in enumerate(gathered):
         for what, first in gathered[0][0].items():
             if theirs[what] != first:
