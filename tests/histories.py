@@ -8,6 +8,7 @@ import torch
 import gradstat
 from gradstat import History
 from gradstat.bins import Bins
+from gradstat.kinds import GRAD, row_name
 from gradstat.statistics import FLOATS, INTEGERS
 
 LONG_NAMES = [f"transformer.h.{i}.mlp.c_proj.weight" for i in range(12)]
@@ -27,10 +28,15 @@ def make_history(
     steps: int = 3,
     gradient: Gradient = falling,
     absent: Collection[tuple[int, int]] = (),
+    kinds: Collection[str] = (GRAD,),
 ) -> History:
-    """Record ``gradient(step, layer)`` but for the absent ones, as `gradstat.watch` does."""
-    names = [f"{i}.weight" for i in range(layers)] if isinstance(layers, int) else layers
-    history = History(names, bins)
+    """Record ``gradient(step, row)`` but for the absent ones, as `gradstat.watch` does.
+
+    Each kind has a row for each layer.
+    """
+    layers = [f"{i}.weight" for i in range(layers)] if isinstance(layers, int) else layers
+    names = [row_name(kind, layer) for kind in kinds for layer in layers]
+    history = History(names, bins, kinds=[kind for kind in kinds for _ in layers])
     for step in range(steps):
         tensors = [gradient(step, layer) for layer in range(len(names))]
         s = gradstat.statistics(tensors, bins, engine="reference")
