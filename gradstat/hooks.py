@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,15 +13,18 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gradstat.records import Recorder
+from gradstat.kinds import GRAD, PARAM, UPDATE
+from gradstat.ranks import local_part
+from gradstat.recorder import Recorder
 
 
 class BackwardHooks:
     """Each backward pass is a pass of the recorder.
 
     Args:
-        parameters: to hook, in the order of the recorder's layers.
+        parameters: to hook, in the order of the recorder's rows.
         recorder: what sees their gradients.
+        first_rows: the row of the first parameter, by kind; which kinds there are.
         scaler: what scales the loss, or ``None``.
         at_once: measure each gradient before its hook returns.
     """
@@ -30,10 +33,18 @@ class BackwardHooks:
         self,
         parameters: Iterable[nn.Parameter],
         recorder: Recorder,
+        first_rows: Mapping[str, int],
         scaler: GradScaler | None,
         at_once: bool,
     ) -> None:
+        parameters = list(parameters)
         self._recorder, self._scaler, self._at_once = recorder, scaler, at_once
+        self._first_gradient = first_rows.get(GRAD)
+        # The hooks are on the parameters and keep this alive, not the other way round.
+        self._weights = [
+            (first_rows[PARAM] + index, weakref.ref(parameter))
+            for index, parameter in enumerate(parameters if PARAM in first_rows else ())
+        ]
         # What will be called next in the running pass. Autograd alone keeps it alive, and drops it
         # with a pass that an exception ends.
         self._next_call: Callable[[], Callable[..., None] | None] = lambda: None
@@ -48,6 +59,10 @@ class BackwardHooks:
             handle.remove()
         self._handles.clear()
 
+    def is_running(self) -> bool:
+        """Whether a pass has begun that neither has ended nor been ended by an exception."""
+        return self._next_call() is not None
+
     def _on_gradient(self, index: int, parameter: Tensor) -> None:
         with self._recorder.lock:
             if self._next_call() is None:
@@ -55,10 +70,17 @@ class BackwardHooks:
                 self._recorder.begin(getattr(self._scaler, "_scale", None))
                 self._await_end()
             gradient = parameter.grad
-            if gradient is not None:
-                self._recorder.add(index, gradient)
+            if gradient is not None and self._first_gradient is not None:
+                self._recorder.add(self._first_gradient + index, gradient)
                 if self._at_once:
                     self._recorder.measure_waiting()
+
+    def _end(self) -> None:
+        for row, reference in self._weights:
+            weight = reference()
+            if weight is not None:
+                self._recorder.add(row, weight)
+        self._recorder.end()
 
     def _await_end(self) -> None:
         on_end = partial(self._on_end)
@@ -69,12 +91,12 @@ class BackwardHooks:
         with self._recorder.lock:
             node = torch._C._current_autograd_node()
             if node is None:
-                self._recorder.end()
+                self._end()
                 return
             # By the end of the outer pass others may have changed the gradients of this one.
             self._recorder.measure_waiting()
             if not self._await_end_outside(node):
-                self._recorder.end()
+                self._end()
 
     def _await_end_outside(self, node: torch.autograd.graph.Node) -> bool:
         """Go on after a backward pass inside another one, as reentrant checkpointing runs them.
@@ -104,44 +126,83 @@ class StepHook:
     """Each step of an optimizer, or each call, is a pass of the recorder.
 
     Args:
-        parameters: in the order of the recorder's layers.
+        parameters: in the order of the recorder's rows.
         recorder: what sees their gradients.
-        optimizer: measured before it steps; without one only `measure` measures.
+        first_rows: the row of the first parameter, by kind; which kinds there are.
+        optimizer: measured before it steps, and again after it for its updates; without one only
+            `measure` measures.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], recorder: Recorder, optimizer: Optimizer | None
+        self,
+        parameters: Iterable[nn.Parameter],
+        recorder: Recorder,
+        first_rows: Mapping[str, int],
+        optimizer: Optimizer | None,
     ) -> None:
         self._recorder, self._parameters, self.optimizer = recorder, list(parameters), optimizer
+        self._rows = first_rows
         self._indices = {id(p): index for index, p in enumerate(self._parameters)}
-        self._handle = None
+        self._before: dict[int, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
         if optimizer is not None:
-            self._handle = optimizer.register_step_pre_hook(self._on_step)
+            self._handles.append(optimizer.register_step_pre_hook(self._on_step))
+            if UPDATE in first_rows:
+                self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def remove(self) -> None:
-        """Take the hook off."""
-        if self._handle is not None:
-            self._handle.remove()
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def is_running(self) -> bool:
+        """Whether a pass that the recorder has begun still goes on."""
+        return True
 
     def measure(self) -> None:
         """Measure all gradients as they are."""
-        self._measure(self._parameters, None)
+        with self._recorder.lock:
+            self._measure(dict(enumerate(self._parameters)), None)
+            self._recorder.end()
 
     def _on_step(self, optimizer: Optimizer, *_: Any) -> None:  # noqa: ANN401 (what step() is given)
         held = [p for group in optimizer.param_groups for p in group["params"]]
-        # A fused optimizer is given the scale by GradScaler.step(), to divide by it itself.
-        self._measure(held, getattr(optimizer, "grad_scale", None))
-
-    def _measure(self, parameters: list[nn.Parameter], scale: Tensor | None) -> None:
+        known = {self._indices[id(p)]: p for p in held if id(p) in self._indices}
         with self._recorder.lock:
-            self._recorder.begin(scale)
-            for parameter in parameters:
-                index = self._indices.get(id(parameter))
-                if index is not None:
-                    gradient = parameter.grad
-                    if gradient is not None:
-                        self._recorder.add(index, gradient)
+            # A fused optimizer is given the scale by GradScaler.step(), to divide by it itself.
+            self._measure(known, getattr(optimizer, "grad_scale", None))
+            if UPDATE not in self._rows:
+                self._recorder.end()
+            elif self._recorder.is_recording:
+                self._recorder.measure_waiting()
+                self._before = {index: _wide_copy(p) for index, p in known.items()}
+
+    def _after_step(self, *_: Any) -> None:  # noqa: ANN401 (the optimizer, what step() is given)
+        with self._recorder.lock, torch.no_grad():
+            origins = self._recorder.history.origins
+            for index, before in self._before.items():
+                change = torch.sub(local_part(self._parameters[index]), before, out=before)
+                row = self._rows[UPDATE] + index
+                origins[row] = origins[self._rows[PARAM] + index]
+                self._recorder.add(row, change)
+            self._before = {}
             self._recorder.end()
+
+    def _measure(self, parameters: dict[int, nn.Parameter], scale: Tensor | None) -> None:
+        self._recorder.begin(scale)
+        for index, parameter in parameters.items():
+            gradient = parameter.grad
+            if gradient is not None and GRAD in self._rows:
+                self._recorder.add(self._rows[GRAD] + index, gradient)
+            if PARAM in self._rows:
+                self._recorder.add(self._rows[PARAM] + index, parameter)
+
+
+def _wide_copy(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter, in float32 at least."""
+    part = local_part(parameter.detach())
+    return part.float() if part.itemsize < 4 else part.clone()
 
 
 def _hook(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -13,20 +12,34 @@ from typing import Literal
 from torch import nn
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from gradstat.archive import SAME
+from gradstat.archive import OWN, SAME
 from gradstat.bins import Bins, Log2Bins
 from gradstat.history import History
 from gradstat.hooks import BackwardHooks, StepHook
 from gradstat.journal import Journal
+from gradstat.kinds import (
+    GRAD,
+    GRAD_OUTPUT,
+    KINDS,
+    OF_OUTPUTS,
+    row_name,
+)
 from gradstat.ops import check_bins, check_engine
-from gradstat.records import Recorder, Sink
+from gradstat.options import check_holds, check_integer, check_what, check_when
+from gradstat.outputs import OutputHooks
+from gradstat.recorder import Recorder, Sink
+from gradstat.selection import (
+    ModuleSelector,
+    ParameterSelector,
+    select_modules,
+    select_parameters,
+)
 from gradstat.statistics import Statistics
 from gradstat.streams import SideStream
 
-Selector = str | Callable[[str, nn.Parameter], bool]
+Kind = Literal["grad", "param", "update", "activation", "grad_output"]
 
 
 def watch(
@@ -34,7 +47,9 @@ def watch(
     bins: Bins | None = None,
     every: int = 1,
     *,
-    parameters: Selector | None = None,
+    what: Kind | Sequence[Kind] = "grad",
+    parameters: ParameterSelector | None = None,
+    modules: ModuleSelector | None = None,
     accumulation_steps: int = 1,
     when: Literal["backward", "step", "call"] = "backward",
     optimizer: Optimizer | None = None,
@@ -68,8 +83,19 @@ def watch(
         model: the model; watch it after moving, sharding or wrapping it.
         bins: `Log2Bins` (default) or `LinearBins`.
         every: record every so many steps, from the first one.
+        what: what to measure, one or several of these; `History.select` has the rows of each.
+            ``"grad"``: gradients. ``"param"``: the parameters themselves, by the end of the pass or
+            before the step. ``"update"``: by how much a step changes them, with ``"param"``, for
+            `History.update_ratio`; it needs ``when="step"`` and, in the steps recorded, memory for
+            a copy of them. ``"activation"``: what modules return while the model is in training
+            mode, with the largest magnitude of each unit (``"unit"``: of a channel of images, of a
+            feature otherwise), for `History.dead_units`. ``"grad_output"``: the gradients with
+            respect to that. What a module returns several times before a record is counted
+            together, and measured in a launch each.
         parameters: which parameters: a regular expression searched for in their names, or a
             function of name and parameter. By default all but biases.
+        modules: which modules return activations, as for ``parameters``. By default those that have
+            no modules in them.
         accumulation_steps: backward passes per optimizer step. The last of each is recorded, when
             the gradient is whole.
         when: ``"backward"`` measures gradients by the end of the pass, in buckets: other hooks must
@@ -80,10 +106,11 @@ def watch(
             absent, and so are the steps that a scaler skips (a fused optimizer skips them itself,
             with a record). A closure given to its ``step()`` runs after the measurement: for that
             there is ``when="call"``.
-        scaler: what scales the loss, for ``when="backward"``: gradients are then measured unscaled.
-            Exact while the scale is a power of two, as by default; with another one a value may be
-            counted up to two bins of `Log2Bins` too near to zero. A step that the scaler will skip
-            has a record like any other, its NaN and infinities counted.
+        scaler: what scales the loss, for ``when="backward"``, and for ``"grad_output"`` always:
+            gradients are then measured unscaled. Exact while the scale is a power of two, as by
+            default; with another one a value may be counted up to two bins of `Log2Bins` too near
+            to zero. A step that the scaler will skip has a record like any other, its NaN and
+            infinities counted.
         capacity: most records to keep in memory, 2 or more: the first, the last, and between them
             every so many, evenly.
         sink: a function of a step's number and its record, Statistics on the CPU that it must not
@@ -118,11 +145,11 @@ def watch(
     bins = check_bins("watch", Log2Bins() if bins is None else bins)
     if not isinstance(model, nn.Module):
         raise TypeError(f"watch() needs a torch.nn.Module; model is {type(model).__name__}")
-    _check_integer("every", every, 1)
-    _check_integer("accumulation_steps", accumulation_steps, 1)
-    _check_integer("bucket_bytes", bucket_bytes, 1)
+    check_integer("every", every, 1)
+    check_integer("accumulation_steps", accumulation_steps, 1)
+    check_integer("bucket_bytes", bucket_bytes, 1)
     if capacity is not None:
-        _check_integer("capacity", capacity, 2)
+        check_integer("capacity", capacity, 2)
     if sink is not None and not callable(sink):
         raise TypeError(f"watch() needs a function; sink is {sink!r}")
     if path is not None and not isinstance(path, str | os.PathLike):
@@ -132,25 +159,41 @@ def watch(
     check_engine("watch", engine)
     if not isinstance(scaler, GradScaler | None):
         raise TypeError(f"watch() needs a torch.amp.GradScaler; scaler is {type(scaler).__name__}")
-    _check_when(when, optimizer, scaler, accumulation_steps)
-    selected = _select(model, parameters)
+    kinds = check_what(what, when, bins, modules)
+    check_when(when, optimizer, None if GRAD_OUTPUT in kinds else scaler, accumulation_steps)
+    selected = select_parameters(model, parameters)
     if optimizer is not None:
-        _check_holds(optimizer, selected)
-    history = History(list(selected), bins, capacity=capacity)
-    if when != "backward":
-        # Unless they are DTensors, which say it themselves.
-        history.origins[:] = SAME
+        check_holds(optimizer, selected)
+    seen = select_modules(model, modules) if kinds & set(OF_OUTPUTS) else {}
+    rows = [
+        (kind, name)
+        for kind in KINDS
+        if kind in kinds
+        for name in (seen if kind in OF_OUTPUTS else selected)
+    ]
+    history = History(
+        [row_name(kind, name) for kind, name in rows],
+        bins,
+        capacity=capacity,
+        kinds=[kind for kind, _ in rows],
+    )
+    history.origins[:] = [_origin(kind, when) for kind, _ in rows]
+    first_rows = {kind: history.kinds.index(kind) for kind in dict.fromkeys(history.kinds)}
     journal = None if path is None else Journal(Path(path), history)
     side = SideStream() if stream == "side" else None
     recorder = Recorder(
         history, every, accumulation_steps, bucket_bytes, engine, sink, journal, side
     )
+    hooks: BackwardHooks | StepHook
     if when == "backward":
-        return Watch(
-            recorder,
-            BackwardHooks(selected.values(), recorder, scaler, _is_changed_in_backward(model)),
-        )
-    return Watch(recorder, StepHook(selected.values(), recorder, optimizer))
+        at_once = _is_changed_in_backward(model)
+        hooks = BackwardHooks(selected.values(), recorder, first_rows, scaler, at_once)
+    else:
+        hooks = StepHook(selected.values(), recorder, first_rows, optimizer)
+    outputs = None
+    if seen:
+        outputs = OutputHooks(model, seen.values(), recorder, first_rows, scaler, hooks.is_running)
+    return Watch(recorder, hooks, outputs)
 
 
 class Watch:
@@ -158,11 +201,17 @@ class Watch:
 
     Args:
         recorder: what the hooks feed.
-        hooks: on the model or the optimizer.
+        hooks: on the parameters or the optimizer.
+        outputs: on the modules, if any.
     """
 
-    def __init__(self, recorder: Recorder, hooks: BackwardHooks | StepHook) -> None:
-        self._recorder, self._hooks = recorder, hooks
+    def __init__(
+        self,
+        recorder: Recorder,
+        hooks: BackwardHooks | StepHook,
+        outputs: OutputHooks | None = None,
+    ) -> None:
+        self._recorder, self._hooks, self._outputs = recorder, hooks, outputs
         # A run that ends without close() loses nothing either: hooks live as long as the model.
         self._finish = weakref.finalize(hooks, recorder.finish)
 
@@ -205,6 +254,8 @@ class Watch:
         """
         with self._recorder.lock:
             self._hooks.remove()
+            if self._outputs is not None:
+                self._outputs.remove()
             self._recorder.drop()
             self._finish()
 
@@ -222,90 +273,6 @@ class Watch:
         self.close()
 
 
-def _check_integer(name: str, number: int, least: int) -> None:
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise TypeError(f"watch() needs an integer; {name} is {number!r}")
-    if number < least:
-        raise ValueError(f"watch() needs a number of {least} or more; {name} is {number}")
-
-
-def _check_when(
-    when: str, optimizer: Optimizer | None, scaler: GradScaler | None, accumulation_steps: int
-) -> None:
-    if when not in ("backward", "step", "call"):
-        raise ValueError(f"watch() needs one of backward, step, call; when is {when!r}")
-    if when != "step" and optimizer is not None:
-        raise ValueError(
-            f"watch() needs when='step' for an optimizer; optimizer is "
-            f"{type(optimizer).__name__}, when is {when!r}"
-        )
-    if when == "step" and not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"watch() needs a torch.optim.Optimizer for when='step'; optimizer is "
-            f"{type(optimizer).__name__}"
-        )
-    if when != "backward" and scaler is not None:
-        raise ValueError(
-            f"watch() needs no scaler for when={when!r}, which sees unscaled gradients; scaler is "
-            f"{type(scaler).__name__}"
-        )
-    if when != "backward" and accumulation_steps != 1:
-        raise ValueError(
-            f"watch() needs accumulation_steps of 1 for when={when!r}, which counts steps; "
-            f"accumulation_steps is {accumulation_steps}"
-        )
-
-
-def _check_holds(optimizer: Optimizer, selected: dict[str, nn.Parameter]) -> None:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(id(parameter) in held for parameter in selected.values()):
-        raise ValueError(
-            f"watch() needs an optimizer of the model's parameters; optimizer is "
-            f"{type(optimizer).__name__} with {len(held)} others, {len(selected)} are selected"
-        )
-
-
-def _select(model: nn.Module, parameters: Selector | None) -> dict[str, nn.Parameter]:
-    """Parameters to watch, by name."""
-    if parameters is None:
-        matches: Callable[[str, nn.Parameter], bool] = _is_weight
-    elif isinstance(parameters, str):
-        try:
-            pattern = re.compile(parameters)
-        except re.error as error:
-            raise ValueError(
-                f"watch() needs a regular expression; parameters is {parameters!r}: {error}"
-            ) from error
-
-        def matches(name: str, parameter: nn.Parameter) -> bool:
-            return pattern.search(name) is not None
-    elif callable(parameters):
-        matches = parameters
-    else:
-        raise TypeError(
-            f"watch() needs a regular expression or a function; parameters is {parameters!r}"
-        )
-    selected = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if parameter.is_floating_point() and matches(name, parameter)
-    }
-    for name, parameter in selected.items():
-        if is_lazy(parameter):
-            raise ValueError(
-                f"watch() needs initialised parameters; {name} of {type(model).__name__} gets its "
-                f"shape from the first batch: run one first"
-            )
-    if not any(parameter.requires_grad for parameter in selected.values()):
-        total = sum(1 for _ in model.parameters())
-        raise ValueError(
-            f"watch() needs a model with parameters that require gradients; model is "
-            f"{type(model).__name__} with {total} parameters, {len(selected)} selected by "
-            f"parameters={parameters!r}, none of them requiring a gradient"
-        )
-    return selected
-
-
 def _is_changed_in_backward(model: nn.Module) -> bool:
     """Whether gradients may be averaged before the end of the pass that computes them."""
     return any(
@@ -314,5 +281,8 @@ def _is_changed_in_backward(model: nn.Module) -> bool:
     )
 
 
-def _is_weight(name: str, parameter: nn.Parameter) -> bool:
-    return "bias" not in name.rpartition(".")[2]
+def _origin(kind: str, when: str) -> int:
+    """Who holds the same values of a kind, unless they are DTensors, which say it themselves."""
+    if kind in OF_OUTPUTS or (kind == GRAD and when == "backward"):
+        return OWN
+    return SAME

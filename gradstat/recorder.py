@@ -1,0 +1,310 @@
+"""`Recorder`: measures the gradients of one pass after another and hands the results on.
+
+Gradients are measured in buckets, each in one launch, and the results travel to the host while the
+device goes on: nothing here waits for the device but `Recorder.collect` when it is told to.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from gradstat.bins import LinearBins
+from gradstat.history import History
+from gradstat.journal import Journal
+from gradstat.kinds import GRAD, OF_OUTPUTS
+from gradstat.ops import choose_engine, is_measurable, known_range
+from gradstat.ranks import local_part, origin_of
+from gradstat.records import Part, Record, Rows, as_statistics, divide, unit_peaks
+from gradstat.statistics import Statistics
+from gradstat.streams import SideStream
+from gradstat.transfers import Ranges, Transfer
+
+Sink = Callable[[int, Statistics], object]
+
+_NO_OUTPUTS = (
+    "watch() has seen no output of the model's modules, which are NaN in its records: they must be "
+    "run in training mode, and compiled after watch()"
+)
+
+
+class Recorder:
+    """Turns gradients into records.
+
+    A pass is ``begin()``, ``add()`` for each gradient, ``end()``; one that never ends leaves
+    nothing. What `add_output` takes before it belongs to it too. Callers hold `lock` meanwhile:
+    autograd runs hooks in a thread for each device.
+
+    Args:
+        history: where the records go.
+        every: steps from one record to the next.
+        accumulation_steps: passes in a step; the last of them is measured.
+        bucket_bytes: gradients measured in one launch.
+        engine: name, or ``None``.
+        sink: is given each record too.
+        journal: so is it.
+        side: where launches run; ``None`` for the stream that computes the gradients.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        every: int,
+        accumulation_steps: int,
+        bucket_bytes: int,
+        engine: str | None,
+        sink: Sink | None = None,
+        journal: Journal | None = None,
+        side: SideStream | None = None,
+    ) -> None:
+        self.history = history
+        self.lock = threading.RLock()
+        self._bins = history.bins
+        self._is_linear = isinstance(history.bins, LinearBins)
+        self._every, self._accumulation_steps = every, accumulation_steps
+        self._bucket_bytes, self._engine = bucket_bytes, engine
+        self._sink, self._journal, self._side = sink, journal, side
+        self._engines: dict[str, ModuleType] = {}
+        self._n_passes = 0
+        self.is_recording = False
+        self._scales: dict[str, Tensor] = {}  # by the kind of what they multiply
+        self._outputs = frozenset(i for i, kind in enumerate(history.kinds) if kind in OF_OUTPUTS)
+        self._has_outputs = False
+        self._seen: set[int] = set()  # outputs of forward passes
+        self._peaks: dict[tuple[int, torch.Size, torch.device], Tensor] = {}
+        # Gradients that wait to be measured together, by device (-1 for the CPU) and layer.
+        self._waiting: dict[int, dict[int, Tensor]] = {}
+        self._n_bytes: dict[int, int] = {}
+        self._parts: list[Part] = []
+        self._pending: deque[Record] = deque()
+        self._arrived: deque[tuple[int, Rows]] = deque()
+        self._is_handing_on = False
+        self._ranges = Ranges()
+
+    def begin(self, scale: Tensor | None = None) -> None:
+        """Start a pass.
+
+        Args:
+            scale: what the gradients of this pass are to be divided by, 0-dim, on any device; it
+                may be changed in place afterwards.
+        """
+        if self.is_recording:
+            self.drop()
+        if self._is_due():
+            self.is_recording = True
+            self.take_scale(GRAD, scale)
+
+    def take_scale(self, kind: str, scale: Tensor | None) -> None:
+        """Remember what the values of a kind are multiplied by in this record."""
+        if scale is not None and kind not in self._scales and self._is_due():
+            self._scales[kind] = scale.detach().clone()
+
+    def add(self, index: int, gradient: Tensor) -> None:
+        """Measure a layer's gradient, now or by the end of the pass; a later one replaces it.
+
+        Args:
+            index: of the layer.
+            gradient: any tensor; what cannot be measured is passed over.
+        """
+        if not self.is_recording:
+            return
+        # What is part of a larger buffer may be changed in it meanwhile, as DistributedDataParallel
+        # does; a shard is nobody else's.
+        at_once = gradient._is_view()
+        if type(gradient) is not Tensor:
+            gradient = self._own_part(index, gradient)
+        if gradient.is_sparse:
+            gradient = gradient.detach().coalesce().values()
+        if not is_measurable(gradient):
+            return
+        device = gradient.get_device()
+        waiting = self._waiting.get(device)
+        if waiting is None:
+            waiting = self._waiting[device] = {}
+        waiting[index] = gradient
+        n_bytes = self._n_bytes[device] = self._n_bytes.get(device, 0) + gradient.nbytes
+        if at_once or n_bytes >= self._bucket_bytes:
+            self._measure_waiting(device)
+
+    def add_output(self, index: int, x: Tensor, *, again: bool = False) -> bool:
+        """Measure a layer's output now, since it may be changed in place; add it to those before.
+
+        Args:
+            index: of the layer.
+            x: any tensor; what cannot be measured is passed over.
+            again: whether it is computed once more if the forward pass has seen this layer.
+
+        Returns:
+            Whether it is measured.
+        """
+        if not self._is_due() or (again and index in self._seen):
+            return False
+        x = self._own_part(index, x)
+        if not is_measurable(x):
+            return False
+        if not again:
+            self._seen.add(index)
+        self._measure({index: x})
+        self._has_outputs = True
+        return True
+
+    def add_peaks(self, index: int, x: Tensor) -> None:
+        """Take the largest magnitude of each unit of a layer, in this output and those before."""
+        peaks = unit_peaks(self._own_part(index, x))
+        if peaks is None:
+            return
+        key = index, peaks.shape, peaks.device
+        before = self._peaks.get(key)
+        self._peaks[key] = peaks if before is None else torch.maximum(before, peaks)
+
+    def measure_waiting(self) -> None:
+        """Measure now what `add` has taken."""
+        for device in list(self._waiting):
+            self._measure_waiting(device)
+
+    def end(self) -> None:
+        """Finish the pass; its record is in `history` once it has arrived on the host."""
+        if self.is_recording:
+            self.measure_waiting()
+            self._measure_peaks()
+            if self._outputs and not self._has_outputs:
+                self._has_outputs = True
+                warnings.warn(_NO_OUTPUTS, RuntimeWarning, stacklevel=2)
+            step = self._n_passes // self._accumulation_steps
+            if self._side is not None:
+                self._side.join()
+            scales = {kind: Transfer((scale,)) for kind, scale in self._scales.items()}
+            self._pending.append(Record(step, self.history, self._parts, scales))
+            self._forget()
+        self._n_passes += 1
+        if self._pending:
+            self.collect(wait=False)
+
+    def drop(self) -> None:
+        """Forget an unfinished pass."""
+        if self._side is not None:
+            self._side.join()
+        self._forget()
+        self._waiting.clear()
+        self._n_bytes.clear()
+
+    def collect(self, wait: bool) -> None:
+        """Move records that have arrived into the history, oldest first.
+
+        Args:
+            wait: for all of them.
+        """
+        while self._pending and self._pending[0].has_arrived(wait):
+            record = self._pending.popleft()
+            rows = record.rows(self._outputs)
+            self.history.append(record.step, *rows)
+            if self._journal is not None:
+                self._journal.append(record.step, *rows)
+            if self._sink is not None:
+                self._arrived.append((record.step, rows))
+        if self._sink is not None and not self._is_handing_on:
+            self._hand_on(self._sink)
+
+    def finish(self) -> None:
+        """Wait for all records if anybody else is to have them, and hand them on."""
+        with self.lock:
+            if self._sink is not None or self._journal is not None:
+                self.collect(wait=True)
+            if self._journal is not None:
+                self._journal.flush()
+
+    def _hand_on(self, sink: Sink) -> None:
+        # A sink that reads the history may find another record, which is then the next one here.
+        self._is_handing_on = True
+        try:
+            while self._arrived:
+                step, rows = self._arrived.popleft()
+                sink(step, as_statistics(self._bins, rows))
+        finally:
+            self._is_handing_on = False
+
+    def _is_due(self) -> bool:
+        """Whether the pass that comes or goes on is one to record."""
+        step, within = divmod(self._n_passes, self._accumulation_steps)
+        return within == self._accumulation_steps - 1 and step % self._every == 0
+
+    def _forget(self) -> None:
+        self.is_recording = False
+        self._parts = []
+        self._scales.clear()
+        self._seen.clear()
+        self._peaks.clear()
+
+    def _own_part(self, index: int, x: Tensor) -> Tensor:
+        """Of a DTensor what this rank holds, which the history is told."""
+        origin = origin_of(x)
+        if origin is None:
+            return x
+        self.history.origins[index] = origin
+        return local_part(x)
+
+    def _measure_peaks(self) -> None:
+        # A module that several others share may have outputs of several widths, in launches of
+        # their own.
+        while self._peaks:
+            device = next(iter(self._peaks))[2]
+            group = {key[0]: key for key in self._peaks if key[2] == device}
+            with torch.no_grad():
+                self._measure({index: self._peaks.pop(key) for index, key in group.items()})
+
+    def _measure_waiting(self, device: int) -> None:
+        """Launch over a bucket and empty it; the results start on their way to the host."""
+        gradients = dict(sorted(self._waiting.pop(device).items()))
+        self._n_bytes[device] = 0
+        if self._side is not None:
+            with torch.no_grad(), self._side.beside(list(gradients.values())):
+                self._measure(gradients)
+        elif torch.is_grad_enabled():
+            with torch.no_grad():
+                self._measure(gradients)
+        else:
+            self._measure(gradients)
+
+    def _measure(self, gradients: dict[int, Tensor]) -> None:
+        if not self._is_linear:
+            self._launch(gradients, None, None)
+        elif isinstance(self._bins, LinearBins) and self._bins.track:
+            # The first range of a layer is found in a pass of its own.
+            known = {i: x for i, x in gradients.items() if self._ranges.knows(i, x.device)}
+            for group in (known, {i: x for i, x in gradients.items() if i not in known}):
+                if group:
+                    self._measure_linear(group)
+        else:
+            self._measure_linear(gradients)
+
+    def _measure_linear(self, gradients: dict[int, Tensor]) -> None:
+        indices, tensors = tuple(gradients), list(gradients.values())
+        for kind, scale in self._scales.items():
+            scaled = [i for i in indices if self.history.kinds[i] == kind]
+            if scaled:
+                divided = divide([gradients[i] for i in scaled], scale)
+                gradients |= dict(zip(scaled, divided, strict=True))
+        previous = self._ranges.previous(indices)
+        ends = known_range(self._bins, tensors[0].device, len(tensors), previous)
+        result = self._launch(gradients, *ends)
+        if isinstance(self._bins, LinearBins) and self._bins.track:
+            self._ranges.remember(indices, result)
+
+    def _launch(
+        self, gradients: dict[int, Tensor], low: Tensor | None, high: Tensor | None
+    ) -> Statistics:
+        tensors = list(gradients.values())
+        kind = tensors[0].device.type
+        engine = self._engines.get(kind)
+        if engine is None:
+            engine = self._engines[kind] = choose_engine(self._engine, tensors[0])
+        result: Statistics = engine.measure(tensors, self._bins, low, high)
+        transfer = Transfer((result.integers, result.floats, result.counts))
+        self._parts.append(Part(tuple(gradients), transfer))
+        return result

@@ -1,0 +1,97 @@
+"""Which parameters and which modules of a model `watch` looks at."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import TypeAlias, TypeVar
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+Item = TypeVar("Item")
+Selector: TypeAlias = str | Callable[[str, Item], bool]
+ParameterSelector: TypeAlias = Selector[nn.Parameter]
+ModuleSelector: TypeAlias = Selector[nn.Module]
+
+
+def select_parameters(
+    model: nn.Module, parameters: ParameterSelector | None
+) -> dict[str, nn.Parameter]:
+    """Floating-point parameters to watch, by name; by default all but biases.
+
+    Args:
+        model: whose they are.
+        parameters: regular expression or function of name and parameter.
+
+    Raises:
+        TypeError: a selector of another kind.
+        ValueError: none that needs a gradient, one without a shape so far, a bad expression.
+    """
+    matches = _is_weight if parameters is None else _matcher("parameters", parameters)
+    selected = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and matches(name, parameter)
+    }
+    for name, parameter in selected.items():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"watch() needs initialised parameters; {name} of {type(model).__name__} gets its "
+                f"shape from the first batch: run one first"
+            )
+    if not any(parameter.requires_grad for parameter in selected.values()):
+        total = sum(1 for _ in model.parameters())
+        raise ValueError(
+            f"watch() needs a model with parameters that require gradients; model is "
+            f"{type(model).__name__} with {total} parameters, {len(selected)} selected by "
+            f"parameters={parameters!r}, none of them requiring a gradient"
+        )
+    return selected
+
+
+def select_modules(model: nn.Module, modules: ModuleSelector | None) -> dict[str, nn.Module]:
+    """Modules whose outputs to watch, by name; by default those without modules in them.
+
+    Args:
+        model: whose they are; its own name is that of its class.
+        modules: regular expression or function of name and module.
+
+    Raises:
+        TypeError: a selector of another kind.
+        ValueError: none selected, a bad expression.
+    """
+    matches = _is_leaf if modules is None else _matcher("modules", modules)
+    named: Iterable[tuple[str, nn.Module]] = (
+        (name or type(model).__name__, module) for name, module in model.named_modules()
+    )
+    selected = {name: module for name, module in named if matches(name, module)}
+    if not selected:
+        total = sum(1 for _ in model.modules())
+        raise ValueError(
+            f"watch() needs modules to see the outputs of; model is {type(model).__name__} with "
+            f"{total} modules, none of them selected by modules={modules!r}"
+        )
+    return selected
+
+
+def _matcher(argument: str, selector: Selector[Item]) -> Callable[[str, Item], bool]:
+    if isinstance(selector, str):
+        try:
+            pattern = re.compile(selector)
+        except re.error as error:
+            raise ValueError(
+                f"watch() needs a regular expression; {argument} is {selector!r}: {error}"
+            ) from error
+        return lambda name, _: pattern.search(name) is not None
+    if callable(selector):
+        return selector
+    raise TypeError(f"watch() needs a regular expression or a function; {argument} is {selector!r}")
+
+
+def _is_weight(name: str, parameter: nn.Parameter) -> bool:
+    return "bias" not in name.rpartition(".")[2]
+
+
+def _is_leaf(name: str, module: nn.Module) -> bool:
+    return next(module.children(), None) is None
