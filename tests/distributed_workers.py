@@ -28,6 +28,7 @@ N_STEPS = 2
 LEARNING_RATE = 2.0**-10
 # Neither 2 nor 4 ranks share these rows evenly, and some get none.
 SIZES = (6, 5, 3, 1)
+EVERYTHING = ("grad", "param", "update", "activation", "grad_output")
 FIXED = LinearBins(16, -64.0, 64.0)
 
 
@@ -167,12 +168,14 @@ class Rank:
                 gradstat.watch(model) as local,
                 gradstat.watch(model, when="step", optimizer=optimizer) as averaged,
                 gradstat.watch(model, FIXED) as linear,
+                gradstat.watch(model, what=EVERYTHING, when="step", optimizer=optimizer) as all_,
                 counted_collectives() as calls,
             ):
                 train(model, optimizer, self.rank, set_to_none)
             self.note_launches(name, model)
             self.keep_both(name, local.history)
             self.keep_both(f"{name}_step", averaged.history)
+            self.keep_both(f"{name}_all", all_.history)
             if name == "ddp":
                 self.note("collectives_in_training", " ".join(calls))
                 with counted_collectives() as calls:
@@ -217,6 +220,7 @@ class Rank:
             with (
                 gradstat.watch(model) as w,
                 gradstat.watch(model, when="step", optimizer=optimizer) as applied,
+                gradstat.watch(model, what=EVERYTHING, when="step", optimizer=optimizer) as all_,
                 counted_collectives() as calls,
             ):
                 train(model, optimizer, self.rank)
@@ -224,6 +228,7 @@ class Rank:
             self.note(f"{name}_collectives", " ".join(calls))
             self.keep_both(name, w.history)
             self.keep_both(f"{name}_step", applied.history)
+            self.keep_both(f"{name}_all", all_.history)
             if name == "hsdp":
                 self.keep("hsdp_shard_merged", w.history.reduce(mesh.get_group("shard")))
                 self.keep("hsdp_replica_merged", w.history.reduce(mesh.get_group("replica")))

@@ -91,6 +91,38 @@ def expected_gradients(world: int) -> list[list[list[Tensor]]]:
     return steps
 
 
+def expected_outputs(world: int) -> list[dict[str, list[Tensor]]]:
+    """Of each step what all ranks have of parameters, updates, outputs and their gradients."""
+    model, steps = Model(), []
+    weights = list(model.parameters())
+    for step, ranks in enumerate(expected_gradients(world)):
+        outputs, gradients = [], []
+        for rank in range(world):
+            outputs.append([])
+            x = batch(step, rank)
+            for layer in model:
+                x = layer(x)
+                outputs[-1].append(x)
+            gradients.append(torch.autograd.grad(x.sum(), outputs[-1]))
+        outputs = [[x.detach() for x in rank] for rank in outputs]
+        # Nothing changes by 0.0, not by -0.0.
+        updates = [0.0 - LEARNING_RATE * mean for mean in averages(ranks)]
+        steps.append(
+            {
+                "grad": averages(ranks),
+                "param": [weight.detach().clone() for weight in weights],
+                "update": updates,
+                "activation": unions(outputs),
+                "unit": unions([[x.abs().amax(0) for x in rank] for rank in outputs]),
+                "grad_output": unions(gradients),
+            }
+        )
+        with torch.no_grad():
+            for weight, update in zip(weights, updates, strict=True):
+                weight += update
+    return steps
+
+
 def averages(ranks: list[list[Tensor]]) -> list[Tensor]:
     return [torch.stack(layer).mean(0) for layer in zip(*ranks, strict=True)]
 
@@ -205,6 +237,16 @@ def test_reduce_takes_layers_that_some_ranks_lack(run: Run) -> None:
         assert is_absent(history.record(0)) == [False, rank > 0, False]
     first, last = (torch.cat([ranks[i] for ranks in gradients]) for i in (0, -1))
     assert_history(run.merged("unused"), [[first, whole[1], last]])
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp_static", "fsdp", "hsdp"])
+def test_reduce_merges_each_kind_by_who_holds_it(run: Run, name: str) -> None:
+    if name == "hsdp" and run.world < 4:
+        pytest.skip("a mesh of two dimensions needs four ranks")
+    steps = expected_outputs(run.world)
+    history = run.merged(f"{name}_all")
+    for kind in steps[0]:
+        assert_history(history.select(kind), [step[kind] for step in steps])
 
 
 @pytest.mark.parametrize("name", ["fsdp", "fsdp_step"])
