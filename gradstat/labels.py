@@ -30,6 +30,37 @@ NAME_GAP = "  "  # between a history's name and a layer's
 _MAX_KEYS = 12
 
 
+def field_label(field: str, noun: str) -> str:
+    """What a field of values that are called so is; of gradients it goes without saying."""
+    if field in ("mean", "mean_abs"):
+        return f"mean {noun}" if field == "mean" else f"mean |{noun}|"
+    if noun in ("gradient", "value"):
+        return "standard deviation" if field == "std" else field
+    # In two lines where it would be longer than a colour bar.
+    gap = "\n" if " " in noun else " "
+    return f"{field} of the{gap}{noun}"
+
+
+def value_label(axis: Axis, noun: str, *, log2: bool) -> str:
+    """Set the numbers of a ridge's axis, and return its label, in lines: beside it is little room.
+
+    Args:
+        axis: whose limits are known.
+        noun: what the values are called.
+        log2: whether they are log2 of magnitudes.
+    """
+    words = noun.replace(" ", "\n")
+    if log2:
+        powers_of_two(axis, 3)
+        return f"|{words}|"
+    # Where Matplotlib writes the power of ten, the axis of steps has its numbers.
+    axis.offsetText.set_visible(False)
+    power = ScalarFormatter(useMathText=True)
+    power.set_axis(axis)
+    power.set_locs(list(axis.get_majorticklocs()))
+    return f"{words}\n{power.get_offset()}".rstrip()
+
+
 def label_axes(figure: Figure, x: str, y: str) -> None:
     """Label the axes that all panels have in common."""
     figure.supxlabel(x, fontsize=9, color=INK)
@@ -89,7 +120,7 @@ def _halves(title: str) -> tuple[str, str] | tuple[str]:
     name, gap, rest = title.partition(NAME_GAP)
     if gap:
         return name, rest
-    breaks = [i + 1 for i, letter in enumerate(title[:-1]) if letter in ". "]
+    breaks = [i + 1 for i, letter in enumerate(title[:-1]) if letter in "./ "]
     if not breaks:
         return (title,)
     at = min(breaks, key=lambda i: max(i, len(title) - i))

@@ -1,5 +1,8 @@
 """Figures of a `History`, or of several side by side: `ridge`, `curves`, `heatmap`.
 
+They draw a history's rows of its first kind, gradients where they were recorded, unless ``layers``
+names rows of others; ``history.select(kind)`` has those of another one.
+
 Each returns a `matplotlib.figure.Figure` that belongs to no window, so they work without a
 display; ``figure.savefig(path)`` writes it. Not imported with gradstat: ``import gradstat.plot``.
 """
@@ -20,7 +23,6 @@ from gradstat.history import History
 from gradstat.series import Histories, Layers, Limits
 
 _MAGNITUDES = ("mean_abs", "std", "var", "l1", "l2", "rms", "abs_max")
-_LABELS = {"mean_abs": "mean |gradient|", "mean": "mean gradient", "std": "standard deviation"}
 _MAX_RIDGES = 60
 _MAX_COLUMNS = 200
 
@@ -35,14 +37,14 @@ def ridge(
 ) -> Figure:
     """Draw each layer's histograms one behind the other, the newest in front.
 
-    Over `LinearBins` the horizontal axis is the gradient; over `Log2Bins` it is its magnitude, by
+    Over `LinearBins` the horizontal axis is the value; over `Log2Bins` it is its magnitude, by
     octave, without the zeros. At most 60 records are drawn, evenly spread, the newest among them.
 
     Args:
         history: one History, or several in a mapping of names or a sequence; each starts a row.
-        layers: names of the layers to draw, by default all; a mapping gives each a title.
+        layers: names of the rows to draw, by default of the first kind; a mapping titles each.
         steps_per_epoch: count in epochs of so many steps, and draw the last record of each.
-        limits: ends of the horizontal axis, in gradients or log2 |gradient|; by default all fits.
+        limits: ends of the horizontal axis, in values or log2 |value|; by default all fits.
         figure: cleared and drawn into; by default a new one of a fitting size.
 
     Returns:
@@ -67,6 +69,7 @@ def ridge(
         series.check_count("ridge", "steps_per_epoch", steps_per_epoch)
     limits = series.check_limits("ridge", limits)
     log2 = series.check_bins("ridge", named)
+    noun = series.noun(named, titles)
     drawn = []
     for name, each in named.items():
         kept = series.select(each.steps, steps_per_epoch, _MAX_RIDGES)
@@ -88,9 +91,7 @@ def ridge(
         ax: Axes3D = figure.add_axes(box, projection="3d")
         panels.style_3d(ax, limits, span, max(1, counts.max()))
         ax.set_title(head, fontsize=size, color=labels.INK, y=1.05, pad=0)
-        ax.set_xlabel("|gradient|" if log2 else "gradient", labelpad=-1)
-        if log2:
-            labels.powers_of_two(ax.xaxis, 3)
+        ax.set_xlabel(labels.value_label(ax.xaxis, noun, log2=log2), labelpad=-1)
         ax.set_ylabel(unit, labelpad=-1)
         ax.set_zlabel("count", labelpad=1)
         panels.add_ridges(ax, time, counts, edges, limits, color.to_rgba(time))
@@ -117,7 +118,7 @@ def curves(
         field: a field of `Statistics`, or ``"mean_abs"``, the mean of magnitudes.
         split: ``"layer"`` draws a panel for each layer with a line for each history (the default
             for several), ``"history"`` a panel for each history with a line for each layer.
-        layers: names of the layers to draw, by default all; a mapping gives each a title.
+        layers: names of the rows to draw, by default of the first kind; a mapping titles each.
         steps_per_epoch: count in epochs of so many steps.
         average: draw the mean of so many records in a row.
         log: logarithmic vertical axis; by default for the fields that are magnitudes.
@@ -173,7 +174,7 @@ def curves(
             value = series.block_mean(series.values(each, layer, field), average)
             panels.add_line(ax, time, value, color, log=log)
     unit = "iteration" if steps_per_epoch is None else "epoch"
-    labels.label_axes(figure, unit, _LABELS.get(field, field))
+    labels.label_axes(figure, unit, labels.field_label(field, series.noun(named, titles)))
     if any(keys):
         labels.add_key(figure, keys, colors)
     for ax in axes:
@@ -193,7 +194,7 @@ def heatmap(
 ) -> Figure:
     """Draw a statistic as colour, layer against time, or whole histograms against time.
 
-    With ``field="counts"`` each layer has a panel: the vertical axis is log2 |gradient|, the colour
+    With ``field="counts"`` each layer has a panel: the vertical axis is log2 |value|, the colour
     the share of its finite elements in that octave (zeros, which have no octave, stay undrawn). A
     layer whose gradient vanishes sinks. Needs histories over `Log2Bins`.
 
@@ -202,7 +203,7 @@ def heatmap(
     Args:
         history: one History, or several in a mapping of names or a sequence.
         field: a field of `Statistics`, ``"mean_abs"``, the mean of magnitudes, or ``"counts"``.
-        layers: names of the layers to draw, by default all; a mapping gives each a title.
+        layers: names of the rows to draw, by default of the first kind; a mapping titles each.
         steps_per_epoch: count in epochs of so many steps.
         log: logarithmic colour; by default for the fields that are magnitudes.
         figure: cleared and drawn into; by default a new one of a fitting size.
@@ -253,7 +254,8 @@ def heatmap(
         ax.set_yticks(shown, [list(titles.values())[i] for i in shown])
     axes[0].invert_yaxis()
     labels.label_axes(figure, "iteration" if steps_per_epoch is None else "epoch", "")
-    panels.add_colorbar(figure, drawn, _LABELS.get(field, field), axes)
+    label = labels.field_label(field, series.noun(named, titles))
+    panels.add_colorbar(figure, drawn, label, axes)
     labels.add_titles(axes, list(named))
     return figure
 
@@ -284,7 +286,8 @@ def _heatmap_counts(
     shown = np.nan_to_num(everything).max(0, keepdims=True) > 0.01
     axes[0].set_ylim(*series.extent([(shown, series.OCTAVES[None])], symmetric=False))
     labels.powers_of_two(axes[0].yaxis, 6)
-    labels.label_axes(figure, "iteration" if steps_per_epoch is None else "epoch", "|gradient|")
+    unit, noun = "iteration" if steps_per_epoch is None else "epoch", series.noun(named, titles)
+    labels.label_axes(figure, unit, f"|{noun}|")
     panels.add_colorbar(figure, image, "share of elements", axes)
     labels.add_titles(axes, [head for head, *_ in drawn])
     return figure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,11 +11,22 @@ from numpy.typing import NDArray
 
 from gradstat.bins import Log2Bins
 from gradstat.history import FIELDS, History
+from gradstat.kinds import ACTIVATION, GRAD, GRAD_OUTPUT, PARAM, UNIT, UPDATE
 
 Histories: TypeAlias = History | Mapping[str, History] | Sequence[History]
 Layers: TypeAlias = Sequence[str] | Mapping[str, str]
 Limits: TypeAlias = tuple[float, float]
 Array: TypeAlias = NDArray[Any]
+
+# What a value of each kind is called.
+NOUNS = {
+    GRAD: "gradient",
+    PARAM: "parameter",
+    UPDATE: "update",
+    ACTIVATION: "activation",
+    UNIT: "unit peak",
+    GRAD_OUTPUT: "output gradient",
+}
 
 # Each float32 exponent is an octave; the first also holds zeros, the last nothing finite.
 OCTAVES = np.arange(-127.0, 130.0)
@@ -54,20 +65,37 @@ def check_history(function: str, history: History) -> None:
 
 
 def check_layers(function: str, named: dict[str, History], layers: Layers | None) -> dict[str, str]:
-    """Return the title of each layer to draw, in order."""
-    known = list(dict.fromkeys(layer for each in named.values() for layer in each.layers))
+    """Return the title of each layer to draw, in order; by default of each history's first kind."""
     if layers is None:
-        return {layer: layer for layer in known}
+        return {layer: layer for each in named.values() for layer in first_rows(each)}
     names = isinstance(layers, (Mapping, Sequence)) and not isinstance(layers, str)
     if not names or not all(isinstance(layer, str) for layer in layers):
         raise TypeError(f"{function}() needs a sequence of layer names; layers is {layers!r}")
     titles = dict(layers) if isinstance(layers, Mapping) else {layer: layer for layer in layers}
     if not titles:
         raise ValueError(f"{function}() needs at least one layer; layers is empty")
+    known = list(dict.fromkeys(layer for each in named.values() for layer in each.layers))
     for layer in titles:
         if layer not in known:
             raise ValueError(f"{function}() needs layers among {known}; layers has {layer!r}")
     return titles
+
+
+def first_rows(history: History) -> list[str]:
+    """Names of the rows of a history's first kind: gradients where they were recorded."""
+    rows = zip(history.layers, history.kinds, strict=True)
+    return [layer for layer, kind in rows if kind == history.kinds[0]]
+
+
+def noun(named: dict[str, History], layers: Collection[str]) -> str:
+    """What the values of some layers are called; "value" if they are of several kinds."""
+    kinds = {
+        kind
+        for each in named.values()
+        for layer, kind in zip(each.layers, each.kinds, strict=True)
+        if layer in layers
+    }
+    return NOUNS[kinds.pop()] if len(kinds) == 1 else "value"
 
 
 def check_count(function: str, name: str, value: int, unit: str = "step") -> None:
