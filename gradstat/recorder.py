@@ -10,23 +10,23 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from gradstat.bins import LinearBins
 from gradstat.history import History
 from gradstat.journal import Journal
 from gradstat.kinds import GRAD, OF_OUTPUTS
-from gradstat.ops import choose_engine, is_measurable, known_range
+from gradstat.launches import Launcher, is_capturing
+from gradstat.ops import is_measurable
 from gradstat.ranks import local_part, origin_of
-from gradstat.records import Part, Record, Rows, as_statistics, divide, unit_peaks
+from gradstat.records import Part, Record, Rows, as_statistics, unit_peaks
 from gradstat.statistics import Statistics
 from gradstat.streams import SideStream
-from gradstat.transfers import Ranges, Transfer
+from gradstat.transfers import Transfer
 
 Sink = Callable[[int, Statistics], object]
+Launched = tuple[tuple[int, ...], tuple[Tensor, ...]]  # layers; integers, floats and counts
 
 _NO_OUTPUTS = (
     "watch() has seen no output of the model's modules, which are NaN in its records: they must be "
@@ -66,11 +66,10 @@ class Recorder:
         self.history = history
         self.lock = threading.RLock()
         self._bins = history.bins
-        self._is_linear = isinstance(history.bins, LinearBins)
         self._every, self._accumulation_steps = every, accumulation_steps
-        self._bucket_bytes, self._engine = bucket_bytes, engine
+        self._bucket_bytes = bucket_bytes
+        self._launcher = Launcher(history.bins, history.kinds, engine)
         self._sink, self._journal, self._side = sink, journal, side
-        self._engines: dict[str, ModuleType] = {}
         self._n_passes = 0
         self.is_recording = False
         self._scales: dict[str, Tensor] = {}  # by the kind of what they multiply
@@ -82,10 +81,11 @@ class Recorder:
         self._waiting: dict[int, dict[int, Tensor]] = {}
         self._n_bytes: dict[int, int] = {}
         self._parts: list[Part] = []
+        self._launched: list[Launched] = []  # in place of parts, while a graph is captured
+        self._captured: tuple[list[Launched], dict[str, Tensor]] | None = None
         self._pending: deque[Record] = deque()
         self._arrived: deque[tuple[int, Rows]] = deque()
         self._is_handing_on = False
-        self._ranges = Ranges()
 
     def begin(self, scale: Tensor | None = None) -> None:
         """Start a pass.
@@ -169,22 +169,41 @@ class Recorder:
             self._measure_waiting(device)
 
     def end(self) -> None:
-        """Finish the pass; its record is in `history` once it has arrived on the host."""
+        """Finish the pass; its record is in `history` once it has arrived on the host.
+
+        One that becomes part of a CUDA graph has a record each time that `replayed` is called.
+        """
         if self.is_recording:
             self.measure_waiting()
             self._measure_peaks()
             if self._outputs and not self._has_outputs:
                 self._has_outputs = True
                 warnings.warn(_NO_OUTPUTS, RuntimeWarning, stacklevel=2)
-            step = self._n_passes // self._accumulation_steps
             if self._side is not None:
                 self._side.join()
-            scales = {kind: Transfer((scale,)) for kind, scale in self._scales.items()}
-            self._pending.append(Record(step, self.history, self._parts, scales))
+            if is_capturing():
+                # It has not run yet, and nothing may be asked of the device now.
+                self._captured = self._launched, dict(self._scales)
+                self._forget()
+                return
+            self._add_pending(self._parts, self._scales)
             self._forget()
-        self._n_passes += 1
-        if self._pending:
-            self.collect(wait=False)
+        self._count_pass()
+
+    def replayed(self) -> bool:
+        """Take the results of a captured pass, which a replay of its graph has written anew.
+
+        Returns:
+            Whether there is such a pass.
+        """
+        if self._captured is None:
+            return False
+        if self._is_due():
+            launched, scales = self._captured
+            parts = [Part(indices, Transfer(packed)) for indices, packed in launched]
+            self._add_pending(parts, scales)
+        self._count_pass()
+        return True
 
     def drop(self) -> None:
         """Forget an unfinished pass."""
@@ -214,6 +233,7 @@ class Recorder:
     def finish(self) -> None:
         """Wait for all records if anybody else is to have them, and hand them on."""
         with self.lock:
+            self._captured = None
             if self._sink is not None or self._journal is not None:
                 self.collect(wait=True)
             if self._journal is not None:
@@ -229,14 +249,26 @@ class Recorder:
         finally:
             self._is_handing_on = False
 
+    def _add_pending(self, parts: list[Part], scales: dict[str, Tensor]) -> None:
+        step = self._n_passes // self._accumulation_steps
+        arriving = {kind: Transfer((scale,)) for kind, scale in scales.items()}
+        self._pending.append(Record(step, self.history, parts, arriving))
+
+    def _count_pass(self) -> None:
+        self._n_passes += 1
+        if self._pending:
+            self.collect(wait=False)
+
     def _is_due(self) -> bool:
-        """Whether the pass that comes or goes on is one to record."""
+        """Whether the pass that comes or goes on is one to record, as a captured one may be."""
+        if is_capturing():
+            return True
         step, within = divmod(self._n_passes, self._accumulation_steps)
         return within == self._accumulation_steps - 1 and step % self._every == 0
 
     def _forget(self) -> None:
         self.is_recording = False
-        self._parts = []
+        self._parts, self._launched = [], []
         self._scales.clear()
         self._seen.clear()
         self._peaks.clear()
@@ -271,40 +303,10 @@ class Recorder:
         else:
             self._measure(gradients)
 
-    def _measure(self, gradients: dict[int, Tensor]) -> None:
-        if not self._is_linear:
-            self._launch(gradients, None, None)
-        elif isinstance(self._bins, LinearBins) and self._bins.track:
-            # The first range of a layer is found in a pass of its own.
-            known = {i: x for i, x in gradients.items() if self._ranges.knows(i, x.device)}
-            for group in (known, {i: x for i, x in gradients.items() if i not in known}):
-                if group:
-                    self._measure_linear(group)
-        else:
-            self._measure_linear(gradients)
-
-    def _measure_linear(self, gradients: dict[int, Tensor]) -> None:
-        indices, tensors = tuple(gradients), list(gradients.values())
-        for kind, scale in self._scales.items():
-            scaled = [i for i in indices if self.history.kinds[i] == kind]
-            if scaled:
-                divided = divide([gradients[i] for i in scaled], scale)
-                gradients |= dict(zip(scaled, divided, strict=True))
-        previous = self._ranges.previous(indices)
-        ends = known_range(self._bins, tensors[0].device, len(tensors), previous)
-        result = self._launch(gradients, *ends)
-        if isinstance(self._bins, LinearBins) and self._bins.track:
-            self._ranges.remember(indices, result)
-
-    def _launch(
-        self, gradients: dict[int, Tensor], low: Tensor | None, high: Tensor | None
-    ) -> Statistics:
-        tensors = list(gradients.values())
-        kind = tensors[0].device.type
-        engine = self._engines.get(kind)
-        if engine is None:
-            engine = self._engines[kind] = choose_engine(self._engine, tensors[0])
-        result: Statistics = engine.measure(tensors, self._bins, low, high)
-        transfer = Transfer((result.integers, result.floats, result.counts))
-        self._parts.append(Part(tuple(gradients), transfer))
-        return result
+    def _measure(self, tensors: dict[int, Tensor]) -> None:
+        for indices, result in self._launcher.measure(tensors, self._scales):
+            packed = result.integers, result.floats, result.counts
+            if is_capturing():
+                self._launched.append((indices, packed))
+            else:
+                self._parts.append(Part(indices, Transfer(packed)))

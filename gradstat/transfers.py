@@ -77,6 +77,13 @@ class Ranges:
         for row, index in enumerate(indices):
             self._rows[index] = (result, row)
 
+    def overwrite(self, indices: tuple[int, ...], result: Statistics) -> None:
+        """Copy a result over the newest ones, where there are any."""
+        for row, index in enumerate(indices):
+            if index in self._rows:
+                kept, at = self._rows[index]
+                kept.floats[at].copy_(result.floats[row])
+
 
 def _copy_to_pinned(x: Tensor) -> Tensor:
     pinned = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)

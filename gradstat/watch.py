@@ -247,6 +247,23 @@ class Watch:
             raise ValueError(f"measure() needs watch(when='call'); when is {when!r}")
         self._hooks.measure()
 
+    def replayed(self) -> None:
+        """Make a record of a captured training step that was replayed as a CUDA graph.
+
+        Call it after each ``graph.replay()``: what is measured in the graph stays on the device
+        until then. A pass that is captured is none of the records; of several the last one counts.
+        `every` and ``accumulation_steps`` count replays like other passes.
+
+        Raises:
+            RuntimeError: no pass was captured while this watched.
+        """
+        with self._recorder.lock:
+            if not self._recorder.replayed():
+                raise RuntimeError(
+                    "replayed() needs a training step that was captured under watch(); there is "
+                    "none"
+                )
+
     def close(self) -> None:
         """Take the hooks off the model; `history` stays readable.
 

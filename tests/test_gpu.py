@@ -1,5 +1,7 @@
 """What only a CUDA device can show."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -117,3 +119,92 @@ def test_a_training_step_with_watch_can_be_captured() -> None:
     expected = gradstat.statistics([p.grad for p in model.parameters()], engine="reference")
     assert torch.equal(captured.integers, expected.integers)
     assert torch.equal(captured.counts, expected.counts)
+
+
+def warm_up(step: Callable[[], object], n: int = 3) -> None:
+    """Run what is to be captured on a stream of its own, as PyTorch asks for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(n):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+@pytest.mark.parametrize("bins", SCHEMES, ids=repr)
+@pytest.mark.parametrize("when", ["backward", "step", "call"])
+@pytest.mark.parametrize("stream", ["current", "side"])
+def test_watch_in_a_captured_step_records_each_replay(
+    bins: Log2Bins | LinearBins, when: str, stream: str
+) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.ReLU(), torch.nn.Linear(200, 9))
+    model.cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), capturable=True)
+    options = {"optimizer": optimizer} if when == "step" else {}
+    x = torch.randn(64, 300, device="cuda")
+    with gradstat.watch(model, bins, when=when, stream=stream, **options) as w:
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            model(x).square().mean().backward()
+            if when == "call":
+                w.measure()
+            optimizer.step()
+
+        warm_up(step)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        assert len(w.history) == 3
+        gradients = {}
+        for number in range(3, 8):
+            x.normal_()
+            graph.replay()
+            w.replayed()
+            gradients[number] = [model[i].weight.grad.clone() for i in (0, 2)]
+    assert w.history.steps.tolist() == list(range(8))
+    for number, tensors in gradients.items():
+        record = w.history.record(number)
+        if isinstance(bins, Log2Bins) or bins.low is not None:
+            expected = gradstat.statistics(tensors, bins, engine="reference").to("cpu")
+            assert torch.equal(record.integers, expected.integers)
+            assert torch.equal(record.counts, expected.counts)
+        assert record.numel.tolist() == [60000, 1800]
+
+
+def test_watch_in_a_captured_step_records_every_kind() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.ReLU(), torch.nn.Linear(200, 9))
+    model.cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(64, 300, device="cuda")
+    what = ("grad", "param", "update", "activation", "grad_output")
+    with gradstat.watch(model, what=what, when="step", optimizer=optimizer) as w:
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            model(x).square().mean().backward()
+            optimizer.step()
+
+        warm_up(step)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        before = model[0].weight.detach().clone()
+        graph.replay()
+        w.replayed()
+    change = gradstat.statistics(model[0].weight.detach() - before, engine="reference").to("cpu")
+    assert torch.equal(w.history.select("update").record(-1)[0].counts, change.counts)
+    assert (w.history["numel"] > 0).all()
+
+
+def test_watch_records_each_pass_of_graphed_callables() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.ReLU()).cuda()
+    x = torch.randn(8, 30, device="cuda")
+    graphed = torch.cuda.make_graphed_callables(model, (x,))
+    with gradstat.watch(model) as w:
+        for _ in range(3):
+            model.zero_grad()
+            graphed(torch.randn(8, 30, device="cuda")).square().mean().backward()
+            expected = gradstat.statistics(model[0].weight.grad.clone(), engine="reference")
+            assert torch.equal(w.last.counts[0], expected.counts.cpu())
+    assert len(w.history) == 3
