@@ -1,9 +1,11 @@
-"""A `History` as a table: one row for each step and layer, for pandas, Parquet and CSV.
+"""A `History` as a table: a row for each step, kind and layer, for pandas, Parquet and CSV.
 
-Columns are ``step``, ``layer``, every field of `Statistics`, and the histogram as three lists of
-one length, of the bins that are not empty: ``bin_low``, ``bin_high`` and ``bin_count``. A layer
-without a gradient has a row of zero counts, NaN (null in Parquet) and empty lists. In CSV lists are
-JSON, and NaN and infinities empty cells (null within a list).
+Columns are ``step``, ``kind``, ``layer``, which together name a row, every field of `Statistics`,
+and the histogram as three lists of one length, of the bins that are not empty: ``bin_low``,
+``bin_high`` and ``bin_count``. The kind is ``"grad"`` for gradients, or another one that `watch`
+was told to record; the layer a parameter's or a module's name. A layer without a gradient has a row
+of zero counts, NaN (null in Parquet) and empty lists. In CSV lists are JSON, and NaN and infinities
+empty cells (null within a list).
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ import numpy as np
 
 from gradstat.files import replacing
 from gradstat.history import FIELDS, History
+from gradstat.kinds import plain_name
 from gradstat.series import Array
 
 if TYPE_CHECKING:
     import pandas
 
 LISTS = ("bin_low", "bin_high", "bin_count")
-COLUMNS = ("step", "layer", *FIELDS, *LISTS)
+TEXTS = ("kind", "layer")
+COLUMNS = ("step", *TEXTS, *FIELDS, *LISTS)
 _BATCH = 64  # records turned into rows at a time
 
 Progress = Callable[[int], object]
@@ -39,7 +43,7 @@ class Rows:
     """R rows of the table.
 
     Args:
-        columns: the plain ones by name, each ``(R,)``; ``layer`` holds objects.
+        columns: the plain ones by name, each ``(R,)``; the texts are objects.
         sizes: entries of each row's lists, int64 ``(R,)``.
         lists: entries of all rows' lists, one row after the other, by name.
     """
@@ -57,7 +61,7 @@ def to_pandas(history: History, *, progress: Progress | None = None) -> pandas.D
         progress: called with a number of records when they are done.
 
     Returns:
-        S x L rows: by step, then by layer.
+        S x L rows: by step, then by kind and layer.
 
     Raises:
         ImportError: pandas is not installed.
@@ -89,8 +93,9 @@ def to_parquet(
         OSError: the file cannot be written.
     """
     pa, parquet = _import("to_parquet", "pyarrow"), _import("to_parquet", "pyarrow.parquet")
-    plain = {"layer": pa.string()} | {
-        name: pa.from_numpy_dtype(_dtype(name)) for name in COLUMNS[:-3] if name != "layer"
+    plain = {
+        name: pa.string() if name in TEXTS else pa.from_numpy_dtype(_dtype(name))
+        for name in COLUMNS[:-3]
     }
     lists = {"bin_low": pa.float64(), "bin_high": pa.float64(), "bin_count": pa.int64()}
     types = plain | {name: pa.list_(each) for name, each in lists.items()}
@@ -144,12 +149,15 @@ def rows(history: History, progress: Progress | None = None) -> Iterator[Rows]:
     """
     n_layers, steps = len(history.layers), history.steps
     fields = {name: history[name] for name in FIELDS}
-    layers = np.array(history.layers, dtype=object)
+    named = zip(history.kinds, history.layers, strict=True)
+    layers = np.array([plain_name(kind, row) for kind, row in named], dtype=object)
+    kinds = np.array(history.kinds, dtype=object)
     for start in range(0, len(steps), _BATCH):
         part = slice(start, start + _BATCH)
         records = [history.record(step) for step in steps[part].tolist()]
         columns = {
             "step": np.repeat(steps[part], n_layers),
+            "kind": np.tile(kinds, len(records)),
             "layer": np.tile(layers, len(records)),
         } | {name: values[part].ravel() for name, values in fields.items()}
         sizes, lists = [], []
@@ -185,7 +193,7 @@ def _json(cell: Array) -> str:
 
 
 def _dtype(name: str) -> np.dtype[Any]:
-    if name == "layer":
+    if name in TEXTS:
         return np.dtype(object)
     integer = name == "step" or name in FIELDS[:8]
     return np.dtype(np.int64 if integer else np.float64)

@@ -16,7 +16,7 @@ from gradstat import History, LinearBins, Log2Bins
 from gradstat.bins import Bins
 from gradstat.history import FIELDS
 from gradstat.statistics import INTEGERS
-from gradstat.tables import COLUMNS, rows
+from gradstat.tables import COLUMNS, LISTS, rows
 
 SCHEMES = [Log2Bins(), LinearBins(5)]
 
@@ -39,11 +39,12 @@ def test_to_csv_has_a_row_for_each_step_and_layer_with_every_field(
     with (tmp_path / "run.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert list(table[0]) == list(COLUMNS)
-    assert COLUMNS[:2] + COLUMNS[-3:] == ("step", "layer", "bin_low", "bin_high", "bin_count")
+    assert COLUMNS[:3] + COLUMNS[-3:] == ("step", "kind", "layer", *LISTS)
     order = [(step, layer) for step in (0, 1, 2) for layer in (0, 1)]
     assert len(table) == len(order)
     for row, (step, layer) in zip(table, order, strict=True):
-        assert (row["step"], row["layer"]) == (str(step), history.layers[layer])
+        names = (row["step"], row["kind"], row["layer"])
+        assert names == (str(step), "grad", history.layers[layer])
         for field in FIELDS:
             value = history[field][step, layer].item()
             assert row[field] == (str(value) if field in INTEGERS else spell(value)), field
@@ -55,6 +56,21 @@ def test_to_csv_has_a_row_for_each_step_and_layer_with_every_field(
     assert json.loads(table[3]["bin_count"]) == []
     assert table[3]["mean"] == ""
     assert json.loads(table[0]["bin_count"]) != []
+
+
+def test_to_csv_names_a_row_by_step_kind_and_layer(tmp_path: Path) -> None:
+    history = make_history(Log2Bins(), ["a", "update/b"], 2, kinds=("grad", "update", "unit"))
+    history.to_csv(tmp_path / "run.csv")
+    with (tmp_path / "run.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    names = [(row["step"], row["kind"], row["layer"]) for row in table]
+    assert names == [
+        (str(step), kind, layer)
+        for step in range(2)
+        for kind in ("grad", "update", "unit")
+        for layer in ("a", "update/b")
+    ]
+    assert [row["rms"] for row in table] == [repr(x) for x in history["rms"].ravel().tolist()]
 
 
 def test_to_csv_lists_stay_json_where_a_bin_has_no_end(tmp_path: Path) -> None:

@@ -10,20 +10,20 @@ from histories import make_history
 from gradstat import History, LinearBins, Log2Bins
 from gradstat.bins import Bins
 from gradstat.history import FIELDS
+from gradstat.kinds import plain_name
 from gradstat.statistics import INTEGERS
 from gradstat.tables import COLUMNS
 
 pytestmark = pytest.mark.integrations
 
 SCHEMES = [Log2Bins(), LinearBins(5)]
-LISTS = ["bin_low", "bin_high", "bin_count"]
 
 
 @pytest.fixture(params=SCHEMES, ids=repr)
 def history(request: pytest.FixtureRequest) -> History:
-    """Two layers, the second absent in step 1."""
+    """Gradients and updates of two layers, the second's gradient absent in step 1."""
     bins: Bins = request.param
-    return make_history(bins, 2, 3, absent=[(1, 1)])
+    return make_history(bins, 2, 3, absent=[(1, 1)], kinds=("grad", "update"))
 
 
 def expected_counts(history: History) -> list[list[int]]:
@@ -39,14 +39,15 @@ def test_to_pandas_holds_every_number_with_its_type(history: History) -> None:
     pytest.importorskip("pandas")
     table = history.to_pandas()
     assert list(table.columns) == list(COLUMNS)
-    assert table["step"].tolist() == [0, 0, 1, 1, 2, 2]
-    assert table["layer"].tolist() == history.layers * 3
+    assert table["step"].tolist() == np.repeat(range(3), 4).tolist()
+    assert table["kind"].tolist() == ["grad", "grad", "update", "update"] * 3
+    assert table["layer"].tolist() == ["0.weight", "1.weight"] * 6
     for field in FIELDS:
         assert table[field].dtype == (np.int64 if field in INTEGERS else np.float64)
         np.testing.assert_array_equal(table[field].to_numpy(), history[field].ravel())
     assert [cell.tolist() for cell in table["bin_count"]] == expected_counts(history)
     assert [len(cell) for cell in table["bin_low"]] == [len(cell) for cell in table["bin_count"]]
-    counts, edges = history.histogram(history.layers[1], 2)
+    counts, edges = history.histogram(history.layers[3], 2)
     assert table["bin_low"].iloc[-1].tolist() == edges[:-1][counts > 0].tolist()
     assert table["bin_high"].iloc[-1].tolist() == edges[1:][counts > 0].tolist()
 
@@ -103,7 +104,11 @@ def test_polars_opens_both_files(history: History, tmp_path: Path) -> None:
     opened = polars.read_parquet(tmp_path / "run.parquet")
     assert opened["bin_count"].to_list() == expected_counts(history)
     assert opened["bin_low"].dtype == polars.List(polars.Float64)
+    updates = opened.filter(polars.col("kind") == "update")
+    assert updates["layer"].to_list() == ["0.weight", "1.weight"] * 3
+    np.testing.assert_array_equal(updates["rms"].to_numpy(), history["rms"][:, 2:].ravel())
     text = polars.read_csv(tmp_path / "run.csv")
+    assert text["kind"].to_list() == opened["kind"].to_list()
     for field in ("numel", "rms", "min"):
         np.testing.assert_array_equal(opened[field].to_numpy(), history[field].ravel())
         assert text[field].dtype == opened[field].dtype
@@ -117,16 +122,22 @@ def test_duckdb_queries_both_files(history: History, tmp_path: Path, suffix: str
     path = tmp_path / f"run.{suffix}"
     getattr(history, f"to_{suffix}")(path)
     found = duckdb.sql(
-        f"SELECT layer, sum(numel), max(abs_max), typeof(any_value(rms)) FROM '{path}' "
-        "GROUP BY layer ORDER BY layer"
+        f"SELECT kind, layer, sum(numel), max(abs_max), typeof(any_value(rms)) FROM '{path}' "
+        "GROUP BY kind, layer ORDER BY kind, layer"
     ).fetchall()
     largest = np.nanmax(history["abs_max"], axis=0)
     assert found == [
-        (layer, numel, abs_max, "DOUBLE")
-        for layer, numel, abs_max in zip(
-            history.layers, history["numel"].sum(0).tolist(), largest.tolist(), strict=True
+        (kind, plain_name(kind, row), numel, abs_max, "DOUBLE")
+        for kind, row, numel, abs_max in zip(
+            history.kinds,
+            history.layers,
+            history["numel"].sum(0).tolist(),
+            largest.tolist(),
+            strict=True,
         )
     ]
     cast = "bin_count" if suffix == "parquet" else "bin_count::BIGINT[]"
-    totals = duckdb.sql(f"SELECT list_sum({cast}) FROM '{path}' ORDER BY step, layer").fetchall()
+    totals = duckdb.sql(
+        f"SELECT list_sum({cast}) FROM '{path}' ORDER BY step, kind, layer"
+    ).fetchall()
     assert [total or 0 for (total,) in totals] == [sum(cell) for cell in expected_counts(history)]
