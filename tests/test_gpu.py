@@ -1,9 +1,11 @@
 """What only a CUDA device can show."""
 
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
+from conftest import ROOT
 
 import gradstat
 from gradstat import LinearBins, Log2Bins
@@ -208,3 +210,21 @@ def test_watch_records_each_pass_of_graphed_callables() -> None:
             expected = gradstat.statistics(model[0].weight.grad.clone(), engine="reference")
             assert torch.equal(w.last.counts[0], expected.counts.cpu())
     assert len(w.history) == 3
+
+
+def test_documented_lines_for_graphs_run() -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    code = re.search(r"## CUDA graphs.*?^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)[1]
+    model = torch.nn.Linear(8, 4).cuda()
+    static_input = torch.randn(16, 8, device="cuda")
+
+    def train_step() -> None:
+        model.zero_grad()
+        model(static_input).square().mean().backward()
+
+    names = {"gradstat": gradstat, "torch": torch, "model": model, "static_input": static_input}
+    names |= {"train_step": train_step, "loader": torch.randn(5, 16, 8)}
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        exec(code, names)
+    assert names["w"].history.steps.tolist() == list(range(6))
