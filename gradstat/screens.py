@@ -20,9 +20,11 @@ import torch
 
 from gradstat import archive
 from gradstat.diagnosis import Finding
+from gradstat.files import replacing
 from gradstat.history import History
+from gradstat.kinds import GRAD, PARAM, UNIT, UPDATE
 from gradstat.ops import ENGINE_VARIABLE
-from gradstat.series import Array
+from gradstat.series import NOUNS, Array, first_rows
 from gradstat.windows import median
 
 Item = TypeVar("Item")
@@ -54,10 +56,12 @@ def info() -> str:
 
 
 def heading(name: str, history: History) -> str:
-    """A run in one line."""
+    """A run in one line: its layers are those of its first kind."""
     steps = history.steps
+    kinds = ", ".join(dict.fromkeys(history.kinds))
+    layers = _count(len(first_rows(history)), "layer") + (f" ({kinds})" if kinds != GRAD else "")
     return (
-        f"{name}: {_count(len(history), 'record')} of {_count(len(history.layers), 'layer')}, "
+        f"{name}: {_count(len(history), 'record')} of {layers}, "
         f"steps {steps[0]} to {steps[-1]}, {history.bins}"
     )
 
@@ -90,6 +94,9 @@ def findings(found: Sequence[Finding], most: int | None = 3, indent: str = "") -
 def compare(runs: Mapping[str, History], *, every_layer: bool = False) -> str:
     """Two runs layer by layer: rms of each, their ratio, first over last layer, and findings.
 
+    Of several kinds of rows the first is compared, and what there is in both runs of update ratios
+    and dead units.
+
     Args:
         runs: two histories with records, by name.
         every_layer: also where a network has more layers than a screen has lines.
@@ -98,17 +105,20 @@ def compare(runs: Mapping[str, History], *, every_layer: bool = False) -> str:
         Text.
     """
     typical = {name: _typical(history) for name, history in runs.items()}
-    layers = list(dict.fromkeys(layer for history in runs.values() for layer in history.layers))
+    layers = list(dict.fromkeys(layer for values in typical.values() for layer in values))
     shown = layers if every_layer else _some(layers, _MOST_LAYERS)
     known = [x for values in typical.values() for x in values.values() if x > 0]
     ends = (min(known), max(known)) if known else (1.0, 1.0)
     one, other = runs
-    rows = [("rms, median of all records", "A", "", "B", "", "B / A")]
+    rows: list[tuple[str, ...]] = [("rms, median of all records", "A", "", "B", "", "B / A")]
     for layer in shown:
         a, b = (typical[name].get(layer, math.nan) for name in (one, other))
         rows.append((layer, _number(a), _bar(a, *ends), _number(b), _bar(b, *ends), _ratio(b, a)))
-    shares = [_first_over_last(typical[name], runs[name].layers) for name in (one, other)]
-    rows.append(("first layer / last layer", _share(shares[0]), "", _share(shares[1]), "", ""))
+    shares = [_first_over_last(list(values.values())) for values in typical.values()]
+    rows.append(
+        ("first layer / last layer", _ratio(shares[0], 1), "", _ratio(shares[1], 1), "", "")
+    )
+    rows += _derived(list(runs.values()))
     lines = [f"A  {heading(one, runs[one])}", f"B  {heading(other, runs[other])}", ""]
     lines += _table(rows)
     if len(shown) < len(layers):
@@ -125,7 +135,7 @@ def draw(runs: Mapping[str, History], path: Path) -> None:
 
     Args:
         runs: histories with records, by name.
-        path: of the file; its suffix is the format.
+        path: of the file, which appears whole or not at all; its suffix is the format.
 
     Raises:
         OSError: it cannot be written.
@@ -133,32 +143,33 @@ def draw(runs: Mapping[str, History], path: Path) -> None:
     """
     from gradstat import plot
 
-    layers = list(dict.fromkeys(layer for history in runs.values() for layer in history.layers))
+    layers = list(dict.fromkeys(row for history in runs.values() for row in first_rows(history)))
     average = max(1, max(len(history) for history in runs.values()) // 100)
     figure = plot.curves(
         dict(runs), split="history", layers=_some(layers, _MOST_LINES), average=average
     )
-    figure.savefig(path)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format=path.suffix[1:] or "png")
 
 
 def newest(name: str, history: History) -> str:
-    """The newest record as a table, a line for each layer, and the worst findings."""
+    """The newest record as a table of the layers of the first kind, and the worst findings."""
     record = history.record()
     rms = record.rms.tolist()
-    known = [x for x in rms if x > 0]
+    shown = [history.layers.index(row) for row in first_rows(history)]
+    known = [rms[at] for at in shown if rms[at] > 0]
     ends = (min(known), max(known)) if known else (1.0, 1.0)
     rows = [("layer", "rms", "", "largest", "zeros", "NaN, infinite")]
-    for at, layer in enumerate(history.layers):
+    for at in shown:
         numel, finite = int(record.numel[at]), int(record.finite[at])
-        zeros = f"{int(record.zeros[at]) / finite:.0%}" if finite else "-"
         rows.append(
             (
-                layer,
+                history.layers[at],
                 _number(rms[at]),
                 _bar(rms[at], *ends),
                 _number(float(record.abs_max[at])),
-                zeros,
-                str(numel - finite) if numel else "no gradient",
+                _percent(int(record.zeros[at]) / finite if finite else math.nan),
+                str(numel - finite) if numel else f"no {NOUNS[history.kinds[0]]}",
             )
         )
     found = [each for each in history.diagnose() if each.severity != "note"]
@@ -210,14 +221,27 @@ def _newest_file(path: Path) -> History:
 
 
 def _typical(history: History) -> dict[str, float]:
-    """Median rms of each layer over all records."""
+    """Median rms of each layer of the first kind over all records."""
     rms: Array = median(history["rms"])
-    return dict(zip(history.layers, rms.tolist(), strict=True))
+    typical = dict(zip(history.layers, rms.tolist(), strict=True))
+    return {row: typical[row] for row in first_rows(history)}
 
 
-def _first_over_last(typical: Mapping[str, float], layers: Sequence[str]) -> float:
-    present = [typical[layer] for layer in layers if typical[layer] > 0]
+def _first_over_last(typical: Sequence[float]) -> float:
+    present = [rms for rms in typical if rms > 0]
     return present[0] / present[-1] if present else math.nan
+
+
+def _derived(runs: Sequence[History]) -> list[tuple[str, ...]]:
+    """Lines on two runs' updates and units, medians over all records, where both have them."""
+    rows: list[tuple[str, ...]] = []
+    if all({UPDATE, PARAM} <= set(run.kinds) for run in runs):
+        a, b = (float(median(median(run.update_ratio()))) for run in runs)
+        rows.append(("update / parameter, median", _number(a), "", _number(b), "", _ratio(b, a)))
+    if all(UNIT in run.kinds for run in runs):
+        a, b = (float(np.fmax.reduce(median(run.dead_units()))) for run in runs)
+        rows.append(("dead units, most in a layer", _percent(a), "", _percent(b), "", ""))
+    return rows
 
 
 def _some(items: Sequence[Item], most: int) -> list[Item]:
@@ -256,8 +280,8 @@ def _ratio(value: float, by: float) -> str:
     return f"{value / by:.2g}" if by > 0 and not math.isnan(value) else "-"
 
 
-def _share(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2g}"
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.0%}"
 
 
 def _count(number: int, what: str) -> str:

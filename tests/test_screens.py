@@ -9,6 +9,7 @@ import pytest
 import torch
 from findings import noise
 from histories import make_history
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from gradstat import History, Log2Bins, screens
@@ -179,3 +180,89 @@ def test_tail_redraws_in_place_on_a_terminal(
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     screens.tail(tmp_path / "run.npz", 0.02, updates=1)
     assert capsys.readouterr().out.startswith(f"\x1b[H\x1b[2J{tmp_path / 'run.npz'}: step 0")
+
+
+KINDS = ("grad", "param", "update", "activation", "unit")
+
+
+def values_of_kinds(step: int, row: int) -> Tensor:
+    """Of two layers; updates are a hundredth of parameters, every fourth unit is dead."""
+    return noise(step, row, [1.0, 10.0, 0.1, 1.0, 1.0][row // 2]) * (torch.arange(400) % 4 > 0)
+
+
+def test_screens_speak_of_the_first_kind() -> None:
+    history = make_history(Log2Bins(), 2, 5, values_of_kinds, absent=[(4, 1)], kinds=KINDS)
+    gradients = history.select("grad")
+    text = screens.compare({"one": history, "other": gradients})
+    assert text.splitlines()[0] == (
+        "A  one: 5 records of 2 layers (grad, param, update, activation, unit), steps 0 to 4, "
+        "Log2Bins()"
+    )
+    assert list(rows(text)) == gradients.layers
+    assert "update / parameter" not in text
+    assert "dead units" not in text
+    table = rows(screens.newest("run", history))
+    assert list(table) == gradients.layers
+    assert table["1.weight"][-2:] == ["no", "gradient"]
+    updates = make_history(Log2Bins(), 2, 5, absent=[(4, 1)], kinds=("update", "activation"))
+    table = rows(screens.newest("run", updates))
+    assert list(table) == ["update/0.weight", "update/1.weight"]
+    assert table["update/1.weight"][-2:] == ["no", "update"]
+
+
+def test_bars_of_a_screen_span_the_first_kind() -> None:
+    history = make_history(
+        Log2Bins(), 2, 1, lambda step, row: torch.full((4,), 10.0**row), (), KINDS
+    )
+    assert re.findall("#+", screens.newest("run", history)) == ["#", "#" * 12]
+
+
+def test_compare_tells_update_ratios_and_dead_units_where_both_runs_have_them() -> None:
+    one = make_history(Log2Bins(), 2, 5, values_of_kinds, kinds=KINDS)
+    other = make_history(
+        Log2Bins(),
+        2,
+        5,
+        lambda step, row: values_of_kinds(step, row) * (10.0 if row // 2 == 2 else 1.0),
+        kinds=KINDS,
+    )
+    text = screens.compare({"one": one, "other": other})
+    a, b, ratio = re.search(
+        r"^update / parameter, median +(\S+) +(\S+) +(\S+)$", text, re.M
+    ).groups()
+    assert float(a) == pytest.approx(0.01, rel=0.1)
+    assert float(b) == pytest.approx(0.1, rel=0.1)
+    assert float(ratio) == pytest.approx(10, rel=0.1)
+    assert re.search(r"^dead units, most in a layer +25% +25%$", text, re.M)
+    updates = screens.compare({"one": one.select("update"), "other": other})
+    assert "update / parameter" not in updates
+
+
+def test_draw_writes_the_curves_of_the_first_kind_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+
+    def fails(self: Figure, path: Path, **options: object) -> None:
+        drawn.append(self)
+        save(self, path, **options)
+        raise OSError("disk full")
+
+    history = make_history(Log2Bins(), 2, 5, values_of_kinds, kinds=KINDS)
+    path = tmp_path / "curves.png"
+    path.write_text("before")
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", fails)
+        with pytest.raises(OSError, match="disk full"):
+            screens.draw({"run": history}, path)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+    assert len(drawn[0].axes[0].lines) == 2
+    for name, beginning in (
+        ("curves.png", b"\x89PNG"),
+        ("curves.svg", b"<?xml"),
+        ("x", b"\x89PNG"),
+    ):
+        screens.draw({"run": history}, tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(beginning)
