@@ -64,7 +64,7 @@ class OutputHooks:
         self._handles.clear()
         _RUNNING.pop(self.key, None)
 
-    def see(self, x: Tensor, index: int, is_gradient: bool) -> None:
+    def see(self, index: int, x: Tensor, is_gradient: bool) -> None:
         """Measure an output of the module of that index, or the gradient with respect to one."""
         model = self._model()
         if not _is_ordinary(x) or model is None or not model.training:
@@ -87,8 +87,10 @@ class _OnOutput:
     """A module's forward hook; a copy of the module has one that does nothing."""
 
     def __init__(self, hooks: OutputHooks, index: int) -> None:
-        self.hooks, self.key, self.index = hooks, hooks.key, index
+        self.hooks, self.index = hooks, index
         self.sees_gradients = hooks.sees_gradients
+        # Numbers would become constants of a compiled block, which others like it could not share.
+        self.place = torch.tensor([hooks.key, index])
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
         if not torch.is_grad_enabled() or torch.compiler.is_exporting() or _is_tracing():
@@ -96,14 +98,15 @@ class _OnOutput:
         x = _first_tensor(output)
         if x is None:
             return
-        see: Callable[[Tensor, int, bool], object] = self.hooks.see
+        see: Callable[[Tensor, bool], object]
         if torch.compiler.is_compiling():
-            see = partial(_see, self.key)
-        see(x.detach(), self.index, False)
+            see = partial(_see, self.place)
+        else:
+            see = partial(self.hooks.see, self.index)
+        see(x.detach(), False)
         # A hook on a leaf would stay there.
         if self.sees_gradients and x.requires_grad and not x.is_leaf:
-            index = self.index
-            x.register_hook(lambda gradient: see(gradient.detach(), index, True))  # type: ignore[no-untyped-call]
+            x.register_hook(lambda gradient: see(gradient.detach(), True))  # type: ignore[no-untyped-call]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Any callable would do that takes three arguments, returns None and needs no gradstat.
@@ -111,11 +114,12 @@ class _OnOutput:
 
 
 @torch.library.custom_op("gradstat::see", mutates_args=())
-def _see(key: int, x: Tensor, index: int, is_gradient: bool) -> None:
+def _see(place: Tensor, x: Tensor, is_gradient: bool) -> None:
     """What a compiled model calls in place of `OutputHooks.see`."""
+    key, index = place.tolist()
     hooks = _RUNNING.get(key)
     if hooks is not None:
-        hooks.see(x, index, is_gradient)
+        hooks.see(index, x, is_gradient)
 
 
 _see.register_fake(lambda *_: None)

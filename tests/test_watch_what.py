@@ -384,6 +384,58 @@ def test_compiled_model_has_the_same_outputs_without_a_break(backend: str) -> No
     assert len(w.history) == 3
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.relu = nn.Linear(6, 6), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.relu(self.linear(x))
+        return result
+
+
+# Dynamo itself looks at .grad of the tensor between two compiled blocks.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_blocks_share_their_graph_and_keep_their_rows() -> None:
+    what = ("grad", "activation", "grad_output")
+    model = nn.Sequential(nn.Linear(6, 6), *(Block() for _ in range(4)))
+    twin = copy.deepcopy(model)
+    graphs = []
+    for watched in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        compiled = copy.deepcopy(model)
+        with gradstat.watch(compiled if watched else twin, what=what) as w:
+            for block in compiled[1:]:
+                block.compile(backend="aot_eager", fullgraph=True)
+            for x in torch.randn(2, 8, 6, generator=torch.Generator().manual_seed(1)):
+                (compiled if watched else twin)(x).square().mean().backward()
+                if not watched:
+                    compiled(x).sum().backward()
+        graphs.append((torch._dynamo.utils.counters["stats"]["unique_graphs"], w.history))
+    (bare, expected), (shared, history) = graphs
+    assert shared == bare == 1
+    for step in range(2):
+        assert_close(history.record(step), expected.record(step))
+
+
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+def test_activation_is_measured_as_it_is_under_autocast(engine: str) -> None:
+    model = make_model()
+    seen = Seen(model, MODULES)
+    what = ("activation", "grad_output")
+    with gradstat.watch(model, what=what, engine=engine) as w:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(torch.randn(8, 6))
+        output.float().square().mean().backward()
+    outputs = [seen.outputs[name][0] for name in MODULES]
+    assert {x.dtype for x in outputs} == {torch.bfloat16}
+    expected = gradstat.statistics(outputs, engine=engine)
+    assert_record(w.history.select("activation").record(), expected)
+    peaks = [x.abs().amax(0) for x in outputs]
+    assert_record(w.history.select("unit").record(), gradstat.statistics(peaks, engine=engine))
+
+
 def test_model_compiled_before_is_warned_of() -> None:
     model = make_model()
     torch._dynamo.reset()
