@@ -78,6 +78,31 @@ def test_write_gives_each_layer_a_folder_of_scalars(tmp_path: Path) -> None:
         assert values(events, f"a.weight/{name}") == pytest.approx(h[name][:, 0])
 
 
+def test_write_puts_each_kind_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    kinds = ("grad", "param", "update", "activation", "unit")
+
+    def value(step: int, row: int) -> torch.Tensor:
+        x = torch.tensor([0.0, 3.0, -4.0, 0.0]) * (1 + step)
+        # The second layer's weights are zero at first.
+        return x * (0 if row == 3 and step == 0 else 1)
+
+    h = make_history(gradstat.Log2Bins(), ["a", "b"], 3, value, absent=[(1, 4)], kinds=kinds)
+    tensorboard.write(h, tmp_path)
+    tags = (events := read(tmp_path)).Tags()
+    rest = [f"{kind}/{x}/histogram" for kind in kinds[1:] for x in "ab"]
+    assert sorted(tags["histograms"]) == sorted(["a/gradient", "b/gradient", *rest])
+    rows = [x if kind == "grad" else f"{kind}/{x}" for kind in kinds for x in "ab"]
+    names = ("mean", "std", "rms", "l2", "zero_fraction", "nonfinite")
+    derived = [f"update/{x}/ratio" for x in "ab"] + [f"activation/{x}/dead_units" for x in "ab"]
+    expected = [f"{row}/{name}" for row in rows for name in names] + derived
+    assert sorted(tags["scalars"]) == sorted(expected)
+    assert [event.step for event in events.Scalars("update/a/ratio")] == [0, 2]
+    assert [event.step for event in events.Scalars("update/b/ratio")] == [1, 2]
+    assert values(events, "update/b/ratio") == [1, 1]
+    assert values(events, "activation/b/dead_units") == [0.5] * 3
+    assert values(events, "update/b/l2") == [5, 10, 15]
+
+
 def test_write_leaves_out_what_is_absent_or_undefined(tmp_path: Path) -> None:
     def gradient(step: int, layer: int) -> torch.Tensor:
         return torch.full((3,), float("nan")) if layer else torch.ones(1)

@@ -80,8 +80,8 @@ def logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Logged:
     return log
 
 
-def table(logged: Logged, kind: str) -> dict[str, Any]:
-    (path,) = (logged.files / "media" / "table" / "gradients").glob(f"{kind}_*.json")
+def table(logged: Logged, name: str, group: str = "gradients") -> dict[str, Any]:
+    (path,) = (logged.files / "media" / "table" / group).glob(f"{name}_*.json")
     return json.loads(path.read_text())
 
 
@@ -132,6 +132,42 @@ def test_log_makes_one_chart_and_one_table_of_many_layers(logged: Logged) -> Non
     for name in ("mean", "std", "rms", "l2"):
         assert by_name[name] == pytest.approx(h[name][-1, 7])
     assert (by_name["numel"], by_name["nonfinite"], by_name["zero_fraction"]) == (50, 0, 0)
+
+
+def test_log_gives_each_kind_a_group(logged: Logged) -> None:
+    kinds = ("grad", "param", "update", "activation", "unit", "grad_output")
+    groups = [
+        "gradients",
+        "parameters",
+        "updates",
+        "activations",
+        "unit_peaks",
+        "output_gradients",
+    ]
+
+    def value(step: int, row: int) -> torch.Tensor:
+        # The first layer's weights are zero, its units all dead.
+        return torch.tensor([0.0, 3.0, -4.0, 0.0]) * (row not in (2, 8)) * 10.0 ** -(row // 2)
+
+    h = make_history(LOG2, ["a", "b"], 2, value, kinds=kinds)
+    rows = logged(h)
+    shown = {key for row in rows for key in row if not key.startswith("_")}
+    assert shown == {"gradients/step", "updates/ratio_table", "activations/dead_units_table"} | {
+        f"{group}/{name}"
+        for group in groups
+        for name in ("layers", "rms_table", "histogram/a", "histogram/b")
+    }
+    hidden = {metric.glob_name or metric.name for metric in logged.metrics if metric.options.hidden}
+    assert {f"{group}/histogram/*" for group in groups} <= hidden
+    assert [row[0] for row in table(logged, "layers", "updates")["data"]] == ["a", "b"]
+    lines = table(logged, "rms_table", "updates")["data"]
+    assert {layer for _, layer, _ in lines} == {"a", "b"}
+    assert lines[0][2] == pytest.approx(np.log10(h["rms"][0, 4]))
+    ratios = table(logged, "ratio_table", "updates")["data"]
+    assert [row[:2] for row in ratios] == [[0, "b"], [1, "b"]]
+    assert ratios[0][2] == pytest.approx(-1)
+    dead = table(logged, "dead_units_table", "activations")["data"]
+    assert {(layer, value) for _, layer, value in dead} == {("a", 1), ("b", 0.5)}
 
 
 def test_log_draws_what_has_no_finite_value_nowhere_but_in_the_table(logged: Logged) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from gradstat.history import History
+from gradstat.kinds import ACTIVATION, PARAM, UNIT, UPDATE, plain_name
 from gradstat.series import Array, check_count, check_history, select
 from gradstat.statistics import Statistics
 
@@ -54,14 +55,34 @@ def buckets(statistics: Statistics, edges: Array, most: int | None = None) -> tu
     return counts, edges
 
 
-def rows(history: History, step: int) -> Iterator[tuple[str, Statistics, Array]]:
-    """Layer, statistics and edges of each layer with a gradient in a step."""
+def rows(history: History, step: int) -> Iterator[tuple[str, str, Statistics, Array]]:
+    """Kind, layer, statistics and edges of each row that has values in a step."""
     record = history.record(step)
     edges = record.edges.numpy()
     edges = np.broadcast_to(edges, (len(record), edges.shape[-1]))
-    for layer, statistics, ends in zip(history.layers, record, edges, strict=True):
+    named = zip(history.kinds, history.layers, record, edges, strict=True)
+    for kind, row, statistics, ends in named:
         if int(statistics.numel):
-            yield layer, statistics, ends
+            yield kind, plain_name(kind, row), statistics, ends
+
+
+def layers_of(history: History, kind: str) -> dict[int, str]:
+    """Layers of the rows of a kind, by column."""
+    named = enumerate(zip(history.kinds, history.layers, strict=True))
+    return {at: plain_name(kind, row) for at, (each, row) in named if each == kind}
+
+
+def derived(history: History) -> Iterator[tuple[str, str, list[str], Array]]:
+    """What follows from rows of several kinds: update ratios and shares of dead units.
+
+    Yields:
+        The kind it is about, its name, the layers, and float64 ``(S, L)``, of what was recorded.
+    """
+    if {UPDATE, PARAM} <= set(history.kinds):
+        yield UPDATE, "ratio", list(layers_of(history, UPDATE).values()), history.update_ratio()
+    if UNIT in history.kinds:
+        layers = list(layers_of(history, UNIT).values())
+        yield ACTIVATION, "dead_units", layers, history.dead_units()
 
 
 def chosen_steps(function: str, history: History, max_records: int | None) -> list[int]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from math import isfinite
+
+import numpy as np
 
 from gradstat.history import History
-from gradstat.integrations.buckets import buckets, chosen_steps, counted, rows, scalars
+from gradstat.integrations.buckets import buckets, chosen_steps, counted, derived, rows, scalars
+from gradstat.kinds import GRAD, row_name
 
 
 def write(
@@ -20,6 +24,10 @@ def write(
 
     The tags of a layer are ``LAYER/gradient``, the histogram, and ``LAYER/mean``, ``/std``,
     ``/rms``, ``/l2``, ``/zero_fraction`` (of the finite elements) and ``/nonfinite`` (a count).
+    Rows of another kind have the same under its name, as ``update/LAYER/rms``, and
+    ``update/LAYER/histogram``. ``update/LAYER/ratio`` is `History.update_ratio`, and
+    ``activation/LAYER/dead_units`` is `History.dead_units`.
+
     The buckets are the record's own, from the first filled one to the last: no count is estimated.
     A layer without a gradient in a step has no point there.
 
@@ -47,19 +55,25 @@ def write(
         from torch.utils.tensorboard.summary import histogram_raw, scalar
     except ImportError as error:
         raise ImportError("write() needs TensorBoard: pip install tensorboard") from error
+    over_time = {
+        f"{row_name(kind, layer)}/{name}": column
+        for kind, name, layers, values in derived(history)
+        for layer, column in zip(layers, values.T, strict=True)
+    }
     writer = FileWriter(os.fspath(log_dir))
     try:
         for step in counted(history, steps, progress):
+            at = np.searchsorted(history.steps, step)
+            points = {tag: column[at] for tag, column in over_time.items() if isfinite(column[at])}
             # One event a step: each costs the writer's thread a turn.
             event = Summary()
-            for layer, statistics, edges in rows(history, step):
-                for name, value in scalars(statistics).items():
-                    point = scalar(f"{layer}/{name}", value)  # type: ignore[no-untyped-call]
-                    event.MergeFrom(point)
+            for kind, layer, statistics, edges in rows(history, step):
+                tag = row_name(kind, layer)
+                points |= {f"{tag}/{name}": value for name, value in scalars(statistics).items()}
                 counts, ends = buckets(statistics, edges)
                 if len(counts):
                     histogram = histogram_raw(  # type: ignore[no-untyped-call]
-                        f"{layer}/gradient",
+                        f"{tag}/{'gradient' if kind == GRAD else 'histogram'}",
                         min=float(statistics.min),
                         max=float(statistics.max),
                         num=int(statistics.finite),
@@ -70,6 +84,8 @@ def write(
                         bucket_counts=[0, *counts.tolist()],
                     )
                     event.MergeFrom(histogram)
+            for tag, value in points.items():
+                event.MergeFrom(scalar(tag, value))  # type: ignore[no-untyped-call]
             writer.add_summary(event, step)
     finally:
         writer.close()

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gradstat.history import History
-from gradstat.integrations.buckets import buckets, chosen_steps, counted, rows, scalars
+from gradstat.integrations.buckets import (
+    buckets,
+    chosen_steps,
+    counted,
+    derived,
+    layers_of,
+    rows,
+    scalars,
+)
+from gradstat.kinds import UPDATE
+from gradstat.series import NOUNS, Array
 
 if TYPE_CHECKING:
     import wandb
@@ -28,13 +38,17 @@ def log(
     max_records: int | None = 100,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Log histograms of each layer, one chart and one table to a run.
+    """Log histograms of each layer, a chart and a table to a run.
 
     - ``gradients/rms``, a chart: log10 of each layer's rms against the step, a line for each layer.
     - ``gradients/layers``, a table: the statistics of each layer in the newest record.
     - ``gradients/histogram/LAYER``: the histograms, against ``gradients/step``. They make no panels
       of their own, of which there would be hundreds: add those that you want to see. The buckets
       are sums of the record's own bins, as many as 512 allow; no count is estimated.
+
+    Rows of another kind have the same under its name: ``parameters``, ``updates``, ``activations``,
+    ``unit_peaks`` or ``output_gradients``. Two more charts are ``updates/ratio``, log10 of
+    `History.update_ratio`, and ``activations/dead_units``, `History.dead_units`.
 
     A layer without a gradient in a step has no histogram there. The run's own step goes up by one
     for each record, and is otherwise left alone.
@@ -66,23 +80,25 @@ def log(
     if not isinstance(run, Run):
         raise TypeError(f"log() needs a run of wandb.init(); run is {type(run).__name__}")
     run.define_metric("gradients/step", hidden=True)
-    run.define_metric("gradients/histogram/*", step_metric="gradients/step", hidden=True)
+    for kind in dict.fromkeys(history.kinds):
+        run.define_metric(f"{_group(kind)}/histogram/*", step_metric="gradients/step", hidden=True)
     for step in counted(history, steps, progress):
         record: dict[str, object] = {"gradients/step": step}
-        for layer, statistics, edges in rows(history, step):
+        for kind, layer, statistics, edges in rows(history, step):
             counts, ends = buckets(statistics, edges, _MAX_BUCKETS)
             if len(counts):
-                record[f"gradients/histogram/{layer}"] = wandb.Histogram(
+                record[f"{_group(kind)}/histogram/{layer}"] = wandb.Histogram(
                     np_histogram=(counts, ends)
                 )
         run.log(record)
-    xs, ys, keys = _lines(history)
     summary: dict[str, object] = {
-        "gradients/layers": wandb.Table(columns=list(_COLUMNS), data=_newest(history))
+        f"{_group(kind)}/layers": wandb.Table(columns=list(_COLUMNS), data=table)
+        for kind, table in _newest(history).items()
     }
-    if keys:
-        title = "log10 rms of each layer's gradient"
-        summary["gradients/rms"] = wandb.plot.line_series(xs, ys, keys, title, "step")
+    for name, title, layers, values in _charts(history):
+        xs, ys, keys = _lines(history, layers, values)
+        if keys:
+            summary[name] = wandb.plot.line_series(xs, ys, keys, title, "step")
     run.log(summary)
 
 
@@ -125,26 +141,53 @@ def write(
     return written
 
 
-def _lines(history: History) -> tuple[list[list[int]], list[list[float]], list[str]]:
-    """Steps and log10 rms of each layer with a rms above zero anywhere, 10,000 points in all."""
-    most = max(1, _MAX_POINTS // len(history.layers))
+def _group(kind: str) -> str:
+    """What the names of a kind begin with."""
+    return f"{NOUNS[kind]}s".replace(" ", "_")
+
+
+def _charts(history: History) -> Iterator[tuple[str, str, list[str], Array]]:
+    """Name, title, layers and values, ``(S, L)``, of each chart; NaN where there is nothing."""
+    log_rms = _log10(history["rms"])
+    for kind in dict.fromkeys(history.kinds):
+        layers = layers_of(history, kind)
+        title = f"log10 rms of each layer's {NOUNS[kind]}"
+        yield f"{_group(kind)}/rms", title, list(layers.values()), log_rms[:, list(layers)]
+    for kind, name, names, values in derived(history):
+        title = "share of each layer's units that are dead"
+        if kind == UPDATE:
+            values, title = _log10(values), "log10 of each layer's update / parameter"
+        yield f"{_group(kind)}/{name}", title, names, values
+
+
+def _log10(x: Array) -> Array:
+    with np.errstate(divide="ignore"):
+        logarithm: Array = np.log10(x)
+    return logarithm
+
+
+def _lines(
+    history: History, layers: list[str], values: Array
+) -> tuple[list[list[int]], list[list[float]], list[str]]:
+    """Steps and finite values of each layer that has any, 10,000 points in all."""
+    most = max(1, _MAX_POINTS // len(layers))
     kept = np.searchsorted(history.steps, chosen_steps("log", history, most))
-    steps, rms = history.steps[kept], history["rms"][kept]
+    steps, values = history.steps[kept], values[kept]
     xs, ys, keys = [], [], []
-    for layer, values in zip(history.layers, rms.T, strict=True):
-        known = values > 0
+    for layer, line in zip(layers, values.T, strict=True):
+        known = np.isfinite(line)
         if known.any():
             xs.append(steps[known].tolist())
-            ys.append(np.log10(values[known]).tolist())
+            ys.append(line[known].tolist())
             keys.append(layer)
     return xs, ys, keys
 
 
-def _newest(history: History) -> list[list[object]]:
-    """Rows of `_COLUMNS`; NaN where a number is undefined."""
-    table: list[list[object]] = []
-    for layer, statistics, _ in rows(history, int(history.steps[-1])):
+def _newest(history: History) -> dict[str, list[list[object]]]:
+    """Rows of `_COLUMNS` by kind; NaN where a number is undefined."""
+    tables: dict[str, list[list[object]]] = {kind: [] for kind in history.kinds}
+    for kind, layer, statistics, _ in rows(history, int(history.steps[-1])):
         named = scalars(statistics)
         numbers = [named.get(name, math.nan) for name in _COLUMNS[2:]]
-        table.append([layer, int(statistics.numel), *numbers])
-    return table
+        tables[kind].append([layer, int(statistics.numel), *numbers])
+    return tables
