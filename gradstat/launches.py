@@ -10,11 +10,8 @@ from torch import Tensor
 
 from gradstat.bins import Bins, LinearBins
 from gradstat.ops import choose_engine, known_range
-from gradstat.records import divide
-from gradstat.statistics import Statistics
+from gradstat.records import Launch, divide
 from gradstat.transfers import Ranges
-
-Launch = tuple[tuple[int, ...], Statistics]  # the layer of each row, and the rows
 
 
 def is_capturing() -> bool:

@@ -76,7 +76,7 @@ class OutputHooks:
                 recorder.drop()
             if is_gradient:
                 recorder.take_scale(GRAD_OUTPUT, getattr(self._scaler, "_scale", None))
-                recorder.add_output(self._rows[GRAD_OUTPUT] + index, x)
+                recorder.add_output(self._rows[GRAD_OUTPUT] + index, x, changes=False)
             elif ACTIVATION in self._rows:
                 again = torch._C._current_autograd_node() is not None
                 if recorder.add_output(self._rows[ACTIVATION] + index, x, again=again):

@@ -20,14 +20,14 @@ from gradstat.kinds import GRAD, OF_OUTPUTS
 from gradstat.launches import Launcher, is_capturing
 from gradstat.ops import is_measurable
 from gradstat.ranks import local_part, origin_of
-from gradstat.records import Part, Record, Rows, as_statistics, unit_peaks
+from gradstat.records import Launch, Record, Rows, as_statistics, send, unit_peaks
 from gradstat.statistics import Statistics
 from gradstat.streams import SideStream
 from gradstat.transfers import Transfer
 
 Sink = Callable[[int, Statistics], object]
-Launched = tuple[tuple[int, ...], tuple[Tensor, ...]]  # layers; integers, floats and counts
 
+_SMALL_BYTES = 1 << 16
 _NO_OUTPUTS = (
     "watch() has seen no output of the model's modules, which are NaN in its records: they must be "
     "run in training mode, and compiled after watch()"
@@ -80,9 +80,8 @@ class Recorder:
         # Gradients that wait to be measured together, by device (-1 for the CPU) and layer.
         self._waiting: dict[int, dict[int, Tensor]] = {}
         self._n_bytes: dict[int, int] = {}
-        self._parts: list[Part] = []
-        self._launched: list[Launched] = []  # in place of parts, while a graph is captured
-        self._captured: tuple[list[Launched], dict[str, Tensor]] | None = None
+        self._launches: list[Launch] = []
+        self._captured: tuple[list[Launch], dict[str, Tensor]] | None = None
         self._pending: deque[Record] = deque()
         self._arrived: deque[tuple[int, Rows]] = deque()
         self._is_handing_on = False
@@ -121,23 +120,18 @@ class Recorder:
             gradient = self._own_part(index, gradient)
         if gradient.is_sparse:
             gradient = gradient.detach().coalesce().values()
-        if not is_measurable(gradient):
-            return
-        device = gradient.get_device()
-        waiting = self._waiting.get(device)
-        if waiting is None:
-            waiting = self._waiting[device] = {}
-        waiting[index] = gradient
-        n_bytes = self._n_bytes[device] = self._n_bytes.get(device, 0) + gradient.nbytes
-        if at_once or n_bytes >= self._bucket_bytes:
-            self._measure_waiting(device)
+        if is_measurable(gradient):
+            self._wait(index, gradient, at_once)
 
-    def add_output(self, index: int, x: Tensor, *, again: bool = False) -> bool:
-        """Measure a layer's output now, since it may be changed in place; add it to those before.
+    def add_output(
+        self, index: int, x: Tensor, *, changes: bool = True, again: bool = False
+    ) -> bool:
+        """Measure a layer's output by the end of the pass, together with those before.
 
         Args:
             index: of the layer.
             x: any tensor; what cannot be measured is passed over.
+            changes: whether it may be changed in place before.
             again: whether it is computed once more if the forward pass has seen this layer.
 
         Returns:
@@ -150,8 +144,12 @@ class Recorder:
             return False
         if not again:
             self._seen.add(index)
-        self._measure({index: x})
         self._has_outputs = True
+        # A copy of a small one costs less than a launch of its own.
+        is_small = x.nbytes <= _SMALL_BYTES
+        if index in self._waiting.get(x.get_device(), ()):
+            self._measure_waiting(x.get_device())
+        self._wait(index, x.clone() if changes and is_small else x, changes and not is_small)
         return True
 
     def add_peaks(self, index: int, x: Tensor) -> None:
@@ -183,10 +181,10 @@ class Recorder:
                 self._side.join()
             if is_capturing():
                 # It has not run yet, and nothing may be asked of the device now.
-                self._captured = self._launched, dict(self._scales)
+                self._captured = self._launches, dict(self._scales)
                 self._forget()
                 return
-            self._add_pending(self._parts, self._scales)
+            self._send(self._launches, self._scales)
             self._forget()
         self._count_pass()
 
@@ -199,9 +197,7 @@ class Recorder:
         if self._captured is None:
             return False
         if self._is_due():
-            launched, scales = self._captured
-            parts = [Part(indices, Transfer(packed)) for indices, packed in launched]
-            self._add_pending(parts, scales)
+            self._send(*self._captured)
         self._count_pass()
         return True
 
@@ -249,10 +245,10 @@ class Recorder:
         finally:
             self._is_handing_on = False
 
-    def _add_pending(self, parts: list[Part], scales: dict[str, Tensor]) -> None:
+    def _send(self, launches: list[Launch], scales: dict[str, Tensor]) -> None:
         step = self._n_passes // self._accumulation_steps
         arriving = {kind: Transfer((scale,)) for kind, scale in scales.items()}
-        self._pending.append(Record(step, self.history, parts, arriving))
+        self._pending.append(Record(step, self.history, send(launches), arriving))
 
     def _count_pass(self) -> None:
         self._n_passes += 1
@@ -268,7 +264,7 @@ class Recorder:
 
     def _forget(self) -> None:
         self.is_recording = False
-        self._parts, self._launched = [], []
+        self._launches = []
         self._scales.clear()
         self._seen.clear()
         self._peaks.clear()
@@ -280,6 +276,17 @@ class Recorder:
             return x
         self.history.origins[index] = origin
         return local_part(x)
+
+    def _wait(self, index: int, x: Tensor, at_once: bool) -> None:
+        """Let a tensor wait for others to be measured with, if not at once, up to a bucket."""
+        device = x.get_device()
+        waiting = self._waiting.get(device)
+        if waiting is None:
+            waiting = self._waiting[device] = {}
+        waiting[index] = x
+        n_bytes = self._n_bytes[device] = self._n_bytes.get(device, 0) + x.nbytes
+        if at_once or n_bytes >= self._bucket_bytes:
+            self._measure_waiting(device)
 
     def _measure_peaks(self) -> None:
         # A module that several others share may have outputs of several widths, in launches of
@@ -304,9 +311,4 @@ class Recorder:
             self._measure(gradients)
 
     def _measure(self, tensors: dict[int, Tensor]) -> None:
-        for indices, result in self._launcher.measure(tensors, self._scales):
-            packed = result.integers, result.floats, result.counts
-            if is_capturing():
-                self._launched.append((indices, packed))
-            else:
-                self._parts.append(Part(indices, Transfer(packed)))
+        self._launches += self._launcher.measure(tensors, self._scales)

@@ -21,19 +21,20 @@ class Transfer:
     __slots__ = ("_event", "_tensors")
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        self._event: torch.Event | None = None
+        self._event: torch.cuda.Event | None = None
         self._tensors = tensors
         if tensors[0].is_cuda:
             # PyTorch's cache of pinned blocks does not reuse one before its copy is over.
             self._tensors = tuple(_copy_to_pinned(x) for x in tensors)
-            self._event = torch.Event("cuda")
-            self._event.record()
+            # Of the tensors' device, which need not be the current one.
+            stream = torch.cuda.current_stream(tensors[0].device)
+            self._event = stream.record_event()
         elif not tensors[0].is_cpu:
             self._tensors = tuple(x.cpu() for x in tensors)
 
     def has_arrived(self, wait: bool) -> bool:
         """Whether they are there, which they are after waiting."""
-        if self._event is None or self._event.query():
+        if self._event is None or self._event.query():  # type: ignore[no-untyped-call]
             return True
         if wait:
             self._event.synchronize()

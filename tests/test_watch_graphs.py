@@ -28,7 +28,7 @@ class Graph:
         self._launches: list[tuple[list[Tensor], Statistics]] = []
         # From a device results are copied to the host, and the next replay does not change those.
         monkeypatch.setattr(
-            "gradstat.recorder.Transfer",
+            "gradstat.records.Transfer",
             lambda tensors: Transfer(tuple(x.clone() for x in tensors)),
         )
 
@@ -134,7 +134,7 @@ def test_replay_of_tracked_bins_reads_the_range_that_the_one_before_has_left(
         kept = w._recorder._launcher._ranges.previous((0, 1, 2))
         with graph.capture():
             backward(model)
-        captured = w._recorder._captured[0][0][1][1]
+        captured = w._recorder._captured[0][0][1].floats
         assert torch.equal(kept.floats, captured)
 
 
