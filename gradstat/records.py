@@ -37,17 +37,23 @@ class Part(NamedTuple):
 
 def send(launches: Sequence[Launch]) -> list[Part]:
     """Start the results of launches on their way to the host, those of each device together."""
-    by_device: dict[torch.device, list[Launch]] = {}
-    for launch in launches:
-        by_device.setdefault(launch[1].counts.device, []).append(launch)
+    groups: dict[object, list[Launch]] = {}
+    for at, launch in enumerate(launches):
+        device = launch[1].counts.device
+        groups.setdefault(at if _is_host(device) else device, []).append(launch)
     parts = []
-    for group in by_device.values():
+    for group in groups.values():
         indices = tuple(index for each, _ in group for index in each)
         sources = [result for _, result in group]
         fields = zip(*((s.integers, s.floats, s.counts) for s in sources), strict=True)
         joined = tuple(each[0] if len(each) == 1 else torch.cat(each) for each in fields)
         parts.append(Part(indices, Transfer(joined), sources))
     return parts
+
+
+def _is_host(device: torch.device) -> bool:
+    """Whether results are where they are to be sent, so that joining them only costs time."""
+    return device.type == "cpu"
 
 
 class Record(NamedTuple):

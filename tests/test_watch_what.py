@@ -55,8 +55,14 @@ def assert_close(record: Statistics, expected: Statistics) -> None:
     torch.testing.assert_close(record.floats, expected.floats, rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.parametrize("is_host", [True, False], ids=["host", "device"])
 @pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(8, -1, 1)], ids=str)
-def test_what_measures_each_kind_as_statistics_does(bins: Bins) -> None:
+def test_what_measures_each_kind_as_statistics_does(
+    bins: Bins, is_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradstat.records._is_host", lambda device: is_host)
+    # Larger outputs are launched one by one.
+    monkeypatch.setattr("gradstat.recorder._SMALL_BYTES", 130)
     model = make_model()
     seen = Seen(model, MODULES)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
