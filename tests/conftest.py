@@ -1,11 +1,13 @@
 """Set-up that must happen before any test module is imported, and the engines under test."""
 
 import os
+import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import numpy as np
@@ -20,10 +22,14 @@ os.environ["MPLBACKEND"] = "agg"
 # The engine that a user prefers is not the one under test.
 os.environ.pop("GRADSTAT_ENGINE", None)
 
-from gradstat import Log2Bins, Statistics, ops  # noqa: E402 (the environment comes first)
+from gradstat import History, Log2Bins, Statistics, ops  # noqa: E402 (the environment comes first)
 from gradstat.bins import Bins  # noqa: E402
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
 ROOT = Path(__file__).parent.parent
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 # The everyday run tries the same examples each time; the slow one explores and prints what fails.
 hypothesis.settings.register_profile(
@@ -94,3 +100,40 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 def generator() -> torch.Generator:
     """Random numbers that are the same in every run."""
     return torch.Generator().manual_seed(20)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"needs one of {', '.join(BROWSERS)}")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_report(browser: "Browser", tmp_path: Path) -> Iterator[Callable[..., "Page"]]:
+    """Writes a history's report and opens it; no error, message or request may follow."""
+    seen: list[str] = []
+    pages = []
+
+    def open_report(history: History, width: int = 1400, scheme: str = "light") -> "Page":
+        path = tmp_path / f"run{len(pages)}.html"
+        history.report(path, title="A run")
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.on("console", lambda message: seen.append(message.text))
+        page.on("pageerror", lambda error: seen.append(str(error)))
+        page.on("dialog", lambda dialog: seen.append(dialog.message))
+        page.on("request", lambda request: seen.append(request.url))
+        page.goto(path.as_uri())
+        assert seen.pop(0) == path.as_uri()
+        pages.append(page)
+        return page
+
+    yield open_report
+    for page in pages:
+        page.close()
+    assert seen == []

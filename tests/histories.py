@@ -54,7 +54,7 @@ def repeat_record(history: History, steps: int) -> History:
     parts = [part.numpy() for part in (record.integers, record.floats, record.counts)]
     assert parts[0].shape[1] == len(INTEGERS)
     assert parts[1].shape[1] == len(FLOATS)
-    repeated = History(history.layers, history.bins)
+    repeated = History(history.layers, history.bins, kinds=history.kinds)
     for step in range(steps):
         repeated.append(step, *parts)
     return repeated

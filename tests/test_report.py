@@ -14,6 +14,7 @@ from histories import LONG_NAMES, falling, make_history, repeat_record
 
 import gradstat
 from gradstat import History
+from gradstat.kinds import KINDS
 from gradstat.report import thin, write
 
 LOG2 = gradstat.Log2Bins()
@@ -141,6 +142,19 @@ def test_report_holds_what_was_thinned(tmp_path: Path, bins: gradstat.Log2Bins) 
     assert meta["findings"]
 
 
+def test_report_tells_the_kind_of_each_row(tmp_path: Path) -> None:
+    h = make_history(LOG2, ["a", "b"], 4, kinds=("grad", "param", "update", "activation", "unit"))
+    h.report(tmp_path / "run.html")
+    meta, arrays = contents(tmp_path / "run.html")
+    assert meta["layers"] == ["a", "b"] * 5
+    assert meta["nouns"] == ["gradient", "parameter", "update", "activation", "unit peak"]
+    assert meta["kinds"] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    np.testing.assert_array_equal(arrays["level"], thin.columns(h).level.ravel())
+    assert meta["newest"]["ratio"] == {"4": h.update_ratio()[-1, 0], "5": h.update_ratio()[-1, 1]}
+    assert meta["newest"]["dead"] == {"6": 0, "7": 0}
+    assert [h.layers[f["layer"]] for f in meta["findings"]] == [f.layer for f in h.diagnose()]
+
+
 def test_report_loads_nothing(tmp_path: Path) -> None:
     make_history(LOG2).report(tmp_path / "run.html")
     page = (tmp_path / "run.html").read_text()
@@ -193,8 +207,9 @@ def test_report_refuses_by_name(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("kinds", "columns"), [(("grad",), 240), (KINDS, 40)])
 def test_report_of_500_layers_stays_under_10_mb_whatever_the_number_of_steps(
-    tmp_path: Path, generator: torch.Generator
+    kinds: tuple[str, ...], columns: int, tmp_path: Path
 ) -> None:
     # Over 40 octaves, like the gradients of a million elements, and counts that take four bytes.
     octaves = torch.exp2(-torch.arange(40.0)).repeat_interleave(2)
@@ -203,12 +218,13 @@ def test_report_of_500_layers_stays_under_10_mb_whatever_the_number_of_steps(
         [f"{name}.{i}" for i in range(42) for name in LONG_NAMES][:500],
         1,
         lambda step, layer: octaves,
+        kinds=kinds,
     )
     history = repeat_record(record, 250)
     history.report(tmp_path / "run.html")
-    columns, samples = thin.columns(history), thin.samples(history)
-    assert columns.level.shape == (500, 240)
-    assert samples.rows.tolist() == [40] * 500
+    samples = thin.samples(history)
+    assert thin.columns(history).level.shape == (500 * len(kinds), columns)
+    assert samples.rows.tolist() == [40] * 500 * len(kinds)
     # Here they take one byte.
     larger = 4 / 3 * 3 * samples.counts.size
     assert (tmp_path / "run.html").stat().st_size + larger < 10e6

@@ -2,101 +2,20 @@
 
 import math
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from histories import falling, make_history, repeat_record
+from pages import DISTRIBUTION, MAP, Open, detail, hover, pixels, place, written
 
 import gradstat
-from gradstat import History
 from gradstat.report import thin
 
 pytestmark = pytest.mark.integrations
-playwright = pytest.importorskip("playwright.sync_api")
 
 LOG2 = gradstat.Log2Bins()
-NAMES = ("chromium", "chromium-browser", "google-chrome")
-MAP = "#map-plot canvas >> nth=0"
-DISTRIBUTION = "#detail-distribution canvas >> nth=0"
 BROKEN = [229, 53, 43]
-
-Open = Callable[..., "playwright.Page"]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator["playwright.Browser"]:
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
-        pytest.skip(f"needs one of {', '.join(NAMES)}")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_report(browser: "playwright.Browser", tmp_path: Path) -> Iterator[Open]:
-    """Writes a history's report and opens it; no error, message or request may follow."""
-    seen: list[str] = []
-    pages = []
-
-    def open_report(
-        history: History, width: int = 1400, scheme: str = "light"
-    ) -> "playwright.Page":
-        path = tmp_path / f"run{len(pages)}.html"
-        history.report(path, title="A run")
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        page.on("console", lambda message: seen.append(message.text))
-        page.on("pageerror", lambda error: seen.append(str(error)))
-        page.on("dialog", lambda dialog: seen.append(dialog.message))
-        page.on("request", lambda request: seen.append(request.url))
-        page.goto(path.as_uri())
-        assert seen.pop(0) == path.as_uri()
-        pages.append(page)
-        return page
-
-    yield open_report
-    for page in pages:
-        page.close()
-    assert seen == []
-
-
-def place(page: "playwright.Page", canvas: str, x: float, y: float) -> dict[str, float]:
-    """A place in a canvas, from 0 to 1."""
-    box = page.locator(canvas).bounding_box()
-    return {"x": x * box["width"], "y": y * box["height"]}
-
-
-def hover(page: "playwright.Page", canvas: str, x: float, y: float) -> str:
-    """What the tip says over a place in a canvas."""
-    page.locator(canvas).hover(position=place(page, canvas, x, y))
-    assert page.locator("#tip").is_visible()
-    return page.locator("#tip").inner_text()
-
-
-def pixels(page: "playwright.Page", canvas: str) -> np.ndarray:
-    """What is drawn in a canvas: ``(height, width, 4)``, 0 to 255."""
-    read = """(c) => {
-        const copy = new OffscreenCanvas(c.width, c.height);
-        const context = copy.getContext("2d", { willReadFrequently: true });
-        context.drawImage(c, 0, 0);
-        return [c.height, c.width, [...context.getImageData(0, 0, c.width, c.height).data]]; }"""
-    height, width, values = page.locator(canvas).evaluate(read)
-    return np.array(values).reshape(height, width, 4)
-
-
-def written(x: float) -> str:
-    """A number as the page writes it."""
-    text = f"{x:#.3g}" if 1e-3 <= x < 1e4 else f"{x:.2e}"
-    return text.replace("e-0", "e-").replace("-", "\u2212")
-
-
-def detail(page: "playwright.Page") -> str:
-    return page.locator("#detail-name").inner_text()
 
 
 @pytest.mark.parametrize("bins", [LOG2, gradstat.LinearBins(30), gradstat.LinearBins(9, -0.5, 0.5)])

@@ -1,9 +1,9 @@
 // What the page holds: `meta` in JSON, arrays in base64 that `meta.arrays` describes, and how
-// numbers are written. L layers, T columns of records, K sampled records.
+// numbers are written. T columns of records, K sampled records; a layer is the index of a row, and
+// each row is of a kind.
 
 const byId = (id) => document.getElementById(id);
 const meta = JSON.parse(byId("meta").textContent);
-const L = meta.layers.length;
 const T = meta.steps.length;
 const K = meta.sampleSteps.length;
 
@@ -19,6 +19,14 @@ const arrays = (() => {
   return found;
 })();
 
+// The layers of each kind, and which of its kind a layer is.
+const byKind = meta.nouns.map((_, kind) => [...meta.kinds.keys()].filter((layer) => meta.kinds[layer] === kind));
+const place = [];
+for (const layers of byKind) layers.forEach((layer, i) => { place[layer] = i; });
+
+const nounOf = (layer) => meta.nouns[meta.kinds[layer]];
+const titleOf = (layer) => (nounOf(layer) === "gradient" ? meta.layers[layer] : `${meta.layers[layer]}\u00a0\u00b7 ${nounOf(layer)}`);
+
 // Where each layer's histograms begin in `arrays.counts`.
 const countStarts = [0];
 for (const rows of meta.rows) countStarts.push(countStarts[countStarts.length - 1] + K * rows);
@@ -27,7 +35,7 @@ function countAt(layer, sample, row) {
   return arrays.counts[countStarts[layer] + sample * meta.rows[layer] + row];
 }
 
-// Lower and upper end of a row of a sample's histogram: log2 |gradient|, or gradient.
+// Lower and upper end of a row of a sample's histogram: log2 |value|, or value.
 function rowEnds(layer, sample, row) {
   if (meta.log2) return [meta.first[layer] + row - 127, meta.first[layer] + row - 126];
   const at = 2 * (layer * K + sample);

@@ -4,6 +4,7 @@ const LEFT = 54;
 const NAMES = [
   ["numel", "elements"], ["rms", "rms"], ["mean", "mean"], ["std", "std"], ["min", "min"], ["max", "max"],
   ["l2", "l2 norm"], ["zeros", "zeros"], ["nan", "NaN"], ["posinf", "+infinity"], ["neginf", "\u2212infinity"],
+  ["ratio", "update / parameter"], ["dead", "dead units"],
 ];
 
 function buildDetail(select) {
@@ -28,7 +29,7 @@ function buildDetail(select) {
     state.t = t >= 0 && t < T ? t : null;
     rmsOver.redraw();
     if (state.t === null) hideTip();
-    else showTip(event, meta.layers[state.layer], cellLines(state.layer, t));
+    else showTip(event, titleOf(state.layer), cellLines(state.layer, t));
   }, () => {
     state.t = null;
     rmsOver.redraw();
@@ -40,7 +41,7 @@ function buildDetail(select) {
     const { low, high } = extent(state.layer);
     const value = high - (y / (distribution.height - 22)) * (high - low);
     const row = rowAt(state.layer, sample, value);
-    showTip(event, `${meta.layers[state.layer]}, step ${whole(meta.sampleSteps[sample])}`, [
+    showTip(event, `${titleOf(state.layer)}, step ${whole(meta.sampleSteps[sample])}`, [
       ...(row === null ? [] : rowLines(state.layer, sample, row)),
       ...outside(state.layer, sample),
     ]);
@@ -50,7 +51,7 @@ function buildDetail(select) {
     const value = low + ((x - LEFT) / (histogram.canvas.clientWidth - LEFT)) * (high - low);
     const row = rowAt(state.layer, state.sample, value);
     if (row === null) return hideTip();
-    showTip(event, `${meta.layers[state.layer]}, step ${whole(meta.sampleSteps[state.sample])}`, rowLines(state.layer, state.sample, row));
+    showTip(event, `${titleOf(state.layer)}, step ${whole(meta.sampleSteps[state.sample])}`, rowLines(state.layer, state.sample, row));
   }, () => {});
 
   function showSample(sample) {
@@ -60,20 +61,23 @@ function buildDetail(select) {
     byId("detail-when").textContent = `Histogram at step ${whole(meta.sampleSteps[sample])}`;
     byId("detail-outside").textContent = outside(state.layer, sample).join(", ");
   }
-  byId("previous").addEventListener("click", () => select(state.layer - 1, { from: "detail" }));
-  byId("next").addEventListener("click", () => select(state.layer + 1, { from: "detail" }));
+  const beside = (by) => state.view.layers[place[state.layer] + by];
+  byId("previous").addEventListener("click", () => select(beside(-1), { from: "detail" }));
+  byId("next").addEventListener("click", () => select(beside(1), { from: "detail" }));
   return () => {
     // A name may be broken after a dot.
-    const parts = meta.layers[state.layer].split(/(?<=\.)/);
+    const parts = titleOf(state.layer).split(/(?<=\.)/);
     byId("detail-name").replaceChildren(...parts.flatMap((text) => [text, document.createElement("wbr")]));
-    byId("previous").disabled = state.layer === 0;
-    byId("next").disabled = state.layer === L - 1;
+    byId("previous").disabled = beside(-1) === undefined;
+    byId("next").disabled = beside(1) === undefined;
     byId("detail-newest").textContent = `Newest record, step ${whole(meta.sampleSteps[K - 1])}`;
     byId("detail-numbers").replaceChildren(...NAMES.flatMap(([name, text]) => {
       const [term, value] = [document.createElement("dt"), document.createElement("dd")];
-      const x = meta.newest[name][state.layer];
+      const x = meta.newest[name]?.[state.layer];
+      if (x === undefined) return [];
       term.textContent = text;
-      value.textContent = Number.isInteger(x) && ["numel", "zeros", "nan", "posinf", "neginf"].includes(name) ? whole(x) : number(x);
+      const isCount = ["numel", "zeros", "nan", "posinf", "neginf"].includes(name);
+      value.textContent = Number.isInteger(x) && isCount ? whole(x) : name === "dead" ? share(x ?? NaN) : number(x);
       return [term, value];
     }));
     for (const drawing of [rms, rmsOver, distribution, legend]) drawing.redraw();
@@ -117,8 +121,8 @@ function rowLines(layer, sample, row) {
   const range = !meta.log2
     ? `${number(low)} to ${number(high)}`
     : smallest
-      ? `|gradient| below ${number(2 ** high)}, not zero`
-      : `|gradient| ${number(2 ** low)} to ${number(2 ** high)}`;
+      ? `|${nounOf(layer)}| below ${number(2 ** high)}, not zero`
+      : `|${nounOf(layer)}| ${number(2 ** low)} to ${number(2 ** high)}`;
   const finite = arrays.sampleFinite[layer * K + sample];
   return [range, `${plural(count, "element")}, ${share(count / finite)} of the finite ones`];
 }
@@ -127,7 +131,7 @@ function rowLines(layer, sample, row) {
 function outside(layer, sample) {
   const at = layer * K + sample;
   const [finite, zeros, nonfinite] = [arrays.sampleFinite[at], arrays.sampleZeros[at], arrays.sampleNonfinite[at]];
-  if (!finite && !nonfinite) return ["no gradient"];
+  if (!finite && !nonfinite) return [`no ${nounOf(layer)}`];
   const lines = [];
   if (zeros || !meta.log2) lines.push(`${whole(zeros)} of ${plural(finite, "finite element")} are zero`);
   if (!meta.log2) {

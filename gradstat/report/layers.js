@@ -1,7 +1,7 @@
-// The table: a row for each layer with the line of its rms, in any order, filtered by name.
+// The table: a row for each layer of a kind with the line of its rms, in any order, filtered by name.
 
 const COLUMNS = [
-  { name: "#", width: "52px", wide: true, order: (i) => i, text: (i) => String(i + 1) },
+  { name: "#", width: "52px", wide: true, order: (i) => i, text: (i) => String(place[i] + 1) },
   { name: "Layer", left: true, order: (i) => meta.layers[i], text: (i) => meta.layers[i] },
   { name: "Elements", width: "100px", wide: true, order: (i) => meta.newest.numel[i], text: (i) => whole(meta.newest.numel[i]) },
   { name: "rms by step, own log scale", width: "28%", left: true, spark: true },
@@ -11,7 +11,7 @@ const COLUMNS = [
 ];
 
 // Of the whole run.
-const broken = Array.from({ length: L }, (_, i) => part(arrays.nonfinite, i).reduce((a, b) => a + b, 0));
+const broken = meta.layers.map((_, i) => part(arrays.nonfinite, i).reduce((a, b) => a + b, 0));
 
 function part(array, layer) {
   return array.subarray(layer * T, (layer + 1) * T);
@@ -24,18 +24,15 @@ function zeroShare(layer) {
 
 function buildLayers(select) {
   const body = byId("rows");
-  const sparks = new Map();
   const seen = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       if (!entry.isIntersecting) continue;
       seen.unobserve(entry.target);
       const layer = Number(entry.target.parentElement.dataset.layer);
-      const drawing = addCanvas(entry.target.firstChild, 28, (context, width, height) => drawSpark(context, layer, width, height));
-      sparks.set(layer, drawing);
-      drawing.redraw();
+      addCanvas(entry.target.firstChild, 28, (context, width, height) => drawSpark(context, layer, width, height)).redraw();
     }
   }, { rootMargin: "1500px" });
-  const rows = Array.from({ length: L }, (_, i) => {
+  const makeRow = (i) => {
     const row = document.createElement("tr");
     row.dataset.layer = String(i);
     row.tabIndex = 0;
@@ -57,7 +54,7 @@ function buildLayers(select) {
     }
     row.addEventListener("click", () => select(i, { from: "table" }));
     return row;
-  });
+  };
   body.addEventListener("keydown", (event) => {
     const row = event.target.closest("tr");
     const move = { ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling" }[event.key];
@@ -77,25 +74,40 @@ function buildLayers(select) {
     if (!canvas) return;
     const box = canvas.getBoundingClientRect();
     const t = Math.floor(((event.clientX - box.left) / box.width) * T);
-    if (t >= 0 && t < T) showTip(event, meta.layers[layer], cellLines(layer, t));
+    if (t >= 0 && t < T) showTip(event, titleOf(layer), cellLines(layer, t));
   };
   body.addEventListener("pointermove", hover);
   body.addEventListener("pointerleave", hideTip);
-  buildHead(body, rows);
-  body.append(...rows);
-  byId("filter").addEventListener("input", (event) => {
-    const wanted = event.target.value.trim().toLowerCase();
+  const rows = [];  // by layer, those that have been shown
+  let sorting = null;
+  const filter = () => {
+    const wanted = byId("filter").value.trim().toLowerCase();
     let shown = 0;
-    for (const row of rows) {
-      row.hidden = !meta.layers[Number(row.dataset.layer)].toLowerCase().includes(wanted);
-      shown += !row.hidden;
+    for (const layer of state.view.layers) {
+      rows[layer].hidden = !meta.layers[layer].toLowerCase().includes(wanted);
+      shown += !rows[layer].hidden;
     }
     byId("none").hidden = shown > 0;
+  };
+  const show = () => {
+    const shown = state.view.layers.map((layer) => (rows[layer] ??= makeRow(layer)));
+    if (sorting) {
+      const key = (row) => sorting.order(Number(row.dataset.layer));
+      const compare = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
+      shown.sort((a, b) => sorting.sign * compare(key(a), key(b)));
+    }
+    body.replaceChildren(...shown);
+    filter();
+  };
+  buildHead((order, sign) => {
+    sorting = { order, sign };
+    show();
   });
-  return rows;
+  byId("filter").addEventListener("input", filter);
+  return { show, row: (layer) => rows[layer] };
 }
 
-function buildHead(body, rows) {
+function buildHead(sort) {
   const heads = COLUMNS.map((column) => {
     const head = document.createElement("th");
     head.className = [column.left && "text", column.wide && "wide"].filter(Boolean).join(" ");
@@ -110,16 +122,13 @@ function buildHead(body, rows) {
     if (!column.order) button.disabled = true;
     button.addEventListener("click", () => {
       const down = head.getAttribute("aria-sort") === "descending";
-      const sign = down ? 1 : -1;
       for (const other of heads) {
         other.removeAttribute("aria-sort");
         other.classList.remove("sorted");
       }
       head.setAttribute("aria-sort", down ? "ascending" : "descending");
       head.classList.add("sorted");
-      const key = (row) => column.order(Number(row.dataset.layer));
-      const compare = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
-      body.append(...[...rows].sort((a, b) => sign * compare(key(a), key(b))));
+      sort(column.order, down ? 1 : -1);
     });
     return head;
   });

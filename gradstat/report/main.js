@@ -1,6 +1,6 @@
 // Puts the parts together; `state` is what is selected and what the pointer is on.
 
-const state = { layer: 0, cell: null, t: null, sample: K - 1 };
+const state = { view: null, layer: 0, cell: null, t: null, sample: K - 1 };
 
 function buildFindings(select) {
   const section = byId("findings");
@@ -47,18 +47,31 @@ function buildFindings(select) {
   }
 }
 
-function buildFacts() {
+// A control for which kind is shown, where there are several.
+function buildKinds(select) {
+  const control = byId("kind");
+  control.hidden = byKind.length === 1;
+  control.append(...meta.nouns.map((noun, kind) => new Option(`${noun[0].toUpperCase()}${noun.slice(1)}s`, kind)));
+  control.addEventListener("change", () => {
+    // The same layer, or another one of its module.
+    const [name, layers] = [meta.layers[state.layer], byKind[control.value]];
+    const related = (i) => name.startsWith(`${meta.layers[i]}.`) || meta.layers[i].startsWith(`${name}.`);
+    select(layers.find((i) => meta.layers[i] === name) ?? layers.find(related) ?? layers[0], { from: "kind" });
+  });
+}
+
+function showFacts() {
   const first = meta.steps[0][0];
   const last = meta.steps[T - 1][1];
   byId("facts").textContent = [
-    plural(L, "layer"),
+    plural(state.view.layers.length, "layer"),
     `${plural(meta.records, "record")}, ${first === last ? "step" : "steps"} ${first === last ? whole(first) : `${whole(first)} to ${whole(last)}`}`,
     meta.bins,
   ].join(" \u00b7 ");
   const [few, many] = [Math.min(...meta.sizes), Math.max(...meta.sizes)];
   const size = few === many ? plural(many, "record") : `${whole(few)} or ${plural(many, "record")}`;
   byId("map-hint").textContent = many === 1
-    ? "Colour is the rms of a layer's gradient in one record. The first layer is on top. Click a row to see its distribution."
+    ? `Colour is the rms of a layer's ${meta.nouns[state.view.kind]} in one record. The first layer is on top. Click a row to see its distribution.`
     : `Thinned: a column is ${size} together, its colour the rms of all their elements. The first layer is on top. Click a row to see its distribution.`;
   const notes = [`Made by gradstat ${meta.version}.`];
   if (many > 1) notes.push(`Lines are the rms of ${size} together, their band the smallest and the largest rms of one record.`);
@@ -67,27 +80,41 @@ function buildFacts() {
 }
 
 function start() {
-  buildFacts();
   buildFindings(select);
-  const over = buildMap(select);
-  const rows = buildLayers(select);
+  buildKinds(select);
+  const map = buildMap(select);
+  const table = buildLayers(select);
   const showDetail = buildDetail(select);
 
-  function select(layer, { from }) {
-    if (layer < 0 || layer >= L) return;
-    rows[state.layer].classList.remove("selected");
-    rows[state.layer].removeAttribute("aria-current");
-    state.layer = layer;
-    rows[layer].classList.add("selected");
-    rows[layer].setAttribute("aria-current", "true");
-    over.redraw();
-    showDetail();
-    // Beside the rest on a wide page, and in view; above the table on a narrow one.
-    const beside = getComputedStyle(byId("detail")).position === "sticky";
-    if (!beside && from !== "start" && from !== "detail") byId("detail").scrollIntoView({ block: "start" });
+  function show(kind) {
+    state.view = viewOf(kind);
+    byId("kind").value = kind;
+    showFacts();
+    map.show();
+    table.show();
   }
 
-  select(meta.findings.length ? meta.findings[0].layer : 0, { from: "start" });
+  function select(layer, { from }) {
+    if (layer === undefined) return;
+    const before = table.row(state.layer);
+    before.classList.remove("selected");
+    before.removeAttribute("aria-current");
+    const other = meta.kinds[layer] !== state.view.kind;
+    if (other) show(meta.kinds[layer]);
+    state.layer = layer;
+    table.row(layer).classList.add("selected");
+    table.row(layer).setAttribute("aria-current", "true");
+    map.mark();
+    showDetail();
+    if (other) redrawAll();
+    // Beside the rest on a wide page, and in view; above the table on a narrow one.
+    const beside = getComputedStyle(byId("detail")).position === "sticky";
+    if (!beside && !["start", "detail", "kind"].includes(from)) byId("detail").scrollIntoView({ block: "start" });
+  }
+
+  show(0);
+  const found = meta.findings.find((finding) => meta.kinds[finding.layer] === 0);
+  select(found ? found.layer : byKind[0][0], { from: "start" });
   redrawAll();
 }
 

@@ -1,35 +1,42 @@
-// The map: a row for each layer, a column for each column of records, log2 rms as colour.
+// The map: a row for each layer of a kind, a column for each column of records, log2 rms as colour.
 
-const rowHeight = L <= 36 ? 20 : Math.max(1, Math.floor(720 / L));
-const [MAP_TOP, MAP_BOTTOM] = [rowHeight < 12 ? 7 : 0, 24];
-const rowTop = (layer) => MAP_TOP + layer * rowHeight;
+const MAP_BOTTOM = 24;
+
+// How the layers of a kind are shown.
+function viewOf(kind) {
+  const layers = byKind[kind];
+  const rowHeight = layers.length <= 36 ? 20 : Math.max(1, Math.floor(720 / layers.length));
+  const top = rowHeight < 12 ? 7 : 0;
+  const level = Float32Array.from(layers.flatMap((layer) => [...part(arrays.level, layer)]));
+  const nonfinite = layers.flatMap((layer) => [...part(arrays.nonfinite, layer)]);
+  return { kind, layers, rowHeight, top, bottom: top + layers.length * rowHeight, level, nonfinite, scale: scaleOf(level) };
+}
+
+const rowTop = (row) => state.view.top + row * state.view.rowHeight;
 
 // Ends of the colour scale: all but the outermost two hundredths of the values.
-const scale = (() => {
-  const known = Float32Array.from(arrays.level.filter(Number.isFinite)).sort();
+function scaleOf(level) {
+  const known = level.filter(Number.isFinite).sort();
   if (!known.length) return { low: -1, high: 0, below: false, above: false };
   const at = (q) => known[Math.round(q * (known.length - 1))];
   let [low, high] = [Math.floor(at(0.01)), Math.ceil(at(0.99))];
   if (high - low < 2) high = low + 2;
   return { low, high, below: known[0] < low, above: known[known.length - 1] > high };
-})();
-
-const levelColor = (level) => colorAt(viridis, (level - scale.low) / (scale.high - scale.low));
+}
 
 // A pixel for each cell; enlarged when it is drawn.
-function mapImage() {
+function mapImage({ layers, level, nonfinite, scale }) {
   const image = document.createElement("canvas");
   image.width = T;
-  image.height = L;
+  image.height = layers.length;
   const context = image.getContext("2d");
-  const pixels = context.createImageData(T, L);
+  const pixels = context.createImageData(T, layers.length);
   const [broken, zero] = [rgb(css("--broken")), rgb(css("--zero"))];
-  for (let i = 0; i < L * T; i++) {
-    const level = arrays.level[i];
+  for (let i = 0; i < level.length; i++) {
     let color = null;
-    if (arrays.nonfinite[i]) color = broken;
-    else if (level === -Infinity) color = zero;
-    else if (!Number.isNaN(level)) color = levelColor(level);
+    if (nonfinite[i]) color = broken;
+    else if (level[i] === -Infinity) color = zero;
+    else if (!Number.isNaN(level[i])) color = colorAt(viridis, (level[i] - scale.low) / (scale.high - scale.low));
     if (color) pixels.data.set([...color, 255], 4 * i);
   }
   context.putImageData(pixels, 0, 0);
@@ -39,20 +46,20 @@ function mapImage() {
 function buildMap(select) {
   const plot = byId("map-plot");
   let left = 0;
-  const main = addCanvas(plot, rowTop(L) + MAP_BOTTOM, (context, width) => {
+  const main = addCanvas(plot, 0, (context, width) => {
+    const { layers, rowHeight, top, bottom, nonfinite } = state.view;
+    const L = layers.length;
+    const name = (i) => fitted(context, meta.layers[layers[i]], Math.min(240, width * 0.3));
     type(context, 12, "right", "middle");
-    const room = Math.min(240, width * 0.3);
     const every = Math.ceil(14 / rowHeight);
     let widest = 0;
-    for (let i = 0; i < L; i += every) widest = Math.max(widest, context.measureText(fitted(context, meta.layers[i], room)).width);
+    for (let i = 0; i < L; i += every) widest = Math.max(widest, context.measureText(name(i)).width);
     left = Math.ceil(widest) + 12;
-    for (let i = 0; i < L; i += every) {
-      context.fillText(fitted(context, meta.layers[i], room), left - 8, rowTop(i) + rowHeight / 2);
-    }
+    for (let i = 0; i < L; i += every) context.fillText(name(i), left - 8, rowTop(i) + rowHeight / 2);
     context.fillStyle = css("--sunken");
-    context.fillRect(left, MAP_TOP, width - left, L * rowHeight);
+    context.fillRect(left, top, width - left, bottom - top);
     context.imageSmoothingEnabled = false;
-    context.drawImage(mapImage(), left, MAP_TOP, width - left, L * rowHeight);
+    context.drawImage(mapImage(state.view), left, top, width - left, bottom - top);
     if (rowHeight >= 12) {
       context.fillStyle = css("--surface");
       for (let i = 1; i < L; i++) context.fillRect(left, rowTop(i) - 1, width - left, 1);
@@ -61,17 +68,18 @@ function buildMap(select) {
     context.fillStyle = css("--broken");
     const cell = (width - left) / T;
     for (let i = 0; i < L * T; i++) {
-      if (!arrays.nonfinite[i]) continue;
+      if (!nonfinite[i]) continue;
       const [x, y] = [left + (i % T) * cell, rowTop(Math.floor(i / T))];
       const [dx, dy] = [Math.max(0, 3 - cell) / 2, Math.max(0, 3 - rowHeight) / 2];
       if (dx || dy) context.fillRect(x - dx, y - dy, cell + 2 * dx, rowHeight + 2 * dy);
     }
-    stepAxis(context, meta.steps.map((each) => each[0]), left, width - left, rowTop(L));
+    stepAxis(context, meta.steps.map((each) => each[0]), left, width - left, bottom);
   });
-  const over = addCanvas(plot, main.height, (context, width) => {
+  const over = addCanvas(plot, 0, (context, width) => {
+    const { rowHeight } = state.view;
     context.strokeStyle = css("--ink");
     context.lineWidth = 1.5;
-    const y = rowTop(state.layer);
+    const y = rowTop(place[state.layer]);
     // Around a row that is high enough to be seen inside it.
     if (rowHeight >= 6) context.strokeRect(left + 0.75, y + 0.25, width - left - 1.5, rowHeight - 1);
     context.fillStyle = css("--ink");
@@ -82,21 +90,19 @@ function buildMap(select) {
     context.fill();
     if (!state.cell) return;
     const cell = (width - left) / T;
-    context.strokeRect(left + state.cell.t * cell, rowTop(state.cell.layer), Math.max(2, cell), Math.max(2, rowHeight - 1));
+    context.strokeRect(left + state.cell.t * cell, rowTop(place[state.cell.layer]), Math.max(2, cell), Math.max(2, rowHeight - 1));
   });
   const cellAt = (x, y) => {
     const width = main.canvas.clientWidth;
     const t = Math.floor(((x - left) / (width - left)) * T);
-    const layer = Math.floor((y - MAP_TOP) / rowHeight);
-    if (layer < 0 || layer >= L) return null;
-    return { layer, t: Math.min(t, T - 1) };
+    const layer = state.view.layers[Math.floor((y - state.view.top) / state.view.rowHeight)];
+    return layer === undefined ? null : { layer, t: Math.min(t, T - 1) };
   };
   onHover(main.canvas, (event, x, y) => {
     const cell = cellAt(x, y);
     state.cell = cell && cell.t >= 0 ? cell : null;
     over.redraw();
-    if (state.cell) showTip(event, meta.layers[cell.layer], cellLines(cell.layer, cell.t));
-    else if (cell) showTip(event, meta.layers[cell.layer], []);
+    if (cell) showTip(event, titleOf(cell.layer), state.cell ? cellLines(cell.layer, cell.t) : []);
     else hideTip();
   }, () => {
     state.cell = null;
@@ -107,14 +113,20 @@ function buildMap(select) {
     const cell = cellAt(event.clientX - box.left, event.clientY - box.top);
     if (cell) select(cell.layer, { from: "map" });
   });
-  buildLegend();
-  return over;
+  const showLegend = buildLegend();
+  return {
+    show() {
+      for (const drawing of [main, over]) drawing.height = state.view.bottom + MAP_BOTTOM;
+      showLegend();
+    },
+    mark: over.redraw,
+  };
 }
 
 function cellLines(layer, t) {
   const at = layer * T + t;
   const lines = [stepsOf(t)];
-  if (Number.isNaN(arrays.level[at]) && !arrays.nonfinite[at]) return [...lines, "no gradient"];
+  if (Number.isNaN(arrays.level[at]) && !arrays.nonfinite[at]) return [...lines, `no ${nounOf(layer)}`];
   lines.push(`rms ${magnitude(arrays.level[at])}`);
   if (meta.sizes[t] > 1) lines.push(`of one record: ${magnitude(arrays.least[at])} to ${magnitude(arrays.most[at])}`);
   lines.push(`zeros ${share(arrays.zeros[at])}`);
@@ -123,11 +135,11 @@ function cellLines(layer, t) {
 }
 
 function buildLegend() {
-  const legend = byId("map-legend");
   const holder = document.createElement("div");
   holder.style.width = "min(340px, 100%)";
-  legend.append(holder);
+  byId("map-legend").append(holder);
   addCanvas(holder, 30, (context, width) => {
+    const { scale } = state.view;
     const inner = width - 40;
     for (let x = 0; x < inner; x++) {
       context.fillStyle = `rgb(${colorAt(viridis, x / (inner - 1)).join()})`;
@@ -141,16 +153,19 @@ function buildLegend() {
       context.fillText(sign + powerOfTwo(k), x, 15);
     }
   });
-  const kinds = [
-    ["NaN or infinity", "--broken", arrays.nonfinite.some((n) => n > 0)],
-    ["all zero", "--zero", arrays.level.includes(-Infinity)],
-    ["no gradient", "--sunken", arrays.level.some((x, i) => Number.isNaN(x) && !arrays.nonfinite[i])],
-  ];
-  for (const [text, color] of kinds.filter((kind) => kind[2])) {
-    const swatch = document.createElement("span");
-    swatch.className = "swatch";
-    swatch.style.setProperty("--of", `var(${color})`);
-    swatch.textContent = text;
-    legend.append(swatch);
-  }
+  return () => {
+    const { kind, level, nonfinite } = state.view;
+    const swatches = [
+      ["NaN or infinity", "--broken", nonfinite.some((n) => n > 0)],
+      ["all zero", "--zero", level.includes(-Infinity)],
+      [`no ${meta.nouns[kind]}`, "--sunken", level.some((x, i) => Number.isNaN(x) && !nonfinite[i])],
+    ].filter((each) => each[2]).map(([text, color]) => {
+      const swatch = document.createElement("span");
+      swatch.className = "swatch";
+      swatch.style.setProperty("--of", `var(${color})`);
+      swatch.textContent = text;
+      return swatch;
+    });
+    byId("map-legend").replaceChildren(holder, ...swatches);
+  };
 }

@@ -20,8 +20,9 @@ from gradstat.bins import Log2Bins
 from gradstat.diagnosis import diagnose
 from gradstat.files import replacing
 from gradstat.history import History
+from gradstat.kinds import ACTIVATION, PARAM, UNIT, UPDATE, plain_name
 from gradstat.report import thin
-from gradstat.series import Array, check_history
+from gradstat.series import NOUNS, Array, check_history
 
 _SCRIPTS = ("data.js", "canvas.js", "map.js", "layers.js", "detail.js", "main.js")
 _NUMBERS = ("numel", "mean", "std", "rms", "l2", "min", "max", "zeros", "nan", "posinf", "neginf")
@@ -31,9 +32,10 @@ _WIDTHS = ("<u1", "<u2", "<u4")
 def write(history: History, path: str | os.PathLike[str], *, title: str = "Gradients") -> None:
     """Write a page that shows a run: findings, a map of magnitudes, every layer's distribution.
 
-    One file of HTML that loads nothing else. Long runs are thinned, and the page says how: a column
-    of its map is the statistics of all elements of some records in a row, together; distributions
-    are those of single records, evenly spread, the newest among them.
+    One file of HTML that loads nothing else. Of several kinds of rows it shows one at a time, the
+    first one first. Long runs are thinned, and the page says how: a column of its map is the
+    statistics of all elements of some records in a row, together; distributions are those of single
+    records, evenly spread, the newest among them.
 
     Args:
         history: with one record at least.
@@ -97,13 +99,14 @@ def _contents(history: History) -> tuple[dict[str, Any], str]:
     if samples.edges is not None:
         arrays["sampleEdges"] = samples.edges
     layout, data = _pack(arrays)
-    newest = history.record(-1)
-    numbers = {name: getattr(newest, name).tolist() for name in _NUMBERS}
+    kinds = list(dict.fromkeys(history.kinds))
     meta = {
         "version": importlib.metadata.version("gradstat"),
         "bins": repr(history.bins),
         "log2": log2,
-        "layers": history.layers,
+        "layers": [plain_name(*row) for row in zip(history.kinds, history.layers, strict=True)],
+        "nouns": [NOUNS[kind] for kind in kinds],
+        "kinds": [kinds.index(kind) for kind in history.kinds],
         "records": len(history),
         "findings": [
             {
@@ -120,10 +123,28 @@ def _contents(history: History) -> tuple[dict[str, Any], str]:
         "sampleSteps": samples.steps.tolist(),
         "first": samples.first.tolist(),
         "rows": samples.rows.tolist(),
-        "newest": {name: [_json(x) for x in column] for name, column in numbers.items()},
+        "newest": _newest(history),
         "arrays": layout,
     }
     return meta, data
+
+
+def _newest(history: History) -> dict[str, Any]:
+    """Numbers of each row in the newest record, by name; of updates and activations one more."""
+    record, kinds = history.record(-1), np.array(history.kinds)
+    found: dict[str, Any] = {
+        name: [_json(x) for x in getattr(record, name).tolist()] for name in _NUMBERS
+    }
+    if {UPDATE, PARAM} <= set(history.kinds):
+        found["ratio"] = _by_row(kinds == UPDATE, history.update_ratio()[-1])
+    if {ACTIVATION, UNIT} <= set(history.kinds):
+        found["dead"] = _by_row(kinds == ACTIVATION, history.dead_units()[-1])
+    return found
+
+
+def _by_row(mask: Array, values: Array) -> dict[int, float | None]:
+    rows = np.flatnonzero(mask).tolist()
+    return {row: _json(x) for row, x in zip(rows, values.tolist(), strict=True)}
 
 
 def _pack(arrays: Mapping[str, Array]) -> tuple[dict[str, tuple[str, int, int]], str]:

@@ -1,0 +1,50 @@
+"""The report's page in a browser: where to point, and what it shows there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+MAP = "#map-plot canvas >> nth=0"
+DISTRIBUTION = "#detail-distribution canvas >> nth=0"
+
+Open: TypeAlias = "Callable[..., Page]"
+
+
+def place(page: Page, canvas: str, x: float, y: float) -> dict[str, float]:
+    """A place in a canvas, from 0 to 1."""
+    box = page.locator(canvas).bounding_box()
+    return {"x": x * box["width"], "y": y * box["height"]}
+
+
+def hover(page: Page, canvas: str, x: float, y: float) -> str:
+    """What the tip says over a place in a canvas."""
+    page.locator(canvas).hover(position=place(page, canvas, x, y))
+    assert page.locator("#tip").is_visible()
+    return page.locator("#tip").inner_text()
+
+
+def pixels(page: Page, canvas: str) -> np.ndarray:
+    """What is drawn in a canvas: ``(height, width, 4)``, 0 to 255."""
+    read = """(c) => {
+        const copy = new OffscreenCanvas(c.width, c.height);
+        const context = copy.getContext("2d", { willReadFrequently: true });
+        context.drawImage(c, 0, 0);
+        return [c.height, c.width, [...context.getImageData(0, 0, c.width, c.height).data]]; }"""
+    height, width, values = page.locator(canvas).evaluate(read)
+    return np.array(values).reshape(height, width, 4)
+
+
+def detail(page: Page) -> str:
+    return page.locator("#detail-name").inner_text()
+
+
+def written(x: float) -> str:
+    """A number as the page writes it."""
+    text = f"{x:#.3g}" if 1e-3 <= x < 1e4 else f"{x:.2e}"
+    return text.replace("e-0", "e-").replace("-", "\u2212")
