@@ -158,6 +158,9 @@ def diagnose(history: History, thresholds: Thresholds | None = None) -> list[Fin
         raise TypeError(f"diagnose() needs Thresholds; thresholds is {type(thresholds).__name__}")
     if len(history) == 0 or not history.layers:
         raise ValueError(f"diagnose() needs a History with records; history is {history!r}")
-    run = Run(history, thresholds.window)
-    findings = [finding for rule in RULES for finding in rule(run, thresholds)]
+    findings = []
+    for kind, rules in RULES.items():
+        if kind in history.kinds:
+            run = Run(history, thresholds.window, kind)
+            findings += [finding for rule in rules for finding in rule(run, thresholds)]
     return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), KINDS.index(f.kind)))

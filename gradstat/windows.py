@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,8 +10,8 @@ import numpy as np
 
 from gradstat.bins import Log2Bins
 from gradstat.history import History
+from gradstat.kinds import plain_name
 from gradstat.series import Array
-from gradstat.statistics import Statistics
 
 _MAX_BLOCKS = 200
 _MAX_SAMPLES = 64
@@ -20,22 +19,47 @@ _PERSISTENT = 3  # sampled records in a row that must show something
 
 
 class Run:
-    """What the rules read: a history in blocks of a window's records, 200 at most.
+    """What the rules read: L rows of a history, in blocks of a window's records, 200 at most.
 
     Args:
-        history: S records of L layers.
+        history: S records.
         window: records in a block, at least; fewer where there are no more.
+        kind: of the rows; all of them for ``None``.
     """
 
-    def __init__(self, history: History, window: int) -> None:
-        self.history, self.layers, self.window = history, history.layers, window
-        self.steps = history.steps
+    def __init__(self, history: History, window: int, kind: str | None) -> None:
+        self.history, self.window, self.steps = history, window, history.steps
+        chosen = [kind is None or each == kind for each in history.kinds]
+        self.columns = np.flatnonzero(chosen)
+        self.kinds = [history.kinds[column] for column in self.columns]
+        self.layers = [history.layers[column] for column in self.columns]
+        self._fields: dict[str, Array] = {}
         n_blocks = max(1, min(len(history) // window, _MAX_BLOCKS))
         self.blocks = np.array_split(np.arange(len(history)), n_blocks)
-        nonzero = history["finite"] - history["zeros"]
-        l2 = history["l2"]
-        self.rms = np.full(l2.shape, math.nan)
-        np.divide(l2, np.sqrt(nonzero), out=self.rms, where=nonzero > 0)
+
+    def __getitem__(self, field: str) -> Array:
+        """A field of `Statistics`, ``(S, L)``, which is kept."""
+        if field not in self._fields:
+            self._fields[field] = self.history[field][:, self.columns]
+        return self._fields[field]
+
+    def name(self, column: int) -> str:
+        """Parameter or module that a row is of."""
+        return plain_name(self.kinds[column], self.layers[column])
+
+    @cached_property
+    def nonzero(self) -> Array:
+        """Elements that are finite and not zero: int64 ``(S, L)``."""
+        count: Array = self["finite"] - self["zeros"]
+        return count
+
+    @cached_property
+    def rms(self) -> Array:
+        """Rms of the elements that are not zero, ``(S, L)``; NaN without any."""
+        l2 = self["l2"]
+        rms = np.full(l2.shape, math.nan)
+        np.divide(l2, np.sqrt(self.nonzero), out=rms, where=self.nonzero > 0)
+        return rms
 
     @cached_property
     def levels(self) -> Array:
@@ -43,56 +67,81 @@ class Run:
         return np.stack([median(self.rms[block]) for block in self.blocks])
 
     @cached_property
-    def samples(self) -> list[tuple[int, Statistics]]:
-        """Position and statistics of at most 64 records, the newest too; none over linear bins."""
+    def samples(self) -> list[Sample]:
+        """Histograms of at most 64 records, of the newest too; none over linear bins."""
         if not isinstance(self.history.bins, Log2Bins):
             return []
         count = min(len(self.history), _MAX_SAMPLES)
         at = np.linspace(len(self.history) - 1, 0, count).round().astype(int)[::-1]
-        return [(int(i), self.history.record(int(self.steps[i]))) for i in at]
+        rows = at[:, None] * len(self.history.layers) + self.columns
+        sizes, bins, counts = self.history.to_records().counts.keep(rows.ravel()).arrays()
+        by_record = sizes.reshape(rows.shape)
+        ends = np.cumsum(by_record.sum(1))[:-1]
+        parts = zip(
+            at.tolist(), by_record, np.split(bins, ends), np.split(counts, ends), strict=True
+        )
+        return [Sample(*part) for part in parts]
 
     def span(self, mask: Array, at: int) -> tuple[int, int]:
         """First and last step of the blocks around one that a mask, ``(B,)``, holds together."""
-        first, last = around(mask, at)
+        return self.steps_of(*around(mask, at))
+
+    def steps_of(self, first: int, last: int) -> tuple[int, int]:
+        """First and last step of the blocks from one to another."""
         return int(self.steps[self.blocks[first][0]]), int(self.steps[self.blocks[last][-1]])
 
-    def lasting(self, shares: Sequence[Array], limit: float) -> list[Lasting]:
+    def lasting(self, shares: Array, limit: float) -> list[Lasting]:
         """Layers whose share stays at a limit or above it in three samples in a row, or in all.
 
         Args:
-            shares: of each sample, ``(L,)``.
+            shares: of each sample, ``(samples, L)``.
             limit: 0 to 1.
 
         Returns:
             Layer, first and last step, and the largest share meanwhile; the largest first.
         """
-        if not shares:
+        if not len(shares):
             return []
-        by_layer = np.stack(shares).T
+        kept = _runs(shares >= limit, _PERSISTENT)
         found = []
-        for layer, share in zip(self.layers, by_layer, strict=True):
-            mask = share >= limit
-            kept = np.zeros_like(mask)
-            for at in np.flatnonzero(mask).tolist():
-                first, last = around(mask, at)
-                kept[at] = last - first + 1 >= min(_PERSISTENT, len(mask))
-            if kept.any():
-                at = int(np.where(kept, share, -1.0).argmax())
-                first, last = around(kept, at)
-                steps = (self.sampled_step(first), self.sampled_step(last))
-                found.append(Lasting(layer, steps, float(share[at])))
+        for column in np.flatnonzero(kept.any(0)).tolist():
+            mask, share = kept[:, column], shares[:, column]
+            at = int(np.where(mask, share, -1.0).argmax())
+            first, last = (int(self.steps[self.samples[i].at]) for i in around(mask, at))
+            found.append(Lasting(column, (first, last), float(share[at])))
         return sorted(found, key=lambda each: -each.share)
 
-    def sampled_step(self, sample: int) -> int:
-        """Step of a sample."""
-        return int(self.steps[self.samples[sample][0]])
+
+@dataclass(frozen=True)
+class Sample:
+    """The histograms of a record, as the entries of all layers that are not zero.
+
+    Args:
+        at: position of the record.
+        sizes: entries of each layer, ``(L,)``.
+        bins: of each entry, ``(E,)``.
+        counts: of each entry.
+    """
+
+    at: int
+    sizes: Array
+    bins: Array
+    counts: Array
+
+    def total(self, chosen: Array) -> Array:
+        """Elements of each layer, int64 ``(L,)``, in the chosen ones of the entries, ``(E,)``."""
+        sums = np.zeros(len(self.bins) + 1, np.int64)
+        np.cumsum(self.counts * chosen, out=sums[1:])
+        ends = np.cumsum(self.sizes)
+        total: Array = sums[ends] - sums[ends - self.sizes]
+        return total
 
 
 @dataclass(frozen=True)
 class Lasting:
-    """A layer with a large share of something, in the records from one step to another."""
+    """A layer, by its column, with a large share of something from one step to another."""
 
-    layer: str
+    column: int
     steps: tuple[int, int]
     share: float
 
@@ -147,3 +196,14 @@ def around(mask: Array, at: int) -> tuple[int, int]:
     gaps = np.flatnonzero(~mask)
     before, after = gaps[gaps < at], gaps[gaps > at]
     return int(before[-1] + 1 if len(before) else 0), int(after[0] if len(after) else len(mask)) - 1
+
+
+def _runs(mask: Array, least: int) -> Array:
+    """Where a mask is true at least so often in a row along its first axis, or all along it."""
+    least = min(least, len(mask))
+    n_starts = len(mask) - least + 1
+    starts = np.logical_and.reduce([mask[i : i + n_starts] for i in range(least)])
+    kept = np.zeros_like(mask)
+    for i in range(least):
+        kept[i : i + n_starts] |= starts
+    return kept

@@ -26,6 +26,7 @@ def only(history: History, kind: str, **thresholds: Any) -> Finding:
     """The one finding of a kind."""
     (finding,) = (each for each in diagnose(history, **thresholds) if each.kind == kind)
     assert str(finding).startswith(f"{finding.severity}: {kind}, step")
-    assert finding.layer in finding.sentence
+    assert finding.layer in history.layers
+    assert finding.layer.rpartition("/")[2] in finding.sentence
     assert finding.sentence.endswith(".")
     return finding

@@ -10,7 +10,10 @@ from histories import make_history
 from torch import Tensor, nn
 
 import gradstat
-from gradstat import History, LinearBins, Log2Bins
+from gradstat import History, LinearBins, Log2Bins, Thresholds
+from gradstat.kinds import GRAD
+from gradstat.rules_values import NARROW
+from gradstat.windows import Run
 
 
 def test_diagnose_of_noise_is_two_notes() -> None:
@@ -146,16 +149,72 @@ def test_diagnose_over_linear_bins_leaves_out_what_needs_magnitudes() -> None:
     assert [each.kind for each in history.diagnose()] == ["scale"]
 
 
-def test_diagnose_reads_64_records_histograms_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
-    history, read = make_history(Log2Bins(), 1, 200, noise), []
-    record = History.record
-
-    def counted(self: History, step: int = -1) -> gradstat.Statistics:
-        read.append(step)
-        return record(self, step)
-
-    monkeypatch.setattr(History, "record", counted)
-    history.diagnose()
+def test_diagnose_reads_64_records_histograms_at_most_and_none_dense(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    history = make_history(Log2Bins(), 1, 200, noise)
+    read = [sample.at for sample in Run(history, 20, GRAD).samples]
     assert len(read) == len(set(read)) == 64
     assert (min(read), max(read)) == (0, 199)
     assert set(np.diff(read)) == {3, 4}
+    found = history.diagnose()
+    # 3,000 layers of 2,048 bins in 64 records would take 3 GB.
+    monkeypatch.delattr(History, "record")
+    assert history.diagnose() == found
+
+
+def dense_shares(history: History, octaves: float) -> dict[str, Any]:
+    """Share of stopped and of flushed elements by record and layer, from dense histograms."""
+    records = [history.record(int(step)) for step in history.steps]
+    shares = {
+        name: np.stack([each.underflow(getattr(torch, name)).numpy() for each in records])
+        for name in NARROW
+    }
+    stopped = []
+    for record in records:
+        size = np.abs(record.edges.numpy())
+        below = (
+            np.maximum(size[1:], size[:-1])
+            <= np.nan_to_num(record.rms.numpy())[:, None] / 2**octaves
+        )
+        # Zeros are in the first positive bin.
+        counts = (record.counts.numpy() * below).sum(1) - record.zeros.numpy() * below[:, 1024]
+        stopped.append(counts / np.maximum((record.finite - record.zeros).numpy(), 1))
+    return shares | {"stopped": np.stack(stopped)}
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_diagnose_reads_the_same_shares_off_sparse_histograms_as_off_dense_ones(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    n_layers, n_records = 12, int(rng.choice([1, 2, 3]))
+    scales = 10.0 ** rng.uniform(-41, 4, n_layers)
+    factors, parts = 10.0 ** rng.uniform(-7, 0, n_layers), rng.integers(0, N, n_layers)
+
+    def gradient(step: int, layer: int) -> Tensor:
+        x = noise(step, layer, 1.0).double() * scales[layer]
+        x[: parts[layer]] *= factors[layer]
+        x[parts[layer] // 2 : parts[layer]] *= layer % 3
+        x[-1] = torch.nan if layer % 5 == 4 else x[-1]
+        return x * (layer != 11)
+
+    history = make_history(Log2Bins(), n_layers, n_records, gradient, absent=[(0, 3)])
+    octaves = float(rng.choice([0.5, 10.0, 130.0]))
+    expected = dense_shares(history, octaves)
+    found = history.diagnose(
+        Thresholds(saturation_octaves=octaves, saturation_share=1e-9, underflow_share=1e-9)
+    )
+    for kind, share, names in (
+        ("saturation", "stopped", ["share"]),
+        ("underflow", "float16", NARROW),
+    ):
+        got = {
+            each.layer: each.numbers
+            for each in found
+            if (each.kind, each.severity) == (kind, "warning")
+        }
+        columns = np.flatnonzero((expected[share] >= 1e-9).all(0)).tolist()
+        assert set(got) == {history.layers[column] for column in columns}
+        for column in columns:
+            for name in names:
+                dense = expected.get(name, expected[share])
+                assert got[history.layers[column]][name] == dense[:, column].max()
