@@ -1,4 +1,4 @@
-"""`diagnose`: what is wrong with the gradients of a run, in findings, the worst first.
+"""`diagnose`: what is wrong with a run, in findings, the worst first.
 
 `rules` has the arithmetic of each finding; ``docs/reading.md`` explains the thresholds.
 """
@@ -26,7 +26,7 @@ class Finding:
         kind: one of `KINDS`.
         severity: ``"severe"``: training does not work; ``"warning"``: part of it does not, or will
             not; ``"note"``: good to know.
-        layer: name of the layer it is about, the worst or the first of several.
+        layer: the row of the history that it is about, the worst or the first of several.
         steps: first and last step of the records that show it.
         numbers: what it rests on, by name; each kind has its own, listed in ``docs/reading.md``.
         sentence: it all in plain words.
@@ -123,7 +123,7 @@ _SHARES = ("nonfinite_share", "saturation_share", "underflow_share")
 
 
 def diagnose(history: History, thresholds: Thresholds | None = None) -> list[Finding]:
-    """Find what is wrong with a run's gradients.
+    """Find what is wrong with a run's gradients, and NaN and infinities in whatever was recorded.
 
     Layers are taken to lie in the order of their parameters, the first one nearest to the input, as
     in most models. Saturation, underflow and the range of loss scales are read off histograms over
@@ -160,7 +160,7 @@ def diagnose(history: History, thresholds: Thresholds | None = None) -> list[Fin
         raise ValueError(f"diagnose() needs a History with records; history is {history!r}")
     findings = []
     for kind, rules in RULES.items():
-        if kind in history.kinds:
+        if kind is None or kind in history.kinds:
             run = Run(history, thresholds.window, kind)
             findings += [finding for rule in rules for finding in rule(run, thresholds)]
     return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), KINDS.index(f.kind)))

@@ -1,7 +1,7 @@
 """The rules behind `diagnosis.diagnose`: each reads a `Run` and returns findings.
 
-Those about the level of gradients are here, over depth and over steps; those about magnitudes are
-in `rules_values`.
+Those about the level of gradients are here, over depth and over steps; the others are in
+`rules_values` (magnitudes) and `rules_kinds` (NaN in any kind).
 """
 
 from __future__ import annotations
@@ -14,32 +14,9 @@ import numpy as np
 
 from gradstat.diagnosis import Finding, Severity, Thresholds
 from gradstat.kinds import GRAD
+from gradstat.rules_kinds import find_nonfinite
 from gradstat.rules_values import find_saturation, find_scale, find_underflow
 from gradstat.windows import Run, around, fit_depth, median
-
-
-def find_nonfinite(run: Run, thresholds: Thresholds) -> list[Finding]:
-    """NaN or infinities: the layer that backward reached first in the first step with any."""
-    bad = run["numel"] - run["finite"] > 0
-    records = np.flatnonzero(bad.any(1))
-    if not len(records):
-        return []
-    at, layer = records[0], int(np.flatnonzero(bad[records[0]])[-1])
-    passing = records[-1] < len(bad) - 1 and len(records) <= thresholds.nonfinite_share * len(bad)
-    numbers = {name: float(run[name][at, layer]) for name in ("nan", "posinf", "neginf", "numel")}
-    numbers |= {"records": float(len(records)), "layers": float(bad[at].sum())}
-    others = int(bad[at].sum()) - 1
-    rest = f", before {others} other layer{'s' * (others > 1)}" if others else ""
-    sentence = (
-        f"{run.layers[layer]} is where backward first met NaN or infinity, at step "
-        f"{run.steps[at]}{rest}: {numbers['nan']:.0f} NaN and "
-        f"{numbers['posinf'] + numbers['neginf']:.0f} infinite of {numbers['numel']:.0f} elements; "
-        f"{len(records)} of {len(bad)} records have some"
-        + (", the newest none, as when a loss scale is tried." if passing else ".")
-    )
-    steps = (int(run.steps[at]), int(run.steps[records[-1]]))
-    severity: Severity = "warning" if passing else "severe"
-    return [Finding("non-finite", severity, run.layers[layer], steps, numbers, sentence)]
 
 
 def find_trend(run: Run, thresholds: Thresholds) -> list[Finding]:
@@ -154,10 +131,10 @@ def _round(times: float) -> str:
 
 
 Rule: TypeAlias = Callable[[Run, Thresholds], list[Finding]]
-# By the kind of the rows that a rule reads.
-RULES: dict[str, tuple[Rule, ...]] = {
+# By the kind of the rows that a rule reads; ``None``: all rows.
+RULES: dict[str | None, tuple[Rule, ...]] = {
+    None: (find_nonfinite,),
     GRAD: (
-        find_nonfinite,
         find_growth,
         find_trend,
         find_low,
