@@ -15,7 +15,17 @@ if TYPE_CHECKING:
 Severity: TypeAlias = Literal["severe", "warning", "note"]
 
 SEVERITIES: tuple[Severity, ...] = ("severe", "warning", "note")
-KINDS = ("non-finite", "exploding", "vanishing", "dead", "saturation", "underflow", "scale")
+KINDS = (
+    "non-finite",
+    "exploding",
+    "vanishing",
+    "dead",
+    "stuck",
+    "dead units",
+    "saturation",
+    "underflow",
+    "scale",
+)
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,11 @@ class Thresholds:
             being tried, as long as the newest record has none.
         saturation_octaves: how many octaves below its layer's rms an element counts as stopped.
         saturation_share: largest share of stopped ones among the elements that are not zero.
+        stuck_ratio: smallest change of a layer's weights in a step, as a share of their size.
+        stuck_pace: the same as a share of the median layer's: what a schedule slows down is not
+            stuck.
+        dead_units_share: largest share of a module's units that may be zero for a whole batch.
+        dead_units_severe: the share from which that is severe.
         underflow_share: largest share of a layer's values that float16 may flush to zero.
         float16_headroom: how many times larger the largest gradient must be able to grow before
             float16 overflows.
@@ -91,6 +106,10 @@ class Thresholds:
     nonfinite_share: float = 0.05
     saturation_octaves: float = 10.0
     saturation_share: float = 0.5
+    stuck_ratio: float = 1e-6
+    stuck_pace: float = 1e-3
+    dead_units_share: float = 0.7
+    dead_units_severe: float = 0.9
     underflow_share: float = 0.5
     float16_headroom: float = 2.0
     float16_floor: float = 2.0**-14
@@ -117,17 +136,32 @@ class Thresholds:
                 f"Thresholds() needs exploding_severe of exploding_growth, "
                 f"{self.exploding_growth}, or more; exploding_severe is {self.exploding_severe}"
             )
+        if self.dead_units_severe < self.dead_units_share:
+            raise ValueError(
+                f"Thresholds() needs dead_units_severe of dead_units_share, "
+                f"{self.dead_units_share}, or more; dead_units_severe is {self.dead_units_severe}"
+            )
 
 
-_SHARES = ("nonfinite_share", "saturation_share", "underflow_share")
+_SHARES = (
+    "nonfinite_share",
+    "saturation_share",
+    "underflow_share",
+    "stuck_ratio",
+    "stuck_pace",
+    "dead_units_share",
+    "dead_units_severe",
+)
 
 
 def diagnose(history: History, thresholds: Thresholds | None = None) -> list[Finding]:
-    """Find what is wrong with a run's gradients, and NaN and infinities in whatever was recorded.
+    """Find what is wrong with a run, by its gradients and whatever else was recorded.
 
-    Layers are taken to lie in the order of their parameters, the first one nearest to the input, as
-    in most models. Saturation, underflow and the range of loss scales are read off histograms over
-    `Log2Bins`, of at most 64 records evenly spread; over `LinearBins` they are left out.
+    NaN and infinities are found in rows of any kind, layers that do not move among updates, dead
+    units among activations, and everything else among gradients alone. Layers are taken to lie in
+    the order of their parameters, the first one nearest to the input, as in most models.
+    Saturation, underflow and the range of loss scales are read off histograms over `Log2Bins`, of
+    at most 64 records evenly spread; over `LinearBins` they are left out.
 
     Args:
         history: with one record at least; several dozen say more than a few.

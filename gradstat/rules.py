@@ -1,7 +1,7 @@
 """The rules behind `diagnosis.diagnose`: each reads a `Run` and returns findings.
 
 Those about the level of gradients are here, over depth and over steps; the others are in
-`rules_values` (magnitudes) and `rules_kinds` (NaN in any kind).
+`rules_values` (magnitudes), `rules_kinds` (NaN in any kind, units) and `rules_updates`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import TypeAlias
 import numpy as np
 
 from gradstat.diagnosis import Finding, Severity, Thresholds
-from gradstat.kinds import GRAD
-from gradstat.rules_kinds import find_nonfinite
+from gradstat.kinds import GRAD, UNIT, UPDATE
+from gradstat.rules_kinds import find_dead_units, find_nonfinite
+from gradstat.rules_updates import find_stuck
 from gradstat.rules_values import find_saturation, find_scale, find_underflow
 from gradstat.windows import Run, around, fit_depth, median
 
@@ -143,4 +144,6 @@ RULES: dict[str | None, tuple[Rule, ...]] = {
         find_underflow,
         find_scale,
     ),
+    UPDATE: (find_stuck,),
+    UNIT: (find_dead_units,),
 }

@@ -71,6 +71,14 @@ def test_diagnose_refuses_what_it_cannot_read() -> None:
         ({"window": 0}, ValueError, "positive numbers; window is 0"),
         ({"vanishing_ratio": "1"}, TypeError, "numbers; vanishing_ratio is '1'"),
         ({"exploding_growth": math.nan}, ValueError, "positive numbers; exploding_growth is nan"),
+        ({"stuck_ratio": 1.5}, ValueError, "stuck_ratio up to 1; it is 1.5"),
+        ({"stuck_pace": 2}, ValueError, "stuck_pace up to 1; it is 2"),
+        ({"dead_units_severe": 2.0}, ValueError, "dead_units_severe up to 1; it is 2.0"),
+        (
+            {"dead_units_severe": 0.5},
+            ValueError,
+            "dead_units_severe of dead_units_share, 0.7, or more; dead_units_severe is 0.5",
+        ),
         ({"underflow_share": 1.5}, ValueError, "underflow_share up to 1; it is 1.5"),
         (
             {"vanishing_severe": 0.5},

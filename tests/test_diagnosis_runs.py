@@ -1,6 +1,8 @@
 """Diagnoses of networks that are trained: no false alarm, and no vanishing gradient missed."""
 
+import math
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,6 +18,15 @@ import digits
 import relu_vs_sigmoid as study
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small gain nothing from a second thread, and on a busy machine wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module", params=["digits", "mnist"])
 def images(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor]:
     x, y = digits.load(request.param)
@@ -24,13 +35,7 @@ def images(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor]:
 
 def train(name: str, images: tuple[Tensor, Tensor], *, epochs: int, seed: int) -> History:
     """The study's network on its 5,000 images, 40 steps an epoch."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        run = study.train(name, *images, epochs=epochs, batch_size=128, seed=seed)
-    finally:
-        torch.set_num_threads(threads)
-    return run.every_step
+    return study.train(name, *images, epochs=epochs, batch_size=128, seed=seed).every_step
 
 
 EVERYDAY = [pytest.param(seed, marks=[pytest.mark.slow] if seed > 2 else []) for seed in range(20)]
@@ -97,15 +102,25 @@ class GPT(nn.Module):
         return logits.flatten(0, 1)
 
 
-@pytest.mark.parametrize("parameters", [None, "."], ids=["weights", "all"])
-@pytest.mark.parametrize("seed", range(2))
-def test_diagnose_raises_no_alarm_over_a_gpt(seed: int, parameters: str | None) -> None:
+def train_gpt(
+    *,
+    seed: int = 0,
+    steps: int = 60,
+    schedule: Callable[[float], float] = lambda t: 1.0,
+    dtype: torch.dtype = torch.float32,
+    parameters: str | None = None,
+) -> History:
+    """Every kind of row of a run in which the loss falls."""
     torch.manual_seed(seed)
-    model, following = GPT(), torch.randint(256, (256, 3))
+    model, following = GPT().to(dtype), torch.randint(256, (256, 3))
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step / steps))
+    what = ("grad", "update", "activation", "grad_output")
     losses = []
-    with gradstat.watch(model, parameters=parameters) as w:
-        for _ in range(60):
+    with gradstat.watch(
+        model, what=what, when="step", optimizer=optimizer, parameters=parameters
+    ) as w:
+        for _ in range(steps):
             text = [torch.randint(256, (8,))]
             for _ in range(16):
                 text.append(following[text[-1], torch.randint(3, (8,))])
@@ -114,9 +129,62 @@ def test_diagnose_raises_no_alarm_over_a_gpt(seed: int, parameters: str | None) 
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            rates.step()
             losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.1
-    assert len(w.history) == 60
+    assert len(w.history) == steps
+    return w.history
+
+
+@pytest.mark.parametrize("parameters", [None, "."], ids=["weights", "all"])
+@pytest.mark.parametrize("seed", range(2))
+def test_diagnose_raises_no_alarm_over_a_gpt(seed: int, parameters: str | None) -> None:
+    assert diagnose(train_gpt(seed=seed, parameters=parameters)) == []
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda t: 1 - t,
+        lambda t: (1 + math.cos(math.pi * t)) / 2,
+        lambda t: min(1.0, 5 * t) * (1 - t) ** 2,
+        lambda t: max(0.0, 1 - 2 * t),
+    ],
+    ids=["linear", "cosine", "warm-up", "at zero for a half"],
+)
+def test_diagnose_raises_no_alarm_over_a_schedule_that_ends_at_zero(
+    schedule: Callable[[float], float],
+) -> None:
+    history = train_gpt(steps=120, schedule=schedule)
+    ratio = history.update_ratio()
+    assert (ratio[-1] < 0.05 * ratio[40]).all()
+    assert diagnose(history) == []
+
+
+def test_diagnose_finds_the_norms_of_a_gpt_in_bfloat16_whose_steps_round_to_nothing() -> None:
+    history = train_gpt(dtype=torch.bfloat16)
+    found = [each for each in diagnose(history) if each.kind == "stuck"]
+    norms = {name for name in history.select("update").layers if "norm" in name}
+    assert {each.layer.removeprefix("update/") for each in found} == norms
+    assert {each.numbers["zeros"] for each in found} == {1}
+
+
+@pytest.mark.parametrize("batch_size", [16, 128])
+@pytest.mark.parametrize("seed", range(2))
+def test_diagnose_raises_no_alarm_over_the_units_and_updates_of_the_relu_network(
+    images: tuple[Tensor, Tensor], seed: int, batch_size: int
+) -> None:
+    x, y = images
+    generator = torch.Generator().manual_seed(seed)
+    model = study.build(nn.ReLU, x.shape[1], generator)
+    optimizer = torch.optim.Adam(model.parameters())
+    what = ("grad", "update", "activation")
+    with gradstat.watch(model, what=what, when="step", optimizer=optimizer) as w:
+        for _ in range(100):
+            batch = torch.randint(len(x), (batch_size,), generator=generator)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+            optimizer.step()
     assert diagnose(w.history) == []
 
 
