@@ -101,7 +101,8 @@ def training_table(document: Document) -> str:
         for n in networks:
             row = next(row for row in rows if (row["network"], row["way"]) == (n, way))
             cells.append(f"+{100 * (row['ratio'] - 1):.1f} %" if row["ratio"] < 2 else _times(row))
-        lines.append([f"`{way}`" if "." in way else way, *cells])
+        name, comma, rest = way.partition(",")
+        lines.append([f"`{name}`{comma}{rest}" if "." in name else way, *cells])
     return table(["measured at every step", *(f"{n}, a step" for n in networks)], lines)
 
 

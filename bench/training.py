@@ -1,4 +1,4 @@
-"""What it costs a training run to measure all weight gradients at every step.
+"""What it costs a training run to measure all weight gradients, or more, at every step.
 
 Each way is timed against a bare loop of its own: a few steps bare, a few steps measured, and again,
 so that what else the machine does falls on both. The ratio is the median over those pairs.
@@ -85,6 +85,15 @@ class WithGradstat(Run):
         self.optimizer.zero_grad()
 
 
+class WithEverything(Run):
+    """Weights, their updates, activations and the gradients with respect to them as well."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__(build)
+        what = ("grad", "update", "activation", "grad_output")
+        self.watch = gradstat.watch(self.model, what=what, when="step", optimizer=self.optimizer)
+
+
 class WithWandb(Run):
     def __init__(self, build: Build) -> None:
         super().__init__(build)
@@ -116,9 +125,10 @@ class Workload:
     pairs: int
 
 
-WORKLOADS = {"MLP": Workload(build_mlp, 5, 300), "small GPT": Workload(build_gpt, 1, 40)}
+WORKLOADS = {"MLP": Workload(build_mlp, 16, 100), "small GPT": Workload(build_gpt, 1, 40)}
 WAYS: dict[str, type[Run]] = {
     "gradstat.watch": WithGradstat,
+    "gradstat.watch, every kind": WithEverything,
     "wandb.watch": WithWandb,
     "TensorBoard add_histogram": WithTensorBoard,
 }
@@ -174,7 +184,7 @@ def main() -> None:
                 result = compare(workload, kind, max(4, round(workload.pairs * arguments.pairs)))
                 rows.append({"network": name, "way": way, **result})
                 print(
-                    f"{name:10} {way:26} bare {1e3 * result['bare']:8.3f} ms a step, "
+                    f"{name:10} {way:27} bare {1e3 * result['bare']:8.3f} ms a step, "
                     f"measured {1e3 * result['measured']:8.3f}, ratio {result['ratio']:.3f} "
                     f"({result['lower quartile']:.3f} to {result['upper quartile']:.3f})",
                     flush=True,

@@ -96,7 +96,7 @@ class History:
             step: its number, higher than the last one's.
             integers: int64 ``(L, 8)``, fields as in `Statistics`.
             floats: float64 ``(L, 8)``.
-            counts: int64 ``(L, bins)``, kept for a while, not copied.
+            counts: int64 ``(L, bins)``, kept for a while, and copied only for a ``capacity``.
 
         Raises:
             ValueError: a step that is not higher.
@@ -105,6 +105,8 @@ class History:
             raise ValueError(f"append() needs a step after {self._steps[-1]}; step is {step}")
         if self._capacity is not None:
             self._make_room(self._capacity)
+            # It may be a part of an array that would stay as a whole, when others of it go.
+            counts = counts.copy()
         at = len(self._steps)
         if at == len(self._integers):
             self._integers = _with_room(self._integers)
@@ -410,7 +412,7 @@ class History:
         return at
 
     def diagnose(self, thresholds: Thresholds | None = None) -> list[Finding]:
-        """Find what is wrong with the gradients, the worst first.
+        """Find what is wrong with the gradients and the rest of a run, the worst first.
 
         Args:
             thresholds: by default those that healthy runs stay within.
@@ -426,7 +428,7 @@ class History:
         return diagnose(self, thresholds)
 
     def to_pandas(self) -> pandas.DataFrame:
-        """Make a table: a row for each step and layer, with every field and the histogram.
+        """Make a table: a row for each step, kind and layer, with every field and the histogram.
 
         Returns:
             DataFrame, its columns those of `gradstat.tables`.

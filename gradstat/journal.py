@@ -44,10 +44,13 @@ class Journal:
         self._write()
 
     def append(self, step: int, *arrays: NDArray[Any]) -> None:
-        """Take a record, as `History.append`; once in a while write all that are waiting."""
+        """Take a record, as `History.append`."""
         self._buffer.append(step, *arrays)
-        if time.monotonic() >= self._due_s:
-            self.flush()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to write."""
+        return time.monotonic() >= self._due_s
 
     def flush(self) -> None:
         """Write all records that are waiting."""

@@ -14,20 +14,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gradstat.bins import LinearBins
+from gradstat.deferred import MOST_BYTES, Deferred
 from gradstat.history import History
 from gradstat.journal import Journal
 from gradstat.kinds import GRAD, OF_OUTPUTS
 from gradstat.launches import Launcher, is_capturing
 from gradstat.ops import is_measurable
 from gradstat.ranks import local_part, origin_of
-from gradstat.records import Launch, Record, Rows, as_statistics, send, unit_peaks
+from gradstat.records import Launch, Record, Rows, as_statistics, send, split, unit_peaks
 from gradstat.statistics import Statistics
 from gradstat.streams import SideStream
 from gradstat.transfers import Transfer
 
 Sink = Callable[[int, Statistics], object]
 
-_SMALL_BYTES = 1 << 16
 _NO_OUTPUTS = (
     "watch() has seen no output of the model's modules, which are NaN in its records: they must be "
     "run in training mode, and compiled after watch()"
@@ -81,6 +82,10 @@ class Recorder:
         self._waiting: dict[int, dict[int, Tensor]] = {}
         self._n_bytes: dict[int, int] = {}
         self._launches: list[Launch] = []
+        self._deferred = Deferred()
+        # A tracked range is that of the pass before, and a sink is not to wait.
+        is_tracking = isinstance(history.bins, LinearBins) and history.bins.track
+        self._may_defer = sink is None and not is_tracking
         self._captured: tuple[list[Launch], dict[str, Tensor]] | None = None
         self._pending: deque[Record] = deque()
         self._arrived: deque[tuple[int, Rows]] = deque()
@@ -146,10 +151,9 @@ class Recorder:
             self._seen.add(index)
         self._has_outputs = True
         # A copy of a small one costs less than a launch of its own.
-        is_small = x.nbytes <= _SMALL_BYTES
-        if index in self._waiting.get(x.get_device(), ()):
-            self._measure_waiting(x.get_device())
-        self._wait(index, x.clone() if changes and is_small else x, changes and not is_small)
+        is_small = x.nbytes <= MOST_BYTES
+        kept = x.clone() if changes and is_small else x
+        self._wait_again(index, kept, at_once=changes and not is_small)
         return True
 
     def add_peaks(self, index: int, x: Tensor) -> None:
@@ -172,11 +176,15 @@ class Recorder:
         One that becomes part of a CUDA graph has a record each time that `replayed` is called.
         """
         if self.is_recording:
-            self.measure_waiting()
-            self._measure_peaks()
+            self._take_peaks()
             if self._outputs and not self._has_outputs:
                 self._has_outputs = True
                 warnings.warn(_NO_OUTPUTS, RuntimeWarning, stacklevel=2)
+            if self._defer():
+                self._forget()
+                self._count_pass()
+                return
+            self.measure_waiting()
             if self._side is not None:
                 self._side.join()
             if is_capturing():
@@ -213,8 +221,10 @@ class Recorder:
         """Move records that have arrived into the history, oldest first.
 
         Args:
-            wait: for all of them.
+            wait: for all of them, and measure first what is deferred.
         """
+        if wait:
+            self._measure_deferred()
         while self._pending and self._pending[0].has_arrived(wait):
             record = self._pending.popleft()
             rows = record.rows(self._outputs)
@@ -223,6 +233,8 @@ class Recorder:
                 self._journal.append(record.step, *rows)
             if self._sink is not None:
                 self._arrived.append((record.step, rows))
+        if self._journal is not None and self._journal.is_due:
+            self._journal.flush()
         if self._sink is not None and not self._is_handing_on:
             self._hand_on(self._sink)
 
@@ -245,7 +257,34 @@ class Recorder:
         finally:
             self._is_handing_on = False
 
+    def _defer(self) -> bool:
+        """Leave a pass of small tensors for later, to be measured with others, if that is right."""
+        if len(self._waiting) != 1 or self._launches or self._scales or not self._may_defer:
+            return False
+        ((device, tensors),) = self._waiting.items()
+        if self._n_bytes[device] > MOST_BYTES or is_capturing():
+            return False
+        with torch.no_grad():
+            step = self._n_passes // self._accumulation_steps
+            if not self._deferred.take(step, dict(sorted(tensors.items()))):
+                return False
+        self._waiting.clear()
+        self._n_bytes.clear()
+        if self._deferred.is_due or (self._journal is not None and self._journal.is_due):
+            self._measure_deferred()
+        return True
+
+    def _measure_deferred(self) -> None:
+        if not len(self._deferred):
+            return
+        with torch.no_grad():
+            passes, launch = self._deferred.measure(self._launcher)
+        parts = split((layers for _, layers in passes), launch)
+        for (step, _), part in zip(passes, parts, strict=True):
+            self._pending.append(Record(step, self.history, [part], {}))
+
     def _send(self, launches: list[Launch], scales: dict[str, Tensor]) -> None:
+        self._measure_deferred()
         step = self._n_passes // self._accumulation_steps
         arriving = {kind: Transfer((scale,)) for kind, scale in scales.items()}
         self._pending.append(Record(step, self.history, send(launches), arriving))
@@ -288,14 +327,17 @@ class Recorder:
         if at_once or n_bytes >= self._bucket_bytes:
             self._measure_waiting(device)
 
-    def _measure_peaks(self) -> None:
-        # A module that several others share may have outputs of several widths, in launches of
-        # their own.
-        while self._peaks:
-            device = next(iter(self._peaks))[2]
-            group = {key[0]: key for key in self._peaks if key[2] == device}
-            with torch.no_grad():
-                self._measure({index: self._peaks.pop(key) for index, key in group.items()})
+    def _take_peaks(self) -> None:
+        for (index, _, _), peaks in self._peaks.items():
+            self._wait_again(index, peaks, at_once=False)
+        self._peaks.clear()
+
+    def _wait_again(self, index: int, x: Tensor, *, at_once: bool) -> None:
+        """Let a tensor wait that does not replace another one of its layer."""
+        device = x.get_device()
+        if index in self._waiting.get(device, ()):
+            self._measure_waiting(device)
+        self._wait(index, x, at_once)
 
     def _measure_waiting(self, device: int) -> None:
         """Launch over a bucket and empty it; the results start on their way to the host."""

@@ -25,14 +25,21 @@ class Part(NamedTuple):
 
     Args:
         indices: the layer of each row.
-        result: integers, floats and counts.
+        result: integers, floats and counts, and maybe of others too.
+        first: its first row among them.
         sources: what they are copied from, which is kept until they have arrived: the copy may run
             on another stream than the one that the memory belongs to.
     """
 
     indices: tuple[int, ...]
     result: Transfer
+    first: int
     sources: list[Statistics]
+
+    def arrays(self) -> Rows:
+        """Its rows, once they have arrived."""
+        end = self.first + len(self.indices)
+        return tuple(each[self.first : end] for each in self.result.arrays())
 
 
 def send(launches: Sequence[Launch]) -> list[Part]:
@@ -41,13 +48,34 @@ def send(launches: Sequence[Launch]) -> list[Part]:
     for at, launch in enumerate(launches):
         device = launch[1].counts.device
         groups.setdefault(at if _is_host(device) else device, []).append(launch)
-    parts = []
-    for group in groups.values():
-        indices = tuple(index for each, _ in group for index in each)
-        sources = [result for _, result in group]
-        fields = zip(*((s.integers, s.floats, s.counts) for s in sources), strict=True)
-        joined = tuple(each[0] if len(each) == 1 else torch.cat(each) for each in fields)
-        parts.append(Part(indices, Transfer(joined), sources))
+    return [_join(group) for group in groups.values()]
+
+
+def _join(launches: list[Launch]) -> Part:
+    indices, source = launches[0]
+    fields: tuple[Tensor, ...] = (source.integers, source.floats, source.counts)
+    if len(launches) > 1:
+        indices = tuple(index for each, _ in launches for index in each)
+        several = zip(*((s.integers, s.floats, s.counts) for _, s in launches), strict=True)
+        fields = tuple(torch.cat(each) for each in several)
+    return Part(indices, Transfer(fields), 0, [result for _, result in launches])
+
+
+def split(layers: Iterable[tuple[int, ...]], launch: Launch) -> list[Part]:
+    """Start the result of a launch over several passes on its way to the host.
+
+    Args:
+        layers: of each pass, whose rows follow one another.
+        launch: of them all.
+
+    Returns:
+        A part for each pass.
+    """
+    whole = _join([launch])
+    parts, first = [], 0
+    for indices in layers:
+        parts.append(Part(indices, whole.result, first, whole.sources))
+        first += len(indices)
     return parts
 
 
@@ -79,14 +107,14 @@ class Record(NamedTuple):
         """
         n_layers, bins = len(self.history.layers), self.history.bins
         if len(self.parts) == 1 and self.parts[0].indices == tuple(range(n_layers)):
-            integers, floats, counts = self.parts[0].result.arrays()
+            integers, floats, counts = self.parts[0].arrays()
         else:
             integers = np.zeros((n_layers, len(INTEGERS)), dtype=np.int64)
             floats = np.full((n_layers, len(FLOATS)), np.nan)
             counts = np.zeros((n_layers, bins.bins), dtype=np.int64)
             seen: Counter[int] = Counter()
             for part in self.parts:
-                arrays = part.result.arrays()
+                arrays = part.arrays()
                 for joins, at, rows in _turns(part.indices, seen, outputs):
                     new: Rows = tuple(each[at] for each in arrays)
                     if joins:
