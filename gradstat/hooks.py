@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -63,9 +64,13 @@ class BackwardHooks:
         """Whether a pass has begun that neither has ended nor been ended by an exception."""
         return self._next_call() is not None
 
+    @_disable_dynamo
     def _on_gradient(self, index: int, parameter: Tensor) -> None:
         with self._recorder.lock:
             if self._next_call() is None:
+                if torch._C._current_autograd_node() is None:
+                    # The end of the pass would not be told.
+                    raise RuntimeError("watch() needs when='step' under compiled autograd")
                 # There is no scale before the first loss, nor in a scaler that is not enabled.
                 self._recorder.begin(getattr(self._scaler, "_scale", None))
                 self._await_end()
@@ -87,6 +92,7 @@ class BackwardHooks:
         self._next_call = weakref.ref(on_end)
         torch.autograd.Variable._execution_engine.queue_callback(on_end)
 
+    @_disable_dynamo
     def _on_end(self) -> None:
         with self._recorder.lock:
             node = torch._C._current_autograd_node()
@@ -140,10 +146,13 @@ class StepHook:
         first_rows: Mapping[str, int],
         optimizer: Optimizer | None,
     ) -> None:
-        self._recorder, self._parameters, self.optimizer = recorder, list(parameters), optimizer
-        self._rows = first_rows
-        self._indices = {id(p): index for index, p in enumerate(self._parameters)}
-        self._before: dict[int, Tensor] = {}
+        self._recorder, self._rows = recorder, first_rows
+        self.calls_only = optimizer is None
+        # Neither they nor the optimizer are to live for the sake of a history.
+        self._parameters = [weakref.ref(parameter) for parameter in parameters]
+        self._indices = {id(p()): index for index, p in enumerate(self._parameters)}
+        self._before: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self._has_closure = False
         self._handles: list[RemovableHandle] = []
         if optimizer is not None:
             self._handles.append(optimizer.register_step_pre_hook(self._on_step))
@@ -155,39 +164,59 @@ class StepHook:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._before.clear()
 
     def is_running(self) -> bool:
-        """Whether a pass that the recorder has begun still goes on."""
-        return True
+        """Whether a step that the recorder has begun may go on while a module computes."""
+        return self._has_closure
 
     def measure(self) -> None:
         """Measure all gradients as they are."""
         with self._recorder.lock:
-            self._measure(dict(enumerate(self._parameters)), None)
+            alive = ((index, p()) for index, p in enumerate(self._parameters))
+            self._measure({index: p for index, p in alive if p is not None}, None)
             self._recorder.end()
 
-    def _on_step(self, optimizer: Optimizer, *_: Any) -> None:  # noqa: ANN401 (what step() is given)
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        known = {self._indices[id(p)]: p for p in held if id(p) in self._indices}
+    @_disable_dynamo
+    def _on_step(
+        self,
+        optimizer: Optimizer,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        # After the optimizer itself comes what step() is given.
+        self._has_closure = any(map(callable, (*args[1:], *kwargs.values())))
         with self._recorder.lock:
             # A fused optimizer is given the scale by GradScaler.step(), to divide by it itself.
+            known = self._held_by(optimizer)
             self._measure(known, getattr(optimizer, "grad_scale", None))
             if UPDATE not in self._rows:
                 self._recorder.end()
             elif self._recorder.is_recording:
                 self._recorder.measure_waiting()
-                self._before = {index: _wide_copy(p) for index, p in known.items()}
+                self._before = {index: (p, _wide_copy(p)) for index, p in known.items()}
 
+    @_disable_dynamo
     def _after_step(self, *_: Any) -> None:  # noqa: ANN401 (the optimizer, what step() is given)
         with self._recorder.lock, torch.no_grad():
             origins = self._recorder.history.origins
-            for index, before in self._before.items():
-                change = torch.sub(local_part(self._parameters[index]), before, out=before)
+            for index, (parameter, before) in self._before.items():
+                change = torch.sub(local_part(parameter), before, out=before)
                 row = self._rows[UPDATE] + index
                 origins[row] = origins[self._rows[PARAM] + index]
                 self._recorder.add(row, change)
             self._before = {}
             self._recorder.end()
+
+    def _held_by(self, optimizer: Optimizer) -> dict[int, nn.Parameter]:
+        known: dict[int, nn.Parameter] = {}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                index = self._indices.get(id(parameter))
+                watched = None if index is None else self._parameters[index]()
+                if index is not None and watched is not None and watched is parameter:
+                    known[index] = watched
+        return known
 
     def _measure(self, parameters: dict[int, nn.Parameter], scale: Tensor | None) -> None:
         self._recorder.begin(scale)

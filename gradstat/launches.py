@@ -44,7 +44,7 @@ class Launcher:
             scales: of each kind that has one; `Log2Bins` need them only in the end.
         """
         if not self._is_linear:
-            return [self._launch(tensors, None, None)]
+            return [self._launch(tensors, None, None, scales)]
         for kind, scale in scales.items():
             scaled = [i for i in tensors if self._kinds[i] == kind]
             if scaled:
@@ -61,21 +61,25 @@ class Launcher:
         indices, device = tuple(tensors), next(iter(tensors.values())).device
         previous = self._ranges.previous(indices)
         low, high = known_range(self._bins, device, len(tensors), previous)
-        launch = self._launch(tensors, low, high)
+        launch = self._launch(tensors, low, high, {})
         if self._is_tracking:
             if is_capturing():
                 # The next replay reads the range where this one has.
-                self._ranges.overwrite(*launch)
+                self._ranges.overwrite(launch.indices, launch.result)
             else:
-                self._ranges.remember(*launch)
+                self._ranges.remember(launch.indices, launch.result)
         return launch
 
     def _launch(
-        self, tensors: dict[int, Tensor], low: Tensor | None, high: Tensor | None
+        self,
+        tensors: dict[int, Tensor],
+        low: Tensor | None,
+        high: Tensor | None,
+        scales: Mapping[str, Tensor],
     ) -> Launch:
         listed = list(tensors.values())
         kind = listed[0].device.type
         engine = self._engines.get(kind)
         if engine is None:
             engine = self._engines[kind] = choose_engine(self._engine, listed[0])
-        return tuple(tensors), engine.measure(listed, self._bins, low, high)
+        return Launch(tuple(tensors), engine.measure(listed, self._bins, low, high), scales)

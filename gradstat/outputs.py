@@ -11,11 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.amp import GradScaler
+from torch.optim import Optimizer
 
 from gradstat.kinds import ACTIVATION, GRAD_OUTPUT, UNIT
+from gradstat.layouts import Layout
 from gradstat.recorder import Recorder
+from gradstat.scalers import SkippedSteps
 
 _KEYS = itertools.count()
 _RUNNING: weakref.WeakValueDictionary[int, OutputHooks] = weakref.WeakValueDictionary()
@@ -33,6 +37,7 @@ class OutputHooks:
         recorder: what sees their outputs.
         first_rows: the row of the first module, by kind; which kinds there are.
         scaler: what scales the loss, or ``None``.
+        optimizer: whose steps make the records, or ``None``.
         is_running: whether a pass that the recorder has begun still goes on.
     """
 
@@ -43,12 +48,18 @@ class OutputHooks:
         recorder: Recorder,
         first_rows: Mapping[str, int],
         scaler: GradScaler | None,
+        optimizer: Optimizer | None,
         is_running: Callable[[], bool],
     ) -> None:
+        modules = list(modules)
         # The hooks are on the model and keep this alive, not the other way round.
         self._model = weakref.ref(model)
         self._recorder, self._rows = recorder, first_rows
         self._scaler, self._is_running = scaler, is_running
+        self._skips = None
+        if scaler is not None and optimizer is not None:
+            self._skips = SkippedSteps(scaler, optimizer)
+        self._layout = Layout(modules)
         self.sees_gradients = GRAD_OUTPUT in first_rows
         self.key = next(_KEYS)
         _RUNNING[self.key] = self
@@ -64,23 +75,29 @@ class OutputHooks:
         self._handles.clear()
         _RUNNING.pop(self.key, None)
 
+    @_disable_dynamo
     def see(self, index: int, x: Tensor, is_gradient: bool) -> None:
         """Measure an output of the module of that index, or the gradient with respect to one."""
         model = self._model()
         if not _is_ordinary(x) or model is None or not model.training:
             return
-        recorder = self._recorder
+        x, recorder = x.detach(), self._recorder
         with recorder.lock, torch.no_grad():
-            if recorder.is_recording and not self._is_running():
-                # An exception has ended that pass, and this belongs to the next one.
+            if self._has_failed():
+                # What is there belongs to a pass or a step that came to nothing.
                 recorder.drop()
             if is_gradient:
                 recorder.take_scale(GRAD_OUTPUT, getattr(self._scaler, "_scale", None))
-                recorder.add_output(self._rows[GRAD_OUTPUT] + index, x, changes=False)
-            elif ACTIVATION in self._rows:
-                again = torch._C._current_autograd_node() is not None
-                if recorder.add_output(self._rows[ACTIVATION] + index, x, again=again):
-                    recorder.add_peaks(self._rows[UNIT] + index, x)
+                recorder.add_output(self._rows[GRAD_OUTPUT] + index, x)
+            elif ACTIVATION in self._rows and not _is_recomputing():
+                unit = self._layout.unit_dim(index, x)
+                if recorder.add_output(self._rows[ACTIVATION] + index, x):
+                    recorder.add_peaks(self._rows[UNIT] + index, x, unit)
+
+    def _has_failed(self) -> bool:
+        if self._recorder.is_recording and not self._is_running():
+            return True
+        return self._skips is not None and self._skips.found(self._recorder.n_passes)
 
 
 class _OnOutput:
@@ -98,19 +115,49 @@ class _OnOutput:
         x = _first_tensor(output)
         if x is None:
             return
-        see: Callable[[Tensor, bool], object]
+        sees_gradient = self.sees_gradients and x.requires_grad and not x.is_leaf
         if torch.compiler.is_compiling():
-            see = partial(_see, self.place)
+            place = self.place
+            _see(place, x.detach(), False)
+            if sees_gradient:
+                x.register_hook(lambda gradient: _see(place, gradient.detach(), True))  # type: ignore[no-untyped-call]
         else:
             see = partial(self.hooks.see, self.index)
-        see(x.detach(), False)
-        # A hook on a leaf would stay there.
-        if self.sees_gradients and x.requires_grad and not x.is_leaf:
-            x.register_hook(lambda gradient: see(gradient.detach(), True))  # type: ignore[no-untyped-call]
+            see(x, False)
+            if sees_gradient:
+                _hook_gradient(x, inputs, see)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Any callable would do that takes three arguments, returns None and needs no gradstat.
         return getattr, (nullcontext(), "__exit__")
+
+
+def _hook_gradient(
+    x: Tensor, inputs: tuple[Any, ...], see: Callable[[Tensor, bool], object]
+) -> None:
+    """Have the gradient with respect to an output seen, also where that is changed in place."""
+    base = x._base
+    node = None if base is None else base.grad_fn
+    if base is None or node is None or base.numel() != x.numel() or _shares(base, inputs):
+        # A leaf has been left out: a hook would stay on it.
+        x.register_hook(lambda gradient: see(gradient, True))  # type: ignore[no-untyped-call]
+        return
+    # A view, as a linear layer returns of 3-D input, loses its hooks when it is changed in place.
+    # What it is a view of has as many elements, and nobody else knows it.
+    number = base.output_nr
+
+    def see_gradient(gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[number]
+        if gradient is not None:
+            see(gradient, True)
+
+    node.register_prehook(see_gradient)
+
+
+def _shares(base: Tensor, inputs: tuple[Any, ...]) -> bool:
+    """Whether an input is that tensor, or a view of it."""
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    return len(tensors) != len(inputs) or any(x is base or x._base is base for x in tensors)
 
 
 @torch.library.custom_op("gradstat::see", mutates_args=())
@@ -128,9 +175,9 @@ _register_effectful_op(torch.ops.gradstat.see.default, _EffectType.ORDERED)
 
 
 def _first_tensor(output: object) -> Tensor | None:
-    """An output, or the first tensor in a tuple, list or mapping of them."""
+    """An output, or the first of floating point in a tuple, list or mapping of them."""
     if isinstance(output, Tensor):
-        return output
+        return output if output.is_floating_point() else None
     if isinstance(output, Mapping):
         output = list(output.values())
     if isinstance(output, tuple | list):
@@ -147,6 +194,18 @@ def _is_tracing() -> bool:
 
 def _is_ordinary(x: Tensor) -> bool:
     """Whether a tensor has values here and now, as those of a transform or an export have not."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(x) or x.is_meta:
+    functorch = torch._C._functorch
+    if functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x):
+        return False
+    if x.is_meta or x.is_nested:
         return False
     return type(x) in (Tensor, nn.Parameter) or hasattr(x, "device_mesh")
+
+
+def _is_recomputing() -> bool:
+    """Whether a checkpoint computes again, for its tensors alone, what it has computed before."""
+    if torch._C._current_autograd_node() is None:
+        return False
+    # A reentrant one computes it for the first time with gradients, and has no such hook.
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")

@@ -22,13 +22,23 @@ from gradstat.kinds import GRAD, OF_OUTPUTS
 from gradstat.launches import Launcher, is_capturing
 from gradstat.ops import is_measurable
 from gradstat.ranks import local_part, origin_of
-from gradstat.records import Launch, Record, Rows, as_statistics, send, split, unit_peaks
+from gradstat.records import (
+    Launch,
+    Part,
+    Record,
+    Rows,
+    as_statistics,
+    combine,
+    send,
+    split,
+    unit_peaks,
+)
 from gradstat.statistics import Statistics
 from gradstat.streams import SideStream
-from gradstat.transfers import Transfer
 
 Sink = Callable[[int, Statistics], object]
 
+_MOST_ROWS = 256  # that wait on their device, 16 KB each over Log2Bins
 _NO_OUTPUTS = (
     "watch() has seen no output of the model's modules, which are NaN in its records: they must be "
     "run in training mode, and compiled after watch()"
@@ -71,22 +81,24 @@ class Recorder:
         self._bucket_bytes = bucket_bytes
         self._launcher = Launcher(history.bins, history.kinds, engine)
         self._sink, self._journal, self._side = sink, journal, side
-        self._n_passes = 0
+        self.n_passes = 0
         self.is_recording = False
-        self._scales: dict[str, Tensor] = {}  # by the kind of what they multiply
+        # By the kind of what they multiply, and in which run of autograd they were taken.
+        self._scales: dict[str, Tensor] = {}
+        self._scaled_in: dict[str, int] = {}
         self._outputs = frozenset(i for i, kind in enumerate(history.kinds) if kind in OF_OUTPUTS)
         self._has_outputs = False
-        self._seen: set[int] = set()  # outputs of forward passes
         self._peaks: dict[tuple[int, torch.Size, torch.device], Tensor] = {}
         # Gradients that wait to be measured together, by device (-1 for the CPU) and layer.
         self._waiting: dict[int, dict[int, Tensor]] = {}
         self._n_bytes: dict[int, int] = {}
         self._launches: list[Launch] = []
+        self._parts: list[Part] = []  # of this record, on their way already
         self._deferred = Deferred()
         # A tracked range is that of the pass before, and a sink is not to wait.
         is_tracking = isinstance(history.bins, LinearBins) and history.bins.track
         self._may_defer = sink is None and not is_tracking
-        self._captured: tuple[list[Launch], dict[str, Tensor]] | None = None
+        self._captured: list[Launch] | None = None
         self._pending: deque[Record] = deque()
         self._arrived: deque[tuple[int, Rows]] = deque()
         self._is_handing_on = False
@@ -105,9 +117,17 @@ class Recorder:
             self.take_scale(GRAD, scale)
 
     def take_scale(self, kind: str, scale: Tensor | None) -> None:
-        """Remember what the values of a kind are multiplied by in this record."""
-        if scale is not None and kind not in self._scales and self._is_due():
-            self._scales[kind] = scale.detach().clone()
+        """Remember what the values of a kind are multiplied by in this run of autograd."""
+        if scale is None or not self._is_due():
+            return
+        run = torch._C._current_graph_task_id()
+        if self._scaled_in.get(kind) == run:
+            return
+        if kind in self._scales:
+            # What waits has the one before.
+            self.measure_waiting()
+        self._scales = {**self._scales, kind: scale.detach().clone()}
+        self._scaled_in[kind] = run
 
     def add(self, index: int, gradient: Tensor) -> None:
         """Measure a layer's gradient, now or by the end of the pass; a later one replaces it.
@@ -128,39 +148,39 @@ class Recorder:
         if is_measurable(gradient):
             self._wait(index, gradient, at_once)
 
-    def add_output(
-        self, index: int, x: Tensor, *, changes: bool = True, again: bool = False
-    ) -> bool:
-        """Measure a layer's output by the end of the pass, together with those before.
+    def add_output(self, index: int, x: Tensor) -> bool:
+        """Measure a layer's output, and count it together with those before.
 
         Args:
             index: of the layer.
-            x: any tensor; what cannot be measured is passed over.
-            changes: whether it may be changed in place before.
-            again: whether it is computed once more if the forward pass has seen this layer.
+            x: any tensor, which may be changed in place afterwards; what cannot be measured is
+                passed over.
 
         Returns:
             Whether it is measured.
         """
-        if not self._is_due() or (again and index in self._seen):
+        if not self._is_due():
             return False
         x = self._own_part(index, x)
         if not is_measurable(x):
             return False
-        if not again:
-            self._seen.add(index)
         self._has_outputs = True
         # A copy of a small one costs less than a launch of its own.
         is_small = x.nbytes <= MOST_BYTES
-        kept = x.clone() if changes and is_small else x
-        self._wait_again(index, kept, at_once=changes and not is_small)
+        self._wait_again(index, x.clone() if is_small else x, at_once=not is_small)
         return True
 
-    def add_peaks(self, index: int, x: Tensor) -> None:
-        """Take the largest magnitude of each unit of a layer, in this output and those before."""
-        peaks = unit_peaks(self._own_part(index, x))
-        if peaks is None:
+    def add_peaks(self, index: int, x: Tensor, unit: int | None) -> None:
+        """Take the largest magnitude of each unit of a layer, in this output and those before.
+
+        Args:
+            index: of the layer.
+            x: the output.
+            unit: the dimension of the units, if there are any.
+        """
+        if unit is None:
             return
+        peaks = unit_peaks(self._own_part(index, x), unit)
         key = index, peaks.shape, peaks.device
         before = self._peaks.get(key)
         self._peaks[key] = peaks if before is None else torch.maximum(before, peaks)
@@ -189,10 +209,10 @@ class Recorder:
                 self._side.join()
             if is_capturing():
                 # It has not run yet, and nothing may be asked of the device now.
-                self._captured = self._launches, dict(self._scales)
+                self._captured = self._launches
                 self._forget()
                 return
-            self._send(self._launches, self._scales)
+            self._send(self._launches)
             self._forget()
         self._count_pass()
 
@@ -205,7 +225,7 @@ class Recorder:
         if self._captured is None:
             return False
         if self._is_due():
-            self._send(*self._captured)
+            self._send(self._captured)
         self._count_pass()
         return True
 
@@ -241,6 +261,7 @@ class Recorder:
     def finish(self) -> None:
         """Wait for all records if anybody else is to have them, and hand them on."""
         with self.lock:
+            self.drop()
             self._captured = None
             if self._sink is not None or self._journal is not None:
                 self.collect(wait=True)
@@ -259,13 +280,15 @@ class Recorder:
 
     def _defer(self) -> bool:
         """Leave a pass of small tensors for later, to be measured with others, if that is right."""
-        if len(self._waiting) != 1 or self._launches or self._scales or not self._may_defer:
+        if len(self._waiting) != 1 or self._launches or self._parts:
+            return False
+        if self._scales or not self._may_defer:
             return False
         ((device, tensors),) = self._waiting.items()
         if self._n_bytes[device] > MOST_BYTES or is_capturing():
             return False
         with torch.no_grad():
-            step = self._n_passes // self._accumulation_steps
+            step = self.n_passes // self._accumulation_steps
             if not self._deferred.take(step, dict(sorted(tensors.items()))):
                 return False
         self._waiting.clear()
@@ -281,16 +304,30 @@ class Recorder:
             passes, launch = self._deferred.measure(self._launcher)
         parts = split((layers for _, layers in passes), launch)
         for (step, _), part in zip(passes, parts, strict=True):
-            self._pending.append(Record(step, self.history, [part], {}))
+            self._pending.append(Record(step, self.history, [part]))
 
-    def _send(self, launches: list[Launch], scales: dict[str, Tensor]) -> None:
+    def _send(self, launches: list[Launch]) -> None:
         self._measure_deferred()
-        step = self._n_passes // self._accumulation_steps
-        arriving = {kind: Transfer((scale,)) for kind, scale in scales.items()}
-        self._pending.append(Record(step, self.history, send(launches), arriving))
+        step = self.n_passes // self._accumulation_steps
+        parts, self._parts = [*self._parts, *send(launches)], []
+        self._pending.append(Record(step, self.history, parts))
+
+    def _send_early(self) -> None:
+        """Keep what waits for the end of a record from growing with the outputs it counts."""
+        n_rows = sum(len(launch.indices) for launch in self._launches)
+        if n_rows <= _MOST_ROWS or is_capturing():
+            return
+        self._parts += send(self._launches)
+        self._launches = []
+        n_arrived = 0
+        while n_arrived < len(self._parts) and self._parts[n_arrived].has_arrived(wait=False):
+            n_arrived += 1
+        if n_arrived > 1:
+            arrived = combine(self._parts[:n_arrived], self.history, self._outputs)
+            self._parts = [arrived, *self._parts[n_arrived:]]
 
     def _count_pass(self) -> None:
-        self._n_passes += 1
+        self.n_passes += 1
         if self._pending:
             self.collect(wait=False)
 
@@ -298,14 +335,14 @@ class Recorder:
         """Whether the pass that comes or goes on is one to record, as a captured one may be."""
         if is_capturing():
             return True
-        step, within = divmod(self._n_passes, self._accumulation_steps)
+        step, within = divmod(self.n_passes, self._accumulation_steps)
         return within == self._accumulation_steps - 1 and step % self._every == 0
 
     def _forget(self) -> None:
         self.is_recording = False
-        self._launches = []
-        self._scales.clear()
-        self._seen.clear()
+        self._launches, self._parts = [], []
+        self._scales = {}
+        self._scaled_in.clear()
         self._peaks.clear()
 
     def _own_part(self, index: int, x: Tensor) -> Tensor:
@@ -354,3 +391,4 @@ class Recorder:
 
     def _measure(self, tensors: dict[int, Tensor]) -> None:
         self._launches += self._launcher.measure(tensors, self._scales)
+        self._send_early()

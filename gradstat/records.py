@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +18,20 @@ from gradstat.statistics import FLOATS, INTEGERS, Statistics
 from gradstat.transfers import Transfer
 
 Rows = tuple[NDArray[Any], ...]  # integers, floats and counts of some layers
-Launch = tuple[tuple[int, ...], Statistics]  # the layer of each row, and the rows
+
+
+class Launch(NamedTuple):
+    """What was measured at once.
+
+    Args:
+        indices: the layer of each row.
+        result: rows on their device.
+        scales: what the values of a kind are still to be divided by.
+    """
+
+    indices: tuple[int, ...]
+    result: Statistics
+    scales: Mapping[str, Tensor]
 
 
 class Part(NamedTuple):
@@ -29,12 +43,20 @@ class Part(NamedTuple):
         first: its first row among them.
         sources: what they are copied from, which is kept until they have arrived: the copy may run
             on another stream than the one that the memory belongs to.
+        scales: what the values of a kind are still to be divided by.
     """
 
     indices: tuple[int, ...]
     result: Transfer
     first: int
     sources: list[Statistics]
+    scales: dict[str, Transfer]
+
+    def has_arrived(self, wait: bool) -> bool:
+        """Whether it is there, which it is after waiting."""
+        if not self.result.has_arrived(wait):
+            return False
+        return all(scale.has_arrived(wait) for scale in self.scales.values())
 
     def arrays(self) -> Rows:
         """Its rows, once they have arrived."""
@@ -46,19 +68,23 @@ def send(launches: Sequence[Launch]) -> list[Part]:
     """Start the results of launches on their way to the host, those of each device together."""
     groups: dict[object, list[Launch]] = {}
     for at, launch in enumerate(launches):
-        device = launch[1].counts.device
-        groups.setdefault(at if _is_host(device) else device, []).append(launch)
+        device = launch.result.counts.device
+        key: object = at
+        if not _is_host(device):
+            key = device, *map(id, launch.scales.values())
+        groups.setdefault(key, []).append(launch)
     return [_join(group) for group in groups.values()]
 
 
 def _join(launches: list[Launch]) -> Part:
-    indices, source = launches[0]
+    indices, source, scales = launches[0]
     fields: tuple[Tensor, ...] = (source.integers, source.floats, source.counts)
     if len(launches) > 1:
-        indices = tuple(index for each, _ in launches for index in each)
-        several = zip(*((s.integers, s.floats, s.counts) for _, s in launches), strict=True)
-        fields = tuple(torch.cat(each) for each in several)
-    return Part(indices, Transfer(fields), 0, [result for _, result in launches])
+        indices = tuple(index for each in launches for index in each.indices)
+        rows = ((s.integers, s.floats, s.counts) for _, s, _ in launches)
+        fields = tuple(torch.cat(each) for each in zip(*rows, strict=True))
+    arriving = {kind: Transfer((scale,)) for kind, scale in scales.items()} if scales else {}
+    return Part(indices, Transfer(fields), 0, [each.result for each in launches], arriving)
 
 
 def split(layers: Iterable[tuple[int, ...]], launch: Launch) -> list[Part]:
@@ -66,7 +92,7 @@ def split(layers: Iterable[tuple[int, ...]], launch: Launch) -> list[Part]:
 
     Args:
         layers: of each pass, whose rows follow one another.
-        launch: of them all.
+        launch: of them all, without scales.
 
     Returns:
         A part for each pass.
@@ -74,9 +100,77 @@ def split(layers: Iterable[tuple[int, ...]], launch: Launch) -> list[Part]:
     whole = _join([launch])
     parts, first = [], 0
     for indices in layers:
-        parts.append(Part(indices, whole.result, first, whole.sources))
+        parts.append(whole._replace(indices=indices, first=first))
         first += len(indices)
     return parts
+
+
+def combine(parts: Sequence[Part], history: History, outputs: frozenset[int]) -> Part:
+    """Put parts that have arrived together, without scales.
+
+    Args:
+        parts: in their order.
+        history: whose layers they are.
+        outputs: layers whose rows are counted together; of others the last one counts.
+
+    Returns:
+        A part on the host with a row for each layer that has any.
+    """
+    if len(parts) == 1 and not parts[0].scales and _rise(parts[0].indices):
+        return parts[0]
+    bins = history.bins
+    layers = sorted({layer for part in parts for layer in part.indices})
+    integers = np.zeros((len(layers), len(INTEGERS)), dtype=np.int64)
+    floats = np.full((len(layers), len(FLOATS)), np.nan)
+    counts = np.zeros((len(layers), bins.bins), dtype=np.int64)
+    row_of = {layer: row for row, layer in enumerate(layers)}
+    seen: Counter[int] = Counter()
+    for part in parts:
+        arrays = _unscaled(part, history)
+        for joins, at in _turns(part.indices, seen, outputs):
+            rows = [row_of[part.indices[i]] for i in at]
+            new: Rows = tuple(each[at] for each in arrays)
+            if joins:
+                before = integers[rows], floats[rows], counts[rows]
+                new = _arrays(as_statistics(bins, before).merge(as_statistics(bins, new)))
+            integers[rows], floats[rows], counts[rows] = new
+    packed = tuple(torch.from_numpy(each) for each in (integers, floats, counts))
+    return Part(tuple(layers), Transfer(packed), 0, [], {})
+
+
+def _rise(layers: tuple[int, ...]) -> bool:
+    return all(a < b for a, b in pairwise(layers))
+
+
+def _unscaled(part: Part, history: History) -> Rows:
+    arrays = part.arrays()
+    if isinstance(history.bins, LinearBins):
+        return arrays
+    for kind, scale in part.scales.items():
+        rows = [at for at, layer in enumerate(part.indices) if history.kinds[layer] == kind]
+        if rows:
+            scaled = as_statistics(history.bins, tuple(each[rows] for each in arrays))
+            unscaled = scaled.unscale(torch.from_numpy(scale.arrays()[0]).double())
+            arrays = tuple(each.copy() for each in arrays)
+            for each, new in zip(arrays, _arrays(unscaled), strict=True):
+                each[rows] = new
+    return arrays
+
+
+def _turns(
+    layers: tuple[int, ...], seen: Counter[int], outputs: frozenset[int]
+) -> Iterable[tuple[bool, list[int]]]:
+    """Rows in turns, in each of which no layer comes twice.
+
+    Returns:
+        Of each turn whether its rows join those before, and where they are.
+    """
+    turns: dict[tuple[int, bool], list[int]] = {}
+    for at, layer in enumerate(layers):
+        joins = seen[layer] > 0 and layer in outputs
+        turns.setdefault((seen[layer], joins), []).append(at)
+        seen[layer] += 1
+    return [(joins, at) for (_, joins), at in turns.items()]
 
 
 def _is_host(device: torch.device) -> bool:
@@ -85,66 +179,32 @@ def _is_host(device: torch.device) -> bool:
 
 
 class Record(NamedTuple):
-    """What one pass measured; what is over `Log2Bins` is still to be divided by the scales."""
+    """What one pass measured."""
 
     step: int
     history: History
     parts: list[Part]
-    scales: dict[str, Transfer]
 
     def has_arrived(self, wait: bool) -> bool:
         """Whether it is there, which it is after waiting."""
-        for part in self.parts:
-            if not part.result.has_arrived(wait):
-                return False
-        return all(scale.has_arrived(wait) for scale in self.scales.values())
+        return all(part.has_arrived(wait) for part in self.parts)
 
     def rows(self, outputs: frozenset[int]) -> Rows:
         """Integers ``(L, 8)``, floats ``(L, 8)``, counts ``(L, bins)`` of all layers in order.
 
         Args:
-            outputs: layers whose rows are put together; of others the last one counts.
+            outputs: as for `combine`.
         """
-        n_layers, bins = len(self.history.layers), self.history.bins
-        if len(self.parts) == 1 and self.parts[0].indices == tuple(range(n_layers)):
-            integers, floats, counts = self.parts[0].arrays()
-        else:
-            integers = np.zeros((n_layers, len(INTEGERS)), dtype=np.int64)
-            floats = np.full((n_layers, len(FLOATS)), np.nan)
-            counts = np.zeros((n_layers, bins.bins), dtype=np.int64)
-            seen: Counter[int] = Counter()
-            for part in self.parts:
-                arrays = part.arrays()
-                for joins, at, rows in _turns(part.indices, seen, outputs):
-                    new: Rows = tuple(each[at] for each in arrays)
-                    if joins:
-                        before = integers[rows], floats[rows], counts[rows]
-                        new = _arrays(as_statistics(bins, before).merge(as_statistics(bins, new)))
-                    integers[rows], floats[rows], counts[rows] = new
-        for kind, scale in self.scales.items():
-            rows = [i for i, each in enumerate(self.history.kinds) if each == kind]
-            if isinstance(bins, LinearBins) or not rows:
-                continue
-            scaled = as_statistics(bins, (integers[rows], floats[rows], counts[rows]))
-            unscaled = scaled.unscale(torch.from_numpy(scale.arrays()[0]).double())
-            integers[rows], floats[rows], counts[rows] = _arrays(unscaled)
+        n_layers = len(self.history.layers)
+        whole = combine(self.parts, self.history, outputs)
+        if len(whole.indices) == n_layers:
+            return whole.arrays()
+        integers = np.zeros((n_layers, len(INTEGERS)), dtype=np.int64)
+        floats = np.full((n_layers, len(FLOATS)), np.nan)
+        counts = np.zeros((n_layers, self.history.bins.bins), dtype=np.int64)
+        rows = list(whole.indices)
+        integers[rows], floats[rows], counts[rows] = whole.arrays()
         return integers, floats, counts
-
-
-def _turns(
-    layers: tuple[int, ...], seen: Counter[int], outputs: frozenset[int]
-) -> Iterable[tuple[bool, list[int], list[int]]]:
-    """Rows in turns, in each of which no layer comes twice.
-
-    Returns:
-        Of each turn whether its rows join those before, where they are, and their layers.
-    """
-    turns: dict[tuple[int, bool], list[int]] = {}
-    for at, layer in enumerate(layers):
-        joins = seen[layer] > 0 and layer in outputs
-        turns.setdefault((seen[layer], joins), []).append(at)
-        seen[layer] += 1
-    return [(joins, at, [layers[i] for i in at]) for (_, joins), at in turns.items()]
 
 
 def as_statistics(bins: Bins, rows: Rows) -> Statistics:
@@ -163,18 +223,18 @@ def divide(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:
     return list(torch._foreach_mul(wide, inverse))
 
 
-def unit_peaks(x: Tensor) -> Tensor | None:
-    """Largest magnitude of each unit: of each channel of images, of each feature otherwise.
+def unit_peaks(x: Tensor, unit: int) -> Tensor:
+    """Largest magnitude of each unit.
 
     Args:
-        x: ``(N, C, ...)`` of four dimensions or more, or ``(..., C)``.
+        x: of C units along a dimension.
+        unit: that dimension.
 
     Returns:
-        ``(C,)``, NaN for a unit with a NaN; ``None`` where there is no batch of units.
+        ``(C,)``, NaN for a unit with a NaN.
     """
-    if x.dim() < 2 or x.numel() == 0:
-        return None
-    unit = 1 if x.dim() >= 4 else x.dim() - 1
     others = [dim for dim in range(x.dim()) if dim != unit]
+    if not others:
+        return x.abs()
     # Ten times faster on a CPU than torch.linalg.vector_norm, and without a copy of magnitudes.
     return torch.maximum(x.amax(others), -x.amin(others))

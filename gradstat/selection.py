@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TypeAlias, TypeVar
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -54,7 +55,7 @@ def select_modules(model: nn.Module, modules: ModuleSelector | None) -> dict[str
     """Modules whose outputs to watch, by name; by default those without modules in them.
 
     Args:
-        model: whose they are; its own name is that of its class.
+        model: whose they are; its own name is that of its class in parentheses.
         modules: regular expression or function of name and module.
 
     Raises:
@@ -62,10 +63,12 @@ def select_modules(model: nn.Module, modules: ModuleSelector | None) -> dict[str
         ValueError: none selected, a bad expression.
     """
     matches = _is_leaf if modules is None else _matcher("modules", modules)
-    named: Iterable[tuple[str, nn.Module]] = (
-        (name or type(model).__name__, module) for name, module in model.named_modules()
-    )
-    selected = {name: module for name, module in named if matches(name, module)}
+    selected = {}
+    for name, module in model.named_modules():
+        name = name or f"({type(model).__name__})"
+        # Those of TorchScript take no hooks.
+        if matches(name, module) and not isinstance(module, torch.jit.ScriptModule):
+            selected[name] = module
     if not selected:
         total = sum(1 for _ in model.modules())
         raise ValueError(

@@ -21,7 +21,6 @@ from gradstat.hooks import BackwardHooks, StepHook
 from gradstat.journal import Journal
 from gradstat.kinds import (
     GRAD,
-    GRAD_OUTPUT,
     KINDS,
     OF_OUTPUTS,
     row_name,
@@ -160,11 +159,12 @@ def watch(
     if not isinstance(scaler, GradScaler | None):
         raise TypeError(f"watch() needs a torch.amp.GradScaler; scaler is {type(scaler).__name__}")
     kinds = check_what(what, when, bins, modules)
-    check_when(when, optimizer, None if GRAD_OUTPUT in kinds else scaler, accumulation_steps)
+    has_outputs = not kinds.isdisjoint(OF_OUTPUTS)
+    check_when(when, optimizer, None if has_outputs else scaler, accumulation_steps)
     selected = select_parameters(model, parameters)
     if optimizer is not None:
         check_holds(optimizer, selected)
-    seen = select_modules(model, modules) if kinds & set(OF_OUTPUTS) else {}
+    seen = select_modules(model, modules) if has_outputs else {}
     rows = [
         (kind, name)
         for kind in KINDS
@@ -192,7 +192,9 @@ def watch(
         hooks = StepHook(selected.values(), recorder, first_rows, optimizer)
     outputs = None
     if seen:
-        outputs = OutputHooks(model, seen.values(), recorder, first_rows, scaler, hooks.is_running)
+        outputs = OutputHooks(
+            model, seen.values(), recorder, first_rows, scaler, optimizer, hooks.is_running
+        )
     return Watch(recorder, hooks, outputs)
 
 
@@ -242,7 +244,7 @@ class Watch:
         Raises:
             ValueError: another ``when``.
         """
-        if not isinstance(self._hooks, StepHook) or self._hooks.optimizer is not None:
+        if not isinstance(self._hooks, StepHook) or not self._hooks.calls_only:
             when = "step" if isinstance(self._hooks, StepHook) else "backward"
             raise ValueError(f"measure() needs watch(when='call'); when is {when!r}")
         self._hooks.measure()

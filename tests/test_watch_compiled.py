@@ -86,7 +86,10 @@ def test_watch_at_step_sees_the_gradients_of_compiled_autograd(fullgraph: bool) 
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_watch_during_compiled_autograd_fails_rather_than_lose_records(fullgraph: bool) -> None:
     model = make_model()
-    with gradstat.watch(model), pytest.raises(Exception, match=r"queue_callback\(\)|RLock"):
+    with (
+        gradstat.watch(model),
+        pytest.raises(Exception, match=r"BackwardHooks._on_gradient|when='step'"),
+    ):
         compile_autograd(model, fullgraph)
 
 

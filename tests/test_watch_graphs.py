@@ -37,9 +37,9 @@ class Graph:
         original = Launcher._launch
 
         def launch(launcher: Launcher, tensors: dict[int, Tensor], *ends: Any) -> Any:
-            indices, result = original(launcher, tensors, *ends)
-            self._launches.append((list(tensors.values()), result))
-            return indices, result
+            launched = original(launcher, tensors, *ends)
+            self._launches.append((list(tensors.values()), launched.result))
+            return launched
 
         with self._monkeypatch.context() as patch:
             for module in ("launches", "recorder"):
@@ -117,7 +117,7 @@ def test_replayed_reads_the_scale_of_the_replay(monkeypatch: pytest.MonkeyPatch)
     with gradstat.watch(model, scaler=scaler) as w:
         with graph.capture():
             backward(model)
-        w._recorder._captured[1]["grad"].fill_(8.0)
+        w._recorder._captured[0].scales["grad"].fill_(8.0)
         gradients = new_gradients(model)
         graph.replay()
         w.replayed()
@@ -134,7 +134,7 @@ def test_replay_of_tracked_bins_reads_the_range_that_the_one_before_has_left(
         kept = w._recorder._launcher._ranges.previous((0, 1, 2))
         with graph.capture():
             backward(model)
-        captured = w._recorder._captured[0][0][1].floats
+        captured = w._recorder._captured[0].result.floats
         assert torch.equal(kept.floats, captured)
 
 

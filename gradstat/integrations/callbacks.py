@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.amp import GradScaler
 
 from gradstat.history import History
+from gradstat.kinds import GRAD, GRAD_OUTPUT
 from gradstat.watch import Watch, watch
 
 _KNOWN = ("model", "when", "optimizer", "scaler", "accumulation_steps")
@@ -49,8 +51,17 @@ class Watching:
         """Its records so far, as `Watch.history`."""
         return self.watch.history
 
-    def _start(self, model: nn.Module, **options: Any) -> None:  # noqa: ANN401
+    def _start(
+        self,
+        model: nn.Module,
+        scaler: GradScaler | None,
+        **options: Any,  # noqa: ANN401
+    ) -> None:
         self._stop()
+        what = self._options.get("what", GRAD)
+        if GRAD_OUTPUT in ([what] if isinstance(what, str) else what):
+            # Other gradients are measured when they are unscaled.
+            options["scaler"] = scaler
         self._watch = watch(model, **self._options, **options)
 
     def _stop(self) -> None:

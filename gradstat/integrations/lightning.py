@@ -26,7 +26,7 @@ class WatchCallback(Watching, Callback):  # type: ignore[misc]
 
     Args:
         **options: as `gradstat.watch`, but ``model``, ``when``, ``optimizer``, ``scaler`` and
-            ``accumulation_steps``, which Lightning knows.
+            ``accumulation_steps``, which Lightning knows. ``what="update"`` is not to be had.
 
     Example:
         >>> from gradstat.integrations.lightning import WatchCallback  # doctest: +SKIP
@@ -37,7 +37,7 @@ class WatchCallback(Watching, Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ANN401
         """Watch the module."""
-        self._start(pl_module, when="call")
+        self._start(pl_module, getattr(trainer.precision_plugin, "scaler", None), when="call")
 
     def on_before_optimizer_step(
         self,

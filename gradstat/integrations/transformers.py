@@ -43,7 +43,8 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Watch the model."""
         # Accelerate wraps the optimizer that will step.
-        self._start(model, when="step", optimizer=getattr(optimizer, "optimizer", optimizer))
+        inner = getattr(optimizer, "optimizer", optimizer)
+        self._start(model, getattr(optimizer, "scaler", None), when="step", optimizer=inner)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         """Close the watch."""

@@ -1,0 +1,36 @@
+"""What a GradScaler tells of its steps without being asked on the device."""
+
+from __future__ import annotations
+
+import weakref
+
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+
+class SkippedSteps:
+    """Finds out that a scaler has skipped a step, for which an optimizer's hooks are not called.
+
+    Args:
+        scaler: what scales the loss.
+        optimizer: whose steps.
+    """
+
+    def __init__(self, scaler: GradScaler, optimizer: Optimizer) -> None:
+        self._scaler, self._optimizer = scaler, weakref.ref(optimizer)
+        # Of the iteration under way, which ``update()`` replaces by a new one.
+        self._states: dict[int, object] | None = None
+        self._n_steps = 0
+
+    def found(self, n_steps: int) -> bool:
+        """Whether the iteration before this one has ended with a skipped step.
+
+        Args:
+            n_steps: steps that the optimizer has made so far.
+        """
+        states = getattr(self._scaler, "_per_optimizer_states", None)
+        if states is self._states:
+            return False
+        before, stepped = self._states, n_steps != self._n_steps
+        self._states, self._n_steps = states, n_steps
+        return before is not None and id(self._optimizer()) in before and not stepped
