@@ -243,7 +243,7 @@ class History:
         return ratio
 
     def dead_units(self) -> Array:
-        """The share of each module's units whose output was zero for the whole batch.
+        """The share of each module's units whose output was zero all through a record.
 
         Returns:
             float64 ``(S, L)``, for the layers of ``select("unit")``, which are those of

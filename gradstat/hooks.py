@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -68,7 +69,7 @@ class BackwardHooks:
     def _on_gradient(self, index: int, parameter: Tensor) -> None:
         with self._recorder.lock:
             if self._next_call() is None:
-                if torch._C._current_autograd_node() is None:
+                if _is_compiled_autograd():
                     # The end of the pass would not be told.
                     raise RuntimeError("watch() needs when='step' under compiled autograd")
                 # There is no scale before the first loss, nor in a scaler that is not enabled.
@@ -226,6 +227,11 @@ class StepHook:
                 self._recorder.add(self._rows[GRAD] + index, gradient)
             if PARAM in self._rows:
                 self._recorder.add(self._rows[PARAM] + index, parameter)
+
+
+def _is_compiled_autograd() -> bool:
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and bool(module.in_compiled_autograd_region)
 
 
 def _wide_copy(parameter: nn.Parameter) -> Tensor:

@@ -59,7 +59,7 @@ class OutputHooks:
         self._skips = None
         if scaler is not None and optimizer is not None:
             self._skips = SkippedSteps(scaler, optimizer)
-        self._layout = Layout(modules)
+        self._layout, self._is_closed = Layout(modules), False
         self.sees_gradients = GRAD_OUTPUT in first_rows
         self.key = next(_KEYS)
         _RUNNING[self.key] = self
@@ -73,13 +73,13 @@ class OutputHooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        _RUNNING.pop(self.key, None)
+        self._is_closed = True
 
     @_disable_dynamo
     def see(self, index: int, x: Tensor, is_gradient: bool) -> None:
         """Measure an output of the module of that index, or the gradient with respect to one."""
         model = self._model()
-        if not _is_ordinary(x) or model is None or not model.training:
+        if self._is_closed or model is None or not model.training or not _is_ordinary(x):
             return
         x, recorder = x.detach(), self._recorder
         with recorder.lock, torch.no_grad():
@@ -192,9 +192,11 @@ def _is_tracing() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
-def _is_ordinary(x: Tensor) -> bool:
-    """Whether a tensor has values here and now, as those of a transform or an export have not."""
+def _is_ordinary(x: object) -> bool:
+    """Whether it has values here and now, as a tensor of a transform or an export has not."""
     functorch = torch._C._functorch
+    if not isinstance(x, Tensor):  # a gradient may be None
+        return False
     if functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x):
         return False
     if x.is_meta or x.is_nested:

@@ -145,7 +145,7 @@ class Recorder:
             gradient = self._own_part(index, gradient)
         if gradient.is_sparse:
             gradient = gradient.detach().coalesce().values()
-        if is_measurable(gradient):
+        if is_measurable(gradient) and not gradient.is_meta:
             self._wait(index, gradient, at_once)
 
     def add_output(self, index: int, x: Tensor) -> bool:

@@ -87,10 +87,10 @@ def watch(
             before the step. ``"update"``: by how much a step changes them, with ``"param"``, for
             `History.update_ratio`; it needs ``when="step"`` and, in the steps recorded, memory for
             a copy of them. ``"activation"``: what modules return while the model is in training
-            mode, with the largest magnitude of each unit (``"unit"``: of a channel of images, of a
-            feature otherwise), for `History.dead_units`. ``"grad_output"``: the gradients with
+            mode, with the largest magnitude of each unit (``"unit"``: of a channel of convolutions,
+            of a feature otherwise), for `History.dead_units`. ``"grad_output"``: the gradients with
             respect to that. What a module returns several times before a record is counted
-            together, and measured in a launch each.
+            together, and what is large measured in a launch of its own.
         parameters: which parameters: a regular expression searched for in their names, or a
             function of name and parameter. By default all but biases.
         modules: which modules return activations, as for ``parameters``. By default those that have
@@ -105,11 +105,11 @@ def watch(
             absent, and so are the steps that a scaler skips (a fused optimizer skips them itself,
             with a record). A closure given to its ``step()`` runs after the measurement: for that
             there is ``when="call"``.
-        scaler: what scales the loss, for ``when="backward"``, and for ``"grad_output"`` always:
-            gradients are then measured unscaled. Exact while the scale is a power of two, as by
-            default; with another one a value may be counted up to two bins of `Log2Bins` too near
-            to zero. A step that the scaler will skip has a record like any other, its NaN and
-            infinities counted.
+        scaler: what scales the loss, for ``when="backward"``, and for outputs always: gradients are
+            then measured unscaled, and outputs of skipped steps left out. Exact while the scale is
+            a power of two, as by default; with another one a value may be counted up to two bins of
+            `Log2Bins` too near to zero. A backward pass before a step that is skipped has a record
+            like any other, its NaN and infinities counted.
         capacity: most records to keep in memory, 2 or more: the first, the last, and between them
             every so many, evenly.
         sink: a function of a step's number and its record, Statistics on the CPU that it must not

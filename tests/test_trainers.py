@@ -289,3 +289,37 @@ def test_callbacks_refuse_what_the_trainer_knows(callback: Callable[[], type], n
 def test_callbacks_have_no_history_before_training(callback: Callable[[], type]) -> None:
     with pytest.raises(RuntimeError, match="WatchCallback needs a training"):
         _ = callback()().history
+
+
+def test_lightning_measures_gradients_of_outputs_unscaled(lightning: Any) -> None:
+    from lightning.pytorch.plugins import MixedPrecision
+
+    from gradstat.integrations.lightning import WatchCallback
+
+    norms = []
+    for scale in (1.0, 1024.0):
+        torch.manual_seed(20)
+        callback, module = WatchCallback(what=("grad", "grad_output")), make_module(lightning)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        plugins = [MixedPrecision("16-mixed", device="cpu", scaler=scaler)]
+        trainer = make_trainer(lightning, callback, max_epochs=1, plugins=plugins)
+        trainer.fit(module, torch.utils.data.DataLoader(Data(), batch_size=4))
+        norms.append(callback.history["l2"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2)  # of float16 values
+
+
+def test_transformers_measures_gradients_of_outputs_unscaled() -> None:
+    pytest.importorskip("transformers")
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    from gradstat.integrations.transformers import WatchCallback
+
+    model = make_model()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = AcceleratedOptimizer(inner, scaler=scaler)
+    callback = WatchCallback(what=("grad", "grad_output"), modules="4")
+    callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
+    scaler.scale(model(torch.randn(8, 6)).sum()).backward()
+    optimizer.step()
+    assert callback.history.select("grad_output")["max"].tolist() == [[1.0]]
