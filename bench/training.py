@@ -125,7 +125,7 @@ class Workload:
     pairs: int
 
 
-WORKLOADS = {"MLP": Workload(build_mlp, 16, 100), "small GPT": Workload(build_gpt, 1, 40)}
+WORKLOADS = {"MLP": Workload(build_mlp, 5, 300), "small GPT": Workload(build_gpt, 1, 40)}
 WAYS: dict[str, type[Run]] = {
     "gradstat.watch": WithGradstat,
     "gradstat.watch, every kind": WithEverything,

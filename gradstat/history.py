@@ -96,7 +96,7 @@ class History:
             step: its number, higher than the last one's.
             integers: int64 ``(L, 8)``, fields as in `Statistics`.
             floats: float64 ``(L, 8)``.
-            counts: int64 ``(L, bins)``, kept for a while, and copied only for a ``capacity``.
+            counts: int64 ``(L, bins)``, kept for a while, not copied.
 
         Raises:
             ValueError: a step that is not higher.
@@ -105,8 +105,6 @@ class History:
             raise ValueError(f"append() needs a step after {self._steps[-1]}; step is {step}")
         if self._capacity is not None:
             self._make_room(self._capacity)
-            # It may be a part of an array that would stay as a whole, when others of it go.
-            counts = counts.copy()
         at = len(self._steps)
         if at == len(self._integers):
             self._integers = _with_room(self._integers)

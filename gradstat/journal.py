@@ -44,13 +44,10 @@ class Journal:
         self._write()
 
     def append(self, step: int, *arrays: NDArray[Any]) -> None:
-        """Take a record, as `History.append`."""
+        """Take a record, as `History.append`; once in a while write all that are waiting."""
         self._buffer.append(step, *arrays)
-
-    @property
-    def is_due(self) -> bool:
-        """Whether it is time to write."""
-        return time.monotonic() >= self._due_s
+        if time.monotonic() >= self._due_s:
+            self.flush()
 
     def flush(self) -> None:
         """Write all records that are waiting."""

@@ -14,8 +14,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gradstat.bins import LinearBins
-from gradstat.deferred import MOST_BYTES, Deferred
 from gradstat.history import History
 from gradstat.journal import Journal
 from gradstat.kinds import GRAD, OF_OUTPUTS
@@ -30,7 +28,6 @@ from gradstat.records import (
     as_statistics,
     combine,
     send,
-    split,
     unit_peaks,
 )
 from gradstat.statistics import Statistics
@@ -38,6 +35,7 @@ from gradstat.streams import SideStream
 
 Sink = Callable[[int, Statistics], object]
 
+_SMALL_BYTES = 1 << 16
 _MOST_ROWS = 256  # that wait on their device, 16 KB each over Log2Bins
 _NO_OUTPUTS = (
     "watch() has seen no output of the model's modules, which are NaN in its records: they must be "
@@ -94,10 +92,6 @@ class Recorder:
         self._n_bytes: dict[int, int] = {}
         self._launches: list[Launch] = []
         self._parts: list[Part] = []  # of this record, on their way already
-        self._deferred = Deferred()
-        # A tracked range is that of the pass before, and a sink is not to wait.
-        is_tracking = isinstance(history.bins, LinearBins) and history.bins.track
-        self._may_defer = sink is None and not is_tracking
         self._captured: list[Launch] | None = None
         self._pending: deque[Record] = deque()
         self._arrived: deque[tuple[int, Rows]] = deque()
@@ -166,7 +160,7 @@ class Recorder:
             return False
         self._has_outputs = True
         # A copy of a small one costs less than a launch of its own.
-        is_small = x.nbytes <= MOST_BYTES
+        is_small = x.nbytes <= _SMALL_BYTES
         self._wait_again(index, x.clone() if is_small else x, at_once=not is_small)
         return True
 
@@ -200,10 +194,6 @@ class Recorder:
             if self._outputs and not self._has_outputs:
                 self._has_outputs = True
                 warnings.warn(_NO_OUTPUTS, RuntimeWarning, stacklevel=2)
-            if self._defer():
-                self._forget()
-                self._count_pass()
-                return
             self.measure_waiting()
             if self._side is not None:
                 self._side.join()
@@ -241,10 +231,8 @@ class Recorder:
         """Move records that have arrived into the history, oldest first.
 
         Args:
-            wait: for all of them, and measure first what is deferred.
+            wait: for all of them.
         """
-        if wait:
-            self._measure_deferred()
         while self._pending and self._pending[0].has_arrived(wait):
             record = self._pending.popleft()
             rows = record.rows(self._outputs)
@@ -253,8 +241,6 @@ class Recorder:
                 self._journal.append(record.step, *rows)
             if self._sink is not None:
                 self._arrived.append((record.step, rows))
-        if self._journal is not None and self._journal.is_due:
-            self._journal.flush()
         if self._sink is not None and not self._is_handing_on:
             self._hand_on(self._sink)
 
@@ -278,36 +264,7 @@ class Recorder:
         finally:
             self._is_handing_on = False
 
-    def _defer(self) -> bool:
-        """Leave a pass of small tensors for later, to be measured with others, if that is right."""
-        if len(self._waiting) != 1 or self._launches or self._parts:
-            return False
-        if self._scales or not self._may_defer:
-            return False
-        ((device, tensors),) = self._waiting.items()
-        if self._n_bytes[device] > MOST_BYTES or is_capturing():
-            return False
-        with torch.no_grad():
-            step = self.n_passes // self._accumulation_steps
-            if not self._deferred.take(step, dict(sorted(tensors.items()))):
-                return False
-        self._waiting.clear()
-        self._n_bytes.clear()
-        if self._deferred.is_due or (self._journal is not None and self._journal.is_due):
-            self._measure_deferred()
-        return True
-
-    def _measure_deferred(self) -> None:
-        if not len(self._deferred):
-            return
-        with torch.no_grad():
-            passes, launch = self._deferred.measure(self._launcher)
-        parts = split((layers for _, layers in passes), launch)
-        for (step, _), part in zip(passes, parts, strict=True):
-            self._pending.append(Record(step, self.history, [part]))
-
     def _send(self, launches: list[Launch]) -> None:
-        self._measure_deferred()
         step = self.n_passes // self._accumulation_steps
         parts, self._parts = [*self._parts, *send(launches)], []
         self._pending.append(Record(step, self.history, parts))

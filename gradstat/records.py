@@ -39,8 +39,7 @@ class Part(NamedTuple):
 
     Args:
         indices: the layer of each row.
-        result: integers, floats and counts, and maybe of others too.
-        first: its first row among them.
+        result: integers, floats and counts.
         sources: what they are copied from, which is kept until they have arrived: the copy may run
             on another stream than the one that the memory belongs to.
         scales: what the values of a kind are still to be divided by.
@@ -48,7 +47,6 @@ class Part(NamedTuple):
 
     indices: tuple[int, ...]
     result: Transfer
-    first: int
     sources: list[Statistics]
     scales: dict[str, Transfer]
 
@@ -57,11 +55,6 @@ class Part(NamedTuple):
         if not self.result.has_arrived(wait):
             return False
         return all(scale.has_arrived(wait) for scale in self.scales.values())
-
-    def arrays(self) -> Rows:
-        """Its rows, once they have arrived."""
-        end = self.first + len(self.indices)
-        return tuple(each[self.first : end] for each in self.result.arrays())
 
 
 def send(launches: Sequence[Launch]) -> list[Part]:
@@ -84,25 +77,7 @@ def _join(launches: list[Launch]) -> Part:
         rows = ((s.integers, s.floats, s.counts) for _, s, _ in launches)
         fields = tuple(torch.cat(each) for each in zip(*rows, strict=True))
     arriving = {kind: Transfer((scale,)) for kind, scale in scales.items()} if scales else {}
-    return Part(indices, Transfer(fields), 0, [each.result for each in launches], arriving)
-
-
-def split(layers: Iterable[tuple[int, ...]], launch: Launch) -> list[Part]:
-    """Start the result of a launch over several passes on its way to the host.
-
-    Args:
-        layers: of each pass, whose rows follow one another.
-        launch: of them all, without scales.
-
-    Returns:
-        A part for each pass.
-    """
-    whole = _join([launch])
-    parts, first = [], 0
-    for indices in layers:
-        parts.append(whole._replace(indices=indices, first=first))
-        first += len(indices)
-    return parts
+    return Part(indices, Transfer(fields), [each.result for each in launches], arriving)
 
 
 def combine(parts: Sequence[Part], history: History, outputs: frozenset[int]) -> Part:
@@ -135,7 +110,7 @@ def combine(parts: Sequence[Part], history: History, outputs: frozenset[int]) ->
                 new = _arrays(as_statistics(bins, before).merge(as_statistics(bins, new)))
             integers[rows], floats[rows], counts[rows] = new
     packed = tuple(torch.from_numpy(each) for each in (integers, floats, counts))
-    return Part(tuple(layers), Transfer(packed), 0, [], {})
+    return Part(tuple(layers), Transfer(packed), [], {})
 
 
 def _rise(layers: tuple[int, ...]) -> bool:
@@ -143,7 +118,7 @@ def _rise(layers: tuple[int, ...]) -> bool:
 
 
 def _unscaled(part: Part, history: History) -> Rows:
-    arrays = part.arrays()
+    arrays = part.result.arrays()
     if isinstance(history.bins, LinearBins):
         return arrays
     for kind, scale in part.scales.items():
@@ -198,12 +173,12 @@ class Record(NamedTuple):
         n_layers = len(self.history.layers)
         whole = combine(self.parts, self.history, outputs)
         if len(whole.indices) == n_layers:
-            return whole.arrays()
+            return whole.result.arrays()
         integers = np.zeros((n_layers, len(INTEGERS)), dtype=np.int64)
         floats = np.full((n_layers, len(FLOATS)), np.nan)
         counts = np.zeros((n_layers, self.history.bins.bins), dtype=np.int64)
         rows = list(whole.indices)
-        integers[rows], floats[rows], counts[rows] = whole.arrays()
+        integers[rows], floats[rows], counts[rows] = whole.result.arrays()
         return integers, floats, counts
 
 

@@ -62,7 +62,7 @@ def test_what_measures_each_kind_as_statistics_does(
 ) -> None:
     monkeypatch.setattr("gradstat.records._is_host", lambda device: is_host)
     # Larger outputs are launched one by one.
-    monkeypatch.setattr("gradstat.recorder.MOST_BYTES", 130)
+    monkeypatch.setattr("gradstat.recorder._SMALL_BYTES", 130)
     model = make_model()
     seen = Seen(model, MODULES)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
