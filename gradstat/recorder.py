@@ -190,7 +190,8 @@ class Recorder:
         One that becomes part of a CUDA graph has a record each time that `replayed` is called.
         """
         if self.is_recording:
-            self._take_peaks()
+            if self._peaks:
+                self._take_peaks()
             if self._outputs and not self._has_outputs:
                 self._has_outputs = True
                 warnings.warn(_NO_OUTPUTS, RuntimeWarning, stacklevel=2)
@@ -348,4 +349,5 @@ class Recorder:
 
     def _measure(self, tensors: dict[int, Tensor]) -> None:
         self._launches += self._launcher.measure(tensors, self._scales)
-        self._send_early()
+        if self._outputs:
+            self._send_early()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,13 +51,15 @@ class Part(NamedTuple):
 
     def has_arrived(self, wait: bool) -> bool:
         """Whether it is there, which it is after waiting."""
-        if not self.result.has_arrived(wait):
+        if self.scales and not all(x.has_arrived(wait) for x in self.scales.values()):
             return False
-        return all(scale.has_arrived(wait) for scale in self.scales.values())
+        return self.result.has_arrived(wait)
 
 
 def send(launches: Sequence[Launch]) -> list[Part]:
     """Start the results of launches on their way to the host, those of each device together."""
+    if len(launches) == 1:
+        return [_join(launches)]
     groups: dict[object, list[Launch]] = {}
     for at, launch in enumerate(launches):
         device = launch.result.counts.device
@@ -69,7 +70,7 @@ def send(launches: Sequence[Launch]) -> list[Part]:
     return [_join(group) for group in groups.values()]
 
 
-def _join(launches: list[Launch]) -> Part:
+def _join(launches: Sequence[Launch]) -> Part:
     indices, source, scales = launches[0]
     fields: tuple[Tensor, ...] = (source.integers, source.floats, source.counts)
     if len(launches) > 1:
@@ -91,7 +92,8 @@ def combine(parts: Sequence[Part], history: History, outputs: frozenset[int]) ->
     Returns:
         A part on the host with a row for each layer that has any.
     """
-    if len(parts) == 1 and not parts[0].scales and _rise(parts[0].indices):
+    # In one launch each layer comes once, in order.
+    if len(parts) == 1 and not parts[0].scales and len(parts[0].sources) < 2:
         return parts[0]
     bins = history.bins
     layers = sorted({layer for part in parts for layer in part.indices})
@@ -111,10 +113,6 @@ def combine(parts: Sequence[Part], history: History, outputs: frozenset[int]) ->
             integers[rows], floats[rows], counts[rows] = new
     packed = tuple(torch.from_numpy(each) for each in (integers, floats, counts))
     return Part(tuple(layers), Transfer(packed), [], {})
-
-
-def _rise(layers: tuple[int, ...]) -> bool:
-    return all(a < b for a, b in pairwise(layers))
 
 
 def _unscaled(part: Part, history: History) -> Rows:
