@@ -21,7 +21,7 @@ from shapes import MLP
 from training import Run, WithGradstat, build_mlp, seconds_per_step
 
 import gradstat
-from gradstat import hooks, records
+from gradstat import hooks, recorder
 from gradstat.engines import cpu
 
 CALLS, STEPS = 3000, 2000
@@ -36,9 +36,9 @@ CALL: list[tuple[Any, str, str]] = [
 ]
 WATCH: list[tuple[Any, str, str]] = [
     (hooks.BackwardHooks, "_on_gradient", "the hooks of four parameters"),
-    (records.Recorder, "end", "end of backward"),
+    (recorder.Recorder, "end", "end of backward"),
     *CALL[1:],
-    (records.Recorder, "collect", "of the end, the record into the history"),
+    (recorder.Recorder, "collect", "of the end, the record into the history"),
 ]
 
 

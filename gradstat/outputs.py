@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from gradstat.kinds import ACTIVATION, GRAD_OUTPUT, UNIT
@@ -53,7 +54,7 @@ class OutputHooks:
     ) -> None:
         modules = list(modules)
         # The hooks are on the model and keep this alive, not the other way round.
-        self._model = weakref.ref(model)
+        self._model = weakref.ref(_unwrapped(model))
         self._recorder, self._rows = recorder, first_rows
         self._scaler, self._is_running = scaler, is_running
         self._skips = None
@@ -186,6 +187,14 @@ def _first_tensor(output: object) -> Tensor | None:
             if found is not None:
                 return found
     return None
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module, whose mode may be set without that of what is around it."""
+    if isinstance(model, DistributedDataParallel | nn.DataParallel):
+        return _unwrapped(model.module)
+    compiled = getattr(model, "_orig_mod", None)
+    return _unwrapped(compiled) if isinstance(compiled, nn.Module) else model
 
 
 def _is_tracing() -> bool:

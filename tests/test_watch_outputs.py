@@ -453,6 +453,18 @@ def test_outputs_before_a_tensor_of_integers_are_searched_further() -> None:
         assert w.history.select(kind)["numel"].tolist() == [[48, 24, 24]]
 
 
+def test_mode_is_that_of_the_module_within_its_wrappers() -> None:
+    inner = make_model()
+    model = torch.compile(nn.DataParallel(inner), backend="eager")
+    with gradstat.watch(model, what="activation") as w:
+        backward(inner)
+        inner.eval()
+        inner(torch.randn(100, 6))
+        inner.train()
+        backward(inner)
+    assert w.history.select("activation")["numel"].tolist() == [[40, 40, 32, 32, 24]] * 2
+
+
 def test_scripted_modules_are_left_out() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
