@@ -162,6 +162,8 @@ class Recorder:
         # A copy of a small one costs less than a launch of its own.
         is_small = x.nbytes <= _SMALL_BYTES
         self._wait_again(index, x.clone() if is_small else x, at_once=not is_small)
+        if self._side is not None and not is_small:
+            self._side.join()
         return True
 
     def add_peaks(self, index: int, x: Tensor, unit: int | None) -> None:

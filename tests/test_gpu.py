@@ -96,6 +96,23 @@ def test_watch_on_a_side_stream_sees_gradients_before_they_change(
         assert torch.equal(w.history.record(step).counts, expected.history.record(step).counts)
 
 
+@pytest.mark.parametrize("stream", ["current", "side"])
+def test_watch_sees_outputs_before_they_change(stream: str) -> None:
+    layers = [torch.nn.Linear(512, 2048), torch.nn.ReLU(inplace=True), torch.nn.Linear(2048, 512)]
+    model = torch.nn.Sequential(*layers * 3).cuda()
+    x = torch.randn(256, 512, device="cuda")
+    what = ("grad", "activation", "grad_output")
+    with (
+        gradstat.watch(model, what=what, stream=stream) as w,
+        gradstat.watch(model, what=what, engine="reference") as expected,
+    ):
+        for _ in range(3):
+            model(x).square().mean().backward()
+    for step in range(3):
+        assert torch.equal(w.history.record(step).integers, expected.history.record(step).integers)
+        assert torch.equal(w.history.record(step).counts, expected.history.record(step).counts)
+
+
 def test_a_training_step_with_watch_can_be_captured() -> None:
     model = torch.nn.Linear(300, 200).cuda()
     x = torch.randn(64, 300, device="cuda")
