@@ -61,6 +61,9 @@ class OutputHooks:
         if scaler is not None and optimizer is not None:
             self._skips = SkippedSteps(scaler, optimizer)
         self._layout, self._is_closed = Layout(modules), False
+        # What autograd calls when the pass is over, and drops if an exception ends it.
+        self._is_in_backward = False
+        self._end_call: Callable[[], Callable[[], None] | None] = lambda: None
         self.sees_gradients = GRAD_OUTPUT in first_rows
         self.key = next(_KEYS)
         _RUNNING[self.key] = self
@@ -88,14 +91,28 @@ class OutputHooks:
                 # What is there belongs to a pass or a step that came to nothing.
                 recorder.drop()
             if is_gradient:
-                recorder.take_scale(GRAD_OUTPUT, getattr(self._scaler, "_scale", None))
-                recorder.add_output(self._rows[GRAD_OUTPUT] + index, x)
+                self._follow_backward()
+                if self.sees_gradients:
+                    recorder.take_scale(GRAD_OUTPUT, getattr(self._scaler, "_scale", None))
+                    recorder.add_output(self._rows[GRAD_OUTPUT] + index, x)
             elif ACTIVATION in self._rows and not _is_recomputing():
                 unit = self._layout.unit_dim(index, x)
                 if recorder.add_output(self._rows[ACTIVATION] + index, x):
                     recorder.add_peaks(self._rows[UNIT] + index, x, unit)
 
+    def _follow_backward(self) -> None:
+        if not self._is_in_backward:
+            on_end = partial(self._on_end)
+            self._is_in_backward, self._end_call = True, weakref.ref(on_end)
+            torch.autograd.Variable._execution_engine.queue_callback(on_end)
+
+    def _on_end(self) -> None:
+        self._is_in_backward = False
+
     def _has_failed(self) -> bool:
+        if self._is_in_backward and self._end_call() is None:
+            self._is_in_backward = False
+            return True
         if self._recorder.is_recording and not self._is_running():
             return True
         return self._skips is not None and self._skips.found(self._recorder.n_passes)
@@ -116,16 +133,17 @@ class _OnOutput:
         x = _first_tensor(output)
         if x is None:
             return
-        sees_gradient = self.sees_gradients and x.requires_grad and not x.is_leaf
+        has_gradient = x.requires_grad and not x.is_leaf
         if torch.compiler.is_compiling():
             place = self.place
             _see(place, x.detach(), False)
-            if sees_gradient:
+            if has_gradient and self.sees_gradients:
                 x.register_hook(lambda gradient: _see(place, gradient.detach(), True))  # type: ignore[no-untyped-call]
         else:
             see = partial(self.hooks.see, self.index)
             see(x, False)
-            if sees_gradient:
+            # Also for activations alone: it tells of a backward pass that fails.
+            if has_gradient:
                 _hook_gradient(x, inputs, see)
 
     def __reduce__(self) -> tuple[Any, ...]:

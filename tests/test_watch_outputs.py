@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recording import assert_record, backward, make_model
+from recording import Fails, assert_record, backward, make_model
 from torch import Tensor, nn
 from torch.nn.functional import relu_
 from torch.utils.checkpoint import checkpoint
@@ -254,6 +254,29 @@ def test_optimizer_of_a_scaler_that_steps_first_keeps_what_comes_after() -> None
             scaler.step(optimizers[1])
             scaler.update()
     assert w.history.select("activation")["numel"].tolist() == [[12], [18], [18]]
+
+
+@pytest.mark.parametrize("what", [BOTH, ("activation",)], ids=str)
+@pytest.mark.parametrize("when", ["backward", "step"])
+@pytest.mark.parametrize("fails_after", [4, 2, 0])
+def test_outputs_of_a_pass_that_fails_are_forgotten(
+    fails_after: int, when: str, what: tuple[str, ...]
+) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"optimizer": optimizer} if when == "step" else {}
+    with gradstat.watch(model, what=("grad", *what), when=when, **options) as w:
+        for _ in range(2):
+            hidden = model[:fails_after](torch.randn(8, 6, requires_grad=True))
+            output = model[fails_after:](Fails.apply(hidden))
+            with pytest.raises(RuntimeError, match="no gradient"):
+                output.sum().backward()
+            model.zero_grad()
+        backward(model)
+        optimizer.step()
+    assert len(w.history) == 1
+    for kind in what:
+        assert w.history.select(kind)["numel"].tolist() == [[40, 40, 32, 32, 24]]
 
 
 def test_outputs_after_a_step_that_fails_are_those_of_the_next_pass() -> None:
