@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -127,6 +128,10 @@ def _claim(path: Path, file: Path) -> None:
 def _read_file(path: Path) -> Records:
     with path.open("rb") as file:
         try:
+            if not zipfile.is_zipfile(file):
+                # NumPy would advise to load it as a pickle.
+                raise ValueError("it is no .npz file")
+            file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:
                 return _check({name: arrays[name] for name in arrays.files})
         except Exception as error:  # zipfile, zlib and NumPy meet damage with a dozen kinds

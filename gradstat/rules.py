@@ -84,6 +84,7 @@ def find_growth(run: Run, thresholds: Thresholds) -> list[Finding]:
         rms = np.stack([median(single[max(0, t - 2) : t + 1]) for t in range(len(single))])
     growth = np.nan_to_num(rms / so_far)
     growth[:3] = 0  # too few to compare with
+    growth[np.isnan(single)] = 0  # of records that have none the ones before would speak
     findings = []
     for column, layer in enumerate(run.layers):
         at = int(growth[:, column].argmax())

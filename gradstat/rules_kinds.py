@@ -15,8 +15,9 @@ from gradstat.windows import Run
 _FORWARD, _BACKWARD = (PARAM, ACTIVATION), (GRAD_OUTPUT, GRAD, UPDATE)
 _FIRST_MET = {
     PARAM: "{} is the first parameter with NaN or infinity in it",
-    ACTIVATION: "{}'s output is where forward first met NaN or infinity",
-    GRAD_OUTPUT: "The gradient of {}'s output is where backward first met NaN or infinity",
+    ACTIVATION: "{}'s output is the first, in the order of the modules, with NaN or infinity",
+    GRAD_OUTPUT: "The gradient of {}'s output is the first, from the last module back, with NaN or "
+    "infinity",
     GRAD: "{} is where backward first met NaN or infinity",
     UPDATE: "{} is the first parameter whose change has NaN or infinity in it",
 }

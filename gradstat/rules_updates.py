@@ -30,6 +30,8 @@ def find_stuck(run: Run, thresholds: Thresholds) -> list[Finding]:
     if (pace < thresholds.stuck_ratio).all():
         is_ending = early > _STEADY * late
         return [] if is_ending else [_all_stuck(run, steps, pace, thresholds)]
+    if rounded := _most_rounded(run):
+        return [rounded]
     # Where a schedule has slowed all layers down none is stuck.
     usual = max(median(pace[:, None])[0] / 2, np.fmax.reduce(pace) / 10)
     going = np.flatnonzero(pace >= usual)
@@ -69,6 +71,32 @@ def _all_stuck(run: Run, steps: Array, pace: Array, thresholds: Thresholds) -> F
     severity: Severity = "severe" if severe else "warning"
     span = run.steps_of(0, len(run.blocks) - 1)
     return Finding("stuck", severity, run.layers[stuck[0]], span, numbers, sentence)
+
+
+def _most_rounded(run: Run) -> Finding | None:
+    """Most layers, where nearly all elements that have a gradient stay as they are all the time."""
+    gradients = Run(run.history, run.window, GRAD)
+    if len(run.blocks) < _PERSISTENT or gradients.layers != [
+        *map(run.name, range(len(run.layers)))
+    ]:
+        return None
+    free = gradients["numel"] - gradients["zeros"]
+    kept = (run["zeros"] - (run["numel"] - free)).clip(0)
+    shares = np.where(free > 0, kept / np.maximum(free, 1), math.nan)
+    least = np.stack([median(shares[block]) for block in run.blocks]).min(0)
+    rounded = np.flatnonzero(least >= _ROUNDED)
+    if 2 * len(rounded) <= len(run.layers):
+        return None
+    layer = int(rounded[least[rounded].argmax()])
+    numbers = {"zeros": float(least[layer]), "layers": float(len(rounded))}
+    sentence = (
+        f"Most layers hardly learn, {run.name(layer)} and {len(rounded) - 1} more of "
+        f"{len(run.layers)}: at least {math.floor(least[rounded].min() * 1000) / 10:g}% of their "
+        f"elements that have a gradient stay as they are; the changes round to nothing in the type "
+        f"of the weights."
+    )
+    span = run.steps_of(0, len(run.blocks) - 1)
+    return Finding("stuck", "warning", run.layers[layer], span, numbers, sentence)
 
 
 def _stuck_alone(run: Run, steps: Array, pace: Array, going: Array, still: Array) -> list[Finding]:

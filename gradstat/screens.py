@@ -94,8 +94,8 @@ def findings(found: Sequence[Finding], most: int | None = 3, indent: str = "") -
 def compare(runs: Mapping[str, History], *, every_layer: bool = False) -> str:
     """Two runs layer by layer: rms of each, their ratio, first over last layer, and findings.
 
-    Of several kinds of rows the first is compared, and what there is in both runs of update ratios
-    and dead units.
+    Of several kinds of rows the first that both have is compared, and what there is in both runs of
+    update ratios and dead units.
 
     Args:
         runs: two histories with records, by name.
@@ -104,12 +104,18 @@ def compare(runs: Mapping[str, History], *, every_layer: bool = False) -> str:
     Returns:
         Text.
     """
-    typical = {name: _typical(history) for name, history in runs.items()}
+    one, other = runs
+    common = next((kind for kind in runs[one].kinds if kind in runs[other].kinds), None)
+    typical = {
+        name: _typical(
+            history.select(common) if common not in (None, history.kinds[0]) else history
+        )
+        for name, history in runs.items()
+    }
     layers = list(dict.fromkeys(layer for values in typical.values() for layer in values))
     shown = layers if every_layer else _some(layers, _MOST_LAYERS)
     known = [x for values in typical.values() for x in values.values() if x > 0]
     ends = (min(known), max(known)) if known else (1.0, 1.0)
-    one, other = runs
     rows: list[tuple[str, ...]] = [("rms, median of all records", "A", "", "B", "", "B / A")]
     for layer in shown:
         a, b = (typical[name].get(layer, math.nan) for name in (one, other))

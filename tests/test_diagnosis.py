@@ -218,3 +218,15 @@ def test_diagnose_lets_a_layer_be_zero_for_a_while_absent_or_broken() -> None:
 
     history = make_history(Log2Bins(), 2, 60, gradient, absent=[(i, 0) for i in range(60)])
     assert diagnose(history) == []
+
+
+def test_diagnose_ends_a_growth_before_the_records_without_a_gradient() -> None:
+    def gradient(step: int, layer: int) -> Tensor:
+        if step >= 12:
+            return torch.full((4,), math.nan)
+        return torch.full((4,), 1e6 if step >= 10 else 1.0)
+
+    history = make_history(Log2Bins(), 1, 20, gradient)
+    finding = next(each for each in diagnose(history) if each.kind == "exploding")
+    assert finding.steps[1] == 11
+    assert "at step 11" in finding.sentence

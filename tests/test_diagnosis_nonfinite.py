@@ -36,12 +36,13 @@ def broken(breaks: Breaks, kinds: tuple[str, ...] = KINDS, steps: int = 40) -> H
         (
             ("grad", "update", "activation", "unit", "grad_output"),
             "activation/1.weight",
-            "1.weight's output is where forward first met NaN or infinity",
+            "1.weight's output is the first, in the order of the modules, with NaN or infinity",
         ),
         (
             ("grad", "update", "grad_output"),
             "grad_output/2.weight",
-            "The gradient of 2.weight's output is where backward first met NaN or infinity",
+            "The gradient of 2.weight's output is the first, from the last module back, with NaN "
+            "or infinity",
         ),
         (("grad", "update"), "2.weight", "2.weight is where backward first met NaN or infinity"),
         (("update",), "update/1.weight", "1.weight is the first parameter whose change has NaN"),

@@ -196,3 +196,30 @@ def test_diagnose_says_nothing_of_updates_that_are_absent_or_alone() -> None:
     assert diagnose(history) == []
     history = moving(lambda step, layer: 0.0)
     assert history.select("update").diagnose() == []
+
+
+@pytest.mark.parametrize(
+    ("dtype", "found"), [(torch.bfloat16, True), (torch.float32, False)], ids=str
+)
+def test_diagnose_finds_weights_that_round_nearly_all_changes_to_nothing(
+    dtype: torch.dtype, found: bool
+) -> None:
+    torch.manual_seed(20)
+    linear = [torch.nn.Linear(64, 64, bias=False) for _ in range(4)]
+    model = torch.nn.Sequential(*linear).to(dtype)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+    options = {"when": "step", "optimizer": optimizer}
+    with gradstat.watch(model, what=("grad", "update"), **options) as w:
+        for _ in range(60):
+            x = torch.randn(64, 64, dtype=dtype)
+            optimizer.zero_grad()
+            (model(x) - x).square().mean().backward()
+            optimizer.step()
+    # What moves keeps the ratio above the threshold.
+    assert (w.history.update_ratio() > 1e-6).all()
+    findings = [each for each in diagnose(w.history) if each.kind == "stuck"]
+    assert [each.severity for each in findings] == ["warning"] * found
+    if found:
+        assert findings[0].numbers["layers"] == 4
+        assert findings[0].numbers["zeros"] > 0.9
+        assert findings[0].steps == (0, 59)

@@ -99,6 +99,12 @@ def assert_load_refuses(path: Path, reason: str = "") -> None:
         History.load(path)
 
 
+def test_history_load_refuses_text_without_advice_to_unpickle_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.npz"
+    path.write_text("step,loss\n")
+    assert_load_refuses(path, "it is no .npz file")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
 def test_history_load_refuses_a_truncated_file(
     share: float, generator: torch.Generator, tmp_path: Path

@@ -238,6 +238,13 @@ def test_compare_tells_update_ratios_and_dead_units_where_both_runs_have_them() 
     assert "update / parameter" not in updates
 
 
+def test_compare_compares_the_first_kind_that_both_runs_have() -> None:
+    history = make_history(Log2Bins(), 2, 5, values_of_kinds, kinds=KINDS)
+    for one, other in ((history.select("update"), history), (history, history.select("update"))):
+        text = screens.compare({"one": one, "other": other})
+        assert re.findall(r"^\d\.weight .* (\S+)$", text, re.M) == ["1", "1"]
+
+
 def test_draw_writes_the_curves_of_the_first_kind_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
