@@ -47,8 +47,7 @@ class BackwardHooks:
             (first_rows[PARAM] + index, weakref.ref(parameter))
             for index, parameter in enumerate(parameters if PARAM in first_rows else ())
         ]
-        # What will be called next in the running pass. Autograd alone keeps it alive, and drops it
-        # with a pass that an exception ends.
+        # What will be called next in the running pass, as `await_end` returns it.
         self._next_call: Callable[[], Callable[..., None] | None] = lambda: None
         self._handles = [
             _hook(parameter, partial(self._on_gradient, index))
@@ -89,9 +88,7 @@ class BackwardHooks:
         self._recorder.end()
 
     def _await_end(self) -> None:
-        on_end = partial(self._on_end)
-        self._next_call = weakref.ref(on_end)
-        torch.autograd.Variable._execution_engine.queue_callback(on_end)
+        self._next_call = await_end(self._on_end)
 
     @_disable_dynamo
     def _on_end(self) -> None:
@@ -227,6 +224,19 @@ class StepHook:
                 self._recorder.add(self._rows[GRAD] + index, gradient)
             if PARAM in self._rows:
                 self._recorder.add(self._rows[PARAM] + index, parameter)
+
+
+def await_end(function: Callable[[], None]) -> weakref.ref[Callable[[], None]]:
+    """Have a function called at the end of the backward pass that is running.
+
+    Returns:
+        The call to come. Autograd alone keeps it alive, and drops it with a pass that an exception
+        ends.
+    """
+    call: Callable[[], None] = partial(function)
+    reference = weakref.ref(call)
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+    return reference
 
 
 def _is_compiled_autograd() -> bool:

@@ -17,6 +17,7 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from gradstat.hooks import await_end
 from gradstat.kinds import ACTIVATION, GRAD_OUTPUT, UNIT
 from gradstat.layouts import Layout
 from gradstat.recorder import Recorder
@@ -61,7 +62,6 @@ class OutputHooks:
         if scaler is not None and optimizer is not None:
             self._skips = SkippedSteps(scaler, optimizer)
         self._layout, self._is_closed = Layout(modules), False
-        # What autograd calls when the pass is over, and drops if an exception ends it.
         self._is_in_backward = False
         self._end_call: Callable[[], Callable[[], None] | None] = lambda: None
         self.sees_gradients = GRAD_OUTPUT in first_rows
@@ -87,6 +87,8 @@ class OutputHooks:
             return
         x, recorder = x.detach(), self._recorder
         with recorder.lock, torch.no_grad():
+            if not recorder.is_due():
+                return
             if self._has_failed():
                 # What is there belongs to a pass or a step that came to nothing.
                 recorder.drop()
@@ -102,9 +104,7 @@ class OutputHooks:
 
     def _follow_backward(self) -> None:
         if not self._is_in_backward:
-            on_end = partial(self._on_end)
-            self._is_in_backward, self._end_call = True, weakref.ref(on_end)
-            torch.autograd.Variable._execution_engine.queue_callback(on_end)
+            self._is_in_backward, self._end_call = True, await_end(self._on_end)
 
     def _on_end(self) -> None:
         self._is_in_backward = False

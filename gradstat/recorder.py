@@ -97,6 +97,13 @@ class Recorder:
         self._arrived: deque[tuple[int, Rows]] = deque()
         self._is_handing_on = False
 
+    def is_due(self) -> bool:
+        """Whether the pass that comes or goes on is one to record, as a captured one may be."""
+        if is_capturing():
+            return True
+        step, within = divmod(self.n_passes, self._accumulation_steps)
+        return within == self._accumulation_steps - 1 and step % self._every == 0
+
     def begin(self, scale: Tensor | None = None) -> None:
         """Start a pass.
 
@@ -106,13 +113,13 @@ class Recorder:
         """
         if self.is_recording:
             self.drop()
-        if self._is_due():
+        if self.is_due():
             self.is_recording = True
             self.take_scale(GRAD, scale)
 
     def take_scale(self, kind: str, scale: Tensor | None) -> None:
-        """Remember what the values of a kind are multiplied by in this run of autograd."""
-        if scale is None or not self._is_due():
+        """Remember what a record's values of a kind are multiplied by in this run of autograd."""
+        if scale is None:
             return
         run = torch._C._current_graph_task_id()
         if self._scaled_in.get(kind) == run:
@@ -143,7 +150,7 @@ class Recorder:
             self._wait(index, gradient, at_once)
 
     def add_output(self, index: int, x: Tensor) -> bool:
-        """Measure a layer's output, and count it together with those before.
+        """Measure a layer's output, if `is_due`, and count it together with those before.
 
         Args:
             index: of the layer.
@@ -153,8 +160,6 @@ class Recorder:
         Returns:
             Whether it is measured.
         """
-        if not self._is_due():
-            return False
         x = self._own_part(index, x)
         if not is_measurable(x):
             return False
@@ -217,7 +222,7 @@ class Recorder:
         """
         if self._captured is None:
             return False
-        if self._is_due():
+        if self.is_due():
             self._send(self._captured)
         self._count_pass()
         return True
@@ -290,13 +295,6 @@ class Recorder:
         self.n_passes += 1
         if self._pending:
             self.collect(wait=False)
-
-    def _is_due(self) -> bool:
-        """Whether the pass that comes or goes on is one to record, as a captured one may be."""
-        if is_capturing():
-            return True
-        step, within = divmod(self.n_passes, self._accumulation_steps)
-        return within == self._accumulation_steps - 1 and step % self._every == 0
 
     def _forget(self) -> None:
         self.is_recording = False
