@@ -71,14 +71,14 @@ def send(launches: Sequence[Launch]) -> list[Part]:
 
 
 def _join(launches: Sequence[Launch]) -> Part:
-    indices, source, scales = launches[0]
-    fields: tuple[Tensor, ...] = (source.integers, source.floats, source.counts)
+    indices, _, scales = launches[0]
+    sources = [launch.result for launch in launches]
+    fields = _fields(sources[0])
     if len(launches) > 1:
-        indices = tuple(index for each in launches for index in each.indices)
-        rows = ((s.integers, s.floats, s.counts) for _, s, _ in launches)
-        fields = tuple(torch.cat(each) for each in zip(*rows, strict=True))
+        indices = tuple(index for launch in launches for index in launch.indices)
+        fields = tuple(torch.cat(each) for each in zip(*map(_fields, sources), strict=True))
     arriving = {kind: Transfer((scale,)) for kind, scale in scales.items()} if scales else {}
-    return Part(indices, Transfer(fields), [each.result for each in launches], arriving)
+    return Part(indices, Transfer(fields), sources, arriving)
 
 
 def combine(parts: Sequence[Part], history: History, outputs: frozenset[int]) -> Part:
@@ -97,9 +97,7 @@ def combine(parts: Sequence[Part], history: History, outputs: frozenset[int]) ->
         return parts[0]
     bins = history.bins
     layers = sorted({layer for part in parts for layer in part.indices})
-    integers = np.zeros((len(layers), len(INTEGERS)), dtype=np.int64)
-    floats = np.full((len(layers), len(FLOATS)), np.nan)
-    counts = np.zeros((len(layers), bins.bins), dtype=np.int64)
+    integers, floats, counts = _absent(len(layers), bins)
     row_of = {layer: row for row, layer in enumerate(layers)}
     seen: Counter[int] = Counter()
     for part in parts:
@@ -172,9 +170,7 @@ class Record(NamedTuple):
         whole = combine(self.parts, self.history, outputs)
         if len(whole.indices) == n_layers:
             return whole.result.arrays()
-        integers = np.zeros((n_layers, len(INTEGERS)), dtype=np.int64)
-        floats = np.full((n_layers, len(FLOATS)), np.nan)
-        counts = np.zeros((n_layers, self.history.bins.bins), dtype=np.int64)
+        integers, floats, counts = _absent(n_layers, self.history.bins)
         rows = list(whole.indices)
         integers[rows], floats[rows], counts[rows] = whole.result.arrays()
         return integers, floats, counts
@@ -185,8 +181,21 @@ def as_statistics(bins: Bins, rows: Rows) -> Statistics:
     return Statistics(bins, *(torch.from_numpy(each) for each in rows))
 
 
+def _fields(statistics: Statistics) -> tuple[Tensor, ...]:
+    return statistics.integers, statistics.floats, statistics.counts
+
+
 def _arrays(statistics: Statistics) -> Rows:
-    return statistics.integers.numpy(), statistics.floats.numpy(), statistics.counts.numpy()
+    return tuple(each.numpy() for each in _fields(statistics))
+
+
+def _absent(n_layers: int, bins: Bins) -> Rows:
+    """Rows of layers without values."""
+    return (
+        np.zeros((n_layers, len(INTEGERS)), dtype=np.int64),
+        np.full((n_layers, len(FLOATS)), np.nan),
+        np.zeros((n_layers, bins.bins), dtype=np.int64),
+    )
 
 
 def divide(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:

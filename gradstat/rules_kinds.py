@@ -149,7 +149,5 @@ def _first_with_parameters(run: Run) -> int:
     owners = set()
     for kind in OF_PARAMETERS:
         parameters = Run(run.history, run.window, kind)
-        names = map(parameters.name, range(len(parameters.layers)))
-        owners |= {name.rpartition(".")[0] for name in names}
-    modules = map(run.name, range(len(run.layers)))
-    return next((at for at, module in enumerate(modules) if module in owners), 0)
+        owners |= {name.rpartition(".")[0] for name in parameters.names}
+    return next((at for at, module in enumerate(run.names) if module in owners), 0)

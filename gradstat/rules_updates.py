@@ -76,9 +76,7 @@ def _all_stuck(run: Run, steps: Array, pace: Array, thresholds: Thresholds) -> F
 def _most_rounded(run: Run) -> Finding | None:
     """Most layers, where nearly all elements that have a gradient stay as they are all the time."""
     gradients = Run(run.history, run.window, GRAD)
-    if len(run.blocks) < _PERSISTENT or gradients.layers != [
-        *map(run.name, range(len(run.layers)))
-    ]:
+    if len(run.blocks) < _PERSISTENT or gradients.layers != run.names:
         return None
     free = gradients["numel"] - gradients["zeros"]
     kept = (run["zeros"] - (run["numel"] - free)).clip(0)
@@ -91,7 +89,7 @@ def _most_rounded(run: Run) -> Finding | None:
     numbers = {"zeros": float(least[layer]), "layers": float(len(rounded))}
     sentence = (
         f"Most layers hardly learn, {run.name(layer)} and {len(rounded) - 1} more of "
-        f"{len(run.layers)}: at least {math.floor(least[rounded].min() * 1000) / 10:g}% of their "
+        f"{len(run.layers)}: at least {_percent(least[rounded].min())} of their "
         f"elements that have a gradient stay as they are; the changes round to nothing in the type "
         f"of the weights."
     )
@@ -147,9 +145,13 @@ def _unchanged(run: Run, records: Array | slice, columns: Array | int) -> float:
 
 
 def _why(zeros: float) -> str:
-    # Not rounded up to all of them.
-    share = "all" if zeros == 1 else f"{math.floor(zeros * 1000) / 10:g}%"
+    share = "all" if zeros == 1 else _percent(zeros)
     return (
         f"{share} of the elements do not change at all: the changes round to nothing in the type "
         f"of the weights, or the learning rate is 0"
     )
+
+
+def _percent(share: float) -> str:
+    # Not rounded up to all of them.
+    return f"{math.floor(share * 1000) / 10:g}%"

@@ -43,9 +43,14 @@ class Run:
             self._fields[field] = self.history[field][:, self.columns]
         return self._fields[field]
 
+    @cached_property
+    def names(self) -> list[str]:
+        """Parameter or module that each row is of."""
+        return [plain_name(*row) for row in zip(self.kinds, self.layers, strict=True)]
+
     def name(self, column: int) -> str:
         """Parameter or module that a row is of."""
-        return plain_name(self.kinds[column], self.layers[column])
+        return self.names[column]
 
     @cached_property
     def nonzero(self) -> Array:

@@ -91,16 +91,21 @@ function mark(context, x, bottom) {
   line(context, x, 0, x, bottom);
 }
 
+// The ends of each filled row of a layer's distribution in one sample, and its share.
+function* filledRows(layer, k) {
+  const finite = arrays.sampleFinite[layer * K + k];
+  for (let row = 0; row < meta.rows[layer]; row++) {
+    const count = countAt(layer, k, row);
+    if (count) yield [...rowEnds(layer, k, row), count / finite];
+  }
+}
+
 // Ends of the vertical axis of a layer's distribution, and its largest share in a row.
 function extent(layer) {
   let [low, high, largest] = [Infinity, -Infinity, 0];
   for (let k = 0; k < K; k++) {
-    const finite = arrays.sampleFinite[layer * K + k];
-    for (let row = 0; row < meta.rows[layer]; row++) {
-      const count = countAt(layer, k, row);
-      if (!count) continue;
-      const [a, b] = rowEnds(layer, k, row);
-      [low, high, largest] = [Math.min(low, a), Math.max(high, b), Math.max(largest, count / finite)];
+    for (const [a, b, share] of filledRows(layer, k)) {
+      [low, high, largest] = [Math.min(low, a), Math.max(high, b), Math.max(largest, share)];
     }
   }
   return low < high ? { low, high, largest } : { low: -1, high: 0, largest: 1 };
@@ -173,12 +178,8 @@ function drawDistribution(context, width, height) {
   const y = (v) => bottom * (1 - (v - low) / (high - low));
   const cell = (width - LEFT) / K;
   for (let k = 0; k < K; k++) {
-    const finite = arrays.sampleFinite[layer * K + k];
-    for (let row = 0; row < meta.rows[layer]; row++) {
-      const count = countAt(layer, k, row);
-      if (!count) continue;
-      const [a, b] = rowEnds(layer, k, row);
-      context.fillStyle = `rgb(${colorAt(colors, 0.08 + 0.92 * Math.sqrt(count / finite / largest)).join()})`;
+    for (const [a, b, share] of filledRows(layer, k)) {
+      context.fillStyle = `rgb(${colorAt(colors, 0.08 + 0.92 * Math.sqrt(share / largest)).join()})`;
       context.fillRect(LEFT + k * cell, y(b), cell + 0.4, y(a) - y(b) + 0.4);
     }
     if (arrays.sampleNonfinite[layer * K + k]) {
