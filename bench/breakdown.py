@@ -21,8 +21,8 @@ from shapes import MLP
 from training import Run, WithGradstat, build_mlp, seconds_per_step
 
 import gradstat
-from gradstat import hooks, recorder
 from gradstat.engines import cpu
+from gradstat.recording import parameter_hooks, recorder
 
 CALLS, STEPS = 3000, 2000
 
@@ -35,7 +35,7 @@ CALL: list[tuple[Any, str, str]] = [
     (cpu, "finish", "of the engine, compiled: the rows"),
 ]
 WATCH: list[tuple[Any, str, str]] = [
-    (hooks.BackwardHooks, "_on_gradient", "the hooks of four parameters"),
+    (parameter_hooks.BackwardHooks, "_on_gradient", "the hooks of four parameters"),
     (recorder.Recorder, "end", "end of backward"),
     *CALL[1:],
     (recorder.Recorder, "collect", "of the end, the record into the history"),

@@ -14,7 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: the engine
 import torch
 
 from gradstat.bins import Bins, LinearBins
-from gradstat.engines import gpu
+from gradstat.engines import triton as triton_engine
 from gradstat.ops import known_range
 
 TENSORS = (4, 16, 64, 148, 300)
@@ -38,14 +38,16 @@ def microseconds(tensors: int, bins: Bins) -> float:
     times = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        gpu.measure(xs, bins, *ends)
+        triton_engine.measure(xs, bins, *ends)
         times.append(time.perf_counter() - start)
     return 1e6 * min(times)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    gpu.measure_kernel = gpu.finish_kernel = gpu.histogram_kernel = NoLaunch()
+    triton_engine.measure_kernel = triton_engine.finish_kernel = triton_engine.histogram_kernel = (
+        NoLaunch()
+    )
     # A CPU tensor's counts are zeroed by the host, a GPU's are not: few bins, so that it is small.
     bins = LinearBins(64, -1.0, 1.0)
     times = {tensors: microseconds(tensors, bins) for tensors in TENSORS}

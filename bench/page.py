@@ -16,9 +16,9 @@ import numpy as np
 from playwright.sync_api import sync_playwright
 
 from gradstat import History, Log2Bins
-from gradstat.archive import OWN, Records
-from gradstat.sparse import SparseRows
-from gradstat.statistics import FLOATS, INTEGERS
+from gradstat.history.archive import OWN, Records
+from gradstat.history.packed_counts import SparseRows
+from gradstat.results import FLOATS, INTEGERS
 
 OCTAVES = 22
 NUMEL = 1 << 22

@@ -17,7 +17,7 @@ import sass
 import torch
 from triton.backends.compiler import GPUTarget
 
-from gradstat.engines import gpu
+from gradstat.engines import triton as triton_engine
 from gradstat.kernels import measure
 
 # How the lines of each statistic begin in kernels/measure.py.
@@ -53,14 +53,14 @@ def instructions(kernel: Any, dtype: torch.dtype, scheme: str, architecture: int
     _, signature, constants = roofline.kernel_arguments("measure", dtype, scheme)
     target = GPUTarget("cuda", architecture, 32)
     compiled = sass.compile_kernel(
-        kernel, signature, constants, target, num_warps=gpu.THREADS // target.warp_size
+        kernel, signature, constants, target, num_warps=triton_engine.THREADS // target.warp_size
     )
-    return len(sass.inspect(compiled).loop) / gpu.EACH
+    return len(sass.inspect(compiled).loop) / triton_engine.EACH
 
 
 def main(architecture: int) -> None:
     for scheme in roofline.SCHEMES:
-        for dtype in gpu.ELEMENTS:
+        for dtype in triton_engine.ELEMENTS:
             whole = instructions(measure.measure_kernel, dtype, scheme, architecture)
             prices = [
                 f"{name} {whole - instructions(without(lines), dtype, scheme, architecture):.1f}"

@@ -26,7 +26,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from gradstat.bins import LinearBins, Log2Bins
-from gradstat.engines import gpu
+from gradstat.engines import triton as triton_engine
 from gradstat.kernels.finish import finish_kernel
 from gradstat.kernels.histogram import histogram_kernel
 from gradstat.kernels.measure import measure_kernel
@@ -59,7 +59,7 @@ GPUS = (
 
 
 def kernel_arguments(name: str, dtype: torch.dtype, scheme: str) -> tuple[Any, ...]:
-    """A kernel, the types of its arguments and its constants, as `gradstat.engines.gpu` has them.
+    """A kernel, the types of its arguments and its constants, as the Triton engine has them.
 
     Args:
         name: ``"measure"``, ``"histogram"`` or ``"finish"``.
@@ -68,16 +68,16 @@ def kernel_arguments(name: str, dtype: torch.dtype, scheme: str) -> tuple[Any, .
     """
     bins = SCHEMES[scheme]
     is_log2 = isinstance(bins, Log2Bins)
-    slots = gpu.slots_of(bins)
-    vector = gpu.VECTOR_BYTES // dtype.itemsize
+    slots = triton_engine.slots_of(bins)
+    vector = triton_engine.VECTOR_BYTES // dtype.itemsize
     tables = {"items_ptr": "*i64", "ranges_ptr": "*fp32", "counts_ptr": "*i64"}
     elements = {
-        "DTYPE": gpu.ELEMENTS[dtype],
+        "DTYPE": triton_engine.ELEMENTS[dtype],
         "IS_BFLOAT16": dtype == torch.bfloat16,
         "BINS": bins.bins,
         "SLOTS": slots,
-        "ROWS": gpu.EACH // vector,
-        "THREADS": gpu.THREADS,
+        "ROWS": triton_engine.EACH // vector,
+        "THREADS": triton_engine.THREADS,
         "VECTOR": vector,
     }
     if name == "measure":
@@ -86,8 +86,13 @@ def kernel_arguments(name: str, dtype: torch.dtype, scheme: str) -> tuple[Any, .
         return histogram_kernel, tables, elements
     results = {"spans_ptr": "*i64", "partials_ptr": "*fp64", "ranges_ptr": "*fp32"}
     results |= {"powers_ptr": "*fp64", "integers_ptr": "*i64", "floats_ptr": "*fp64"}
-    kind = gpu.NO_RANGE if is_log2 else gpu.AUTOMATIC_RANGE
-    constants = {"BINS": bins.bins, "RANGE": kind, "NICE": not is_log2, "BLOCK": gpu.FINISH_BLOCK}
+    kind = triton_engine.NO_RANGE if is_log2 else triton_engine.AUTOMATIC_RANGE
+    constants = {
+        "BINS": bins.bins,
+        "RANGE": kind,
+        "NICE": not is_log2,
+        "BLOCK": triton_engine.FINISH_BLOCK,
+    }
     return finish_kernel, results, constants
 
 
@@ -97,24 +102,30 @@ def examine(architecture: int, name: str, dtype: torch.dtype, scheme: str) -> di
     target = GPUTarget("cuda", architecture, 32)
     code = sass.inspect(
         sass.compile_kernel(
-            kernel, signature, constants, target, num_warps=gpu.THREADS // target.warp_size
+            kernel,
+            signature,
+            constants,
+            target,
+            num_warps=triton_engine.THREADS // target.warp_size,
         )
     )
-    programs = min(REGISTERS // (gpu.THREADS * code.registers), 2048 // gpu.THREADS)
+    programs = min(
+        REGISTERS // (triton_engine.THREADS * code.registers), 2048 // triton_engine.THREADS
+    )
     return {
         "architecture": architecture,
         "kernel": name,
         "dtype": str(dtype).removeprefix("torch."),
         "bins": scheme,
-        "instructions": len(code.loop) / gpu.EACH,
-        "pipes": {pipe: count / gpu.EACH for pipe, count in sorted(code.pipes().items())},
+        "instructions": len(code.loop) / triton_engine.EACH,
+        "pipes": {pipe: count / triton_engine.EACH for pipe, count in sorted(code.pipes().items())},
         "registers": code.registers,
         "spills": code.spills,
         "barriers": code.count("BAR"),
         "load_bytes": min(
             sass.load_bytes(each.opcode) for each in code.loop if sass.load_bytes(each.opcode)
         ),
-        "in_flight": programs * gpu.THREADS * gpu.EACH * dtype.itemsize,
+        "in_flight": programs * triton_engine.THREADS * triton_engine.EACH * dtype.itemsize,
     }
 
 
@@ -141,7 +152,7 @@ def main() -> None:
         examine(architecture, name, dtype, scheme)
         for architecture in sass.ARCHITECTURES
         for name, scheme in KERNELS
-        for dtype in gpu.ELEMENTS
+        for dtype in triton_engine.ELEMENTS
     ]
     for row in rows:
         pipes = ", ".join(f"{pipe} {count:.1f}" for pipe, count in row["pipes"].items())

@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from gradstat import History, labels, panels, plot
+from gradstat import History, plot
 from gradstat.files import replacing
+from gradstat.plot import labels, panels
 
 Array = NDArray[Any]
 

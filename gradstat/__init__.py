@@ -4,8 +4,8 @@ from gradstat.bins import LinearBins, Log2Bins
 from gradstat.diagnosis import Finding, Thresholds
 from gradstat.history import History
 from gradstat.ops import histogram, statistics
-from gradstat.statistics import Statistics
-from gradstat.watch import Watch, watch
+from gradstat.recording.watch import Watch, watch
+from gradstat.results import Statistics
 
 __all__ = [
     "Finding",

@@ -12,6 +12,16 @@ KINDS = (GRAD, PARAM, UPDATE, ACTIVATION, UNIT, GRAD_OUTPUT)
 OF_PARAMETERS = (GRAD, PARAM, UPDATE)
 OF_OUTPUTS = (ACTIVATION, UNIT, GRAD_OUTPUT)
 
+# What a value of each kind is called.
+NOUNS = {
+    GRAD: "gradient",
+    PARAM: "parameter",
+    UPDATE: "update",
+    ACTIVATION: "activation",
+    UNIT: "unit peak",
+    GRAD_OUTPUT: "output gradient",
+}
+
 # What is multiplied by the scale of a loss.
 SCALED = (GRAD, GRAD_OUTPUT)
 

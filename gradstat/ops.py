@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from gradstat.bins import Bins, LinearBins, Log2Bins, parse_bins
-from gradstat.statistics import FLOATS, INTEGERS, Statistics
+from gradstat.results import FLOATS, INTEGERS, Statistics
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ENGINE_VARIABLE = "GRADSTAT_ENGINE"
-ENGINES = {"cpu": "cpu", "reference": "reference", "triton": "gpu"}
+ENGINES = {"cpu": "cpu", "reference": "reference", "triton": "triton"}
 
 
 def statistics(

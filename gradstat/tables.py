@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradstat.arrays import Array
 from gradstat.files import replacing
 from gradstat.history import FIELDS, History
 from gradstat.kinds import plain_name
-from gradstat.series import Array
 
 if TYPE_CHECKING:
     import pandas

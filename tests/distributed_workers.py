@@ -12,13 +12,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from recording import arrays
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from watching import arrays
 
 import gradstat
 from gradstat import History, LinearBins, Log2Bins

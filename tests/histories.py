@@ -9,7 +9,7 @@ import gradstat
 from gradstat import History
 from gradstat.bins import Bins
 from gradstat.kinds import GRAD, row_name
-from gradstat.statistics import FLOATS, INTEGERS
+from gradstat.results import FLOATS, INTEGERS
 
 LONG_NAMES = [f"transformer.h.{i}.mlp.c_proj.weight" for i in range(12)]
 

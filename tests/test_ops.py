@@ -155,7 +155,7 @@ def test_functions_refuse_an_unknown_engine_in_the_environment(
         (None, "reference", "reference"),
         ("cpu", "reference", "cpu"),
         ("reference", None, "reference"),
-        ("triton", "cpu", "gpu"),
+        ("triton", "cpu", "triton"),
     ],
 )
 def test_engine_is_the_argument_then_the_environment_then_the_device(

@@ -87,9 +87,9 @@ INSTALLED = """
 import sys
 sys.path.insert(0, FOLDER)
 import torch, gradstat
-from gradstat.engines import gpu
+from gradstat.engines import triton as triton_engine
 print(gradstat.__file__)
-print(gpu.measure_kernel.fn.__code__.co_filename)
+print(triton_engine.measure_kernel.fn.__code__.co_filename)
 
 model = torch.nn.Linear(4, 3)
 with gradstat.watch(model) as w:

@@ -15,7 +15,7 @@ import gradstat
 from gradstat import History, LinearBins, Log2Bins
 from gradstat.bins import Bins
 from gradstat.history import FIELDS
-from gradstat.statistics import INTEGERS
+from gradstat.results import INTEGERS
 from gradstat.tables import COLUMNS, LISTS, rows
 
 SCHEMES = [Log2Bins(), LinearBins(5)]

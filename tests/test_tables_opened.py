@@ -11,7 +11,7 @@ from gradstat import History, LinearBins, Log2Bins
 from gradstat.bins import Bins
 from gradstat.history import FIELDS
 from gradstat.kinds import plain_name
-from gradstat.statistics import INTEGERS
+from gradstat.results import INTEGERS
 from gradstat.tables import COLUMNS
 
 pytestmark = pytest.mark.integrations

@@ -30,8 +30,8 @@ from gradstat.engines.cpu_passes import (
     work,
 )
 from gradstat.engines.cpu_threads import run_together
-from gradstat.engines.layout import merge_dims, no_storage
-from gradstat.statistics import FLOATS, INTEGERS, Statistics
+from gradstat.engines.memory import merge_dims, no_storage
+from gradstat.results import FLOATS, INTEGERS, Statistics
 
 _CODES = {
     torch.bfloat16: BFLOAT16,

@@ -10,7 +10,7 @@ import numpy as np
 
 from gradstat.engines.cpu_blocks import narrow
 from gradstat.engines.cpu_compile import Array, Scalar, atomic_add, compiled, prefetch
-from gradstat.statistics import INTEGERS
+from gradstat.results import INTEGERS
 
 LANES = 8  # private counters of each slot: neighbours in one bin do not wait for each other
 STRIDE = 4160  # counters of a lane, 256 bytes off a multiple of 4096: lanes do not evict each other

@@ -21,7 +21,7 @@ from gradstat.engines.cpu_blocks import (
 )
 from gradstat.engines.cpu_compile import Array, compiled
 from gradstat.engines.cpu_counts import ABOVE, BELOW
-from gradstat.statistics import FLOATS, INTEGERS
+from gradstat.results import FLOATS, INTEGERS
 
 LOW, HIGH = FLOATS.index("low"), FLOATS.index("high")
 _NAN, _POSINF, _NEGINF = (INTEGERS.index(name) for name in ("nan", "posinf", "neginf"))

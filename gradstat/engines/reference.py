@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gradstat.bins import Bins, LinearBins, float32_below, widen
-from gradstat.statistics import Statistics
+from gradstat.results import Statistics
 
 
 def measure(

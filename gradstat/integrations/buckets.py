@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from gradstat.arrays import Array, evenly_spread
 from gradstat.history import History
+from gradstat.history.arguments import check_count, check_history
 from gradstat.kinds import ACTIVATION, PARAM, UNIT, UPDATE, plain_name
-from gradstat.series import Array, check_count, check_history, select
-from gradstat.statistics import Statistics
+from gradstat.results import Statistics
 
 
 def buckets(statistics: Statistics, edges: Array, most: int | None = None) -> tuple[Array, Array]:
@@ -107,7 +108,7 @@ def chosen_steps(function: str, history: History, max_records: int | None) -> li
     if max_records == 1:
         return [int(history.steps[-1])]
     steps = history.steps
-    return [int(step) for step in steps[select(steps, None, max_records)]]
+    return [int(step) for step in steps[evenly_spread(len(steps), max_records)]]
 
 
 def counted(

@@ -9,7 +9,7 @@ from torch.amp import GradScaler
 
 from gradstat.history import History
 from gradstat.kinds import GRAD, GRAD_OUTPUT
-from gradstat.watch import Watch, watch
+from gradstat.recording.watch import Watch, watch
 
 _KNOWN = ("model", "when", "optimizer", "scaler", "accumulation_steps")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradstat.arrays import Array
 from gradstat.history import History
 from gradstat.integrations.buckets import (
     buckets,
@@ -20,8 +21,7 @@ from gradstat.integrations.buckets import (
     rows,
     scalars,
 )
-from gradstat.kinds import UPDATE
-from gradstat.series import NOUNS, Array
+from gradstat.kinds import NOUNS, UPDATE
 
 if TYPE_CHECKING:
     import wandb

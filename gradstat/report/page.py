@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from gradstat.arrays import Array
 from gradstat.bins import Log2Bins
 from gradstat.diagnosis import diagnose
 from gradstat.files import replacing
 from gradstat.history import History
-from gradstat.kinds import ACTIVATION, PARAM, UNIT, UPDATE, plain_name
+from gradstat.history.arguments import check_history
+from gradstat.kinds import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE, plain_name
 from gradstat.report import thin
-from gradstat.series import NOUNS, Array, check_history
 
 _SCRIPTS = ("data.js", "canvas.js", "map.js", "layers.js", "detail.js", "main.js")
 _NUMBERS = ("numel", "mean", "std", "rms", "l2", "min", "max", "zeros", "nan", "posinf", "neginf")

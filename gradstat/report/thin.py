@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gradstat.arrays import Array, divide, evenly_spread
 from gradstat.bins import Log2Bins
 from gradstat.history import History
-from gradstat.series import Array, divide, select
 
 _MAX_COLUMNS, _MAX_CELLS = 600, 120_000
 _MAX_SAMPLES, _MAX_HISTOGRAMS = 120, 24_000
@@ -107,7 +107,7 @@ def samples(history: History) -> Samples:
     """Take histograms of some records, evenly spread, the newest among them."""
     n_layers = len(history.layers)
     most = min(_MAX_SAMPLES, max(_MIN_SAMPLES, _MAX_HISTOGRAMS // n_layers))
-    steps = history.steps[select(history.steps, None, most)]
+    steps = history.steps[evenly_spread(len(history), most)]
     log2 = isinstance(history.bins, Log2Bins)
     counts, numbers, ends = [], [], []
     for step in steps.tolist():

@@ -1,0 +1,37 @@
+"""Arrays as several rooms use them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[Any]
+
+# Each float32 exponent is an octave; the first also holds zeros, the last nothing finite.
+OCTAVES = np.arange(-127.0, 130.0)
+
+
+def divide(total: Array, count: Array) -> Array:
+    """Quotient; NaN where there is nothing to divide by."""
+    quotient = np.full(np.broadcast_shapes(total.shape, count.shape), math.nan)
+    np.divide(total, count, out=quotient, where=count > 0)
+    return quotient
+
+
+def evenly_spread(n: int, most: int) -> Array:
+    """Positions of at most so many of n things, the first and the last among them."""
+    return np.linspace(0, n - 1, min(most, n)).round().astype(np.int64)
+
+
+def octaves(counts: Array) -> Array:
+    """Histogram of magnitudes over `OCTAVES`, ``(S, 256)``, of one over `Log2Bins`, ``(S, 2048)``.
+
+    Zeros and subnormals, which share the first octave, are left out.
+    """
+    magnitudes = counts[:, 1024:] + counts[:, 1023::-1]
+    summed: Array = magnitudes.reshape(len(counts), 256, 4).sum(2)
+    summed[:, 0] = 0
+    return summed

@@ -1,0 +1,298 @@
+"""The command ``gradstat``: what a run's record says, without writing a script.
+
+A command is a function that adds its arguments to a parser, and one that runs; `COMMANDS` lists
+them, and `TARGETS` what ``gradstat export`` writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from tqdm import tqdm
+
+from gradstat import tables
+from gradstat.cli import text
+from gradstat.diagnosis import Finding, Thresholds
+from gradstat.history import History
+
+Target: TypeAlias = Callable[[History, Path, str, tables.Progress], Path]
+
+SEVERE, FAILED = 1, 2  # exit codes
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its line in the help, its arguments, and what it does."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments; by default those of the process.
+
+    Returns:
+        0; 1 when ``diagnose`` finds something severe; 2 when a command cannot be carried out, with
+        a line on stderr that says why; 130 when Ctrl-C ended it.
+
+    Raises:
+        SystemExit: arguments that are no command, or ``--help``.
+    """
+    options = _parser().parse_args(argv)
+    try:
+        code: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who reads has read enough, as in `gradstat diagnose RUN | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        return _fail(options, f"{error.strerror}: {error.filename}" if error.filename else error)
+    except (ImportError, ValueError) as error:
+        return _fail(options, error)
+    return code
+
+
+def _fail(options: argparse.Namespace, why: object) -> int:
+    line = " ".join(str(why).split())
+    print(f"gradstat {options.command}: error: {line}", file=sys.stderr)
+    return FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gradstat",
+        description="Read the gradient statistics of a training run.",
+        epilog="RUN is a file that History.save() wrote, or a directory that watch(path=...) "
+        "writes. Exit codes: 0; 1 when diagnose finds something severe; 2 for an error.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        added = commands.add_parser(name, help=command.help, description=command.help)
+        command.add_arguments(added)
+        added.set_defaults(run=command.run)
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser, name: str = "run_path") -> None:
+    parser.add_argument(
+        name,
+        metavar="RUN",
+        type=Path,
+        help="file that History.save() wrote, or directory that watch(path=...) writes",
+    )
+
+
+def _info(options: argparse.Namespace) -> int:
+    print(text.info())
+    return 0
+
+
+def _add_diagnose(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--all", action="store_true", help="also where many layers show the same")
+    parser.add_argument("--json", action="store_true", help="print the findings as a JSON list")
+    names = ", ".join(field.name for field in dataclasses.fields(Thresholds))
+    parser.add_argument(
+        "--threshold",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        type=_threshold,
+        help=f"another threshold; may be repeated. Names: {names}",
+    )
+
+
+def _threshold(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    if name not in {field.name for field in dataclasses.fields(Thresholds)}:
+        raise argparse.ArgumentTypeError(f"needs NAME=VALUE with a known name; got {text!r}")
+    try:
+        return name, int(value) if name == "window" else float(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"needs a number; got {text!r}") from error
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    history = load(options.run_path)
+    findings = history.diagnose(Thresholds(**dict(options.threshold)))
+    if options.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+    else:
+        print(text.heading(str(options.run_path), history))
+        print(text.findings(findings, most=None if options.all else 3))
+    return SEVERE if _any_severe(findings) else 0
+
+
+def _any_severe(findings: Sequence[Finding]) -> bool:
+    return any(finding.severity == "severe" for finding in findings)
+
+
+def _parquet(history: History, folder: Path, name: str, progress: tables.Progress) -> Path:
+    tables.to_parquet(history, folder / f"{name}.parquet", progress=progress)
+    return folder / f"{name}.parquet"
+
+
+def _csv(history: History, folder: Path, name: str, progress: tables.Progress) -> Path:
+    tables.to_csv(history, folder / f"{name}.csv", progress=progress)
+    return folder / f"{name}.csv"
+
+
+def _tensorboard(history: History, folder: Path, name: str, progress: tables.Progress) -> Path:
+    from gradstat.integrations import tensorboard
+
+    # Every point would be there twice.
+    if list((folder / name).glob("events.out.tfevents.*")):
+        raise ValueError(f"{folder / name} holds event files already")
+    tensorboard.write(history, folder / name, progress=progress)
+    return folder / name
+
+
+def _wandb(history: History, folder: Path, name: str, progress: tables.Progress) -> Path:
+    from gradstat.integrations import wandb
+
+    return wandb.write(history, folder, name, progress=progress)
+
+
+# Each is given the history, the directory, the run's name and what to call with the number of
+# records that are done, and returns what it wrote.
+TARGETS: dict[str, Target] = {
+    "parquet": _parquet,
+    "csv": _csv,
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+}
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument(
+        "--to", required=True, choices=list(TARGETS), help="what to write; wandb: an offline run"
+    )
+    parser.add_argument(
+        "directory", metavar="DIR", type=Path, help="where to; made if it is not there"
+    )
+
+
+def _export(options: argparse.Namespace) -> int:
+    history = load(options.run_path)
+    options.directory.mkdir(parents=True, exist_ok=True)
+    # Silent where stderr is not a terminal.
+    with tqdm(total=len(history), desc=options.to, unit="record", disable=None) as bar:
+        written = TARGETS[options.to](
+            history, options.directory, run_name(options.run_path), bar.update
+        )
+    print(written)
+    return 0
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=Path,
+        help="the page; by default RUN's name and .html",
+    )
+
+
+def _report(options: argparse.Namespace) -> int:
+    name = run_name(options.run_path)
+    path = options.output or Path(f"{name}.html")
+    load(options.run_path).report(path, title=name)
+    print(path)
+    return 0
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    _add_run(parser, "other")
+    parser.add_argument("--all", action="store_true", help="every layer of a deep network")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", type=Path, help="also draw the curves of both into a PNG"
+    )
+
+
+def _compare(options: argparse.Namespace) -> int:
+    paths = (options.run_path, options.other)
+    names = [run_name(path) for path in paths]
+    if names[0] == names[1]:
+        names = [str(path) for path in paths]
+    if names[0] == names[1]:
+        raise ValueError(f"compare needs two runs; both are {names[0]}")
+    runs = {name: load(path) for name, path in zip(names, paths, strict=True)}
+    print(text.compare(runs, every_layer=options.all))
+    if options.output:
+        text.draw(runs, options.output)
+        print(f"\n{options.output}")
+    return 0
+
+
+def _add_tail(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument("--interval", type=float, default=1.0, help="seconds between two looks")
+    parser.add_argument("--updates", type=int, help="stop after so many tables")
+
+
+def _tail(options: argparse.Namespace) -> int:
+    if not options.interval > 0:
+        raise ValueError(f"--interval needs a number of seconds above 0; it is {options.interval}")
+    try:
+        text.tail(options.run_path, options.interval, options.updates)
+    except KeyboardInterrupt:
+        print()
+    return 0
+
+
+COMMANDS = {
+    "info": Command("show versions, engines, and what will run where", lambda _: None, _info),
+    "diagnose": Command(
+        "say what is wrong with a run's gradients; exit code 1 for something severe",
+        _add_diagnose,
+        _diagnose,
+    ),
+    "export": Command("write a run for other programs", _add_export, _export),
+    "report": Command("write a run as an HTML page to look around in", _add_report, _report),
+    "compare": Command("compare two runs layer by layer", _add_compare, _compare),
+    "tail": Command("show a run's newest record as it is written", _add_tail, _tail),
+}
+
+
+def load(path: Path) -> History:
+    """Read a run that has records.
+
+    Args:
+        path: file or directory.
+
+    Returns:
+        Its history.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is damaged, another kind of file, or has no records.
+    """
+    history = History.load(path)
+    if len(history) == 0:
+        raise ValueError(f"{path} has no records yet")
+    return history
+
+
+def run_name(path: Path) -> str:
+    """Name of a run: that of its file without the suffix, or of its directory."""
+    path = path.resolve()
+    return path.name if path.is_dir() else path.stem

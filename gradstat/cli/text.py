@@ -1,0 +1,304 @@
+"""What the commands of `cli` print: tables of text that fit a screen."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import shutil
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from gradstat.arrays import Array, evenly_spread
+from gradstat.diagnosis import Finding
+from gradstat.diagnosis.run import median
+from gradstat.files import replacing
+from gradstat.history import History, archive
+from gradstat.history.arguments import first_rows
+from gradstat.kinds import GRAD, NOUNS, PARAM, UNIT, UPDATE
+from gradstat.ops import ENGINE_VARIABLE
+
+Item = TypeVar("Item")
+
+_PACKAGES = ("torch", "triton", "numba", "numpy", "matplotlib", "pandas", "pyarrow")
+_MOST_LAYERS = 24
+_BAR = 12  # characters
+_MOST_LINES = 10  # layers that a figure's key has room for
+
+
+def info() -> str:
+    """Versions, devices, and the engine that each will use."""
+    lines = [f"gradstat {_version('gradstat')}, Python {platform.python_version()}", ""]
+    lines += [f"{name:11} {_version(name) or 'not installed'}" for name in _PACKAGES]
+    forced = os.environ.get(ENGINE_VARIABLE)
+    rows = [("CPU tensors", forced or "cpu")]
+    if torch.cuda.is_available():
+        rows += [
+            (f"cuda:{i} tensors ({torch.cuda.get_device_name(i)})", forced or "triton")
+            for i in range(torch.cuda.device_count())
+        ]
+    else:
+        rows.append(("CUDA or ROCm tensors", "triton; no such device here"))
+    rows.append(("tensors elsewhere, float64 on a GPU", forced or "reference"))
+    width = max(len(what) for what, _ in rows)
+    lines += ["", "Engine", *(f"{what:{width}}  {engine}" for what, engine in rows)]
+    lines.append(f"{ENGINE_VARIABLE} is {forced!r}" if forced else f"{ENGINE_VARIABLE} is not set")
+    return "\n".join(lines)
+
+
+def heading(name: str, history: History) -> str:
+    """A run in one line: its layers are those of its first kind."""
+    steps = history.steps
+    kinds = ", ".join(dict.fromkeys(history.kinds))
+    layers = _count(len(first_rows(history)), "layer") + (f" ({kinds})" if kinds != GRAD else "")
+    return (
+        f"{name}: {_count(len(history), 'record')} of {layers}, "
+        f"steps {steps[0]} to {steps[-1]}, {history.bins}"
+    )
+
+
+def findings(found: Sequence[Finding], most: int | None = 3, indent: str = "") -> str:
+    """Findings, a paragraph each.
+
+    Args:
+        found: the worst first.
+        most: paragraphs for each kind and severity; ``None`` for all.
+        indent: before each line.
+
+    Returns:
+        Text; says so where there are none.
+    """
+    lines = []
+    shown: Counter[tuple[str, str]] = Counter()
+    total = Counter((each.severity, each.kind) for each in found)
+    for each in found:
+        group = each.severity, each.kind
+        shown[group] += 1
+        if most is None or shown[group] <= most:
+            lines.append(textwrap.fill(str(each), _width(), subsequent_indent="  "))
+        elif shown[group] == total[group]:
+            lines.append(f"  and {total[group] - most} more like it (--all shows them)")
+    lines = textwrap.indent("\n".join(lines), indent).splitlines()
+    return "\n".join(lines) if lines else f"{indent}nothing found"
+
+
+def compare(runs: Mapping[str, History], *, every_layer: bool = False) -> str:
+    """Two runs layer by layer: rms of each, their ratio, first over last layer, and findings.
+
+    Of several kinds of rows the first that both have is compared, and what there is in both runs of
+    update ratios and dead units.
+
+    Args:
+        runs: two histories with records, by name.
+        every_layer: also where a network has more layers than a screen has lines.
+
+    Returns:
+        Text.
+    """
+    one, other = runs
+    common = next((kind for kind in runs[one].kinds if kind in runs[other].kinds), None)
+    typical = {
+        name: _typical(
+            history.select(common) if common not in (None, history.kinds[0]) else history
+        )
+        for name, history in runs.items()
+    }
+    layers = list(dict.fromkeys(layer for values in typical.values() for layer in values))
+    shown = layers if every_layer else _some(layers, _MOST_LAYERS)
+    known = [x for values in typical.values() for x in values.values() if x > 0]
+    ends = (min(known), max(known)) if known else (1.0, 1.0)
+    rows: list[tuple[str, ...]] = [("rms, median of all records", "A", "", "B", "", "B / A")]
+    for layer in shown:
+        a, b = (typical[name].get(layer, math.nan) for name in (one, other))
+        rows.append((layer, _number(a), _bar(a, *ends), _number(b), _bar(b, *ends), _ratio(b, a)))
+    shares = [_first_over_last(list(values.values())) for values in typical.values()]
+    rows.append(
+        ("first layer / last layer", _ratio(shares[0], 1), "", _ratio(shares[1], 1), "", "")
+    )
+    rows += _derived(list(runs.values()))
+    lines = [f"A  {heading(one, runs[one])}", f"B  {heading(other, runs[other])}", ""]
+    lines += _table(rows)
+    if len(shown) < len(layers):
+        lines.append(f"{len(layers) - len(shown)} layers between them are left out (--all)")
+    for name, history in runs.items():
+        found = [each for each in history.diagnose() if each.severity != "note"]
+        lines += ["", f"{'A' if name == one else 'B'}  {name}:"]
+        lines.append(findings(found, most=2, indent="   "))
+    return "\n".join(lines)
+
+
+def draw(runs: Mapping[str, History], path: Path) -> None:
+    """Write the curves of several runs: mean |gradient| of some of the layers against time.
+
+    Args:
+        runs: histories with records, by name.
+        path: of the file, which appears whole or not at all; its suffix is the format.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: an unknown format.
+    """
+    from gradstat import plot
+
+    layers = list(dict.fromkeys(row for history in runs.values() for row in first_rows(history)))
+    average = max(1, max(len(history) for history in runs.values()) // 100)
+    figure = plot.curves(
+        dict(runs), split="history", layers=_some(layers, _MOST_LINES), average=average
+    )
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format=path.suffix[1:] or "png")
+
+
+def newest(name: str, history: History) -> str:
+    """The newest record as a table of the layers of the first kind, and the worst findings."""
+    record = history.record()
+    rms = record.rms.tolist()
+    shown = [history.layers.index(row) for row in first_rows(history)]
+    known = [rms[at] for at in shown if rms[at] > 0]
+    ends = (min(known), max(known)) if known else (1.0, 1.0)
+    rows = [("layer", "rms", "", "largest", "zeros", "NaN, infinite")]
+    for at in shown:
+        numel, finite = int(record.numel[at]), int(record.finite[at])
+        rows.append(
+            (
+                history.layers[at],
+                _number(rms[at]),
+                _bar(rms[at], *ends),
+                _number(float(record.abs_max[at])),
+                _percent(int(record.zeros[at]) / finite if finite else math.nan),
+                str(numel - finite) if numel else f"no {NOUNS[history.kinds[0]]}",
+            )
+        )
+    found = [each for each in history.diagnose() if each.severity != "note"]
+    lines = [f"{name}: step {history.steps[-1]}", ""]
+    lines += _table([rows[0], *_some(rows[1:], _MOST_LAYERS)])
+    return "\n".join([*lines, "", findings(found, most=2)])
+
+
+def tail(path: Path, interval_s: float, updates: int | None = None) -> None:
+    """Print the newest record of a run whenever there is another one; for ever, or so many times.
+
+    Of a directory only its newest file is read, however long the run is.
+
+    Args:
+        path: file or directory.
+        interval_s: seconds from one look to the next.
+        updates: tables to print; by default until interrupted.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is damaged or another kind of file.
+    """
+    seen, printed = None, 0
+    while updates is None or printed < updates:
+        state = _state(path)
+        if state != seen:
+            seen = state
+            history = _newest_file(path)
+            if len(history):
+                clear = "\x1b[H\x1b[2J" if sys.stdout.isatty() else "\n" if printed else ""
+                print(clear + newest(str(path), history), flush=True)
+                printed += 1
+                continue
+            if not printed:
+                print(f"{path} has no records yet", flush=True)
+        time.sleep(interval_s)
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Something that changes whenever the run's files do."""
+    files = archive.segments(path) if path.is_dir() else [path]
+    newest = files[-1].stat() if files else None
+    return (len(files), newest.st_mtime_ns, newest.st_size) if newest else (0,)
+
+
+def _newest_file(path: Path) -> History:
+    files = archive.segments(path) if path.is_dir() else []
+    return History.load(files[-1] if files else path)
+
+
+def _typical(history: History) -> dict[str, float]:
+    """Median rms of each layer of the first kind over all records."""
+    rms: Array = median(history["rms"])
+    typical = dict(zip(history.layers, rms.tolist(), strict=True))
+    return {row: typical[row] for row in first_rows(history)}
+
+
+def _first_over_last(typical: Sequence[float]) -> float:
+    present = [rms for rms in typical if rms > 0]
+    return present[0] / present[-1] if present else math.nan
+
+
+def _derived(runs: Sequence[History]) -> list[tuple[str, ...]]:
+    """Lines on two runs' updates and units, medians over all records, where both have them."""
+    rows: list[tuple[str, ...]] = []
+    if all({UPDATE, PARAM} <= set(run.kinds) for run in runs):
+        a, b = (float(median(median(run.update_ratio()))) for run in runs)
+        rows.append(("update / parameter, median", _number(a), "", _number(b), "", _ratio(b, a)))
+    if all(UNIT in run.kinds for run in runs):
+        a, b = (float(np.fmax.reduce(median(run.dead_units()))) for run in runs)
+        rows.append(("dead units, most in a layer", _percent(a), "", _percent(b), "", ""))
+    return rows
+
+
+def _some(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many, evenly spread, the first and the last among them."""
+    return [items[i] for i in evenly_spread(len(items), most)]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns side by side, the first and those that are bars to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left = {0} | {i for i in range(len(widths)) if any(row[i].startswith("#") for row in rows)}
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _bar(value: float, low: float, high: float) -> str:
+    """A bar on a log scale from the smallest value, one character long, to the largest."""
+    if not value > 0:
+        return ""
+    share = math.log(value / low) / math.log(high / low) if high > low else 1.0
+    return "#" * (1 + round(share * (_BAR - 1)))
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.1e}" if value else "0"
+
+
+def _ratio(value: float, by: float) -> str:
+    return f"{value / by:.2g}" if by > 0 and not math.isnan(value) else "-"
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.0%}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _width() -> int:
+    return max(60, min(shutil.get_terminal_size().columns, 100))

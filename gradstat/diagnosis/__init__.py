@@ -1,0 +1,81 @@
+"""`diagnose`: what is wrong with a run, in findings, the worst first.
+
+One file for each family of rules has their arithmetic; ``docs/reading.md`` explains the thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from gradstat.diagnosis.dead_units import find_dead_units
+from gradstat.diagnosis.findings import KINDS, SEVERITIES, Finding, Severity
+from gradstat.diagnosis.nonfinite import find_nonfinite
+from gradstat.diagnosis.run import Run
+from gradstat.diagnosis.saturation_underflow import find_saturation, find_scale, find_underflow
+from gradstat.diagnosis.stuck import find_stuck
+from gradstat.diagnosis.thresholds import Thresholds
+from gradstat.diagnosis.vanishing_exploding import find_dead, find_growth, find_low, find_trend
+from gradstat.history import History
+from gradstat.kinds import GRAD, UNIT, UPDATE
+
+__all__ = ["KINDS", "SEVERITIES", "Finding", "Severity", "Thresholds", "diagnose"]
+
+_Rule: TypeAlias = Callable[[Run, Thresholds], list[Finding]]
+# By the kind of the rows that a rule reads; ``None``: all rows.
+_RULES: dict[str | None, tuple[_Rule, ...]] = {
+    None: (find_nonfinite,),
+    GRAD: (
+        find_growth,
+        find_trend,
+        find_low,
+        find_dead,
+        find_saturation,
+        find_underflow,
+        find_scale,
+    ),
+    UPDATE: (find_stuck,),
+    UNIT: (find_dead_units,),
+}
+
+
+def diagnose(history: History, thresholds: Thresholds | None = None) -> list[Finding]:
+    """Find what is wrong with a run, by its gradients and whatever else was recorded.
+
+    NaN and infinities are found in rows of any kind, layers that do not move among updates, dead
+    units among activations, and everything else among gradients alone. Layers are taken to lie in
+    the order of their parameters, the first one nearest to the input, as in most models.
+    Saturation, underflow and the range of loss scales are read off histograms over `Log2Bins`, of
+    at most 64 records evenly spread; over `LinearBins` they are left out.
+
+    Args:
+        history: with one record at least; several dozen say more than a few.
+        thresholds: by default those that healthy runs stay within.
+
+    Returns:
+        Findings: severe ones first, then warnings, then notes.
+
+    Raises:
+        TypeError: something other than Thresholds.
+        ValueError: a history without records.
+
+    Example:
+        >>> import torch, gradstat
+        >>> sigmoids = [m for _ in range(9) for m in (torch.nn.Linear(8, 8), torch.nn.Sigmoid())]
+        >>> model = torch.nn.Sequential(*sigmoids)
+        >>> with gradstat.watch(model) as w:
+        ...     model(torch.rand(4, 8)).square().sum().backward()
+        >>> [(f.kind, f.layer) for f in w.history.diagnose()][0]
+        ('vanishing', '0.weight')
+    """
+    thresholds = Thresholds() if thresholds is None else thresholds
+    if not isinstance(thresholds, Thresholds):
+        raise TypeError(f"diagnose() needs Thresholds; thresholds is {type(thresholds).__name__}")
+    if len(history) == 0 or not history.layers:
+        raise ValueError(f"diagnose() needs a History with records; history is {history!r}")
+    findings = []
+    for kind, rules in _RULES.items():
+        if kind is None or kind in history.kinds:
+            run = Run(history, thresholds.window, kind)
+            findings += [finding for rule in rules for finding in rule(run, thresholds)]
+    return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), KINDS.index(f.kind)))

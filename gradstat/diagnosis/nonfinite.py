@@ -1,0 +1,91 @@
+"""Rules of `diagnosis.diagnose` about more than gradients: NaN anywhere, updates, units."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gradstat.arrays import Array
+from gradstat.diagnosis.findings import Finding, Severity
+from gradstat.diagnosis.run import Run
+from gradstat.diagnosis.thresholds import Thresholds
+from gradstat.kinds import ACTIVATION, GRAD, GRAD_OUTPUT, PARAM, UNIT, UPDATE
+
+# In the order in which a step computes them; the peaks of units are those of activations.
+_FORWARD, _BACKWARD = (PARAM, ACTIVATION), (GRAD_OUTPUT, GRAD, UPDATE)
+_FIRST_MET = {
+    PARAM: "{} is the first parameter with NaN or infinity in it",
+    ACTIVATION: "{}'s output is the first, in the order of the modules, with NaN or infinity",
+    GRAD_OUTPUT: "The gradient of {}'s output is the first, from the last module back, with NaN or "
+    "infinity",
+    GRAD: "{} is where backward first met NaN or infinity",
+    UPDATE: "{} is the first parameter whose change has NaN or infinity in it",
+}
+_OTHERS = {PARAM: "parameter", ACTIVATION: "module", GRAD_OUTPUT: "module", UPDATE: "parameter"}
+
+
+def find_nonfinite(run: Run, thresholds: Thresholds) -> list[Finding]:
+    """NaN or infinities: where they come from, before the gradients if there are earlier ones."""
+    bad = _broken(run)
+    n_records = len(bad)
+    forward, backward = (bad & np.isin(run.kinds, kinds) for kinds in (_FORWARD, _BACKWARD))
+    broken = [np.flatnonzero(each.any(1)) for each in (forward, backward)]
+    first, earlier = (int(each[0]) if len(each) else n_records for each in broken)
+    if first == earlier == n_records:
+        return []
+    findings = []
+    spoilt = 0 < first < n_records and backward[first - 1].any()
+    if first < n_records and not spoilt:
+        findings.append(_origin(run, forward, _FORWARD, thresholds, n_records))
+    if earlier < first:
+        # What follows NaN in the forward pass is no finding of its own.
+        end = n_records if spoilt else first
+        findings.append(_origin(run, backward[:end], _BACKWARD, thresholds, end))
+    return findings
+
+
+def _broken(run: Run) -> Array:
+    """Whether a row has NaN, or infinities that mean something: ``(S, L)``."""
+    bad: Array = run["numel"] - run["finite"] > 0
+    bad &= ~np.isin(run.kinds, UNIT)
+    # Masks of attention hold infinities while all is well.
+    harmless = bad & np.isin(run.kinds, _FORWARD) & (run["nan"] == 0)
+    well = ~(bad & ~harmless).any(1)
+    bad &= ~(harmless & harmless[well].any(0))
+    return bad
+
+
+def _origin(
+    run: Run, bad: Array, kinds: tuple[str, ...], thresholds: Thresholds, n_records: int
+) -> Finding:
+    """The row that was reached first in the first record with any."""
+    records = np.flatnonzero(bad.any(1))
+    at, column = int(records[0]), 0
+    kind = next(each for each in kinds if (bad[records[0]] & np.isin(run.kinds, each)).any())
+    columns = np.flatnonzero(bad[at] & np.isin(run.kinds, kind)).tolist()
+    column = columns[-1] if kind in (GRAD, GRAD_OUTPUT) else _innermost(run, columns)
+    passing = records[-1] < n_records - 1 and len(records) <= thresholds.nonfinite_share * n_records
+    numbers = {name: float(run[name][at, column]) for name in ("nan", "posinf", "neginf", "numel")}
+    numbers |= {"records": float(len(records)), "layers": float(len(columns))}
+    others = len(columns) - 1
+    rest = f", before {others} other {_OTHERS.get(kind, 'layer')}{'s' * (others > 1)}"
+    sentence = (
+        f"{_FIRST_MET[kind].format(run.name(column))}, at step {run.steps[at]}"
+        f"{rest * (others > 0)}: {numbers['nan']:.0f} NaN and "
+        f"{numbers['posinf'] + numbers['neginf']:.0f} infinite of {numbers['numel']:.0f} elements; "
+        f"{len(records)} of {n_records} records have some"
+        + ", the newest none" * bool(passing)
+        + ", as when a loss scale is tried" * bool(passing and kind in (GRAD, GRAD_OUTPUT))
+        + "."
+    )
+    steps = (int(run.steps[at]), int(run.steps[records[-1]]))
+    severity: Severity = "warning" if passing else "severe"
+    return Finding("non-finite", severity, run.layers[column], steps, numbers, sentence)
+
+
+def _innermost(run: Run, columns: list[int]) -> int:
+    """The first of some rows, or what is inside it: a module comes before its parts."""
+    found, *rest = columns
+    for column in rest:
+        if run.name(column).startswith(f"{run.name(found)}."):
+            found = column
+    return found

@@ -1,0 +1,213 @@
+"""What the rules of `diagnose` read: a history in windows of records, trends, shares."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from gradstat.arrays import Array, evenly_spread
+from gradstat.bins import Log2Bins
+from gradstat.history import History
+from gradstat.kinds import plain_name
+
+_MAX_BLOCKS = 200
+_MAX_SAMPLES = 64
+_PERSISTENT = 3  # sampled records in a row that must show something
+
+
+class Run:
+    """What the rules read: L rows of a history, in blocks of a window's records, 200 at most.
+
+    Args:
+        history: S records.
+        window: records in a block, at least; fewer where there are no more.
+        kind: of the rows; all of them for ``None``.
+    """
+
+    def __init__(self, history: History, window: int, kind: str | None) -> None:
+        self.history, self.window, self.steps = history, window, history.steps
+        chosen = [kind is None or each == kind for each in history.kinds]
+        self.columns = np.flatnonzero(chosen)
+        self.kinds = [history.kinds[column] for column in self.columns]
+        self.layers = [history.layers[column] for column in self.columns]
+        self._fields: dict[str, Array] = {}
+        n_blocks = max(1, min(len(history) // window, _MAX_BLOCKS))
+        self.blocks = np.array_split(np.arange(len(history)), n_blocks)
+
+    def __getitem__(self, field: str) -> Array:
+        """A field of `Statistics`, ``(S, L)``, which is kept."""
+        if field not in self._fields:
+            self._fields[field] = self.history[field][:, self.columns]
+        return self._fields[field]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Parameter or module that each row is of."""
+        return [plain_name(*row) for row in zip(self.kinds, self.layers, strict=True)]
+
+    def name(self, column: int) -> str:
+        """Parameter or module that a row is of."""
+        return self.names[column]
+
+    @cached_property
+    def nonzero(self) -> Array:
+        """Elements that are finite and not zero: int64 ``(S, L)``."""
+        count: Array = self["finite"] - self["zeros"]
+        return count
+
+    @cached_property
+    def rms(self) -> Array:
+        """Rms of the elements that are not zero, ``(S, L)``; NaN without any."""
+        l2 = self["l2"]
+        rms = np.full(l2.shape, math.nan)
+        np.divide(l2, np.sqrt(self.nonzero), out=rms, where=self.nonzero > 0)
+        return rms
+
+    @cached_property
+    def levels(self) -> Array:
+        """Median rms of the elements that are not zero, by block: ``(B, L)``; NaN without any."""
+        return np.stack([median(self.rms[block]) for block in self.blocks])
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """Histograms of at most 64 records, of the newest too; none over linear bins."""
+        if not isinstance(self.history.bins, Log2Bins):
+            return []
+        at = evenly_spread(len(self.history), _MAX_SAMPLES)
+        rows = at[:, None] * len(self.history.layers) + self.columns
+        sizes, bins, counts = self.history.to_records().counts.keep(rows.ravel()).arrays()
+        by_record = sizes.reshape(rows.shape)
+        ends = np.cumsum(by_record.sum(1))[:-1]
+        parts = zip(
+            at.tolist(), by_record, np.split(bins, ends), np.split(counts, ends), strict=True
+        )
+        return [Sample(*part) for part in parts]
+
+    def span(self, mask: Array, at: int) -> tuple[int, int]:
+        """First and last step of the blocks around one that a mask, ``(B,)``, holds together."""
+        return self.steps_of(*around(mask, at))
+
+    def steps_of(self, first: int, last: int) -> tuple[int, int]:
+        """First and last step of the blocks from one to another."""
+        return int(self.steps[self.blocks[first][0]]), int(self.steps[self.blocks[last][-1]])
+
+    def lasting(self, shares: Array, limit: float) -> list[Lasting]:
+        """Layers whose share stays at a limit or above it in three samples in a row, or in all.
+
+        Args:
+            shares: of each sample, ``(samples, L)``.
+            limit: 0 to 1.
+
+        Returns:
+            Layer, first and last step, and the largest share meanwhile; the largest first.
+        """
+        if not len(shares):
+            return []
+        kept = _runs(shares >= limit, _PERSISTENT)
+        found = []
+        for column in np.flatnonzero(kept.any(0)).tolist():
+            mask, share = kept[:, column], shares[:, column]
+            at = int(np.where(mask, share, -1.0).argmax())
+            first, last = (int(self.steps[self.samples[i].at]) for i in around(mask, at))
+            found.append(Lasting(column, (first, last), float(share[at])))
+        return sorted(found, key=lambda each: -each.share)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The histograms of a record, as the entries of all layers that are not zero.
+
+    Args:
+        at: position of the record.
+        sizes: entries of each layer, ``(L,)``.
+        bins: of each entry, ``(E,)``.
+        counts: of each entry.
+    """
+
+    at: int
+    sizes: Array
+    bins: Array
+    counts: Array
+
+    def total(self, chosen: Array) -> Array:
+        """Elements of each layer, int64 ``(L,)``, in the chosen ones of the entries, ``(E,)``."""
+        sums = np.zeros(len(self.bins) + 1, np.int64)
+        np.cumsum(self.counts * chosen, out=sums[1:])
+        ends = np.cumsum(self.sizes)
+        total: Array = sums[ends] - sums[ends - self.sizes]
+        return total
+
+
+@dataclass(frozen=True)
+class Lasting:
+    """A layer, by its column, with a large share of something from one step to another."""
+
+    column: int
+    steps: tuple[int, int]
+    share: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A straight line through log10 rms over depth.
+
+    Args:
+        first: column of the first layer that has an rms.
+        last: column of the last one.
+        slope: decades from one layer to the next.
+        fall: decades from the last layer back to the first, along the line.
+        r2: share of the variance that the line explains.
+    """
+
+    first: int
+    last: int
+    slope: float
+    fall: float
+    r2: float
+
+
+def fit_depth(levels: Array) -> Fit | None:
+    """Least squares over the layers that have an rms; ``None`` for fewer than three of them.
+
+    Args:
+        levels: rms of each layer, ``(L,)``; NaN where there is none.
+    """
+    present = np.flatnonzero(levels > 0)
+    if len(present) < 3:
+        return None
+    depth, log_rms = np.arange(len(present)), np.log10(levels[present])
+    centred, spread = depth - depth.mean(), log_rms - log_rms.mean()
+    slope = float(centred @ spread / (centred @ centred))
+    total = float(spread @ spread)
+    r2 = slope**2 * float(centred @ centred) / total if total > 0 else 0.0
+    fall = slope * (len(present) - 1)
+    return Fit(int(present[0]), int(present[-1]), slope, fall, r2)
+
+
+def median(x: Array) -> Array:
+    """Median over the first axis of what is not NaN, the lower of two; NaN where there is none."""
+    ordered = np.sort(x, axis=0)
+    count = np.count_nonzero(~np.isnan(x), axis=0)
+    middle: Array = np.take_along_axis(ordered, np.maximum(count - 1, 0)[None] // 2, axis=0)[0]
+    return middle
+
+
+def around(mask: Array, at: int) -> tuple[int, int]:
+    """First and last position of the run of true ones that a position is in."""
+    gaps = np.flatnonzero(~mask)
+    before, after = gaps[gaps < at], gaps[gaps > at]
+    return int(before[-1] + 1 if len(before) else 0), int(after[0] if len(after) else len(mask)) - 1
+
+
+def _runs(mask: Array, least: int) -> Array:
+    """Where a mask is true at least so often in a row along its first axis, or all along it."""
+    least = min(least, len(mask))
+    n_starts = len(mask) - least + 1
+    starts = np.logical_and.reduce([mask[i : i + n_starts] for i in range(least)])
+    kept = np.zeros_like(mask)
+    for i in range(least):
+        kept[i : i + n_starts] |= starts
+    return kept

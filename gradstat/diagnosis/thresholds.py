@@ -1,0 +1,103 @@
+"""`Thresholds`: when `diagnose` speaks up."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+_SHARES = (
+    "nonfinite_share",
+    "saturation_share",
+    "underflow_share",
+    "stuck_ratio",
+    "stuck_pace",
+    "dead_units_share",
+    "dead_units_severe",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Thresholds:
+    """When `diagnose` speaks up. ``docs/reading.md`` gives the reason for each number.
+
+    Args:
+        window: records whose median is taken, so that one batch alone says nothing.
+        vanishing_ratio: smallest gradient of the first layer as a share of the last one's, both
+            read off a straight line through log rms over depth.
+        vanishing_severe: the share below which that is severe.
+        vanishing_level: smallest rms; below Adam's epsilon Adam hardly moves a weight.
+        depth_fit: smallest R² of that line: layers out of line are no trend.
+        exploding_ratio: largest gradient of the first layer as a multiple of the last one's.
+        exploding_growth: largest growth of a layer's rms over its median so far.
+        exploding_severe: the growth above which that is severe.
+        nonfinite_share: largest share of records with NaN or infinities that pass for a loss scale
+            being tried, as long as the newest record has none.
+        saturation_octaves: how many octaves below its layer's rms an element counts as stopped.
+        saturation_share: largest share of stopped ones among the elements that are not zero.
+        stuck_ratio: smallest change of a layer's weights in a step, as a share of their size.
+        stuck_pace: the same as a share of the median layer's: what a schedule slows down is not
+            stuck.
+        dead_units_share: largest share of a module's units that may be zero for a whole batch.
+        dead_units_severe: the share from which that is severe.
+        underflow_share: largest share of a layer's values that float16 may flush to zero.
+        float16_headroom: how many times larger the largest gradient must be able to grow before
+            float16 overflows.
+        float16_floor: smallest size of a record's largest gradient.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: a window below 1, another number that is not above 0, a ratio, a share or a fit
+            above 1, a severe threshold that is milder than the other.
+
+    Example:
+        >>> import gradstat
+        >>> gradstat.Thresholds(vanishing_ratio=0.01, vanishing_severe=0.001).window
+        20
+    """
+
+    window: int = 20
+    vanishing_ratio: float = 1 / 30
+    vanishing_severe: float = 1 / 50
+    vanishing_level: float = 1e-8
+    depth_fit: float = 0.5
+    exploding_ratio: float = 1e3
+    exploding_growth: float = 1e3
+    exploding_severe: float = 1e5
+    nonfinite_share: float = 0.05
+    saturation_octaves: float = 10.0
+    saturation_share: float = 0.5
+    stuck_ratio: float = 1e-6
+    stuck_pace: float = 1e-3
+    dead_units_share: float = 0.7
+    dead_units_severe: float = 0.9
+    underflow_share: float = 0.5
+    float16_headroom: float = 2.0
+    float16_floor: float = 2.0**-14
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.window, int):
+            raise TypeError(f"Thresholds() needs an integer; window is {self.window!r}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise TypeError(f"Thresholds() needs numbers; {field.name} is {value!r}")
+            if not 0 < value < math.inf:
+                raise ValueError(f"Thresholds() needs positive numbers; {field.name} is {value}")
+        for name in ("vanishing_ratio", "depth_fit", *_SHARES):
+            if getattr(self, name) > 1:
+                raise ValueError(f"Thresholds() needs {name} up to 1; it is {getattr(self, name)}")
+        if self.vanishing_severe > self.vanishing_ratio:
+            raise ValueError(
+                f"Thresholds() needs vanishing_severe up to vanishing_ratio, "
+                f"{self.vanishing_ratio}; vanishing_severe is {self.vanishing_severe}"
+            )
+        if self.exploding_severe < self.exploding_growth:
+            raise ValueError(
+                f"Thresholds() needs exploding_severe of exploding_growth, "
+                f"{self.exploding_growth}, or more; exploding_severe is {self.exploding_severe}"
+            )
+        if self.dead_units_severe < self.dead_units_share:
+            raise ValueError(
+                f"Thresholds() needs dead_units_severe of dead_units_share, "
+                f"{self.dead_units_share}, or more; dead_units_severe is {self.dead_units_severe}"
+            )

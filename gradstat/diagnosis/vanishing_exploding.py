@@ -1,0 +1,127 @@
+"""The rules behind `diagnosis.diagnose`: each reads a `Run` and returns findings.
+
+Those about the level of gradients are here, over depth and over steps; the others are in
+`rules_values` (magnitudes), `rules_kinds` (NaN in any kind, units) and `rules_updates`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from gradstat.diagnosis.findings import Finding, Severity
+from gradstat.diagnosis.run import Run, around, fit_depth, median
+from gradstat.diagnosis.thresholds import Thresholds
+
+
+def find_trend(run: Run, thresholds: Thresholds) -> list[Finding]:
+    """Vanishing or exploding over depth: a straight line through log rms against the layer."""
+    fits = [fit_depth(levels) for levels in run.levels]
+    fall = np.array([fit.fall if fit else math.nan for fit in fits])
+    straight = np.array([fit is not None and fit.r2 >= thresholds.depth_fit for fit in fits])
+    findings = []
+    for kind, limit, sign in (
+        ("vanishing", -math.log10(thresholds.vanishing_ratio), 1.0),
+        ("exploding", math.log10(thresholds.exploding_ratio), -1.0),
+    ):
+        mask = straight & (sign * fall >= limit)
+        if not mask.any():
+            continue
+        at = int(np.argmax(np.where(mask, sign * fall, -math.inf)))
+        fit = fits[at]
+        assert fit is not None
+        ratio = 10.0**-fit.fall
+        first, last = run.layers[fit.first], run.layers[fit.last]
+        numbers = {
+            "ratio": ratio,
+            "slope": fit.slope,
+            "fit": fit.r2,
+            "rms": float(run.levels[at, fit.first]),
+            "rms_last": float(run.levels[at, fit.last]),
+        }
+        times = 10 ** abs(fit.fall)
+        change = "shrinks" if kind == "vanishing" else "grows"
+        sentence = (
+            f"From {last} back to {first} the gradient {change} {_round(times)}-fold, by a factor "
+            f"of {10 ** abs(fit.slope):.2g} at each layer."
+        )
+        severe = kind == "vanishing" and ratio <= thresholds.vanishing_severe
+        severity: Severity = "severe" if severe else "warning"
+        findings.append(Finding(kind, severity, first, run.span(mask, at), numbers, sentence))
+    return findings
+
+
+def find_low(run: Run, thresholds: Thresholds) -> list[Finding]:
+    """Vanishing by level: layers whose rms is below Adam's epsilon."""
+    findings = []
+    for column, layer in enumerate(run.layers):
+        levels = np.nan_to_num(run.levels[:, column], nan=math.inf)
+        mask = levels < thresholds.vanishing_level
+        if mask.any():
+            at = int(levels.argmin())
+            rms, steps = float(levels[at]), run.span(mask, at)
+            sentence = (
+                f"{layer}'s gradient has an rms of {rms:.1e}, below {thresholds.vanishing_level:g}:"
+                f" Adam's epsilon outweighs it, and plain SGD hardly moves."
+            )
+            findings.append(Finding("vanishing", "severe", layer, steps, {"rms": rms}, sentence))
+    return sorted(findings, key=lambda finding: finding.numbers["rms"])
+
+
+def find_growth(run: Run, thresholds: Thresholds) -> list[Finding]:
+    """Exploding over steps: rms against its median so far, so that a slow start does not count."""
+    blocks = np.array_split(np.arange(len(run.rms)), min(len(run.rms), 256))
+    single = np.stack([median(run.rms[block]) for block in blocks])
+    so_far = np.stack([median(single[: max(1, t)]) for t in range(len(single))])
+    rms = single
+    if len(single) == len(run.rms):
+        rms = np.stack([median(single[max(0, t - 2) : t + 1]) for t in range(len(single))])
+    growth = np.nan_to_num(rms / so_far)
+    growth[:3] = 0  # too few to compare with
+    growth[np.isnan(single)] = 0  # of records that have none the ones before would speak
+    findings = []
+    for column, layer in enumerate(run.layers):
+        at = int(growth[:, column].argmax())
+        times = float(growth[at, column])
+        if times < thresholds.exploding_growth:
+            continue
+        first, last = around(growth[:, column] >= thresholds.exploding_growth, at)
+        steps = (int(run.steps[blocks[first][0]]), int(run.steps[blocks[last][-1]]))
+        before, now = float(so_far[at, column]), float(rms[at, column])
+        numbers = {"growth": times, "rms": now, "rms_before": before}
+        sentence = (
+            f"{layer}'s gradient grew {_round(times)}-fold, from an rms of {before:.1e} to "
+            f"{now:.1e} at step {run.steps[blocks[at][-1]]}."
+        )
+        severity: Severity = "severe" if times >= thresholds.exploding_severe else "warning"
+        findings.append(Finding("exploding", severity, layer, steps, numbers, sentence))
+    return sorted(findings, key=lambda finding: -finding.numbers["growth"])
+
+
+def find_dead(run: Run, thresholds: Thresholds) -> list[Finding]:
+    """Layers whose whole gradient is zero in a window of records."""
+    numel, zeros = run["numel"], run["zeros"]
+    zero = (numel > 0) & (zeros == numel)
+    by_block = np.stack([zero[block].all(0) for block in run.blocks])
+    findings = []
+    for column in np.flatnonzero(by_block.any(0)).tolist():
+        mask = by_block[:, column]
+        at = int(np.flatnonzero(mask)[-1])
+        records = int(zero[:, column].sum())
+        lasting = at == len(mask) - 1 and len(zero) >= thresholds.window
+        sentence = (
+            f"All {numel[:, column].max()} elements of {run.layers[column]}'s gradient are "
+            f"zero in {records} of {len(zero)} records: it does not learn."
+        )
+        numbers = {"records": float(records), "zeros": float(zeros[:, column].max())}
+        severity: Severity = "severe" if lasting else "warning"
+        steps = run.span(mask, at)
+        findings.append(Finding("dead", severity, run.layers[column], steps, numbers, sentence))
+    return findings
+
+
+def _round(times: float) -> str:
+    """Three digits, and no exponent up to a million."""
+    rounded = float(f"{times:.3g}")
+    return f"{rounded:,.0f}" if 100 <= rounded < 1e6 else f"{rounded:.3g}"

@@ -1,0 +1,277 @@
+"""The Triton engine: all tensors of a list in one launch, and one small launch to finish it."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+from triton import knobs
+
+from gradstat.bins import Bins, LinearBins, Log2Bins, powers_of_ten
+from gradstat.engines import reference
+from gradstat.engines.memory import no_storage
+from gradstat.engines.triton_items import make_items
+from gradstat.kernels.finish import finish_kernel
+from gradstat.kernels.histogram import histogram_kernel
+from gradstat.kernels.measure import PARTIAL_FIELDS, measure_kernel
+from gradstat.results import FLOATS, INTEGERS, Statistics
+
+MAX_BINS = 4093  # a program keeps its histogram, with three more slots, in registers
+FINISH_BLOCK = 128
+MAX_TABLE_BYTES = 64 << 20  # of all plans that are kept
+THREADS = 256
+EACH = 16  # elements of a tile for each thread
+VECTOR_BYTES = 16
+# Element types in device code; bfloat16 as its bits.
+ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.int16}
+
+# A range's kind, as finish_kernel takes it.
+NO_RANGE, KNOWN_RANGE, AUTOMATIC_RANGE = range(3)
+
+
+_dtype_of = operator.attrgetter("dtype")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of one dtype: their work items and spans on the device, see engines/work.py."""
+
+    dtype: torch.dtype
+    items: Tensor
+    spans: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to launch for a list, and its rows of float64."""
+
+    groups: list[Group]
+    float64_rows: list[int]
+    stream: int  # on which the tables were uploaded
+    uploaded: torch.cuda.Event | None
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of its tables on the device."""
+        return sum(group.items.nbytes + group.spans.nbytes for group in self.groups)
+
+
+def measure(
+    tensors: Sequence[Tensor], bins: Bins, low: Tensor | None = None, high: Tensor | None = None
+) -> Statistics:
+    """Statistics of each tensor of a list, as `reference.measure`, without waiting for the device.
+
+    float64 tensors, and all tensors when there are more than 4,093 linear bins, go to the reference
+    engine.
+
+    Args:
+        tensors: L tensors on one CUDA device, or on the CPU when Triton interprets.
+        bins: scheme of the histogram.
+        low: lower ends of known ranges, float32 ``(L,)``.
+        high: upper ends.
+
+    Returns:
+        Statistics of shape ``(L,)``.
+
+    Raises:
+        ValueError: tensors that are not on a CUDA device.
+    """
+    device = tensors[0].device
+    if device.type != "cuda" and not knobs.runtime.interpret:
+        raise ValueError(
+            f"engine 'triton' needs CUDA tensors, or TRITON_INTERPRET=1 set before triton is "
+            f"imported; the tensors are on {device}"
+        )
+    if bins.bins > MAX_BINS:
+        return reference.measure(tensors, bins, low, high)
+    if any(map(Tensor.is_neg, tensors)):
+        tensors = [x.resolve_neg() for x in tensors]  # a copy where torch keeps a sign apart
+    n = len(tensors)
+    result = Statistics(
+        bins,
+        torch.empty((n, len(INTEGERS)), dtype=torch.int64, device=device),
+        torch.empty((n, len(FLOATS)), dtype=torch.float64, device=device),
+        torch.zeros((n, bins.bins), dtype=torch.int64, device=device),
+    )
+    if isinstance(bins, Log2Bins):
+        kind, ranges = NO_RANGE, result.floats  # not read
+    elif low is None or high is None:
+        kind, ranges = AUTOMATIC_RANGE, torch.empty((n, 2), dtype=torch.float32, device=device)
+    else:
+        kind, ranges = KNOWN_RANGE, torch.stack([low, high], 1)
+    with _on(device):
+        plan = _plan(tensors, device)
+        for group in plan.groups:
+            _launch(group, result, ranges, kind)
+    for i in plan.float64_rows:
+        ends = ranges[i : i + 1].unbind(1) if kind == KNOWN_RANGE else ()
+        _copy_row(reference.measure([tensors[i]], bins, *ends), result, i)
+    return result
+
+
+def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None:
+    bins, n_items = result.bins, len(group.items)
+    element, vector = ELEMENTS[group.dtype], VECTOR_BYTES // group.dtype.itemsize
+    is_nice = isinstance(bins, LinearBins) and bins.nice
+    is_bfloat16 = group.dtype == torch.bfloat16
+    n_bins = 0 if kind == AUTOMATIC_RANGE else bins.bins
+    slots, num_warps = slots_of(bins), _num_warps(ranges.device)
+    partials = result.floats.new_empty((n_items, PARTIAL_FIELDS.value))
+    if n_items:
+        measure_kernel[(n_items,)](
+            group.items,
+            ranges,
+            partials,
+            result.counts,
+            element,
+            is_bfloat16,
+            n_bins,
+            slots,
+            kind == NO_RANGE,
+            EACH // vector,
+            THREADS,
+            vector,
+            num_warps=num_warps,
+        )
+    finish_kernel[(len(group.spans),)](
+        group.spans,
+        partials,
+        ranges,
+        powers_of_ten(ranges.device) if is_nice else ranges,  # else not read
+        result.integers,
+        result.floats,
+        bins.bins,
+        kind,
+        is_nice,
+        FINISH_BLOCK,
+        num_warps=num_warps,
+        enable_fp_fusion=False,
+    )
+    if n_items and kind == AUTOMATIC_RANGE:
+        histogram_kernel[(n_items,)](
+            group.items,
+            ranges,
+            result.counts,
+            element,
+            is_bfloat16,
+            bins.bins,
+            slots,
+            EACH // vector,
+            THREADS,
+            vector,
+            num_warps=num_warps,
+        )
+
+
+def slots_of(bins: Bins) -> int:
+    """Slots of a program's histogram: a power of two, with room for three beside linear bins."""
+    return bins.bins if isinstance(bins, Log2Bins) else 1 << (bins.bins + 2).bit_length()
+
+
+_plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
+_plans_lock = threading.Lock()
+# What a CUDA graph reads at every replay: plans, and tables in the host's memory.
+_captured: list[Any] = []
+
+
+def _plan(tensors: Sequence[Tensor], device: torch.device) -> Plan:
+    """Plan of a list; built and uploaded anew only when addresses, shapes or dtypes change."""
+    # Mapped methods: this is most of the cost of a call with many tensors.
+    key: tuple[Any, ...] = (
+        device,
+        tuple(map(Tensor.data_ptr, tensors)),
+        tuple(map(Tensor.numel, tensors)),
+        tuple(map(_dtype_of, tensors)),
+    )
+    if not all(map(Tensor.is_contiguous, tensors)):
+        key = (*key, tuple([(x.shape, x.stride()) for x in tensors]))
+    is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    with _plans_lock:
+        plan = _plans.get(key)
+        if plan is not None:
+            _plans.move_to_end(key)
+    if plan is None:
+        plan = _make_plan(tensors, device, is_capturing)
+        if not is_capturing:
+            _keep_plan(key, plan)
+    elif is_capturing:
+        _captured.append(plan)
+    else:
+        _wait_for_tables(plan)
+    return plan
+
+
+def _make_plan(tensors: Sequence[Tensor], device: torch.device, is_capturing: bool) -> Plan:
+    rows: dict[torch.dtype, list[int]] = {}
+    for i, x in enumerate(tensors):
+        if x.numel() and not x.data_ptr():
+            raise no_storage(i)
+        rows.setdefault(x.dtype, []).append(i)
+    float64_rows = rows.pop(torch.float64, [])
+    groups = []
+    for dtype, members in rows.items():
+        tables = make_items([tensors[i] for i in members], members, EACH * THREADS)
+        items, spans = (_upload(table, device, is_capturing) for table in tables)
+        groups.append(Group(dtype, items, spans))
+    if device.type != "cuda" or is_capturing:
+        return Plan(groups, float64_rows, 0, None)
+    stream = torch.cuda.current_stream(device)
+    return Plan(groups, float64_rows, stream.cuda_stream, stream.record_event())
+
+
+def _keep_plan(key: tuple[Any, ...], plan: Plan) -> None:
+    with _plans_lock:
+        _plans[key] = plan
+        total = sum(each.table_bytes for each in _plans.values())
+        while total > MAX_TABLE_BYTES and len(_plans) > 1:
+            total -= _plans.popitem(last=False)[1].table_bytes
+
+
+def _wait_for_tables(plan: Plan) -> None:
+    """Let the current stream use tables that another one uploaded."""
+    if plan.uploaded is None:  # the CPU has no streams
+        return
+    stream = torch.cuda.current_stream()
+    if stream.cuda_stream != plan.stream:
+        stream.wait_event(plan.uploaded)
+        for group in plan.groups:
+            group.items.record_stream(stream)
+            group.spans.record_stream(stream)
+
+
+def _upload(table: NDArray[Any], device: torch.device, is_capturing: bool) -> Tensor:
+    host = torch.from_numpy(table)
+    if device.type == "cpu":
+        return host
+    if is_capturing:
+        # No pinned memory can be had now; every replay copies the table anew from here.
+        _captured.append(host)
+        return host.to(device, non_blocking=True)
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+@functools.cache
+def _num_warps(device: torch.device) -> int:
+    """Warps of a program: of 32 threads, on AMD's data-centre GPUs of 64."""
+    warp = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+    return int(THREADS // warp)
+
+
+def _copy_row(source: Statistics, target: Statistics, row: int) -> None:
+    target.integers[row].copy_(source.integers[0])
+    target.floats[row].copy_(source.floats[0])
+    target.counts[row].copy_(source.counts[0])
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,299 @@
+"""Figures of a `History`, or of several side by side: `ridge`, `curves`, `heatmap`.
+
+They draw a history's rows of its first kind, gradients where they were recorded, unless ``layers``
+names rows of others; ``history.select(kind)`` has those of another one.
+
+Each returns a `matplotlib.figure.Figure` that belongs to no window, so they work without a
+display; ``figure.savefig(path)`` writes it. Not imported with gradstat: ``import gradstat.plot``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from mpl_toolkits.mplot3d import Axes3D
+
+from gradstat.arrays import OCTAVES
+from gradstat.history import History
+from gradstat.history.arguments import check_count
+from gradstat.plot import arguments, data, labels, panels
+from gradstat.plot.arguments import Histories, Layers, Limits
+
+_MAGNITUDES = ("mean_abs", "std", "var", "l1", "l2", "rms", "abs_max")
+_MAX_RIDGES = 60
+_MAX_COLUMNS = 200
+
+
+def ridge(
+    history: Histories,
+    *,
+    layers: Layers | None = None,
+    steps_per_epoch: int | None = None,
+    limits: Limits | None = None,
+    figure: Figure | None = None,
+) -> Figure:
+    """Draw each layer's histograms one behind the other, the newest in front.
+
+    Over `LinearBins` the horizontal axis is the value; over `Log2Bins` it is its magnitude, by
+    octave, without the zeros. At most 60 records are drawn, evenly spread, the newest among them.
+
+    Args:
+        history: one History, or several in a mapping of names or a sequence; each starts a row.
+        layers: names of the rows to draw, by default of the first kind; a mapping titles each.
+        steps_per_epoch: count in epochs of so many steps, and draw the last record of each.
+        limits: ends of the horizontal axis, in values or log2 |value|; by default all fits.
+        figure: cleared and drawn into; by default a new one of a fitting size.
+
+    Returns:
+        The figure: a 3-D axes for each layer of each history, and the colour bar's.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: no records, an unknown layer, limits that do not increase, both kinds of bins.
+
+    Example:
+        >>> import torch, gradstat, gradstat.plot
+        >>> model = torch.nn.Linear(3, 2)
+        >>> with gradstat.watch(model, bins=gradstat.LinearBins(30)) as w:
+        ...     model(torch.ones(1, 3)).sum().backward()
+        >>> len(gradstat.plot.ridge(w.history).axes)
+        2
+    """
+    panels.check_figure("ridge", figure)
+    named = arguments.check_histories("ridge", history)
+    titles = arguments.check_layers("ridge", named, layers)
+    if steps_per_epoch is not None:
+        check_count("ridge", "steps_per_epoch", steps_per_epoch)
+    limits = arguments.check_limits("ridge", limits)
+    log2 = arguments.check_bins("ridge", named)
+    noun = arguments.noun(named, titles)
+    drawn = []
+    for name, each in named.items():
+        kept = data.select(each.steps, steps_per_epoch, _MAX_RIDGES)
+        time = data.times(each, steps_per_epoch)[kept]
+        for layer, title in titles.items():
+            drawn.append((_heading(name, title), time, *data.histograms(each, layer, kept)))
+    if limits is None:
+        limits = data.extent([panel[2:] for panel in drawn], symmetric=not log2)
+
+    first = min(float(time[0]) for _, time, _, _ in drawn)
+    last = max(float(time[-1]) for _, time, _, _ in drawn)
+    span = (first, last if last > first else first + 1)
+    color = ScalarMappable(Normalize(*span), "viridis")
+    unit = "step" if steps_per_epoch is None else "epoch"
+    heads, size = labels.fit_titles([head for head, *_ in drawn], panels.CELL - 0.1)
+    title_lines = max(head.count("\n") + 1 for head in heads)
+    figure, boxes, bar = panels.grid_3d(figure, len(named), len(titles), title_lines)
+    for box, head, (_, time, counts, edges) in zip(boxes, heads, drawn, strict=True):
+        ax: Axes3D = figure.add_axes(box, projection="3d")
+        panels.style_3d(ax, limits, span, max(1, counts.max()))
+        ax.set_title(head, fontsize=size, color=labels.INK, y=1.05, pad=0)
+        ax.set_xlabel(labels.value_label(ax.xaxis, noun, log2=log2), labelpad=-1)
+        ax.set_ylabel(unit, labelpad=-1)
+        ax.set_zlabel("count", labelpad=1)
+        panels.add_ridges(ax, time, counts, edges, limits, color.to_rgba(time))
+    colorbar = panels.add_colorbar(figure, color, unit, figure.add_axes(bar))
+    colorbar.locator = labels.whole_numbers(5)
+    return figure
+
+
+def curves(
+    history: Histories,
+    field: str = "mean_abs",
+    *,
+    split: str | None = None,
+    layers: Layers | None = None,
+    steps_per_epoch: int | None = None,
+    average: int = 1,
+    log: bool | None = None,
+    figure: Figure | None = None,
+) -> Figure:
+    """Draw a statistic of each layer against time.
+
+    Args:
+        history: one History, or several in a mapping of names or a sequence.
+        field: a field of `Statistics`, or ``"mean_abs"``, the mean of magnitudes.
+        split: ``"layer"`` draws a panel for each layer with a line for each history (the default
+            for several), ``"history"`` a panel for each history with a line for each layer.
+        layers: names of the rows to draw, by default of the first kind; a mapping titles each.
+        steps_per_epoch: count in epochs of so many steps.
+        average: draw the mean of so many records in a row.
+        log: logarithmic vertical axis; by default for the fields that are magnitudes.
+        figure: cleared and drawn into; by default a new one of a fitting size.
+
+    Returns:
+        The figure. Panels split by history share their vertical axis.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: an unknown field, split or layer, no records, ``average`` < 1.
+
+    Example:
+        >>> import torch, gradstat, gradstat.plot
+        >>> model = torch.nn.Linear(3, 2)
+        >>> with gradstat.watch(model) as w:
+        ...     model(torch.ones(1, 3)).sum().backward()
+        >>> gradstat.plot.curves(w.history, "rms").axes[0].get_yscale()
+        'log'
+    """
+    panels.check_figure("curves", figure)
+    named = arguments.check_histories("curves", history)
+    titles = arguments.check_layers("curves", named, layers)
+    if steps_per_epoch is not None:
+        check_count("curves", "steps_per_epoch", steps_per_epoch)
+    check_count("curves", "average", average)
+    arguments.check_field("curves", field)
+    if split is None:
+        split = "layer" if len(named) > 1 else "history"
+    if split not in ("layer", "history"):
+        raise ValueError(f"curves() needs split 'layer' or 'history'; split is {split!r}")
+    by_layer = split == "layer"
+    heads, keys = list(titles.values()), list(named)
+    if not by_layer:
+        heads, keys = keys, heads
+    figure, axes = panels.grid_2d(
+        figure,
+        len(heads),
+        4 if by_layer else 2,
+        (2.7, 2.2) if by_layer else (3.9, 3.0),
+        margin=0.5 + max(0.4, labels.longest_inches(keys, 9)),
+        sharex=True,
+        sharey=not by_layer,
+    )
+    log = field in _MAGNITUDES if log is None else log
+    colors = panels.line_colors(len(keys), ordered=not by_layer)
+    for i, ax in enumerate(axes):
+        panels.style_2d(ax)
+        for j, color in enumerate(colors):
+            each = list(named.values())[j if by_layer else i]
+            layer = list(titles)[i if by_layer else j]
+            time = data.block_last(data.times(each, steps_per_epoch), average)
+            value = data.block_mean(data.values(each, layer, field), average)
+            panels.add_line(ax, time, value, color, log=log)
+    unit = "iteration" if steps_per_epoch is None else "epoch"
+    labels.label_axes(figure, unit, labels.field_label(field, arguments.noun(named, titles)))
+    if any(keys):
+        labels.add_key(figure, keys, colors)
+    for ax in axes:
+        labels.label_log(ax)
+    labels.add_titles(axes, heads)
+    return figure
+
+
+def heatmap(
+    history: Histories,
+    field: str = "std",
+    *,
+    layers: Layers | None = None,
+    steps_per_epoch: int | None = None,
+    log: bool | None = None,
+    figure: Figure | None = None,
+) -> Figure:
+    """Draw a statistic as colour, layer against time, or whole histograms against time.
+
+    With ``field="counts"`` each layer has a panel: the vertical axis is log2 |value|, the colour
+    the share of its finite elements in that octave (zeros, which have no octave, stay undrawn). A
+    layer whose gradient vanishes sinks. Needs histories over `Log2Bins`.
+
+    Long histories are averaged over time to at most 200 columns.
+
+    Args:
+        history: one History, or several in a mapping of names or a sequence.
+        field: a field of `Statistics`, ``"mean_abs"``, the mean of magnitudes, or ``"counts"``.
+        layers: names of the rows to draw, by default of the first kind; a mapping titles each.
+        steps_per_epoch: count in epochs of so many steps.
+        log: logarithmic colour; by default for the fields that are magnitudes.
+        figure: cleared and drawn into; by default a new one of a fitting size.
+
+    Returns:
+        The figure: an axes for each history, or for each layer of each history, and the colour
+        bar's. All panels share one colour scale, and with ``"counts"`` one vertical axis.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: an unknown field or layer, no records, ``"counts"`` of `LinearBins`.
+
+    Example:
+        >>> import torch, gradstat, gradstat.plot
+        >>> model = torch.nn.Linear(3, 2)
+        >>> with gradstat.watch(model) as w:
+        ...     model(torch.ones(1, 3)).sum().backward()
+        >>> len(gradstat.plot.heatmap(w.history, "counts").axes)
+        2
+    """
+    panels.check_figure("heatmap", figure)
+    named = arguments.check_histories("heatmap", history)
+    titles = arguments.check_layers("heatmap", named, layers)
+    if steps_per_epoch is not None:
+        check_count("heatmap", "steps_per_epoch", steps_per_epoch)
+    arguments.check_field("heatmap", field, "counts")
+    if field == "counts":
+        if not arguments.check_bins("heatmap", named):
+            raise ValueError("heatmap() needs Log2Bins for 'counts'; history is over LinearBins")
+        return _heatmap_counts(named, titles, steps_per_epoch, log, figure)
+    images = []
+    for each in named.values():
+        size = math.ceil(len(each) / _MAX_COLUMNS)
+        time = data.block_mean(data.times(each, steps_per_epoch), size)
+        means = [data.block_mean(data.values(each, layer, field), size) for layer in titles]
+        images.append((time, np.stack(means)))
+    log = field in _MAGNITUDES if log is None else log
+    everything = np.concatenate([image.ravel() for _, image in images])
+    norm = panels.color_norm(everything, log=log)
+    height = min(12.0, max(1.6, 0.6 + 0.3 * len(titles)))
+    margin = 0.3 + max(0.6, labels.longest_inches(list(titles.values()), 8))
+    figure, axes = panels.grid_2d(figure, len(named), 2, (4.2, height), margin=margin, sharey=True)
+    for ax, (time, image) in zip(axes, images, strict=True):
+        panels.style_2d(ax)
+        rows = np.arange(len(titles) + 1) - 0.5
+        drawn = panels.add_image(ax, time, rows, image, norm, colormaps["viridis"])
+        shown = range(0, len(titles), math.ceil(len(titles) / 40))
+        ax.set_yticks(shown, [list(titles.values())[i] for i in shown])
+    axes[0].invert_yaxis()
+    labels.label_axes(figure, "iteration" if steps_per_epoch is None else "epoch", "")
+    label = labels.field_label(field, arguments.noun(named, titles))
+    panels.add_colorbar(figure, drawn, label, axes)
+    labels.add_titles(axes, list(named))
+    return figure
+
+
+def _heatmap_counts(
+    named: dict[str, History],
+    titles: dict[str, str],
+    steps_per_epoch: int | None,
+    log: bool | None,
+    figure: Figure | None,
+) -> Figure:
+    drawn = []
+    for name, each in named.items():
+        size = math.ceil(len(each) / _MAX_COLUMNS)
+        time = data.block_mean(data.times(each, steps_per_epoch), size)
+        for layer, title in titles.items():
+            drawn.append((_heading(name, title), time, data.octave_shares(each, layer, size)))
+    everything = np.concatenate([shares for _, _, shares in drawn])
+    norm = panels.color_norm(everything, log=bool(log))
+    cmap = panels.density_colormap()
+    figure, axes = panels.grid_2d(
+        figure, len(titles), 4, (2.5, 2.1), groups=len(named), sharex=True, sharey=True
+    )
+    for ax, (_, time, shares) in zip(axes, drawn, strict=True):
+        panels.style_2d(ax)
+        image = panels.add_image(ax, time, OCTAVES, shares.T, norm, cmap)
+    # Stray elements far below would squeeze the picture: show octaves that ever hold one in 100.
+    shown = np.nan_to_num(everything).max(0, keepdims=True) > 0.01
+    axes[0].set_ylim(*data.extent([(shown, OCTAVES[None])], symmetric=False))
+    labels.powers_of_two(axes[0].yaxis, 6)
+    unit, noun = "iteration" if steps_per_epoch is None else "epoch", arguments.noun(named, titles)
+    labels.label_axes(figure, unit, f"|{noun}|")
+    panels.add_colorbar(figure, image, "share of elements", axes)
+    labels.add_titles(axes, [head for head, *_ in drawn])
+    return figure
+
+
+def _heading(name: str, title: str) -> str:
+    return f"{name}{labels.NAME_GAP}{title}" if name else title

@@ -1,0 +1,124 @@
+"""What the figures of `plot` draw, as arrays: times, means, histograms, outlines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from gradstat.arrays import OCTAVES, Array, divide, evenly_spread, octaves
+from gradstat.bins import Log2Bins
+from gradstat.history import History
+from gradstat.plot.arguments import Limits
+
+
+def times(history: History, steps_per_epoch: int | None) -> Array:
+    """Time of each record: its step, or the epochs done with it."""
+    if steps_per_epoch is None:
+        return history.steps.astype(np.float64)
+    done: Array = (history.steps + 1) / steps_per_epoch
+    return done
+
+
+def select(steps: Array, steps_per_epoch: int | None, most: int) -> Array:
+    """Indices of at most so many records, the last of each epoch, evenly spread, the newest too."""
+    indices = np.arange(len(steps))
+    if steps_per_epoch is not None:
+        epoch = steps // steps_per_epoch
+        indices = np.flatnonzero(np.append(epoch[1:] != epoch[:-1], True))
+    if len(indices) > most:
+        indices = indices[evenly_spread(len(indices), most)]
+    return indices
+
+
+def values(history: History, layer: str, field: str) -> Array:
+    """A field of one layer, float64 ``(S,)``; NaN where it has no gradient or is unknown."""
+    if layer not in history.layers:
+        return np.full(len(history), math.nan)
+    column = history.layers.index(layer)
+    if field != "mean_abs":
+        return history[field][:, column].astype(np.float64)
+    total, finite = history["l1"][:, column], history["finite"][:, column].astype(np.float64)
+    return divide(total, finite)
+
+
+def block_mean(x: Array, size: int) -> Array:
+    """Mean of the finite values in each run of ``size`` along the first axis; the last is shorter.
+
+    NaN where a run has none.
+    """
+    starts = np.arange(0, len(x), size)
+    finite = np.isfinite(x)
+    total: Array = np.add.reduceat(np.where(finite, x, 0.0), starts, axis=0)
+    count = np.add.reduceat(finite.astype(np.float64), starts, axis=0)
+    return divide(total, count)
+
+
+def block_last(x: Array, size: int) -> Array:
+    """Last value of each run of ``size``."""
+    last = np.minimum(np.arange(size - 1, len(x) + size - 1, size), len(x) - 1)
+    return np.asarray(x[last])
+
+
+def histograms(history: History, layer: str, kept: Array) -> tuple[Array, Array]:
+    """Counts ``(K, B)`` and edges ``(K, B + 1)`` of some records; all zero for an unknown layer."""
+    if layer not in history.layers:
+        return np.zeros((len(kept), 1), np.int64), np.zeros((len(kept), 2))
+    # One by one: of a long run only these few, whose edges take time to find.
+    found = [history.histogram(layer, step) for step in history.steps[kept].tolist()]
+    counts = np.stack([each for each, _ in found])
+    if isinstance(history.bins, Log2Bins):
+        return octaves(counts), np.broadcast_to(OCTAVES, (len(kept), 257))
+    return counts, np.stack([edges for _, edges in found])
+
+
+def octave_shares(history: History, layer: str, size: int) -> Array:
+    """Share of the finite elements in each octave, ``(S / size, 256)``; NaN where there are none.
+
+    Args:
+        history: over `Log2Bins`.
+        layer: name; an unknown one has no elements.
+        size: how many records are taken together.
+    """
+    if layer not in history.layers:
+        return np.full((-(-len(history) // size), 256), math.nan)
+    starts = np.arange(0, len(history), size)
+    finite = np.nan_to_num(history["finite"][:, history.layers.index(layer)])
+    counts = np.add.reduceat(octaves(history.histograms(layer)[0]), starts, axis=0)
+    return divide(counts, np.add.reduceat(finite, starts)[:, None])
+
+
+def extent(drawn: Sequence[tuple[Array, Array]], *, symmetric: bool) -> Limits:
+    """Smallest interval that holds every bin with a count; -1 to 1 where there is none."""
+    low, high = math.inf, -math.inf
+    for counts, edges in drawn:
+        filled = counts > 0
+        low = min(low, edges[:, :-1][filled].min(initial=math.inf))
+        high = max(high, edges[:, 1:][filled].max(initial=-math.inf))
+    if not low < high:
+        return -1.0, 1.0
+    if symmetric:
+        low, high = -max(-low, high), max(-low, high)
+    return float(low), float(high)
+
+
+def outline(counts: Array, edges: Array, limits: Limits) -> tuple[Array, Array] | None:
+    """Polygon of one histogram, cut at the limits and closed at zero; ``None`` for an empty one."""
+    low, high = limits
+    filled = np.flatnonzero(counts)
+    if not len(filled):
+        return None
+    counts = counts[filled[0] : filled[-1] + 1]
+    edges = edges[filled[0] : filled[-1] + 2]
+    x = np.concatenate([edges[:1], (edges[:-1] + edges[1:]) / 2, edges[-1:]])
+    z = np.concatenate([[0], counts, [0]]).astype(np.float64)
+    if x[-1] <= low or x[0] >= high:
+        return None
+    inside = (x > low) & (x < high)
+    ends = np.array([max(low, x[0]), min(high, x[-1])])
+    heights = np.interp(ends, x, z)
+    return (
+        np.concatenate([ends[:1], ends[:1], x[inside], ends[1:], ends[1:]]),
+        np.concatenate([[0], heights[:1], z[inside], heights[1:], [0]]),
+    )

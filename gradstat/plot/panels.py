@@ -1,0 +1,241 @@
+"""How the figures of `plot` look: their layout, axes, lines and colours."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
+from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize, to_rgba
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+from mpl_toolkits.mplot3d import Axes3D
+from mpl_toolkits.mplot3d.art3d import Poly3DCollection
+
+from gradstat.arrays import Array
+from gradstat.plot.arguments import Limits
+from gradstat.plot.data import outline
+from gradstat.plot.labels import INK, Color, log_ticks, powers_apart, whole_numbers
+
+Box: TypeAlias = tuple[float, float, float, float]
+
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+HUES = [
+    to_rgba(f"#{code}") for code in ("0072B2", "D55E00", "009E73", "CC79A7", "E69F00", "56B4E9")
+]
+LINE, GRID = "#999999", "#e4e4e4"
+CELL = 3.0  # inches, width of a 3-D panel
+
+
+def check_figure(function: str, figure: Figure | None) -> None:
+    """Refuse what cannot be drawn into."""
+    if figure is not None and not isinstance(figure, Figure):
+        raise TypeError(
+            f"{function}() needs a matplotlib Figure; figure is {type(figure).__name__}"
+        )
+
+
+def fresh(figure: Figure | None, width: float, height: float) -> Figure:
+    """Return an empty figure: a new one of so many inches, or the one given, cleared."""
+    if figure is None:
+        return Figure(figsize=(width, height), dpi=150, facecolor="white")
+    figure.clear()
+    return figure
+
+
+def grid_2d(
+    figure: Figure | None,
+    panels: int,
+    columns: int,
+    size: tuple[float, float],
+    *,
+    groups: int = 1,
+    margin: float = 0.9,
+    sharex: bool = False,
+    sharey: bool = False,
+) -> tuple[Figure, list[Axes]]:
+    """Lay out panels of ``size`` inches, row by row; the unused places stay empty.
+
+    Args:
+        figure: as in `fresh`.
+        panels: number of panels in each group.
+        columns: panels in a row, at most.
+        size: width and height of a panel.
+        groups: each starts a row.
+        margin: inches beside the panels, for labels, keys and colour bars.
+        sharex: all panels have the same horizontal axis.
+        sharey: all panels have the same vertical axis.
+
+    Returns:
+        The figure and the axes of the panels, group by group.
+    """
+    columns = min(columns, panels)
+    rows = math.ceil(panels / columns)
+    figure = fresh(figure, columns * size[0] + margin, groups * rows * size[1] + 0.5)
+    figure.set_layout_engine("constrained")
+    grid = figure.subplots(groups * rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
+    by_group = grid.reshape(groups, rows * columns)
+    for unused in by_group[:, panels:].flat:
+        unused.remove()
+    axes: list[Axes] = list(by_group[:, :panels].flat)
+    for lowest in axes[max(0, len(axes) - columns) :]:
+        lowest.tick_params(labelbottom=True)
+    return figure, axes
+
+
+def grid_3d(
+    figure: Figure | None, histories: int, layers: int, title_lines: int
+) -> tuple[Figure, list[Box], Box]:
+    """Lay out a box for each layer of each history, and one for the colour bar.
+
+    By hand: constrained layout does not know how far the labels of 3-D axes reach.
+    """
+    columns = min(layers, 2 if histories == 1 and layers <= 4 else 4)
+    rows_each = math.ceil(layers / columns)
+    rows = rows_each * histories
+    row_height = 2.65 + 0.17 * title_lines
+    width, height = CELL * columns + 0.8, row_height * rows
+    figure = fresh(figure, width, height)
+    figure.set_layout_engine("none")
+    boxes = []
+    for panel in range(histories * layers):
+        row = panel // layers * rows_each + panel % layers // columns
+        bottom = 1 - (row + 1) / rows + 0.13 / height
+        column = panel % layers % columns
+        boxes.append((column * CELL / width, bottom, CELL / width, 2.43 / height))
+    bar = min(0.5, 2.4 / height)
+    return figure, boxes, (1 - 0.62 / width, (1 - bar) / 2, 0.12 / width, bar)
+
+
+def style_3d(ax: Axes3D, x_limits: Limits, y_limits: Limits, top: float) -> None:
+    """White panes, a pale grid, few ticks and MATLAB's ``view(-130, 50)``."""
+    ax.view_init(elev=50, azim=140)
+    ax.set_proj_type("ortho")
+    ax.set_box_aspect((1.25, 1.25, 0.85), zoom=0.9)
+    ax.computed_zorder = False
+    ax.patch.set_alpha(0)
+    ax.set_xlim(*x_limits)
+    ax.set_ylim(*y_limits)
+    ax.set_zlim(0, top)
+    for axis, pad in ((ax.xaxis, -3), (ax.yaxis, -3), (ax.zaxis, 1)):
+        axis.pane.set_facecolor("white")
+        axis.pane.set_edgecolor(GRID)
+        axis._axinfo["grid"].update(color=GRID, linewidth=0.6)
+        axis.line.set_color(LINE)
+        axis.set_tick_params(labelsize=7, pad=pad, labelcolor=INK, color=LINE)
+        axis.label.set(fontsize=8, color=INK)
+    for axis, side in ((ax.xaxis, "right"), (ax.yaxis, "left")):
+        axis.set_rotate_label(False)
+        axis._axinfo["label"]["ha"] = side
+    # Two axes meet in a corner; only one of them writes there.
+    ax.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+    ax.yaxis.set_major_locator(whole_numbers(5, prune="upper"))
+    ax.zaxis.set_major_locator(MaxNLocator(3, integer=True))
+
+
+def style_2d(ax: Axes) -> None:
+    """Two spines, a pale grid, small type."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(LINE)
+    ax.tick_params(which="both", labelsize=8, labelcolor=INK, color=LINE)
+    ax.grid(color=GRID, linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.xaxis.set_major_locator(whole_numbers(5))
+
+
+def add_ridges(
+    ax: Axes3D, time: Array, counts: Array, edges: Array, limits: Limits, colors: Array
+) -> None:
+    """Draw a polygon for each record, in front of those before, with light edges.
+
+    One collection each: matplotlib sorts the polygons of a single one wrongly. Where polygons are
+    so narrow that their edges are all there is to see, the edges have their colour.
+    """
+    outlines = [outline(counts[i], edges[i], limits) for i in range(len(time))]
+    shapes = [(t, color, *o) for t, color, o in zip(time, colors, outlines, strict=True) if o]
+    widths = [np.ptp(x[z > 0.1 * z.max()]) for _, _, x, z in shapes]
+    narrow = bool(shapes) and np.median(widths) < 0.08 * (limits[1] - limits[0])
+    for order, (t, color, x, z) in enumerate(shapes):
+        polygon = Poly3DCollection([np.column_stack([x, np.full_like(x, t), z])])
+        polygon.set(facecolor=color, edgecolor=color if narrow else 1 - 0.45 * (1 - color))
+        polygon.set(linewidth=0.6 if narrow else 0.4, zorder=10 + order)
+        ax.add_collection3d(polygon)
+
+
+def add_line(ax: Axes, time: Array, value: Array, color: Color, *, log: bool) -> None:
+    """Draw a line through finite values, on a log axis positive ones; a dot for a single one."""
+    value = np.where(np.isfinite(value) & (value > 0 if log else True), value, math.nan)
+    alone = np.count_nonzero(np.isfinite(value)) == 1
+    ax.plot(
+        time,
+        value,
+        color=color,
+        linewidth=1.6 if len(time) <= 200 else 0.6,
+        marker="o" if alone else "",
+        markersize=4,
+    )
+    if log and np.isfinite(value).any() and ax.get_yscale() != "log":
+        ax.set_yscale("log")
+    elif not log:
+        ax.yaxis.set_major_formatter(powers_apart())
+        ax.yaxis.offsetText.set(fontsize=8, color=INK)
+        ax.yaxis.set_major_locator(MaxNLocator(5))
+
+
+def line_colors(count: int, *, ordered: bool) -> list[Color]:
+    """Return a colour for each line: a scale where their order says something, else hues."""
+    if ordered:
+        return [colormaps["viridis"](0.88 * i / max(1, count - 1)) for i in range(count)]
+    return [HUES[i % len(HUES)] for i in range(count)]
+
+
+def color_norm(x: Array, *, log: bool) -> Normalize:
+    """Scale from the smallest to the largest finite value; logarithmic ones leave out zeros."""
+    known = x[np.isfinite(x) & (x > 0 if log else True)]
+    if not len(known):
+        return Normalize(0, 1)
+    low, high = float(known.min()), float(known.max())
+    if log:
+        return LogNorm(low, high if high > low else 2 * low)
+    return Normalize(low, high if high > low else low + 1)
+
+
+def add_image(
+    ax: Axes, time: Array, rows: Array, image: Array, norm: Normalize, cmap: Colormap
+) -> ScalarMappable:
+    """Draw ``image``, ``(len(rows) - 1, len(time))``, each column around its time."""
+    half = (time[1] - time[0]) / 2 if len(time) > 1 else 0.5
+    columns = np.concatenate([[time[0] - half], (time[1:] + time[:-1]) / 2, [time[-1] + half]])
+    drawn = np.ma.masked_invalid(image)
+    ax.grid(visible=False)
+    return ax.pcolormesh(columns, rows, drawn, norm=norm, cmap=cmap, rasterized=True)
+
+
+def add_colorbar(
+    figure: Figure, source: ScalarMappable, label: str, where: Axes | list[Axes]
+) -> Colorbar:
+    """Draw a colour bar without outline, in an axes, or beside several."""
+    if isinstance(where, Axes):
+        bar = figure.colorbar(source, cax=where, label=label)
+    else:
+        bar = figure.colorbar(source, ax=where, label=label, pad=0.02)
+    bar.outline.set_visible(False)
+    norm = source.norm
+    if isinstance(norm, LogNorm) and norm.vmin and norm.vmax:
+        bar.locator, bar.formatter = log_ticks(norm.vmin, norm.vmax)
+        bar.minorlocator = NullLocator()
+    bar.ax.tick_params(which="both", labelsize=8, labelcolor=INK, color=LINE)
+    bar.ax.yaxis.label.set(fontsize=9, color=INK)
+    bar.ax.yaxis.offsetText.set(fontsize=8, color=INK)
+    return bar
+
+
+def density_colormap() -> ListedColormap:
+    """Magma from white, so that what is empty looks empty."""
+    colors = colormaps["magma_r"](np.linspace(0, 0.95, 256))
+    colors[:48] = 1 - (1 - colors[:48]) * np.linspace(0, 1, 48)[:, None]
+    return ListedColormap(colors)

@@ -1,0 +1,222 @@
+"""`Record`: what one pass measured, on its way to a `History`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gradstat.bins import Bins, LinearBins, widen
+from gradstat.history import History
+from gradstat.recording.transfers import Transfer
+from gradstat.results import FLOATS, INTEGERS, Statistics
+
+Rows = tuple[NDArray[Any], ...]  # integers, floats and counts of some layers
+
+
+class Launch(NamedTuple):
+    """What was measured at once.
+
+    Args:
+        indices: the layer of each row.
+        result: rows on their device.
+        scales: what the values of a kind are still to be divided by.
+    """
+
+    indices: tuple[int, ...]
+    result: Statistics
+    scales: Mapping[str, Tensor]
+
+
+class Part(NamedTuple):
+    """Rows on their way from one device.
+
+    Args:
+        indices: the layer of each row.
+        result: integers, floats and counts.
+        sources: what they are copied from, which is kept until they have arrived: the copy may run
+            on another stream than the one that the memory belongs to.
+        scales: what the values of a kind are still to be divided by.
+    """
+
+    indices: tuple[int, ...]
+    result: Transfer
+    sources: list[Statistics]
+    scales: dict[str, Transfer]
+
+    def has_arrived(self, wait: bool) -> bool:
+        """Whether it is there, which it is after waiting."""
+        if self.scales and not all(x.has_arrived(wait) for x in self.scales.values()):
+            return False
+        return self.result.has_arrived(wait)
+
+
+def send(launches: Sequence[Launch]) -> list[Part]:
+    """Start the results of launches on their way to the host, those of each device together."""
+    if len(launches) == 1:
+        return [_join(launches)]
+    groups: dict[object, list[Launch]] = {}
+    for at, launch in enumerate(launches):
+        device = launch.result.counts.device
+        key: object = at
+        if not _is_host(device):
+            key = device, *map(id, launch.scales.values())
+        groups.setdefault(key, []).append(launch)
+    return [_join(group) for group in groups.values()]
+
+
+def _join(launches: Sequence[Launch]) -> Part:
+    indices, _, scales = launches[0]
+    sources = [launch.result for launch in launches]
+    fields = _fields(sources[0])
+    if len(launches) > 1:
+        indices = tuple(index for launch in launches for index in launch.indices)
+        fields = tuple(torch.cat(each) for each in zip(*map(_fields, sources), strict=True))
+    arriving = {kind: Transfer((scale,)) for kind, scale in scales.items()} if scales else {}
+    return Part(indices, Transfer(fields), sources, arriving)
+
+
+def combine(parts: Sequence[Part], history: History, outputs: frozenset[int]) -> Part:
+    """Put parts that have arrived together, without scales.
+
+    Args:
+        parts: in their order.
+        history: whose layers they are.
+        outputs: layers whose rows are counted together; of others the last one counts.
+
+    Returns:
+        A part on the host with a row for each layer that has any.
+    """
+    # In one launch each layer comes once, in order.
+    if len(parts) == 1 and not parts[0].scales and len(parts[0].sources) < 2:
+        return parts[0]
+    bins = history.bins
+    layers = sorted({layer for part in parts for layer in part.indices})
+    integers, floats, counts = _absent(len(layers), bins)
+    row_of = {layer: row for row, layer in enumerate(layers)}
+    seen: Counter[int] = Counter()
+    for part in parts:
+        arrays = _unscaled(part, history)
+        for joins, at in _turns(part.indices, seen, outputs):
+            rows = [row_of[part.indices[i]] for i in at]
+            new: Rows = tuple(each[at] for each in arrays)
+            if joins:
+                before = integers[rows], floats[rows], counts[rows]
+                new = _arrays(as_statistics(bins, before).merge(as_statistics(bins, new)))
+            integers[rows], floats[rows], counts[rows] = new
+    packed = tuple(torch.from_numpy(each) for each in (integers, floats, counts))
+    return Part(tuple(layers), Transfer(packed), [], {})
+
+
+def _unscaled(part: Part, history: History) -> Rows:
+    arrays = part.result.arrays()
+    if isinstance(history.bins, LinearBins):
+        return arrays
+    for kind, scale in part.scales.items():
+        rows = [at for at, layer in enumerate(part.indices) if history.kinds[layer] == kind]
+        if rows:
+            scaled = as_statistics(history.bins, tuple(each[rows] for each in arrays))
+            unscaled = scaled.unscale(torch.from_numpy(scale.arrays()[0]).double())
+            arrays = tuple(each.copy() for each in arrays)
+            for each, new in zip(arrays, _arrays(unscaled), strict=True):
+                each[rows] = new
+    return arrays
+
+
+def _turns(
+    layers: tuple[int, ...], seen: Counter[int], outputs: frozenset[int]
+) -> Iterable[tuple[bool, list[int]]]:
+    """Rows in turns, in each of which no layer comes twice.
+
+    Returns:
+        Of each turn whether its rows join those before, and where they are.
+    """
+    turns: dict[tuple[int, bool], list[int]] = {}
+    for at, layer in enumerate(layers):
+        joins = seen[layer] > 0 and layer in outputs
+        turns.setdefault((seen[layer], joins), []).append(at)
+        seen[layer] += 1
+    return [(joins, at) for (_, joins), at in turns.items()]
+
+
+def _is_host(device: torch.device) -> bool:
+    """Whether results are where they are to be sent, so that joining them only costs time."""
+    return device.type == "cpu"
+
+
+class Record(NamedTuple):
+    """What one pass measured."""
+
+    step: int
+    history: History
+    parts: list[Part]
+
+    def has_arrived(self, wait: bool) -> bool:
+        """Whether it is there, which it is after waiting."""
+        return all(part.has_arrived(wait) for part in self.parts)
+
+    def rows(self, outputs: frozenset[int]) -> Rows:
+        """Integers ``(L, 8)``, floats ``(L, 8)``, counts ``(L, bins)`` of all layers in order.
+
+        Args:
+            outputs: as for `combine`.
+        """
+        n_layers = len(self.history.layers)
+        whole = combine(self.parts, self.history, outputs)
+        if len(whole.indices) == n_layers:
+            return whole.result.arrays()
+        integers, floats, counts = _absent(n_layers, self.history.bins)
+        rows = list(whole.indices)
+        integers[rows], floats[rows], counts[rows] = whole.result.arrays()
+        return integers, floats, counts
+
+
+def as_statistics(bins: Bins, rows: Rows) -> Statistics:
+    """The same without a copy."""
+    return Statistics(bins, *(torch.from_numpy(each) for each in rows))
+
+
+def _fields(statistics: Statistics) -> tuple[Tensor, ...]:
+    return statistics.integers, statistics.floats, statistics.counts
+
+
+def _arrays(statistics: Statistics) -> Rows:
+    return tuple(each.numpy() for each in _fields(statistics))
+
+
+def _absent(n_layers: int, bins: Bins) -> Rows:
+    """Rows of layers without values."""
+    return (
+        np.zeros((n_layers, len(INTEGERS)), dtype=np.int64),
+        np.full((n_layers, len(FLOATS)), np.nan),
+        np.zeros((n_layers, bins.bins), dtype=np.int64),
+    )
+
+
+def divide(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:
+    """Unscaled copies, by the arithmetic of `torch.amp.GradScaler`; in float32 at least."""
+    wide = [x.float() if x.itemsize < 4 else x for x in gradients]
+    inverse = widen(scale.to(wide[0].device, non_blocking=True)).reciprocal().float()
+    return list(torch._foreach_mul(wide, inverse))
+
+
+def unit_peaks(x: Tensor, unit: int) -> Tensor:
+    """Largest magnitude of each unit.
+
+    Args:
+        x: of C units along a dimension.
+        unit: that dimension.
+
+    Returns:
+        ``(C,)``, NaN for a unit with a NaN.
+    """
+    others = [dim for dim in range(x.dim()) if dim != unit]
+    if not others:
+        return x.abs()
+    # Ten times faster on a CPU than torch.linalg.vector_norm, and without a copy of magnitudes.
+    return torch.maximum(x.amax(others), -x.amin(others))

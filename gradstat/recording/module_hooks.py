@@ -1,0 +1,240 @@
+"""Hooks on modules through which a `Recorder` sees what they compute, compiled or not."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from gradstat.kinds import ACTIVATION, GRAD_OUTPUT, UNIT
+from gradstat.recording.parameter_hooks import await_end
+from gradstat.recording.recorder import Recorder
+from gradstat.recording.skipped_steps import SkippedSteps
+from gradstat.recording.units import Layout
+
+_KEYS = itertools.count()
+_RUNNING: weakref.WeakValueDictionary[int, OutputHooks] = weakref.WeakValueDictionary()
+
+
+class OutputHooks:
+    """Each output of a module, and the gradient with respect to it, goes to the recorder.
+
+    Outputs count while the model is in training mode and gradients are enabled; what a checkpoint
+    computes once more does not.
+
+    Args:
+        model: whose mode counts.
+        modules: to hook, in the order of the recorder's rows.
+        recorder: what sees their outputs.
+        first_rows: the row of the first module, by kind; which kinds there are.
+        scaler: what scales the loss, or ``None``.
+        optimizer: whose steps make the records, or ``None``.
+        is_running: whether a pass that the recorder has begun still goes on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Iterable[nn.Module],
+        recorder: Recorder,
+        first_rows: Mapping[str, int],
+        scaler: GradScaler | None,
+        optimizer: Optimizer | None,
+        is_running: Callable[[], bool],
+    ) -> None:
+        modules = list(modules)
+        # The hooks are on the model and keep this alive, not the other way round.
+        self._model = weakref.ref(_unwrapped(model))
+        self._recorder, self._rows = recorder, first_rows
+        self._scaler, self._is_running = scaler, is_running
+        self._skips = None
+        if scaler is not None and optimizer is not None:
+            self._skips = SkippedSteps(scaler, optimizer)
+        self._layout, self._is_closed = Layout(modules), False
+        self._is_in_backward = False
+        self._end_call: Callable[[], Callable[[], None] | None] = lambda: None
+        self.sees_gradients = GRAD_OUTPUT in first_rows
+        self.key = next(_KEYS)
+        _RUNNING[self.key] = self
+        self._handles = [
+            module.register_forward_hook(_OnOutput(self, index))
+            for index, module in enumerate(modules)
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off; what was compiled with them sees nothing any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._is_closed = True
+
+    @_disable_dynamo
+    def see(self, index: int, x: Tensor, is_gradient: bool) -> None:
+        """Measure an output of the module of that index, or the gradient with respect to one."""
+        model = self._model()
+        if self._is_closed or model is None or not model.training or not _is_ordinary(x):
+            return
+        x, recorder = x.detach(), self._recorder
+        with recorder.lock, torch.no_grad():
+            if not recorder.is_due():
+                return
+            if self._has_failed():
+                # What is there belongs to a pass or a step that came to nothing.
+                recorder.drop()
+            if is_gradient:
+                self._follow_backward()
+                if self.sees_gradients:
+                    recorder.take_scale(GRAD_OUTPUT, getattr(self._scaler, "_scale", None))
+                    recorder.add_output(self._rows[GRAD_OUTPUT] + index, x)
+            elif ACTIVATION in self._rows and not _is_recomputing():
+                unit = self._layout.unit_dim(index, x)
+                if recorder.add_output(self._rows[ACTIVATION] + index, x):
+                    recorder.add_peaks(self._rows[UNIT] + index, x, unit)
+
+    def _follow_backward(self) -> None:
+        if not self._is_in_backward:
+            self._is_in_backward, self._end_call = True, await_end(self._on_end)
+
+    def _on_end(self) -> None:
+        self._is_in_backward = False
+
+    def _has_failed(self) -> bool:
+        if self._is_in_backward and self._end_call() is None:
+            self._is_in_backward = False
+            return True
+        if self._recorder.is_recording and not self._is_running():
+            return True
+        return self._skips is not None and self._skips.found(self._recorder.n_passes)
+
+
+class _OnOutput:
+    """A module's forward hook; a copy of the module has one that does nothing."""
+
+    def __init__(self, hooks: OutputHooks, index: int) -> None:
+        self.hooks, self.index = hooks, index
+        self.sees_gradients = hooks.sees_gradients
+        # Numbers would become constants of a compiled block, which others like it could not share.
+        self.place = torch.tensor([hooks.key, index])
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
+        if not torch.is_grad_enabled() or torch.compiler.is_exporting() or _is_tracing():
+            return
+        x = _first_tensor(output)
+        if x is None:
+            return
+        has_gradient = x.requires_grad and not x.is_leaf
+        if torch.compiler.is_compiling():
+            place = self.place
+            _see(place, x.detach(), False)
+            if has_gradient and self.sees_gradients:
+                x.register_hook(lambda gradient: _see(place, gradient.detach(), True))  # type: ignore[no-untyped-call]
+        else:
+            see = partial(self.hooks.see, self.index)
+            see(x, False)
+            # Also for activations alone: it tells of a backward pass that fails.
+            if has_gradient:
+                _hook_gradient(x, inputs, see)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Any callable would do that takes three arguments, returns None and needs no gradstat.
+        return getattr, (nullcontext(), "__exit__")
+
+
+def _hook_gradient(
+    x: Tensor, inputs: tuple[Any, ...], see: Callable[[Tensor, bool], object]
+) -> None:
+    """Have the gradient with respect to an output seen, also where that is changed in place."""
+    base = x._base
+    node = None if base is None else base.grad_fn
+    if base is None or node is None or base.numel() != x.numel() or _shares(base, inputs):
+        # A leaf has been left out: a hook would stay on it.
+        x.register_hook(lambda gradient: see(gradient, True))  # type: ignore[no-untyped-call]
+        return
+    # A view, as a linear layer returns of 3-D input, loses its hooks when it is changed in place.
+    # What it is a view of has as many elements, and nobody else knows it.
+    number = base.output_nr
+
+    def see_gradient(gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[number]
+        if gradient is not None:
+            see(gradient, True)
+
+    node.register_prehook(see_gradient)
+
+
+def _shares(base: Tensor, inputs: tuple[Any, ...]) -> bool:
+    """Whether an input is that tensor, or a view of it."""
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    return len(tensors) != len(inputs) or any(x is base or x._base is base for x in tensors)
+
+
+@torch.library.custom_op("gradstat::see", mutates_args=())
+def _see(place: Tensor, x: Tensor, is_gradient: bool) -> None:
+    """What a compiled model calls in place of `OutputHooks.see`."""
+    key, index = place.tolist()
+    hooks = _RUNNING.get(key)
+    if hooks is not None:
+        hooks.see(index, x, is_gradient)
+
+
+_see.register_fake(lambda *_: None)
+# It returns nothing, and yet a compiler must not leave it out.
+_register_effectful_op(torch.ops.gradstat.see.default, _EffectType.ORDERED)
+
+
+def _first_tensor(output: object) -> Tensor | None:
+    """An output, or the first of floating point in a tuple, list or mapping of them."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, tuple | list):
+        for each in output:
+            found = _first_tensor(each)
+            if found is not None:
+                return found
+    return None
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module, whose mode may be set without that of what is around it."""
+    if isinstance(model, DistributedDataParallel | nn.DataParallel):
+        return _unwrapped(model.module)
+    compiled = getattr(model, "_orig_mod", None)
+    return _unwrapped(compiled) if isinstance(compiled, nn.Module) else model
+
+
+def _is_tracing() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
+
+
+def _is_ordinary(x: object) -> bool:
+    """Whether it has values here and now, as a tensor of a transform or an export has not."""
+    functorch = torch._C._functorch
+    if not isinstance(x, Tensor):  # a gradient may be None
+        return False
+    if functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x):
+        return False
+    if x.is_meta or x.is_nested:
+        return False
+    return type(x) in (Tensor, nn.Parameter) or hasattr(x, "device_mesh")
+
+
+def _is_recomputing() -> bool:
+    """Whether a checkpoint computes again, for its tensors alone, what it has computed before."""
+    if torch._C._current_autograd_node() is None:
+        return False
+    # A reentrant one computes it for the first time with gradients, and has no such hook.
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")

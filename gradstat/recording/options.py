@@ -1,0 +1,97 @@
+"""Options of `watch` that are checked before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from gradstat.bins import Bins, LinearBins
+from gradstat.kinds import ACTIVATION, GRAD, GRAD_OUTPUT, OF_OUTPUTS, PARAM, UNIT, UPDATE
+from gradstat.recording.selection import ModuleSelector
+
+# What may be asked for, and the kinds of rows it makes.
+_WHAT = {
+    GRAD: (GRAD,),
+    PARAM: (PARAM,),
+    UPDATE: (PARAM, UPDATE),
+    ACTIVATION: (ACTIVATION, UNIT),
+    GRAD_OUTPUT: (GRAD_OUTPUT,),
+}
+
+
+def check_integer(name: str, number: int, least: int) -> None:
+    """Raise unless a number is an integer of at least that."""
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"watch() needs an integer; {name} is {number!r}")
+    if number < least:
+        raise ValueError(f"watch() needs a number of {least} or more; {name} is {number}")
+
+
+def check_what(
+    what: str | Sequence[str], when: str, bins: Bins, modules: ModuleSelector | None
+) -> set[str]:
+    """Kinds of rows that are asked for."""
+    asked = [what] if isinstance(what, str) else what
+    if not isinstance(asked, Iterable):
+        raise TypeError(f"watch() needs a name or several; what is {what!r}")
+    asked = list(asked)
+    if not asked or any(each not in tuple(_WHAT) for each in asked):
+        raise ValueError(f"watch() needs one or several of {', '.join(_WHAT)}; what is {what!r}")
+    kinds = {kind for each in asked for kind in _WHAT[each]}
+    if UPDATE in kinds and when != "step":
+        raise ValueError(
+            f"watch() needs when='step' and an optimizer to see updates; what is {what!r}, when is "
+            f"{when!r}"
+        )
+    has_outputs = not kinds.isdisjoint(OF_OUTPUTS)
+    if modules is not None and not has_outputs:
+        raise ValueError(
+            f"watch() needs what='activation' or 'grad_output' for modules; what is {what!r}"
+        )
+    if has_outputs and isinstance(bins, LinearBins) and bins.low is None:
+        raise ValueError(
+            f"watch() needs Log2Bins, or LinearBins with a range, to put the outputs of a module "
+            f"together; bins is {bins}"
+        )
+    return kinds
+
+
+def check_when(
+    when: str, optimizer: Optimizer | None, scaler: GradScaler | None, accumulation_steps: int
+) -> None:
+    """Raise unless the options fit the moment of measuring."""
+    if when not in ("backward", "step", "call"):
+        raise ValueError(f"watch() needs one of backward, step, call; when is {when!r}")
+    if when != "step" and optimizer is not None:
+        raise ValueError(
+            f"watch() needs when='step' for an optimizer; optimizer is "
+            f"{type(optimizer).__name__}, when is {when!r}"
+        )
+    if when == "step" and not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"watch() needs a torch.optim.Optimizer for when='step'; optimizer is "
+            f"{type(optimizer).__name__}"
+        )
+    if when != "backward" and scaler is not None:
+        raise ValueError(
+            f"watch() needs no scaler for when={when!r}, which sees unscaled gradients; scaler is "
+            f"{type(scaler).__name__}"
+        )
+    if when != "backward" and accumulation_steps != 1:
+        raise ValueError(
+            f"watch() needs accumulation_steps of 1 for when={when!r}, which counts steps; "
+            f"accumulation_steps is {accumulation_steps}"
+        )
+
+
+def check_holds(optimizer: Optimizer, selected: dict[str, nn.Parameter]) -> None:
+    """Raise ValueError unless an optimizer holds one of the parameters."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in held for parameter in selected.values()):
+        raise ValueError(
+            f"watch() needs an optimizer of the model's parameters; optimizer is "
+            f"{type(optimizer).__name__} with {len(held)} others, {len(selected)} are selected"
+        )

@@ -1,0 +1,262 @@
+"""Hooks through which a `Recorder` sees gradients; taking them off leaves nothing behind."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from gradstat.kinds import GRAD, PARAM, UPDATE
+from gradstat.recording.recorder import Recorder
+from gradstat.recording.shards import local_part
+
+
+class BackwardHooks:
+    """Each backward pass is a pass of the recorder.
+
+    Args:
+        parameters: to hook, in the order of the recorder's rows.
+        recorder: what sees their gradients.
+        first_rows: the row of the first parameter, by kind; which kinds there are.
+        scaler: what scales the loss, or ``None``.
+        at_once: measure each gradient before its hook returns.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        recorder: Recorder,
+        first_rows: Mapping[str, int],
+        scaler: GradScaler | None,
+        at_once: bool,
+    ) -> None:
+        parameters = list(parameters)
+        self._recorder, self._scaler, self._at_once = recorder, scaler, at_once
+        self._first_gradient = first_rows.get(GRAD)
+        # The hooks are on the parameters and keep this alive, not the other way round.
+        self._weights = [
+            (first_rows[PARAM] + index, weakref.ref(parameter))
+            for index, parameter in enumerate(parameters if PARAM in first_rows else ())
+        ]
+        # What will be called next in the running pass, as `await_end` returns it.
+        self._next_call: Callable[[], Callable[..., None] | None] = lambda: None
+        self._handles = [
+            _hook(parameter, partial(self._on_gradient, index))
+            for index, parameter in enumerate(parameters)
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def is_running(self) -> bool:
+        """Whether a pass has begun that neither has ended nor been ended by an exception."""
+        return self._next_call() is not None
+
+    @_disable_dynamo
+    def _on_gradient(self, index: int, parameter: Tensor) -> None:
+        with self._recorder.lock:
+            if self._next_call() is None:
+                if _is_compiled_autograd():
+                    # The end of the pass would not be told.
+                    raise RuntimeError("watch() needs when='step' under compiled autograd")
+                # There is no scale before the first loss, nor in a scaler that is not enabled.
+                self._recorder.begin(getattr(self._scaler, "_scale", None))
+                self._await_end()
+            gradient = parameter.grad
+            if gradient is not None and self._first_gradient is not None:
+                self._recorder.add(self._first_gradient + index, gradient)
+                if self._at_once:
+                    self._recorder.measure_waiting()
+
+    def _end(self) -> None:
+        for row, reference in self._weights:
+            weight = reference()
+            if weight is not None:
+                self._recorder.add(row, weight)
+        self._recorder.end()
+
+    def _await_end(self) -> None:
+        self._next_call = await_end(self._on_end)
+
+    @_disable_dynamo
+    def _on_end(self) -> None:
+        with self._recorder.lock:
+            node = torch._C._current_autograd_node()
+            if node is None:
+                self._end()
+                return
+            # By the end of the outer pass others may have changed the gradients of this one.
+            self._recorder.measure_waiting()
+            if not self._await_end_outside(node):
+                self._end()
+
+    def _await_end_outside(self, node: torch.autograd.graph.Node) -> bool:
+        """Go on after a backward pass inside another one, as reentrant checkpointing runs them.
+
+        Args:
+            node: of the outer graph, which ran the inner pass.
+
+        Returns:
+            Whether there is a node after it, from which the end of the outer pass can be awaited.
+        """
+        handles: list[RemovableHandle] = []
+
+        def on_outer_node(*_: Any) -> None:  # noqa: ANN401 (gradients, which it does not read)
+            with self._recorder.lock:
+                for handle in handles:
+                    handle.remove()
+                self._await_end()
+
+        self._next_call = weakref.ref(on_outer_node)
+        handles += [
+            after.register_prehook(on_outer_node) for after, _ in node.next_functions if after
+        ]
+        return bool(handles)
+
+
+class StepHook:
+    """Each step of an optimizer, or each call, is a pass of the recorder.
+
+    Args:
+        parameters: in the order of the recorder's rows.
+        recorder: what sees their gradients.
+        first_rows: the row of the first parameter, by kind; which kinds there are.
+        optimizer: measured before it steps, and again after it for its updates; without one only
+            `measure` measures.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        recorder: Recorder,
+        first_rows: Mapping[str, int],
+        optimizer: Optimizer | None,
+    ) -> None:
+        self._recorder, self._rows = recorder, first_rows
+        self.calls_only = optimizer is None
+        # Neither they nor the optimizer are to live for the sake of a history.
+        self._parameters = [weakref.ref(parameter) for parameter in parameters]
+        self._indices = {id(p()): index for index, p in enumerate(self._parameters)}
+        self._before: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        self._has_closure = False
+        self._handles: list[RemovableHandle] = []
+        if optimizer is not None:
+            self._handles.append(optimizer.register_step_pre_hook(self._on_step))
+            if UPDATE in first_rows:
+                self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._before.clear()
+
+    def is_running(self) -> bool:
+        """Whether a step that the recorder has begun may go on while a module computes."""
+        return self._has_closure
+
+    def measure(self) -> None:
+        """Measure all gradients as they are."""
+        with self._recorder.lock:
+            alive = ((index, p()) for index, p in enumerate(self._parameters))
+            self._measure({index: p for index, p in alive if p is not None}, None)
+            self._recorder.end()
+
+    @_disable_dynamo
+    def _on_step(
+        self,
+        optimizer: Optimizer,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        # After the optimizer itself comes what step() is given.
+        self._has_closure = any(map(callable, (*args[1:], *kwargs.values())))
+        with self._recorder.lock:
+            # A fused optimizer is given the scale by GradScaler.step(), to divide by it itself.
+            known = self._held_by(optimizer)
+            self._measure(known, getattr(optimizer, "grad_scale", None))
+            if UPDATE not in self._rows:
+                self._recorder.end()
+            elif self._recorder.is_recording:
+                self._recorder.measure_waiting()
+                self._before = {index: (p, _wide_copy(p)) for index, p in known.items()}
+
+    @_disable_dynamo
+    def _after_step(self, *_: Any) -> None:  # noqa: ANN401 (the optimizer, what step() is given)
+        with self._recorder.lock, torch.no_grad():
+            origins = self._recorder.history.origins
+            for index, (parameter, before) in self._before.items():
+                change = torch.sub(local_part(parameter), before, out=before)
+                row = self._rows[UPDATE] + index
+                origins[row] = origins[self._rows[PARAM] + index]
+                self._recorder.add(row, change)
+            self._before = {}
+            self._recorder.end()
+
+    def _held_by(self, optimizer: Optimizer) -> dict[int, nn.Parameter]:
+        known: dict[int, nn.Parameter] = {}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                index = self._indices.get(id(parameter))
+                watched = None if index is None else self._parameters[index]()
+                if index is not None and watched is not None and watched is parameter:
+                    known[index] = watched
+        return known
+
+    def _measure(self, parameters: dict[int, nn.Parameter], scale: Tensor | None) -> None:
+        self._recorder.begin(scale)
+        for index, parameter in parameters.items():
+            gradient = parameter.grad
+            if gradient is not None and GRAD in self._rows:
+                self._recorder.add(self._rows[GRAD] + index, gradient)
+            if PARAM in self._rows:
+                self._recorder.add(self._rows[PARAM] + index, parameter)
+
+
+def await_end(function: Callable[[], None]) -> weakref.ref[Callable[[], None]]:
+    """Have a function called at the end of the backward pass that is running.
+
+    Returns:
+        The call to come. Autograd alone keeps it alive, and drops it with a pass that an exception
+        ends.
+    """
+    call: Callable[[], None] = partial(function)
+    reference = weakref.ref(call)
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+    return reference
+
+
+def _is_compiled_autograd() -> bool:
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and bool(module.in_compiled_autograd_region)
+
+
+def _wide_copy(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds of a parameter, in float32 at least."""
+    part = local_part(parameter.detach())
+    return part.float() if part.itemsize < 4 else part.clone()
+
+
+def _hook(parameter: nn.Parameter, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Hook a parameter, also one that is frozen for now."""
+    frozen = not parameter.requires_grad
+    # A hook cannot be put on a frozen parameter, but stays on one.
+    parameter.requires_grad_(True)
+    try:
+        handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    finally:
+        parameter.requires_grad_(not frozen)
+    return handle

@@ -1,0 +1,353 @@
+"""`Recorder`: measures the gradients of one pass after another and hands the results on.
+
+Gradients are measured in buckets, each in one launch, and the results travel to the host while the
+device goes on: nothing here waits for the device but `Recorder.collect` when it is told to.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gradstat.history import History
+from gradstat.history.journal import Journal
+from gradstat.kinds import GRAD, OF_OUTPUTS
+from gradstat.ops import is_measurable
+from gradstat.recording.arrivals import (
+    Launch,
+    Part,
+    Record,
+    Rows,
+    as_statistics,
+    combine,
+    send,
+    unit_peaks,
+)
+from gradstat.recording.launcher import Launcher, is_capturing
+from gradstat.recording.shards import local_part, origin_of
+from gradstat.recording.side_stream import SideStream
+from gradstat.results import Statistics
+
+Sink = Callable[[int, Statistics], object]
+
+_SMALL_BYTES = 1 << 16
+_MOST_ROWS = 256  # that wait on their device, 16 KB each over Log2Bins
+_NO_OUTPUTS = (
+    "watch() has seen no output of the model's modules, which are NaN in its records: they must be "
+    "run in training mode, and compiled after watch()"
+)
+
+
+class Recorder:
+    """Turns gradients into records.
+
+    A pass is ``begin()``, ``add()`` for each gradient, ``end()``; one that never ends leaves
+    nothing. What `add_output` takes before it belongs to it too. Callers hold `lock` meanwhile:
+    autograd runs hooks in a thread for each device.
+
+    Args:
+        history: where the records go.
+        every: steps from one record to the next.
+        accumulation_steps: passes in a step; the last of them is measured.
+        bucket_bytes: gradients measured in one launch.
+        engine: name, or ``None``.
+        sink: is given each record too.
+        journal: so is it.
+        side: where launches run; ``None`` for the stream that computes the gradients.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        every: int,
+        accumulation_steps: int,
+        bucket_bytes: int,
+        engine: str | None,
+        sink: Sink | None = None,
+        journal: Journal | None = None,
+        side: SideStream | None = None,
+    ) -> None:
+        self.history = history
+        self.lock = threading.RLock()
+        self._bins = history.bins
+        self._every, self._accumulation_steps = every, accumulation_steps
+        self._bucket_bytes = bucket_bytes
+        self._launcher = Launcher(history.bins, history.kinds, engine)
+        self._sink, self._journal, self._side = sink, journal, side
+        self.n_passes = 0
+        self.is_recording = False
+        # By the kind of what they multiply, and in which run of autograd they were taken.
+        self._scales: dict[str, Tensor] = {}
+        self._scaled_in: dict[str, int] = {}
+        self._outputs = frozenset(i for i, kind in enumerate(history.kinds) if kind in OF_OUTPUTS)
+        self._has_outputs = False
+        self._peaks: dict[tuple[int, torch.Size, torch.device], Tensor] = {}
+        # Gradients that wait to be measured together, by device (-1 for the CPU) and layer.
+        self._waiting: dict[int, dict[int, Tensor]] = {}
+        self._n_bytes: dict[int, int] = {}
+        self._launches: list[Launch] = []
+        self._parts: list[Part] = []  # of this record, on their way already
+        self._captured: list[Launch] | None = None
+        self._pending: deque[Record] = deque()
+        self._arrived: deque[tuple[int, Rows]] = deque()
+        self._is_handing_on = False
+
+    def is_due(self) -> bool:
+        """Whether the pass that comes or goes on is one to record, as a captured one may be."""
+        if is_capturing():
+            return True
+        step, within = divmod(self.n_passes, self._accumulation_steps)
+        return within == self._accumulation_steps - 1 and step % self._every == 0
+
+    def begin(self, scale: Tensor | None = None) -> None:
+        """Start a pass.
+
+        Args:
+            scale: what the gradients of this pass are to be divided by, 0-dim, on any device; it
+                may be changed in place afterwards.
+        """
+        if self.is_recording:
+            self.drop()
+        if self.is_due():
+            self.is_recording = True
+            self.take_scale(GRAD, scale)
+
+    def take_scale(self, kind: str, scale: Tensor | None) -> None:
+        """Remember what a record's values of a kind are multiplied by in this run of autograd."""
+        if scale is None:
+            return
+        run = torch._C._current_graph_task_id()
+        if self._scaled_in.get(kind) == run:
+            return
+        if kind in self._scales:
+            # What waits has the one before.
+            self.measure_waiting()
+        self._scales = {**self._scales, kind: scale.detach().clone()}
+        self._scaled_in[kind] = run
+
+    def add(self, index: int, gradient: Tensor) -> None:
+        """Measure a layer's gradient, now or by the end of the pass; a later one replaces it.
+
+        Args:
+            index: of the layer.
+            gradient: any tensor; what cannot be measured is passed over.
+        """
+        if not self.is_recording:
+            return
+        # What is part of a larger buffer may be changed in it meanwhile, as DistributedDataParallel
+        # does; a shard is nobody else's.
+        at_once = gradient._is_view()
+        if type(gradient) is not Tensor:
+            gradient = self._own_part(index, gradient)
+        if gradient.is_sparse:
+            gradient = gradient.detach().coalesce().values()
+        if is_measurable(gradient) and not gradient.is_meta:
+            self._wait(index, gradient, at_once)
+
+    def add_output(self, index: int, x: Tensor) -> bool:
+        """Measure a layer's output, if `is_due`, and count it together with those before.
+
+        Args:
+            index: of the layer.
+            x: any tensor, which may be changed in place afterwards; what cannot be measured is
+                passed over.
+
+        Returns:
+            Whether it is measured.
+        """
+        x = self._own_part(index, x)
+        if not is_measurable(x):
+            return False
+        self._has_outputs = True
+        # A copy of a small one costs less than a launch of its own.
+        is_small = x.nbytes <= _SMALL_BYTES
+        self._wait_again(index, x.clone() if is_small else x, at_once=not is_small)
+        if self._side is not None and not is_small:
+            self._side.join()
+        return True
+
+    def add_peaks(self, index: int, x: Tensor, unit: int | None) -> None:
+        """Take the largest magnitude of each unit of a layer, in this output and those before.
+
+        Args:
+            index: of the layer.
+            x: the output.
+            unit: the dimension of the units, if there are any.
+        """
+        if unit is None:
+            return
+        peaks = unit_peaks(self._own_part(index, x), unit)
+        key = index, peaks.shape, peaks.device
+        before = self._peaks.get(key)
+        self._peaks[key] = peaks if before is None else torch.maximum(before, peaks)
+
+    def measure_waiting(self) -> None:
+        """Measure now what `add` has taken."""
+        for device in list(self._waiting):
+            self._measure_waiting(device)
+
+    def end(self) -> None:
+        """Finish the pass; its record is in `history` once it has arrived on the host.
+
+        One that becomes part of a CUDA graph has a record each time that `replayed` is called.
+        """
+        if self.is_recording:
+            if self._peaks:
+                self._take_peaks()
+            if self._outputs and not self._has_outputs:
+                self._has_outputs = True
+                warnings.warn(_NO_OUTPUTS, RuntimeWarning, stacklevel=2)
+            self.measure_waiting()
+            if self._side is not None:
+                self._side.join()
+            if is_capturing():
+                # It has not run yet, and nothing may be asked of the device now.
+                self._captured = self._launches
+                self._forget()
+                return
+            self._send(self._launches)
+            self._forget()
+        self._count_pass()
+
+    def replayed(self) -> bool:
+        """Take the results of a captured pass, which a replay of its graph has written anew.
+
+        Returns:
+            Whether there is such a pass.
+        """
+        if self._captured is None:
+            return False
+        if self.is_due():
+            self._send(self._captured)
+        self._count_pass()
+        return True
+
+    def drop(self) -> None:
+        """Forget an unfinished pass."""
+        if self._side is not None:
+            self._side.join()
+        self._forget()
+        self._waiting.clear()
+        self._n_bytes.clear()
+
+    def collect(self, wait: bool) -> None:
+        """Move records that have arrived into the history, oldest first.
+
+        Args:
+            wait: for all of them.
+        """
+        while self._pending and self._pending[0].has_arrived(wait):
+            record = self._pending.popleft()
+            rows = record.rows(self._outputs)
+            self.history.append(record.step, *rows)
+            if self._journal is not None:
+                self._journal.append(record.step, *rows)
+            if self._sink is not None:
+                self._arrived.append((record.step, rows))
+        if self._sink is not None and not self._is_handing_on:
+            self._hand_on(self._sink)
+
+    def finish(self) -> None:
+        """Wait for all records if anybody else is to have them, and hand them on."""
+        with self.lock:
+            self.drop()
+            self._captured = None
+            if self._sink is not None or self._journal is not None:
+                self.collect(wait=True)
+            if self._journal is not None:
+                self._journal.flush()
+
+    def _hand_on(self, sink: Sink) -> None:
+        # A sink that reads the history may find another record, which is then the next one here.
+        self._is_handing_on = True
+        try:
+            while self._arrived:
+                step, rows = self._arrived.popleft()
+                sink(step, as_statistics(self._bins, rows))
+        finally:
+            self._is_handing_on = False
+
+    def _send(self, launches: list[Launch]) -> None:
+        step = self.n_passes // self._accumulation_steps
+        parts, self._parts = [*self._parts, *send(launches)], []
+        self._pending.append(Record(step, self.history, parts))
+
+    def _send_early(self) -> None:
+        """Keep what waits for the end of a record from growing with the outputs it counts."""
+        n_rows = sum(len(launch.indices) for launch in self._launches)
+        if n_rows <= _MOST_ROWS or is_capturing():
+            return
+        self._parts += send(self._launches)
+        self._launches = []
+        n_arrived = 0
+        while n_arrived < len(self._parts) and self._parts[n_arrived].has_arrived(wait=False):
+            n_arrived += 1
+        if n_arrived > 1:
+            arrived = combine(self._parts[:n_arrived], self.history, self._outputs)
+            self._parts = [arrived, *self._parts[n_arrived:]]
+
+    def _count_pass(self) -> None:
+        self.n_passes += 1
+        if self._pending:
+            self.collect(wait=False)
+
+    def _forget(self) -> None:
+        self.is_recording = False
+        self._launches, self._parts = [], []
+        self._scales = {}
+        self._scaled_in.clear()
+        self._peaks.clear()
+
+    def _own_part(self, index: int, x: Tensor) -> Tensor:
+        """Of a DTensor what this rank holds, which the history is told."""
+        origin = origin_of(x)
+        if origin is None:
+            return x
+        self.history.origins[index] = origin
+        return local_part(x)
+
+    def _wait(self, index: int, x: Tensor, at_once: bool) -> None:
+        """Let a tensor wait for others to be measured with, if not at once, up to a bucket."""
+        device = x.get_device()
+        waiting = self._waiting.get(device)
+        if waiting is None:
+            waiting = self._waiting[device] = {}
+        waiting[index] = x
+        n_bytes = self._n_bytes[device] = self._n_bytes.get(device, 0) + x.nbytes
+        if at_once or n_bytes >= self._bucket_bytes:
+            self._measure_waiting(device)
+
+    def _take_peaks(self) -> None:
+        for (index, _, _), peaks in self._peaks.items():
+            self._wait_again(index, peaks, at_once=False)
+        self._peaks.clear()
+
+    def _wait_again(self, index: int, x: Tensor, *, at_once: bool) -> None:
+        """Let a tensor wait that does not replace another one of its layer."""
+        device = x.get_device()
+        if index in self._waiting.get(device, ()):
+            self._measure_waiting(device)
+        self._wait(index, x, at_once)
+
+    def _measure_waiting(self, device: int) -> None:
+        """Launch over a bucket and empty it; the results start on their way to the host."""
+        gradients = dict(sorted(self._waiting.pop(device).items()))
+        self._n_bytes[device] = 0
+        if self._side is not None:
+            with torch.no_grad(), self._side.beside(list(gradients.values())):
+                self._measure(gradients)
+        elif torch.is_grad_enabled():
+            with torch.no_grad():
+                self._measure(gradients)
+        else:
+            self._measure(gradients)
+
+    def _measure(self, tensors: dict[int, Tensor]) -> None:
+        self._launches += self._launcher.measure(tensors, self._scales)
+        if self._outputs:
+            self._send_early()

@@ -1,0 +1,307 @@
+"""`watch`: hooks on a model that measure its gradients during backward, into a `History`."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from torch import nn
+from torch.amp import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from gradstat.bins import Bins, Log2Bins
+from gradstat.history import History
+from gradstat.history.archive import OWN, SAME
+from gradstat.history.journal import Journal
+from gradstat.kinds import (
+    GRAD,
+    KINDS,
+    OF_OUTPUTS,
+    row_name,
+)
+from gradstat.ops import check_bins, check_engine
+from gradstat.recording.module_hooks import OutputHooks
+from gradstat.recording.options import check_holds, check_integer, check_what, check_when
+from gradstat.recording.parameter_hooks import BackwardHooks, StepHook
+from gradstat.recording.recorder import Recorder, Sink
+from gradstat.recording.selection import (
+    ModuleSelector,
+    ParameterSelector,
+    select_modules,
+    select_parameters,
+)
+from gradstat.recording.side_stream import SideStream
+from gradstat.results import Statistics
+
+Kind = Literal["grad", "param", "update", "activation", "grad_output"]
+
+
+def watch(
+    model: nn.Module,
+    bins: Bins | None = None,
+    every: int = 1,
+    *,
+    what: Kind | Sequence[Kind] = "grad",
+    parameters: ParameterSelector | None = None,
+    modules: ModuleSelector | None = None,
+    accumulation_steps: int = 1,
+    when: Literal["backward", "step", "call"] = "backward",
+    optimizer: Optimizer | None = None,
+    scaler: GradScaler | None = None,
+    capacity: int | None = None,
+    sink: Sink | None = None,
+    path: str | os.PathLike[str] | None = None,
+    bucket_bytes: int = 25 << 20,
+    stream: Literal["current", "side"] = "current",
+    engine: str | None = None,
+) -> Watch:
+    """Measure a model's gradients, during backward or when the optimizer steps.
+
+    One record per backward pass that reaches a watched parameter, or per step. Reentrant
+    checkpoints are part of the pass they run in, and passes that overlap in several threads make
+    one record. Nothing waits for the device until a record is read, and nothing about the training
+    changes.
+
+    A record holds ``p.grad`` as the pass has accumulated it. A layer that has none, being frozen or
+    unused, is a row of NaN and of zero counts; a shared parameter is one layer, under its first
+    name. Of a sparse gradient its values are measured, not the zeros around them. Parameters that
+    are replaced, as ``load_state_dict(assign=True)`` does, or added later are not seen: watch
+    again. Compiled autograd needs ``when="step"``.
+
+    In a distributed run each rank records what it has itself, and `History.reduce` puts the ranks
+    together. Of a DTensor, as FSDP2 makes them, that is its shard. DistributedDataParallel averages
+    gradients during backward, when they are measured before that; ``when="step"`` measures the
+    average.
+
+    Args:
+        model: the model; watch it after moving, sharding or wrapping it.
+        bins: `Log2Bins` (default) or `LinearBins`.
+        every: record every so many steps, from the first one.
+        what: what to measure, one or several of these; `History.select` has the rows of each.
+            ``"grad"``: gradients. ``"param"``: the parameters themselves, by the end of the pass or
+            before the step. ``"update"``: by how much a step changes them, with ``"param"``, for
+            `History.update_ratio`; it needs ``when="step"`` and, in the steps recorded, memory for
+            a copy of them. ``"activation"``: what modules return while the model is in training
+            mode, with the largest magnitude of each unit (``"unit"``: of a channel of convolutions,
+            of a feature otherwise), for `History.dead_units`. ``"grad_output"``: the gradients with
+            respect to that. What a module returns several times before a record is counted
+            together, and what is large measured in a launch of its own.
+        parameters: which parameters: a regular expression searched for in their names, or a
+            function of name and parameter. By default all but biases.
+        modules: which modules return activations, as for ``parameters``. By default those that have
+            no modules in them.
+        accumulation_steps: backward passes per optimizer step. The last of each is recorded, when
+            the gradient is whole.
+        when: ``"backward"`` measures gradients by the end of the pass, in buckets: other hooks must
+            not change them before that; ``"step"`` measures what the optimizer is about to apply:
+            after reduction, unscaling and clipping; ``"call"`` measures where `Watch.measure` is
+            called. Two watches of one model compare them.
+        optimizer: whose steps are records, for ``when="step"``; layers that it does not hold are
+            absent, and so are the steps that a scaler skips (a fused optimizer skips them itself,
+            with a record). A closure given to its ``step()`` runs after the measurement: for that
+            there is ``when="call"``.
+        scaler: what scales the loss, for ``when="backward"``, and for outputs always: gradients are
+            then measured unscaled, and outputs of skipped steps left out. Exact while the scale is
+            a power of two, as by default; with another one a value may be counted up to two bins of
+            `Log2Bins` too near to zero. A backward pass before a step that is skipped has a record
+            like any other, its NaN and infinities counted.
+        capacity: most records to keep in memory, 2 or more: the first, the last, and between them
+            every so many, evenly.
+        sink: a function of a step's number and its record, Statistics on the CPU that it must not
+            change. It is called in order, in the thread that trains, and what it raises is raised
+            there.
+        path: a directory to which all records are written as the run goes on, every 5 seconds and
+            at the end, for `History.load` to read at any time, also after the process was killed.
+            Where that fails one warning is given, and training goes on. Each rank needs its own.
+        bucket_bytes: gradients measured in one launch; the default leaves them in a GPU's cache.
+        stream: ``"side"`` measures on a CUDA stream of its own, beside the rest of the backward
+            pass; whatever comes after the pass waits for it, on the device.
+        engine: as in `statistics`.
+
+    Returns:
+        The running Watch: a context manager, or to be closed with ``close()``.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: a number below 1, an unknown engine, options that do not go together, no
+            parameter that is selected and needs a gradient, one without a shape so far, an
+            optimizer of other parameters, a directory that has records already.
+
+    Example:
+        >>> import torch, gradstat
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
+        >>> with gradstat.watch(model) as w:
+        ...     for _ in range(3):
+        ...         model(torch.randn(8, 4)).mean().backward()
+        >>> w.history
+        History(3 steps, 2 layers, Log2Bins())
+    """
+    bins = check_bins("watch", Log2Bins() if bins is None else bins)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"watch() needs a torch.nn.Module; model is {type(model).__name__}")
+    check_integer("every", every, 1)
+    check_integer("accumulation_steps", accumulation_steps, 1)
+    check_integer("bucket_bytes", bucket_bytes, 1)
+    if capacity is not None:
+        check_integer("capacity", capacity, 2)
+    if sink is not None and not callable(sink):
+        raise TypeError(f"watch() needs a function; sink is {sink!r}")
+    if path is not None and not isinstance(path, str | os.PathLike):
+        raise TypeError(f"watch() needs a directory's path; path is {path!r}")
+    if stream not in ("current", "side"):
+        raise ValueError(f"watch() needs one of current, side; stream is {stream!r}")
+    check_engine("watch", engine)
+    if not isinstance(scaler, GradScaler | None):
+        raise TypeError(f"watch() needs a torch.amp.GradScaler; scaler is {type(scaler).__name__}")
+    kinds = check_what(what, when, bins, modules)
+    has_outputs = not kinds.isdisjoint(OF_OUTPUTS)
+    check_when(when, optimizer, None if has_outputs else scaler, accumulation_steps)
+    selected = select_parameters(model, parameters)
+    if optimizer is not None:
+        check_holds(optimizer, selected)
+    seen = select_modules(model, modules) if has_outputs else {}
+    rows = [
+        (kind, name)
+        for kind in KINDS
+        if kind in kinds
+        for name in (seen if kind in OF_OUTPUTS else selected)
+    ]
+    history = History(
+        [row_name(kind, name) for kind, name in rows],
+        bins,
+        capacity=capacity,
+        kinds=[kind for kind, _ in rows],
+    )
+    history.origins[:] = [_origin(kind, when) for kind, _ in rows]
+    first_rows = {kind: history.kinds.index(kind) for kind in dict.fromkeys(history.kinds)}
+    journal = None if path is None else Journal(Path(path), history)
+    side = SideStream() if stream == "side" else None
+    recorder = Recorder(
+        history, every, accumulation_steps, bucket_bytes, engine, sink, journal, side
+    )
+    hooks: BackwardHooks | StepHook
+    if when == "backward":
+        at_once = _is_changed_in_backward(model)
+        hooks = BackwardHooks(selected.values(), recorder, first_rows, scaler, at_once)
+    else:
+        hooks = StepHook(selected.values(), recorder, first_rows, optimizer)
+    outputs = None
+    if seen:
+        outputs = OutputHooks(
+            model, seen.values(), recorder, first_rows, scaler, optimizer, hooks.is_running
+        )
+    return Watch(recorder, hooks, outputs)
+
+
+class Watch:
+    """Running hooks; made by `watch`.
+
+    Args:
+        recorder: what the hooks feed.
+        hooks: on the parameters or the optimizer.
+        outputs: on the modules, if any.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        hooks: BackwardHooks | StepHook,
+        outputs: OutputHooks | None = None,
+    ) -> None:
+        self._recorder, self._hooks, self._outputs = recorder, hooks, outputs
+        # A run that ends without close() loses nothing either: hooks live as long as the model.
+        self._finish = weakref.finalize(hooks, recorder.finish)
+
+    @property
+    def history(self) -> History:
+        """All records so far; waits for those still on their way from the device.
+
+        Always the same object, to which later records are added. With ``capacity`` they also make
+        others go: another thread than the one that trains should read `last` instead.
+        """
+        with self._recorder.lock:
+            self._recorder.collect(wait=True)
+        return self._recorder.history
+
+    @property
+    def last(self) -> Statistics:
+        """The newest record, shape ``(L,)``, on the CPU; waits for it.
+
+        Raises:
+            KeyError: there is none yet.
+        """
+        with self._recorder.lock:
+            return self.history.record(-1)
+
+    def measure(self) -> None:
+        """Make a record of the gradients as they are, for ``when="call"``.
+
+        Raises:
+            ValueError: another ``when``.
+        """
+        if not isinstance(self._hooks, StepHook) or not self._hooks.calls_only:
+            when = "step" if isinstance(self._hooks, StepHook) else "backward"
+            raise ValueError(f"measure() needs watch(when='call'); when is {when!r}")
+        self._hooks.measure()
+
+    def replayed(self) -> None:
+        """Make a record of a captured training step that was replayed as a CUDA graph.
+
+        Call it after each ``graph.replay()``: what is measured in the graph stays on the device
+        until then. A pass that is captured is none of the records; of several the last one counts.
+        `every` and ``accumulation_steps`` count replays like other passes.
+
+        Raises:
+            RuntimeError: no pass was captured while this watched.
+        """
+        with self._recorder.lock:
+            if not self._recorder.replayed():
+                raise RuntimeError(
+                    "replayed() needs a training step that was captured under watch(); there is "
+                    "none"
+                )
+
+    def close(self) -> None:
+        """Take the hooks off the model; `history` stays readable.
+
+        Waits for records on their way from the device if they are to be written or handed on.
+        """
+        with self._recorder.lock:
+            self._hooks.remove()
+            if self._outputs is not None:
+                self._outputs.remove()
+            self._recorder.drop()
+            self._finish()
+
+    def __enter__(self) -> Watch:
+        """The watch itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
+
+
+def _is_changed_in_backward(model: nn.Module) -> bool:
+    """Whether gradients may be averaged before the end of the pass that computes them."""
+    return any(
+        isinstance(module, DistributedDataParallel) and module.static_graph
+        for module in model.modules()
+    )
+
+
+def _origin(kind: str, when: str) -> int:
+    """Who holds the same values of a kind, unless they are DTensors, which say it themselves."""
+    if kind in OF_OUTPUTS or (kind == GRAD and when == "backward"):
+        return OWN
+    return SAME

@@ -1,0 +1,276 @@
+import math
+import re
+import threading
+import time
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+from findings import noise
+from histories import make_history
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from gradstat import History, Log2Bins
+from gradstat.cli import main
+from gradstat.cli import text as cli_text
+
+
+def shrinking(step: int, layer: int) -> Tensor:
+    return noise(step, layer, 10.0 ** (layer - 4))
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """Cells of each line that starts with a layer's name, bars left out."""
+    split = (line.split() for line in text.splitlines())
+    return {
+        cells[0]: [cell for cell in cells[1:] if "#" not in cell]
+        for cells in split
+        if cells and cells[0].endswith("weight")
+    }
+
+
+def test_compare_tells_both_runs_apart_layer_by_layer() -> None:
+    one = make_history(Log2Bins(), 3, 25, noise)
+    other = make_history(Log2Bins(), 3, 25, shrinking)
+    text = cli_text.compare({"healthy": one, "ill": other})
+    lines = text.splitlines()
+    assert lines[0] == "A  healthy: 25 records of 3 layers, steps 0 to 24, Log2Bins()"
+    assert lines[1] == "B  ill: 25 records of 3 layers, steps 0 to 24, Log2Bins()"
+    table = rows(text)
+    assert list(table) == one.layers
+    for layer, expected in zip(one.layers, (1e-2, 1e-1, 1.0), strict=True):
+        a, b, ratio = (float(cell) for cell in table[layer])
+        assert a == pytest.approx(1e-2, rel=0.1)
+        assert b == pytest.approx(1e-2 * expected, rel=0.1)
+        assert ratio == pytest.approx(expected, rel=0.1)
+    shares = re.search(r"^first layer / last layer +(\S+) +(\S+)$", text, re.M)
+    assert [float(share) for share in shares.groups()] == pytest.approx([1, 0.01], rel=0.1)
+    healthy, ill = text.split("\nA  healthy:\n")[1].split("\nB  ill:\n")
+    assert healthy.strip() == "nothing found"
+    assert ill.strip().startswith("severe: vanishing, steps 0 to 24: From 2.weight back")
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 24
+
+
+def test_compare_draws_bars_on_one_log_scale() -> None:
+    one = make_history(Log2Bins(), 2, 1, lambda step, layer: torch.full((4,), 10.0 ** (11 * layer)))
+    other = make_history(Log2Bins(), 1, 1, lambda step, layer: torch.full((4,), 1e4))
+    text = cli_text.compare({"one": one, "other": other})
+    assert re.findall("#+", text) == ["#", "#" * 5, "#" * 12]
+    assert rows(text)["1.weight"][1:] == ["-", "-"]
+
+
+def test_compare_fits_a_deep_network_on_a_screen() -> None:
+    deep = make_history(Log2Bins(), 60, 2, noise)
+    text = cli_text.compare({"one": deep, "other": deep})
+    table = rows(text)
+    assert len(table) == 24
+    assert [next(iter(table)), next(reversed(table))] == ["0.weight", "59.weight"]
+    assert "36 layers between them are left out (--all)" in text
+    assert len(rows(cli_text.compare({"one": deep, "other": deep}, every_layer=True))) == 60
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_compare_and_tail_get_through_runs_of_nothing_but(value: float) -> None:
+    history = make_history(Log2Bins(), 2, 3, lambda step, layer: torch.full((4,), value))
+    table = rows(cli_text.compare({"one": history, "other": history}))
+    cell = "0" if value == 0 else "-"
+    assert table == {"0.weight": [cell, cell, "-"], "1.weight": [cell, cell, "-"]}
+    finding = "warning: dead" if value == 0 else "severe: non-finite"
+    assert finding in cli_text.newest("run", history)
+
+
+def test_compare_command_names_runs_and_draws_their_curves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [tmp_path / "a" / "run.npz", tmp_path / "b" / "run.npz"]
+    for path in paths:
+        path.parent.mkdir()
+        make_history(Log2Bins(), 14, 5, noise).save(path)
+    figure = tmp_path / "curves.png"
+    assert main(["compare", *map(str, paths), "-o", str(figure)]) == 0
+    shown = capsys.readouterr().out
+    assert f"\nA  {paths[0]}:\n" in shown
+    assert f"\nB  {paths[1]}:\n" in shown
+    assert shown.endswith(f"\n{figure}\n")
+    image = matplotlib.image.imread(figure)
+    assert image.std() > 0.05
+    assert main(["compare", str(paths[0]), str(paths[0])]) == 2
+    assert capsys.readouterr().err == (
+        f"gradstat compare: error: compare needs two runs; both are {paths[0]}\n"
+    )
+    assert main(["compare", *map(str, paths), "-o", str(tmp_path / "curves.what")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("gradstat compare: error: ")
+    assert "'what'" in error
+    assert error.count("\n") == 1
+
+
+def test_newest_shows_the_last_record_with_zeros_and_what_is_not_finite() -> None:
+    def gradient(step: int, layer: int) -> Tensor:
+        x = noise(step, layer)
+        if step == 2 and layer == 0:
+            x[:100] = 0
+            x[100:103] = torch.tensor([math.nan, math.inf, -math.inf])
+        return x
+
+    history = make_history(Log2Bins(), 3, 3, gradient, absent=[(2, 2)])
+    text = cli_text.newest("run", history)
+    assert text.startswith("run: step 2\n")
+    record, table = history.record(), rows(text)
+    for at, layer in enumerate(("0.weight", "1.weight")):
+        assert float(table[layer][0]) == pytest.approx(float(record.rms[at]), rel=0.05)
+        assert float(table[layer][1]) == pytest.approx(float(record.abs_max[at]), rel=0.05)
+    assert table["0.weight"][2:] == ["25%", "3"]
+    assert table["1.weight"][2:] == ["0%", "0"]
+    assert table["2.weight"] == ["-", "-", "-", "no", "gradient"]
+    assert "severe: non-finite, step 2" in text
+
+
+def test_tail_prints_each_new_record_of_a_file_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.npz"
+    History(["0.weight"], Log2Bins()).save(path)
+
+    def train() -> None:
+        for steps in (1, 2):
+            time.sleep(0.3)
+            make_history(Log2Bins(), 1, steps, noise).save(path)
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    cli_text.tail(path, 0.02, updates=2)
+    trainer.join()
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{path} has no records yet\n")
+    assert re.findall(r": step (\d+)$", shown, re.M) == ["0", "1"]
+
+
+def test_tail_reads_only_the_newest_file_of_a_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_history(Log2Bins(), 1, 3, noise).save(tmp_path / "00000001.npz")
+    (tmp_path / "00000000.npz").write_text("not read")
+    cli_text.tail(tmp_path, 0.02, updates=1)
+    assert f"{tmp_path}: step 2" in capsys.readouterr().out
+
+
+def test_tail_waits_for_a_directory_to_have_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train() -> None:
+        time.sleep(0.3)
+        make_history(Log2Bins(), 1, 1, noise).save(tmp_path / "00000001.npz")
+
+    History(["0.weight"], Log2Bins()).save(tmp_path / "00000000.npz")
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    cli_text.tail(tmp_path, 0.02, updates=1)
+    trainer.join()
+    assert capsys.readouterr().out.startswith(f"{tmp_path} has no records yet\n{tmp_path}: step 0")
+
+
+def test_tail_redraws_in_place_on_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_history(Log2Bins(), 1, 1, noise).save(tmp_path / "run.npz")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    cli_text.tail(tmp_path / "run.npz", 0.02, updates=1)
+    assert capsys.readouterr().out.startswith(f"\x1b[H\x1b[2J{tmp_path / 'run.npz'}: step 0")
+
+
+KINDS = ("grad", "param", "update", "activation", "unit")
+
+
+def values_of_kinds(step: int, row: int) -> Tensor:
+    """Of two layers; updates are a hundredth of parameters, every fourth unit is dead."""
+    return noise(step, row, [1.0, 10.0, 0.1, 1.0, 1.0][row // 2]) * (torch.arange(400) % 4 > 0)
+
+
+def test_screens_speak_of_the_first_kind() -> None:
+    history = make_history(Log2Bins(), 2, 5, values_of_kinds, absent=[(4, 1)], kinds=KINDS)
+    gradients = history.select("grad")
+    text = cli_text.compare({"one": history, "other": gradients})
+    assert text.splitlines()[0] == (
+        "A  one: 5 records of 2 layers (grad, param, update, activation, unit), steps 0 to 4, "
+        "Log2Bins()"
+    )
+    assert list(rows(text)) == gradients.layers
+    assert "update / parameter" not in text
+    assert "dead units" not in text
+    table = rows(cli_text.newest("run", history))
+    assert list(table) == gradients.layers
+    assert table["1.weight"][-2:] == ["no", "gradient"]
+    updates = make_history(Log2Bins(), 2, 5, absent=[(4, 1)], kinds=("update", "activation"))
+    table = rows(cli_text.newest("run", updates))
+    assert list(table) == ["update/0.weight", "update/1.weight"]
+    assert table["update/1.weight"][-2:] == ["no", "update"]
+
+
+def test_bars_of_a_screen_span_the_first_kind() -> None:
+    history = make_history(
+        Log2Bins(), 2, 1, lambda step, row: torch.full((4,), 10.0**row), (), KINDS
+    )
+    assert re.findall("#+", cli_text.newest("run", history)) == ["#", "#" * 12]
+
+
+def test_compare_tells_update_ratios_and_dead_units_where_both_runs_have_them() -> None:
+    one = make_history(Log2Bins(), 2, 5, values_of_kinds, kinds=KINDS)
+    other = make_history(
+        Log2Bins(),
+        2,
+        5,
+        lambda step, row: values_of_kinds(step, row) * (10.0 if row // 2 == 2 else 1.0),
+        kinds=KINDS,
+    )
+    text = cli_text.compare({"one": one, "other": other})
+    a, b, ratio = re.search(
+        r"^update / parameter, median +(\S+) +(\S+) +(\S+)$", text, re.M
+    ).groups()
+    assert float(a) == pytest.approx(0.01, rel=0.1)
+    assert float(b) == pytest.approx(0.1, rel=0.1)
+    assert float(ratio) == pytest.approx(10, rel=0.1)
+    assert re.search(r"^dead units, most in a layer +25% +25%$", text, re.M)
+    updates = cli_text.compare({"one": one.select("update"), "other": other})
+    assert "update / parameter" not in updates
+
+
+def test_compare_compares_the_first_kind_that_both_runs_have() -> None:
+    history = make_history(Log2Bins(), 2, 5, values_of_kinds, kinds=KINDS)
+    for one, other in ((history.select("update"), history), (history, history.select("update"))):
+        text = cli_text.compare({"one": one, "other": other})
+        assert re.findall(r"^\d\.weight .* (\S+)$", text, re.M) == ["1", "1"]
+
+
+def test_draw_writes_the_curves_of_the_first_kind_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+
+    def fails(self: Figure, path: Path, **options: object) -> None:
+        drawn.append(self)
+        save(self, path, **options)
+        raise OSError("disk full")
+
+    history = make_history(Log2Bins(), 2, 5, values_of_kinds, kinds=KINDS)
+    path = tmp_path / "curves.png"
+    path.write_text("before")
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", fails)
+        with pytest.raises(OSError, match="disk full"):
+            cli_text.draw({"run": history}, path)
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+    assert len(drawn[0].axes[0].lines) == 2
+    for name, beginning in (
+        ("curves.png", b"\x89PNG"),
+        ("curves.svg", b"<?xml"),
+        ("x", b"\x89PNG"),
+    ):
+        cli_text.draw({"run": history}, tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(beginning)

@@ -1,0 +1,78 @@
+"""What the compiler makes of the kernels, for GPUs that need not be there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+from conftest import ROOT
+
+# Instructions of an element in the main loop, at most: for 4-byte and 2-byte elements.
+MOST_INSTRUCTIONS = {
+    ("measure", "Log2Bins()"): (18, 16),
+    ("measure", "LinearBins(64, ...)"): (24, 20),
+    # The second sweep of an automatic range.
+    ("histogram", "LinearBins(64, ...)"): (12, 12),
+}
+MOST_REGISTERS = (96, 128)
+
+EVERY_KERNEL = """
+import roofline, sass, torch
+from gradstat.engines import triton as triton_engine
+from triton.backends.compiler import GPUTarget
+for target in (GPUTarget("hip", "gfx942", 64), GPUTarget("cuda", 90, 32)):
+    for dtype in triton_engine.ELEMENTS:
+        for name in ("measure", "histogram", "finish"):
+            for scheme in roofline.SCHEMES:
+                if (name, scheme) != ("histogram", "Log2Bins()"):
+                    arguments = roofline.kernel_arguments(name, dtype, scheme)
+                    warps = triton_engine.THREADS // target.warp_size
+                    compiled = sass.compile_kernel(*arguments, target, num_warps=warps)
+                    print(target.arch, name, dtype, scheme, list(compiled.asm)[-1])
+"""
+
+
+def run(*arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "bench")}
+    # The compiler, not the interpreter.
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    path: Path = tmp_path_factory.mktemp("roofline") / "rows.json"
+    run(str(ROOT / "bench" / "roofline.py"), "--json", str(path))
+    rows: list[dict[str, Any]] = json.loads(path.read_text())
+    return rows
+
+
+# Up to Triton 3.7 a histogram is counted by ballots: the same result, more instructions.
+counts_by_atomics = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+
+
+@pytest.mark.skipif(not counts_by_atomics, reason="the budget is for Triton 3.8 and later")
+def test_main_loop_keeps_to_the_budget(rows: list[dict[str, Any]]) -> None:
+    assert len(rows) == 3 * 3 * 3
+    for row in rows:
+        kind = 0 if row["dtype"] == "float32" else 1
+        assert row["instructions"] <= MOST_INSTRUCTIONS[row["kernel"], row["bins"]][kind], row
+        assert row["registers"] <= MOST_REGISTERS[kind], row
+        assert row["spills"] == 0, row
+        assert row["load_bytes"] == 16, row
+        assert row["barriers"] <= 3, row
+
+
+def test_every_kernel_compiles_for_amd_and_nvidia() -> None:
+    lines = run("-c", EVERY_KERNEL).splitlines()
+    assert len(lines) == 2 * 3 * 5
+    assert sum(line.startswith("gfx942") and line.endswith("hsaco") for line in lines) == 15
+    assert sum(line.startswith("90") and line.endswith("cubin") for line in lines) == 15

@@ -1,0 +1,269 @@
+"""Every engine against definitions that share no code with it: math.fsum, math.hypot, NumPy."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from conftest import Engine
+
+from gradstat import LinearBins, Log2Bins, Statistics
+from gradstat.bins import Bins
+from gradstat.engines import reference
+from gradstat.ops import known_range
+from gradstat.results import INTEGERS
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+# Of float64; of a sum and a mean whose terms cancel, a share of those of the magnitudes.
+TOLERANCES = {
+    "reference": {"relative": 1e-12, "of magnitudes": 1e-15},
+    "cpu": {"relative": 1e-9, "of magnitudes": 1e-13},
+    "triton": {"relative": 1e-5, "of magnitudes": 1e-6},
+}
+
+# Down to the smallest and up to the largest values of each type.
+SCALES = {
+    torch.float16: [6e-8, 1e-5, 1.0, 1e4, 6e4],
+    torch.bfloat16: [1e-40, 1e-30, 1.0, 1e30, 3e38],
+    torch.float32: [1e-44, 1e-30, 1.0, 1e30, 3e38],
+    torch.float64: [5e-323, 1e-300, 1e-44, 1e-30, 1.0, 1e30, 3e38, 1e300],
+}
+
+# One of each mode, and the fewest bins; float16 and Log2Bins meet every edge of 2**-24 to 65504.
+SCHEMES = [
+    Log2Bins(),
+    LinearBins(30, -0.5, 0.5),
+    LinearBins(1, 0.0, 1e30),
+    LinearBins(30),
+    LinearBins(10, nice=True),
+    LinearBins(30, track=True),
+]
+
+
+def samples(dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    """Some of a few elements, some over 4,096: a block of the CPU engine, a tile of Triton's."""
+    generator = torch.Generator().manual_seed(20)
+
+    def normal(n: int) -> torch.Tensor:
+        return torch.randn(n, generator=generator, dtype=torch.float64)
+
+    def uniform(n: int) -> torch.Tensor:
+        return torch.rand(n, generator=generator, dtype=torch.float64) * 2 - 1
+
+    strange = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0, -math.nan, 1.0, -1.0])
+    mixed = normal(4480)
+    mixed[::7] = strange.double().repeat(80)
+    tensors = [
+        *(uniform(300) * scale for scale in SCALES[dtype]),
+        normal(5000),
+        # A mean far from zero beside the spread.
+        1000 + normal(300) * 0.5,
+        torch.zeros(4100),
+        -torch.zeros(3),
+        torch.full((4100,), -0.1, dtype=torch.float64),
+        torch.full((2,), SCALES[dtype][-1], dtype=torch.float64),
+        mixed,
+        strange,
+        torch.full((4100,), math.nan),
+        torch.tensor([math.inf] * 3),
+        torch.tensor([-7.0, math.nan, -7.0]),
+        # One value carries all sums.
+        torch.cat([normal(299) * 1e-7, torch.tensor([100.0])]),
+        torch.empty(0),
+        torch.tensor(0.25),
+        torch.tensor(math.inf),
+    ]
+    return [x.to(dtype).to(device) for x in tensors]
+
+
+def measure(engine: Engine, tensors: Sequence[torch.Tensor], bins: Bins) -> Statistics:
+    """Measure with the scheme's own range; a tracked one comes from halves of the values."""
+    previous = None
+    if isinstance(bins, LinearBins) and bins.track:
+        previous = reference.measure([x / 2 for x in tensors], bins)
+    ends = known_range(bins, tensors[0].device, len(tensors), previous)
+    return engine.measure(tensors, bins, *ends)
+
+
+@functools.cache
+def measured(engine: Engine, dtype: torch.dtype, bins: Bins) -> Statistics:
+    return measure(engine, samples(dtype, engine.device), bins).to("cpu")
+
+
+def n_elements_of_several_items(engine: Engine) -> int:
+    """The reference has no items; Triton's hold 8,192 elements, the CPU engine's 65,536."""
+    return 300_000 if engine.name == "cpu" or engine.device == "cuda" else 9000
+
+
+def to_numpy(x: torch.Tensor) -> np.ndarray:
+    return x.detach().resolve_neg().cpu().double().reshape(-1).numpy()
+
+
+def assert_counts_are_numpys(s: Statistics, tensors: Sequence[torch.Tensor]) -> None:
+    """Each field of integers and each bin holds what NumPy counts."""
+    assert len(s) == len(tensors)
+    for i, (row, tensor) in enumerate(zip(s, tensors, strict=True)):
+        x = to_numpy(tensor)
+        finite = x[np.isfinite(x)]
+        expected = {
+            "numel": x.size,
+            "finite": finite.size,
+            "zeros": np.sum(x == 0),
+            "nan": np.isnan(x).sum(),
+            "posinf": np.isposinf(x).sum(),
+            "neginf": np.isneginf(x).sum(),
+            "below": np.sum(finite < float(row.low)),
+            "above": np.sum(finite > float(row.high)),
+        }
+        got = {name: int(getattr(row, name)) for name in INTEGERS}
+        assert got == {name: int(n) for name, n in expected.items()}, i
+        counts, _ = np.histogram(finite, bins=row.edges.cpu().numpy())
+        assert np.array_equal(row.counts.cpu().numpy(), counts), i
+
+
+def assert_floats_are_right(s: Statistics, tensors: Sequence[torch.Tensor], engine: Engine) -> None:
+    tolerance = TOLERANCES[engine.name]
+    close = functools.partial(pytest.approx, rel=tolerance["relative"], abs=0.0, nan_ok=True)
+    for i, (row, tensor) in enumerate(zip(s, tensors, strict=True)):
+        x = to_numpy(tensor)
+        values = x[np.isfinite(x)].tolist()
+        n, nan = len(values), math.nan
+        total, magnitude = math.fsum(values), math.fsum(map(abs, values))
+        mean = total / n if n else nan
+        std = math.hypot(*(v - mean for v in values)) / math.sqrt(n - 1) if n > 1 else nan
+        l2 = math.hypot(*values)
+        margin = max(tolerance["relative"] * abs(total), tolerance["of magnitudes"] * magnitude)
+        got = {name: float(getattr(row, name)) for name in ("sum", "mean", "std", "l1", "l2")}
+        assert got["l1"] == close(magnitude), i
+        assert got["l2"] == close(l2), i
+        assert got["std"] == close(std), i
+        assert abs(got["sum"] - total) <= margin, i
+        assert got["mean"] == pytest.approx(mean, rel=0.0, abs=margin / max(n, 1), nan_ok=True), i
+        assert float(row.rms) == close(l2 / math.sqrt(n) if n else nan), i
+        variance = pytest.approx(std * std, rel=2 * tolerance["relative"], abs=0.0, nan_ok=True)
+        assert float(row.var) == variance, i
+        extremes = [min(values), max(values), max(map(abs, values))] if n else [nan] * 3
+        got_extremes = [float(end) for end in (row.min, row.max, row.abs_max)]
+        assert got_extremes == pytest.approx(extremes, rel=0.0, abs=0.0, nan_ok=True), i
+
+
+@pytest.mark.parametrize("bins", SCHEMES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_measure_counts_what_numpy_counts(engine: Engine, dtype: torch.dtype, bins: Bins) -> None:
+    assert_counts_are_numpys(measured(engine, dtype, bins), samples(dtype, "cpu"))
+
+
+@pytest.mark.parametrize("bins", SCHEMES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_measure_counts_and_ranges_equal_the_references(
+    engine: Engine, dtype: torch.dtype, bins: Bins
+) -> None:
+    got = measured(engine, dtype, bins)
+    expected = measure(Engine("reference", "cpu"), samples(dtype, "cpu"), bins)
+    assert torch.equal(got.integers, expected.integers)
+    assert torch.equal(got.counts, expected.counts)
+    assert torch.equal(got.low, expected.low)
+    assert torch.equal(got.high, expected.high)
+
+
+@pytest.mark.parametrize("bins", SCHEMES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_measure_floats_are_those_of_float64(
+    engine: Engine, dtype: torch.dtype, bins: Bins
+) -> None:
+    assert_floats_are_right(measured(engine, dtype, bins), samples(dtype, "cpu"), engine)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_measure_neither_underflows_nor_overflows(
+    engine: Engine, scale: float, generator: torch.Generator
+) -> None:
+    x = (scale * torch.randn(3000, generator=generator)).to(engine.device)
+    s = engine.measure([x])[0]
+    assert float(s.l2) == pytest.approx(float(torch.linalg.vector_norm(x.double())), rel=1e-5)
+    assert float(s.std) == pytest.approx(float(x.double().std()), rel=1e-5)
+
+
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "misaligned by one": lambda x: x[1:],
+    "misaligned by three": lambda x: x[3:-5],
+    "transposed": lambda x: x[:180].view(12, 15).t(),
+    "strided": lambda x: x[::3],
+    "columns": lambda x: x[:180].view(12, 15)[:, 2:-1],
+    "one column": lambda x: x[:180].view(12, 15)[:, 7],
+    "permuted": lambda x: x[:180].view(3, 4, 15).permute(1, 2, 0),
+    "permuted part": lambda x: x[:180].view(3, 4, 15).permute(2, 0, 1)[1:, ::2, 1:],
+    "four strided dimensions": lambda x: x[:120].view(3, 4, 5, 2)[::2, ::3, 1::2, :1],
+    "channels last": lambda x: (
+        x[:120].view(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    ),
+    "expanded": lambda x: x[:40].view(40, 1).expand(40, 7),
+    "one value expanded": lambda x: x[5].expand(3, 50),
+    "overlapping": lambda x: x.as_strided((9, 8), (1, 2)),
+    "negated": lambda x: torch._neg_view(x[:90]),
+    "negated and strided": lambda x: torch._neg_view(x)[2::9],
+    "0-dim": lambda x: x[11],
+    "empty": lambda x: x[:0].view(0, 4).t(),
+    "requiring a gradient": lambda x: x[:9].clone().requires_grad_(),
+}
+
+
+# An automatic range takes a second sweep, with a kernel of its own.
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(7)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_measure_reads_any_strides(
+    engine: Engine, dtype: torch.dtype, bins: Bins, generator: torch.Generator
+) -> None:
+    x = torch.randn(200, generator=generator)
+    x[::10] = torch.tensor([math.nan, math.inf, 0.0, -math.inf]).repeat(5)
+    x = x.to(dtype).to(engine.device)
+    views = [view(x) for view in VIEWS.values()]
+    s = measure(engine, views, bins)
+    assert_counts_are_numpys(s, views)
+    assert_floats_are_right(s, views, engine)
+
+
+@pytest.mark.parametrize("bins", SCHEMES, ids=str)
+def test_measure_takes_several_dtypes_in_one_list(
+    engine: Engine, bins: Bins, generator: torch.Generator
+) -> None:
+    tensors = [
+        torch.randn(50 + 7 * i, generator=generator).to(dtype).to(engine.device)
+        for i, dtype in enumerate([*DTYPES, torch.float32, torch.bfloat16, torch.float16])
+    ]
+    s = measure(engine, tensors, bins)
+    assert_counts_are_numpys(s, tensors)
+    assert_floats_are_right(s, tensors, engine)
+
+
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(30), LinearBins(3, -1.0, 1.0)], ids=str)
+def test_measure_joins_the_parts_of_a_tensor(
+    engine: Engine, bins: Bins, generator: torch.Generator
+) -> None:
+    n = n_elements_of_several_items(engine)
+    x = (torch.randn(n + 1, generator=generator) + 3).to(engine.device)[1:]
+    # Parts with means apart, so that their deviations do not simply add up.
+    x[n // 2 :] -= 8
+    columns = x[: n // 30 * 30].view(-1, 30)[:, 1:]
+    tensors = [x, columns]
+    if not engine.is_interpreted:
+        tensors += [x[::2], x.double(), columns.t().half()]
+    s = measure(engine, tensors, bins)
+    assert_counts_are_numpys(s, tensors)
+    assert_floats_are_right(s, tensors, engine)
+
+
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(30)], ids=str)
+def test_measure_is_identical_from_run_to_run(
+    engine: Engine, bins: Bins, generator: torch.Generator
+) -> None:
+    x = torch.randn(n_elements_of_several_items(engine), generator=generator).to(engine.device)
+    first = measure(engine, [x, x[:100]], bins)
+    for _ in range(1 if engine.is_interpreted else 20):
+        again = measure(engine, [x, x[:100]], bins)
+        assert torch.equal(again.integers, first.integers)
+        assert torch.equal(again.floats, first.floats)
+        assert torch.equal(again.counts, first.counts)

@@ -1,0 +1,125 @@
+"""What is special to the Triton engine: work items, plans, the sums of large items."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from conftest import CUDA, numpy_silent_as_a_gpu
+
+from gradstat import LinearBins, Log2Bins
+from gradstat.engines import reference, triton_items
+from gradstat.engines import triton as triton_engine
+
+DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = [pytest.mark.gpu] if CUDA else []
+
+
+@pytest.fixture(autouse=True)
+def plans(monkeypatch: pytest.MonkeyPatch) -> OrderedDict[object, triton_engine.Plan]:
+    """An empty cache of plans."""
+    empty: OrderedDict[object, triton_engine.Plan] = OrderedDict()
+    monkeypatch.setattr(triton_engine, "_plans", empty)
+    return empty
+
+
+def assert_is_reference(tensors: list[torch.Tensor]) -> None:
+    with numpy_silent_as_a_gpu():
+        got, expected = (e.measure(tensors, Log2Bins()) for e in (triton_engine, reference))
+    assert torch.equal(got.integers, expected.integers)
+    assert torch.equal(got.counts, expected.counts)
+    for name in ("min", "max", "l1", "l2", "std"):
+        torch.testing.assert_close(
+            getattr(got, name), getattr(expected, name), rtol=1e-5, atol=0, equal_nan=True
+        )
+    assert ((got.sum - expected.sum).abs() <= 1e-6 * expected.l1).all()
+
+
+def large_items() -> dict[str, torch.Tensor]:
+    n, generator = triton_items.MAX_ITEM, torch.Generator().manual_seed(20)
+    x = torch.randn(n, generator=generator)
+    first, spike, late = torch.zeros(n), torch.zeros(n), x.clone()
+    first[0], spike[-1], late[:256] = 0.7, 1.9, 1e-30
+    return {
+        "normal": x,
+        "the first value alone": first,
+        "the last value alone": spike,
+        "all but the first values large": late,
+        "one in a hundred": x * (torch.rand(n, generator=generator) < 0.01),
+        "far from zero": 1000 + 1e-3 * x,
+        "a slope": torch.linspace(0, 1, n),
+        "a step": torch.cat([torch.full((300,), 1000.0), torch.full((n - 300,), 1e-3)]),
+        "growing": x * torch.logspace(-30, 30, n),
+        "small": 1e-30 * x,
+        "large": 1e30 * x,
+        "positive": x.abs(),
+    }
+
+
+@pytest.mark.parametrize("name", large_items())
+def test_sums_of_the_largest_items_are_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_items, "MIN_ITEM", triton_items.MAX_ITEM)
+    x = large_items()[name].to(DEVICE)
+    assert len(triton_items.make_items([x], [0], 4096)[0]) == 1
+    assert_is_reference([x])
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(40, 30, 3, 3)[:, :, :2, :2],
+        torch.randn(30, 20, 7, 5, 3)[::2, :, ::3, :4, :2],
+        torch.randn(3000, 8)[:, :5],
+        torch.randn(20, 9000)[:, 1:8500],
+        torch.randn(7, 1).expand(7, 500),
+        torch.randn(3, 1, 2).expand(3, 40, 2).transpose(0, 2),
+    ],
+    ids=lambda x: f"{tuple(x.shape)}, {x.stride()}",
+)
+def test_strided_tensors_are_read_in_place(x: torch.Tensor) -> None:
+    assert_is_reference([x.to(DEVICE) if CUDA else x])
+
+
+def test_a_slice_of_many_small_rows_takes_few_items() -> None:
+    x = torch.empty(512, 512, 3, 3)[:, :, :2, :2]
+    items, _ = triton_items.make_items([x], [0], 4096)
+    assert len(items) <= 2 * x.numel() / triton_items.MIN_ITEM
+    assert items[:, 2].sum() == x.numel()
+    assert items[:, 2].max() <= triton_items.MAX_ITEM
+
+
+def test_a_plan_is_made_once_and_again_for_another_shape(
+    plans: OrderedDict[object, object],
+) -> None:
+    x = torch.randn(60, device=DEVICE)
+    for view in (x, x.view(6, 10), x):
+        triton_engine.measure([view], Log2Bins())
+    assert len(plans) == 1
+    for view in (x[:50], x.view(6, 10)[:, :5], x[::2]):
+        triton_engine.measure([view], Log2Bins())
+    assert len(plans) == 4
+
+
+def test_plans_of_more_than_their_bytes_are_dropped_the_oldest_first(
+    plans: OrderedDict[object, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    xs = [torch.randn(60, device=DEVICE) for _ in range(4)]
+    triton_engine.measure(xs[:1], Log2Bins())
+    (one,) = plans.values()
+    monkeypatch.setattr(triton_engine, "MAX_TABLE_BYTES", 2 * one.table_bytes)
+    for x in xs:
+        triton_engine.measure([x], Log2Bins())
+    assert [key[1] for key in plans] == [(xs[2].data_ptr(),), (xs[3].data_ptr(),)]
+
+
+def test_a_tensor_without_storage_is_refused() -> None:
+    x = torch.ones(3, device=DEVICE)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=r"needs tensors with values; tensors\[1\] has no storage"):
+        triton_engine.measure([torch.ones(2, device=DEVICE), x], Log2Bins())
+
+
+def test_more_bins_than_a_program_holds_take_the_reference_engine() -> None:
+    x = torch.randn(1000, device=DEVICE)
+    for n in (triton_engine.MAX_BINS, triton_engine.MAX_BINS + 1):
+        got, expected = (e.measure([x], LinearBins(n)) for e in (triton_engine, reference))
+        assert torch.equal(got.counts, expected.counts)

@@ -1,0 +1,179 @@
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from watching import LAYERS, SCHEMES, absent, arrays, make_history
+
+import gradstat
+from gradstat import History, LinearBins, Log2Bins
+from gradstat.bins import Bins
+from gradstat.history import FIELDS
+from gradstat.history.packed_counts import SparseRows
+from gradstat.results import INTEGERS
+
+
+@pytest.mark.parametrize("bins", SCHEMES, ids=repr)
+def test_history_gives_back_every_field_and_histogram(
+    bins: Bins, generator: torch.Generator
+) -> None:
+    history, records = make_history(bins, generator)
+    assert len(history) == 3
+    assert history.steps.dtype == np.int64
+    assert history.steps.tolist() == [0, 2, 4]
+    for field in FIELDS:
+        expected = np.stack([getattr(record, field).numpy() for record in records])
+        assert history[field].dtype == expected.dtype
+        np.testing.assert_array_equal(history[field], expected)
+    for column, layer in enumerate(LAYERS):
+        all_counts, all_edges = history.histograms(layer)
+        assert all_counts.dtype == np.int64
+        assert all_edges.dtype == np.float64
+        for at, (step, record) in enumerate(zip((0, 2, 4), records, strict=True)):
+            row = record[column]
+            for number in (step, at - 3):
+                counts, edges = history.histogram(layer, number)
+                np.testing.assert_array_equal(counts, row.counts.numpy())
+                np.testing.assert_array_equal(edges, row.edges.numpy())
+            np.testing.assert_array_equal(all_counts[at], row.counts.numpy())
+            step_edges = all_edges if isinstance(bins, Log2Bins) else all_edges[at]
+            np.testing.assert_array_equal(step_edges, row.edges.numpy())
+
+
+def test_history_record_is_the_statistics_of_all_layers(generator: torch.Generator) -> None:
+    history, records = make_history(LinearBins(30), generator)
+    for number, expected in ((2, records[1]), (-1, records[2]), (-3, records[0])):
+        record = history.record(number)
+        assert record.bins == LinearBins(30)
+        assert torch.equal(record.integers, expected.integers)
+        assert torch.equal(record.floats, expected.floats)
+        assert torch.equal(record.counts, expected.counts)
+
+
+def test_history_results_are_the_readers_own(generator: torch.Generator) -> None:
+    history, records = make_history(Log2Bins(), generator)
+    expected = records[2].counts.clone()
+    history["min"][:] = 7
+    history["numel"][:] = 7
+    history.histogram(LAYERS[0])[0][:] = 7
+    history.histograms(LAYERS[0])[0][:] = 7
+    record = history.record()
+    for x in (record.integers, record.floats, record.counts):
+        x.fill_(7)
+    assert history["numel"].tolist() == [[100, 7]] * 3
+    assert history["min"][2].tolist() == records[2].min.tolist()
+    assert torch.equal(history.record().counts, expected)
+
+
+def test_history_shows_a_layer_without_a_gradient_as_nan_and_zero_counts(
+    generator: torch.Generator,
+) -> None:
+    bins = LinearBins(4)
+    history = History(LAYERS, bins)
+    present = arrays(gradstat.statistics([torch.randn(9, generator=generator)], bins))
+    pairs = zip(present, absent(bins), strict=True)
+    history.append(0, *(np.concatenate(pair) for pair in pairs))
+    for field in FIELDS:
+        values = history[field]
+        assert np.isnan(values[0, 1]) if field not in INTEGERS else values[0, 1] == 0
+    counts, edges = history.histogram(LAYERS[1])
+    assert counts.tolist() == [0] * 4
+    assert np.isnan(edges).all()
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        (lambda h: h["average"], f"History[] needs one of {', '.join(FIELDS)}; got 'average'"),
+        (lambda h: h.histogram("third"), f"History needs a layer of {LAYERS}; layer is 'third'"),
+        (lambda h: h.histograms("third"), f"History needs a layer of {LAYERS}; layer is 'third'"),
+        (
+            lambda h: h.histogram(LAYERS[0], 1),
+            "History needs a recorded step; step is 1 of 3 records",
+        ),
+        (lambda h: h.record(6), "History needs a recorded step; step is 6 of 3 records"),
+        (lambda h: h.record(-4), "History needs a recorded step; step is -4 of 3 records"),
+        (
+            lambda h: History(h.layers, h.bins).record(),
+            "History needs a recorded step; step is -1 of 0 records",
+        ),
+    ],
+)
+def test_history_refuses_what_it_does_not_hold(
+    read: Callable[[History], Any], message: str, generator: torch.Generator
+) -> None:
+    history, _ = make_history(Log2Bins(), generator)
+    with pytest.raises(KeyError) as raised:
+        read(history)
+    assert raised.value.args == (message,)
+
+
+@pytest.mark.parametrize("step", [4, 3])
+def test_history_append_refuses_a_step_that_is_not_higher(
+    step: int, generator: torch.Generator
+) -> None:
+    history, records = make_history(Log2Bins(), generator)
+    with pytest.raises(ValueError, match=f"^append\\(\\) needs a step after 4; step is {step}$"):
+        history.append(step, *arrays(records[0]))
+    assert history.steps.tolist() == [0, 2, 4]
+
+
+def gpt2_sizes() -> list[int]:
+    """Elements of GPT-2 small's 148 parameters."""
+    width = 768
+    linear = [
+        size
+        for n_in, n_out in ((1, 3), (1, 1), (1, 4), (4, 1))
+        for size in (n_in * n_out * width**2, n_out * width)
+    ]
+    return [50257 * width, 1024 * width, *(12 * (4 * [width] + linear)), width, width]
+
+
+def test_history_packs_a_record_of_gpt2_into_less_than_200_kb(
+    generator: torch.Generator,
+) -> None:
+    sizes = gpt2_sizes()
+    assert len(sizes) == 148
+    assert sum(sizes) == 124_439_808
+    one = {
+        size: gradstat.statistics(1e-3 * torch.randn(size, generator=generator)).counts
+        for size in set(sizes)
+    }
+    rows = SparseRows.empty()
+    rows.extend(torch.stack([one[size] for size in sizes]).numpy())
+    assert 20_000 < sum(array.nbytes for array in rows.arrays()) < 200_000
+
+
+def test_sparse_rows_keep_counts_and_bins_too_large_for_the_small_types() -> None:
+    rows = SparseRows.empty()
+    dense = np.zeros((2, 70_000), dtype=np.int64)
+    dense[0, [0, 69_999]] = 1, 2**40
+    rows.extend(dense[1:])
+    rows.extend(dense)
+    for at, expected in enumerate((dense[1], dense[0], dense[1])):
+        np.testing.assert_array_equal(rows.row(at, 70_000), expected)
+    again = SparseRows(*rows.arrays())
+    np.testing.assert_array_equal(again.row(1, 70_000), dense[0])
+
+
+def seconds_per_step(n_steps: int) -> float:
+    """Processor time of recording and reading, which other processes do not change."""
+    history = History([str(layer) for layer in range(20)], Log2Bins())
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(20))
+    record = arrays(gradstat.statistics([x] * 20))
+    start = time.process_time()
+    for step in range(n_steps):
+        history.append(step, *record)
+        history.record()
+        history.histogram("1")
+        history.histogram("1", step // 2)
+    history.histograms("2")
+    return (time.process_time() - start) / n_steps
+
+
+def test_history_reading_every_step_costs_the_same_however_long_the_run() -> None:
+    seconds_per_step(50)
+    few = min(seconds_per_step(100) for _ in range(3))
+    assert seconds_per_step(2000) < 3 * few

@@ -1,0 +1,124 @@
+"""Figures of histories with several kinds of rows: which are drawn, and what they are called."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from histories import LONG_NAMES, falling, make_history
+from legibility import assert_legible
+from matplotlib.figure import Figure
+
+from gradstat import History, LinearBins, Log2Bins, plot
+from gradstat.kinds import KINDS, NOUNS
+
+ALL = make_history(Log2Bins(), LONG_NAMES, kinds=KINDS)
+ALL_LINEAR = make_history(LinearBins(30, nice=True), LONG_NAMES, kinds=KINDS)
+
+FIGURES = {
+    "ridge": lambda h, linear, names: plot.ridge(linear, layers=names),
+    "ridge of magnitudes": lambda h, linear, names: plot.ridge(h, layers=names),
+    "curves": lambda h, linear, names: plot.curves(h, layers=names),
+    "curves of std": lambda h, linear, names: plot.curves(h, "std", layers=names),
+    "heatmap": lambda h, linear, names: plot.heatmap(h, "abs_max", layers=names),
+    "heatmap of the mean": lambda h, linear, names: plot.heatmap(h, "mean", layers=names),
+    "heatmap of counts": lambda h, linear, names: plot.heatmap(h, "counts", layers=names),
+}
+
+
+def counts_heatmap(history: Any, **options: Any) -> Figure:
+    return plot.heatmap(history, "counts", **options)
+
+
+@pytest.mark.parametrize("function", [plot.ridge, counts_heatmap])
+def test_the_first_kind_is_drawn_unless_layers_names_others(
+    function: Callable[..., Figure],
+) -> None:
+    history = make_history(Log2Bins(), kinds=("grad", "update"))
+    titles = [ax.get_title() for ax in function(history).axes[:-1]]
+    assert titles == ["0.weight", "1.weight"]
+    figure = function(history, layers=["update/1.weight", "0.weight"])
+    assert [ax.get_title() for ax in figure.axes[:-1]] == ["update/1.weight", "0.weight"]
+    updates = make_history(Log2Bins(), kinds=("update", "activation"))
+    titles = [ax.get_title() for ax in function([history, updates]).axes[:-1]]
+    assert titles[:2] == ["run 1  0.weight", "run 1  1.weight"]
+    assert titles[-2:] == ["run 2  update/0.weight", "run 2  update/1.weight"]
+
+
+def test_rows_of_another_kind_are_those_of_its_history() -> None:
+    history = make_history(Log2Bins(), kinds=("grad", "update"))
+    ax = plot.heatmap(history.select("update"), "rms").axes[0]
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["0.weight", "1.weight"]
+    np.testing.assert_array_equal(ax.collections[0].get_array(), history["rms"][:, 2:].T)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mean_abs", "mean", "std"),
+    [
+        ("grad", "mean |gradient|", "mean gradient", "standard deviation"),
+        ("param", "mean |parameter|", "mean parameter", "std of the parameter"),
+        ("update", "mean |update|", "mean update", "std of the update"),
+        ("activation", "mean |activation|", "mean activation", "std of the activation"),
+        ("unit", "mean |unit peak|", "mean unit peak", "std of the\nunit peak"),
+        (
+            "grad_output",
+            "mean |output gradient|",
+            "mean output gradient",
+            "std of the\noutput gradient",
+        ),
+    ],
+)
+def test_axes_name_what_is_drawn(kind: str, mean_abs: str, mean: str, std: str) -> None:
+    history = ALL.select(kind)
+    assert plot.curves(history).get_supylabel() == mean_abs
+    assert plot.curves(history, "mean").get_supylabel() == mean
+    assert plot.heatmap(history, "std").axes[-1].get_ylabel() == std
+    assert plot.heatmap(history, "counts").get_supylabel() == f"|{NOUNS[kind]}|"
+    lines = NOUNS[kind].replace(" ", "\n")
+    assert plot.ridge(history).axes[0].get_xlabel() == f"|{lines}|"
+    linear = plot.ridge(ALL_LINEAR.select(kind)).axes[0].get_xlabel()
+    assert linear.startswith(lines)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ([make_history(Log2Bins()), ALL.select("update")], None),
+        (ALL, [LONG_NAMES[0], f"update/{LONG_NAMES[0]}"]),
+    ],
+)
+def test_axes_of_several_kinds_name_none(arguments: tuple[Any, Any]) -> None:
+    history, layers = arguments
+    assert plot.curves(history, layers=layers).get_supylabel() == "mean |value|"
+    assert plot.curves(history, "rms", layers=layers).get_supylabel() == "rms"
+    assert plot.ridge(history, layers=layers).axes[0].get_xlabel() == "|value|"
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_of_each_kind_is_legible(
+    name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = FIGURES[name](ALL.select(kind), ALL_LINEAR.select(kind), LONG_NAMES[-1:])
+    assert_legible(figure, monkeypatch)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_of_all_kinds_is_legible(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [layer for layer in ALL.layers if layer.endswith(LONG_NAMES[-1])]
+    assert len(rows) == len(KINDS)
+    assert_legible(FIGURES[name](ALL, ALL_LINEAR, rows), monkeypatch)
+
+
+@pytest.mark.parametrize("power", [-9, -5, 9])
+def test_ridge_of_small_and_large_values_writes_their_power_of_ten_once(
+    power: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history: History = make_history(
+        LinearBins(30), 2, 4, lambda step, layer: falling(step, layer) * 10.0**power
+    )
+    figure = plot.ridge(history)
+    assert_legible(figure, monkeypatch)
+    label = figure.axes[0].get_xlabel()
+    assert label.startswith("gradient\n$\\times")
+    assert str(abs(power)) in label

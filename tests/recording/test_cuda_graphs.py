@@ -1,0 +1,161 @@
+"""Watch in CUDA graphs: what a replay measured becomes a record. Real graphs are in test_gpu.py.
+
+Here a graph is imitated on the CPU: what is captured runs at once, and a replay measures the same
+tensors again, into the same results.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from watching import assert_record, backward, make_model
+
+import gradstat
+from gradstat import History, LinearBins, Log2Bins, Statistics
+from gradstat.recording.launcher import Launcher
+from gradstat.recording.transfers import Transfer
+
+
+class Graph:
+    """An imitation of `torch.cuda.CUDAGraph`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+        self._launches: list[tuple[list[Tensor], Statistics]] = []
+        # From a device results are copied to the host, and the next replay does not change those.
+        monkeypatch.setattr(
+            "gradstat.recording.arrivals.Transfer",
+            lambda tensors: Transfer(tuple(x.clone() for x in tensors)),
+        )
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        original = Launcher._launch
+
+        def launch(launcher: Launcher, tensors: dict[int, Tensor], *ends: Any) -> Any:
+            launched = original(launcher, tensors, *ends)
+            self._launches.append((list(tensors.values()), launched.result))
+            return launched
+
+        with self._monkeypatch.context() as patch:
+            for module in ("launcher", "recorder"):
+                patch.setattr(f"gradstat.recording.{module}.is_capturing", lambda: True)
+            patch.setattr(Launcher, "_launch", launch)
+            yield
+
+    def replay(self) -> None:
+        for tensors, result in self._launches:
+            new = gradstat.statistics(tensors, result.bins)
+            for name in ("integers", "floats", "counts"):
+                getattr(result, name).copy_(getattr(new, name))
+
+
+def new_gradients(model: nn.Module) -> list[Tensor]:
+    """What a replay would leave in the same memory."""
+    weights = [model.get_parameter(name).grad for name in ("0.weight", "2.weight", "4.weight")]
+    for gradient in weights:
+        gradient.normal_()
+    return [gradient.clone() for gradient in weights]
+
+
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(8, -1, 1)], ids=str)
+def test_replayed_makes_a_record_of_each_replay(
+    monkeypatch: pytest.MonkeyPatch, bins: Log2Bins | LinearBins, tmp_path: Path
+) -> None:
+    model, graph = make_model(), Graph(monkeypatch)
+    with gradstat.watch(model, bins, every=2, path=tmp_path / "run") as w:
+        backward(model)
+        with graph.capture():
+            backward(model)
+        expected = {}
+        for step in range(1, 6):
+            expected[step] = new_gradients(model)
+            graph.replay()
+            w.replayed()
+    # The captured pass itself is no record.
+    assert w.history.steps.tolist() == [0, 2, 4]
+    for step in (2, 4):
+        assert_record(w.history.record(step), gradstat.statistics(expected[step], bins))
+    assert History.load(tmp_path / "run").steps.tolist() == [0, 2, 4]
+
+
+def test_replayed_counts_replays_as_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph = make_model(), Graph(monkeypatch)
+    with gradstat.watch(model, accumulation_steps=2) as w:
+        with graph.capture():
+            backward(model)
+        for _ in range(4):
+            gradients = new_gradients(model)
+            graph.replay()
+            w.replayed()
+    assert w.history.steps.tolist() == [0, 1]
+    assert_record(w.history.record(1), gradstat.statistics(gradients))
+
+
+def test_replayed_takes_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph = make_model(), Graph(monkeypatch)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    what = ("grad", "param", "update", "activation", "grad_output")
+    with gradstat.watch(model, what=what, when="step", optimizer=optimizer) as w:
+        with graph.capture():
+            backward(model)
+            optimizer.step()
+        graph.replay()
+        w.replayed()
+    assert len(w.history) == 1
+    assert (w.history["numel"] > 0).all()
+
+
+def test_replayed_reads_the_scale_of_the_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph = make_model(), Graph(monkeypatch)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    with gradstat.watch(model, scaler=scaler) as w:
+        with graph.capture():
+            backward(model)
+        w._recorder._captured[0].scales["grad"].fill_(8.0)
+        gradients = new_gradients(model)
+        graph.replay()
+        w.replayed()
+    assert_record(w.history.record(), gradstat.statistics([x / 8 for x in gradients]))
+
+
+def test_replay_of_tracked_bins_reads_the_range_that_the_one_before_has_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, graph = make_model(), Graph(monkeypatch)
+    with gradstat.watch(model, LinearBins(8, track=True)) as w:
+        backward(model)
+        backward(model)
+        kept = w._recorder._launcher._ranges.previous((0, 1, 2))
+        with graph.capture():
+            backward(model)
+        captured = w._recorder._captured[0].result.floats
+        assert torch.equal(kept.floats, captured)
+
+
+def test_replayed_needs_a_captured_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph = make_model(), Graph(monkeypatch)
+    with gradstat.watch(model) as w:
+        backward(model)
+        with pytest.raises(RuntimeError, match=r"replayed\(\) needs .* captured under watch"):
+            w.replayed()
+        with graph.capture():
+            backward(model)
+        w.replayed()
+    with pytest.raises(RuntimeError, match="captured under watch"):
+        w.replayed()
+    assert len(w.history) == 2
+
+
+def test_capture_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph = make_model(), Graph(monkeypatch)
+    with gradstat.watch(model, what=("grad", "activation")) as w:
+        with graph.capture(), pytest.raises(RuntimeError):
+            model(torch.randn(8, 6)).sum().backward(torch.ones(3))
+        backward(model)
+    assert len(w.history) == 1

@@ -1,0 +1,325 @@
+"""Two and four processes train on gloo; one process computes what they must have measured."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distributed_workers import FIXED, LEARNING_RATE, N_STEPS, Model, batch, extreme_tensors
+from torch import Tensor
+from watching import assert_same, is_absent
+
+import gradstat
+from gradstat import History, Log2Bins, Statistics
+from gradstat.bins import Bins
+
+pytestmark = pytest.mark.distributed
+
+LAYERS = ["0.weight", "2.weight", "4.weight"]
+WORKER = Path(__file__).with_name("distributed_workers.py")
+TIMEOUT_S = 120
+
+
+class Run:
+    """What the ranks of one run have left."""
+
+    def __init__(self, world: int, directory: Path) -> None:
+        self.world, self.directory = world, directory
+
+    def history(self, name: str, rank: int = 0) -> History:
+        return History.load(self.directory / f"{name}.{rank}.npz")
+
+    def histories(self, name: str) -> list[History]:
+        return [self.history(name, rank) for rank in range(self.world)]
+
+    def merged(self, name: str) -> History:
+        """What `reduce` returned, which is the same on each rank."""
+        first, *others = self.histories(f"{name}_merged")
+        for other in others:
+            assert_same(other, first)
+        return first
+
+    def note(self, name: str) -> str:
+        """What all ranks have noted."""
+        notes = {(self.directory / f"{name}.{rank}.txt").read_text() for rank in range(self.world)}
+        assert len(notes) == 1
+        return notes.pop()
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    world, directory = request.param, tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error::UserWarning:gradstat", WORKER, *arguments],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for arguments in ([str(rank), str(world), str(directory)] for rank in range(world))
+    ]
+    end_s = time.monotonic() + TIMEOUT_S
+    try:
+        errors = [rank.communicate(timeout=max(end_s - time.monotonic(), 1))[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(errors)
+    return Run(world, directory)
+
+
+def expected_gradients(world: int) -> list[list[list[Tensor]]]:
+    """Gradient of each step, rank and layer, of a training that averages them over the ranks."""
+    model, steps = Model(), []
+    weights = list(model.parameters())
+    for step in range(N_STEPS):
+        ranks = [
+            [g.clone() for g in torch.autograd.grad(model(batch(step, rank)).sum(), weights)]
+            for rank in range(world)
+        ]
+        steps.append(ranks)
+        with torch.no_grad():
+            for weight, mean in zip(weights, averages(ranks), strict=True):
+                weight -= LEARNING_RATE * mean
+    return steps
+
+
+def expected_outputs(world: int) -> list[dict[str, list[Tensor]]]:
+    """Of each step what all ranks have of parameters, updates, outputs and their gradients."""
+    model, steps = Model(), []
+    weights = list(model.parameters())
+    for step, ranks in enumerate(expected_gradients(world)):
+        outputs, gradients = [], []
+        for rank in range(world):
+            outputs.append([])
+            x = batch(step, rank)
+            for layer in model:
+                x = layer(x)
+                outputs[-1].append(x)
+            gradients.append(torch.autograd.grad(x.sum(), outputs[-1]))
+        outputs = [[x.detach() for x in rank] for rank in outputs]
+        # Nothing changes by 0.0, not by -0.0.
+        updates = [0.0 - LEARNING_RATE * mean for mean in averages(ranks)]
+        steps.append(
+            {
+                "grad": averages(ranks),
+                "param": [weight.detach().clone() for weight in weights],
+                "update": updates,
+                "activation": unions(outputs),
+                "unit": unions([[x.abs().amax(0) for x in rank] for rank in outputs]),
+                "grad_output": unions(gradients),
+            }
+        )
+        with torch.no_grad():
+            for weight, update in zip(weights, updates, strict=True):
+                weight += update
+    return steps
+
+
+def averages(ranks: list[list[Tensor]]) -> list[Tensor]:
+    return [torch.stack(layer).mean(0) for layer in zip(*ranks, strict=True)]
+
+
+def unions(ranks: list[list[Tensor]]) -> list[Tensor]:
+    return [torch.cat(layer) for layer in zip(*ranks, strict=True)]
+
+
+def shards(mean: list[Tensor], world: int, rank: int) -> list[Tensor]:
+    """What FSDP2 gives a rank of each layer: rows as `torch.chunk` cuts them, or none."""
+    chunks = [layer.chunk(world) for layer in mean]
+    return [c[rank] if rank < len(c) else x[:0] for c, x in zip(chunks, mean, strict=True)]
+
+
+def assert_history(got: History, expected: list[list[Tensor]], bins: Bins | None = None) -> None:
+    """Compare with the gradients of each step and layer: counts and extremes exactly."""
+    bins = bins or Log2Bins()
+    assert got.steps.tolist() == list(range(len(expected)))
+    for step, tensors in enumerate(expected):
+        record, right = got.record(step), gradstat.statistics(tensors, bins, engine="reference")
+        assert_close(record, right)
+        assert torch.equal(record.numel, torch.tensor([x.numel() for x in tensors]))
+
+
+def assert_close(got: Statistics, right: Statistics) -> None:
+    assert torch.equal(got.integers, right.integers)
+    assert torch.equal(got.counts, right.counts)
+    # min, max, and the range of the histogram
+    exact, rest = [0, 1, 6, 7], [2, 3, 4, 5]
+    assert got.floats[:, exact].numpy().tobytes() == right.floats[:, exact].numpy().tobytes()
+    torch.testing.assert_close(
+        got.floats[:, rest], right.floats[:, rest], rtol=1e-12, atol=1e-12, equal_nan=True
+    )
+
+
+DDP = ["ddp", "ddp_view", "ddp_static", "ddp_static_view", "ddp_reentrant"]
+
+
+@pytest.mark.parametrize("name", DDP)
+def test_watch_records_each_ranks_own_gradients_under_ddp(run: Run, name: str) -> None:
+    steps = expected_gradients(run.world)
+    for rank, history in enumerate(run.histories(name)):
+        assert history.layers == [f"module.{layer}" for layer in LAYERS]
+        # Gradients of different ranks must differ, or this could not tell them apart.
+        assert not torch.equal(steps[0][0][0], steps[0][1][0])
+        assert_history(history, [ranks[rank] for ranks in steps])
+
+
+@pytest.mark.parametrize("name", DDP)
+def test_reduce_merges_the_ranks_own_gradients(run: Run, name: str) -> None:
+    assert_history(run.merged(name), [unions(ranks) for ranks in expected_gradients(run.world)])
+
+
+@pytest.mark.parametrize("name", DDP)
+def test_watch_at_step_records_averages_that_reduce_counts_once(run: Run, name: str) -> None:
+    expected = [averages(ranks) for ranks in expected_gradients(run.world)]
+    for history in run.histories(f"{name}_step"):
+        assert_history(history, expected)
+    assert_history(run.merged(f"{name}_step"), expected)
+
+
+def test_reduce_knows_replicas_after_save_and_load(run: Run) -> None:
+    assert_same(run.history("ddp_step_loaded_merged"), run.merged("ddp_step"))
+
+
+def test_reduce_sums_replicas_when_told_that_they_are_none(run: Run) -> None:
+    expected = [averages(ranks) for ranks in expected_gradients(run.world)]
+    repeated = [[torch.cat([x] * run.world) for x in layers] for layers in expected]
+    assert_history(run.history("ddp_step_summed"), repeated)
+
+
+def test_reduce_merges_linear_bins_of_one_range(run: Run) -> None:
+    expected = [unions(ranks) for ranks in expected_gradients(run.world)]
+    merged = run.merged("ddp_linear")
+    assert_history(merged, expected, FIXED)
+    assert merged["below"].sum() + merged["above"].sum() > 0
+
+
+def test_reduce_of_what_is_reduced_changes_nothing(run: Run) -> None:
+    merged, again = run.merged("ddp"), run.history("ddp_merged_twice")
+    for step in merged.steps.tolist():
+        assert_close(again.record(step), merged.record(step))
+
+
+def test_reduce_over_one_rank_changes_nothing(run: Run) -> None:
+    for alone, own in zip(
+        run.histories("ddp_as_replicated_one"), run.histories("ddp"), strict=True
+    ):
+        for step in own.steps.tolist():
+            assert_close(alone.record(step), own.record(step))
+
+
+def test_reduce_takes_four_collectives_and_training_none(run: Run) -> None:
+    assert run.note("collectives_in_training") == ""
+    assert run.note("fsdp_collectives") == ""
+    assert run.note("collectives_of_reduce") == "all_gather_object" + 3 * " all_reduce"
+
+
+def test_watch_measures_gradients_together_where_nothing_changes_them(run: Run) -> None:
+    assert run.note("ddp_launches") == run.note("fsdp_launches") == "[3]"
+    assert run.note("ddp_static_launches") == "[1, 1, 1]"
+
+
+def test_reduce_takes_layers_that_some_ranks_lack(run: Run) -> None:
+    model = Model()
+    whole = torch.autograd.grad(model(batch(0, 0)).sum(), list(model.parameters()))
+    gradients = [list(whole)]
+    for rank in range(1, run.world):
+        y = model[4](model[0](batch(0, rank))[:, :3])
+        gradients.append(list(torch.autograd.grad(y.sum(), [model[0].weight, model[4].weight])))
+    for rank, history in enumerate(run.histories("unused")):
+        assert is_absent(history.record(0)) == [False, rank > 0, False]
+    first, last = (torch.cat([ranks[i] for ranks in gradients]) for i in (0, -1))
+    assert_history(run.merged("unused"), [[first, whole[1], last]])
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp_static", "fsdp", "hsdp"])
+def test_reduce_merges_each_kind_by_who_holds_it(run: Run, name: str) -> None:
+    if name == "hsdp" and run.world < 4:
+        pytest.skip("a mesh of two dimensions needs four ranks")
+    steps = expected_outputs(run.world)
+    history = run.merged(f"{name}_all")
+    for kind in steps[0]:
+        assert_history(history.select(kind), [step[kind] for step in steps])
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_step"])
+def test_watch_records_each_ranks_shard_under_fsdp(run: Run, name: str) -> None:
+    means = [averages(ranks) for ranks in expected_gradients(run.world)]
+    sizes = set()
+    for rank, history in enumerate(run.histories(name)):
+        assert history.layers == LAYERS
+        assert_history(history, [shards(mean, run.world, rank) for mean in means])
+        sizes |= set(history["numel"].ravel().tolist())
+    assert 0 in sizes  # a rank without rows
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_step"])
+def test_reduce_puts_uneven_and_empty_shards_together(run: Run, name: str) -> None:
+    assert_history(run.merged(name), [averages(ranks) for ranks in expected_gradients(run.world)])
+
+
+@pytest.mark.parametrize("name", ["hsdp", "hsdp_step"])
+def test_reduce_counts_replicated_shards_once(run: Run, name: str) -> None:
+    if run.world < 4:
+        pytest.skip("a mesh of two dimensions needs four ranks")
+    means = [averages(ranks) for ranks in expected_gradients(run.world)]
+    assert_history(run.merged(name), means)
+    for rank, history in enumerate(run.histories(name)):
+        assert_history(history, [shards(mean, 2, rank % 2) for mean in means])
+
+
+def test_reduce_over_a_part_of_a_mesh_merges_what_its_ranks_hold(run: Run) -> None:
+    if run.world < 4:
+        pytest.skip("a mesh of two dimensions needs four ranks")
+    means = [averages(ranks) for ranks in expected_gradients(run.world)]
+    for rank in range(4):
+        assert_history(run.history("hsdp_shard_merged", rank), means)
+        own = [shards(mean, 2, rank % 2) for mean in means]
+        assert_history(run.history("hsdp_replica_merged", rank), own)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("steps", "the same steps on each rank; steps on rank 1 is [1], on rank 0 [0]"),
+        (
+            "layers",
+            "the same layers on each rank; layers on rank 1 is ['weight1'], on rank 0 ['weight0']",
+        ),
+        (
+            "bins",
+            "the same bins on each rank; bins on rank 1 is linear 2048 0.0 2.0 False False, on "
+            "rank 0 linear 2048 0.0 1.0 False False",
+        ),
+        (
+            "replicas",
+            "gradients that are the same on each rank, or replicated=False; the gradient of weight "
+            "in step 7 is not the same on all",
+        ),
+        (
+            "ranges",
+            "Log2Bins, or LinearBins with a range; the range of LinearBins(2048) of weight in step "
+            "5 is not the same on all",
+        ),
+    ],
+)
+def test_reduce_refuses_on_each_rank(run: Run, name: str, message: str) -> None:
+    assert run.note(f"refused_{name}") == f"reduce() needs {message}"
+
+
+def test_reduce_merges_values_far_from_zero_and_of_any_size(run: Run) -> None:
+    for name, tensors in extreme_tensors(run.world).items():
+        merged = run.merged(f"extreme_{name}")
+        right = gradstat.statistics([torch.cat(tensors)], engine="reference")
+        assert torch.equal(merged.record().integers, right.integers)
+        torch.testing.assert_close(
+            merged.record().floats, right.floats, rtol=1e-9, atol=0, equal_nan=True
+        )
+    assert np.isfinite(merged["std"]).all()

@@ -1,0 +1,100 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from watching import WEIGHTS, assert_record, backward, gradients, make_model
+
+import gradstat
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.manual_seed(20)
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    # What inductor makes of a graph is no concern of watch, and takes a C++ compiler half a minute.
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("order", ["watched first", "compiled first", "run first"])
+@pytest.mark.parametrize("when", ["backward", "step"])
+def test_watch_neither_breaks_nor_repeats_the_graph_of_a_compiled_model(
+    order: str, when: str
+) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"when": when, "optimizer": optimizer} if when == "step" else {}
+    if order != "watched first":
+        run = compiled(model)
+    if order == "run first":
+        backward(run)
+        optimizer.zero_grad()
+    with gradstat.watch(model, **options) as w, torch._dynamo.config.patch(error_on_recompile=True):
+        if order == "watched first":
+            run = compiled(model)
+        for step in range(4):
+            backward(run)
+            expected = gradstat.statistics(gradients(model, WEIGHTS))
+            optimizer.step()
+            assert_record(w.history.record(step), expected)
+            optimizer.zero_grad()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def test_watch_of_a_compiled_model_names_layers_as_its_parameters() -> None:
+    run = compiled(make_model())
+    with gradstat.watch(run) as w:
+        backward(run)
+    assert w.history.layers == [f"_orig_mod.{name}" for name in WEIGHTS]
+
+
+def test_closing_watch_leaves_the_compiled_model_as_it_is() -> None:
+    model = make_model()
+    with gradstat.watch(model) as w:
+        run = compiled(model)
+        backward(run)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        backward(run)
+    assert len(w.history) == 1
+
+
+# PyTorch's own code of compiled autograd warns of what it does itself.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_watch_at_step_sees_the_gradients_of_compiled_autograd(fullgraph: bool) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradstat.watch(model, when="step", optimizer=optimizer) as w:
+        for _ in range(2):
+            optimizer.zero_grad()
+            compile_autograd(model, fullgraph)
+            expected = gradstat.statistics(gradients(model, WEIGHTS))
+            optimizer.step()
+            assert_record(w.last, expected)
+    assert len(w.history) == 2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_watch_during_compiled_autograd_fails_rather_than_lose_records(fullgraph: bool) -> None:
+    model = make_model()
+    with (
+        gradstat.watch(model),
+        pytest.raises(Exception, match=r"BackwardHooks._on_gradient|when='step'"),
+    ):
+        compile_autograd(model, fullgraph)
+
+
+def compile_autograd(model: nn.Module, fullgraph: bool) -> None:
+    with torch._dynamo.compiled_autograd._enable(
+        torch.compile(backend="aot_eager", fullgraph=fullgraph)
+    ):
+        backward(model)
