@@ -1,6 +1,8 @@
-"""The kinds of tensors that a record may have rows of, and the names of those rows."""
+"""What a row of a record is of: the kinds of values, and `Row`."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 GRAD, PARAM, UPDATE = "grad", "param", "update"
 ACTIVATION, UNIT, GRAD_OUTPUT = "activation", "unit", "grad_output"
@@ -26,11 +28,22 @@ NOUNS = {
 SCALED = (GRAD, GRAD_OUTPUT)
 
 
-def row_name(kind: str, name: str) -> str:
-    """Name of a row: of a gradient its parameter's, otherwise with the kind before it."""
-    return name if kind == GRAD else f"{kind}/{name}"
+class Row(NamedTuple):
+    """What a row of a record is of.
 
+    Args:
+        kind: one of `KINDS`.
+        name: of the parameter or module that has values of that kind.
+    """
 
-def plain_name(kind: str, row: str) -> str:
-    """Name of the parameter or module that a row is of."""
-    return row if kind == GRAD else row.removeprefix(f"{kind}/")
+    kind: str
+    name: str
+
+    def __str__(self) -> str:
+        """The row as it is printed: a gradient by its parameter's name, others after their kind."""
+        return self.name if self.kind == GRAD else f"{self.kind}/{self.name}"
+
+    @classmethod
+    def printed(cls, kind: str, text: str) -> Row:
+        """The row of a kind that is printed so."""
+        return cls(kind, text if kind == GRAD else text.removeprefix(f"{kind}/"))

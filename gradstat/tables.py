@@ -25,7 +25,6 @@ import numpy as np
 from gradstat.arrays import Array
 from gradstat.files import replacing
 from gradstat.history import FIELDS, History
-from gradstat.kinds import plain_name
 
 if TYPE_CHECKING:
     import pandas
@@ -149,8 +148,7 @@ def rows(history: History, progress: Progress | None = None) -> Iterator[Rows]:
     """
     n_layers, steps = len(history.layers), history.steps
     fields = {name: history[name] for name in FIELDS}
-    named = zip(history.kinds, history.layers, strict=True)
-    layers = np.array([plain_name(kind, row) for kind, row in named], dtype=object)
+    layers = np.array([row.name for row in history.rows], dtype=object)
     kinds = np.array(history.kinds, dtype=object)
     for start in range(0, len(steps), _BATCH):
         part = slice(start, start + _BATCH)

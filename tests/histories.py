@@ -8,7 +8,7 @@ import torch
 import gradstat
 from gradstat import History
 from gradstat.bins import Bins
-from gradstat.kinds import GRAD, row_name
+from gradstat.kinds import GRAD, Row
 from gradstat.results import FLOATS, INTEGERS
 
 LONG_NAMES = [f"transformer.h.{i}.mlp.c_proj.weight" for i in range(12)]
@@ -35,10 +35,10 @@ def make_history(
     Each kind has a row for each layer.
     """
     layers = [f"{i}.weight" for i in range(layers)] if isinstance(layers, int) else layers
-    names = [row_name(kind, layer) for kind in kinds for layer in layers]
-    history = History(names, bins, kinds=[kind for kind in kinds for _ in layers])
+    rows = [Row(kind, layer) for kind in kinds for layer in layers]
+    history = History(rows, bins)
     for step in range(steps):
-        tensors = [gradient(step, layer) for layer in range(len(names))]
+        tensors = [gradient(step, layer) for layer in range(len(rows))]
         s = gradstat.statistics(tensors, bins, engine="reference")
         integers, floats, counts = (part.numpy() for part in (s.integers, s.floats, s.counts))
         for at, layer in absent:
@@ -54,7 +54,7 @@ def repeat_record(history: History, steps: int) -> History:
     parts = [part.numpy() for part in (record.integers, record.floats, record.counts)]
     assert parts[0].shape[1] == len(INTEGERS)
     assert parts[1].shape[1] == len(FLOATS)
-    repeated = History(history.layers, history.bins, kinds=history.kinds)
+    repeated = History(history.rows, history.bins)
     for step in range(steps):
         repeated.append(step, *parts)
     return repeated

@@ -10,7 +10,6 @@ from histories import make_history
 from gradstat import History, LinearBins, Log2Bins
 from gradstat.bins import Bins
 from gradstat.history import FIELDS
-from gradstat.kinds import plain_name
 from gradstat.results import INTEGERS
 from gradstat.tables import COLUMNS
 
@@ -127,10 +126,9 @@ def test_duckdb_queries_both_files(history: History, tmp_path: Path, suffix: str
     ).fetchall()
     largest = np.nanmax(history["abs_max"], axis=0)
     assert found == [
-        (kind, plain_name(kind, row), numel, abs_max, "DOUBLE")
-        for kind, row, numel, abs_max in zip(
-            history.kinds,
-            history.layers,
+        (row.kind, row.name, numel, abs_max, "DOUBLE")
+        for row, numel, abs_max in zip(
+            history.rows,
             history["numel"].sum(0).tolist(),
             largest.tolist(),
             strict=True,

@@ -31,8 +31,8 @@ def find_dead_units(run: Run, thresholds: Thresholds) -> list[Finding]:
         severe = at == len(mask) - 1 and least >= thresholds.dead_units_severe
         least_part = "All" if least == 1 else f"At least {math.floor(least * 100)}%"
         sentence = (
-            f"{least_part} of the {units[-1]} units of {run.name(column)} are zero for every input "
-            f"of a batch, in each of {len(block)} records: they add nothing and do not learn."
+            f"{least_part} of the {units[-1]} units of {run.names[column]} are zero for every "
+            f"input of a batch, in each of {len(block)} records: they add nothing and do not learn."
         )
         numbers = {"share": least, "units": float(units[-1])}
         severity: Severity = "severe" if severe else "warning"

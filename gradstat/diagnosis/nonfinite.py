@@ -69,7 +69,7 @@ def _origin(
     others = len(columns) - 1
     rest = f", before {others} other {_OTHERS.get(kind, 'layer')}{'s' * (others > 1)}"
     sentence = (
-        f"{_FIRST_MET[kind].format(run.name(column))}, at step {run.steps[at]}"
+        f"{_FIRST_MET[kind].format(run.names[column])}, at step {run.steps[at]}"
         f"{rest * (others > 0)}: {numbers['nan']:.0f} NaN and "
         f"{numbers['posinf'] + numbers['neginf']:.0f} infinite of {numbers['numel']:.0f} elements; "
         f"{len(records)} of {n_records} records have some"
@@ -86,6 +86,6 @@ def _innermost(run: Run, columns: list[int]) -> int:
     """The first of some rows, or what is inside it: a module comes before its parts."""
     found, *rest = columns
     for column in rest:
-        if run.name(column).startswith(f"{run.name(found)}."):
+        if run.names[column].startswith(f"{run.names[found]}."):
             found = column
     return found

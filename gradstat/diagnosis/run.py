@@ -11,7 +11,6 @@ import numpy as np
 from gradstat.arrays import Array, evenly_spread
 from gradstat.bins import Log2Bins
 from gradstat.history import History
-from gradstat.kinds import plain_name
 
 _MAX_BLOCKS = 200
 _MAX_SAMPLES = 64
@@ -31,7 +30,9 @@ class Run:
         self.history, self.window, self.steps = history, window, history.steps
         chosen = [kind is None or each == kind for each in history.kinds]
         self.columns = np.flatnonzero(chosen)
-        self.kinds = [history.kinds[column] for column in self.columns]
+        rows = [history.rows[column] for column in self.columns]
+        self.kinds = [row.kind for row in rows]
+        self.names = [row.name for row in rows]
         self.layers = [history.layers[column] for column in self.columns]
         self._fields: dict[str, Array] = {}
         n_blocks = max(1, min(len(history) // window, _MAX_BLOCKS))
@@ -42,15 +43,6 @@ class Run:
         if field not in self._fields:
             self._fields[field] = self.history[field][:, self.columns]
         return self._fields[field]
-
-    @cached_property
-    def names(self) -> list[str]:
-        """Parameter or module that each row is of."""
-        return [plain_name(*row) for row in zip(self.kinds, self.layers, strict=True)]
-
-    def name(self, column: int) -> str:
-        """Parameter or module that a row is of."""
-        return self.names[column]
 
     @cached_property
     def nonzero(self) -> Array:

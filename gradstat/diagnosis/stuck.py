@@ -57,7 +57,7 @@ def _all_stuck(run: Run, steps: Array, pace: Array, thresholds: Thresholds) -> F
     """Most layers, where the median layer has not moved from the start."""
     stuck = np.flatnonzero(np.fmax.reduce(steps) < thresholds.stuck_ratio)
     zeros = _unchanged(run, slice(None), stuck)
-    ratio, layer = float(pace.max()), run.name(int(stuck[0]))
+    ratio, layer = float(pace.max()), run.names[int(stuck[0])]
     numbers = {"ratio": ratio, "zeros": zeros, "layers": float(len(stuck))}
     more = f" and {len(stuck) - 1} more of {len(run.layers)} layers" if len(stuck) > 1 else ""
     have = "has" if len(stuck) == 1 else "have"
@@ -89,7 +89,7 @@ def _most_rounded(run: Run) -> Finding | None:
     layer = int(rounded[least[rounded].argmax()])
     numbers = {"zeros": float(least[layer]), "layers": float(len(rounded))}
     sentence = (
-        f"Most layers hardly learn, {run.name(layer)} and {len(rounded) - 1} more of "
+        f"Most layers hardly learn, {run.names[layer]} and {len(rounded) - 1} more of "
         f"{len(run.layers)}: at least {_percent(least[rounded].min())} of their "
         f"elements that have a gradient stay as they are; the changes round to nothing in the type "
         f"of the weights."
@@ -109,7 +109,7 @@ def _stuck_alone(run: Run, steps: Array, pace: Array, going: Array, still: Array
         moved = np.flatnonzero(~still[going, column])
         blocks = going[moved[-1] + 1 if len(moved) else 0 :]
         records = np.concatenate([run.blocks[block] for block in blocks])
-        if _is_zero(gradients, run.name(column), records):
+        if _is_zero(gradients, run.names[column], records):
             continue
         numbers = {
             "ratio": float(steps[blocks, column].max()),
@@ -119,7 +119,7 @@ def _stuck_alone(run: Run, steps: Array, pace: Array, going: Array, still: Array
         ratio = numbers["ratio"]
         size = f"by {ratio:.1e} of its size at most" if ratio else "by nothing"
         sentence = (
-            f"{run.name(column)} stands still while others move: a step changes it {size}, the "
+            f"{run.names[column]} stands still while others move: a step changes it {size}, the "
             f"median layer by {numbers['pace']:.1e} of its size"
         )
         if numbers["zeros"] >= _ROUNDED:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gradstat.bins import Bins, parse_bins
 from gradstat.files import replacing
 from gradstat.history.packed_counts import SparseRows
-from gradstat.kinds import GRAD, KINDS
+from gradstat.kinds import GRAD, KINDS, Row
 from gradstat.results import FLOATS, INTEGERS
 
 FORMAT = "gradstat history 1"
@@ -32,7 +32,8 @@ class Records:
     """What a history holds: S steps, L layers.
 
     Args:
-        layers: L names.
+        rows: L of them.
+        layers: their L names, as printed; those of one kind that was selected go without it.
         bins: scheme.
         steps: S numbers.
         integers: int64 ``(S, L, 8)``.
@@ -40,9 +41,9 @@ class Records:
         counts: S times L histograms.
         origins: int64 ``(L,)``: the first rank of a distributed run that holds the same values of
             a layer, `OWN` or `SAME`.
-        kinds: L of `KINDS`: what each layer's values are.
     """
 
+    rows: list[Row]
     layers: list[str]
     bins: Bins
     steps: list[int]
@@ -50,7 +51,6 @@ class Records:
     floats: Array
     counts: SparseRows
     origins: Array
-    kinds: list[str]
 
 
 def segment_name(number: int) -> str:
@@ -87,7 +87,7 @@ def write(path: Path, records: Records, *, compress: bool = True, new: bool = Fa
                 indices=indices,
                 values=values,
                 origins=records.origins,
-                kinds=np.array(records.kinds, dtype=np.str_),
+                kinds=np.array([row.kind for row in records.rows], dtype=np.str_),
             )
         if new:
             _claim(path, unfinished)
@@ -160,12 +160,13 @@ def _join(path: Path, parts: Iterable[Records]) -> Records:
     records = list(parts)
     first = records[0]
     steps = [step for part in records for step in part.steps]
-    run = (first.layers, first.kinds, first.bins)
-    fit = all((part.layers, part.kinds, part.bins) == run for part in records)
+    run = (first.rows, first.layers, first.bins)
+    fit = all((part.rows, part.layers, part.bins) == run for part in records)
     if not fit or any(a >= b for a, b in pairwise(steps)):
         raise ValueError(f"History.load() needs the files of one run; {path} has those of several")
     arrays = zip(*(part.counts.arrays() for part in records), strict=True)
     return Records(
+        first.rows,
         first.layers,
         first.bins,
         steps,
@@ -173,7 +174,6 @@ def _join(path: Path, parts: Iterable[Records]) -> Records:
         np.concatenate([part.floats for part in records]),
         SparseRows(*(np.concatenate(each) for each in arrays)),
         records[-1].origins,
-        first.kinds,
     )
 
 
@@ -211,7 +211,8 @@ def _check(data: dict[str, Array]) -> Records:
     if not fit:
         raise ValueError("its arrays do not fit each other")
     counts = SparseRows(sizes, data["indices"], data["values"])
-    return Records(layers, bins, steps.tolist(), integers, floats, counts, origins, kinds)
+    rows = [Row.printed(kind, layer) for kind, layer in zip(kinds, layers, strict=True)]
+    return Records(rows, layers, bins, steps.tolist(), integers, floats, counts, origins)
 
 
 def _rise(x: Array, starts: Array) -> bool:

@@ -23,5 +23,5 @@ def check_count(function: str, name: str, value: int, unit: str = "step") -> Non
 
 def first_rows(history: History) -> list[str]:
     """Names of the rows of a history's first kind: gradients where they were recorded."""
-    rows = zip(history.layers, history.kinds, strict=True)
-    return [layer for layer, kind in rows if kind == history.kinds[0]]
+    named = zip(history.layers, history.kinds, strict=True)
+    return [layer for layer, kind in named if kind == history.kinds[0]]

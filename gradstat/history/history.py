@@ -17,7 +17,7 @@ from gradstat.bins import Bins
 from gradstat.history import archive, merge
 from gradstat.history.archive import OWN, SAME, Records
 from gradstat.history.packed_counts import SparseRows
-from gradstat.kinds import GRAD, PARAM, UNIT, UPDATE, plain_name
+from gradstat.kinds import GRAD, PARAM, UNIT, UPDATE, Row
 from gradstat.results import DERIVED, FLOATS, INTEGERS, Statistics
 
 if TYPE_CHECKING:
@@ -55,14 +55,20 @@ class History:
 
     def __init__(
         self,
-        layers: Sequence[str],
+        layers: Sequence[str | Row],
         bins: Bins,
         *,
         capacity: int | None = None,
         kinds: Sequence[str] | None = None,
     ) -> None:
-        self.layers = list(layers)
-        self.kinds = [GRAD] * len(self.layers) if kinds is None else list(kinds)
+        if kinds is None:
+            kinds = [each.kind if isinstance(each, Row) else GRAD for each in layers]
+        self.rows = [
+            each if isinstance(each, Row) else Row.printed(kind, each)
+            for kind, each in zip(kinds, layers, strict=True)
+        ]
+        self.layers = [str(row) for row in self.rows]
+        self.kinds = [row.kind for row in self.rows]
         self.bins = bins
         # Which ranks of a distributed run hold the same values of a layer, as in `Records`.
         self.origins = np.full(len(self.layers), OWN)
@@ -213,14 +219,14 @@ class History:
         records = self.to_records()
         at = np.arange(len(self))[:, None] * len(self.layers) + columns
         chosen = Records(
-            [plain_name(kind, self.layers[column]) for column in columns],
+            [self.rows[column] for column in columns],
+            [self.rows[column].name for column in columns],
             self.bins,
             list(self._steps),
             records.integers[:, columns],
             records.floats[:, columns],
             self._packed.keep(at.ravel()),
             records.origins[columns],
-            [kind] * len(columns),
         )
         return History.from_records(chosen)
 
@@ -310,7 +316,7 @@ class History:
         """
         mine = self.to_records()
         if replicated is not None:
-            plain = (mine.origins < 0) & (np.array(mine.kinds) == GRAD)
+            plain = (mine.origins < 0) & (np.array(self.kinds) == GRAD)
             mine.origins[plain] = SAME if replicated else OWN
         return History.from_records(merge.merge(mine, group))
 
@@ -319,6 +325,7 @@ class History:
         self._pack()
         integers, floats = self._integers[: len(self)], self._floats[: len(self)]
         return Records(
+            self.rows,
             self.layers,
             self.bins,
             self._steps,
@@ -326,13 +333,13 @@ class History:
             floats,
             self._packed,
             self.origins.copy(),
-            self.kinds,
         )
 
     @classmethod
     def from_records(cls, records: Records) -> History:
         """A History of such arrays, which it keeps."""
-        history = cls(records.layers, records.bins, kinds=records.kinds)
+        history = cls(records.rows, records.bins)
+        history.layers = records.layers
         history.origins = records.origins
         history._steps = list(records.steps)
         history._integers, history._floats = records.integers, records.floats

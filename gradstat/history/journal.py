@@ -32,7 +32,7 @@ class Journal:
     def __init__(self, path: Path, like: History) -> None:
         found = len(archive.segments(path))
         self._path, self._like = path, like
-        self._buffer = History(like.layers, like.bins, kinds=like.kinds)
+        self._buffer = History(like.rows, like.bins)
         self._n_segments = 0
         self._has_warned = False
         self._process = os.getpid()
@@ -70,7 +70,7 @@ class Journal:
                 return
         else:
             self._n_segments += 1
-        self._buffer = History(self._like.layers, self._like.bins, kinds=self._like.kinds)
+        self._buffer = History(self._like.rows, self._like.bins)
 
     def _give_notice(self, error: OSError) -> None:
         if not self._has_warned:

@@ -59,9 +59,7 @@ def merge(mine: Records, group: dist.ProcessGroup | None) -> Records:
     floats = _sum_floats(mine, integers[..., 1], sends, least, greatest, ranks)
     counts = stretches.pack(sums[integers.size :])
     origins = np.full_like(mine.origins, SAME)
-    return Records(
-        mine.layers, mine.bins, mine.steps, integers, floats, counts, origins, mine.kinds
-    )
+    return Records(mine.rows, mine.layers, mine.bins, mine.steps, integers, floats, counts, origins)
 
 
 class _Ranks:
@@ -198,7 +196,7 @@ class _Stretches:
         self._indices = indices.astype(np.int64)
         self._n_rows, self._bins = len(sizes), records.bins.bins
         row = np.repeat(np.arange(self._n_rows), sizes)
-        self._column = row % max(len(records.layers), 1)
+        self._column = row % max(len(records.rows), 1)
         self._stretch = 2 * row + (self._indices >= self._bins // 2)
 
     def ends(self) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 from gradstat.arrays import Array, evenly_spread
 from gradstat.history import History
 from gradstat.history.arguments import check_count, check_history
-from gradstat.kinds import ACTIVATION, PARAM, UNIT, UPDATE, plain_name
+from gradstat.kinds import ACTIVATION, PARAM, UNIT, UPDATE, Row
 from gradstat.results import Statistics
 
 
@@ -56,21 +56,19 @@ def buckets(statistics: Statistics, edges: Array, most: int | None = None) -> tu
     return counts, edges
 
 
-def rows(history: History, step: int) -> Iterator[tuple[str, str, Statistics, Array]]:
-    """Kind, layer, statistics and edges of each row that has values in a step."""
+def rows(history: History, step: int) -> Iterator[tuple[Row, Statistics, Array]]:
+    """Each row that has values in a step, its statistics and edges."""
     record = history.record(step)
     edges = record.edges.numpy()
     edges = np.broadcast_to(edges, (len(record), edges.shape[-1]))
-    named = zip(history.kinds, history.layers, record, edges, strict=True)
-    for kind, row, statistics, ends in named:
+    for row, statistics, ends in zip(history.rows, record, edges, strict=True):
         if int(statistics.numel):
-            yield kind, plain_name(kind, row), statistics, ends
+            yield row, statistics, ends
 
 
 def layers_of(history: History, kind: str) -> dict[int, str]:
     """Layers of the rows of a kind, by column."""
-    named = enumerate(zip(history.kinds, history.layers, strict=True))
-    return {at: plain_name(kind, row) for at, (each, row) in named if each == kind}
+    return {at: row.name for at, row in enumerate(history.rows) if row.kind == kind}
 
 
 def derived(history: History) -> Iterator[tuple[str, str, list[str], Array]]:

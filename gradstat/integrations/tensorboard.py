@@ -10,7 +10,7 @@ import numpy as np
 
 from gradstat.history import History
 from gradstat.integrations.buckets import buckets, chosen_steps, counted, derived, rows, scalars
-from gradstat.kinds import GRAD, row_name
+from gradstat.kinds import GRAD, Row
 
 
 def write(
@@ -56,7 +56,7 @@ def write(
     except ImportError as error:
         raise ImportError("write() needs TensorBoard: pip install tensorboard") from error
     over_time = {
-        f"{row_name(kind, layer)}/{name}": column
+        f"{Row(kind, layer)}/{name}": column
         for kind, name, layers, values in derived(history)
         for layer, column in zip(layers, values.T, strict=True)
     }
@@ -67,13 +67,12 @@ def write(
             points = {tag: column[at] for tag, column in over_time.items() if isfinite(column[at])}
             # One event a step: each costs the writer's thread a turn.
             event = Summary()
-            for kind, layer, statistics, edges in rows(history, step):
-                tag = row_name(kind, layer)
-                points |= {f"{tag}/{name}": value for name, value in scalars(statistics).items()}
+            for row, statistics, edges in rows(history, step):
+                points |= {f"{row}/{name}": value for name, value in scalars(statistics).items()}
                 counts, ends = buckets(statistics, edges)
                 if len(counts):
                     histogram = histogram_raw(  # type: ignore[no-untyped-call]
-                        f"{tag}/{'gradient' if kind == GRAD else 'histogram'}",
+                        f"{row}/{'gradient' if row.kind == GRAD else 'histogram'}",
                         min=float(statistics.min),
                         max=float(statistics.max),
                         num=int(statistics.finite),

@@ -84,7 +84,7 @@ def log(
         run.define_metric(f"{_group(kind)}/histogram/*", step_metric="gradients/step", hidden=True)
     for step in counted(history, steps, progress):
         record: dict[str, object] = {"gradients/step": step}
-        for kind, layer, statistics, edges in rows(history, step):
+        for (kind, layer), statistics, edges in rows(history, step):
             counts, ends = buckets(statistics, edges, _MAX_BUCKETS)
             if len(counts):
                 record[f"{_group(kind)}/histogram/{layer}"] = wandb.Histogram(
@@ -186,7 +186,7 @@ def _lines(
 def _newest(history: History) -> dict[str, list[list[object]]]:
     """Rows of `_COLUMNS` by kind; NaN where a number is undefined."""
     tables: dict[str, list[list[object]]] = {kind: [] for kind in history.kinds}
-    for kind, layer, statistics, _ in rows(history, int(history.steps[-1])):
+    for (kind, layer), statistics, _ in rows(history, int(history.steps[-1])):
         named = scalars(statistics)
         numbers = [named.get(name, math.nan) for name in _COLUMNS[2:]]
         tables[kind].append([layer, int(statistics.numel), *numbers])

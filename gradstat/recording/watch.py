@@ -22,7 +22,7 @@ from gradstat.kinds import (
     GRAD,
     KINDS,
     OF_OUTPUTS,
-    row_name,
+    Row,
 )
 from gradstat.ops import check_bins, check_engine
 from gradstat.recording.module_hooks import OutputHooks
@@ -166,18 +166,13 @@ def watch(
         check_holds(optimizer, selected)
     seen = select_modules(model, modules) if has_outputs else {}
     rows = [
-        (kind, name)
+        Row(kind, name)
         for kind in KINDS
         if kind in kinds
         for name in (seen if kind in OF_OUTPUTS else selected)
     ]
-    history = History(
-        [row_name(kind, name) for kind, name in rows],
-        bins,
-        capacity=capacity,
-        kinds=[kind for kind, _ in rows],
-    )
-    history.origins[:] = [_origin(kind, when) for kind, _ in rows]
+    history = History(rows, bins, capacity=capacity)
+    history.origins[:] = [_origin(row.kind, when) for row in rows]
     first_rows = {kind: history.kinds.index(kind) for kind in dict.fromkeys(history.kinds)}
     journal = None if path is None else Journal(Path(path), history)
     side = SideStream() if stream == "side" else None

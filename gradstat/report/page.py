@@ -22,7 +22,7 @@ from gradstat.diagnosis import diagnose
 from gradstat.files import replacing
 from gradstat.history import History
 from gradstat.history.arguments import check_history
-from gradstat.kinds import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE, plain_name
+from gradstat.kinds import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE
 from gradstat.report import thin
 
 _SCRIPTS = ("data.js", "canvas.js", "map.js", "layers.js", "detail.js", "main.js")
@@ -105,7 +105,7 @@ def _contents(history: History) -> tuple[dict[str, Any], str]:
         "version": importlib.metadata.version("gradstat"),
         "bins": repr(history.bins),
         "log2": log2,
-        "layers": [plain_name(*row) for row in zip(history.kinds, history.layers, strict=True)],
+        "layers": [row.name for row in history.rows],
         "nouns": [NOUNS[kind] for kind in kinds],
         "kinds": [kinds.index(kind) for kind in history.kinds],
         "records": len(history),

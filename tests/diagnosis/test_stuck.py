@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gradstat
 from gradstat import History, Log2Bins
-from gradstat.kinds import row_name
+from gradstat.kinds import Row
 from gradstat.results import INTEGERS
 
 L = 4
@@ -25,8 +25,8 @@ def moving(rate: Rate, steps: int = 120, weight: float = 1.0, gradient: float = 
 
     Layer 1 has weights and gradients of sizes of its own.
     """
-    names = [row_name(kind, f"{layer}.weight") for kind in KINDS for layer in range(L)]
-    history = History(names, Log2Bins(), kinds=[kind for kind in KINDS for _ in range(L)])
+    rows = [Row(kind, f"{layer}.weight") for kind in KINDS for layer in range(L)]
+    history = History(rows, Log2Bins())
     s = gradstat.statistics([noise(0, row) for row in range(3 * L)], engine="reference")
     sizes, only_zeros = np.ones(3 * L), np.zeros(2048, np.int64)
     only_zeros[1024] = N

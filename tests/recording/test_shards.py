@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from distributed_workers import FIXED, LEARNING_RATE, N_STEPS, Model, batch, extreme_tensors
 from torch import Tensor
 from watching import assert_same, is_absent
@@ -21,7 +22,7 @@ from gradstat.bins import Bins
 pytestmark = pytest.mark.distributed
 
 LAYERS = ["0.weight", "2.weight", "4.weight"]
-WORKER = Path(__file__).with_name("distributed_workers.py")
+WORKER = ROOT / "tests" / "distributed_workers.py"
 TIMEOUT_S = 120
 
 
