@@ -7,7 +7,6 @@ from gradstat.kernels.binning import automatic_range
 from gradstat.kernels.measure import PARTIAL_FIELDS
 
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -88,10 +87,10 @@ def finish_kernel(
         away = tl.load(p, mask=mask, other=0.0) / tl.maximum(part, 1.0) - mean
         deviations += tl.load(p + 3, mask=mask, other=0.0) + part * away * away
     variance = tl.maximum(tl.sum(deviations), 0.0) / tl.maximum(n - 1.0, 1.0)
-    lo = tl.where(n > 0.0, tl.min(smallest), NAN)
-    hi = tl.where(n > 0.0, tl.max(largest), NAN)
+    lo = tl.where(n > 0.0, tl.min(smallest), float("nan"))
+    hi = tl.where(n > 0.0, tl.max(largest), float("nan"))
     std = tl.where(lo == hi, 0.0, tl.sqrt(variance))
-    std = tl.where(n > 1.0, std, NAN)
+    std = tl.where(n > 1.0, std, float("nan"))
 
     low = -INF
     high = INF

@@ -1,12 +1,15 @@
 """What is special to the Triton engine: work items, plans, the sums of large items."""
 
+import importlib
+import pkgutil
 from collections import OrderedDict
 
 import pytest
 import torch
+import triton.language as tl
 from conftest import CUDA, numpy_silent_as_a_gpu
 
-from gradstat import LinearBins, Log2Bins
+from gradstat import LinearBins, Log2Bins, kernels
 from gradstat.engines import reference, triton_items
 from gradstat.engines import triton as triton_engine
 
@@ -123,3 +126,13 @@ def test_more_bins_than_a_program_holds_take_the_reference_engine() -> None:
     for n in (triton_engine.MAX_BINS, triton_engine.MAX_BINS + 1):
         got, expected = (e.measure([x], LinearBins(n)) for e in (triton_engine, reference))
         assert torch.equal(got.counts, expected.counts)
+
+
+def test_constants_of_kernels_are_equal_to_themselves() -> None:
+    # Before each launch on a device, which the interpreter does not make, Triton compares them
+    # with what they were when the kernel was compiled.
+    names = [f"gradstat.kernels.{module.name}" for module in pkgutil.iter_modules(kernels.__path__)]
+    values = [x for name in names for x in vars(importlib.import_module(name)).values()]
+    constants = [x.value for x in values if isinstance(x, tl.constexpr)]
+    assert float("inf") in constants
+    assert all(x == x for x in constants)
