@@ -253,11 +253,11 @@ def _upload(table: NDArray[Any], device: torch.device, is_capturing: bool) -> Te
     host = torch.from_numpy(table)
     if device.type == "cpu":
         return host
+    host = host.pin_memory()
     if is_capturing:
-        # No pinned memory can be had now; every replay copies the table anew from here.
+        # Every replay copies the table anew from here.
         _captured.append(host)
-        return host.to(device, non_blocking=True)
-    return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device, non_blocking=True)
 
 
 @functools.cache
