@@ -77,6 +77,18 @@ def numpy_silent_as_a_gpu() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Whatever waits for the CUDA device raises."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 ENGINES = [
     pytest.param(Engine("reference", "cpu"), id="reference"),
     pytest.param(Engine("cpu", "cpu"), id="cpu"),
