@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from numbers import Integral, Real
 from typing import TypeAlias
 
@@ -91,13 +91,13 @@ class LinearBins:
         low: lower end of the range; ``None`` takes each tensor's finite minimum.
         high: upper end of the range; ``None`` takes each tensor's finite maximum.
         nice: round the automatic edges to few digits, as MATLAB's ``histcounts(x, bins)`` does.
-        track: take the range of the record before, widened by half of itself on both sides: one
-            pass instead of two. `Statistics.below` and `Statistics.above` count what fell outside.
+        track: gone, an error where it is true. Where one look at each tensor is to be enough, give
+            a range or take `Log2Bins`.
 
     Raises:
         TypeError: an argument of another kind.
         ValueError: ``bins`` < 1, a range that is not finite in float32, ``low`` >= ``high``, one
-            end without the other, ``nice`` or ``track`` together with a range or each other.
+            end without the other, ``nice`` together with a range, ``track``.
 
     Example:
         >>> import torch, gradstat
@@ -109,9 +109,14 @@ class LinearBins:
     low: float | None = None
     high: float | None = None
     nice: bool = False
-    track: bool = False
+    track: InitVar[bool] = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, track: bool) -> None:
+        if track:
+            raise ValueError(
+                f"LinearBins() needs low and high, or Log2Bins() in its place, where one look is "
+                f"to be enough; track is {track}"
+            )
         if not isinstance(self.bins, Integral) or isinstance(self.bins, bool):
             raise TypeError(f"LinearBins() needs an integer number of bins; bins is {self.bins!r}")
         object.__setattr__(self, "bins", int(self.bins))
@@ -122,10 +127,10 @@ class LinearBins:
                 f"LinearBins() needs both ends of the range or none; low is {self.low}, "
                 f"high is {self.high}"
             )
-        if self.nice + self.track + (self.low is not None) > 1:
+        if self.nice and self.low is not None:
             raise ValueError(
-                f"LinearBins() needs one of a range, nice and track; low is {self.low}, "
-                f"nice is {self.nice}, track is {self.track}"
+                f"LinearBins() needs a range or nice, not both; low is {self.low}, "
+                f"nice is {self.nice}"
             )
         if self.low is None or self.high is None:
             return
@@ -143,13 +148,12 @@ class LinearBins:
     def __repr__(self) -> str:
         """The arguments that were given."""
         ends = "" if self.low is None else f", {self.low}, {self.high}"
-        options = [f", {name}=True" for name in ("nice", "track") if getattr(self, name)]
-        return f"LinearBins({self.bins}{ends}{''.join(options)})"
+        return f"LinearBins({self.bins}{ends}{', nice=True' if self.nice else ''})"
 
     @property
     def spec(self) -> str:
         """Text from which `parse_bins` makes an equal scheme."""
-        return f"linear {self.bins} {self.low} {self.high} {self.nice} {self.track}"
+        return f"linear {self.bins} {self.low} {self.high} {self.nice}"
 
     def index(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Bin of each value; -1 below the range, ``bins`` above it.
@@ -217,27 +221,6 @@ class LinearBins:
             low, high = torch.where(constant, lo - half, lo), torch.where(constant, hi + half, hi)
         return _clamp_float32(low), _clamp_float32(high)
 
-    def tracked_range(
-        self, minimum: Tensor, maximum: Tensor, low: Tensor, high: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Range for the next record: this one's values, widened by half their spread on each side.
-
-        Args:
-            minimum: smallest finite value of each tensor in this record, NaN where there is none.
-            maximum: largest finite value.
-            low: this record's range, kept where the record holds no finite value.
-            high: its other end.
-
-        Returns:
-            low and high, float32.
-        """
-        lo, hi = self.automatic_range(minimum, maximum)
-        margin = (widen(hi) - widen(lo)) / 2
-        empty = torch.isnan(minimum)
-        next_low = torch.where(empty, low.float(), _clamp_float32(widen(lo) - margin))
-        next_high = torch.where(empty, high.float(), _clamp_float32(widen(hi) + margin))
-        return next_low, next_high
-
     def _factors(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Power of two by which values are scaled, and bins per scaled unit, both float32.
 
@@ -282,10 +265,12 @@ def parse_bins(spec: str) -> Bins:
     kind, *fields = spec.split(" ")
     if kind == "log2" and not fields:
         return Log2Bins()
-    if kind == "linear" and len(fields) == 5:
-        bins, low, high, nice, track = fields
+    # Older files have a fifth field, whether a range followed the record before: each row has its
+    # own all the same.
+    if kind == "linear" and len(fields) in (4, 5):
+        bins, low, high, nice = fields[:4]
         ends = [None if end == "None" else float(end) for end in (low, high)]
-        return LinearBins(int(bins), ends[0], ends[1], nice == "True", track == "True")
+        return LinearBins(int(bins), ends[0], ends[1], nice == "True")
     raise ValueError(f"parse_bins() needs the spec of a bin scheme; spec is {spec!r}")
 
 

@@ -23,7 +23,6 @@ def statistics(
     bins: Bins | None = None,
     *,
     engine: str | None = None,
-    previous: Statistics | None = None,
 ) -> Statistics:
     """Measure a tensor, or each of a list of tensors, in one pass.
 
@@ -36,8 +35,6 @@ def statistics(
         bins: `Log2Bins` (default) or `LinearBins`.
         engine: ``"triton"`` (CUDA and ROCm), ``"cpu"`` or ``"reference"``; by default, or by the
             environment variable ``GRADSTAT_ENGINE``, the fastest one for the device.
-        previous: the record before, whose range ``LinearBins(track=True)`` widens and uses;
-            without it the range is each tensor's own.
 
     Returns:
         Statistics of shape ``()`` for a tensor, ``(L,)`` for a sequence.
@@ -45,7 +42,7 @@ def statistics(
     Raises:
         TypeError: an argument of another kind.
         ValueError: an empty sequence, tensors on two devices, an unknown engine or one that cannot
-            run here, a ``previous`` that does not fit.
+            run here.
 
     Example:
         >>> import torch, gradstat
@@ -55,7 +52,7 @@ def statistics(
     """
     tensors = [x] if isinstance(x, Tensor) else x
     bins = Log2Bins() if bins is None else bins
-    result = _check_and_measure("statistics", tensors, bins, engine, previous)
+    result = _check_and_measure("statistics", tensors, bins, engine)
     return result[0] if isinstance(x, Tensor) else result
 
 
@@ -104,14 +101,11 @@ def _check_and_measure(
     tensors: Sequence[Tensor],
     bins: Bins,
     engine: str | None = None,
-    previous: Statistics | None = None,
 ) -> Statistics:
     check_bins(function, bins)
     _check_tensors(function, tensors)
     check_engine(function, engine)
-    if previous is not None:
-        _check_previous(function, bins, tensors, previous)
-    low, high = known_range(bins, tensors[0].device, len(tensors), previous)
+    low, high = known_range(bins, tensors[0].device, len(tensors))
     return measure(tensors, bins, low, high, engine)
 
 
@@ -164,29 +158,21 @@ def _(
     )
 
 
-def known_range(
-    bins: Bins, device: torch.device, n: int, previous: Statistics | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Ranges known before the pass: those of the scheme, or tracked ones.
+def known_range(bins: Bins, device: torch.device, n: int) -> tuple[Tensor | None, Tensor | None]:
+    """The range of the scheme, if it has one, for each of a list of tensors.
 
     Args:
         bins: scheme.
         device: where the tensors are.
         n: how many there are, L.
-        previous: record before, of the same tensors; only ``LinearBins(track=True)`` uses it.
 
     Returns:
         low and high, float32 ``(L,)``, or ``None`` twice when the pass itself must find them.
     """
-    if not isinstance(bins, LinearBins):
+    if isinstance(bins, Log2Bins) or bins.low is None or bins.high is None:
         return None, None
-    if bins.low is not None and bins.high is not None:
-        low = torch.full((n,), bins.low, dtype=torch.float32, device=device)
-        return low, torch.full_like(low, bins.high)
-    if bins.track and previous is not None:
-        fields = (previous.min, previous.max, previous.low, previous.high)
-        return bins.tracked_range(*(field.reshape(-1) for field in fields))
-    return None, None
+    low = torch.full((n,), bins.low, dtype=torch.float32, device=device)
+    return low, torch.full_like(low, bins.high)
 
 
 def is_measurable(x: Tensor) -> bool:
@@ -209,17 +195,6 @@ def check_engine(function: str, engine: str | None) -> None:
             raise ValueError(
                 f"{function}() needs one of the engines {', '.join(ENGINES)}; {source} is {name!r}"
             )
-
-
-def _check_previous(
-    function: str, bins: Bins, tensors: Sequence[Tensor], previous: Statistics
-) -> None:
-    n = previous.counts.shape[:-1].numel()
-    if previous.bins != bins or n != len(tensors):
-        raise ValueError(
-            f"{function}() needs a previous record of as many tensors with the same bins; previous "
-            f"is of {n} with {previous.bins}, x has {len(tensors)} and bins is {bins}"
-        )
 
 
 def check_bins(function: str, bins: Bins) -> Bins:

@@ -139,7 +139,7 @@ def test_linear_index_is_monotone_and_closed(
     assert index[x == high].tolist() == [bins - 1] * int((x == high).sum())
 
 
-@pytest.mark.parametrize("options", [{}, {"nice": True}, {"track": True}])
+@pytest.mark.parametrize("options", [{}, {"nice": True}])
 @pytest.mark.parametrize("bins", [1, 30, 100])
 @pytest.mark.parametrize(
     "value", [0.0, 1.0, -0.1, 1e-45, 1e-30, 16777216.0, -1e30, FLOAT32_MAX, -FLOAT32_MAX]
@@ -211,17 +211,6 @@ def test_nice_range_follows_the_rule(
     assert [end.item() for end in got] == pytest.approx([low, high], rel=1e-6)
 
 
-def test_tracked_range_is_wider_by_half_on_both_sides() -> None:
-    low, high = LinearBins(30, track=True).tracked_range(
-        float32(-1.0, math.nan, -FLOAT32_MAX),
-        float32(3.0, math.nan, FLOAT32_MAX),
-        float32(0.0, -7.0, 0.0),
-        float32(1.0, 9.0, 1.0),
-    )
-    assert low.tolist() == [-3.0, -7.0, -FLOAT32_MAX]
-    assert high.tolist() == [5.0, 9.0, FLOAT32_MAX]
-
-
 @given(st.floats(allow_nan=False, allow_infinity=False))
 def test_float32_below_rounds_float64_down(value: float) -> None:
     below = float32_below(torch.tensor(value, dtype=torch.float64))
@@ -236,13 +225,13 @@ def test_float32_below_rounds_float64_down(value: float) -> None:
 @given(
     bins=st.integers(1, 1 << 20),
     ends=st.none() | st.tuples(finite_float32, finite_float32),
-    flag=st.sampled_from(["", "nice", "track"]),
+    nice=st.booleans(),
 )
 def test_parse_bins_returns_an_equal_scheme(
-    bins: int, ends: tuple[float, float] | None, flag: str
+    bins: int, ends: tuple[float, float] | None, nice: bool
 ) -> None:
     if ends is None:
-        scheme = LinearBins(bins, **({flag: True} if flag else {}))
+        scheme = LinearBins(bins, nice=nice)
     else:
         assume(ends[0] != ends[1])
         scheme = LinearBins(bins, min(ends), max(ends))
@@ -277,12 +266,13 @@ def test_parse_bins_refuses_other_text(spec: str) -> None:
         (
             (3, 0.0, 1.0, True),
             ValueError,
-            "one of a range, nice and track; low is 0.0, nice is True, track is False",
+            "a range or nice, not both; low is 0.0, nice is True",
         ),
         (
-            (3, None, None, True, True),
+            (3, None, None, False, True),
             ValueError,
-            "one of a range, nice and track; low is None, nice is True, track is True",
+            "low and high, or Log2Bins() in its place, where one look is to be enough; "
+            "track is True",
         ),
     ],
 )

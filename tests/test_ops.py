@@ -44,12 +44,6 @@ ONE = torch.ones(1)
             ValueError,
             "tensors on one device; x[1] is on meta, x[0] on cpu",
         ),
-        (
-            lambda f: f(ONE, LinearBins(3, track=True), previous=f([ONE, ONE])),
-            ValueError,
-            "a previous record of as many tensors with the same bins; previous is of 2 with "
-            f"{Log2Bins()}, x has 1 and bins is {LinearBins(3, track=True)}",
-        ),
     ],
 )
 def test_statistics_refuses_by_argument(
@@ -234,13 +228,6 @@ def compiled_statistics(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return *fields, s.quantile(0.5), s.underflow(torch.float16), union.std, s.unscale(4.0).l2
 
 
-def compiled_tracking(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    bins = LinearBins(5, track=True)
-    first = gradstat.statistics(x, bins)
-    second = gradstat.statistics(x * 3, bins, previous=first)
-    return second.counts, second.below, second.above, second.edges
-
-
 @pytest.fixture(scope="module")
 def inductor() -> str:
     """Name of the backend; skips where it cannot compile anything at all."""
@@ -261,7 +248,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize(
     "function",
-    [compiled_histogram, compiled_statistics, compiled_tracking],
+    [compiled_histogram, compiled_statistics],
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("requires_grad", [False, True])

@@ -18,7 +18,6 @@ SCHEMES = [
     LinearBins(6, -0.05, 0.05),
     LinearBins(6),
     LinearBins(6, nice=True),
-    LinearBins(6, track=True),
 ]
 
 

@@ -1,4 +1,4 @@
-"""`Launcher`: measures tensors of several layers, over the ranges that their bins need."""
+"""`Launcher`: measures tensors of several layers in one launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from gradstat.bins import Bins, LinearBins
 from gradstat.ops import choose_engine, known_range
 from gradstat.recording.arrivals import Launch, divide
-from gradstat.recording.transfers import Ranges
 
 
 def is_capturing() -> bool:
@@ -21,7 +20,7 @@ def is_capturing() -> bool:
 
 
 class Launcher:
-    """Measures tensors of some layers in one launch, or in two where some have no range so far.
+    """Measures tensors of some layers in one launch.
 
     Args:
         bins: scheme.
@@ -32,43 +31,26 @@ class Launcher:
     def __init__(self, bins: Bins, kinds: list[str], engine: str | None) -> None:
         self._bins, self._kinds, self._engine = bins, kinds, engine
         self._is_linear = isinstance(bins, LinearBins)
-        self._is_tracking = isinstance(bins, LinearBins) and bins.track
         self._engines: dict[str, ModuleType] = {}
-        self._ranges = Ranges()
 
-    def measure(self, tensors: dict[int, Tensor], scales: Mapping[str, Tensor]) -> list[Launch]:
+    def measure(self, tensors: dict[int, Tensor], scales: Mapping[str, Tensor]) -> Launch:
         """Start to measure; nothing waits for the result.
 
         Args:
             tensors: by layer, measurable and on one device.
             scales: of each kind that has one; `Log2Bins` need them only in the end.
         """
-        if not self._is_linear:
-            return [self._launch(tensors, None, None, scales)]
-        for kind, scale in scales.items():
-            scaled = [i for i in tensors if self._kinds[i] == kind]
-            if scaled:
-                divided = divide([tensors[i] for i in scaled], scale)
-                tensors = tensors | dict(zip(scaled, divided, strict=True))
-        if not self._is_tracking:
-            return [self._measure_linear(tensors)]
-        # The first range of a layer is found in a pass of its own.
-        known = {i: x for i, x in tensors.items() if self._ranges.knows(i, x.device)}
-        groups = known, {i: x for i, x in tensors.items() if i not in known}
-        return [self._measure_linear(group) for group in groups if group]
-
-    def _measure_linear(self, tensors: dict[int, Tensor]) -> Launch:
-        indices, device = tuple(tensors), next(iter(tensors.values())).device
-        previous = self._ranges.previous(indices)
-        low, high = known_range(self._bins, device, len(tensors), previous)
-        launch = self._launch(tensors, low, high, {})
-        if self._is_tracking:
-            if is_capturing():
-                # The next replay reads the range where this one has.
-                self._ranges.overwrite(launch.indices, launch.result)
-            else:
-                self._ranges.remember(launch.indices, launch.result)
-        return launch
+        low = high = None
+        if self._is_linear:
+            for kind, scale in scales.items():
+                scaled = [i for i in tensors if self._kinds[i] == kind]
+                if scaled:
+                    divided = divide([tensors[i] for i in scaled], scale)
+                    tensors = tensors | dict(zip(scaled, divided, strict=True))
+            scales = {}
+            device = next(iter(tensors.values())).device
+            low, high = known_range(self._bins, device, len(tensors))
+        return self._launch(tensors, low, high, scales)
 
     def _launch(
         self,

@@ -348,6 +348,6 @@ class Recorder:
             self._measure(gradients)
 
     def _measure(self, tensors: dict[int, Tensor]) -> None:
-        self._launches += self._launcher.measure(tensors, self._scales)
+        self._launches.append(self._launcher.measure(tensors, self._scales))
         if self._outputs:
             self._send_early()

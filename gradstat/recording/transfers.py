@@ -1,4 +1,4 @@
-"""Results between a device and the host, and between one pass and the next."""
+"""Results on their way from a device to the host."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-
-from gradstat.results import Statistics
 
 
 class Transfer:
@@ -43,47 +41,6 @@ class Transfer:
     def arrays(self) -> tuple[NDArray[Any], ...]:
         """The same as NumPy arrays, once they are there."""
         return tuple([x.numpy() for x in self._tensors])
-
-
-class Ranges:
-    """Where the newest result of each layer is, for ``LinearBins(track=True)``."""
-
-    def __init__(self) -> None:
-        self._rows: dict[int, tuple[Statistics, int]] = {}
-
-    def knows(self, index: int, device: torch.device) -> bool:
-        """Whether there is a result of a layer, on a device."""
-        return index in self._rows and self._rows[index][0].floats.device == device
-
-    def previous(self, indices: tuple[int, ...]) -> Statistics | None:
-        """The newest results of layers, all known or none, in the order of their indices."""
-        rows = [self._rows[index] for index in indices if index in self._rows]
-        if not rows:
-            return None
-        first = rows[0][0]
-        if len(first) == len(rows) and all(
-            result is first and row == at for at, (result, row) in enumerate(rows)
-        ):
-            return first
-        # They were measured in other buckets than now.
-        return Statistics(
-            first.bins,
-            torch.stack([result.integers[row] for result, row in rows]),
-            torch.stack([result.floats[row] for result, row in rows]),
-            torch.stack([result.counts[row] for result, row in rows]),
-        )
-
-    def remember(self, indices: tuple[int, ...], result: Statistics) -> None:
-        """Keep a result whose rows are of those layers."""
-        for row, index in enumerate(indices):
-            self._rows[index] = (result, row)
-
-    def overwrite(self, indices: tuple[int, ...], result: Statistics) -> None:
-        """Copy a result over the newest ones, where there are any."""
-        for row, index in enumerate(indices):
-            if index in self._rows:
-                kept, at = self._rows[index]
-                kept.floats[at].copy_(result.floats[row])
 
 
 def _copy_to_pinned(x: Tensor) -> Tensor:

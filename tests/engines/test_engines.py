@@ -11,7 +11,6 @@ from conftest import Engine
 
 from gradstat import LinearBins, Log2Bins, Statistics
 from gradstat.bins import Bins
-from gradstat.engines import reference
 from gradstat.ops import known_range
 from gradstat.results import INTEGERS
 
@@ -39,7 +38,6 @@ SCHEMES = [
     LinearBins(1, 0.0, 1e30),
     LinearBins(30),
     LinearBins(10, nice=True),
-    LinearBins(30, track=True),
 ]
 
 
@@ -80,12 +78,7 @@ def samples(dtype: torch.dtype, device: str) -> list[torch.Tensor]:
 
 
 def measure(engine: Engine, tensors: Sequence[torch.Tensor], bins: Bins) -> Statistics:
-    """Measure with the scheme's own range; a tracked one comes from halves of the values."""
-    previous = None
-    if isinstance(bins, LinearBins) and bins.track:
-        previous = reference.measure([x / 2 for x in tensors], bins)
-    ends = known_range(bins, tensors[0].device, len(tensors), previous)
-    return engine.measure(tensors, bins, *ends)
+    return engine.measure(tensors, bins, *known_range(bins, tensors[0].device, len(tensors)))
 
 
 @functools.cache

@@ -186,6 +186,20 @@ def test_history_load_refuses_unknown_bins(generator: torch.Generator, tmp_path:
     )
 
 
+def test_history_load_takes_ranges_that_followed_the_record_before(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
+    history, _ = make_history(LinearBins(6), generator)
+    history.save(tmp_path / "whole.npz")
+    with np.load(tmp_path / "whole.npz") as file:
+        data = {name: file[name] for name in file.files}
+    # As the version before wrote it for LinearBins(6, track=True).
+    data["bins"] = np.array("linear 6 None None False True")
+    np.savez(tmp_path / "run.npz", **data)
+    loaded = History.load(tmp_path / "run.npz")
+    assert_same(loaded, history)
+
+
 def negative_first(x: np.ndarray) -> np.ndarray:
     signed = x.astype(np.int64)
     signed[0] = -1

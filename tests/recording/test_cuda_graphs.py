@@ -124,20 +124,6 @@ def test_replayed_reads_the_scale_of_the_replay(monkeypatch: pytest.MonkeyPatch)
     assert_record(w.history.record(), gradstat.statistics([x / 8 for x in gradients]))
 
 
-def test_replay_of_tracked_bins_reads_the_range_that_the_one_before_has_left(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    model, graph = make_model(), Graph(monkeypatch)
-    with gradstat.watch(model, LinearBins(8, track=True)) as w:
-        backward(model)
-        backward(model)
-        kept = w._recorder._launcher._ranges.previous((0, 1, 2))
-        with graph.capture():
-            backward(model)
-        captured = w._recorder._captured[0].result.floats
-        assert torch.equal(kept.floats, captured)
-
-
 def test_replayed_needs_a_captured_step(monkeypatch: pytest.MonkeyPatch) -> None:
     model, graph = make_model(), Graph(monkeypatch)
     with gradstat.watch(model) as w:

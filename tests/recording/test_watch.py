@@ -49,15 +49,12 @@ def test_watch_leaves_training_bit_identical(bins: Bins, options: dict[str, int]
 def test_watch_records_the_statistics_of_each_gradient(bins: Bins, bucket_bytes: int) -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    previous = None
     with gradstat.watch(model, bins, bucket_bytes=bucket_bytes) as w:
         for step in range(4):
             backward(model)
-            tracked = previous if bins == LinearBins(6, track=True) else None
-            expected = gradstat.statistics(gradients(model, WEIGHTS), bins, previous=tracked)
+            expected = gradstat.statistics(gradients(model, WEIGHTS), bins)
             assert w.history.steps.tolist() == list(range(step + 1))
             assert_record(w.last, expected)
-            previous = expected
             optimizer.step()
             optimizer.zero_grad()
     assert w.history.layers == WEIGHTS
@@ -89,7 +86,7 @@ def test_watch_records_any_float_type(dtype: torch.dtype) -> None:
 
 def test_watch_goes_on_after_the_model_is_cast() -> None:
     model = nn.Linear(6, 2)
-    with gradstat.watch(model, LinearBins(3, track=True)) as w:
+    with gradstat.watch(model, LinearBins(3)) as w:
         backward(model)
         model.zero_grad()
         model.double()(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
@@ -176,24 +173,6 @@ def test_watch_sees_a_parameter_from_the_backward_after_it_is_unfrozen() -> None
         backward(model)
         assert_record(w.last, gradstat.statistics(gradients(model, WEIGHTS)))
     assert n_hooks(model) == 0
-
-
-def test_watch_tracks_the_range_of_each_layer_through_steps_without_it() -> None:
-    bins = LinearBins(5, track=True)
-    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
-    first = model[0]
-    with gradstat.watch(model, bins) as w:
-        backward(model)
-        expected = gradstat.statistics(gradients(model, ["0.weight", "1.weight"]), bins)
-        model.zero_grad()
-        first(torch.randn(3, 6)).sum().backward()
-        row = gradstat.statistics(first.weight.grad, bins, previous=expected[0])
-        assert_record(w.last[0], row)
-        model.zero_grad()
-        backward(model)
-        for layer, previous in ((0, row), (1, expected[1])):
-            gradient = model[layer].weight.grad
-            assert_record(w.last[layer], gradstat.statistics(gradient, bins, previous=previous))
 
 
 def test_watch_must_be_repeated_after_parameters_are_replaced() -> None:
