@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 Array: TypeAlias = NDArray[Any]
 
-# Each float32 exponent is an octave; the first also holds zeros, the last nothing finite.
+# Each float32 exponent is an octave; the first holds subnormals, the last nothing finite.
 OCTAVES = np.arange(-127.0, 130.0)
 
 
@@ -26,12 +26,17 @@ def evenly_spread(n: int, most: int) -> Array:
     return np.linspace(0, n - 1, min(most, n)).round().astype(np.int64)
 
 
-def octaves(counts: Array) -> Array:
-    """Histogram of magnitudes over `OCTAVES`, ``(S, 256)``, of one over `Log2Bins`, ``(S, 2048)``.
+def octaves(counts: Array, zeros: Array) -> Array:
+    """Histograms of magnitudes over `OCTAVES`, without zeros.
 
-    Zeros and subnormals, which share the first octave, are left out.
+    Args:
+        counts: histograms over `Log2Bins`, ``(N, 2048)``.
+        zeros: how many zeros are in each, ``(N,)``.
+
+    Returns:
+        int64 ``(N, 256)``.
     """
     magnitudes = counts[:, 1024:] + counts[:, 1023::-1]
     summed: Array = magnitudes.reshape(len(counts), 256, 4).sum(2)
-    summed[:, 0] = 0
+    summed[:, 0] -= zeros
     return summed

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from gradstat.diagnosis.dead_units import find_dead_units
-from gradstat.diagnosis.findings import KINDS, SEVERITIES, Finding, Severity
+from gradstat.diagnosis.findings import FINDINGS, SEVERITIES, Finding, Severity
 from gradstat.diagnosis.nonfinite import find_nonfinite
 from gradstat.diagnosis.run import Run
 from gradstat.diagnosis.saturation_underflow import find_saturation, find_scale, find_underflow
@@ -19,7 +19,7 @@ from gradstat.diagnosis.vanishing_exploding import find_dead, find_growth, find_
 from gradstat.history import History
 from gradstat.kinds import GRAD, UNIT, UPDATE
 
-__all__ = ["KINDS", "SEVERITIES", "Finding", "Severity", "Thresholds", "diagnose"]
+__all__ = ["FINDINGS", "SEVERITIES", "Finding", "Severity", "Thresholds", "diagnose"]
 
 _Rule: TypeAlias = Callable[[Run, Thresholds], list[Finding]]
 # By the kind of the rows that a rule reads; ``None``: all rows.
@@ -78,4 +78,4 @@ def diagnose(history: History, thresholds: Thresholds | None = None) -> list[Fin
         if kind is None or kind in history.kinds:
             run = Run(history, thresholds.window, kind)
             findings += [finding for rule in rules for finding in rule(run, thresholds)]
-    return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), KINDS.index(f.kind)))
+    return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), FINDINGS.index(f.kind)))

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 Severity: TypeAlias = Literal["severe", "warning", "note"]
 
 SEVERITIES: tuple[Severity, ...] = ("severe", "warning", "note")
-KINDS = (
+FINDINGS = (
     "non-finite",
     "exploding",
     "vanishing",
@@ -26,7 +26,7 @@ class Finding:
     """Something that a record shows.
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `FINDINGS`.
         severity: ``"severe"``: training does not work; ``"warning"``: part of it does not, or will
             not; ``"note"``: good to know.
         layer: the row of the history that it is about, the worst or the first of several.

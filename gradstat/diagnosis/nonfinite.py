@@ -35,11 +35,11 @@ def find_nonfinite(run: Run, thresholds: Thresholds) -> list[Finding]:
     findings = []
     spoilt = 0 < first < n_records and backward[first - 1].any()
     if first < n_records and not spoilt:
-        findings.append(_origin(run, forward, _FORWARD, thresholds, n_records))
+        findings.append(_where_met(run, forward, _FORWARD, thresholds, n_records))
     if earlier < first:
         # What follows NaN in the forward pass is no finding of its own.
         end = n_records if spoilt else first
-        findings.append(_origin(run, backward[:end], _BACKWARD, thresholds, end))
+        findings.append(_where_met(run, backward[:end], _BACKWARD, thresholds, end))
     return findings
 
 
@@ -54,7 +54,7 @@ def _broken(run: Run) -> Array:
     return bad
 
 
-def _origin(
+def _where_met(
     run: Run, bad: Array, kinds: tuple[str, ...], thresholds: Thresholds, n_records: int
 ) -> Finding:
     """The row that was reached first in the first record with any."""

@@ -13,12 +13,12 @@ def check_history(function: str, history: History) -> None:
         raise ValueError(f"{function}() needs a History with records; history is {history!r}")
 
 
-def check_count(function: str, name: str, value: int, unit: str = "step") -> None:
+def check_count(function: str, name: str, value: int, noun: str = "step") -> None:
     """Refuse what is not a positive integer."""
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{function}() needs an integer number of {unit}s; {name} is {value!r}")
+        raise TypeError(f"{function}() needs an integer number of {noun}s; {name} is {value!r}")
     if value < 1:
-        raise ValueError(f"{function}() needs one {unit} or more; {name} is {value}")
+        raise ValueError(f"{function}() needs one {noun} or more; {name} is {value}")
 
 
 def first_rows(history: History) -> list[str]:

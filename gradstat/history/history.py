@@ -6,13 +6,13 @@ import os
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import distributed as dist
 
+from gradstat.arrays import Array
 from gradstat.bins import Bins
 from gradstat.history import archive, merge
 from gradstat.history.archive import OWN, SAME, Records
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 FIELDS = (*INTEGERS, *FLOATS, *DERIVED)
 _DENSE_BYTES = 4 << 20  # dense histograms waiting to be packed together
-
-Array = NDArray[Any]
 
 
 class History:

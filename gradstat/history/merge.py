@@ -6,15 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import distributed as dist
 
+from gradstat.arrays import Array
 from gradstat.bins import LinearBins
 from gradstat.history.archive import OWN, SAME, Records
 from gradstat.history.packed_counts import SparseRows
 from gradstat.results import FLOATS
-
-Array = NDArray[Any]
 
 # Columns of what extremes over the ranks are taken of; a record's integers come after them.
 _COLUMNS = ("min", "max", "low", "high", "std", "l2")
@@ -152,18 +150,18 @@ def _sum_floats(
     mine_n = mine.integers[..., 1]
     # Nothing that is squared overflows or underflows.
     spread = greatest[..., _MEAN] - least[..., _MEAN]
-    unit = np.fmax(np.fmax(greatest[..., _STD], spread), 0)
-    unit = np.where(np.isfinite(unit) & (unit > 0), unit, 1.0)
+    scale = np.fmax(np.fmax(greatest[..., _STD], spread), 0)
+    scale = np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
     norm = greatest[..., _L2]
     norm = np.where(np.isfinite(norm) & (norm > 0), norm, 1.0)
     pivot = np.where(n > 0, least[..., _MEAN], 0.0)
-    shift = np.nan_to_num((_mean(at["sum"], mine_n) - pivot) / unit)
-    squares = (mine_n - 1).clip(0) * np.nan_to_num(at["std"] / unit) ** 2 + mine_n * shift**2
+    shift = np.nan_to_num((_mean(at["sum"], mine_n) - pivot) / scale)
+    squares = (mine_n - 1).clip(0) * np.nan_to_num(at["std"] / scale) ** 2 + mine_n * shift**2
     parts = [at["sum"], at["l1"], (at["l2"] / norm) ** 2, mine_n * shift, squares]
     sent = np.where(sends[:, None], np.nan_to_num(np.stack(parts, -1)), 0.0)
     total, l1, l2, moment, squares = np.moveaxis(ranks.sum(sent), -1, 0)
     squares = (squares - moment**2 / n.clip(1)).clip(0)
-    std = np.where(n > 1, unit * np.sqrt(squares / (n - 1).clip(1)), np.nan)
+    std = np.where(n > 1, scale * np.sqrt(squares / (n - 1).clip(1)), np.nan)
     rows = {
         "min": np.where(n > 0, least[..., _MIN], np.nan),
         "max": np.where(n > 0, greatest[..., _MAX], np.nan),

@@ -85,7 +85,7 @@ def ridge(
     last = max(float(time[-1]) for _, time, _, _ in drawn)
     span = (first, last if last > first else first + 1)
     color = ScalarMappable(Normalize(*span), "viridis")
-    unit = "step" if steps_per_epoch is None else "epoch"
+    time_unit = "step" if steps_per_epoch is None else "epoch"
     heads, size = labels.fit_titles([head for head, *_ in drawn], panels.CELL - 0.1)
     title_lines = max(head.count("\n") + 1 for head in heads)
     figure, boxes, bar = panels.grid_3d(figure, len(named), len(titles), title_lines)
@@ -94,10 +94,10 @@ def ridge(
         panels.style_3d(ax, limits, span, max(1, counts.max()))
         ax.set_title(head, fontsize=size, color=labels.INK, y=1.05, pad=0)
         ax.set_xlabel(labels.value_label(ax.xaxis, noun, log2=log2), labelpad=-1)
-        ax.set_ylabel(unit, labelpad=-1)
+        ax.set_ylabel(time_unit, labelpad=-1)
         ax.set_zlabel("count", labelpad=1)
         panels.add_ridges(ax, time, counts, edges, limits, color.to_rgba(time))
-    colorbar = panels.add_colorbar(figure, color, unit, figure.add_axes(bar))
+    colorbar = panels.add_colorbar(figure, color, time_unit, figure.add_axes(bar))
     colorbar.locator = labels.whole_numbers(5)
     return figure
 
@@ -175,8 +175,8 @@ def curves(
             time = data.block_last(data.times(each, steps_per_epoch), average)
             value = data.block_mean(data.values(each, layer, field), average)
             panels.add_line(ax, time, value, color, log=log)
-    unit = "iteration" if steps_per_epoch is None else "epoch"
-    labels.label_axes(figure, unit, labels.field_label(field, arguments.noun(named, titles)))
+    time_unit = "iteration" if steps_per_epoch is None else "epoch"
+    labels.label_axes(figure, time_unit, labels.field_label(field, arguments.noun(named, titles)))
     if any(keys):
         labels.add_key(figure, keys, colors)
     for ax in axes:
@@ -288,8 +288,11 @@ def _heatmap_counts(
     shown = np.nan_to_num(everything).max(0, keepdims=True) > 0.01
     axes[0].set_ylim(*data.extent([(shown, OCTAVES[None])], symmetric=False))
     labels.powers_of_two(axes[0].yaxis, 6)
-    unit, noun = "iteration" if steps_per_epoch is None else "epoch", arguments.noun(named, titles)
-    labels.label_axes(figure, unit, f"|{noun}|")
+    time_unit, noun = (
+        "iteration" if steps_per_epoch is None else "epoch",
+        arguments.noun(named, titles),
+    )
+    labels.label_axes(figure, time_unit, f"|{noun}|")
     panels.add_colorbar(figure, image, "share of elements", axes)
     labels.add_titles(axes, [head for head, *_ in drawn])
     return figure

@@ -69,7 +69,8 @@ def histograms(history: History, layer: str, kept: Array) -> tuple[Array, Array]
     found = [history.histogram(layer, step) for step in history.steps[kept].tolist()]
     counts = np.stack([each for each, _ in found])
     if isinstance(history.bins, Log2Bins):
-        return octaves(counts), np.broadcast_to(OCTAVES, (len(kept), 257))
+        zeros = values(history, layer, "zeros")[kept].astype(np.int64)
+        return octaves(counts, zeros), np.broadcast_to(OCTAVES, (len(kept), 257))
     return counts, np.stack([edges for _, edges in found])
 
 
@@ -84,8 +85,8 @@ def octave_shares(history: History, layer: str, size: int) -> Array:
     if layer not in history.layers:
         return np.full((-(-len(history) // size), 256), math.nan)
     starts = np.arange(0, len(history), size)
-    finite = np.nan_to_num(history["finite"][:, history.layers.index(layer)])
-    counts = np.add.reduceat(octaves(history.histograms(layer)[0]), starts, axis=0)
+    finite, zeros = (history[name][:, history.layers.index(layer)] for name in ("finite", "zeros"))
+    counts = np.add.reduceat(octaves(history.histograms(layer)[0], zeros), starts, axis=0)
     return divide(counts, np.add.reduceat(finite, starts)[:, None])
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradstat.arrays import Array, divide, evenly_spread
+from gradstat.arrays import Array, divide, evenly_spread, octaves
 from gradstat.bins import Log2Bins
 from gradstat.history import History
 
@@ -87,10 +87,10 @@ def columns(history: History) -> Columns:
     zeros = np.add.reduceat(history["zeros"], starts, axis=0)
     l2 = np.where(finite > 0, history["l2"], 0.0)
     # Scaled by the largest norm of the column, so that no square overflows or underflows.
-    unit = np.maximum.reduceat(l2, starts, axis=0)
-    unit[unit == 0] = 1.0
-    squares = (l2 / np.repeat(unit, ends - starts, axis=0)) ** 2
-    rms = unit * np.sqrt(divide(np.add.reduceat(squares, starts, axis=0), total))
+    scale = np.maximum.reduceat(l2, starts, axis=0)
+    scale[scale == 0] = 1.0
+    squares = (l2 / np.repeat(scale, ends - starts, axis=0)) ** 2
+    rms = scale * np.sqrt(divide(np.add.reduceat(squares, starts, axis=0), total))
     own = history["rms"]
     return Columns(
         steps,
@@ -115,7 +115,7 @@ def samples(history: History) -> Samples:
         zeros = record.zeros.numpy()
         rows = record.counts.numpy()
         if log2:
-            rows = _octaves(rows, zeros)
+            rows = octaves(rows, zeros)[:, :255]
         else:
             starts = np.arange(0, rows.shape[1], -(-rows.shape[1] // _MAX_ROWS))
             rows = np.add.reduceat(rows, starts, axis=1)
@@ -135,14 +135,6 @@ def samples(history: History) -> Samples:
     finite, zeros, nonfinite = (np.stack(each, 1) for each in zip(*numbers, strict=True))
     edges = None if log2 else np.stack(ends, 1)
     return Samples(steps, first, rows, np.concatenate(parts), finite, zeros, nonfinite, edges)
-
-
-def _octaves(counts: Array, zeros: Array) -> Array:
-    """Histograms of magnitudes by octave, ``(L, 255)``, without the zeros."""
-    magnitudes = counts[:, 1024:] + counts[:, 1023::-1]
-    octaves: Array = magnitudes.reshape(len(counts), 256, 4).sum(2)[:, :255]
-    octaves[:, 0] -= zeros
-    return octaves
 
 
 def _log2(x: Array) -> Array:

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from gradstat import Thresholds
 from gradstat.cli import COMMANDS, main
-from gradstat.diagnosis import KINDS
+from gradstat.diagnosis import FINDINGS
 
 NUMBER = re.compile(r"\d[\d.]*\b")
 PAGE = (ROOT / "docs" / "reading.md").read_text()
@@ -63,7 +63,7 @@ def test_queries_of_the_page_run_as_printed(
 
 def test_page_has_a_section_for_each_finding_in_their_order() -> None:
     sections = re.findall(r"^### (.+)$", PAGE, re.MULTILINE)
-    assert sections == list(KINDS)
+    assert sections == list(FINDINGS)
 
 
 def test_page_explains_each_threshold() -> None:

@@ -12,7 +12,7 @@ from histories import make_history
 from torch import Tensor
 
 from gradstat import History, LinearBins, Log2Bins, Thresholds
-from gradstat.diagnosis import KINDS, SEVERITIES
+from gradstat.diagnosis import FINDINGS, SEVERITIES
 
 
 def test_diagnose_puts_the_worst_first() -> None:
@@ -23,7 +23,7 @@ def test_diagnose_puts_the_worst_first() -> None:
         return x * (0 if layer == 2 else 1)
 
     found = make_history(Log2Bins(), 5, 30, gradient).diagnose()
-    order = [(SEVERITIES.index(f.severity), KINDS.index(f.kind)) for f in found]
+    order = [(SEVERITIES.index(f.severity), FINDINGS.index(f.kind)) for f in found]
     assert order == sorted(order)
     assert [(f.kind, f.layer) for f in found[:5]] == [
         ("non-finite", "3.weight"),
