@@ -296,8 +296,8 @@ def test_reduce_over_a_part_of_a_mesh_merges_what_its_ranks_hold(run: Run) -> No
         ),
         (
             "bins",
-            "the same bins on each rank; bins on rank 1 is linear 2048 0.0 2.0 False False, on "
-            "rank 0 linear 2048 0.0 1.0 False False",
+            "the same bins on each rank; bins on rank 1 is linear 2048 0.0 2.0 False, on "
+            "rank 0 linear 2048 0.0 1.0 False",
         ),
         (
             "replicas",
