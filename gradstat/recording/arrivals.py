@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradstat.bins import Bins, LinearBins, widen
 from gradstat.history import History
+from gradstat.recording.streams import Computed, take_over
 from gradstat.recording.transfers import Transfer
 from gradstat.results import FLOATS, INTEGERS, Statistics
 
@@ -25,12 +26,14 @@ class Launch(NamedTuple):
     Args:
         indices: the layer of each row.
         result: rows on their device.
+        stream: which computes them.
         scales: what the values of a kind are still to be divided by.
     """
 
     indices: tuple[int, ...]
     result: Statistics
-    scales: Mapping[str, Tensor]
+    stream: torch.Stream | None
+    scales: Mapping[str, Computed]
 
 
 class Part(NamedTuple):
@@ -39,14 +42,13 @@ class Part(NamedTuple):
     Args:
         indices: the layer of each row.
         result: integers, floats and counts.
-        sources: what they are copied from, which is kept until they have arrived: the copy may run
-            on another stream than the one that the memory belongs to.
+        is_one_launch: in which each layer comes once, in order.
         scales: what the values of a kind are still to be divided by.
     """
 
     indices: tuple[int, ...]
     result: Transfer
-    sources: list[Statistics]
+    is_one_launch: bool
     scales: dict[str, Transfer]
 
     def has_arrived(self, wait: bool) -> bool:
@@ -71,14 +73,19 @@ def send(launches: Sequence[Launch]) -> list[Part]:
 
 
 def _join(launches: Sequence[Launch]) -> Part:
-    indices, _, scales = launches[0]
-    sources = [launch.result for launch in launches]
-    fields = _fields(sources[0])
+    indices, result, _, scales = launches[0]
+    by_stream: dict[torch.Stream | None, list[Tensor]] = {}
+    for launch in launches:
+        by_stream.setdefault(launch.stream, []).extend(_fields(launch.result))
+    for stream, computed in by_stream.items():
+        take_over(computed, stream)
+    fields = _fields(result)
     if len(launches) > 1:
         indices = tuple(index for launch in launches for index in launch.indices)
-        fields = tuple(torch.cat(each) for each in zip(*map(_fields, sources), strict=True))
-    arriving = {kind: Transfer((scale,)) for kind, scale in scales.items()} if scales else {}
-    return Part(indices, Transfer(fields), sources, arriving)
+        results = [_fields(launch.result) for launch in launches]
+        fields = tuple(torch.cat(each) for each in zip(*results, strict=True))
+    arriving = {kind: Transfer((scale.get(),)) for kind, scale in scales.items()} if scales else {}
+    return Part(indices, Transfer(fields), len(launches) == 1, arriving)
 
 
 def combine(parts: Sequence[Part], history: History, outputs: frozenset[int]) -> Part:
@@ -92,8 +99,7 @@ def combine(parts: Sequence[Part], history: History, outputs: frozenset[int]) ->
     Returns:
         A part on the host with a row for each layer that has any.
     """
-    # In one launch each layer comes once, in order.
-    if len(parts) == 1 and not parts[0].scales and len(parts[0].sources) < 2:
+    if len(parts) == 1 and not parts[0].scales and parts[0].is_one_launch:
         return parts[0]
     bins = history.bins
     layers = sorted({layer for part in parts for layer in part.indices})
@@ -110,7 +116,7 @@ def combine(parts: Sequence[Part], history: History, outputs: frozenset[int]) ->
                 new = _arrays(as_statistics(bins, before).merge(as_statistics(bins, new)))
             integers[rows], floats[rows], counts[rows] = new
     packed = tuple(torch.from_numpy(each) for each in (integers, floats, counts))
-    return Part(tuple(layers), Transfer(packed), [], {})
+    return Part(tuple(layers), Transfer(packed), True, {})
 
 
 def _unscaled(part: Part, history: History) -> Rows:

@@ -11,6 +11,7 @@ from torch import Tensor
 from gradstat.bins import Bins, LinearBins
 from gradstat.ops import choose_engine, known_range
 from gradstat.recording.arrivals import Launch, divide
+from gradstat.recording.streams import Computed, stream_of
 
 
 def is_capturing() -> bool:
@@ -33,7 +34,7 @@ class Launcher:
         self._is_linear = isinstance(bins, LinearBins)
         self._engines: dict[str, ModuleType] = {}
 
-    def measure(self, tensors: dict[int, Tensor], scales: Mapping[str, Tensor]) -> Launch:
+    def measure(self, tensors: dict[int, Tensor], scales: Mapping[str, Computed]) -> Launch:
         """Start to measure; nothing waits for the result.
 
         Args:
@@ -45,7 +46,7 @@ class Launcher:
             for kind, scale in scales.items():
                 scaled = [i for i in tensors if self._kinds[i] == kind]
                 if scaled:
-                    divided = divide([tensors[i] for i in scaled], scale)
+                    divided = divide([tensors[i] for i in scaled], scale.get())
                     tensors = tensors | dict(zip(scaled, divided, strict=True))
             scales = {}
             device = next(iter(tensors.values())).device
@@ -57,11 +58,12 @@ class Launcher:
         tensors: dict[int, Tensor],
         low: Tensor | None,
         high: Tensor | None,
-        scales: Mapping[str, Tensor],
+        scales: Mapping[str, Computed],
     ) -> Launch:
         listed = list(tensors.values())
         kind = listed[0].device.type
         engine = self._engines.get(kind)
         if engine is None:
             engine = self._engines[kind] = choose_engine(self._engine, listed[0])
-        return Launch(tuple(tensors), engine.measure(listed, self._bins, low, high), scales)
+        result = engine.measure(listed, self._bins, low, high)
+        return Launch(tuple(tensors), result, stream_of(listed[0].device), scales)

@@ -31,6 +31,8 @@ from gradstat.recording.arrivals import (
 from gradstat.recording.launcher import Launcher, is_capturing
 from gradstat.recording.shards import local_part, origin_of
 from gradstat.recording.side_stream import SideStream
+from gradstat.recording.streams import Computed
+from gradstat.recording.waiting import Waiting
 from gradstat.results import Statistics
 
 Sink = Callable[[int, Statistics], object]
@@ -76,20 +78,17 @@ class Recorder:
         self.lock = threading.RLock()
         self._bins = history.bins
         self._every, self._accumulation_steps = every, accumulation_steps
-        self._bucket_bytes = bucket_bytes
         self._launcher = Launcher(history.bins, history.kinds, engine)
-        self._sink, self._journal, self._side = sink, journal, side
+        self._sink, self._journal = sink, journal
         self.n_passes = 0
         self.is_recording = False
         # By the kind of what they multiply, and in which run of autograd they were taken.
-        self._scales: dict[str, Tensor] = {}
+        self._scales: dict[str, Computed] = {}
         self._scaled_in: dict[str, int] = {}
         self._outputs = frozenset(i for i, kind in enumerate(history.kinds) if kind in OF_OUTPUTS)
         self._has_outputs = False
-        self._peaks: dict[tuple[int, torch.Size, torch.device], Tensor] = {}
-        # Gradients that wait to be measured together, by device (-1 for the CPU) and layer.
-        self._waiting: dict[int, dict[int, Tensor]] = {}
-        self._n_bytes: dict[int, int] = {}
+        self._peaks: dict[tuple[int, torch.Size, torch.device], Computed] = {}
+        self._waiting = Waiting(bucket_bytes, side)
         self._launches: list[Launch] = []
         self._parts: list[Part] = []  # of this record, on their way already
         self._captured: list[Launch] | None = None
@@ -127,7 +126,7 @@ class Recorder:
         if kind in self._scales:
             # What waits has the one before.
             self.measure_waiting()
-        self._scales = {**self._scales, kind: scale.detach().clone()}
+        self._scales = {**self._scales, kind: Computed.now(scale.detach().clone())}
         self._scaled_in[kind] = run
 
     def add(self, index: int, gradient: Tensor) -> None:
@@ -147,7 +146,7 @@ class Recorder:
         if gradient.is_sparse:
             gradient = gradient.detach().coalesce().values()
         if is_measurable(gradient) and not gradient.is_meta:
-            self._wait(index, gradient, at_once)
+            self._waiting.replace(index, gradient, self._measure, at_once=at_once)
 
     def add_output(self, index: int, x: Tensor) -> bool:
         """Measure a layer's output, if `is_due`, and count it together with those before.
@@ -166,9 +165,8 @@ class Recorder:
         self._has_outputs = True
         # A copy of a small one costs less than a launch of its own.
         is_small = x.nbytes <= _SMALL_BYTES
-        self._wait_again(index, x.clone() if is_small else x, at_once=not is_small)
-        if self._side is not None and not is_small:
-            self._side.join()
+        x = x.clone() if is_small else x
+        self._waiting.join(index, x, self._measure, at_once=not is_small)
         return True
 
     def add_peaks(self, index: int, x: Tensor, unit: int | None) -> None:
@@ -184,12 +182,13 @@ class Recorder:
         peaks = unit_peaks(self._own_part(index, x), unit)
         key = index, peaks.shape, peaks.device
         before = self._peaks.get(key)
-        self._peaks[key] = peaks if before is None else torch.maximum(before, peaks)
+        if before is not None:
+            peaks = torch.maximum(before.get(), peaks)
+        self._peaks[key] = Computed.now(peaks)
 
     def measure_waiting(self) -> None:
-        """Measure now what `add` has taken."""
-        for device in list(self._waiting):
-            self._measure_waiting(device)
+        """Measure now what `add` has taken, which may change then."""
+        self._waiting.measure_all(self._measure)
 
     def end(self) -> None:
         """Finish the pass; its record is in `history` once it has arrived on the host.
@@ -203,8 +202,6 @@ class Recorder:
                 self._has_outputs = True
                 warnings.warn(_NO_OUTPUTS, RuntimeWarning, stacklevel=2)
             self.measure_waiting()
-            if self._side is not None:
-                self._side.join()
             if is_capturing():
                 # It has not run yet, and nothing may be asked of the device now.
                 self._captured = self._launches
@@ -229,11 +226,7 @@ class Recorder:
 
     def drop(self) -> None:
         """Forget an unfinished pass."""
-        if self._side is not None:
-            self._side.join()
         self._forget()
-        self._waiting.clear()
-        self._n_bytes.clear()
 
     def collect(self, wait: bool) -> None:
         """Move records that have arrived into the history, oldest first.
@@ -302,6 +295,7 @@ class Recorder:
         self._scales = {}
         self._scaled_in.clear()
         self._peaks.clear()
+        self._waiting.clear()
 
     def _own_part(self, index: int, x: Tensor) -> Tensor:
         """Of a DTensor what this rank holds, which the history is told."""
@@ -311,41 +305,10 @@ class Recorder:
         self.history.origins[index] = origin
         return local_part(x)
 
-    def _wait(self, index: int, x: Tensor, at_once: bool) -> None:
-        """Let a tensor wait for others to be measured with, if not at once, up to a bucket."""
-        device = x.get_device()
-        waiting = self._waiting.get(device)
-        if waiting is None:
-            waiting = self._waiting[device] = {}
-        waiting[index] = x
-        n_bytes = self._n_bytes[device] = self._n_bytes.get(device, 0) + x.nbytes
-        if at_once or n_bytes >= self._bucket_bytes:
-            self._measure_waiting(device)
-
     def _take_peaks(self) -> None:
         for (index, _, _), peaks in self._peaks.items():
-            self._wait_again(index, peaks, at_once=False)
+            self._waiting.join(index, peaks.get(), self._measure, at_once=False)
         self._peaks.clear()
-
-    def _wait_again(self, index: int, x: Tensor, *, at_once: bool) -> None:
-        """Let a tensor wait that does not replace another one of its layer."""
-        device = x.get_device()
-        if index in self._waiting.get(device, ()):
-            self._measure_waiting(device)
-        self._wait(index, x, at_once)
-
-    def _measure_waiting(self, device: int) -> None:
-        """Launch over a bucket and empty it; the results start on their way to the host."""
-        gradients = dict(sorted(self._waiting.pop(device).items()))
-        self._n_bytes[device] = 0
-        if self._side is not None:
-            with torch.no_grad(), self._side.beside(list(gradients.values())):
-                self._measure(gradients)
-        elif torch.is_grad_enabled():
-            with torch.no_grad():
-                self._measure(gradients)
-        else:
-            self._measure(gradients)
 
     def _measure(self, tensors: dict[int, Tensor]) -> None:
         self._launches.append(self._launcher.measure(tensors, self._scales))

@@ -117,7 +117,7 @@ def test_replayed_reads_the_scale_of_the_replay(monkeypatch: pytest.MonkeyPatch)
     with gradstat.watch(model, scaler=scaler) as w:
         with graph.capture():
             backward(model)
-        w._recorder._captured[0].scales["grad"].fill_(8.0)
+        w._recorder._captured[0].scales["grad"].x.fill_(8.0)
         gradients = new_gradients(model)
         graph.replay()
         w.replayed()

@@ -1,0 +1,53 @@
+"""What one CUDA stream has computed, used on another; other devices have no streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def stream_of(device: torch.device) -> torch.Stream | None:
+    """The current stream of a CUDA device."""
+    if device.type != "cuda":
+        return None
+    # In a fifth of the time of torch.cuda.current_stream().
+    return torch.accelerator.current_stream(device)
+
+
+def take_over(tensors: Iterable[Tensor], stream: torch.Stream | None) -> None:
+    """Let the current stream use what another one computes.
+
+    It waits for all that the other stream has to do so far, and the tensors' memory is given to no
+    other tensor before it has done what it has to do by then.
+
+    Args:
+        tensors: of that stream's device.
+        stream: which computes them.
+    """
+    if stream is None:
+        return
+    current = torch.accelerator.current_stream(stream.device)
+    if current != stream:
+        current.wait_stream(stream)
+        for x in tensors:
+            x.record_stream(current)
+
+
+class Computed(NamedTuple):
+    """A tensor, and the stream that computes it."""
+
+    x: Tensor
+    stream: torch.Stream | None
+
+    @classmethod
+    def now(cls, x: Tensor) -> Computed:
+        """A tensor that the current stream computes."""
+        return cls(x, stream_of(x.device))
+
+    def get(self) -> Tensor:
+        """The tensor, for the current stream."""
+        take_over([self.x], self.stream)
+        return self.x

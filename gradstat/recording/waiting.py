@@ -1,0 +1,88 @@
+"""`Waiting`: tensors that wait to be measured together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from gradstat.recording.side_stream import SideStream
+from gradstat.recording.streams import stream_of, take_over
+
+Place = torch.Stream | torch.device
+# Is given the tensors of a bucket by layer, in the layers' order.
+Measure = Callable[[dict[int, Tensor]], None]
+
+
+class Waiting:
+    """Buckets of tensors, each measured at once.
+
+    A bucket is of one device, and of one of its streams: it is measured there when it is full, and
+    waits for no other stream.
+
+    Args:
+        bucket_bytes: of a bucket that is full.
+        side: where buckets are measured; ``None`` for where they are computed.
+    """
+
+    def __init__(self, bucket_bytes: int, side: SideStream | None) -> None:
+        self._bucket_bytes, self._side = bucket_bytes, side
+        self._buckets: dict[Place, dict[int, Tensor]] = {}
+        self._n_bytes: dict[Place, int] = {}
+
+    def replace(self, index: int, x: Tensor, measure: Measure, *, at_once: bool) -> None:
+        """Add a tensor of a layer in place of the one that waits, if any.
+
+        Args:
+            index: of the layer.
+            x: what the current stream computes.
+            measure: for buckets that are to be measured now.
+            at_once: it may change as soon as this returns.
+        """
+        for bucket in self._buckets.values():
+            bucket.pop(index, None)
+        self._add(index, x, measure, at_once)
+
+    def join(self, index: int, x: Tensor, measure: Measure, *, at_once: bool) -> None:
+        """Add a tensor of a layer to those that wait; arguments as for `replace`."""
+        place = stream_of(x.device) or x.device
+        if index in self._buckets.get(place, ()):
+            self._measure_bucket(place, measure)
+        self._add(index, x, measure, at_once)
+
+    def measure_all(self, measure: Measure) -> None:
+        """Measure all; what was added may change then, on the current streams."""
+        for place in list(self._buckets):
+            self._measure_bucket(place, measure)
+        if self._side is not None:
+            self._side.join()
+
+    def clear(self) -> None:
+        """Forget what waits, and what was measured beside."""
+        self._buckets.clear()
+        self._n_bytes.clear()
+        if self._side is not None:
+            self._side.forget()
+
+    def _add(self, index: int, x: Tensor, measure: Measure, at_once: bool) -> None:
+        place = stream_of(x.device) or x.device
+        self._buckets.setdefault(place, {})[index] = x
+        n_bytes = self._n_bytes[place] = self._n_bytes.get(place, 0) + x.nbytes
+        if at_once or n_bytes >= self._bucket_bytes:
+            self._measure_bucket(place, measure)
+            if at_once and self._side is not None:
+                self._side.join()
+
+    def _measure_bucket(self, place: Place, measure: Measure) -> None:
+        tensors = dict(sorted(self._buckets.pop(place).items()))
+        del self._n_bytes[place]
+        if not tensors:  # another bucket has what replaced them
+            return
+        stream = place if isinstance(place, torch.Stream) else None
+        device = place if isinstance(place, torch.device) else place.device
+        beside = nullcontext() if self._side is None else self._side.beside(device)
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext(), beside:
+            take_over(tensors.values(), stream)
+            measure(tensors)

@@ -1,0 +1,230 @@
+"""Watch and work on several CUDA streams: it waits for what it reads, and what it reads stays."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import gradstat
+from gradstat import Statistics
+
+pytestmark = pytest.mark.gpu
+
+OUTPUTS = ("grad", "activation", "grad_output")
+
+
+class OnStream(nn.Module):
+    """A layer on a stream of its own, which the streams around it wait for."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.stream = layer, torch.cuda.Stream()
+
+    def forward(self, x: Tensor) -> Tensor:
+        outside = torch.cuda.current_stream()
+        self.stream.wait_stream(outside)
+        x.record_stream(self.stream)
+        with torch.cuda.stream(self.stream):
+            y: Tensor = self.layer(x)
+        outside.wait_stream(self.stream)
+        y.record_stream(outside)
+        return y
+
+
+class Branches(nn.Module):
+    """Layers side by side, each on a stream of its own."""
+
+    def __init__(self, n: int, size: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(OnStream(nn.Linear(size, size)) for _ in range(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x) for layer in self.layers]).sum(0)
+
+
+def make_model() -> nn.Sequential:
+    """Large outputs, measured at once, and small ones, which wait."""
+    layers = [OnStream(nn.Linear(64, 300)), nn.ReLU(), nn.Linear(300, 64), Branches(3, 64)]
+    return nn.Sequential(*layers, OnStream(nn.ReLU()), nn.Linear(64, 4)).cuda()
+
+
+class Expected:
+    """Copies of what a watch should measure, each made on the stream that computes it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rows: dict[tuple[str, str], Tensor] = {}
+        for name, parameter in model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(self._on_gradient(name))
+        for name, module in model.named_modules():
+            if not list(module.children()):
+                module.register_forward_hook(self._on_output(name))
+
+    def _on_gradient(self, name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            self.rows["grad", name] = parameter.grad.clone()
+
+        return hook
+
+    def _on_output(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            self.rows["activation", name] = output.detach().clone()
+
+            def see(gradient: Tensor) -> None:
+                self.rows["grad_output", name] = gradient.clone()
+
+            if output.requires_grad:
+                output.register_hook(see)
+
+        return hook
+
+    def take(self, history: gradstat.History) -> Statistics:
+        """The statistics of a history's rows, in order, and none of the copies any more."""
+        torch.cuda.synchronize()
+        tensors = []
+        for kind, name in history.rows:
+            if kind == "unit":
+                tensors.append(self.rows["activation", name].abs().amax(0))
+            else:
+                tensors.append(self.rows[kind, name])
+        self.rows.clear()
+        return gradstat.statistics([x.cpu() for x in tensors])
+
+
+def assert_records(w: gradstat.Watch, expected: Sequence[Statistics]) -> None:
+    assert len(w.history) == len(expected)
+    for step, each in enumerate(expected):
+        record = w.history.record(step)
+        assert record.numel.tolist() == each.numel.tolist()
+        assert torch.equal(record.integers, each.integers)
+        assert torch.equal(record.counts, each.counts)
+
+
+@pytest.mark.parametrize("stream", ["current", "side"])
+@pytest.mark.parametrize("bucket_bytes", [1, 30_000, 25 << 20])
+@pytest.mark.parametrize("what", ["grad", OUTPUTS], ids=["grad", "outputs"])
+def test_watch_waits_for_layers_on_streams_of_their_own(
+    what: str | tuple[str, ...], bucket_bytes: int, stream: str
+) -> None:
+    model = make_model()
+    copies, expected = Expected(model), []
+    with gradstat.watch(model, what=what, bucket_bytes=bucket_bytes, stream=stream) as w:
+        for _ in range(3):
+            model(torch.randn(32, 64, device="cuda")).square().mean().backward()
+            # Their memory goes to what the layers' streams compute next.
+            model.zero_grad()
+            for part in model.modules():
+                if isinstance(part, OnStream):
+                    with torch.cuda.stream(part.stream):
+                        for parameter in part.parameters():
+                            torch.full_like(parameter, 7.0)
+            expected.append(copies.take(w.history))
+    assert_records(w, expected)
+
+
+def change(weight: Tensor) -> None:
+    weight.grad.fill_(7.0)
+
+
+def test_watch_on_a_side_stream_is_done_with_parameters_before_the_step() -> None:
+    model = nn.Linear(300, 200).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    what = ("grad", "param", "update")
+    copies, expected = Expected(model), []
+    options = {"optimizer": optimizer, "stream": "side", "bucket_bytes": 1}
+    with gradstat.watch(model, what=what, when="step", **options) as w:
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(8, 300, device="cuda")).square().mean().backward()
+            before = copies.rows["param", "weight"] = model.weight.detach().clone()
+            optimizer.step()
+            copies.rows["update", "weight"] = model.weight.detach() - before
+            expected.append(copies.take(w.history))
+    assert_records(w, expected)
+
+
+def test_watch_on_a_side_stream_is_done_with_parts_of_a_buffer_when_its_hook_returns() -> None:
+    model = nn.Linear(300, 200).cuda()
+    buffer = torch.zeros(model.weight.numel() + 7, device="cuda")
+    copies, expected = Expected(model), []
+    with gradstat.watch(model, stream="side") as w:
+        model.weight.register_post_accumulate_grad_hook(change)
+        for _ in range(3):
+            buffer.zero_()
+            model.weight.grad = buffer[7:].view_as(model.weight)
+            model(torch.randn(8, 300, device="cuda")).square().mean().backward()
+            expected.append(copies.take(w.history))
+    assert_records(w, expected)
+
+
+def test_watch_on_a_side_stream_is_done_with_gradients_of_ddp_when_its_hook_returns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # As under DistributedDataParallel(static_graph=True), which needs a second process.
+    monkeypatch.setattr("gradstat.recording.watch._is_changed_in_backward", lambda _: True)
+    model = nn.Linear(300, 200).cuda()
+    copies, expected = Expected(model), []
+    with gradstat.watch(model, stream="side") as w:
+        model.weight.register_post_accumulate_grad_hook(change)
+        for _ in range(3):
+            model.zero_grad()
+            model(torch.randn(8, 300, device="cuda")).square().mean().backward()
+            expected.append(copies.take(w.history))
+    assert_records(w, expected)
+
+
+def test_watch_on_a_side_stream_is_done_with_a_reentrant_checkpoint_at_its_end() -> None:
+    model = nn.Linear(300, 200).cuda()
+    copies, expected = Expected(model), []
+
+    with gradstat.watch(model, stream="side") as w:
+        for _ in range(3):
+            model.zero_grad()
+            x = torch.randn(8, 300, device="cuda", requires_grad=True)
+            outside = x * 2
+            outside.register_hook(lambda _: change(model.weight))
+            checkpoint(model, outside, use_reentrant=True).square().mean().backward()
+            expected.append(copies.take(w.history))
+    assert_records(w, expected)
+
+
+@pytest.mark.parametrize("stream", ["current", "side"])
+def test_watch_in_a_captured_step_is_done_with_every_kind_before_it_changes(stream: str) -> None:
+    layers = [nn.Linear(300, 200), nn.ReLU(inplace=True), nn.Linear(200, 90)]
+    model = nn.Sequential(*layers).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(8, 300, device="cuda")
+    what = ("grad", "param", "update", *OUTPUTS[1:])
+    copies, expected = Expected(model), []
+    options = {"optimizer": optimizer, "stream": stream, "bucket_bytes": 1}
+    with gradstat.watch(model, what=what, when="step", **options) as w:
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            model(x).square().mean().backward()
+            for name in ("0.weight", "2.weight"):
+                copies.rows["param", name] = model.get_parameter(name).detach().clone()
+            optimizer.step()
+            for name in ("0.weight", "2.weight"):
+                before = copies.rows["param", name]
+                copies.rows["update", name] = model.get_parameter(name).detach() - before
+
+        warm_up = torch.cuda.Stream()
+        warm_up.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warm_up):
+            step()
+        torch.cuda.current_stream().wait_stream(warm_up)
+        expected.append(copies.take(w.history))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        captured = copies.rows
+        for _ in range(3):
+            x.normal_()
+            graph.replay()
+            w.replayed()
+            copies.rows = dict(captured)
+            expected.append(copies.take(w.history))
+    assert_records(w, expected)
