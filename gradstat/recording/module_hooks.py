@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from gradstat.kinds import ACTIVATION, GRAD_OUTPUT, UNIT
-from gradstat.recording.parameter_hooks import await_end
 from gradstat.recording.recorder import Recorder
+from gradstat.recording.running_pass import RunningPass, remember_caller
 from gradstat.recording.skipped_steps import SkippedSteps
 from gradstat.recording.units import Layout
 
@@ -62,8 +62,7 @@ class OutputHooks:
         if scaler is not None and optimizer is not None:
             self._skips = SkippedSteps(scaler, optimizer)
         self._layout, self._is_closed = Layout(modules), False
-        self._is_in_backward = False
-        self._end_call: Callable[[], Callable[[], None] | None] = lambda: None
+        self._pass = RunningPass()
         self.sees_gradients = GRAD_OUTPUT in first_rows
         self.key = next(_KEYS)
         _RUNNING[self.key] = self
@@ -93,7 +92,8 @@ class OutputHooks:
                 # What is there belongs to a pass or a step that came to nothing.
                 recorder.drop()
             if is_gradient:
-                self._follow_backward()
+                if not self._pass.has_begun:
+                    self._pass.await_end(self._on_end)
                 if self.sees_gradients:
                     recorder.take_scale(GRAD_OUTPUT, getattr(self._scaler, "_scale", None))
                     recorder.add_output(self._rows[GRAD_OUTPUT] + index, x)
@@ -102,16 +102,14 @@ class OutputHooks:
                 if recorder.add_output(self._rows[ACTIVATION] + index, x):
                     recorder.add_peaks(self._rows[UNIT] + index, x, unit)
 
-    def _follow_backward(self) -> None:
-        if not self._is_in_backward:
-            self._is_in_backward, self._end_call = True, await_end(self._on_end)
-
     def _on_end(self) -> None:
-        self._is_in_backward = False
+        with self._recorder.lock:
+            self._pass.end()
 
     def _has_failed(self) -> bool:
-        if self._is_in_backward and self._end_call() is None:
-            self._is_in_backward = False
+        remember_caller()
+        if self._pass.has_begun and not self._pass.is_running():
+            self._pass.end()
             return True
         if self._recorder.is_recording and not self._is_running():
             return True

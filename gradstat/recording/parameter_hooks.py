@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradstat.kinds import GRAD, PARAM, UPDATE
 from gradstat.recording.recorder import Recorder
+from gradstat.recording.running_pass import RunningPass
 from gradstat.recording.shards import local_part
 
 
@@ -47,8 +48,7 @@ class BackwardHooks:
             (first_rows[PARAM] + index, weakref.ref(parameter))
             for index, parameter in enumerate(parameters if PARAM in first_rows else ())
         ]
-        # What will be called next in the running pass, as `await_end` returns it.
-        self._next_call: Callable[[], Callable[..., None] | None] = lambda: None
+        self._pass = RunningPass()
         self._handles = [
             _hook(parameter, partial(self._on_gradient, index))
             for index, parameter in enumerate(parameters)
@@ -62,18 +62,18 @@ class BackwardHooks:
 
     def is_running(self) -> bool:
         """Whether a pass has begun that neither has ended nor been ended by an exception."""
-        return self._next_call() is not None
+        return self._pass.is_running()
 
     @_disable_dynamo
     def _on_gradient(self, index: int, parameter: Tensor) -> None:
         with self._recorder.lock:
-            if self._next_call() is None:
+            if not self._pass.is_running():
                 if _is_compiled_autograd():
                     # The end of the pass would not be told.
                     raise RuntimeError("watch() needs when='step' under compiled autograd")
                 # There is no scale before the first loss, nor in a scaler that is not enabled.
                 self._recorder.begin(getattr(self._scaler, "_scale", None))
-                self._await_end()
+                self._pass.await_end(self._on_end)
             gradient = parameter.grad
             if gradient is not None and self._first_gradient is not None:
                 self._recorder.add(self._first_gradient + index, gradient)
@@ -85,10 +85,8 @@ class BackwardHooks:
             weight = reference()
             if weight is not None:
                 self._recorder.add(row, weight)
+        self._pass.end()
         self._recorder.end()
-
-    def _await_end(self) -> None:
-        self._next_call = await_end(self._on_end)
 
     @_disable_dynamo
     def _on_end(self) -> None:
@@ -117,9 +115,9 @@ class BackwardHooks:
             with self._recorder.lock:
                 for handle in handles:
                     handle.remove()
-                self._await_end()
+                self._pass.await_end(self._on_end)
 
-        self._next_call = weakref.ref(on_outer_node)
+        self._pass.await_call(on_outer_node)
         handles += [
             after.register_prehook(on_outer_node) for after, _ in node.next_functions if after
         ]
@@ -224,19 +222,6 @@ class StepHook:
                 self._recorder.add(self._rows[GRAD] + index, gradient)
             if PARAM in self._rows:
                 self._recorder.add(self._rows[PARAM] + index, parameter)
-
-
-def await_end(function: Callable[[], None]) -> weakref.ref[Callable[[], None]]:
-    """Have a function called at the end of the backward pass that is running.
-
-    Returns:
-        The call to come. Autograd alone keeps it alive, and drops it with a pass that an exception
-        ends.
-    """
-    call: Callable[[], None] = partial(function)
-    reference = weakref.ref(call)
-    torch.autograd.Variable._execution_engine.queue_callback(call)
-    return reference
 
 
 def _is_compiled_autograd() -> bool:

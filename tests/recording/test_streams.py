@@ -124,6 +124,45 @@ def test_watch_waits_for_layers_on_streams_of_their_own(
     assert_records(w, expected)
 
 
+class Fails(torch.autograd.Function):
+    """The identity, whose gradient cannot be computed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise ArithmeticError
+
+
+@pytest.mark.parametrize("is_reentrant", [False, True])
+@pytest.mark.parametrize("when", ["backward", "step"])
+def test_watch_forgets_a_backward_that_fails_on_the_devices_thread(
+    when: str, is_reentrant: bool
+) -> None:
+    model = nn.Sequential(nn.Linear(20, 24), nn.ReLU(), nn.Linear(24, 20)).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"optimizer": optimizer} if when == "step" else {}
+    copies, expected = Expected(model), []
+
+    def fail(x: Tensor) -> Tensor:
+        return model(Fails.apply(model(x)))
+
+    with gradstat.watch(model, what=OUTPUTS, when=when, **options) as w:
+        for _ in range(10):
+            x = torch.randn(24, 20, device="cuda", requires_grad=True)
+            y = checkpoint(fail, x, use_reentrant=True) if is_reentrant else fail(x)
+            with pytest.raises(ArithmeticError):
+                y.sum().backward()
+            optimizer.zero_grad()
+            # At once: the device's thread may not yet have let go of the pass before.
+            model(torch.randn(24, 20, device="cuda")).square().mean().backward()
+            optimizer.step()
+            expected.append(copies.take(w.history))
+    assert_records(w, expected)
+
+
 def change(weight: Tensor) -> None:
     weight.grad.fill_(7.0)
 
