@@ -5,6 +5,7 @@ import importlib
 import inspect
 import os
 import pkgutil
+import re
 import shutil
 import subprocess
 import sys
@@ -165,3 +166,13 @@ def test_public_functions_have_an_example() -> None:
     for name in ("LinearBins", "Log2Bins", "Statistics", "histogram", "statistics", "watch"):
         value = getattr(gradstat, name)
         assert any(test.examples for test in finder.find(value, name)), name
+
+
+def test_private_names_of_pytorch_are_in_one_file() -> None:
+    private = re.compile(r"\btorch\._|\b_execution_engine\b|\._orig_mod\b|\._base\b|\"_scale\"")
+    found = [
+        path.relative_to(ROOT).as_posix()
+        for path in sorted((ROOT / "gradstat").rglob("*.py"))
+        if private.search(path.read_text())
+    ]
+    assert found == ["gradstat/recording/torch_internals.py"]

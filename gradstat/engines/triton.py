@@ -44,7 +44,7 @@ _dtype_of = operator.attrgetter("dtype")
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors of one dtype: their work items and spans on the device, see engines/triton_items.py."""
+    """Tensors of one dtype: their work items and spans on the device, see triton_items.py."""
 
     dtype: torch.dtype
     items: Tensor

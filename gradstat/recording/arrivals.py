@@ -14,6 +14,7 @@ from torch import Tensor
 from gradstat.bins import Bins, LinearBins, widen
 from gradstat.history import History
 from gradstat.recording.streams import Computed, take_over
+from gradstat.recording.torch_internals import multiplied
 from gradstat.recording.transfers import Transfer
 from gradstat.results import FLOATS, INTEGERS, Statistics
 
@@ -208,7 +209,7 @@ def divide(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:
     """Unscaled copies, by the arithmetic of `torch.amp.GradScaler`; in float32 at least."""
     wide = [x.float() if x.itemsize < 4 else x for x in gradients]
     inverse = widen(scale.to(wide[0].device, non_blocking=True)).reciprocal().float()
-    return list(torch._foreach_mul(wide, inverse))
+    return multiplied(wide, inverse)
 
 
 def unit_peaks(x: Tensor, unit: int) -> Tensor:

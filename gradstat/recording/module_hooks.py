@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
-from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -21,6 +19,16 @@ from gradstat.kinds import ACTIVATION, GRAD_OUTPUT, UNIT
 from gradstat.recording.recorder import Recorder
 from gradstat.recording.running_pass import RunningPass, remember_caller
 from gradstat.recording.skipped_steps import SkippedSteps
+from gradstat.recording.torch_internals import (
+    base_of,
+    compiled_module_of,
+    disable_dynamo,
+    is_transformed,
+    keep_in_graphs,
+    running_node,
+    saved_tensor_hook,
+    scale_of,
+)
 from gradstat.recording.units import Layout
 
 _KEYS = itertools.count()
@@ -78,7 +86,7 @@ class OutputHooks:
         self._handles.clear()
         self._is_closed = True
 
-    @_disable_dynamo
+    @disable_dynamo
     def see(self, index: int, x: Tensor, is_gradient: bool) -> None:
         """Measure an output of the module of that index, or the gradient with respect to one."""
         model = self._model()
@@ -95,7 +103,7 @@ class OutputHooks:
                 if not self._pass.has_begun:
                     self._pass.await_end(self._on_end)
                 if self.sees_gradients:
-                    recorder.take_scale(GRAD_OUTPUT, getattr(self._scaler, "_scale", None))
+                    recorder.take_scale(GRAD_OUTPUT, scale_of(self._scaler))
                     recorder.add_output(self._rows[GRAD_OUTPUT] + index, x)
             elif ACTIVATION in self._rows and not _is_recomputing():
                 unit = self._layout.unit_dim(index, x)
@@ -153,7 +161,7 @@ def _hook_gradient(
     x: Tensor, inputs: tuple[Any, ...], see: Callable[[Tensor, bool], object]
 ) -> None:
     """Have the gradient with respect to an output seen, also where that is changed in place."""
-    base = x._base
+    base = base_of(x)
     node = None if base is None else base.grad_fn
     if base is None or node is None or base.numel() != x.numel() or _shares(base, inputs):
         # A leaf has been left out: a hook would stay on it.
@@ -174,7 +182,7 @@ def _hook_gradient(
 def _shares(base: Tensor, inputs: tuple[Any, ...]) -> bool:
     """Whether an input is that tensor, or a view of it."""
     tensors = [x for x in inputs if isinstance(x, Tensor)]
-    return len(tensors) != len(inputs) or any(x is base or x._base is base for x in tensors)
+    return len(tensors) != len(inputs) or any(x is base or base_of(x) is base for x in tensors)
 
 
 @torch.library.custom_op("gradstat::see", mutates_args=())
@@ -188,7 +196,7 @@ def _see(place: Tensor, x: Tensor, is_gradient: bool) -> None:
 
 _see.register_fake(lambda *_: None)
 # It returns nothing, and yet a compiler must not leave it out.
-_register_effectful_op(torch.ops.gradstat.see.default, _EffectType.ORDERED)
+keep_in_graphs(torch.ops.gradstat.see.default)
 
 
 def _first_tensor(output: object) -> Tensor | None:
@@ -209,8 +217,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """The user's own module, whose mode may be set without that of what is around it."""
     if isinstance(model, DistributedDataParallel | nn.DataParallel):
         return _unwrapped(model.module)
-    compiled = getattr(model, "_orig_mod", None)
-    return _unwrapped(compiled) if isinstance(compiled, nn.Module) else model
+    compiled = compiled_module_of(model)
+    return model if compiled is None else _unwrapped(compiled)
 
 
 def _is_tracing() -> bool:
@@ -219,20 +227,16 @@ def _is_tracing() -> bool:
 
 def _is_ordinary(x: object) -> bool:
     """Whether it has values here and now, as a tensor of a transform or an export has not."""
-    functorch = torch._C._functorch
     if not isinstance(x, Tensor):  # a gradient may be None
         return False
-    if functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x):
-        return False
-    if x.is_meta or x.is_nested:
+    if is_transformed(x) or x.is_meta or x.is_nested:
         return False
     return type(x) in (Tensor, nn.Parameter) or hasattr(x, "device_mesh")
 
 
 def _is_recomputing() -> bool:
     """Whether a checkpoint computes again, for its tensors alone, what it has computed before."""
-    if torch._C._current_autograd_node() is None:
+    if running_node() is None:
         return False
     # A reentrant one computes it for the first time with gradients, and has no such hook.
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and "_recomputation_hook" in getattr(hooks[0], "__qualname__", "")
+    return "_recomputation_hook" in getattr(saved_tensor_hook(), "__qualname__", "")

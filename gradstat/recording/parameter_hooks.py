@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -19,6 +17,12 @@ from gradstat.kinds import GRAD, PARAM, UPDATE
 from gradstat.recording.recorder import Recorder
 from gradstat.recording.running_pass import RunningPass
 from gradstat.recording.shards import local_part
+from gradstat.recording.torch_internals import (
+    disable_dynamo,
+    is_compiled_autograd,
+    running_node,
+    scale_of,
+)
 
 
 class BackwardHooks:
@@ -64,15 +68,15 @@ class BackwardHooks:
         """Whether a pass has begun that neither has ended nor been ended by an exception."""
         return self._pass.is_running()
 
-    @_disable_dynamo
+    @disable_dynamo
     def _on_gradient(self, index: int, parameter: Tensor) -> None:
         with self._recorder.lock:
             if not self._pass.is_running():
-                if _is_compiled_autograd():
+                if is_compiled_autograd():
                     # The end of the pass would not be told.
                     raise RuntimeError("watch() needs when='step' under compiled autograd")
                 # There is no scale before the first loss, nor in a scaler that is not enabled.
-                self._recorder.begin(getattr(self._scaler, "_scale", None))
+                self._recorder.begin(scale_of(self._scaler))
                 self._pass.await_end(self._on_end)
             gradient = parameter.grad
             if gradient is not None and self._first_gradient is not None:
@@ -88,10 +92,10 @@ class BackwardHooks:
         self._pass.end()
         self._recorder.end()
 
-    @_disable_dynamo
+    @disable_dynamo
     def _on_end(self) -> None:
         with self._recorder.lock:
-            node = torch._C._current_autograd_node()
+            node = running_node()
             if node is None:
                 self._end()
                 return
@@ -173,7 +177,7 @@ class StepHook:
             self._measure({index: p for index, p in alive if p is not None}, None)
             self._recorder.end()
 
-    @_disable_dynamo
+    @disable_dynamo
     def _on_step(
         self,
         optimizer: Optimizer,
@@ -192,7 +196,7 @@ class StepHook:
                 self._recorder.measure_waiting()
                 self._before = {index: (p, _wide_copy(p)) for index, p in known.items()}
 
-    @_disable_dynamo
+    @disable_dynamo
     def _after_step(self, *_: Any) -> None:  # noqa: ANN401 (the optimizer, what step() is given)
         with self._recorder.lock, torch.no_grad():
             origins = self._recorder.history.origins
@@ -222,11 +226,6 @@ class StepHook:
                 self._recorder.add(self._rows[GRAD] + index, gradient)
             if PARAM in self._rows:
                 self._recorder.add(self._rows[PARAM] + index, parameter)
-
-
-def _is_compiled_autograd() -> bool:
-    module = sys.modules.get("torch._dynamo.compiled_autograd")
-    return module is not None and bool(module.in_compiled_autograd_region)
 
 
 def _wide_copy(parameter: nn.Parameter) -> Tensor:

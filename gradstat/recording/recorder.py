@@ -32,6 +32,7 @@ from gradstat.recording.launcher import Launcher, is_capturing
 from gradstat.recording.shards import local_part, origin_of
 from gradstat.recording.side_stream import SideStream
 from gradstat.recording.streams import Computed
+from gradstat.recording.torch_internals import running_pass
 from gradstat.recording.waiting import Waiting
 from gradstat.results import Statistics
 
@@ -120,7 +121,7 @@ class Recorder:
         """Remember what a record's values of a kind are multiplied by in this run of autograd."""
         if scale is None:
             return
-        run = torch._C._current_graph_task_id()
+        run = running_pass()
         if self._scaled_in.get(kind) == run:
             return
         if kind in self._scales:

@@ -7,6 +7,8 @@ import weakref
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from gradstat.recording.torch_internals import step_states_of
+
 
 class SkippedSteps:
     """Finds out that a scaler has skipped a step, for which an optimizer's hooks are not called.
@@ -28,7 +30,7 @@ class SkippedSteps:
         Args:
             n_steps: steps that the optimizer has made so far.
         """
-        states = getattr(self._scaler, "_per_optimizer_states", None)
+        states = step_states_of(self._scaler)
         if states is self._states:
             return False
         before, stepped = self._states, n_steps != self._n_steps

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gradstat.recording.torch_internals import BATCH_NORM
+
 _SPATIAL = ("Conv", "ConvTranspose", "MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool")
 _BY_DIMENSIONS = {n: tuple(getattr(nn, f"{name}{n}d") for name in _SPATIAL) for n in (1, 2, 3)}
-_SECOND = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.Upsample)
+_SECOND = (BATCH_NORM, nn.GroupNorm, nn.Upsample)
 _LAST = (
     nn.Linear,
     nn.Bilinear,

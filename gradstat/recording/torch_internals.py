@@ -1,0 +1,115 @@
+"""PyTorch's private names, each behind a function that says what stops working without it.
+
+``tests/recording/test_torch_internals.py`` calls each of them: a PyTorch that drops one fails there
+first, by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+from torch.amp import GradScaler
+from torch.autograd.graph import Node
+
+# Keeps hooks out of compiled graphs. Without it torch.compile of a watched model breaks at each of
+# them; `torch._dynamo.disable`, the public name, imports the compiler with gradstat.
+disable_dynamo = _disable_dynamo
+
+# All batch and instance norms: where their units are is known from it.
+BATCH_NORM = nn.modules.batchnorm._NormBase
+
+
+def call_at_end_of_backward(function: Callable[[], None]) -> None:
+    """Have autograd call a function when the running pass ends; without it no pass has a record."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def running_node() -> Node | None:
+    """The node of a graph whose backward runs in this thread: tells checkpoints from other code."""
+    node: Node | None = torch._C._current_autograd_node()
+    return node
+
+
+def running_pass() -> int:
+    """Number of the backward pass of this thread, -1 outside: a scale is taken once in each."""
+    number: int = torch._C._current_graph_task_id()
+    return number
+
+
+def is_in_backward() -> bool:
+    """Whether this thread runs hooks of a backward pass."""
+    return running_pass() != -1
+
+
+def bequeath(name: str, value: object) -> None:
+    """Let all hooks of the passes that this thread will call read a value, in whatever thread.
+
+    Without it a pass that fails in a device's own thread may be noticed late.
+    """
+    torch._C._stash_obj_in_tls(name, value)
+
+
+def inherited(name: str) -> object:
+    """A value that the caller of the running pass has bequeathed; ``None`` without one."""
+    return torch._C._get_obj_in_tls(name) if torch._C._is_key_in_tls(name) else None
+
+
+def is_compiled_autograd() -> bool:
+    """Whether compiled autograd runs, which tells nobody of its end: an error says so."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and bool(module.in_compiled_autograd_region)
+
+
+def scale_of(scaler: GradScaler | None) -> Tensor | None:
+    """A scaler's scale, 0-dim; ``None`` before its first loss: gradients are unscaled by it.
+
+    ``get_scale()``, the public name, waits for the device.
+    """
+    scale: Tensor | None = getattr(scaler, "_scale", None)
+    return scale
+
+
+def step_states_of(scaler: GradScaler) -> dict[int, object] | None:
+    """A scaler's states of this iteration, by optimizer's id: they tell of steps that it skips."""
+    states: dict[int, object] | None = getattr(scaler, "_per_optimizer_states", None)
+    return states
+
+
+def base_of(x: Tensor) -> Tensor | None:
+    """The tensor that this one is a view of: it keeps a hook when the view is changed in place."""
+    base: Tensor | None = x._base
+    return base
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether a tensor belongs to a transform of torch.func, and has no values of its own."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(x) or functorch.is_legacy_batchedtensor(x)
+
+
+def saved_tensor_hook() -> Callable[..., Any] | None:
+    """The innermost hook on saved tensors: a checkpoint that recomputes is known by its own."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+def multiplied(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
+    """Copies of tensors times a 0-dim one, in few launches: unscaling for linear bins needs it."""
+    return list(torch._foreach_mul(tensors, factor))
+
+
+def compiled_module_of(module: nn.Module) -> nn.Module | None:
+    """What ``torch.compile(module)`` wraps: its mode is the one that the user sets."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def keep_in_graphs(op: Any) -> None:  # noqa: ANN401 (an overload of torch.ops, which has no public type)
+    """Have compilers keep calls of an op that returns nothing: else they drop compiled hooks."""
+    _register_effectful_op(op, _EffectType.ORDERED)
