@@ -73,7 +73,6 @@ def kernel_arguments(name: str, dtype: torch.dtype, scheme: str) -> tuple[Any, .
     tables = {"items_ptr": "*i64", "ranges_ptr": "*fp32", "counts_ptr": "*i64"}
     elements = {
         "DTYPE": triton_engine.ELEMENTS[dtype],
-        "IS_BFLOAT16": dtype == torch.bfloat16,
         "BINS": bins.bins,
         "SLOTS": slots,
         "ROWS": triton_engine.EACH // vector,

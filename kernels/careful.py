@@ -21,33 +21,33 @@ def power_of_two(magnitude):
 
 
 @triton.jit
-def find_unit(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, THREADS: tl.constexpr):
+def find_unit(address, strides, n, DTYPE, THREADS: tl.constexpr):
     """A power of two and a center, both float32, such that ``x * unit - center`` is of order 1.
 
     They suit the first elements, and so, as a rule, the rest.
     """
     offsets = tl.arange(0, THREADS)
-    x = load_any(address, strides, offsets, n, 0.0, DTYPE, IS_BFLOAT16)
+    x = load_any(address, strides, offsets, n, 0.0, DTYPE)
     x = tl.where(tl.abs(x) < INF, x, 0.0)
     unit = power_of_two(tl.max(tl.abs(x)))
     return unit, tl.sum(x * unit) / tl.minimum(n, THREADS)
 
 
 @triton.jit
-def zero_counts(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, THREADS: tl.constexpr):
+def zero_counts(address, strides, n, DTYPE, THREADS: tl.constexpr):
     """Elements equal to zero, and those of them with a minus sign."""
     threads = tl.arange(0, THREADS)
     zeros = tl.zeros((THREADS,), tl.int32)
     negative = tl.zeros((THREADS,), tl.int32)
     for start in range(0, n, THREADS):
-        x = load_any(address, strides, start + threads, n, 1.0, DTYPE, IS_BFLOAT16)
+        x = load_any(address, strides, start + threads, n, 1.0, DTYPE)
         zeros += (x == 0.0).to(tl.int32)
         negative += (x.to(tl.int32, bitcast=True) == -0x80000000).to(tl.int32)
     return tl.sum(zeros), tl.sum(negative)
 
 
 @triton.jit
-def careful_sums(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, THREADS: tl.constexpr):
+def careful_sums(address, strides, n, DTYPE, THREADS: tl.constexpr):
     """Sums over the finite elements in float64, and non-finite counts.
 
     Deviations are taken from the mean in a pass of their own. The item is still in cache.
@@ -57,7 +57,6 @@ def careful_sums(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, THREADS:
         strides: see items.py.
         n: elements.
         DTYPE: element type; int16 for bfloat16.
-        IS_BFLOAT16: whether the elements are bfloat16.
         THREADS: elements loaded at once.
 
     Returns:
@@ -74,7 +73,7 @@ def careful_sums(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, THREADS:
     neginfs = tl.zeros((THREADS,), tl.int32)
     for start in range(0, n, THREADS):
         offsets = start + threads
-        x = load_any(address, strides, offsets, n, 0.0, DTYPE, IS_BFLOAT16)
+        x = load_any(address, strides, offsets, n, 0.0, DTYPE)
         is_finite = tl.abs(x) < INF
         used = is_finite & (offsets < n)
         value = tl.where(is_finite, x, 0.0).to(tl.float64)
@@ -94,7 +93,7 @@ def careful_sums(address, strides, n, DTYPE, IS_BFLOAT16: tl.constexpr, THREADS:
 
     squares = tl.zeros((THREADS,), tl.float64)
     for start in range(0, n, THREADS):
-        x = load_any(address, strides, start + threads, n, INF, DTYPE, IS_BFLOAT16)
+        x = load_any(address, strides, start + threads, n, INF, DTYPE)
         is_finite = tl.abs(x) < INF
         away = tl.where(is_finite, x, 0.0).to(tl.float64) - mean
         squares += tl.where(is_finite, away * away, 0.0)

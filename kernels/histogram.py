@@ -14,7 +14,6 @@ def histogram_kernel(
     ranges_ptr,
     counts_ptr,
     DTYPE: tl.constexpr,
-    IS_BFLOAT16: tl.constexpr,
     BINS: tl.constexpr,
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -28,7 +27,6 @@ def histogram_kernel(
         ranges_ptr: float32 (L, 2), low and high of each tensor.
         counts_ptr: int64 (L, BINS); bins are added to it.
         DTYPE: element type of the tensors; int16 for bfloat16.
-        IS_BFLOAT16: whether the elements are bfloat16.
         BINS: bins of the scheme.
         SLOTS: power of two: slots of the histogram in shared memory.
         ROWS: vectors of a tile for each thread.
@@ -44,13 +42,13 @@ def histogram_kernel(
     histogram = tl.zeros((SLOTS,), tl.int32)
     TILE: tl.constexpr = ROWS * THREADS * VECTOR
     for start in range(0, n_aligned, TILE):
-        x = load_tile(address, start, DTYPE, IS_BFLOAT16, ROWS, THREADS, VECTOR)
+        x = load_tile(address, start, DTYPE, ROWS, THREADS, VECTOR)
         slot = linear_slot(x, low, high, scale, inv_width, BINS, SLOTS, True)
         slot = tl.reshape(slot, [TILE], can_reorder=True)
         histogram += tl.histogram(slot, SLOTS)
     for start in range(n_aligned, n, THREADS):
         offsets = start + threads
-        x = load_any(address, strides, offsets, n, 0.0, DTYPE, IS_BFLOAT16)
+        x = load_any(address, strides, offsets, n, 0.0, DTYPE)
         slot = linear_slot(x, low, high, scale, inv_width, BINS, SLOTS, False)
         histogram += tl.histogram(slot, SLOTS, mask=offsets < n)
     add_histogram(histogram, counts_ptr + tensor * BINS, BINS, SLOTS, False)

@@ -38,9 +38,9 @@ def load_item(items_ptr):
 
 
 @triton.jit
-def widen(x, IS_BFLOAT16: tl.constexpr):
+def widen(x, DTYPE: tl.constexpr):
     """float32 of loaded elements; bfloat16 arrives as its bits, int16, and widens exactly."""
-    if IS_BFLOAT16:
+    if tl.int16 == DTYPE:
         return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
 
@@ -50,7 +50,6 @@ def load_tile(
     address,
     start,
     DTYPE: tl.constexpr,
-    IS_BFLOAT16: tl.constexpr,
     ROWS: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -61,7 +60,7 @@ def load_tile(
     """
     rows = tl.arange(0, ROWS)[:, None, None]
     threads = tl.arange(0, THREADS)[None, :, None]
-    if IS_BFLOAT16:
+    if tl.int16 == DTYPE:
         WORDS: tl.constexpr = VECTOR // 2
         words_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16) + start // 2
         offsets = (rows * THREADS + threads) * WORDS + tl.arange(0, WORDS)[None, None, :]
@@ -74,12 +73,12 @@ def load_tile(
 
 
 @triton.jit
-def load_any(address, strides, offsets, n, other, DTYPE: tl.constexpr, IS_BFLOAT16: tl.constexpr):
+def load_any(address, strides, offsets, n, other, DTYPE: tl.constexpr):
     """Elements at offsets of any item, as float32; ``other`` where the offset is not below n."""
     inner, inner_stride, middle, middle_stride, outer_stride = strides
     row = offsets // inner
     where = (row // middle) * outer_stride + (row % middle) * middle_stride
     where += (offsets % inner) * inner_stride
     mask = offsets < n
-    x = widen(tl.load(address.to(tl.pointer_type(DTYPE)) + where, mask=mask, other=0), IS_BFLOAT16)
+    x = widen(tl.load(address.to(tl.pointer_type(DTYPE)) + where, mask=mask, other=0), DTYPE)
     return tl.where(mask, x, other)

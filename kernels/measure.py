@@ -47,7 +47,6 @@ def measure_kernel(
     partials_ptr,
     counts_ptr,
     DTYPE: tl.constexpr,
-    IS_BFLOAT16: tl.constexpr,
     BINS: tl.constexpr,
     SLOTS: tl.constexpr,
     LOG2: tl.constexpr,
@@ -64,7 +63,6 @@ def measure_kernel(
             min, max, finite, zeros, nan, posinf, neginf, below, above.
         counts_ptr: int64 (L, BINS), zeroed by the caller; bins are added to it.
         DTYPE: element type of the tensors; int16 for bfloat16.
-        IS_BFLOAT16: whether the elements are bfloat16.
         BINS: bins of the scheme; 0 for no histogram.
         SLOTS: power of two: slots of the histogram in shared memory.
         LOG2: log2 bins, not linear ones.
@@ -92,7 +90,7 @@ def measure_kernel(
 
     # Sums are of y = x * unit - center: where that is of the order of 1, no square overflows or
     # underflows, and the variance does not cancel. The first elements say what to take.
-    unit, center = find_unit(address, strides, n, DTYPE, IS_BFLOAT16, THREADS)
+    unit, center = find_unit(address, strides, n, DTYPE, THREADS)
     total = tl.zeros((THREADS,), tl.float32)
     squares = tl.zeros((THREADS,), tl.float32)
     magnitudes = tl.zeros((THREADS,), tl.float32)
@@ -105,7 +103,7 @@ def measure_kernel(
 
     TILE: tl.constexpr = ROWS * THREADS * VECTOR
     for start in range(0, n_aligned, TILE):
-        x = load_tile(address, start, DTYPE, IS_BFLOAT16, ROWS, THREADS, VECTOR)
+        x = load_tile(address, start, DTYPE, ROWS, THREADS, VECTOR)
         y = x * unit - center
         # These reductions stay inside a thread.
         total += tl.sum(tl.sum(y, 2), 0)
@@ -124,7 +122,7 @@ def measure_kernel(
     for start in range(n_aligned, n, THREADS):
         offsets = start + threads
         mask = offsets < n
-        x = load_any(address, strides, offsets, n, 0.0, DTYPE, IS_BFLOAT16)
+        x = load_any(address, strides, offsets, n, 0.0, DTYPE)
         y = tl.where(mask, x * unit - center, 0.0)
         total += y
         squares += y * y
@@ -159,7 +157,7 @@ def measure_kernel(
         neginf = 0
     else:
         sum64, l1, deviations, lo, hi, finite, nan, posinf, neginf = careful_sums(
-            address, strides, n, DTYPE, IS_BFLOAT16, THREADS
+            address, strides, n, DTYPE, THREADS
         )
     squares64 = deviations + sum64 * sum64 / tl.maximum(finite, 1)
 
@@ -171,7 +169,7 @@ def measure_kernel(
         negative = tl.sum(tl.where(slots == 1024, histogram, 0))
         if NEAR_ZERO_SLOTS:
             if tl.min(nearest) < 2 * NEAR_ZERO - 1:
-                z, negative = zero_counts(address, strides, n, DTYPE, IS_BFLOAT16, THREADS)
+                z, negative = zero_counts(address, strides, n, DTYPE, THREADS)
         # A zero with a minus sign counts as one without.
         moved = (slots == 0).to(tl.int32) - (slots == 1024).to(tl.int32)
         histogram += moved * negative

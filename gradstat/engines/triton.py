@@ -123,7 +123,6 @@ def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None
     bins, n_items = result.bins, len(group.items)
     element, vector = ELEMENTS[group.dtype], VECTOR_BYTES // group.dtype.itemsize
     is_nice = isinstance(bins, LinearBins) and bins.nice
-    is_bfloat16 = group.dtype == torch.bfloat16
     n_bins = 0 if kind == AUTOMATIC_RANGE else bins.bins
     slots, num_warps = slots_of(bins), _num_warps(ranges.device)
     partials = result.floats.new_empty((n_items, PARTIAL_FIELDS.value))
@@ -134,7 +133,6 @@ def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None
             partials,
             result.counts,
             element,
-            is_bfloat16,
             n_bins,
             slots,
             kind == NO_RANGE,
@@ -163,7 +161,6 @@ def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None
             ranges,
             result.counts,
             element,
-            is_bfloat16,
             bins.bins,
             slots,
             EACH // vector,
