@@ -70,7 +70,7 @@ def kernel_arguments(name: str, dtype: torch.dtype, scheme: str) -> tuple[Any, .
     is_log2 = isinstance(bins, Log2Bins)
     slots = triton_engine.slots_of(bins)
     vector = triton_engine.VECTOR_BYTES // dtype.itemsize
-    tables = {"items_ptr": "*i64", "ranges_ptr": "*fp32", "counts_ptr": "*i64"}
+    tables = {"due_ptr": "*i64", "items_ptr": "*i64", "ranges_ptr": "*fp32", "counts_ptr": "*i64"}
     elements = {
         "DTYPE": triton_engine.ELEMENTS[dtype],
         "BINS": bins.bins,
@@ -83,8 +83,13 @@ def kernel_arguments(name: str, dtype: torch.dtype, scheme: str) -> tuple[Any, .
         return measure_kernel, {**tables, "partials_ptr": "*fp64"}, {**elements, "LOG2": is_log2}
     if name == "histogram":
         return histogram_kernel, tables, elements
-    results = {"spans_ptr": "*i64", "partials_ptr": "*fp64", "ranges_ptr": "*fp32"}
-    results |= {"powers_ptr": "*fp64", "integers_ptr": "*i64", "floats_ptr": "*fp64"}
+    results = {"due_ptr": "*i64", "spans_ptr": "*i64", "partials_ptr": "*fp64"}
+    results |= {
+        "ranges_ptr": "*fp32",
+        "powers_ptr": "*fp64",
+        "integers_ptr": "*i64",
+        "floats_ptr": "*fp64",
+    }
     kind = triton_engine.NO_RANGE if is_log2 else triton_engine.AUTOMATIC_RANGE
     constants = {
         "BINS": bins.bins,

@@ -10,6 +10,7 @@ from gradstat.kernels.measure import add_histogram
 
 @triton.jit
 def histogram_kernel(
+    due_ptr,
     items_ptr,
     ranges_ptr,
     counts_ptr,
@@ -23,6 +24,7 @@ def histogram_kernel(
     """Linear histogram of work item ``program_id``.
 
     Args:
+        due_ptr: int64 (1,), 0 to count nothing.
         items_ptr: int64 (W, 9), see items.py.
         ranges_ptr: float32 (L, 2), low and high of each tensor.
         counts_ptr: int64 (L, BINS); bins are added to it.
@@ -34,6 +36,8 @@ def histogram_kernel(
         VECTOR: elements in 16 bytes.
     """
     address, tensor, n, n_aligned, strides = load_item(items_ptr)
+    if tl.load(due_ptr) == 0:
+        return
     threads = tl.arange(0, THREADS)
     low = tl.load(ranges_ptr + 2 * tensor)
     high = tl.load(ranges_ptr + 2 * tensor + 1)

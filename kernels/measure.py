@@ -42,6 +42,7 @@ def find_slots(
 
 @triton.jit
 def measure_kernel(
+    due_ptr,
     items_ptr,
     ranges_ptr,
     partials_ptr,
@@ -57,6 +58,7 @@ def measure_kernel(
     """Sums, extremes, zero and non-finite counts and the histogram of work item ``program_id``.
 
     Args:
+        due_ptr: int64 (1,), 0 to measure nothing.
         items_ptr: int64 (W, 9), see items.py.
         ranges_ptr: float32 (L, 2), low and high of each tensor; not read for log2 bins.
         partials_ptr: float64 (W, 13): sum, l1, sum of squares, squared deviations from the mean,
@@ -74,7 +76,10 @@ def measure_kernel(
     # then the smallest magnitude beside zero says so.
     ZERO_SLOTS: tl.constexpr = LOG2 and tl.float16 == DTYPE
     NEAR_ZERO_SLOTS: tl.constexpr = LOG2 and tl.float16 != DTYPE
+    # Before the flag is there: one wait for both.
     address, tensor, n, n_aligned, strides = load_item(items_ptr)
+    if tl.load(due_ptr) == 0:
+        return
     threads = tl.arange(0, THREADS)
     slots = tl.arange(0, SLOTS)
     low = 0.0

@@ -7,10 +7,10 @@ import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import triton.language as tl
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from triton import knobs
 from gradstat.bins import Bins, LinearBins, Log2Bins, powers_of_ten
 from gradstat.engines import reference
 from gradstat.engines.memory import no_storage
+from gradstat.engines.triton_cadence import PassCounter as PassCounter
+from gradstat.engines.triton_cadence import captured, on_device
 from gradstat.engines.triton_items import make_items
 from gradstat.kernels.finish import finish_kernel
 from gradstat.kernels.histogram import histogram_kernel
@@ -49,6 +51,7 @@ class Group:
     dtype: torch.dtype
     items: Tensor
     spans: Tensor
+    always: Tensor  # flag of what is measured in any case, int64
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,11 @@ class Plan:
 
 
 def measure(
-    tensors: Sequence[Tensor], bins: Bins, low: Tensor | None = None, high: Tensor | None = None
+    tensors: Sequence[Tensor],
+    bins: Bins,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
+    due: Tensor | None = None,
 ) -> Statistics:
     """Statistics of each tensor of a list, as `reference.measure`, without waiting for the device.
 
@@ -79,6 +86,9 @@ def measure(
         bins: scheme of the histogram.
         low: lower ends of known ranges, float32 ``(L,)``.
         high: upper ends.
+        due: for captures: a flag on the device, int64 ``(1,)``. In a replay where it is 0 no kernel
+            reads a tensor, and the results are not to be used; the reference engine measures
+            nevertheless.
 
     Returns:
         Statistics of shape ``(L,)``.
@@ -109,17 +119,17 @@ def measure(
         kind, ranges = AUTOMATIC_RANGE, torch.empty((n, 2), dtype=torch.float32, device=device)
     else:
         kind, ranges = KNOWN_RANGE, torch.stack([low, high], 1)
-    with _on(device):
+    with on_device(device):
         plan = _plan(tensors, device)
         for group in plan.groups:
-            _launch(group, result, ranges, kind)
+            _launch(group, result, ranges, kind, group.always if due is None else due)
     for i in plan.float64_rows:
         ends = ranges[i : i + 1].unbind(1) if kind == KNOWN_RANGE else ()
         _copy_row(reference.measure([tensors[i]], bins, *ends), result, i)
     return result
 
 
-def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None:
+def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int, due: Tensor) -> None:
     bins, n_items = result.bins, len(group.items)
     element, vector = ELEMENTS[group.dtype], VECTOR_BYTES // group.dtype.itemsize
     is_nice = isinstance(bins, LinearBins) and bins.nice
@@ -128,6 +138,7 @@ def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None
     partials = result.floats.new_empty((n_items, PARTIAL_FIELDS.value))
     if n_items:
         measure_kernel[(n_items,)](
+            due,
             group.items,
             ranges,
             partials,
@@ -142,6 +153,7 @@ def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None
             num_warps=num_warps,
         )
     finish_kernel[(len(group.spans),)](
+        due,
         group.spans,
         partials,
         ranges,
@@ -157,6 +169,7 @@ def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int) -> None
     )
     if n_items and kind == AUTOMATIC_RANGE:
         histogram_kernel[(n_items,)](
+            due,
             group.items,
             ranges,
             result.counts,
@@ -177,8 +190,6 @@ def slots_of(bins: Bins) -> int:
 
 _plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 _plans_lock = threading.Lock()
-# What a CUDA graph reads at every replay: plans, and tables in the host's memory.
-_captured: list[Any] = []
 
 
 def _plan(tensors: Sequence[Tensor], device: torch.device) -> Plan:
@@ -202,7 +213,7 @@ def _plan(tensors: Sequence[Tensor], device: torch.device) -> Plan:
         if not is_capturing:
             _keep_plan(key, plan)
     elif is_capturing:
-        _captured.append(plan)
+        captured.append(plan)
     else:
         _wait_for_tables(plan)
     return plan
@@ -217,9 +228,10 @@ def _make_plan(tensors: Sequence[Tensor], device: torch.device, is_capturing: bo
     float64_rows = rows.pop(torch.float64, [])
     groups = []
     for dtype, members in rows.items():
-        tables = make_items([tensors[i] for i in members], members, EACH * THREADS)
-        items, spans = (_upload(table, device, is_capturing) for table in tables)
-        groups.append(Group(dtype, items, spans))
+        items, spans = make_items([tensors[i] for i in members], members, EACH * THREADS)
+        ones = np.ones_like(spans[:1])
+        tables = [_upload(x, device, is_capturing) for x in (items, np.concatenate([spans, ones]))]
+        groups.append(Group(dtype, tables[0], tables[1][:-1], tables[1][-1]))
     if device.type != "cuda" or is_capturing:
         return Plan(groups, float64_rows, 0, None)
     stream = torch.cuda.current_stream(device)
@@ -253,7 +265,7 @@ def _upload(table: NDArray[Any], device: torch.device, is_capturing: bool) -> Te
     host = host.pin_memory()
     if is_capturing:
         # Every replay copies the table anew from here.
-        _captured.append(host)
+        captured.append(host)
     return host.to(device, non_blocking=True)
 
 
@@ -268,7 +280,3 @@ def _copy_row(source: Statistics, target: Statistics, row: int) -> None:
     target.integers[row].copy_(source.integers[0])
     target.floats[row].copy_(source.floats[0])
     target.counts[row].copy_(source.counts[0])
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

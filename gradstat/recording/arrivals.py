@@ -157,14 +157,26 @@ def _is_host(device: torch.device) -> bool:
 
 
 class Record(NamedTuple):
-    """What one pass measured."""
+    """What one pass measured.
+
+    Args:
+        step: its number, as the host counts.
+        history: where it goes.
+        parts: its rows.
+        n_told: passes before it that the host knew of.
+        stamp: of a replay, how many there were in truth: see `Cadence.take_stamp`.
+    """
 
     step: int
     history: History
     parts: list[Part]
+    n_told: int
+    stamp: Transfer | None
 
     def has_arrived(self, wait: bool) -> bool:
         """Whether it is there, which it is after waiting."""
+        if self.stamp is not None and not self.stamp.has_arrived(wait):
+            return False
         return all(part.has_arrived(wait) for part in self.parts)
 
     def rows(self, outputs: frozenset[int]) -> Rows:

@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from gradstat.bins import Bins, LinearBins
 from gradstat.ops import choose_engine, known_range
 from gradstat.recording.arrivals import Launch, divide
+from gradstat.recording.cuda_graphs import Cadence
 from gradstat.recording.streams import Computed, stream_of
-
-
-def is_capturing() -> bool:
-    """Whether what runs now becomes part of a CUDA graph, and runs when that is replayed."""
-    is_initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return is_initialized and torch.cuda.is_current_stream_capturing()
 
 
 class Launcher:
@@ -27,9 +21,11 @@ class Launcher:
         bins: scheme.
         kinds: of all layers.
         engine: name, or ``None``.
+        cadence: which replays of a captured launch measure.
     """
 
-    def __init__(self, bins: Bins, kinds: list[str], engine: str | None) -> None:
+    def __init__(self, bins: Bins, kinds: list[str], engine: str | None, cadence: Cadence) -> None:
+        self._cadence = cadence
         self._bins, self._kinds, self._engine = bins, kinds, engine
         self._is_linear = isinstance(bins, LinearBins)
         self._engines: dict[str, ModuleType] = {}
@@ -65,5 +61,7 @@ class Launcher:
         engine = self._engines.get(kind)
         if engine is None:
             engine = self._engines[kind] = choose_engine(self._engine, listed[0])
-        result = engine.measure(listed, self._bins, low, high)
+        due = self._cadence.flag(listed[0].device)
+        options = {} if due is None else {"due": due}
+        result = engine.measure(listed, self._bins, low, high, **options)
         return Launch(tuple(tensors), result, stream_of(listed[0].device), scales)

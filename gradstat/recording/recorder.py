@@ -28,11 +28,13 @@ from gradstat.recording.arrivals import (
     send,
     unit_peaks,
 )
-from gradstat.recording.launcher import Launcher, is_capturing
+from gradstat.recording.cuda_graphs import Cadence, CapturedPasses, is_capturing
+from gradstat.recording.launcher import Launcher
 from gradstat.recording.shards import local_part, origin_of
 from gradstat.recording.side_stream import SideStream
 from gradstat.recording.streams import Computed
 from gradstat.recording.torch_internals import running_pass
+from gradstat.recording.transfers import Transfer
 from gradstat.recording.waiting import Waiting
 from gradstat.results import Statistics
 
@@ -55,8 +57,7 @@ class Recorder:
 
     Args:
         history: where the records go.
-        every: steps from one record to the next.
-        accumulation_steps: passes in a step; the last of them is measured.
+        cadence: which passes are recorded.
         bucket_bytes: gradients measured in one launch.
         engine: name, or ``None``.
         sink: is given each record too.
@@ -67,8 +68,7 @@ class Recorder:
     def __init__(
         self,
         history: History,
-        every: int,
-        accumulation_steps: int,
+        cadence: Cadence,
         bucket_bytes: int,
         engine: str | None,
         sink: Sink | None = None,
@@ -78,10 +78,9 @@ class Recorder:
         self.history = history
         self.lock = threading.RLock()
         self._bins = history.bins
-        self._every, self._accumulation_steps = every, accumulation_steps
-        self._launcher = Launcher(history.bins, history.kinds, engine)
+        self._cadence = cadence
+        self._launcher = Launcher(history.bins, history.kinds, engine, cadence)
         self._sink, self._journal = sink, journal
-        self.n_passes = 0
         self.is_recording = False
         # By the kind of what they multiply, and in which run of autograd they were taken.
         self._scales: dict[str, Computed] = {}
@@ -92,17 +91,22 @@ class Recorder:
         self._waiting = Waiting(bucket_bytes, side)
         self._launches: list[Launch] = []
         self._parts: list[Part] = []  # of this record, on their way already
-        self._captured: list[Launch] | None = None
+        self._captured = CapturedPasses()
         self._pending: deque[Record] = deque()
+        self._newest_step = -1
         self._arrived: deque[tuple[int, Rows]] = deque()
         self._is_handing_on = False
 
     def is_due(self) -> bool:
         """Whether the pass that comes or goes on is one to record, as a captured one may be."""
-        if is_capturing():
-            return True
-        step, within = divmod(self.n_passes, self._accumulation_steps)
-        return within == self._accumulation_steps - 1 and step % self._every == 0
+        if self._cadence.has_left_graph():
+            self.drop()
+        return self._cadence.is_due()
+
+    @property
+    def n_passes(self) -> int:
+        """Passes that have ended, those of graphs included."""
+        return self._cadence.n_passes
 
     def begin(self, scale: Tensor | None = None) -> None:
         """Start a pass.
@@ -205,25 +209,32 @@ class Recorder:
             self.measure_waiting()
             if is_capturing():
                 # It has not run yet, and nothing may be asked of the device now.
-                self._captured = self._launches
+                self._captured.add(self._launches, self._cadence.count_captured())
                 self._forget()
                 return
             self._send(self._launches)
             self._forget()
-        self._count_pass()
+        self._captured.end_graph()
+        self._cadence.count()
+        self._collect_pending()
 
-    def replayed(self) -> bool:
-        """Take the results of a captured pass, which a replay of its graph has written anew.
+    def replayed(self, graph: object) -> bool:
+        """Take the results of captured passes that are due, which a replay has written anew.
+
+        Args:
+            graph: what was replayed; ``None`` for the newest graph.
 
         Returns:
-            Whether there is such a pass.
+            Whether any pass was captured in it.
         """
-        if self._captured is None:
-            return False
-        if self.is_due():
-            self._send(self._captured)
-        self._count_pass()
-        return True
+        self._captured.end_graph()
+        passes = self._captured.of(graph)
+        for launches, stamp in passes:
+            if self.is_due():
+                self._send(launches, stamp)
+            self._cadence.count_replayed()
+        self._collect_pending()
+        return bool(passes)
 
     def drop(self) -> None:
         """Forget an unfinished pass."""
@@ -237,12 +248,18 @@ class Recorder:
         """
         while self._pending and self._pending[0].has_arrived(wait):
             record = self._pending.popleft()
+            step: int | None = record.step
+            if record.stamp is not None:
+                step = self._cadence.take_stamp(record.stamp, record.n_told)
+            if step is None or step <= self._newest_step:
+                continue  # replayed() was not called once for each replay
+            self._newest_step = step
             rows = record.rows(self._outputs)
-            self.history.append(record.step, *rows)
+            self.history.append(step, *rows)
             if self._journal is not None:
-                self._journal.append(record.step, *rows)
+                self._journal.append(step, *rows)
             if self._sink is not None:
-                self._arrived.append((record.step, rows))
+                self._arrived.append((step, rows))
         if self._sink is not None and not self._is_handing_on:
             self._hand_on(self._sink)
 
@@ -250,7 +267,7 @@ class Recorder:
         """Wait for all records if anybody else is to have them, and hand them on."""
         with self.lock:
             self.drop()
-            self._captured = None
+            self._captured.clear()
             if self._sink is not None or self._journal is not None:
                 self.collect(wait=True)
             if self._journal is not None:
@@ -266,10 +283,11 @@ class Recorder:
         finally:
             self._is_handing_on = False
 
-    def _send(self, launches: list[Launch]) -> None:
-        step = self.n_passes // self._accumulation_steps
+    def _send(self, launches: list[Launch], stamp: Tensor | None = None) -> None:
         parts, self._parts = [*self._parts, *send(launches)], []
-        self._pending.append(Record(step, self.history, parts))
+        arriving = None if stamp is None else Transfer((stamp,))
+        step, n_told = self._cadence.step, self._cadence.n_told
+        self._pending.append(Record(step, self.history, parts, n_told, arriving))
 
     def _send_early(self) -> None:
         """Keep what waits for the end of a record from growing with the outputs it counts."""
@@ -285,8 +303,7 @@ class Recorder:
             arrived = combine(self._parts[:n_arrived], self.history, self._outputs)
             self._parts = [arrived, *self._parts[n_arrived:]]
 
-    def _count_pass(self) -> None:
-        self.n_passes += 1
+    def _collect_pending(self) -> None:
         if self._pending:
             self.collect(wait=False)
 

@@ -60,6 +60,17 @@ def inherited(name: str) -> object:
     return torch._C._get_obj_in_tls(name) if torch._C._is_key_in_tls(name) else None
 
 
+def capturing_graph() -> object:
+    """The `torch.cuda.CUDAGraph` that is being captured: its passes are told from another one's.
+
+    Without it passes are of one graph until one is replayed, or a pass runs outside a graph, and
+    ``Watch.replayed`` can be told of no other graph than the newest.
+    """
+    graphs = torch.cuda.CUDAGraph
+    graph: object = getattr(graphs, "get_currently_capturing_graph", lambda: graphs)()
+    return graph
+
+
 def is_compiled_autograd() -> bool:
     """Whether compiled autograd runs, which tells nobody of its end: an error says so."""
     module = sys.modules.get("torch._dynamo.compiled_autograd")

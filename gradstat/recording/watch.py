@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import nn
 from torch.amp import GradScaler
+from torch.cuda import CUDAGraph
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -25,6 +26,7 @@ from gradstat.kinds import (
     Row,
 )
 from gradstat.ops import check_bins, check_engine
+from gradstat.recording.cuda_graphs import Cadence
 from gradstat.recording.module_hooks import OutputHooks
 from gradstat.recording.options import check_holds, check_integer, check_what, check_when
 from gradstat.recording.parameter_hooks import BackwardHooks, StepHook
@@ -176,9 +178,8 @@ def watch(
     first_rows = {kind: history.kinds.index(kind) for kind in dict.fromkeys(history.kinds)}
     journal = None if path is None else Journal(Path(path), history)
     side = SideStream() if stream == "side" else None
-    recorder = Recorder(
-        history, every, accumulation_steps, bucket_bytes, engine, sink, journal, side
-    )
+    cadence = Cadence(every, accumulation_steps, selected.values(), engine)
+    recorder = Recorder(history, cadence, bucket_bytes, engine, sink, journal, side)
     hooks: BackwardHooks | StepHook
     if when == "backward":
         at_once = _is_changed_in_backward(model)
@@ -244,18 +245,28 @@ class Watch:
             raise ValueError(f"measure() needs watch(when='call'); when is {when!r}")
         self._hooks.measure()
 
-    def replayed(self) -> None:
-        """Make a record of a captured training step that was replayed as a CUDA graph.
+    def replayed(self, graph: CUDAGraph | None = None) -> None:
+        """Make records of the passes of a CUDA graph that was replayed, of those that are due.
 
-        Call it after each ``graph.replay()``: what is measured in the graph stays on the device
-        until then. A pass that is captured is none of the records; of several the last one counts.
-        `every` and ``accumulation_steps`` count replays like other passes.
+        Call it once after each ``graph.replay()``, before the next one, also where no record is
+        due: ``every`` and ``accumulation_steps`` count the passes of a replay like those outside
+        graphs. The capture itself counts as none.
+
+        The graph counts its passes itself, on the device, and measures only those that are due.
+        That count is what holds: the record of a replay has the step that the device counted. After
+        a replay without a call, or a call without a replay, the next record that arrives tells of
+        it: a warning says so, and calls are counted anew from there. Records that came due until
+        then may be missing; none has the values of another step. float64 tensors, more than 4,093
+        linear bins and the engines other than Triton's are measured in each replay.
+
+        Args:
+            graph: what was replayed; by default the graph that was captured last.
 
         Raises:
-            RuntimeError: no pass was captured while this watched.
+            RuntimeError: no pass was captured in it while this watched.
         """
         with self._recorder.lock:
-            if not self._recorder.replayed():
+            if not self._recorder.replayed(graph):
                 raise RuntimeError(
                     "replayed() needs a training step that was captured under watch(); there is "
                     "none"

@@ -9,7 +9,7 @@ import torch
 import triton.language as tl
 from conftest import CUDA, numpy_silent_as_a_gpu
 
-from gradstat import LinearBins, Log2Bins, kernels
+from gradstat import LinearBins, Log2Bins, Statistics, kernels
 from gradstat.engines import reference, triton_items
 from gradstat.engines import triton as triton_engine
 
@@ -136,3 +136,34 @@ def test_constants_of_kernels_are_equal_to_themselves() -> None:
     constants = [x.value for x in values if isinstance(x, tl.constexpr)]
     assert float("inf") in constants
     assert all(x == x for x in constants)
+
+
+@pytest.mark.parametrize("kind", ["no range", "known range", "automatic range"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_read_and_write_nothing_where_the_flag_is_zero(
+    kind: str, dtype: torch.dtype
+) -> None:
+    bins = Log2Bins() if kind == "no range" else LinearBins(8)
+    number = ("no range", "known range", "automatic range").index(kind)
+    xs = [torch.randn(n, device=DEVICE).to(dtype) for n in (0, 5, 20_000)]
+    (group,) = triton_engine._plan(xs, xs[0].device).groups
+    if CUDA:
+        group.items[:, 0] = 0  # the address of no element
+    shapes = [((3, 8), torch.int64), ((3, 8), torch.float64), ((3, bins.bins), torch.int64)]
+    sevens = [torch.full(shape, 7, dtype=dtype, device=DEVICE) for shape, dtype in shapes]
+    ranges = torch.full((3, 2), 7.0, device=DEVICE)
+    due = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    triton_engine._launch(group, Statistics(bins, *sevens), ranges, number, due)
+    assert all(bool((x == 7).all()) for x in (*sevens, ranges))
+
+
+@pytest.mark.parametrize("n_before", [0, 3, 10**6])
+@pytest.mark.parametrize(("period", "first"), [(1, 0), (4, 3), (12, 3), (10**12, 0)])
+def test_flags_are_set_as_passes_are_due(period: int, first: int, n_before: int) -> None:
+    counter = triton_engine.PassCounter(torch.device(DEVICE), period)
+    flags = []
+    for _ in range(26):
+        flags.append(int(counter.flag(n_before, first)))
+        counter.count()
+    passes = range(n_before, n_before + 26)
+    assert flags == [n % period == first for n in passes]

@@ -42,8 +42,9 @@ class Graph:
             return launched
 
         with self._monkeypatch.context() as patch:
-            for module in ("launcher", "recorder"):
+            for module in ("cuda_graphs", "recorder"):
                 patch.setattr(f"gradstat.recording.{module}.is_capturing", lambda: True)
+            patch.setattr("gradstat.recording.cuda_graphs.capturing_graph", lambda: self)
             patch.setattr(Launcher, "_launch", launch)
             yield
 
@@ -117,7 +118,7 @@ def test_replayed_reads_the_scale_of_the_replay(monkeypatch: pytest.MonkeyPatch)
     with gradstat.watch(model, scaler=scaler) as w:
         with graph.capture():
             backward(model)
-        w._recorder._captured[0].scales["grad"].x.fill_(8.0)
+        w._recorder._captured.of(graph)[0].launches[0].scales["grad"].x.fill_(8.0)
         gradients = new_gradients(model)
         graph.replay()
         w.replayed()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -162,3 +163,16 @@ def test_disable_dynamo_keeps_a_function_out_of_graphs() -> None:
 
     torch.compile(lambda x: outside(x) + 1, backend="eager")(torch.ones(2))
     assert seen == [False]
+
+
+@pytest.mark.gpu
+def test_capturing_graph_is_known_to_hooks_too() -> None:
+    x = torch.ones(2, requires_grad=True, device="cuda")
+    (x * x).sum().backward()
+    seen: list[object] = []
+    x.register_post_accumulate_grad_hook(lambda _: seen.append(torch_internals.capturing_graph()))
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            (x * x).sum().backward()
+    assert seen == graphs

@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -47,6 +48,41 @@ def test_watch_neither_breaks_nor_repeats_the_graph_of_a_compiled_model(
             optimizer.zero_grad()
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("is_whole_step", [False, True], ids=["model", "whole step"])
+def test_watch_at_any_cadence_compiles_nothing_again(is_whole_step: bool) -> None:
+    histories = []
+    for is_compiled in (False, True):
+        torch.manual_seed(20)
+        model = make_model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        options = {"what": ("grad", "param", "activation", "grad_output"), "accumulation_steps": 2}
+
+        def step(run: nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            run(torch.randn(8, 6)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        with gradstat.watch(model, every=3, **options) as w:
+            run = step
+            if is_compiled and is_whole_step:
+                # There are breaks at backward() and in the optimizer's own code.
+                run = torch.compile(step, backend="aot_eager")
+            elif is_compiled:
+                run = partial(step, compiled(model))
+            for number in range(20):
+                if number < 2:
+                    # The optimizer makes its state in the first step.
+                    run()
+                    continue
+                with torch._dynamo.config.patch(error_on_recompile=True):
+                    run()
+        histories.append(w.history)
+    eager, history = histories
+    assert history.steps.tolist() == eager.steps.tolist() == [0, 3, 6, 9]
+    for number in eager.steps.tolist():
+        assert_record(history.record(number), eager.record(number))
 
 
 def test_watch_of_a_compiled_model_names_layers_as_its_parameters() -> None:

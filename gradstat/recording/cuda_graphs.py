@@ -1,0 +1,203 @@
+"""Passes captured in CUDA graphs: which of their replays are due, and where their results are."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradstat.ops import choose_engine
+from gradstat.recording.arrivals import Launch
+from gradstat.recording.torch_internals import capturing_graph
+from gradstat.recording.transfers import Transfer
+
+if TYPE_CHECKING:
+    from gradstat.engines.triton_cadence import PassCounter
+
+
+_MISSED = (
+    "replayed() needs to be called once after each replay of a graph that was captured under "
+    "watch(); there were more replays, or fewer, and a record that was due may be missing"
+)
+
+
+def is_capturing() -> bool:
+    """Whether what runs now becomes part of a CUDA graph, and runs when that is replayed."""
+    is_initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return is_initialized and torch.cuda.is_current_stream_capturing()
+
+
+class Cadence:
+    """Which passes are recorded: every so many steps the last pass of a step.
+
+    The host counts all passes, those of a graph when it is told of a replay. A graph runs without
+    the host, so it counts its own passes on the device.
+
+    Args:
+        every: steps from one record to the next.
+        accumulation_steps: passes in a step.
+        tensors: on the devices where passes may be captured.
+        engine: name, or ``None``; Triton's can leave out a replay.
+    """
+
+    def __init__(
+        self,
+        every: int,
+        accumulation_steps: int,
+        tensors: Iterable[Tensor],
+        engine: str | None,
+    ) -> None:
+        self.n_told = 0  # passes that this has been told of
+        # Replays that nobody told of, as the device has counted them.
+        self._n_missed = 0
+        self._every, self._accumulation_steps = every, accumulation_steps
+        self._counters: dict[torch.device, PassCounter] = {}
+        for x in tensors:
+            if x.is_cuda and x.device not in self._counters:
+                make = getattr(choose_engine(engine, x), "PassCounter", None)
+                if make is not None:
+                    self._counters[x.device] = make(x.device, every * accumulation_steps)
+        # How many passes came before the first that was captured: no device has counted them.
+        self._n_uncounted: int | None = None
+        # Flags of the pass being captured, each with what another stream waits for.
+        self._flags: dict[torch.device, tuple[Tensor, torch.cuda.Event]] = {}
+        self._graph: weakref.ref[object] | None = None
+
+    @property
+    def n_passes(self) -> int:
+        """Passes that have ended."""
+        return self.n_told + self._n_missed
+
+    @property
+    def step(self) -> int:
+        """Number of the step that the pass belongs to, from 0."""
+        return self.n_passes // self._accumulation_steps
+
+    def is_due(self) -> bool:
+        """Whether the pass that comes or goes on is one to record, as a captured one may be."""
+        if is_capturing():
+            return True
+        step, within = divmod(self.n_passes, self._accumulation_steps)
+        return within == self._accumulation_steps - 1 and step % self._every == 0
+
+    def has_left_graph(self) -> bool:
+        """Whether this pass is of another graph, or none, than the one last asked for.
+
+        What that one has kept is then lost: its capture has failed.
+        """
+        graph = weakref.ref(capturing_graph()) if is_capturing() else None
+        if graph == self._graph:
+            return False
+        self._graph = graph
+        self._flags.clear()
+        return True
+
+    def flag(self, device: torch.device) -> Tensor | None:
+        """What kernels on the current stream read to know whether the captured pass is due.
+
+        Returns:
+            int32 ``(1,)``; ``None`` outside a capture, where a pass that is not due has no kernels,
+            and for a device without a counter, where all passes are measured.
+        """
+        counter = self._counters.get(device)
+        if counter is None or not is_capturing():
+            return None
+        stream = torch.cuda.current_stream(device)
+        if device not in self._flags:
+            if self._n_uncounted is None:
+                self._n_uncounted = self.n_passes
+            due = counter.flag(self._n_uncounted, self._accumulation_steps - 1)
+            self._flags[device] = due, stream.record_event()
+        due, is_set = self._flags[device]
+        stream.wait_event(is_set)
+        return due
+
+    def count(self) -> None:
+        """Count a pass that ran outside a graph."""
+        self.n_told += 1
+        if self._n_uncounted is not None:
+            for counter in self._counters.values():
+                counter.count()
+
+    def count_captured(self) -> Tensor | None:
+        """Let each replay count the pass that has just been captured.
+
+        Returns:
+            What `take_stamp` reads, int64 ``(2,)``; ``None`` if the replays are not counted.
+        """
+        if self._counters and not self._flags:  # nothing was measured
+            self.flag(torch.device("cuda", torch.cuda.current_device()))
+        counters = [self._counters[device] for device in self._flags]
+        self._flags.clear()
+        stamp = counters[0].stamp() if counters else None
+        for counter in counters:
+            counter.count()
+        return stamp
+
+    def count_replayed(self) -> None:
+        """Count a captured pass that was replayed."""
+        self.n_told += 1
+
+    def take_stamp(self, stamp: Transfer, n_told: int) -> int | None:
+        """Compare what a replay has counted with what this had been told.
+
+        Args:
+            stamp: what the replay has left.
+            n_told: passes before that replay.
+
+        Returns:
+            Number of the step; ``None`` if the replay was not due, and has measured nothing.
+        """
+        n_counted, is_due = stamp.arrays()[0].tolist()
+        n_passes = n_counted + (self._n_uncounted or 0)
+        if n_passes - n_told != self._n_missed:
+            self._n_missed = n_passes - n_told
+            warnings.warn(_MISSED, RuntimeWarning, stacklevel=2)
+        return n_passes // self._accumulation_steps if is_due else None
+
+
+class CapturedPass(NamedTuple):
+    """Results, and `Cadence.count_captured`'s stamp, which a replay writes."""
+
+    launches: list[Launch]
+    stamp: Tensor | None
+
+
+class CapturedPasses:
+    """Results of captured passes, on their device; each replay writes those that are due."""
+
+    def __init__(self) -> None:
+        # Of each graph that is alive, the newest last.
+        self._passes: list[tuple[weakref.ref[object], list[CapturedPass]]] = []
+        self._is_open = False
+
+    def add(self, launches: list[Launch], stamp: Tensor | None) -> None:
+        """Keep the results of a pass that has just been captured."""
+        graph = capturing_graph()
+        if not self._is_open or self._passes[-1][0]() is not graph:
+            # A graph that is captured anew no longer has the passes that it had.
+            kept = [each for each in self._passes if each[0]() not in (None, graph)]
+            self._passes = [*kept, (weakref.ref(graph), [])]
+            self._is_open = True
+        self._passes[-1][1].append(CapturedPass(launches, stamp))
+
+    def of(self, graph: object) -> list[CapturedPass]:
+        """Each pass of a graph, or of the newest one for ``None``."""
+        for reference, passes in reversed(self._passes):
+            known = reference()
+            if known is not None and (graph is None or known is graph):
+                return passes
+        return []
+
+    def end_graph(self) -> None:
+        """Let no pass that is captured from now on belong to a graph captured so far."""
+        self._is_open = False
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._passes.clear()
+        self._is_open = False
