@@ -252,6 +252,26 @@ def test_calls_of_replayed_without_a_replay_make_no_records() -> None:
     assert w.history.steps.tolist() == [0, 1, 2, 3, 4]
 
 
+def test_the_first_record_may_be_of_a_replay() -> None:
+    training = Training()
+    training.load()
+    with gradstat.watch(training.model):
+        warm_up(training.step)  # loads the kernels
+    with gradstat.watch(training.model, every=2) as w:
+        graph = capture(training.step)
+        for _ in range(3):
+            graph.replay()
+            w.replayed()
+        for _ in range(2):
+            training.step()
+        graph.replay()
+        w.replayed()
+        graph.replay()
+        w.replayed()
+    assert w.history.steps.tolist() == [0, 2, 4, 6]
+    assert (w.history["numel"] == [960, 320]).all()
+
+
 def test_graphs_may_be_replayed_after_close() -> None:
     models = []
     for is_closed in (False, True):
