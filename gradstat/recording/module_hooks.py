@@ -96,6 +96,8 @@ class OutputHooks:
         with recorder.lock, torch.no_grad():
             if not recorder.is_due():
                 return
+            if not is_gradient:
+                remember_caller()
             if self._has_failed():
                 # What is there belongs to a pass or a step that came to nothing.
                 recorder.drop()
@@ -115,7 +117,6 @@ class OutputHooks:
             self._pass.end()
 
     def _has_failed(self) -> bool:
-        remember_caller()
         if self._pass.has_begun and not self._pass.is_running():
             self._pass.end()
             return True

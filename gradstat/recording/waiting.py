@@ -43,14 +43,14 @@ class Waiting:
         """
         for bucket in self._buckets.values():
             bucket.pop(index, None)
-        self._add(index, x, measure, at_once)
+        self._add(stream_of(x.device) or x.device, index, x, measure, at_once)
 
     def join(self, index: int, x: Tensor, measure: Measure, *, at_once: bool) -> None:
         """Add a tensor of a layer to those that wait; arguments as for `replace`."""
         place = stream_of(x.device) or x.device
         if index in self._buckets.get(place, ()):
             self._measure_bucket(place, measure)
-        self._add(index, x, measure, at_once)
+        self._add(place, index, x, measure, at_once)
 
     def measure_all(self, measure: Measure) -> None:
         """Measure all; what was added may change then, on the current streams."""
@@ -66,8 +66,7 @@ class Waiting:
         if self._side is not None:
             self._side.forget()
 
-    def _add(self, index: int, x: Tensor, measure: Measure, at_once: bool) -> None:
-        place = stream_of(x.device) or x.device
+    def _add(self, place: Place, index: int, x: Tensor, measure: Measure, at_once: bool) -> None:
         self._buckets.setdefault(place, {})[index] = x
         n_bytes = self._n_bytes[place] = self._n_bytes.get(place, 0) + x.nbytes
         if at_once or n_bytes >= self._bucket_bytes:
