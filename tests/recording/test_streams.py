@@ -1,15 +1,21 @@
 """Watch and work on several CUDA streams: it waits for what it reads, and what it reads stays."""
 
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from watching import SCHEMES
 
 import gradstat
 from gradstat import Statistics
+from gradstat.bins import Bins
 
 pytestmark = pytest.mark.gpu
 
@@ -90,7 +96,7 @@ class Expected:
             else:
                 tensors.append(self.rows[kind, name])
         self.rows.clear()
-        return gradstat.statistics([x.cpu() for x in tensors])
+        return gradstat.statistics([x.cpu() for x in tensors], history.bins)
 
 
 def assert_records(w: gradstat.Watch, expected: Sequence[Statistics]) -> None:
@@ -136,10 +142,11 @@ class Fails(torch.autograd.Function):
         raise ArithmeticError
 
 
+@pytest.mark.parametrize("stream", ["current", "side"])
 @pytest.mark.parametrize("is_reentrant", [False, True])
 @pytest.mark.parametrize("when", ["backward", "step"])
 def test_watch_forgets_a_backward_that_fails_on_the_devices_thread(
-    when: str, is_reentrant: bool
+    when: str, is_reentrant: bool, stream: str
 ) -> None:
     model = nn.Sequential(nn.Linear(20, 24), nn.ReLU(), nn.Linear(24, 20)).cuda()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -149,7 +156,7 @@ def test_watch_forgets_a_backward_that_fails_on_the_devices_thread(
     def fail(x: Tensor) -> Tensor:
         return model(Fails.apply(model(x)))
 
-    with gradstat.watch(model, what=OUTPUTS, when=when, **options) as w:
+    with gradstat.watch(model, what=OUTPUTS, when=when, stream=stream, **options) as w:
         for _ in range(10):
             x = torch.randn(24, 20, device="cuda", requires_grad=True)
             y = checkpoint(fail, x, use_reentrant=True) if is_reentrant else fail(x)
@@ -267,3 +274,88 @@ def test_watch_in_a_captured_step_is_done_with_every_kind_before_it_changes(stre
             copies.rows = dict(captured)
             expected.append(copies.take(w.history))
     assert_records(w, expected)
+
+
+@pytest.mark.parametrize("stream", ["current", "side"])
+@pytest.mark.parametrize("bucket_bytes", [1, 25 << 20])
+def test_watch_measures_gradients_that_are_freed_at_once(bucket_bytes: int, stream: str) -> None:
+    model = nn.Sequential(*(nn.Linear(60, 60) for _ in range(5))).cuda()
+    copies, expected = Expected(model), []
+
+    def free(weight: Tensor) -> None:
+        weight.grad = None
+        torch.full_like(weight, 7.0)  # in that memory, if it is free
+
+    with gradstat.watch(model, bucket_bytes=bucket_bytes, stream=stream) as w:
+        for weight in model.parameters():
+            weight.register_post_accumulate_grad_hook(free)
+        for _ in range(3):
+            model(torch.randn(24, 60, device="cuda")).square().mean().backward()
+            for weight in model.parameters():
+                torch.full_like(weight, 7.0)
+            expected.append(copies.take(w.history))
+    assert_records(w, expected)
+
+
+@pytest.mark.parametrize("stream", ["current", "side"])
+@pytest.mark.parametrize("bins", SCHEMES, ids=repr)
+def test_watch_divides_by_the_scale_that_a_pass_had(bins: Bins, stream: str) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cuda", init_scale=8.0, growth_interval=1)
+    copies, expected, scale = Expected(model), [], 8.0
+    options = {"stream": stream, "bucket_bytes": 30_000}
+    with gradstat.watch(model, bins, what=("grad",), scaler=scaler, **options) as w:
+        for _ in range(4):
+            scaler.scale(model(torch.randn(32, 64, device="cuda")).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            for gradient in copies.rows.values():
+                gradient.div_(scale)
+            expected.append(copies.take(w.history))
+            scale *= 2.0
+    assert scaler.get_scale() == scale
+    assert_records(w, expected)
+
+
+@pytest.mark.parametrize("stream", ["current", "side"])
+def test_watch_closed_with_work_queued_has_all_records(stream: str, tmp_path: Path) -> None:
+    model = make_model()
+    copies, expected, seen = Expected(model), [], []
+    options = {"what": OUTPUTS, "stream": stream, "path": tmp_path / "run"}
+    w = gradstat.watch(model, sink=lambda step, record: seen.append(step), **options)
+    for _ in range(3):
+        model.zero_grad()
+        model(torch.randn(32, 64, device="cuda")).square().mean().backward()
+        expected.append(copies.rows)
+        copies.rows = {}
+    model(torch.randn(32, 64, device="cuda"))  # a pass that never ends
+    w.close()
+    assert seen == [0, 1, 2]
+    for each in range(3):
+        copies.rows = expected[each]
+        expected[each] = copies.take(w.history)
+    assert_records(w, expected)
+    loaded = gradstat.History.load(tmp_path / "run")
+    assert np.array_equal(loaded["numel"], w.history["numel"])
+
+
+@pytest.mark.parametrize("stream", ["current", "side"])
+@pytest.mark.parametrize("end", ["", "w.close()", "del w, model", "raise SystemExit"])
+def test_interpreter_exits_with_work_queued(end: str, stream: str, tmp_path: Path) -> None:
+    script = f"""
+import torch, gradstat
+torch.manual_seed(20)
+model = torch.nn.Sequential(torch.nn.Linear(64, 300), torch.nn.ReLU()).cuda()
+w = gradstat.watch(model, what=("grad", "activation"), stream="{stream}", path="run")
+for _ in range(3):
+    model.zero_grad()
+    model(torch.randn(32, 64, device="cuda")).sum().backward()
+model(torch.randn(32, 64, device="cuda"))
+{end}
+"""
+    command = [sys.executable, "-W", "error", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert gradstat.History.load(tmp_path / "run").steps.tolist() == [0, 1, 2]
