@@ -15,6 +15,8 @@ import pytest
 import torch
 
 CUDA = torch.cuda.is_available()
+# A CUDA device in software: the order of what runs there is right or wrong, its speed is nothing.
+IN_SOFTWARE = hasattr(torch, "_fakecuda")
 if not CUDA:
     # Triton reads it when it is imported: without a GPU its kernels run in its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -38,11 +40,29 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("everyday")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--on-cuda",
+        action="store_true",
+        help="put tensors on the CUDA device that a test makes without naming a device",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--on-cuda"):
+        config.pluginmanager.import_plugin("on_cuda")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not CUDA:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def sized(on_card: int, in_software: int) -> int:
+    """A size for a real card, or a smaller one where a kernel runs in software."""
+    return on_card if CUDA and not IN_SOFTWARE else in_software
 
 
 @dataclass(frozen=True)
@@ -111,7 +131,7 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 @pytest.fixture
 def generator() -> torch.Generator:
     """Random numbers that are the same in every run."""
-    return torch.Generator().manual_seed(20)
+    return torch.Generator(torch.get_default_device()).manual_seed(20)
 
 
 @pytest.fixture(scope="module")

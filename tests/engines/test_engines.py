@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from conftest import Engine
+from conftest import Engine, sized
 
 from gradstat import LinearBins, Log2Bins, Statistics
 from gradstat.bins import Bins
@@ -88,7 +88,7 @@ def measured(engine: Engine, dtype: torch.dtype, bins: Bins) -> Statistics:
 
 def n_elements_of_several_items(engine: Engine) -> int:
     """The reference has no items; Triton's hold 8,192 elements, the CPU engine's 65,536."""
-    return 300_000 if engine.name == "cpu" or engine.device == "cuda" else 9000
+    return 300_000 if engine.name == "cpu" else sized(on_card=300_000, in_software=9000)
 
 
 def to_numpy(x: torch.Tensor) -> np.ndarray:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import ROOT, no_waiting
+from conftest import ROOT, no_waiting, sized
 
 import gradstat
 from gradstat import LinearBins, Log2Bins
@@ -17,7 +17,8 @@ SCHEMES = [Log2Bins(), LinearBins(30), LinearBins(30, nice=True), LinearBins(64,
 
 def gradients() -> list[torch.Tensor]:
     generator = torch.Generator("cuda").manual_seed(20)
-    shapes = [(1000, 999), (7,), (64, 3, 7, 7), (0,), (300_000,)]
+    n = sized(on_card=1000, in_software=90)
+    shapes = [(n, n - 1), (7,), (64, 3, 7, 7), (0,), (300 * n,)]
     xs = [torch.randn(shape, generator=generator, device="cuda") for shape in shapes]
     return [*xs, xs[0].half(), xs[0].bfloat16(), xs[0][:, ::2], xs[0].t(), xs[4][1:]]
 
@@ -62,7 +63,7 @@ def test_statistics_can_be_captured_and_replayed(bins: Log2Bins | LinearBins) ->
 
 
 def test_statistics_run_on_the_current_stream() -> None:
-    x = torch.zeros(1 << 20, device="cuda")
+    x = torch.zeros(sized(on_card=1 << 20, in_software=9000), device="cuda")
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
@@ -77,8 +78,9 @@ def test_statistics_run_on_the_current_stream() -> None:
 def test_watch_on_a_side_stream_sees_gradients_before_they_change(
     bins: Log2Bins | LinearBins,
 ) -> None:
-    model = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(4))).cuda()
-    x = torch.randn(64, 512, device="cuda")
+    n = sized(on_card=512, in_software=100)
+    model = torch.nn.Sequential(*(torch.nn.Linear(n, n) for _ in range(4))).cuda()
+    x = torch.randn(64, n, device="cuda")
     with (
         gradstat.watch(model, bins, bucket_bytes=1, stream="side") as w,
         gradstat.watch(model, bins, engine="reference") as expected,
@@ -95,9 +97,10 @@ def test_watch_on_a_side_stream_sees_gradients_before_they_change(
 
 @pytest.mark.parametrize("stream", ["current", "side"])
 def test_watch_sees_outputs_before_they_change(stream: str) -> None:
-    layers = [torch.nn.Linear(512, 2048), torch.nn.ReLU(inplace=True), torch.nn.Linear(2048, 512)]
+    n, wide = sized(on_card=512, in_software=40), sized(on_card=2048, in_software=300)
+    layers = [torch.nn.Linear(n, wide), torch.nn.ReLU(inplace=True), torch.nn.Linear(wide, n)]
     model = torch.nn.Sequential(*layers * 3).cuda()
-    x = torch.randn(256, 512, device="cuda")
+    x = torch.randn(64, n, device="cuda")
     what = ("grad", "activation", "grad_output")
     with (
         gradstat.watch(model, what=what, stream=stream) as w,

@@ -183,6 +183,7 @@ def test_inductor_reuses_memory_that_has_been_measured() -> None:
         np.testing.assert_allclose(w.history.select(kind)["l2"][0], norms, rtol=1e-4)
 
 
+@pytest.mark.host("measures the host's memory, and waits for no device")
 def test_outputs_between_two_records_take_no_more_memory_with_each_pass() -> None:
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(20)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -339,6 +340,7 @@ def test_units_are_where_the_module_has_them(
     module: nn.Module, shape: tuple[int, ...], units: int
 ) -> None:
     model = nn.ModuleDict({"module": module, "last": nn.Linear(1, 1)})
+    model.to(torch.get_default_device())
     with gradstat.watch(model, what="activation", modules="module") as w:
         model["module"](torch.ones(shape))
         model["last"](torch.ones(1)).sum().backward()
@@ -351,7 +353,7 @@ def test_units_are_where_the_module_has_them(
 def test_dead_units_of_an_activation_are_those_of_the_layer_before(
     layer: nn.Module, shape: tuple[int, ...]
 ) -> None:
-    model = nn.Sequential(layer, nn.ReLU())
+    model = nn.Sequential(layer, nn.ReLU()).to(torch.get_default_device())
     with torch.no_grad():
         layer.bias[:2] = -1e6
         layer.bias[2:] = 1e6

@@ -19,7 +19,10 @@ import gradstat
 from gradstat import History, Log2Bins, Statistics
 from gradstat.bins import Bins
 
-pytestmark = pytest.mark.distributed
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.host("trains on the CPU in processes of its own"),
+]
 
 LAYERS = ["0.weight", "2.weight", "4.weight"]
 WORKER = ROOT / "tests" / "distributed_workers.py"

@@ -64,6 +64,7 @@ def test_watch_measures_gradients_of_any_scale_exactly_in_linear_bins(bins: Bins
     assert_record(w.last, gradstat.statistics(gradients(model, WEIGHTS), bins))
 
 
+@pytest.mark.host("compares sums more closely than is promised: the CPU's engine keeps that")
 def test_watch_is_at_most_two_bins_off_for_a_scale_that_is_no_power_of_two() -> None:
     model = nn.Linear(500, 20, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

@@ -127,6 +127,7 @@ def growth_bytes(n_steps: int, capacity: int) -> tuple[int, int]:
     return python - history, peak
 
 
+@pytest.mark.host("trains on the CPU in a process of its own")
 def test_watch_with_a_capacity_does_not_grow() -> None:
     python, peak = growth_bytes(3_000, 16)
     assert python < 50_000
@@ -140,6 +141,7 @@ def test_watch_with_a_capacity_does_not_grow_in_a_hundred_thousand_steps() -> No
     assert peak < 5 << 20
 
 
+@pytest.mark.host("expects a record as soon as its pass is over")
 def test_watch_hands_each_record_to_the_sink_in_order() -> None:
     model = make_model()
     received: list[tuple[int, Statistics]] = []
@@ -152,6 +154,7 @@ def test_watch_hands_each_record_to_the_sink_in_order() -> None:
         assert_record(record, w.history.record(step))
 
 
+@pytest.mark.host("expects a record as soon as its pass is over")
 def test_watch_sink_may_read_the_history() -> None:
     model, lengths = make_model(), []
     with gradstat.watch(model, sink=lambda *_: lengths.append(len(w.history))) as w:
@@ -160,6 +163,7 @@ def test_watch_sink_may_read_the_history() -> None:
     assert lengths == [1, 2, 3]
 
 
+@pytest.mark.host("expects a record as soon as its pass is over")
 def test_watch_raises_what_the_sink_raises_and_loses_no_record() -> None:
     model, received = make_model(), []
 
@@ -183,6 +187,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "_INTERVAL_S", 0.0)
 
 
+@pytest.mark.host("expects a record as soon as its pass is over")
 @pytest.mark.parametrize("bins", SCHEMES, ids=repr)
 @pytest.mark.usefixtures("hurried")
 def test_watch_path_can_be_read_while_it_is_written(bins: Bins, tmp_path: Path) -> None:
@@ -208,6 +213,7 @@ def test_watch_path_has_everything_after_close(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.host("expects a record as soon as its pass is over")
 def test_watch_writes_every_few_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = [100.0]
     monkeypatch.setattr(journal.time, "monotonic", lambda: now_s[0])
@@ -233,6 +239,7 @@ for step in range(int(sys.argv[2])):
 """
 
 
+@pytest.mark.host("trains on the CPU in a process of its own")
 def test_watch_path_survives_a_kill(tmp_path: Path) -> None:
     command = [sys.executable, "-c", RUN, str(tmp_path), "1000000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
@@ -246,12 +253,14 @@ def test_watch_path_survives_a_kill(tmp_path: Path) -> None:
     assert history["max"][:, 0].tolist() == history.steps.tolist()
 
 
+@pytest.mark.host("trains on the CPU in a process of its own")
 def test_watch_path_is_complete_when_a_run_just_ends(tmp_path: Path) -> None:
     run = RUN.replace("journal._INTERVAL_S = 0.0", "")
     subprocess.run([sys.executable, "-c", run, str(tmp_path), "7"], check=True, capture_output=True)
     assert History.load(tmp_path).steps.tolist() == list(range(7))
 
 
+@pytest.mark.host("a forked process has no CUDA device")
 def test_watch_path_is_left_alone_by_a_forked_process(tmp_path: Path) -> None:
     model = make_model()
     with gradstat.watch(model, path=tmp_path) as w:
@@ -282,6 +291,7 @@ def test_watch_warns_once_where_it_cannot_write_and_goes_on(tmp_path: Path) -> N
     assert w.history.steps.tolist() == [0, 1, 2]
 
 
+@pytest.mark.host("expects a record as soon as its pass is over")
 @pytest.mark.usefixtures("hurried")
 def test_watch_writes_all_records_once_a_full_disk_has_room_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -109,6 +109,7 @@ class Waits(torch.autograd.Function):
         return grad, None
 
 
+@pytest.mark.host("the passes would wait for each other in the device's thread")
 def test_watch_makes_one_record_of_passes_that_overlap() -> None:
     model = make_model()
 
