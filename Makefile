@@ -5,9 +5,11 @@ VENV ?= .venv
 ARGS ?=
 # Where benchmarks leave their results.
 RESULTS ?= .benchmarks
+# A CUDA device in software, for tests on a machine without a card.
+FAKECUDA ?= ../shared/tools/fakecuda
 BIN := $(VENV)/bin
 
-.PHONY: help study images test test-slow test-integrations lint format bench bench-training bench-results bench-gpu roofline clean
+.PHONY: help study images test test-cuda test-slow test-integrations lint format bench bench-training bench-results bench-gpu roofline clean
 # Two installs at once into one environment would damage it.
 .NOTPARALLEL:
 # A half-made environment must not pass for a whole one.
@@ -17,6 +19,7 @@ help:
 	@echo "make study      train two small networks and draw how their gradients are distributed"
 	@echo "make images     the same, for the figures of the documentation"
 	@echo "make test       run the tests"
+	@echo "make test-cuda  run those of CUDA: on a card, or on a device in software (FAKECUDA=path)"
 	@echo "make test-slow  run the long property tests: 10,000 examples each"
 	@echo "make test-integrations"
 	@echo "                test that pandas, polars, DuckDB, TensorBoard, wandb and Chromium open"
@@ -39,6 +42,9 @@ images: $(VENV)/installed-study
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest $(ARGS)
+
+test-cuda: $(VENV)/installed-test
+	$(BIN)/python tests/cuda_suite.py --fakecuda $(FAKECUDA) $(ARGS)
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow $(ARGS)
