@@ -98,7 +98,7 @@ def _power_of_ten(x, powers):
 
 @triton.jit
 def _nice_range(lo, hi, powers_ptr, BINS: tl.constexpr):
-    """As `gradstat.bins._nice_range`; needs a launch without fused multiply-add."""
+    """As `gradstat.nice_ranges.nice_range`; needs a launch without fused multiply-add."""
     powers = tl.load(powers_ptr + tl.arange(0, 128))
     size = tl.maximum(tl.abs(lo), tl.abs(hi))
     raw = (hi - lo) / BINS

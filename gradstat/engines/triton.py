@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from triton import knobs
 
-from gradstat.bins import Bins, LinearBins, Log2Bins, powers_of_ten
+from gradstat.bins import Bins, LinearBins, Log2Bins
 from gradstat.engines import reference
 from gradstat.engines.memory import no_storage
 from gradstat.engines.triton_cadence import PassCounter as PassCounter
@@ -26,6 +26,7 @@ from gradstat.engines.triton_items import make_items
 from gradstat.kernels.finish import finish_kernel
 from gradstat.kernels.histogram import histogram_kernel
 from gradstat.kernels.measure import PARTIAL_FIELDS, measure_kernel
+from gradstat.nice_ranges import powers_of_ten
 from gradstat.results import FLOATS, INTEGERS, Statistics
 
 MAX_BINS = 4093  # a program keeps its histogram, with three more slots, in registers
