@@ -1,8 +1,9 @@
 """Bin schemes: which bin a value falls into, and where the bins end.
 
 Every engine follows the arithmetic written here, so counts agree to the last one. Values are
-binned as float32. float16 and bfloat16 widen exactly; float64 is rounded *down* to float32, so a
-bin is the same interval ``[edges[i], edges[i + 1])`` for every dtype.
+binned as float32. float16 and bfloat16 widen exactly; float64 is rounded to float32 in the one
+direction that takes no value across an edge, so a bin is the same interval
+``[edges[i], edges[i + 1])`` for every dtype.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from gradstat.nice_ranges import nice_range
 
 FLOAT32_MAX = 3.4028234663852886e38
+FLOAT64_MAX = 1.7976931348623157e308
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,10 @@ class Log2Bins:
 
     The bin of a value is the top 11 bits of its float32 pattern (sign, 8 exponent bits, 2 mantissa
     bits), put in order from the most negative to the most positive. A bin is at most a quarter of
-    its lower magnitude wide. The four outer bins on each side would hold infinities and NaN, which
-    are counted apart, so they stay empty. ``-0.0`` counts as ``0.0``, in bin 1024.
+    its lower magnitude wide, but for the bins of magnitudes below 2**-126 and for the outermost of
+    the finite values, which also hold all float64 beyond float32. The four outer bins on each side
+    would hold infinities and NaN, which are counted apart, so they stay empty. ``-0.0`` counts as
+    ``0.0``, in bin 1024.
 
     Example:
         >>> import torch, gradstat
@@ -51,18 +55,19 @@ class Log2Bins:
         """Bin of each value.
 
         Args:
-            x: finite values, float32, any shape.
+            x: finite values of any floating-point dtype, any shape.
             low: ignored; there for a common signature with `LinearBins`.
             high: ignored.
 
         Returns:
             int64, the shape of ``x``, in 0..2047.
         """
-        bits = (x + 0.0).view(torch.int32) >> 21
-        return torch.where(bits < 0, ~bits & 1023, bits + 1024).long()
+        # Rounding a magnitude down keeps it in its bin.
+        magnitude = float32_below(x.abs()).view(torch.int32) >> 21
+        return torch.where(x < 0, 1023 - magnitude, 1024 + magnitude).long()
 
     def edges(self, low: Tensor, high: Tensor) -> Tensor:
-        """The smallest float32 of each bin, then the end of the last.
+        """The smallest float64 of each bin, then the end of the last.
 
         Args:
             low: any shape; only its device is used.
@@ -73,7 +78,8 @@ class Log2Bins:
         """
         magnitude = torch.arange(1021, device=low.device, dtype=torch.int32) << 21
         positive = widen(magnitude.view(torch.float32))
-        negative = -widen((magnitude[1:] - 1).view(torch.float32)).flip(0)
+        ends = -positive[1:].flip(0)
+        negative = torch.nextafter(ends, torch.zeros_like(ends))
         negative[0] = -math.inf
         outer = positive.new_full((4,), math.inf)
         return torch.cat([-outer, negative, positive, outer])
@@ -85,7 +91,9 @@ class LinearBins:
 
     The bin of a value is ``floor((x - low) * (bins / (high - low)))``, each operation rounded to
     float32, the last bin closed. That is monotone in x, so each bin is an interval; `edges` gives
-    the intervals as they are, and ``numpy.histogram(x, bins=edges)`` counts the same.
+    the intervals as they are, and ``numpy.histogram(x, bins=edges)`` counts the same. The ends of
+    every range are rounded outwards to float32. An automatic range of float64 values beyond float32
+    is divided by a power of two first.
 
     Args:
         bins: number of bins, 1 or more.
@@ -156,30 +164,38 @@ class LinearBins:
         """Text from which `parse_bins` makes an equal scheme."""
         return f"linear {self.bins} {self.low} {self.high} {self.nice}"
 
+    @property
+    def known_range(self) -> tuple[float, float] | None:
+        """Ends of the range rounded outwards to float32; ``None`` for an automatic range."""
+        if self.low is None or self.high is None:
+            return None
+        return _round_down(self.low), -_round_down(-self.high)
+
     def index(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Bin of each value; -1 below the range, ``bins`` above it.
 
         Args:
-            x: finite values, float32.
-            low: float32, broadcastable to ``x``.
-            high: float32, broadcastable to ``x``.
+            x: finite values of any floating-point dtype.
+            low: lower end, float32 or float64, broadcastable to ``x``.
+            high: upper end, likewise.
 
         Returns:
             int64, the shape of ``x``, in -1..bins.
         """
-        scale, inv_width = self._factors(low, high)
-        t = ((x * scale) - (low * scale)) * inv_width
-        inside = t.clamp(0, self.bins - 1).floor().long()
+        x, low, high = widen(x), widen(low), widen(high)
+        unit = _unit(low, high)
+        inside = self._index_inside(float32_below(x, unit), *_float32_hull(low, high, unit))
+        inside = torch.where(x == high, self.bins - 1, inside)
         return torch.where(x < low, -1, torch.where(x > high, self.bins, inside))
 
     def edges(self, low: Tensor, high: Tensor) -> Tensor:
-        """The smallest float32 of each bin, then ``high``.
+        """The smallest value of each bin, then ``high``.
 
         Found by bisection over the ordered float32 bit patterns, so the edges are those of
         `index` itself, rounding included.
 
         Args:
-            low: float32 values, any shape ``(...)``.
+            low: lower ends, float32 or float64, any shape ``(...)``.
             high: like ``low``.
 
         Returns:
@@ -188,16 +204,19 @@ class LinearBins:
         if torch.compiler.is_compiling():
             edges: Tensor = _linear_edges_op(low, high, self.bins)
             return edges
-        low, high = low.float()[..., None], high.float()[..., None]
+        low, high = widen(low)[..., None], widen(high)[..., None]
+        unit = _unit(low, high)
+        low32, high32 = _float32_hull(low, high, unit)
         target = torch.arange(1, self.bins, device=low.device)
-        first, last = _ordered(low).expand(*low.shape[:-1], self.bins - 1), _ordered(high)
+        first, last = _ordered(low32).expand(*low.shape[:-1], self.bins - 1), _ordered(high32)
         last = last.expand_as(first)
         for _ in range(33):
             middle = (first + last) >> 1
-            reached = self.index(_from_ordered(middle), low, high) >= target
+            reached = self._index_inside(_from_ordered(middle), low32, high32) >= target
             first = torch.where(reached, first, middle + 1)
             last = torch.where(reached, middle, last)
-        return widen(torch.cat([low, _from_ordered(last) + 0.0, high], -1))
+        inner = (widen(_from_ordered(last)) + 0.0) * unit
+        return torch.cat([low, torch.minimum(inner, high), high], -1)
 
     def automatic_range(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
         """Range that holds every value between a minimum and a maximum.
@@ -207,20 +226,31 @@ class LinearBins:
             maximum: largest finite value of each tensor.
 
         Returns:
-            low and high, float32: the float32 hull of the two (rounded outwards to few digits
-            with ``nice``), at least a few float32 wide; 0 and 1 where there is no value.
+            low and high: the hull of the two, rounded outwards to float32 (to few digits with
+            ``nice``), at least a few float32 wide; 0 and 1 where there is no value. float64 where
+            the values are, else float32.
         """
-        lo, hi = float32_below(minimum), -float32_below(-maximum)
+        unit = _unit(widen(minimum), widen(maximum))
+        lo, hi = _float32_hull(minimum, maximum, unit)
         empty = torch.isnan(lo)
         lo, hi = torch.where(empty, 0.0, lo), torch.where(empty, 1.0, hi)
         if self.nice:
-            low, high = nice_range(widen(lo), widen(hi), self.bins)
+            low, high = nice_range(widen(lo) * unit, widen(hi) * unit, self.bins)
         else:
             # 2**-21 of a float32 is 4 to 8 of its units in the last place.
             half = (lo.abs() * 2.0**-21).clamp(min=0.5)
             constant = lo == hi
             low, high = torch.where(constant, lo - half, lo), torch.where(constant, hi + half, hi)
+            low, high = widen(low) * unit, widen(high) * unit
+        if minimum.dtype == torch.float64:
+            return _round_end(low, unit), _round_end(high, unit)
         return _clamp_float32(low), _clamp_float32(high)
+
+    def _index_inside(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Bin of each value of a range; all float32."""
+        scale, inv_width = self._factors(low, high)
+        t = ((x * scale) - (low * scale)) * inv_width
+        return t.clamp(0, self.bins - 1).floor().long()
 
     def _factors(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Power of two by which values are scaled, and bins per scaled unit, both float32.
@@ -280,24 +310,52 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "mps" else x.double()
 
 
-def float32_below(x: Tensor) -> Tensor:
+def float32_below(x: Tensor, unit: Tensor | float = 1.0) -> Tensor:
     """Largest finite float32 that is not above each value; exact for the narrower dtypes.
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape, finite or NaN.
+        unit: power of two that the values are divided by, for float64 alone.
 
     Returns:
         float32, the shape of ``x``.
     """
-    y = x.float()
-    if x.dtype == torch.float64:
-        y = torch.where(y.double() > x, torch.nextafter(y, y.new_full((), -math.inf)), y)
-        y = y.clamp(min=-FLOAT32_MAX)
-    return y
+    if x.dtype != torch.float64:
+        return x.float()
+    y = (x / unit).float()
+    # Multiplied, since a quotient may have been rounded to zero.
+    y = torch.where(y.double() * unit > x, torch.nextafter(y, y.new_full((), -math.inf)), y)
+    return y.clamp(min=-FLOAT32_MAX)
+
+
+def _float32_hull(low: Tensor, high: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Narrowest float32 range that holds both ends, each divided by a power of two."""
+    return float32_below(low, unit), -float32_below(-high, unit)
+
+
+def _unit(low: Tensor, high: Tensor) -> Tensor:
+    """Power of two that brings the ends of a range beyond float32 into it; else 1."""
+    size = torch.maximum(low.abs(), high.abs())
+    if size.dtype != torch.float64:
+        return torch.ones_like(size)
+    # The exponent field of the largest power of two in it, less 126: at most 2**127 is left.
+    unit = (((size.view(torch.int64) >> 52) - 126) << 52).view(torch.float64)
+    return torch.where((size > FLOAT32_MAX) & size.isfinite(), unit, 1.0)
+
+
+def _round_end(x: Tensor, unit: Tensor) -> Tensor:
+    """End of a float64 range: a float32 where the unit is 1, finite elsewhere."""
+    return torch.where(unit > 1, x.clamp(-FLOAT64_MAX, FLOAT64_MAX), _clamp_float32(x).double())
 
 
 def _clamp_float32(x: Tensor) -> Tensor:
     return x.clamp(-FLOAT32_MAX, FLOAT32_MAX).float()
+
+
+def _round_down(x: float) -> float:
+    """Largest float32 that is not above a number within float32's range."""
+    spacing = math.ldexp(1.0, max(math.frexp(x)[1] - 24, -149))
+    return math.floor(x / spacing) * spacing
 
 
 def _round_float32(x: float) -> float:

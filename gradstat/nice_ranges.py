@@ -35,10 +35,15 @@ def nice_range(lo: Tensor, hi: Tensor, n: int) -> tuple[Tensor, Tensor]:
     room = torch.ceil(max(n, 16) * spacing).clamp(min=1.0) / 4
     left = torch.where(constant, torch.floor(2 * (lo - room)) / 2, left)
     right = torch.where(constant, torch.ceil(2 * (hi + room)) / 2, right)
-    return left, right
+    # A range so wide that float64 cannot hold its width stays as it is.
+    is_held = (hi - lo).isfinite() & left.isfinite() & right.isfinite()
+    return torch.where(is_held, left, lo), torch.where(is_held, right, hi)
 
 
 @functools.cache
 def powers_of_ten(device: torch.device) -> Tensor:
-    """Powers of ten from 1e-80 to 1e47 in order, float64 ``(128,)``."""
-    return torch.tensor([float(f"1e{k}") for k in range(-80, 48)], dtype=torch.float64).to(device)
+    """Powers of ten from 1e-80 to 1e308 in order, float64 ``(389,)``.
+
+    The ranges of float32 need the first 128.
+    """
+    return torch.tensor([float(f"1e{k}") for k in range(-80, 309)], dtype=torch.float64).to(device)

@@ -10,7 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gradstat.bins import Bins, LinearBins, Log2Bins, parse_bins
+from gradstat.bins import FLOAT32_MAX, Bins, LinearBins, Log2Bins, parse_bins
+from gradstat.engines import reference
 from gradstat.results import FLOATS, INTEGERS, Statistics
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -63,7 +64,7 @@ def histogram(
 ) -> tuple[Tensor, Tensor]:
     """Histogram of a tensor, as `numpy.histogram` and `torch.histogram`, for tensors on any device.
 
-    Values that are not finite are left out. The edges are the smallest float32 of each bin, so
+    Values that are not finite are left out. The edges are the smallest value of each bin, so
     ``numpy.histogram(x, bins=edges)`` gives exactly the same counts.
 
     Args:
@@ -134,7 +135,21 @@ def measure(
         packed = _measure_op(values, bins.spec, low, high, engine or "")
         return Statistics(bins, *packed)
     result: Statistics = choose_engine(engine, tensors[0]).measure(tensors, bins, low, high)
+    if low is None and isinstance(bins, LinearBins):
+        _measure_again_beyond_float32(tensors, result)
     return result
+
+
+def _measure_again_beyond_float32(tensors: Sequence[Tensor], result: Statistics) -> None:
+    """Rows of float64 that have no range in float32, by the reference, which has one for them.
+
+    The CPU engine finds ranges in float32 alone. On another device float64 is the reference's.
+    """
+    for i, x in enumerate(tensors):
+        if x.dtype == torch.float64 and x.is_cpu and result.abs_max[i] > FLOAT32_MAX:
+            row = reference.measure([x], result.bins)[0]
+            result.integers[i], result.floats[i] = row.integers, row.floats
+            result.counts[i] = row.counts
 
 
 @torch.library.custom_op("gradstat::measure", mutates_args=())
@@ -169,10 +184,11 @@ def known_range(bins: Bins, device: torch.device, n: int) -> tuple[Tensor | None
     Returns:
         low and high, float32 ``(L,)``, or ``None`` twice when the pass itself must find them.
     """
-    if isinstance(bins, Log2Bins) or bins.low is None or bins.high is None:
+    ends = bins.known_range if isinstance(bins, LinearBins) else None
+    if ends is None:
         return None, None
-    low = torch.full((n,), bins.low, dtype=torch.float32, device=device)
-    return low, torch.full_like(low, bins.high)
+    low, high = (torch.full((n,), end, dtype=torch.float32, device=device) for end in ends)
+    return low, high
 
 
 def is_measurable(x: Tensor) -> bool:

@@ -73,7 +73,7 @@ def automatic_range(lo, hi, powers_ptr, BINS: tl.constexpr, NICE: tl.constexpr):
     Args:
         lo: smallest value, float32; NaN when there is none.
         hi: largest value.
-        powers_ptr: float64 (128,), ascending powers of ten.
+        powers_ptr: float64 (389,), ascending powers of ten; the first 128 are read.
         BINS: number of bins.
         NICE: round the edges to few digits.
     """

@@ -32,7 +32,7 @@ def finish_kernel(
         spans_ptr: int64 (N, 4): row of the results, first work item, end of its items, numel.
         partials_ptr: float64 (W, 13), see measure.py.
         ranges_ptr: float32 (L, 2); read for known ranges, written for automatic ones.
-        powers_ptr: float64 (128,), powers of ten; read when NICE.
+        powers_ptr: float64 (389,), powers of ten; read when NICE.
         integers_ptr: int64 (L, 8), fields of `gradstat.statistics.INTEGERS`.
         floats_ptr: float64 (L, 8), fields of `gradstat.statistics.FLOATS`.
         BINS: bins of the scheme.

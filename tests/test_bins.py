@@ -4,10 +4,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from gradstat.bins import FLOAT32_MAX, LinearBins, Log2Bins, float32_below, parse_bins
+from gradstat.bins import FLOAT32_MAX, FLOAT64_MAX, LinearBins, Log2Bins, float32_below, parse_bins
 
 # Ordinary ranges, and each kind that float32 makes hard: far from zero, a few float32 wide,
 # subnormal, wider than float32's largest.
@@ -52,18 +52,33 @@ def test_log2_index_counts_both_zeros_in_one_bin() -> None:
     assert Log2Bins().index(x, x, x).tolist() == [1024, 1024]
 
 
-def test_log2_edges_are_the_smallest_float32_of_each_bin() -> None:
+def test_log2_edges_are_the_smallest_float64_of_each_bin() -> None:
     bins, edges = Log2Bins(), Log2Bins().edges(torch.zeros(()), torch.zeros(()))
     assert edges.shape == (2049,)
     assert edges.dtype == torch.float64
     assert bool((edges[1:] >= edges[:-1]).all())
     at = torch.arange(2049)[edges.isfinite()]
-    first = edges[at].float()
-    assert torch.equal(first.double(), edges[at])
-    below = torch.nextafter(first, torch.tensor(-math.inf))
-    inside = below.isfinite()
+    first = edges[at]
+    below = torch.nextafter(first, torch.tensor(-math.inf, dtype=torch.float64))
     assert torch.equal(bins.index(first, first, first), at)
-    assert torch.equal(bins.index(below, below, below)[inside], at[inside] - 1)
+    assert torch.equal(bins.index(below, below, below), at - 1)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+@example(2.0**-25 * (1 - 2.0**-30))
+@example(5e-324)
+@example(1e300)
+def test_log2_bins_of_both_signs_mirror_each_other(value: float) -> None:
+    x = torch.tensor([value, -value], dtype=torch.float64)
+    bins = Log2Bins().index(x, x, x)
+    assert int(bins.sum()) == (2048 if value == 0 else 2047)
+
+
+@given(finite_float32)
+def test_log2_bin_is_the_same_for_every_dtype_that_holds_the_value(value: float) -> None:
+    x = float32(value)
+    bins = Log2Bins()
+    assert bins.index(x, x, x) == bins.index(x.double(), x, x)
 
 
 def test_log2_bins_are_at_most_a_quarter_wide() -> None:
@@ -180,9 +195,58 @@ def test_automatic_range_is_the_hull_of_float64() -> None:
     x = torch.tensor([0.1, 0.2], dtype=torch.float64)
     low, high = LinearBins(30).automatic_range(x[0], x[1])
     assert low.item() <= 0.1 < 0.2 <= high.item()
-    huge = torch.tensor(1e300, dtype=torch.float64)
-    low, high = LinearBins(30).automatic_range(-huge, huge)
-    assert (low.item(), high.item()) == (-FLOAT32_MAX, FLOAT32_MAX)
+    assert torch.equal(low, low.float().double())
+    assert torch.equal(high, high.float().double())
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.1, 0.9), (-0.9, -0.1), (-1e-45, 1e-46), (0.5, 2.0)])
+def test_known_range_is_rounded_outwards_to_the_nearest_float32(low: float, high: float) -> None:
+    ends = LinearBins(2, low, high).known_range
+    assert ends is not None
+    inf, exact = torch.tensor(math.inf), torch.tensor([low, high], dtype=torch.float64)
+    outer = float32(*ends)
+    assert outer.tolist() == list(ends)
+    assert ends[0] <= low < high <= ends[1]
+    # Not further than it must be.
+    assert torch.nextafter(outer[0], inf).double() > exact[0]
+    assert torch.nextafter(outer[1], -inf).double() < exact[1]
+
+
+any_float64 = st.floats(allow_nan=False, allow_infinity=False)
+beyond_float32 = st.tuples(any_float64, any_float64).filter(
+    lambda pair: max(map(abs, pair)) > FLOAT32_MAX
+)
+
+
+@given(ends=beyond_float32, bins=st.integers(1, 70), nice=st.booleans())
+@example(ends=(FLOAT64_MAX, FLOAT64_MAX), bins=30, nice=False)
+@example(ends=(-FLOAT64_MAX, -FLOAT64_MAX), bins=30, nice=True)
+@example(ends=(-FLOAT64_MAX, FLOAT64_MAX), bins=30, nice=True)
+@example(ends=(-(2.0**1023), 2.0**1023), bins=2, nice=False)
+def test_automatic_range_beyond_float32_holds_every_value(
+    ends: tuple[float, float], bins: int, nice: bool
+) -> None:
+    scheme = LinearBins(bins, nice=nice)
+    lo, hi = torch.tensor(sorted(ends), dtype=torch.float64)
+    low, high = scheme.automatic_range(lo, hi)
+    assert bool((low <= lo) & (hi <= high) & (low < high))
+    edges = scheme.edges(low, high)
+    assert bool(edges.isfinite().all())
+    assert bool((edges[1:] >= edges[:-1]).all())
+    # Values at the edges, next to them, and small ones, which the scaling rounds to zero.
+    inf = torch.tensor(math.inf, dtype=torch.float64)
+    tiny = torch.tensor([0.0, 5e-324, 1e-200], dtype=torch.float64)
+    near = torch.cat([edges, torch.nextafter(edges, inf), torch.nextafter(edges, -inf)])
+    x = torch.cat([near, tiny, -tiny])
+    x = x[(x >= low) & (x <= high)]
+    counts = torch.bincount(scheme.index(x, low, high), minlength=bins)
+    assert np.array_equal(counts, np.histogram(x, edges)[0])
+
+
+def test_linear_edges_beyond_float32_are_evenly_spaced() -> None:
+    low, high = torch.tensor([-3e300, 1e301], dtype=torch.float64)
+    edges = LinearBins(30).edges(low, high).numpy()
+    assert np.abs(edges / 1e301 - np.linspace(-0.3, 1, 31)).max() < 1e-6
 
 
 def test_nice_range_is_that_of_matlab_documentation() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gradstat.bins import Bins, LinearBins, float32_below, widen
+from gradstat.bins import Bins, LinearBins, widen
 from gradstat.results import Statistics
 
 
@@ -65,11 +65,7 @@ def _measure_one(
             low, high = bins.automatic_range(minimum.to(x.dtype), maximum.to(x.dtype))
     else:
         low, high = minimum.new_full((), -math.inf), minimum.new_full((), math.inf)
-    # float64 outside the range may round into it, so it is compared as it is.
-    binned = float32_below(torch.where(is_finite, x, 0.0))
-    index = bins.index(binned, low.float(), high.float())
-    index = torch.where(values < low, -1, torch.where(values > high, bins.bins, index)) + 1
-    index = torch.where(is_finite, index, bins.bins + 2)
+    index = torch.where(is_finite, bins.index(values, low, high) + 1, bins.bins + 2)
     slots = torch.zeros(bins.bins + 3, dtype=torch.int64, device=x.device)
     slots.scatter_add_(0, index, torch.ones_like(index))
     below, counts, above = slots[0], slots[1:-2], slots[-2]
