@@ -201,7 +201,8 @@ class Statistics:
         """Statistics of the union of two sets of values: of shards, steps or ranks.
 
         Counts, min and max are exact; the variance follows Chan, Golub and LeVeque, "Updating
-        formulae and a pairwise algorithm for computing sample variances" (1979).
+        formulae and a pairwise algorithm for computing sample variances" (1979). It is NaN for
+        values so large that neither their sum nor their norm fits float64, unless they are equal.
 
         Args:
             other: of the same shape, with the same bins over the same ranges.
@@ -337,13 +338,33 @@ class Statistics:
 
 def _union_std(a: Statistics, b: Statistics) -> Tensor:
     """Standard deviation of a union, scaled so that no square overflows or underflows."""
-    delta = (b.mean - a.mean).nan_to_num()
-    std_a, std_b = a.std.nan_to_num(), b.std.nan_to_num()
+    mean_a, mean_b = _mean_between_extremes(a), _mean_between_extremes(b)
+    std_a, std_b = (torch.where(each.finite > 1, each.std, 0.0) for each in (a, b))
+    # A quarter of two large means differs by a number that float64 holds.
+    is_large = torch.maximum(mean_a.abs(), mean_b.abs()) > 1
+    shrink = torch.where(is_large, 0.25, 1.0).to(mean_a.dtype)
+    delta = mean_b * shrink - mean_a * shrink
+    std_a, std_b = std_a * shrink, std_b * shrink
     unit = torch.maximum(torch.maximum(std_a, std_b), delta.abs())
-    unit = torch.where(unit > 0, unit, 1.0)
+    unit = torch.where(unit != 0, unit, 1.0)
     n = (a.finite + b.finite).to(delta.dtype)
     between = (delta / unit) ** 2 * a.finite * (b.finite / n.clamp(min=1))
     within = (std_a / unit) ** 2 * (a.finite - 1).clamp(min=0)
     within = within + (std_b / unit) ** 2 * (b.finite - 1).clamp(min=0)
     variance = (within + between) / (n - 1).clamp(min=1)
-    return torch.where(n > 1, unit * variance.sqrt(), math.nan)
+    return torch.where(n > 1, unit * variance.sqrt() / shrink, math.nan)
+
+
+def _mean_between_extremes(s: Statistics) -> Tensor:
+    """Mean, 0 of nothing; NaN where values are so large that neither sum nor norm is finite.
+
+    Rounding may take a quotient past the extremes: equal values have a mean that is equal to them.
+    """
+    # Where the sum overflows, the mean square is the mean's own and that of the deviations.
+    share = s.std / s.rms
+    n = s.finite.to(share.dtype)
+    size = s.rms * (1 - share**2 * (n - 1) / n).clamp(min=0).sqrt()
+    size = torch.where(s.l2.isinf(), math.nan, size)
+    mean = torch.where(s.sum.isinf(), size.copysign(s.sum), s.mean)
+    mean = torch.where(s.min == s.max, s.min, mean.clamp(s.min, s.max))
+    return torch.where(s.finite > 0, mean, 0.0)

@@ -1,6 +1,7 @@
 import functools
 import math
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -104,6 +105,54 @@ def test_merge_agrees_with_the_union(
     assert torch.equal(merged.integers, union.integers)
     assert torch.equal(merged.counts, union.counts)
     torch.testing.assert_close(merged.floats, union.floats, rtol=1e-12, atol=0)
+
+
+def exact_std(values: list[float]) -> float:
+    """Standard deviation by fractions, rounded once."""
+    exact = [Fraction(value) for value in values]
+    mean = sum(exact) / len(exact)
+    variance = sum((value - mean) ** 2 for value in exact) / (len(exact) - 1)
+    # By an even power of two, so that its root is a normal number.
+    half = (variance.numerator.bit_length() - variance.denominator.bit_length()) // 2
+    scaled = float(variance / Fraction(2) ** (2 * half))
+    return math.ldexp(math.sqrt(scaled), half)
+
+
+# Sums that overflow though the values and their deviations do not, and equal values.
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ([-1e307] * 100, [1e307] * 100),
+        ([1e307, 1.1e307] * 40, [1e307] * 100),
+        ([-1e306, -2e306] * 300, [1e306, 3e306, 2e306] * 200),
+        ([1.7e308] * 50, [-1.7e308] * 50),
+        ([1e308], [-1e308, 1.5e308]),
+        ([0.1] * 3, [0.1] * 7),
+        ([1e-300, 2e-300], [3e-300]),
+        ([2.0], [3.0]),
+    ],
+    ids=lambda values: f"{len(values)} of {values[0]}",
+)
+def test_merge_has_the_std_of_the_union_whatever_the_size(a: list[float], b: list[float]) -> None:
+    parts = [measure(torch.tensor(part, dtype=torch.float64)) for part in (a, b)]
+    merged = parts[0].merge(parts[1])
+    assert float(merged.std) == pytest.approx(exact_std(a + b), rel=1e-12, abs=0.0)
+
+
+@given(
+    value=st.floats(allow_nan=False, allow_infinity=False),
+    n=st.integers(1, 300),
+    m=st.integers(1, 300),
+)
+def test_merge_of_equal_values_has_no_spread(value: float, n: int, m: int) -> None:
+    a, b = (measure(torch.full((k,), value, dtype=torch.float64)) for k in (n, m))
+    assert float(a.merge(b).std) == 0
+
+
+def test_merge_of_values_too_large_for_their_norm_says_so() -> None:
+    x = torch.tensor([1e308, 1.1e308] * 1000, dtype=torch.float64)
+    assert math.isnan(measure(x).merge(measure(x)).std)
+    assert math.isnan(measure(x).merge(measure(x)).merge(measure(torch.ones(3))).std)
 
 
 def test_merge_with_nothing_changes_nothing(generator: torch.Generator) -> None:
