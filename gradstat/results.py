@@ -251,7 +251,11 @@ class Statistics:
     def unscale(self, scale: float | Tensor) -> Statistics:
         """Statistics of the values divided by a power of two, such as a loss scale.
 
-        Exact: the values of one bin move to one other bin (below 2**-128, to the bin of zero).
+        Exact, as if quotients had no smallest and no largest magnitude: the values of one bin move
+        to one other. Over `Log2Bins` those below 2**-128 move to the bin of zero, those beyond
+        float32 to the outermost. A divisor below 1 is exact for magnitudes from 2**-126 on:
+        smaller ones have wider bins, which go where their end nearer to zero goes, and those that
+        share the bin of zero stay there.
 
         Args:
             scale: a positive power of two; a 0-dim tensor on the statistics' device costs no wait.
@@ -279,8 +283,10 @@ class Statistics:
     def quantile(self, q: float) -> Tensor:
         """Quantile of the finite values, read off the histogram.
 
-        Interpolated within the bin that holds it, so it is off by less than that bin's width: for
-        `Log2Bins` a quarter of its magnitude. Values outside a linear range count as its ends.
+        Interpolated within the bin that holds it, so it is off by less than that bin's width, and
+        never beyond the extremes. For `Log2Bins` that is a quarter of its magnitude, but for values
+        below 2**-126, which share wider bins, and for float64 beyond 1.75 * 2**127, which share
+        one. Values outside a linear range count as its ends.
 
         Args:
             q: fraction of the values below, 0 to 1.
@@ -311,9 +317,10 @@ class Statistics:
     def underflow(self, dtype: torch.dtype) -> Tensor:
         """Fraction of the non-zero finite values that would become zero in a narrower type.
 
-        Read off the histogram: exact for float16 and both float8 types but for values at the very
-        threshold, half the smallest subnormal, which are taken to survive. For bfloat16 all values
-        below 2**-128 are taken to be lost, though it keeps some down to 2**-134.
+        Read off the histogram: exact, for every input dtype and either sign, for float16 and both
+        float8 types but for values at the very threshold, half the smallest subnormal, which are
+        taken to survive. For bfloat16 all values below 2**-128 are taken to be lost, though it
+        keeps some down to 2**-134.
 
         Args:
             dtype: float16, bfloat16, float8_e4m3fn or float8_e5m2.

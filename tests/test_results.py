@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import gradstat
@@ -220,6 +220,19 @@ def test_unscale_moves_what_leaves_the_bins_to_their_ends() -> None:
     assert int(large.counts.sum()) == 4
 
 
+def test_unscale_by_less_than_one_is_exact_for_normal_magnitudes_alone() -> None:
+    normal = torch.tensor([2.0**-126, -1.75 * 2.0**-126, 2.0**-125, 0.0])
+    for scale in (2.0**-1, 2.0**-40, 2.0**-100):
+        assert torch.equal(measure(normal).unscale(scale).counts, measure(normal / scale).counts)
+    # One bin holds an octave of these, and goes to the lowest of its four.
+    subnormal = torch.tensor([2.0**-128, 1.75 * 2.0**-128])
+    unscaled = measure(subnormal).unscale(2.0**-40).counts
+    assert torch.equal(unscaled, measure(torch.full((2,), 2.0**-88)).counts)
+    # These are in the bin of zero, and stay there.
+    nearest = measure(torch.tensor([2.0**-149, 0.0])).unscale(2.0**-40).counts
+    assert int(nearest[1024]) == 2
+
+
 @pytest.mark.parametrize("scale", [0.0, -2.0, 3.0, math.inf, math.nan])
 def test_unscale_refuses_what_is_not_a_power_of_two(scale: float) -> None:
     message = re.escape(f"unscale() needs a positive power of two; scale is {scale}")
@@ -256,6 +269,15 @@ def test_quantile_is_close_for_many_values(generator: torch.Generator) -> None:
             bound = width * (exact[i].abs() if isinstance(scheme, Log2Bins) else 1)
             assert abs(float(estimate[0] - exact[i])) <= bound
             assert abs(float(estimate[1] - 2 * exact[i])) <= 2 * bound
+
+
+def test_quantile_of_float64_beyond_float32_is_between_its_extremes() -> None:
+    s = measure(torch.tensor([-1e300, 1e300], dtype=torch.float64))
+    for q in (0.0, 0.25, 0.5, 0.75, 1.0):
+        assert -1e300 <= float(s.quantile(q)) <= 1e300
+    # A linear scheme says more.
+    linear = measure(torch.tensor([-1e300, 1e300], dtype=torch.float64), LinearBins(1000))
+    assert float(linear.quantile(0.25)) == pytest.approx(-1e300, rel=2e-3)
 
 
 def test_quantile_of_values_outside_the_range_is_its_ends() -> None:
@@ -299,6 +321,16 @@ def test_underflow_is_what_a_cast_loses(
     expected = float(lost) / float((x.isfinite() & (x != 0)).sum())
     assert float(measure(x).underflow(dtype)) == pytest.approx(expected, rel=1e-12)
     assert 0 < expected < 1 or dtype == torch.bfloat16
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False, min_value=2.0**-60, max_value=1.0))
+@example(2.0**-25 * (1 - 2.0**-30))
+@example(2.0**-25 * (1 + 2.0**-30))
+def test_underflow_of_float64_is_what_a_cast_loses_of_either_sign(value: float) -> None:
+    for x in (value, -value):
+        lost = value < 2.0**-25
+        s = measure(torch.tensor([x], dtype=torch.float64))
+        assert float(s.underflow(torch.float16)) == lost
 
 
 def test_underflow_to_bfloat16_takes_the_last_subnormals_to_be_lost() -> None:
