@@ -9,7 +9,6 @@ direction that takes no value across an edge, so a bin is the same interval
 from __future__ import annotations
 
 import math
-import struct
 from dataclasses import InitVar, dataclass
 from numbers import Integral, Real
 from typing import TypeAlias
@@ -17,6 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from gradstat.float_mode import keeps_subnormals
 from gradstat.nice_ranges import nice_range
 
 FLOAT32_MAX = 3.4028234663852886e38
@@ -51,6 +51,7 @@ class Log2Bins:
         """Text from which `parse_bins` makes an equal scheme."""
         return "log2"
 
+    @keeps_subnormals
     def index(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Bin of each value.
 
@@ -66,6 +67,7 @@ class Log2Bins:
         magnitude = float32_below(x.abs()).view(torch.int32) >> 21
         return torch.where(x < 0, 1023 - magnitude, 1024 + magnitude).long()
 
+    @keeps_subnormals
     def edges(self, low: Tensor, high: Tensor) -> Tensor:
         """The smallest float64 of each bin, then the end of the last.
 
@@ -171,6 +173,7 @@ class LinearBins:
             return None
         return _round_down(self.low), -_round_down(-self.high)
 
+    @keeps_subnormals
     def index(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Bin of each value; -1 below the range, ``bins`` above it.
 
@@ -188,6 +191,7 @@ class LinearBins:
         inside = torch.where(x == high, self.bins - 1, inside)
         return torch.where(x < low, -1, torch.where(x > high, self.bins, inside))
 
+    @keeps_subnormals
     def edges(self, low: Tensor, high: Tensor) -> Tensor:
         """The smallest value of each bin, then ``high``.
 
@@ -218,6 +222,7 @@ class LinearBins:
         inner = (widen(_from_ordered(last)) + 0.0) * unit
         return torch.cat([low, torch.minimum(inner, high), high], -1)
 
+    @keeps_subnormals
     def automatic_range(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
         """Range that holds every value between a minimum and a maximum.
 
@@ -354,13 +359,18 @@ def _clamp_float32(x: Tensor) -> Tensor:
 
 def _round_down(x: float) -> float:
     """Largest float32 that is not above a number within float32's range."""
-    spacing = math.ldexp(1.0, max(math.frexp(x)[1] - 24, -149))
+    spacing = _float32_spacing(x)
     return math.floor(x / spacing) * spacing
 
 
 def _round_float32(x: float) -> float:
-    rounded: float = struct.unpack("f", struct.pack("f", x))[0]
-    return rounded
+    spacing = _float32_spacing(x)
+    return round(x / spacing) * spacing
+
+
+def _float32_spacing(x: float) -> float:
+    """Distance of the float32 around a number, of those up to the next power of two."""
+    return math.ldexp(1.0, max(math.frexp(x)[1] - 24, -149))
 
 
 def _ordered(x: Tensor) -> Tensor:

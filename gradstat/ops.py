@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradstat.bins import FLOAT32_MAX, Bins, LinearBins, Log2Bins, parse_bins
 from gradstat.engines import reference
+from gradstat.float_mode import keeps_subnormals
 from gradstat.results import FLOATS, INTEGERS, Statistics
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -173,6 +174,7 @@ def _(
     )
 
 
+@keeps_subnormals
 def known_range(bins: Bins, device: torch.device, n: int) -> tuple[Tensor | None, Tensor | None]:
     """The range of the scheme, if it has one, for each of a list of tensors.
 

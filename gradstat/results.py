@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradstat.bins import FLOAT32_MAX, Bins, LinearBins, Log2Bins
+from gradstat.bins import Bins, LinearBins, Log2Bins
 
 INTEGERS = ("numel", "finite", "zeros", "nan", "posinf", "neginf", "below", "above")
 FLOATS = ("min", "max", "sum", "std", "l1", "l2", "low", "high")
@@ -274,7 +274,6 @@ class Statistics:
         if isinstance(self.bins, Log2Bins):
             # A bin goes where its end nearer to zero goes.
             inner = self.edges[1024:-1].nan_to_num(posinf=0.0) / scale
-            inner = inner.clamp(max=FLOAT32_MAX).float()
             positive = self.bins.index(inner, inner, inner)
             target = torch.cat([2047 - positive.flip(0), positive])
             counts = torch.zeros_like(counts).scatter_add_(-1, target.expand_as(counts), counts)

@@ -11,7 +11,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "gradstat"
 # Rooms in the order of the data, each from those before it; rooms of one line from one another.
 ORDER = (
-    ("bins", "nice_ranges", "kinds", "arrays", "files"),
+    ("float_mode", "nice_ranges", "bins", "kinds", "arrays", "files"),
     ("results",),
     ("kernels",),
     ("engines",),

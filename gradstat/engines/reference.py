@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gradstat.bins import Bins, LinearBins, widen
+from gradstat.float_mode import keeps_subnormals
 from gradstat.results import Statistics
 
 
+@keeps_subnormals
 def measure(
     tensors: Sequence[Tensor], bins: Bins, low: Tensor | None = None, high: Tensor | None = None
 ) -> Statistics:

@@ -1,0 +1,130 @@
+"""Counts and edges do not depend on `torch.set_flush_denormal`."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import gradstat
+from gradstat import LinearBins, Log2Bins
+from gradstat.bins import Bins
+from gradstat.float_mode import keeps_subnormals
+
+TINY = torch.tensor([1e-44, 2e-44, 5e-44, 7e-44, -3e-39, 1e-39, 4e-39, 0.0])
+
+SMALL = TINY * 2.0**20
+
+
+@contextmanager
+def flushing() -> Iterator[None]:
+    """Subnormals count as zero, as far as torch and the processor are concerned."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("needs a processor that torch can make flush subnormals")
+    try:
+        yield
+        # Whatever ran, the mode is as it was.
+        assert float(torch.tensor(2.0**-120) * 2.0**-20) == 0
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def linear_edges() -> torch.Tensor:
+    return LinearBins(3).edges(TINY[0], TINY[3])
+
+
+def log2_edges() -> torch.Tensor:
+    return Log2Bins().edges(torch.zeros(()), torch.zeros(()))
+
+
+def known_edges() -> torch.Tensor:
+    return gradstat.statistics(TINY, LinearBins(3, 1e-44, 7e-44), engine="reference").edges
+
+
+def unscaled() -> torch.Tensor:
+    return gradstat.statistics(SMALL, engine="reference").unscale(2.0**20).counts
+
+
+@pytest.mark.parametrize("function", [linear_edges, log2_edges, known_edges, unscaled])
+def test_edges_and_counts_are_the_same_where_torch_flushes_subnormals(
+    function: Callable[[], torch.Tensor],
+) -> None:
+    expected = function()
+    with flushing():
+        got = function()
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(3), LinearBins(5, nice=True)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("engine", ["reference", "cpu"])
+def test_statistics_are_the_same_where_torch_flushes_subnormals(
+    engine: str, dtype: torch.dtype, bins: Bins
+) -> None:
+    x = TINY.to(dtype)
+    expected = gradstat.statistics(x, bins, engine=engine)
+    with flushing():
+        got = gradstat.statistics(x, bins, engine=engine)
+    assert torch.equal(got.integers, expected.integers)
+    assert torch.equal(got.floats, expected.floats)
+    assert torch.equal(got.counts, expected.counts)
+    assert int(got.zeros) < len(x)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "reference",
+        pytest.param(
+            "cpu",
+            marks=pytest.mark.xfail(
+                reason="the CPU engine widens the ends where subnormals are flushed", strict=True
+            ),
+        ),
+    ],
+)
+def test_subnormal_range_holds_its_values_where_torch_flushes_subnormals(engine: str) -> None:
+    with flushing():
+        s = gradstat.statistics(TINY, LinearBins(3, 1e-44, 7e-44), engine=engine)
+    assert (s.counts.tolist(), int(s.below), int(s.above)) == ([2, 0, 2], 2, 2)
+
+
+# The helper threads that torch starts in this mode never leave it: not in the tests' own process.
+THREADS = """
+import torch, gradstat
+torch.set_num_threads(2)
+torch.set_flush_denormal(True)
+x = torch.full((1 << 18,), 1.0)
+assert float((x * 2).sum()) == 2.0 ** 19
+x.view(torch.int32).fill_(7)
+s = gradstat.statistics(x, gradstat.LinearBins(3), engine="reference")
+print(int(s.zeros), float(s.max) == 7 * 2.0**-149, torch.get_num_threads())
+"""
+
+
+def test_reference_keeps_subnormals_of_large_tensors_where_torchs_threads_flush_them() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS],
+        env=environment,
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["0", "True", "2"]
+
+
+def test_keeps_subnormals_returns_to_the_callers_mode_after_an_error() -> None:
+    @keeps_subnormals
+    def fail() -> None:
+        assert float(torch.tensor(2.0**-120) * 2.0**-20) != 0
+        raise RuntimeError("as planned")
+
+    with flushing(), pytest.raises(RuntimeError, match="as planned"):
+        fail()
