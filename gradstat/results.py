@@ -310,7 +310,8 @@ class Statistics:
         inside, after = counts.gather(-1, at), total.gather(-1, at)
         share = 1 - (after - rank) / inside.clamp(min=1)
         low, high = edges.gather(-1, at), edges.gather(-1, at + 1)
-        value = torch.lerp(low, high, share.clamp(0, 1)).squeeze(-1)
+        # Halves, since the width of a bin may be more than float64 holds.
+        value = 2 * torch.lerp(low / 2, high / 2, share.clamp(0, 1)).squeeze(-1)
         return torch.where(self.finite > 0, value, math.nan)
 
     def underflow(self, dtype: torch.dtype) -> Tensor:

@@ -172,7 +172,7 @@ def rows(history: History, progress: Progress | None = None) -> Iterator[Rows]:
 
 def _cells(part: Rows, name: str) -> list[Array]:
     """The list of each row."""
-    return np.split(part.lists[name], np.cumsum(part.sizes)[:-1])
+    return np.split(part.lists[name], np.cumsum(part.sizes))[:-1]
 
 
 def _texts(column: Array) -> list[Any]:

@@ -23,7 +23,7 @@ from gradstat.diagnosis import Finding
 from gradstat.diagnosis.run import median
 from gradstat.files import replacing
 from gradstat.history import History, archive
-from gradstat.history.arguments import first_rows
+from gradstat.history.arguments import check_history, first_rows
 from gradstat.kinds import GRAD, NOUNS, PARAM, UNIT, UPDATE
 from gradstat.ops import ENGINE_VARIABLE
 
@@ -103,7 +103,12 @@ def compare(runs: Mapping[str, History], *, every_layer: bool = False) -> str:
 
     Returns:
         Text.
+
+    Raises:
+        ValueError: a history without records or layers.
     """
+    for history in runs.values():
+        check_history("compare", history)
     one, other = runs
     common = next((kind for kind in runs[one].kinds if kind in runs[other].kinds), None)
     typical = {
@@ -114,8 +119,7 @@ def compare(runs: Mapping[str, History], *, every_layer: bool = False) -> str:
     }
     layers = list(dict.fromkeys(layer for values in typical.values() for layer in values))
     shown = layers if every_layer else _some(layers, _MOST_LAYERS)
-    known = [x for values in typical.values() for x in values.values() if x > 0]
-    ends = (min(known), max(known)) if known else (1.0, 1.0)
+    ends = _ends([x for values in typical.values() for x in values.values()])
     rows: list[tuple[str, ...]] = [("rms, median of all records", "A", "", "B", "", "B / A")]
     for layer in shown:
         a, b = (typical[name].get(layer, math.nan) for name in (one, other))
@@ -163,8 +167,7 @@ def newest(name: str, history: History) -> str:
     record = history.record()
     rms = record.rms.tolist()
     shown = [history.layers.index(row) for row in first_rows(history)]
-    known = [rms[at] for at in shown if rms[at] > 0]
-    ends = (min(known), max(known)) if known else (1.0, 1.0)
+    ends = _ends([rms[at] for at in shown])
     rows = [("layer", "rms", "", "largest", "zeros", "NaN, infinite")]
     for at in shown:
         numel, finite = int(record.numel[at]), int(record.finite[at])
@@ -269,11 +272,19 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    """Smallest and largest of the values that a bar shows."""
+    known = [x for x in values if x > 0 and math.isfinite(x)]
+    return (min(known), max(known)) if known else (1.0, 1.0)
+
+
 def _bar(value: float, low: float, high: float) -> str:
     """A bar on a log scale from the smallest value, one character long, to the largest."""
-    if not value > 0:
+    if not (value > 0 and math.isfinite(value)):
         return ""
-    share = math.log(value / low) / math.log(high / low) if high > low else 1.0
+    # Differences, since a quotient of float64 may overflow.
+    span = math.log(high) - math.log(low)
+    share = (math.log(value) - math.log(low)) / span if span else 1.0
     return "#" * (1 + round(share * (_BAR - 1)))
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from gradstat.arrays import Array, evenly_spread
-from gradstat.bins import Log2Bins
+from gradstat.bins import FLOAT64_MAX, Log2Bins
 from gradstat.history import History
 
 _MAX_BLOCKS = 200
@@ -52,8 +52,8 @@ class Run:
 
     @cached_property
     def rms(self) -> Array:
-        """Rms of the elements that are not zero, ``(S, L)``; NaN without any."""
-        l2 = self["l2"]
+        """Rms of the elements that are not zero, ``(S, L)``; NaN without any, finite elsewhere."""
+        l2 = np.minimum(self["l2"], FLOAT64_MAX)
         rms = np.full(l2.shape, math.nan)
         np.divide(l2, np.sqrt(self.nonzero), out=rms, where=self.nonzero > 0)
         return rms

@@ -87,10 +87,11 @@ def find_scale(run: Run, thresholds: Thresholds) -> list[Finding]:
     if largest == 0:
         return []
     layer = run.layers[int(sizes[at].argmax())]
-    highest = math.floor(math.log2(FLOAT16_MAX / thresholds.float16_headroom / largest))
+    fits = FLOAT16_MAX / thresholds.float16_headroom
+    highest = math.floor(math.log2(min(fits / largest, 2.0**1023)))
     numbers = {"abs_max": largest, "log2_highest_scale": float(highest)}
-    if largest * thresholds.float16_headroom > FLOAT16_MAX:
-        mask = by_record * thresholds.float16_headroom > FLOAT16_MAX
+    if largest > fits:
+        mask = by_record > fits
         steps = tuple(int(run.steps[i]) for i in around(mask, at))
         sentence = (
             f"{layer}'s gradient reaches {largest:.3g}, and float16 ends at 65504: in float16 the "

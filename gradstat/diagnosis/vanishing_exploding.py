@@ -31,7 +31,7 @@ def find_trend(run: Run, thresholds: Thresholds) -> list[Finding]:
         at = int(np.argmax(np.where(mask, sign * fall, -math.inf)))
         fit = fits[at]
         assert fit is not None
-        ratio = 10.0**-fit.fall
+        ratio = _power_of_ten(-fit.fall)
         first, last = run.layers[fit.first], run.layers[fit.last]
         numbers = {
             "ratio": ratio,
@@ -40,11 +40,11 @@ def find_trend(run: Run, thresholds: Thresholds) -> list[Finding]:
             "rms": float(run.levels[at, fit.first]),
             "rms_last": float(run.levels[at, fit.last]),
         }
-        times = 10 ** abs(fit.fall)
+        times = _power_of_ten(abs(fit.fall))
         change = "shrinks" if kind == "vanishing" else "grows"
         sentence = (
             f"From {last} back to {first} the gradient {change} {_round(times)}-fold, by a factor "
-            f"of {10 ** abs(fit.slope):.2g} at each layer."
+            f"of {_power_of_ten(abs(fit.slope)):.2g} at each layer."
         )
         severe = kind == "vanishing" and ratio <= thresholds.vanishing_severe
         severity: Severity = "severe" if severe else "warning"
@@ -77,7 +77,8 @@ def find_growth(run: Run, thresholds: Thresholds) -> list[Finding]:
     rms = single
     if len(single) == len(run.rms):
         rms = np.stack([median(single[max(0, t - 2) : t + 1]) for t in range(len(single))])
-    growth = np.nan_to_num(rms / so_far)
+    with np.errstate(over="ignore"):  # of float64; the largest number takes the place of infinity
+        growth = np.nan_to_num(rms / so_far)
     growth[:3] = 0  # too few to compare with
     growth[np.isnan(single)] = 0  # of records that have none the ones before would speak
     findings = []
@@ -119,6 +120,11 @@ def find_dead(run: Run, thresholds: Thresholds) -> list[Finding]:
         steps = run.span(mask, at)
         findings.append(Finding("dead", severity, run.layers[column], steps, numbers, sentence))
     return findings
+
+
+def _power_of_ten(exponent: float) -> float:
+    """10 to that power, or the nearest to it that float64 holds."""
+    return 10.0 ** min(max(exponent, -323.0), 308.0)
 
 
 def _round(times: float) -> str:

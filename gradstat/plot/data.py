@@ -12,6 +12,16 @@ from gradstat.bins import Log2Bins
 from gradstat.history import History
 from gradstat.plot.arguments import Limits
 
+# Matplotlib widens limits before it draws, which must not overflow: on a linear axis and a log one.
+_LARGEST, _LOG_LARGEST = 1e300, 1e250
+
+
+def drawable(x: Array, *, log: bool) -> Array:
+    """The values, those beyond what Matplotlib can draw at its ends."""
+    largest = _LOG_LARGEST if log else _LARGEST
+    clipped: Array = np.where(np.isfinite(x), np.clip(x, -largest, largest), x)
+    return np.where(clipped > 0, np.maximum(clipped, 1 / largest), clipped) if log else clipped
+
 
 def times(history: History, steps_per_epoch: int | None) -> Array:
     """Time of each record: its step, or the epochs done with it."""
@@ -101,7 +111,7 @@ def extent(drawn: Sequence[tuple[Array, Array]], *, symmetric: bool) -> Limits:
         return -1.0, 1.0
     if symmetric:
         low, high = -max(-low, high), max(-low, high)
-    return float(low), float(high)
+    return max(float(low), -_LARGEST), min(float(high), _LARGEST)
 
 
 def outline(counts: Array, edges: Array, limits: Limits) -> tuple[Array, Array] | None:
@@ -112,13 +122,13 @@ def outline(counts: Array, edges: Array, limits: Limits) -> tuple[Array, Array] 
         return None
     counts = counts[filled[0] : filled[-1] + 1]
     edges = edges[filled[0] : filled[-1] + 2]
-    x = np.concatenate([edges[:1], (edges[:-1] + edges[1:]) / 2, edges[-1:]])
+    x = np.concatenate([edges[:1], edges[:-1] / 2 + edges[1:] / 2, edges[-1:]])
     z = np.concatenate([[0], counts, [0]]).astype(np.float64)
-    if x[-1] <= low or x[0] >= high:
-        return None
     inside = (x > low) & (x < high)
     ends = np.array([max(low, x[0]), min(high, x[-1])])
     heights = np.interp(ends, x, z)
+    if x[-1] <= low or x[0] >= high or not max(heights.max(), z[inside].max(initial=0)) > 0:
+        return None
     return (
         np.concatenate([ends[:1], ends[:1], x[inside], ends[1:], ends[1:]]),
         np.concatenate([[0], heights[:1], z[inside], heights[1:], [0]]),

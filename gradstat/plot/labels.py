@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import (
+    FixedLocator,
     Formatter,
     FuncFormatter,
     Locator,
@@ -151,7 +152,12 @@ def whole_numbers(most: int, prune: Literal["upper"] | None = None) -> MaxNLocat
 
 def log_ticks(low: float, high: float) -> tuple[Locator, Formatter]:
     """Ticks of a logarithmic axis, at least two: at powers of ten if there are as many."""
-    if math.floor(math.log10(high)) > math.ceil(math.log10(low)):
+    first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
+    if last - first > 60:
+        # Matplotlib's own reach past the ends, where powers of ten overflow.
+        powers = range(first, last + 1, math.ceil((last - first) / 6))
+        return FixedLocator([10.0**power for power in powers]), LogFormatterMathtext()
+    if last > first:
         return LogLocator(numticks=7), LogFormatterMathtext()
     if high > 10 * low:
         every = LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(math.inf, math.inf))

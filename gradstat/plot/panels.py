@@ -18,7 +18,7 @@ from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from gradstat.arrays import Array
 from gradstat.plot.arguments import Limits
-from gradstat.plot.data import outline
+from gradstat.plot.data import drawable, outline
 from gradstat.plot.labels import INK, Color, log_ticks, powers_apart, whole_numbers
 
 Box: TypeAlias = tuple[float, float, float, float]
@@ -169,6 +169,7 @@ def add_ridges(
 def add_line(ax: Axes, time: Array, value: Array, color: Color, *, log: bool) -> None:
     """Draw a line through finite values, on a log axis positive ones; a dot for a single one."""
     value = np.where(np.isfinite(value) & (value > 0 if log else True), value, math.nan)
+    value = drawable(value, log=log)
     alone = np.count_nonzero(np.isfinite(value)) == 1
     ax.plot(
         time,
@@ -195,7 +196,7 @@ def line_colors(count: int, *, ordered: bool) -> list[Color]:
 
 def color_norm(x: Array, *, log: bool) -> Normalize:
     """Scale from the smallest to the largest finite value; logarithmic ones leave out zeros."""
-    known = x[np.isfinite(x) & (x > 0 if log else True)]
+    known = drawable(x[np.isfinite(x) & (x > 0 if log else True)], log=log)
     if not len(known):
         return Normalize(0, 1)
     low, high = float(known.min()), float(known.max())
@@ -210,7 +211,7 @@ def add_image(
     """Draw ``image``, ``(len(rows) - 1, len(time))``, each column around its time."""
     half = (time[1] - time[0]) / 2 if len(time) > 1 else 0.5
     columns = np.concatenate([[time[0] - half], (time[1:] + time[:-1]) / 2, [time[-1] + half]])
-    drawn = np.ma.masked_invalid(image)
+    drawn = np.ma.masked_invalid(drawable(image, log=isinstance(norm, LogNorm)))
     ax.grid(visible=False)
     return ax.pcolormesh(columns, rows, drawn, norm=norm, cmap=cmap, rasterized=True)
 

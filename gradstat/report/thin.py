@@ -18,6 +18,7 @@ _MAX_COLUMNS, _MAX_CELLS = 600, 120_000
 _MAX_SAMPLES, _MAX_HISTOGRAMS = 120, 24_000
 _MIN_COLUMNS, _MIN_SAMPLES = 20, 4  # however many layers there are
 _MAX_ROWS = 64  # of a histogram over linear bins
+_LARGEST = 1e308  # magnitude that the page draws: float64 holds its logarithm's power of two
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,13 @@ def columns(history: History) -> Columns:
     total = np.add.reduceat(finite, starts, axis=0)
     nonfinite = np.add.reduceat(history["numel"] - finite, starts, axis=0)
     zeros = np.add.reduceat(history["zeros"], starts, axis=0)
-    l2 = np.where(finite > 0, history["l2"], 0.0)
+    l2 = np.where(finite > 0, np.minimum(history["l2"], _LARGEST), 0.0)
     # Scaled by the largest norm of the column, so that no square overflows or underflows.
     scale = np.maximum.reduceat(l2, starts, axis=0)
     scale[scale == 0] = 1.0
     squares = (l2 / np.repeat(scale, ends - starts, axis=0)) ** 2
     rms = scale * np.sqrt(divide(np.add.reduceat(squares, starts, axis=0), total))
-    own = history["rms"]
+    own = np.minimum(history["rms"], _LARGEST)
     return Columns(
         steps,
         ends - starts,
@@ -119,7 +120,8 @@ def samples(history: History) -> Samples:
         else:
             starts = np.arange(0, rows.shape[1], -(-rows.shape[1] // _MAX_ROWS))
             rows = np.add.reduceat(rows, starts, axis=1)
-            ends.append(np.stack([record.low.numpy(), record.high.numpy()], -1))
+            ranges = np.stack([record.low.numpy(), record.high.numpy()], -1)
+            ends.append(ranges.clip(-_LARGEST / 2, _LARGEST / 2))
         counts.append(rows)
         finite = record.finite.numpy()
         numbers.append((finite, zeros, record.numel.numpy() - finite))
