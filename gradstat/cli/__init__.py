@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from gradstat import tables
 from gradstat.cli import text
+from gradstat.cli.escaping import escaped
 from gradstat.diagnosis import Finding, Thresholds
 from gradstat.history import History
 
@@ -68,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(options: argparse.Namespace, why: object) -> int:
-    line = " ".join(str(why).split())
-    print(f"gradstat {options.command}: error: {line}", file=sys.stderr)
+    print(f"gradstat {options.command}: error: {escaped(why)}", file=sys.stderr)
     return FAILED
 
 
@@ -196,7 +196,7 @@ def _export(options: argparse.Namespace) -> int:
         written = TARGETS[options.to](
             history, options.directory, run_name(options.run_path), bar.update
         )
-    print(written)
+    print(escaped(written))
     return 0
 
 
@@ -215,7 +215,7 @@ def _report(options: argparse.Namespace) -> int:
     name = run_name(options.run_path)
     path = options.output or Path(f"{name}.html")
     load(options.run_path).report(path, title=name)
-    print(path)
+    print(escaped(path))
     return 0
 
 
@@ -239,7 +239,7 @@ def _compare(options: argparse.Namespace) -> int:
     print(text.compare(runs, every_layer=options.all))
     if options.output:
         text.draw(runs, options.output)
-        print(f"\n{options.output}")
+        print(f"\n{escaped(options.output)}")
     return 0
 
 

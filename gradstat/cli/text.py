@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from gradstat.arrays import Array, evenly_spread
+from gradstat.cli.escaping import escaped
 from gradstat.diagnosis import Finding
 from gradstat.diagnosis.run import median
 from gradstat.files import replacing
@@ -59,9 +60,10 @@ def heading(name: str, history: History) -> str:
     """A run in one line: its layers are those of its first kind."""
     steps = history.steps
     kinds = ", ".join(dict.fromkeys(history.kinds))
-    layers = _count(len(first_rows(history)), "layer") + (f" ({kinds})" if kinds != GRAD else "")
+    layers = _count(len(first_rows(history)), "layer")
+    layers += f" ({escaped(kinds)})" if kinds != GRAD else ""
     return (
-        f"{name}: {_count(len(history), 'record')} of {layers}, "
+        f"{escaped(name)}: {_count(len(history), 'record')} of {layers}, "
         f"steps {steps[0]} to {steps[-1]}, {history.bins}"
     )
 
@@ -84,7 +86,7 @@ def findings(found: Sequence[Finding], most: int | None = 3, indent: str = "") -
         group = each.severity, each.kind
         shown[group] += 1
         if most is None or shown[group] <= most:
-            lines.append(textwrap.fill(str(each), _width(), subsequent_indent="  "))
+            lines.append(textwrap.fill(escaped(each), _width(), subsequent_indent="  "))
         elif shown[group] == total[group]:
             lines.append(f"  and {total[group] - most} more like it (--all shows them)")
     lines = textwrap.indent("\n".join(lines), indent).splitlines()
@@ -123,7 +125,9 @@ def compare(runs: Mapping[str, History], *, every_layer: bool = False) -> str:
     rows: list[tuple[str, ...]] = [("rms, median of all records", "A", "", "B", "", "B / A")]
     for layer in shown:
         a, b = (typical[name].get(layer, math.nan) for name in (one, other))
-        rows.append((layer, _number(a), _bar(a, *ends), _number(b), _bar(b, *ends), _ratio(b, a)))
+        rows.append(
+            (escaped(layer), _number(a), _bar(a, *ends), _number(b), _bar(b, *ends), _ratio(b, a))
+        )
     shares = [_first_over_last(list(values.values())) for values in typical.values()]
     rows.append(
         ("first layer / last layer", _ratio(shares[0], 1), "", _ratio(shares[1], 1), "", "")
@@ -135,7 +139,7 @@ def compare(runs: Mapping[str, History], *, every_layer: bool = False) -> str:
         lines.append(f"{len(layers) - len(shown)} layers between them are left out (--all)")
     for name, history in runs.items():
         found = [each for each in history.diagnose() if each.severity != "note"]
-        lines += ["", f"{'A' if name == one else 'B'}  {name}:"]
+        lines += ["", f"{'A' if name == one else 'B'}  {escaped(name)}:"]
         lines.append(findings(found, most=2, indent="   "))
     return "\n".join(lines)
 
@@ -173,7 +177,7 @@ def newest(name: str, history: History) -> str:
         numel, finite = int(record.numel[at]), int(record.finite[at])
         rows.append(
             (
-                history.layers[at],
+                escaped(history.layers[at]),
                 _number(rms[at]),
                 _bar(rms[at], *ends),
                 _number(float(record.abs_max[at])),
@@ -182,7 +186,7 @@ def newest(name: str, history: History) -> str:
             )
         )
     found = [each for each in history.diagnose() if each.severity != "note"]
-    lines = [f"{name}: step {history.steps[-1]}", ""]
+    lines = [f"{escaped(name)}: step {history.steps[-1]}", ""]
     lines += _table([rows[0], *_some(rows[1:], _MOST_LAYERS)])
     return "\n".join([*lines, "", findings(found, most=2)])
 
@@ -213,7 +217,7 @@ def tail(path: Path, interval_s: float, updates: int | None = None) -> None:
                 printed += 1
                 continue
             if not printed:
-                print(f"{path} has no records yet", flush=True)
+                print(f"{escaped(path)} has no records yet", flush=True)
         time.sleep(interval_s)
 
 

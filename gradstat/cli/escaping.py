@@ -1,0 +1,19 @@
+"""Names and paths as a terminal may show them."""
+
+from __future__ import annotations
+
+
+def escaped(text: object) -> str:
+    r"""Text in one line, with escapes in place of all that a terminal acts on or does not show.
+
+    Args:
+        text: a name, a path or a sentence that contains one.
+
+    Returns:
+        The same if it is printable. Control characters, line breaks, marks of direction, other
+        spaces and undecodable bytes are written as Python writes them, such as ``\x1b``.
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in str(text)
+    )
