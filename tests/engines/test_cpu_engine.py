@@ -17,8 +17,9 @@ from conftest import ROOT
 import gradstat
 from gradstat import LinearBins, Log2Bins, Statistics
 from gradstat.bins import Bins
-from gradstat.engines import cpu, cpu_threads
-from gradstat.engines.cpu_counts import MAX_LANE_BINS
+from gradstat.engines import cpu
+from gradstat.engines.cpu import pool
+from gradstat.engines.cpu.work import MAX_SHARED_BINS
 
 measure = functools.partial(gradstat.statistics, engine="cpu")
 
@@ -43,7 +44,13 @@ def assert_agrees_with_the_reference(tensors: list[torch.Tensor], bins: Bins) ->
     got, expected = measure(tensors, bins), gradstat.statistics(tensors, bins, engine="reference")
     assert torch.equal(got.integers, expected.integers)
     assert torch.equal(got.counts, expected.counts)
-    torch.testing.assert_close(got.floats, expected.floats, rtol=1e-9, atol=1e-9, equal_nan=True)
+    for name in ("min", "max", "low", "high"):
+        assert torch.equal(getattr(got, name).nan_to_num(), getattr(expected, name).nan_to_num())
+    for name in ("l1", "l2", "std"):
+        torch.testing.assert_close(
+            getattr(got, name), getattr(expected, name), rtol=1e-5, atol=0, equal_nan=True
+        )
+    assert bool(((got.sum - expected.sum).abs() <= 1e-6 * expected.l1).all())
 
 
 def run_python(code: str, *, cwd: Path, **environment: str) -> str:
@@ -115,8 +122,8 @@ def test_measure_works_in_autograds_hooks_and_threads(generator: torch.Generator
 
 # Helper threads, and the locks they hold, do not come along into a forked child.
 FORKED = """
-import multiprocessing, torch, gradstat
-from gradstat.engines import cpu_threads
+import multiprocessing, os, torch, gradstat
+from gradstat.engines.cpu import pool as helper_threads
 
 torch.set_num_threads(2)
 x = torch.arange(1 << 19).float()
@@ -126,7 +133,7 @@ def count(_):
 
 def helpers(_):
     count(0)
-    return [thread.is_alive() for thread in cpu_threads._pool._threads]
+    return [os.path.exists(f"/proc/self/task/{id}") for id in helper_threads._pool.ids]
 
 class Rows(torch.utils.data.Dataset):
     def __len__(self):
@@ -159,13 +166,13 @@ def test_measure_works_where_numba_can_write_no_cache(tmp_path: Path) -> None:
         ROOT / "gradstat", tmp_path / "gradstat", ignore=shutil.ignore_patterns("__pycache__")
     )
     # A file in the place of a directory is unwritable even to the superuser.
-    blocked = tmp_path / "gradstat" / "engines" / "__pycache__"
+    blocked = tmp_path / "gradstat" / "engines" / "cpu" / "__pycache__"
     blocked.touch()
     code = """
 import torch, gradstat
-from gradstat.engines import cpu_passes
+from gradstat.engines.cpu.work import work_on
 print(gradstat.__file__, float(gradstat.statistics(torch.ones(3), engine="cpu").sum))
-print(type(cpu_passes.work._cache).__name__)
+print(type(work_on(torch.float32, False)._cache).__name__)
 """
     nowhere = str(blocked / "none")
     output = run_python(
@@ -243,7 +250,7 @@ def test_measure_needs_under_a_megabyte_beside_the_tensors(
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("n", [MAX_LANE_BINS, MAX_LANE_BINS + 1, 100_000])
+@pytest.mark.parametrize("n", [MAX_SHARED_BINS, MAX_SHARED_BINS + 1, 100_000])
 def test_measure_counts_more_bins_than_its_private_counters(
     n: int, generator: torch.Generator
 ) -> None:
@@ -272,7 +279,7 @@ def test_measure_reads_negated_views_while_others_are_copied(generator: torch.Ge
     assert all(view.is_neg() for view in views)
     assert_agrees_with_the_reference(views, Log2Bins())
     for row, part in zip(measure(views), parts, strict=True):
-        assert float(row.sum) == pytest.approx(-float(part.double().sum()), rel=1e-9)
+        assert float(row.sum) == pytest.approx(-float(part.double().sum()), rel=1e-5)
 
 
 CPUS = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
@@ -283,9 +290,9 @@ def test_helpers_are_kept_off_the_cpu_of_the_caller(monkeypatch: pytest.MonkeyPa
     x = torch.ones(1 << 20)
     cpu.measure([x], Log2Bins())  # starts the helper
     for mine in sorted(CPUS)[:2]:
-        monkeypatch.setattr(cpu_threads, "_get_cpu", lambda mine=mine: mine)
+        monkeypatch.setattr(pool, "_get_cpu", lambda mine=mine: mine)
         cpu.measure([x], Log2Bins())
-        for helper in cpu_threads._helper_ids:
+        for helper in pool._pool.ids:
             assert os.sched_getaffinity(helper) == CPUS - {mine}
     assert os.sched_getaffinity(0) == CPUS
-    assert cpu_threads._helper_ids
+    assert pool._pool.ids

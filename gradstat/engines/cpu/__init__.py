@@ -1,0 +1,151 @@
+"""The CPU engine: one pass over memory, compiled by Numba, on all of torch's threads.
+
+It computes what `reference` defines: every integer is equal, every float within 1e-5 of float64.
+Beside a tensor it needs under 1 MB, whatever its strides; results do not depend on the threads.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradstat.bins import Bins, LinearBins
+from gradstat.engines.cpu.partials import FIELDS
+from gradstat.engines.cpu.pool import count_threads, run_together
+from gradstat.engines.cpu.work import (
+    COLUMNS,
+    COUNTS_ONLY,
+    FLOATS_ONLY,
+    FUSED,
+    MAX_SHARED_BINS,
+    SCRATCH_BYTES,
+    work_on,
+)
+from gradstat.engines.memory import merge_dims, no_storage
+from gradstat.results import FLOATS, INTEGERS, Statistics
+
+_ITEM = 1 << 16  # elements: enough to hide the taking of an item, few enough to share a tensor out
+_MAX_ITEMS = 2048  # of one tensor: its partials stay under 250 KB
+_ALONE_BELOW = 1 << 18  # elements: waking another thread takes longer than these
+
+_SUBNORMAL = 5e-324
+
+_scratches: list[Tensor] = []  # between calls; zero
+
+
+def measure(
+    tensors: Sequence[Tensor], bins: Bins, low: Tensor | None = None, high: Tensor | None = None
+) -> Statistics:
+    """Statistics of each tensor of a list, as `reference.measure`.
+
+    Args:
+        tensors: L floating-point tensors on the CPU, any shapes and strides.
+        bins: scheme of the histogram.
+        low: lower ends of the ranges of `LinearBins`, float32 ``(L,)``; ``None`` for an automatic
+            range, and for `Log2Bins`.
+        high: upper ends.
+
+    Returns:
+        Statistics of shape ``(L,)``.
+    """
+    n = len(tensors)
+    result = Statistics(
+        bins,
+        torch.zeros((n, len(INTEGERS)), dtype=torch.int64),
+        torch.empty((n, len(FLOATS)), dtype=torch.float64),
+        torch.zeros((n, bins.bins), dtype=torch.int64),
+    )
+    tables: dict[torch.dtype, _Table] = {}
+    for row, x in enumerate(tensors):
+        table = tables.get(x.dtype)
+        if table is None:
+            table = tables[x.dtype] = _Table(x.dtype, result)
+        table.append(row, x)
+    is_automatic = isinstance(bins, LinearBins) and low is None
+    for table in tables.values():
+        table.run(FLOATS_ONLY if is_automatic else FUSED, low, high)
+    if isinstance(bins, LinearBins) and is_automatic:
+        if bins.nice:
+            low, high = bins.automatic_range(result.min, result.max)
+        for table in tables.values():
+            table.run(COUNTS_ONLY, low, high)
+    return result
+
+
+class _Table:
+    """The tensors of one dtype as a work table, see `work`, and what must live as long as it."""
+
+    def __init__(self, dtype: torch.dtype, result: Statistics) -> None:
+        self._work = work_on(dtype, isinstance(result.bins, LinearBins))
+        self._result = result
+        self._held: list[object] = []
+        self._lines: list[int] = []
+        self._items = self._numel = 0
+        self._partials: Tensor | None = None
+
+    def append(self, row: int, x: Tensor) -> None:
+        """Add a tensor whose results go to a row."""
+        if x.is_neg():  # torch keeps the sign apart
+            x = x.resolve_neg()
+        numel, address, layout = x.numel(), x.data_ptr(), 0
+        if numel and not address:
+            raise no_storage(row)
+        if not x.is_contiguous():
+            dims = merge_dims(x)
+            if dims != [(numel, 1)]:
+                numbers = array("q", [len(dims), *(number for pair in dims for number in pair)])
+                self._held.append(numbers)
+                layout = numbers.buffer_info()[0]
+        size = _ITEM
+        while numel > size * _MAX_ITEMS:
+            size *= 2
+        self._lines += (address, numel, layout, row, self._items, size)
+        self._items += -(-numel // size)
+        self._numel += numel
+        self._held.append(x)
+
+    def run(self, stage: int, low: Tensor | None, high: Tensor | None) -> None:
+        """Do a stage of the work: threads share the items, then the rows are made."""
+        integers, floats, counts = self._result.integers, self._result.floats, self._result.counts
+        if self._partials is None:
+            self._partials = torch.empty(self._items * FIELDS, dtype=torch.float64)
+        low = None if low is None else low.contiguous()
+        high = None if high is None else high.contiguous()
+        head = (
+            0,
+            len(self._lines) // COLUMNS,
+            self._items,
+            self._partials.data_ptr(),
+            integers.data_ptr(),
+            floats.data_ptr(),
+            counts.data_ptr(),
+            counts.shape[1],
+            0 if low is None else low.data_ptr(),
+            0 if high is None else high.data_ptr(),
+        )
+        end = (0, 0, 0, 0, self._items, 0)
+        table = array("q", (*head, *self._lines, *end))
+
+        def share(is_last: bool = False) -> None:
+            _ = self, low, high  # whose memory the table has the addresses of
+            try:
+                scratch = _scratches.pop()
+            except IndexError:  # all are in use
+                scratch = torch.zeros(SCRATCH_BYTES, dtype=torch.uint8)
+            # A product of subnormals tells; no result should depend on the thread's mode.
+            flushes = _SUBNORMAL * 1.0 == 0.0 and torch.set_flush_denormal(False)
+            try:
+                self._work(table.buffer_info()[0], stage, is_last, scratch.data_ptr())
+            finally:
+                if flushes:
+                    torch.set_flush_denormal(True)
+            _scratches.append(scratch)
+
+        if self._numel >= _ALONE_BELOW and counts.shape[1] <= MAX_SHARED_BINS:
+            threads = count_threads()
+            if threads > 1:
+                run_together(share, threads)
+        share(is_last=True)

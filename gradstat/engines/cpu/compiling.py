@@ -1,0 +1,155 @@
+"""How the engine's functions are compiled and cached, and what Numba's Python lacks for them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import numba
+from llvmlite import ir
+from numba import types
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic, overload
+
+# Numba and llvmlite ship no types: a number, memory indexed as an array, objects of the compiler.
+Scalar: TypeAlias = Any
+Pointer: TypeAlias = Any
+IR: TypeAlias = Any
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_njit: IR = numba.njit
+_overload: IR = overload
+_intrinsic: Callable[[Callable[..., IR]], Callable[..., Scalar]] = intrinsic
+_types: IR = types
+_OPTIONS = {"error_model": "numpy"}
+# Sums may be taken in any order: that is what makes them vectors. The order is fixed at
+# compilation, so results do not vary. Never nnan or ninf: with those LLVM drops tests for NaN.
+_ANY_ORDER = {**_OPTIONS, "fastmath": {"reassoc", "nsz", "contract"}}
+_SLOW_SECONDS = 1.0  # a compilation that takes longer is announced on a terminal
+_ANNOUNCEMENT = "gradstat: compiling for this processor, once; later runs start at once\n"
+
+
+def compiled(function: Function) -> Function:
+    """Compile a function that only compiled functions call, in IEEE arithmetic."""
+    result: Function = _njit(**_OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    return result
+
+
+def compiled_for_types(make: Callable[..., Any], options: IR = _OPTIONS) -> Callable[..., Any]:
+    """Compile, for Numba's types of the arguments, the function that ``make`` returns for them."""
+
+    def stand_in(*arguments: object) -> None: ...
+
+    _overload(stand_in, jit_options=options, strict=False)(make)
+    return stand_in
+
+
+compiled_sums_for_types = functools.partial(compiled_for_types, options=_ANY_ORDER)
+
+
+def compile_entry(function: Function, name: str, arguments: str) -> Function:
+    """Compile a function that Python calls, or load it from Numba's cache on disk.
+
+    The names of the cache's files have in them all that decides what is compiled: processes that
+    compile at the same time write the same files.
+
+    Args:
+        function: of a module in this package.
+        name: tells it from others of the same source.
+        arguments: Numba's signature.
+    """
+    function.__qualname__ = f"{function.__name__}_{name}_{_checksum():08x}"
+    compile_now = functools.partial(_njit, arguments, nogil=True, **_OPTIONS)
+    announcement = threading.Timer(_SLOW_SECONDS, sys.stderr.write, [_ANNOUNCEMENT])
+    if sys.stderr.isatty():
+        announcement.start()
+    try:
+        result: Function = compile_now(cache=True)(function)
+    except RuntimeError:  # no directory in which Numba could write its cache
+        result = compile_now()(function)
+    finally:
+        announcement.cancel()
+    return result
+
+
+@functools.cache
+def _checksum() -> int:
+    """Of the processor, the compiler and this package's sources; Numba looks at one file only."""
+    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    return zlib.crc32(b"".join([repr((_target(), numba.__version__)).encode(), *sources]))
+
+
+def _target() -> tuple[str, str, str]:
+    """Triple, processor and its features, for which Numba compiles."""
+    target: tuple[str, str, str] = cpu_target.target_context.codegen().magic_tuple()
+    return target
+
+
+def has_half_instruction() -> bool:
+    """Whether the processor has one that makes a float16 a float32."""
+    triple, _, features = _target()
+    return triple.startswith(("aarch64", "arm64")) or "+f16c" in features.split(",")
+
+
+@_intrinsic
+def widen_half(typing_context: IR, bits: IR) -> IR:
+    """``widen_half(bits)``: float32 of a float16 given as int16; needs `has_half_instruction`."""
+
+    def generate(context: IR, builder: IR, signature: IR, arguments: IR) -> IR:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.int16), generate
+
+
+@_intrinsic
+def pointer(typing_context: IR, start: IR, dtype: IR) -> IR:
+    """``pointer(start, dtype)``: memory to be indexed as an array, from an address or a pointer.
+
+    Unlike an array it costs neither compilation nor counting of references.
+    """
+
+    def generate(context: IR, builder: IR, signature: IR, arguments: IR) -> IR:
+        convert = builder.inttoptr if isinstance(start, types.Integer) else builder.bitcast
+        return convert(arguments[0], context.get_value_type(signature.return_type))
+
+    return _types.CPointer(dtype.dtype)(start, dtype), generate
+
+
+@_intrinsic
+def after(typing_context: IR, start: IR, n: IR) -> IR:
+    """``after(start, n)``: the pointer ``n`` elements further."""
+
+    def generate(context: IR, builder: IR, signature: IR, arguments: IR) -> IR:
+        return builder.gep(arguments[0], [arguments[1]])
+
+    return start(start, types.int64), generate
+
+
+@_intrinsic
+def atomic_add(typing_context: IR, cell: IR, value: IR) -> IR:
+    """``atomic_add(cell, value)``: add to the int64 there; returns what it was before."""
+
+    def generate(context: IR, builder: IR, signature: IR, arguments: IR) -> IR:
+        return builder.atomic_rmw("add", *arguments, "monotonic")
+
+    return types.int64(cell, types.int64), generate
+
+
+@_intrinsic
+def prefetch(typing_context: IR, start: IR) -> IR:
+    """``prefetch(start)``: ask for the memory there, which need not exist, in the cache."""
+
+    def generate(context: IR, builder: IR, signature: IR, arguments: IR) -> IR:
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", (byte,), kind)
+        how = (number(0), number(2), number(1))  # to read, near, data
+        builder.call(fetch, [builder.bitcast(arguments[0], byte), *how])
+        return context.get_dummy_value()
+
+    return types.void(start), generate

@@ -1,0 +1,209 @@
+"""Compiled: private counters of a thread, and how they get to a tensor's row.
+
+Neighbours in one slot would wait for each other at one counter, so a slot has one in each of
+several *lanes*. Linear slots are counted two values at a time, with a counter for each pair of
+slots. Lanes are moved to int64 *totals* before they can overflow, and totals to the row at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numba import types
+
+from gradstat.engines.cpu.compiling import (
+    IR,
+    Pointer,
+    after,
+    atomic_add,
+    compiled,
+    compiled_for_types,
+    pointer,
+    prefetch,
+)
+from gradstat.engines.cpu.passes import BLOCK, real
+from gradstat.engines.cpu.slots import Range, as_float32, fill_pairs, slot_of
+from gradstat.results import INTEGERS
+
+LANES, PAIR_LANES = 16, 8
+# Counters of a lane, 256 bytes off a multiple of 4096: lanes do not evict each other.
+STRIDE, PAIR_STRIDE = 2112, 8160
+MAX_SLOTS, MAX_PAIR_SLOTS = 2050, 90  # more than these are counted straight, or one by one
+LANES_HOLD, PAIRS_HOLD = 1 << 24, 1 << 19  # values: no uint32, and no uint16, overflows
+PAIRS_FROM = 1 << 15  # elements of a tensor: fewer do not pay for so many counters
+
+COUNTER_BYTES = 8 + 8 * STRIDE + 4 * LANES * STRIDE + 6 * BLOCK
+
+STRAIGHT, IN_LANES, IN_PAIRS = range(3)
+BELOW, ABOVE = INTEGERS.index("below"), INTEGERS.index("above")
+
+
+class Counters(NamedTuple):
+    """Where a tensor's values are counted: its row, and memory of this thread."""
+
+    integers: Pointer  # int64 (8,), of the row
+    counts: Pointer  # int64 (bins,), of the row
+    slots: int
+    mode: int
+    is_shared: bool  # the row, by several threads
+    waiting: Pointer  # int64, how many values the lanes hold; zero between tensors, as what follows
+    totals: Pointer  # int64 (STRIDE,)
+    lanes: Pointer  # uint32 (LANES * STRIDE,), or uint16 (PAIR_LANES * PAIR_STRIDE,)
+    wide: Pointer  # uint32 (BLOCK,)
+    block: Pointer  # uint16 (BLOCK,), the slots of a block
+
+
+@compiled
+def make_counters(
+    integers: Pointer, counts: Pointer, slots: int, numel: int, is_shared: bool, memory: int
+) -> Counters:
+    """Counters in `COUNTER_BYTES` at an address, of a mode that a tensor of ``numel`` pays for."""
+    mode = IN_PAIRS
+    if numel < 2 * slots or slots > MAX_SLOTS:
+        mode = STRAIGHT
+    elif slots > MAX_PAIR_SLOTS or numel < PAIRS_FROM:
+        mode = IN_LANES
+    lanes = memory + 8 + 8 * STRIDE
+    wide = lanes + 4 * LANES * STRIDE
+    return Counters(
+        integers,
+        counts,
+        slots,
+        mode,
+        is_shared,
+        pointer(memory, np.int64),
+        pointer(memory + 8, np.int64),
+        pointer(lanes, np.uint32),
+        pointer(wide, np.uint32),
+        pointer(wide + 4 * BLOCK, np.uint16),
+    )
+
+
+def _make_scatter(
+    width: int, shift: int, mask: int, lanes: int, stride: int
+) -> Callable[..., None]:
+    """Counts slots that lie ``shift`` bits up in fields of ``width`` bits."""
+    fields = 64 // width
+    words = lanes // fields
+
+    @compiled
+    def scatter(source: Pointer, n: int, counters: Pointer, ahead: Pointer, step: int) -> None:
+        """Count ``n`` fields, a multiple of the lanes.
+
+        Counting waits for the cache, not for memory: the time is used to fetch what comes
+        ``ahead``, ``step`` elements for each word of fields.
+        """
+        x = pointer(source, np.uint64)
+        for j in range(0, n // fields, words):
+            prefetch(after(ahead, j * step))
+            for k in range(words):
+                word = x[j + k]
+                for field in range(fields):
+                    slot = np.uint64(word >> np.uint64(width * field + shift)) & np.uint64(mask)
+                    counters[slot + np.uint64((k * fields + field) * stride)] += 1
+
+    return scatter
+
+
+_scatter_float32 = _make_scatter(32, 21, 0x7FF, LANES, STRIDE)  # Log2Bins
+_scatter_bfloat16 = _make_scatter(16, 5, 0x7FF, LANES, STRIDE)
+_scatter_slots = _make_scatter(16, 0, 0xFFFF, LANES, STRIDE)
+_scatter_pairs = _make_scatter(16, 0, 0xFFFF, PAIR_LANES, PAIR_STRIDE)
+
+
+@compiled_for_types
+def _count_in_lanes(x: IR, n: IR, within: IR, to: IR, ahead: IR) -> Callable[..., None]:
+    """Count a block in the lanes."""
+
+    def count_slots(x: Pointer, n: int, within: Range, to: Counters, ahead: Pointer) -> None:
+        for j in range(n):
+            to.block[j] = np.uint16(slot_of(real(x[j]), within))
+        whole = n // LANES * LANES
+        _scatter_slots(to.block, whole, to.lanes, ahead, 4)
+        for j in range(whole, n):
+            to.lanes[to.block[j]] += 1
+
+    def count_patterns(x: Pointer, n: int, within: Range, to: Counters, ahead: Pointer) -> None:
+        whole = n // LANES * LANES
+        scatter(x, whole, to.lanes, ahead, step)
+        for j in range(whole, n):
+            to.lanes[slot_of(real(x[j]), within)] += 1
+
+    is_bfloat16 = x.dtype == types.uint16
+    scatter, step = (_scatter_bfloat16, 4) if is_bfloat16 else (_scatter_float32, 2)
+    is_direct = isinstance(within, types.NoneType) and x.dtype != types.int16
+    return count_patterns if is_direct else count_slots
+
+
+@compiled
+def count(x: Pointer, n: int, within: Range, plain: bool, to: Counters, ahead: Pointer) -> None:
+    """Count a block; ``plain``: `is_plain` holds for it; ``ahead``: what will be counted next."""
+    y = as_float32(x, n, within, to.wide)
+    if to.mode == STRAIGHT:
+        for j in range(n):
+            _add_to_row(int(slot_of(real(y[j]), within)), 1, within, to)
+        return
+    if to.waiting[0] + n > (PAIRS_HOLD if to.mode == IN_PAIRS else LANES_HOLD):
+        _empty_lanes(within, to)
+    to.waiting[0] += n
+    if within is not None and to.mode == IN_PAIRS:
+        half = n // (2 * PAIR_LANES) * PAIR_LANES
+        fill_pairs(y, half, within, plain, to.block)
+        _scatter_pairs(to.block, half, pointer(to.lanes, np.uint16), ahead, 8)
+        for j in range(2 * half, n):
+            to.totals[slot_of(real(y[j]), within)] += 1
+    else:
+        _count_in_lanes(y, n, within, to, ahead)
+
+
+@compiled
+def _add_to_row(slot: int, n: int, within: Range, to: Counters) -> None:
+    """Count ``n`` values of one slot in the row."""
+    cell = after(to.counts, slot - 1)
+    if within is None:
+        # In the order of values: behind a sign, patterns run backwards.
+        cell = after(to.counts, slot ^ (2047 if slot > 1023 else 1024))
+    elif slot in (0, to.slots - 1):
+        cell = after(to.integers, BELOW if slot == 0 else ABOVE)
+    if to.is_shared:
+        atomic_add(cell, n)
+    else:
+        cell[0] += n
+
+
+@compiled
+def _empty_lanes(within: Range, to: Counters) -> None:
+    """Move what the lanes hold to the totals."""
+    to.waiting[0] = 0
+    n = to.slots
+    if within is not None and to.mode == IN_PAIRS:
+        pairs = pointer(to.lanes, np.uint16)
+        for j in range(n * n):
+            to.wide[j] = 0
+        for lane in range(PAIR_LANES):
+            for j in range(n * n):
+                to.wide[j] += pairs[lane * PAIR_STRIDE + j]
+                pairs[lane * PAIR_STRIDE + j] = 0
+        for second in range(n):
+            for first in range(n):
+                to.totals[first] += to.wide[second * n + first]
+                to.totals[second] += to.wide[second * n + first]
+    else:
+        for j in range(n):
+            total = np.uint32(0)
+            for lane in range(LANES):
+                total = np.uint32(total + to.lanes[lane * STRIDE + j])
+                to.lanes[lane * STRIDE + j] = 0
+            to.totals[j] += total
+
+
+@compiled
+def empty(within: Range, to: Counters) -> None:
+    """Move all that was counted to the row."""
+    _empty_lanes(within, to)
+    for slot in range(to.slots):
+        if to.totals[slot] != 0:
+            _add_to_row(slot, to.totals[slot], within, to)
+            to.totals[slot] = 0

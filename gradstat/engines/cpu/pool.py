@@ -1,0 +1,139 @@
+"""Helper threads: sleeping until a job comes, safe from several Python threads and after a fork."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import math
+import os
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_CGROUP = Path("/sys/fs/cgroup")  # in a container: its own
+
+_get_cpu: Callable[[], int] | None = getattr(ctypes.CDLL(None), "sched_getcpu", None)
+
+
+class _Share:
+    """One helper's share of a job: done by it, or by nobody if the caller withdraws it first."""
+
+    def __init__(self, job: Callable[[], None]) -> None:
+        self._job = job
+        self._taken_by: dict[str, str] = {}  # `setdefault` lets one of the two be first
+        self._is_done = threading.Event()
+
+    def do(self) -> None:
+        if self._taken_by.setdefault("whom", "helper") == "helper":
+            try:
+                self._job()
+            finally:
+                self._is_done.set()
+
+    def withdraw(self) -> None:
+        """Keep it from being begun, or wait for its end; again, after an interrupt."""
+        if self._taken_by.setdefault("whom", "caller") == "helper":
+            self._is_done.wait()
+
+
+class _Pool:
+    """The helpers of a process: none at first, more when a job asks for them."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []  # the operating system's, of the threads
+        self._shares: queue.SimpleQueue[_Share] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._place: tuple[set[int], int] = (set(), 0)  # CPUs, of how many helpers
+
+    def submit(self, shares: list[_Share]) -> None:
+        with self._lock:
+            while len(self.ids) < len(shares):
+                started = threading.Event()
+                threading.Thread(target=self._help, args=(started,), daemon=True).start()
+                started.wait()
+            self._keep_off_callers_cpu()
+        for share in shares:
+            self._shares.put(share)
+
+    def _help(self, started: threading.Event) -> None:
+        self.ids.append(threading.get_native_id())
+        started.set()
+        while True:
+            self._shares.get().do()
+
+    def _keep_off_callers_cpu(self) -> None:
+        """Let no helper wake where the caller runs: it would wait there for the caller's end."""
+        if _get_cpu is None or not hasattr(os, "sched_setaffinity"):
+            return
+        others = os.sched_getaffinity(0) - {_get_cpu()}
+        if others and (others, len(self.ids)) != self._place:
+            with contextlib.suppress(OSError):  # they may not be placed
+                for helper in self.ids:
+                    os.sched_setaffinity(helper, others)
+                self._place = others, len(self.ids)
+
+
+_pool = _Pool()
+
+
+def run_together(job: Callable[[], None], threads: int) -> None:
+    """Run a job in the calling thread and, at the same time, in helpers.
+
+    The job takes its work off a shared counter, so it does not matter how many helpers come, or
+    whether any does: those that have not started when the caller is done are not waited for. The
+    others are, whatever is raised here meanwhile.
+
+    Args:
+        job: what each thread runs once; without the interpreter lock, or nothing is gained. It
+            holds what it works on.
+        threads: how many threads in all.
+    """
+    shares = [_Share(job) for _ in range(threads - 1)]
+    try:
+        with contextlib.suppress(RuntimeError):  # the interpreter is shutting down: no new thread
+            _pool.submit(shares)
+        job()
+    finally:
+        _withdraw(shares)
+
+
+def _withdraw(shares: list[_Share]) -> None:
+    try:
+        for share in shares:
+            share.withdraw()
+    except BaseException:
+        _withdraw(shares)  # interrupted while waiting
+        raise
+
+
+def count_threads() -> int:
+    """How many threads may work at a time: torch's, but no more than there are CPUs for them."""
+    limits = [torch.get_num_threads(), _granted_cpus()]
+    if hasattr(os, "sched_getaffinity"):
+        limits.append(len(os.sched_getaffinity(0)))
+    return max(math.floor(min(limits)), 1)
+
+
+@functools.cache
+def _granted_cpus() -> float:
+    """CPUs' time that the container may use, by version 2 or 1 of Linux's control groups."""
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # not there; "max"
+            quota, period = " ".join((_CGROUP / name).read_text() for name in names).split()
+            if int(quota) > 0:
+                return math.ceil(int(quota) / int(period))
+    return math.inf
+
+
+def _forget() -> None:
+    """In a forked child there are no helpers."""
+    global _pool
+    _pool = _Pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

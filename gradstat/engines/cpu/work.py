@@ -1,0 +1,216 @@
+"""The compiled function that Python calls: a thread's share of the work on a list, and the rows.
+
+The work table is int64: first `HEAD` fields, then a line of `COLUMNS` for each tensor, then one of
+which only `FIRST` is read: the number of items. An *item* is a part of one tensor. Its size depends
+on that tensor alone, so the floats do not depend on the threads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from gradstat.engines.cpu import counters, partials, slots
+from gradstat.engines.cpu.compiling import (
+    Pointer,
+    after,
+    atomic_add,
+    compile_entry,
+    compiled,
+    pointer,
+)
+from gradstat.engines.cpu.counters import ABOVE, BELOW, Counters
+from gradstat.engines.cpu.partials import FIELDS, MAX, MIN, NAN, NEGINF, POSINF
+from gradstat.engines.cpu.passes import BLOCK, ELEMENTS
+from gradstat.results import FLOATS
+
+# The next item that nobody has taken, how many tensors and items there are, and addresses:
+# partials, float64 (items, FIELDS); integers, floats and counts of the results; low and high, the
+# ends of linear ranges, float32, or 0 where the floats have them.
+NEXT, TENSORS, ITEMS, PARTIALS, INTEGERS, RESULTS, COUNTS, BINS, LOWS, HIGHS = range(10)
+HEAD = 10
+# Addresses of the elements and the layout (or 0), row of the results, items before, item's size.
+ADDRESS, NUMEL, LAYOUT, ROW, FIRST, ITEM = range(6)
+COLUMNS = 6
+
+# What to do: floats and counts in one sweep, or one after the other where the range comes between.
+FUSED, FLOATS_ONLY, COUNTS_ONLY = range(3)
+
+SCRATCH_BYTES = counters.COUNTER_BYTES + 8 * FIELDS + 8 * BLOCK
+MAX_SHARED_BINS = counters.MAX_SLOTS - 2  # more are counted straight into a row
+
+LOW, HIGH = FLOATS.index("low"), FLOATS.index("high")
+
+Work = Callable[[int, int, bool, int], None]
+
+
+@compiled
+def _gather(x: Pointer, layout: Pointer, begin: int, size: int, block: Pointer) -> None:
+    """Copy elements of a strided tensor from the ``begin``-th on, in the order of its layout.
+
+    A layout is int64: how many dimensions, then size and stride of each, the outermost first.
+    """
+    last = 2 * layout[0] - 1
+    inner, step = layout[last], layout[last + 1]
+    done = 0
+    while done < size:
+        row, column = (begin + done) // inner, (begin + done) % inner
+        source = column * step
+        for k in range(last - 2, 0, -2):
+            source += row % layout[k] * layout[k + 1]
+            row //= layout[k]
+        for j in range(done, min(done + inner - column, size)):
+            block[j] = x[source]
+            source += step
+        done += inner - column
+
+
+@compiled
+def _ends(head: Pointer, line: Pointer, floats: Pointer) -> tuple[float, float]:
+    """Ends of a tensor's linear range: those that were given, or those of its values."""
+    if head[LOWS] == 0:
+        return floats[LOW], floats[HIGH]
+    low, high = pointer(head[LOWS], np.float32), pointer(head[HIGHS], np.float32)
+    return np.float64(low[line[ROW]]), np.float64(high[line[ROW]])
+
+
+@compiled
+def _write_range(total: Pointer, floats: Pointer) -> None:
+    """Range from the extremes, as `LinearBins.automatic_range` without ``nice``."""
+    if total[partials.FINITE] == 0:
+        floats[LOW], floats[HIGH] = 0.0, 1.0
+        return
+    low, high = slots.narrow(total[MIN], None), np.float32(-slots.narrow(-total[MAX], None))
+    if low == high:
+        half = max(np.float32(abs(low) * np.float32(2.0**-21)), np.float32(0.5))
+        low, high = np.float32(low - half), np.float32(high + half)
+    floats[LOW] = max(np.float32(low), np.float32(-slots.LARGEST))
+    floats[HIGH] = min(np.float32(high), slots.LARGEST)
+
+
+@compiled
+def _item(
+    line: Pointer,
+    first: Pointer,
+    item: int,
+    stage: int,
+    within: slots.Range,
+    partial: Pointer,
+    known: Pointer,
+    raw: Pointer,
+    to: Counters,
+) -> None:
+    """Go through an item of the tensor that begins at ``first``, block by block.
+
+    ``known`` is room for a block's partial, ``raw`` for elements that do not lie side by side.
+    """
+    start = (item - line[FIRST]) * line[ITEM]
+    stop = min(line[NUMEL], start + line[ITEM])
+    if stage == COUNTS_ONLY:
+        known = partial
+    else:
+        partials.clear(partial)
+    for begin in range(start, stop, BLOCK):
+        x, size = after(first, begin), min(BLOCK, stop - begin)
+        if line[LAYOUT] != 0:
+            _gather(first, pointer(line[LAYOUT], np.int64), begin, size, raw)
+            x = raw
+        if stage != COUNTS_ONLY:
+            partials.summarise(x, size, known)
+            partials.merge(partial, known)
+        if stage == FLOATS_ONLY:
+            continue
+        slot, plain = -1, False
+        if known[NAN] + known[POSINF] + known[NEGINF] == 0:
+            slot = slots.common_slot(known[MIN], known[MAX], within)
+            plain = slots.is_plain(known[MIN], known[MAX], within)
+        if slot >= 0 and to.mode != counters.STRAIGHT:
+            to.totals[slot] += size
+        else:
+            counters.count(x, size, within, plain, to, after(first, begin + BLOCK))
+
+
+@compiled
+def _counters(head: Pointer, line: Pointer, n: int, scratch: int) -> Counters:
+    """Counters of ``n`` slots for a tensor."""
+    integers = pointer(head[INTEGERS] + line[ROW] * 8 * 8, np.int64)
+    counts = pointer(head[COUNTS] + line[ROW] * 8 * head[BINS], np.int64)
+    is_shared = line[COLUMNS + FIRST] > line[FIRST] + 1
+    return counters.make_counters(integers, counts, n, line[NUMEL], is_shared, scratch)
+
+
+@compiled
+def _close_log2(total: Pointer, floats: Pointer, counts: Pointer) -> None:
+    """Write the range; put NaN and infinities into no bin, -0.0 into that of 0.0."""
+    floats[LOW], floats[HIGH] = -np.inf, np.inf
+    for j in range(4):
+        counts[j] = 0
+        counts[2047 - j] = 0
+    counts[1023] -= int(total[partials.NEGATIVE_ZEROS])
+    counts[1024] += int(total[partials.NEGATIVE_ZEROS])
+
+
+def _make_work(element: object, is_linear: bool) -> Work:
+    def work(address: int, stage: int, is_last: bool, scratch: int) -> None:
+        """Take items until none is left; any number of threads at once.
+
+        Args:
+            address: of the work table.
+            stage: `FUSED`, `FLOATS_ONLY` or `COUNTS_ONLY`.
+            is_last: whether, after it, all items are done: then the rows are made, from the
+                partials in their order.
+            scratch: address of `SCRATCH_BYTES`, this thread's; zero, and left so.
+        """
+        head = pointer(address, np.int64)
+        parts = pointer(head[PARTIALS], np.float64)
+        total = pointer(scratch + counters.COUNTER_BYTES, np.float64)
+        raw = pointer(scratch + counters.COUNTER_BYTES + 8 * FIELDS, element)
+        line = lines = after(head, HEAD)
+        n_slots = head[BINS] + 2 if is_linear else head[BINS]
+        item = atomic_add(head, 1)
+        while item < head[ITEMS]:
+            while line[COLUMNS + FIRST] <= item:
+                line = after(line, COLUMNS)
+            first, to = pointer(line[ADDRESS], element), _counters(head, line, n_slots, scratch)
+            within = None
+            if is_linear:
+                floats = pointer(head[RESULTS] + line[ROW] * 8 * 8, np.float64)
+                low, high = _ends(head, line, floats)
+                within = slots.linear_range(low, high, head[BINS])
+            while item < line[COLUMNS + FIRST]:
+                partial = after(parts, item * FIELDS)
+                _item(line, first, item, stage, within, partial, total, raw, to)
+                item = atomic_add(head, 1)
+            if to.mode != counters.STRAIGHT and stage != FLOATS_ONLY:
+                counters.empty(within, to)
+        if is_last:
+            for tensor in range(head[TENSORS]):
+                line = after(lines, tensor * COLUMNS)
+                to = _counters(head, line, n_slots, scratch)
+                floats = pointer(head[RESULTS] + line[ROW] * 8 * 8, np.float64)
+                partials.clear(total)
+                for item in range(line[FIRST], line[COLUMNS + FIRST]):
+                    partials.merge(total, after(parts, item * FIELDS))
+                partials.write_row(total, line[NUMEL], to.integers, floats)
+                if not is_linear:
+                    _close_log2(total, floats, to.counts)
+                elif stage == FLOATS_ONLY:
+                    _write_range(total, floats)
+                else:
+                    floats[LOW], floats[HIGH] = _ends(head, line, floats)
+                    # NaN and infinities were counted outside the range.
+                    to.integers[BELOW] -= int(total[NEGINF])
+                    to.integers[ABOVE] -= int(total[NAN] + total[POSINF])
+
+    return work
+
+
+@functools.cache
+def work_on(dtype: torch.dtype, is_linear: bool) -> Work:
+    """The compiled function for tensors of one dtype and one kind of bins."""
+    work = _make_work(ELEMENTS[dtype], is_linear)
+    name = f"{str(dtype).removeprefix('torch.')}_{'linear' if is_linear else 'log2'}"
+    return compile_entry(work, name, "void(int64, int64, boolean, int64)")
