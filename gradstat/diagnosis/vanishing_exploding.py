@@ -124,7 +124,7 @@ def find_dead(run: Run, thresholds: Thresholds) -> list[Finding]:
 
 def _power_of_ten(exponent: float) -> float:
     """10 to that power, or the nearest to it that float64 holds."""
-    return 10.0 ** min(max(exponent, -323.0), 308.0)
+    return float(10.0 ** min(max(exponent, -323.0), 308.0))
 
 
 def _round(times: float) -> str:
