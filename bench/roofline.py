@@ -86,17 +86,10 @@ def kernel_arguments(name: str, dtype: torch.dtype, scheme: str) -> tuple[Any, .
     results = {"due_ptr": "*i64", "spans_ptr": "*i64", "partials_ptr": "*fp64"}
     results |= {
         "ranges_ptr": "*fp32",
-        "powers_ptr": "*fp64",
         "integers_ptr": "*i64",
         "floats_ptr": "*fp64",
     }
-    kind = triton_engine.NO_RANGE if is_log2 else triton_engine.AUTOMATIC_RANGE
-    constants = {
-        "BINS": bins.bins,
-        "RANGE": kind,
-        "NICE": not is_log2,
-        "BLOCK": triton_engine.FINISH_BLOCK,
-    }
+    constants = {"KNOWN_RANGE": not is_log2, "BLOCK": triton_engine.FINISH_BLOCK}
     return finish_kernel, results, constants
 
 

@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-FLOAT32_MAX = tl.constexpr(3.4028234663852886e38)
-
 
 @triton.jit
 def log2_slot(x):
@@ -64,57 +62,3 @@ def linear_slot(
     else:
         slot = tl.where(x >= low, t.to(tl.int32), -1)
     return tl.where(x <= high, slot & (SLOTS - 1), BINS + 1)
-
-
-@triton.jit
-def automatic_range(lo, hi, powers_ptr, BINS: tl.constexpr, NICE: tl.constexpr):
-    """Range of finite float32 values from lo to hi, as `LinearBins.automatic_range`; scalars.
-
-    Args:
-        lo: smallest value, float32; NaN when there is none.
-        hi: largest value.
-        powers_ptr: float64 (389,), ascending powers of ten; the first 128 are read.
-        BINS: number of bins.
-        NICE: round the edges to few digits.
-    """
-    empty = lo != lo
-    lo = tl.where(empty, 0.0, lo)
-    hi = tl.where(empty, 1.0, hi)
-    if NICE:
-        low, high = _nice_range(lo.to(tl.float64), hi.to(tl.float64), powers_ptr, BINS)
-    else:
-        half = tl.maximum(tl.abs(lo) * 4.76837158203125e-07, 0.5)
-        low = tl.where(lo == hi, lo - half, lo)
-        high = tl.where(lo == hi, hi + half, hi)
-    low = tl.maximum(tl.minimum(low, FLOAT32_MAX), -FLOAT32_MAX).to(tl.float32)
-    high = tl.maximum(tl.minimum(high, FLOAT32_MAX), -FLOAT32_MAX).to(tl.float32)
-    return low, high
-
-
-@triton.jit
-def _power_of_ten(x, powers):
-    return tl.maximum(tl.max(tl.where(powers <= x, powers, 0.0)), tl.min(powers))
-
-
-@triton.jit
-def _nice_range(lo, hi, powers_ptr, BINS: tl.constexpr):
-    """As `gradstat.nice_ranges.nice_range`; needs a launch without fused multiply-add."""
-    powers = tl.load(powers_ptr + tl.arange(0, 128))
-    size = tl.maximum(tl.abs(lo), tl.abs(hi))
-    raw = (hi - lo) / BINS
-    power = _power_of_ten(raw, powers)
-    width = power * tl.maximum(tl.floor(raw / power), 1.0)
-    left = tl.minimum(width * tl.floor(lo / width), lo)
-    narrow = (hi - left) / BINS
-    spread = narrow
-    if BINS > 1:
-        spread = (hi - left) / (BINS - 1) - narrow
-    power = _power_of_ten(spread, powers)
-    width = power * tl.ceil(narrow / power)
-    right = tl.maximum(left + BINS * width, hi)
-    LEAST: tl.constexpr = 16 if BINS < 16 else BINS
-    room = tl.maximum(tl.ceil(LEAST * (size * 1.1920928955078125e-07)), 1.0) / 4
-    constant = hi - lo <= 1.4901161193847656e-08 * size
-    left = tl.where(constant, tl.floor(2 * (lo - room)) / 2, left)
-    right = tl.where(constant, tl.ceil(2 * (hi + room)) / 2, right)
-    return left, right

@@ -3,7 +3,6 @@
 import triton
 import triton.language as tl
 
-from gradstat.kernels.binning import automatic_range
 from gradstat.kernels.measure import PARTIAL_FIELDS
 
 INF = tl.constexpr(float("inf"))
@@ -15,29 +14,21 @@ def finish_kernel(
     spans_ptr,
     partials_ptr,
     ranges_ptr,
-    powers_ptr,
     integers_ptr,
     floats_ptr,
-    BINS: tl.constexpr,
-    RANGE: tl.constexpr,
-    NICE: tl.constexpr,
+    KNOWN_RANGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Statistics of the tensor that row ``program_id`` of the spans names.
-
-    Launch without fused multiply-add when NICE: its edges are exact.
 
     Args:
         due_ptr: int64 (1,), 0 to write nothing.
         spans_ptr: int64 (N, 4): row of the results, first work item, end of its items, numel.
         partials_ptr: float64 (W, 13), see measure.py.
-        ranges_ptr: float32 (L, 2); read for known ranges, written for automatic ones.
-        powers_ptr: float64 (389,), powers of ten; read when NICE.
-        integers_ptr: int64 (L, 8), fields of `gradstat.statistics.INTEGERS`.
-        floats_ptr: float64 (L, 8), fields of `gradstat.statistics.FLOATS`.
-        BINS: bins of the scheme.
-        RANGE: 0 for log2 bins, 1 for known linear ranges, 2 for automatic ones.
-        NICE: round automatic ranges to few digits.
+        ranges_ptr: float32 (L, 2); read for known ranges.
+        integers_ptr: int64 (L, 8), fields of `gradstat.results.INTEGERS`.
+        floats_ptr: float64 (L, 8), fields of `gradstat.results.FLOATS`.
+        KNOWN_RANGE: whether there are ranges to write down.
         BLOCK: items merged at once.
     """
     span_ptr = spans_ptr + tl.program_id(0).to(tl.int64) * 4
@@ -98,13 +89,9 @@ def finish_kernel(
 
     low = -INF
     high = INF
-    if RANGE == 1:
+    if KNOWN_RANGE:
         low = tl.load(ranges_ptr + 2 * row)
         high = tl.load(ranges_ptr + 2 * row + 1)
-    if RANGE == 2:
-        low, high = automatic_range(lo.to(tl.float32), hi.to(tl.float32), powers_ptr, BINS, NICE)
-        tl.store(ranges_ptr + 2 * row, low)
-        tl.store(ranges_ptr + 2 * row + 1, high)
 
     i = integers_ptr + 8 * row
     tl.store(i, numel)

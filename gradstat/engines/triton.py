@@ -26,7 +26,6 @@ from gradstat.engines.triton_items import make_items
 from gradstat.kernels.finish import finish_kernel
 from gradstat.kernels.histogram import histogram_kernel
 from gradstat.kernels.measure import PARTIAL_FIELDS, measure_kernel
-from gradstat.nice_ranges import powers_of_ten
 from gradstat.results import FLOATS, INTEGERS, Statistics
 
 MAX_BINS = 4093  # a program keeps its histogram, with three more slots, in registers
@@ -37,9 +36,6 @@ EACH = 16  # elements of a tile for each thread
 VECTOR_BYTES = 16
 # Element types in device code; bfloat16 as its bits.
 ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.int16}
-
-# A range's kind, as finish_kernel takes it.
-NO_RANGE, KNOWN_RANGE, AUTOMATIC_RANGE = range(3)
 
 
 _dtype_of = operator.attrgetter("dtype")
@@ -114,40 +110,41 @@ def measure(
         torch.empty((n, len(FLOATS)), dtype=torch.float64, device=device),
         torch.zeros((n, bins.bins), dtype=torch.int64, device=device),
     )
-    if isinstance(bins, Log2Bins):
-        kind, ranges = NO_RANGE, result.floats  # not read
-    elif low is None or high is None:
-        kind, ranges = AUTOMATIC_RANGE, torch.empty((n, 2), dtype=torch.float32, device=device)
-    else:
-        kind, ranges = KNOWN_RANGE, torch.stack([low, high], 1)
+    ranges = None if low is None or high is None else torch.stack([low, high], 1)
     with on_device(device):
         plan = _plan(tensors, device)
         for group in plan.groups:
-            _launch(group, result, ranges, kind, group.always if due is None else due)
+            _measure(group, result, ranges, due)
+        if isinstance(bins, LinearBins) and ranges is None:
+            ends = bins.automatic_range(result.min.float(), result.max.float())
+            found = torch.stack(ends, 1)
+            result.floats[:, -2:] = found
+            for group in plan.groups:
+                _count(group, result, found, due)
     for i in plan.float64_rows:
-        ends = ranges[i : i + 1].unbind(1) if kind == KNOWN_RANGE else ()
-        _copy_row(reference.measure([tensors[i]], bins, *ends), result, i)
+        known = () if ranges is None else ranges[i : i + 1].unbind(1)
+        _copy_row(reference.measure([tensors[i]], bins, *known), result, i)
     return result
 
 
-def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int, due: Tensor) -> None:
-    bins, n_items = result.bins, len(group.items)
+def _measure(group: Group, result: Statistics, ranges: Tensor | None, due: Tensor | None) -> None:
+    """Launch all but the histogram of automatic ranges, which are not known yet."""
+    bins, n_items, due = result.bins, len(group.items), group.always if due is None else due
     element, vector = ELEMENTS[group.dtype], VECTOR_BYTES // group.dtype.itemsize
-    is_nice = isinstance(bins, LinearBins) and bins.nice
-    n_bins = 0 if kind == AUTOMATIC_RANGE else bins.bins
-    slots, num_warps = slots_of(bins), _num_warps(ranges.device)
+    is_log2 = isinstance(bins, Log2Bins)
+    num_warps = _num_warps(result.floats.device)
     partials = result.floats.new_empty((n_items, PARTIAL_FIELDS.value))
     if n_items:
         measure_kernel[(n_items,)](
             due,
             group.items,
-            ranges,
+            result.floats if ranges is None else ranges,  # else not read
             partials,
             result.counts,
             element,
-            n_bins,
-            slots,
-            kind == NO_RANGE,
+            bins.bins if is_log2 or ranges is not None else 0,
+            slots_of(bins),
+            is_log2,
             EACH // vector,
             THREADS,
             vector,
@@ -157,30 +154,32 @@ def _launch(group: Group, result: Statistics, ranges: Tensor, kind: int, due: Te
         due,
         group.spans,
         partials,
-        ranges,
-        powers_of_ten(ranges.device) if is_nice else ranges,  # else not read
+        result.floats if ranges is None else ranges,  # else not read
         result.integers,
         result.floats,
-        bins.bins,
-        kind,
-        is_nice,
+        ranges is not None,
         FINISH_BLOCK,
         num_warps=num_warps,
         enable_fp_fusion=False,
     )
-    if n_items and kind == AUTOMATIC_RANGE:
+
+
+def _count(group: Group, result: Statistics, ranges: Tensor, due: Tensor | None) -> None:
+    """Launch the histogram over ranges that the measurement has found."""
+    n_items, vector = len(group.items), VECTOR_BYTES // group.dtype.itemsize
+    if n_items:
         histogram_kernel[(n_items,)](
-            due,
+            group.always if due is None else due,
             group.items,
             ranges,
             result.counts,
-            element,
-            bins.bins,
-            slots,
+            ELEMENTS[group.dtype],
+            result.bins.bins,
+            slots_of(result.bins),
             EACH // vector,
             THREADS,
             vector,
-            num_warps=num_warps,
+            num_warps=_num_warps(ranges.device),
         )
 
 

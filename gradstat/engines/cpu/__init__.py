@@ -69,7 +69,8 @@ def measure(
         table.run(FLOATS_ONLY if is_automatic else FUSED, low, high)
     if isinstance(bins, LinearBins) and is_automatic:
         if bins.nice:
-            low, high = bins.automatic_range(result.min, result.max)
+            ends = bins.automatic_range(result.min, result.max)
+            low, high = (end.float() for end in ends)
         for table in tables.values():
             table.run(COUNTS_ONLY, low, high)
     return result
