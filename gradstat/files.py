@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -12,15 +14,36 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write to, which takes the place of ``path`` once all is written.
 
+    A link stays, and what it leads to is replaced. The new file has the mode of the old one. What
+    is no regular file, such as a pipe or ``/dev/null``, is written to as it is.
+
     Args:
         path: the file; one that is there stays as it is if what follows fails.
 
     Yields:
-        Another name in the same directory, which is gone afterwards.
+        Another name in the same directory, of an empty file, which is gone afterwards.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path = Path(os.path.realpath(path))
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    if mode is not None and not stat.S_ISREG(mode):
+        yield path
+        return
+    # Nobody can have put a link there: the name is random, and the file must be new.
+    unfinished = path.with_name(f".gradstat.{secrets.token_hex(8)}.tmp")
+    try:
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        os.close(os.open(unfinished, flags, 0o666 if mode is None else 0o600))
+    except OSError as error:
+        error.filename = str(path)
+        raise
     try:
         yield unfinished
+        if mode is not None:
+            with suppress(OSError):  # some file systems have no modes
+                unfinished.chmod(stat.S_IMODE(mode))
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
