@@ -16,8 +16,9 @@ import numpy as np
 from playwright.sync_api import sync_playwright
 
 from gradstat import History, Log2Bins
-from gradstat.history.archive import OWN, Records
 from gradstat.history.packed_counts import SparseRows
+from gradstat.history.records import OWN, Records
+from gradstat.kinds import GRAD, Row
 from gradstat.results import FLOATS, INTEGERS
 
 OCTAVES = 22
@@ -44,22 +45,22 @@ def make_up(layers: int, steps: int) -> History:
     floats = np.empty((steps, layers, len(FLOATS)))
     for i, name in enumerate(FLOATS):
         floats[..., i] = by_name[name]
-    rows = SparseRows(
+    packed = SparseRows(
         np.full(steps * layers, OCTAVES, np.int32),
         (1024 + 4 * (octave + 127)).astype(np.uint16).ravel(),
         counts.ravel(),
     )
     names = [f"model.layers.{i // 7}.{i % 7}.weight" for i in range(layers)]
-    origins = np.full(layers, OWN)
     records = Records(
-        names,
-        Log2Bins(),
-        list(range(steps)),
-        integers,
-        floats,
-        rows,
-        origins,
-        ["grad"] * len(names),
+        rows=[Row(GRAD, name) for name in names],
+        layers=names,
+        bins=Log2Bins(),
+        steps=list(range(steps)),
+        times=np.arange(float(steps)),
+        integers=integers,
+        floats=floats,
+        counts=packed,
+        origins=np.full(layers, OWN),
     )
     return History.from_records(records)
 

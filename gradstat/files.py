@@ -10,6 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
+class CutOffError(ValueError):
+    """A file ends before what it should hold."""
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write to, which takes the place of ``path`` once all is written.

@@ -22,7 +22,7 @@ from gradstat.arrays import Array, evenly_spread
 from gradstat.cli.escaping import escaped
 from gradstat.diagnosis import Finding
 from gradstat.diagnosis.run import median
-from gradstat.files import replacing
+from gradstat.files import CutOffError, replacing
 from gradstat.history import History, archive
 from gradstat.history.arguments import check_history, first_rows
 from gradstat.kinds import GRAD, NOUNS, PARAM, UNIT, UPDATE
@@ -194,7 +194,7 @@ def newest(name: str, history: History) -> str:
 def tail(path: Path, interval_s: float, updates: int | None = None) -> None:
     """Print the newest record of a run whenever there is another one; for ever, or so many times.
 
-    Of a directory only its newest file is read, however long the run is.
+    Of a directory only what was written last is read, however long the run is.
 
     Args:
         path: file or directory.
@@ -210,8 +210,8 @@ def tail(path: Path, interval_s: float, updates: int | None = None) -> None:
         state = _state(path)
         if state != seen:
             seen = state
-            history = _newest_file(path)
-            if len(history):
+            history = _newest(path)
+            if history:
                 clear = "\x1b[H\x1b[2J" if sys.stdout.isatty() else "\n" if printed else ""
                 print(clear + newest(str(path), history), flush=True)
                 printed += 1
@@ -228,9 +228,14 @@ def _state(path: Path) -> tuple[int, ...]:
     return (len(files), newest.st_mtime_ns, newest.st_size) if newest else (0,)
 
 
-def _newest_file(path: Path) -> History:
-    files = archive.segments(path) if path.is_dir() else []
-    return History.load(files[-1] if files else path)
+def _newest(path: Path) -> History | None:
+    """The records that were written last; none of a directory that is only begun."""
+    try:
+        return History.from_records(archive.newest(path))
+    except CutOffError:
+        if path.is_dir():
+            return None
+        raise
 
 
 def _typical(history: History) -> dict[str, float]:

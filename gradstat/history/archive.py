@@ -1,222 +1,172 @@
-"""Records on disk: a ``.npz`` file, or a directory of numbered ones, each whole or not there."""
+"""Records on disk: a ``.npz`` file, or a directory of files that a run writes as it goes on.
+
+Both hold the same sections, arrays by name. docs/format.md has the layout.
+"""
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+import os
+import stat
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO
 
-import numpy as np
-from numpy.typing import NDArray
+from gradstat.files import CutOffError, replacing
+from gradstat.history import blocks, npz, sections
+from gradstat.history.records import Records, check, concatenate
 
-from gradstat.bins import Bins, parse_bins
-from gradstat.files import replacing
-from gradstat.history.packed_counts import SparseRows
-from gradstat.kinds import GRAD, KINDS, Row
-from gradstat.results import FLOATS, INTEGERS
-
-FORMAT = "gradstat history 1"
-_SAVED = ["format", "bins", "layers", "steps", "integers", "floats", "sizes", "indices", "values"]
-
-# In place of a rank as a layer's origin: values of this rank alone, or the same ones on each rank.
-OWN, SAME = -1, -2
-
-Array = NDArray[Any]
+SUFFIX = ".gradstat"
 
 
-@dataclass(frozen=True)
-class Records:
-    """What a history holds: S steps, L layers.
-
-    Args:
-        rows: L of them.
-        layers: their L names, as printed; those of one kind that was selected go without it.
-        bins: scheme.
-        steps: S numbers.
-        integers: int64 ``(S, L, 8)``.
-        floats: float64 ``(S, L, 8)``.
-        counts: S times L histograms.
-        origins: int64 ``(L,)``: the first rank of a distributed run that holds the same values of
-            a layer, `OWN` or `SAME`.
-    """
-
-    rows: list[Row]
-    layers: list[str]
-    bins: Bins
-    steps: list[int]
-    integers: Array
-    floats: Array
-    counts: SparseRows
-    origins: Array
-
-
-def segment_name(number: int) -> str:
-    """Name of a file in a directory of them."""
-    return f"{number:08}.npz"
-
-
-def write(path: Path, records: Records, *, compress: bool = True, new: bool = False) -> None:
-    """Write a file, which appears whole or not at all.
+def write(path: Path, records: Records, *, compress: bool = True) -> None:
+    """Write a ``.npz`` file, which appears whole or not at all.
 
     Args:
         path: the file; one that is there is replaced.
         records: what it is to hold.
         compress: it; takes ten times as long.
-        new: rather fail than replace a file.
 
     Raises:
-        FileExistsError: there is one, for ``new``.
         OSError: it cannot be written.
     """
-    sizes, indices, values = records.counts.arrays()
-    save = np.savez_compressed if compress else np.savez
     with replacing(path) as unfinished:
-        with unfinished.open("wb") as file:
-            save(
-                file,
-                format=np.array(FORMAT),
-                bins=np.array(records.bins.spec),
-                layers=np.array(records.layers, dtype=np.str_),
-                steps=np.array(records.steps, dtype=np.int64),
-                integers=records.integers,
-                floats=records.floats,
-                sizes=sizes,
-                indices=indices,
-                values=values,
-                origins=records.origins,
-                kinds=np.array([row.kind for row in records.rows], dtype=np.str_),
-            )
-        if new:
-            _claim(path, unfinished)
+        npz.write(unfinished, sections.head(records) | sections.body(records), compress=compress)
 
 
 def read(path: Path) -> Records:
     """Read a file, or all files of a directory.
 
     Args:
-        path: of what `write` wrote.
+        path: of what `write` or a journal wrote.
 
     Returns:
-        All its records.
+        All its records. Those at the end of a directory's last file that are cut off are left out,
+        with a warning.
 
     Raises:
         FileNotFoundError: there is no such file; another OSError: it cannot be opened.
-        ValueError: a damaged file or one that `write` did not write, a directory without files or
-            without one of them.
+        ValueError: a damaged file or one of another kind, a directory without files or without one
+            of them.
     """
-    return _join(path, _read_segments(path)) if path.is_dir() else _read_file(path)
-
-
-def segments(path: Path) -> list[Path]:
-    """Files of a directory, in their order."""
-    return sorted(file for file in path.glob("*.npz") if file.stem.isdigit())
-
-
-def _claim(path: Path, file: Path) -> None:
-    """Make a name one of a file that is there, or fail if it is taken; some file systems cannot."""
-    try:
-        path.hardlink_to(file)
-    except FileExistsError:
-        raise
-    except OSError:
-        return
-
-
-def _read_file(path: Path) -> Records:
-    with path.open("rb") as file:
-        try:
-            if not zipfile.is_zipfile(file):
-                # NumPy would advise to load it as a pickle.
-                raise ValueError("it is no .npz file")
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as arrays:
-                return _check({name: arrays[name] for name in arrays.files})
-        except Exception as error:  # zipfile, zlib and NumPy meet damage with a dozen kinds
-            raise ValueError(
-                f"History.load() needs a file that History.save() wrote; {path} is damaged or "
-                f"another kind: {error}"
-            ) from error
-
-
-def _read_segments(path: Path) -> Iterable[Records]:
+    if not path.is_dir():
+        return _read_file(path)
     files = segments(path)
     if not files:
         raise ValueError(
             f"History.load() needs a directory that watch() wrote; {path} has no records"
         )
     for number, file in enumerate(files):
-        if file.name != segment_name(number):
+        if file.name not in (segment_name(number), f"{number:08}.npz"):
             raise ValueError(
-                f"History.load() needs all files that watch() wrote; {path} lacks "
-                f"{segment_name(number)}"
+                f"History.load() needs all files that watch() wrote; {path} lacks number {number}"
             )
-        yield _read_file(file)
+    parts = [_read_file(file, is_last=False) for file in files[:-1]]
+    try:
+        parts.append(_read_file(files[-1]))
+    except CutOffError:
+        if not parts:
+            raise
+        _warn(files[-1], "all of its records are lost")
+    return _join(path, parts)
 
 
-def _join(path: Path, parts: Iterable[Records]) -> Records:
-    records = list(parts)
-    first = records[0]
-    steps = [step for part in records for step in part.steps]
-    run = (first.rows, first.layers, first.bins)
-    fit = all((part.rows, part.layers, part.bins) == run for part in records)
+def newest(path: Path) -> Records:
+    """Read the newest records alone: those of a directory that were written last, or of a file.
+
+    Raises:
+        As `read`.
+    """
+    files = segments(path) if path.is_dir() else []
+    file = files[-1] if files else path
+    return read(file) if file.is_dir() else _read_file(file, newest=True)
+
+
+def segments(path: Path) -> list[Path]:
+    """Files of a directory, in their order."""
+    return sorted(
+        file for file in path.iterdir() if file.suffix in (SUFFIX, ".npz") and file.stem.isdigit()
+    )
+
+
+def segment_name(number: int) -> str:
+    """Name of a file in a directory of them."""
+    return f"{number:08}{SUFFIX}"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a regular file; any other, such as a pipe, is refused rather than waited for."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
+
+    with open(path, "rb", opener=opener) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError(f"History.load() needs a regular file; {path} is none")
+        yield file
+
+
+def _read_file(path: Path, *, is_last: bool = True, newest: bool = False) -> Records:
+    with _opened(path) as file:
+        try:
+            is_journal = file.read(len(blocks.MAGIC)) == blocks.MAGIC or path.suffix == SUFFIX
+            if is_journal:
+                reader = blocks.Reader(file)
+                source, lost = _join_blocks(reader, newest)
+                if lost and not is_last:
+                    raise CutOffError(f"it is cut off; {lost}")
+            else:
+                source, lost = npz.Members(file), ""
+            records = sections.to_records(source)
+            check(records)
+        except MemoryError:
+            raise
+        except Exception as error:  # zipfile, zlib and NumPy meet damage with a dozen kinds
+            kind = CutOffError if isinstance(error, CutOffError) else ValueError
+            raise kind(
+                f"History.load() needs a file that History.save() or watch() wrote; {path} is "
+                f"damaged or another kind: {error}"
+            ) from error
+    if lost:
+        _warn(path, lost)
+    return records
+
+
+def _warn(path: Path, lost: str) -> None:
+    warnings.warn(
+        f"History.load() leaves out the end of {path}, which is cut off: {lost}",
+        RuntimeWarning,
+        stacklevel=5,
+    )
+
+
+def _join_blocks(reader: blocks.Reader, newest: bool) -> tuple[sections.Source, str]:
+    """All blocks of a file, or the last one alone, and what is lost of one that is cut off."""
+    lost = ""
+    if newest:
+        found = reader.last()
+    else:
+        found = list(reader.blocks())
+        while reader.grows():
+            found += reader.blocks()
+        if reader.is_cut_off:
+            n = reader.n_lost
+            lost = "an unknown number of records" if n is None else f"at most {n} records"
+    if not found:
+        raise CutOffError("it ends within its first block")
+    for number, block in enumerate(found):
+        if len(block.sections["steps"]) != block.n_records:
+            raise ValueError(f"block {number} holds another number of records than it says")
+    return sections.join([block.sections for block in found]), lost
+
+
+def _join(path: Path, parts: Sequence[Records]) -> Records:
+    run = (parts[0].rows, parts[0].layers, parts[0].bins)
+    fit = all((part.rows, part.layers, part.bins) == run for part in parts)
+    steps = [step for part in parts for step in part.steps]
     if not fit or any(a >= b for a, b in pairwise(steps)):
         raise ValueError(f"History.load() needs the files of one run; {path} has those of several")
-    arrays = zip(*(part.counts.arrays() for part in records), strict=True)
-    return Records(
-        first.rows,
-        first.layers,
-        first.bins,
-        steps,
-        np.concatenate([part.integers for part in records]),
-        np.concatenate([part.floats for part in records]),
-        SparseRows(*(np.concatenate(each) for each in arrays)),
-        records[-1].origins,
-    )
-
-
-def _check(data: dict[str, Array]) -> Records:
-    if missing := [name for name in _SAVED if name not in data]:
-        raise ValueError(f"it lacks {', '.join(missing)}")
-    if str(data["format"]) != FORMAT:
-        raise ValueError(f"its format is {data['format']}, not {FORMAT}")
-    layers, bins = [str(name) for name in data["layers"].flat], parse_bins(str(data["bins"]))
-    data.setdefault("origins", np.full(len(layers), OWN))
-    kinds = [str(kind) for kind in data.get("kinds", np.full(len(layers), GRAD)).flat]
-    # A "safe" cast refuses what could lose anything, such as floats for integers.
-    steps, integers, sizes, indices, values, origins = (
-        data[name].astype(np.int64, casting="safe")
-        for name in ("steps", "integers", "sizes", "indices", "values", "origins")
-    )
-    floats = data["floats"].astype(np.float64, casting="safe")
-    shape = (len(steps), len(layers))
-    fit = (
-        data["layers"].ndim == steps.ndim == 1
-        and len(set(layers)) == shape[1]
-        and integers.shape == (*shape, len(INTEGERS))
-        and floats.shape == (*shape, len(FLOATS))
-        and _rise(steps, np.zeros(1, dtype=np.int64))
-        and sizes.shape == (shape[0] * shape[1],)
-        and bool((sizes >= 0).all())
-        and indices.shape == values.shape == (sizes.sum(),)
-        and bool((indices < bins.bins).all())
-        and _rise(indices, np.cumsum(sizes) - sizes)
-        and bool((values > 0).all())
-        and origins.shape == (shape[1],)
-        and len(kinds) == shape[1]
-        and set(kinds) <= set(KINDS)
-    )
-    if not fit:
-        raise ValueError("its arrays do not fit each other")
-    counts = SparseRows(sizes, data["indices"], data["values"])
-    rows = [Row.printed(kind, layer) for kind, layer in zip(kinds, layers, strict=True)]
-    return Records(rows, layers, bins, steps.tolist(), integers, floats, counts, origins)
-
-
-def _rise(x: Array, starts: Array) -> bool:
-    """Whether integers are non-negative and, between one start and the next, increase."""
-    steps = np.diff(x, prepend=0)
-    steps[starts[starts < len(x)]] = 1
-    return bool((x >= 0).all() and (steps > 0).all())
+    return concatenate(parts)

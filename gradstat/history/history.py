@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch import distributed as dist
 from gradstat.arrays import Array
 from gradstat.bins import Bins
 from gradstat.history import archive, merge
-from gradstat.history.archive import OWN, SAME, Records
 from gradstat.history.packed_counts import SparseRows
+from gradstat.history.records import OWN, SAME, Records
 from gradstat.kinds import GRAD, PARAM, UNIT, UPDATE, Row
 from gradstat.results import DERIVED, FLOATS, INTEGERS, Statistics
 
@@ -74,6 +75,7 @@ class History:
         self._stride = 1  # appended records from one that is kept to the next
         self._n_appended = 0
         self._steps: list[int] = []
+        self._times: list[float] = []
         # With room for more records than there are, so that adding one seldom copies the others.
         self._integers = np.empty((0, len(self.layers), len(INTEGERS)), dtype=np.int64)
         self._floats = np.empty((0, len(self.layers), len(FLOATS)))
@@ -85,6 +87,11 @@ class History:
         """Number of each recorded step, from 0: int64 ``(S,)``."""
         return np.array(self._steps, dtype=np.int64)
 
+    @property
+    def times(self) -> Array:
+        """When each step was recorded, in seconds since 1970: float64 ``(S,)``; NaN if unknown."""
+        return np.array(self._times, dtype=np.float64)
+
     def __len__(self) -> int:
         """Number of recorded steps, S."""
         return len(self._steps)
@@ -93,7 +100,15 @@ class History:
         """Size and bins."""
         return f"History({len(self)} steps, {len(self.layers)} layers, {self.bins})"
 
-    def append(self, step: int, integers: Array, floats: Array, counts: Array) -> None:
+    def append(
+        self,
+        step: int,
+        integers: Array,
+        floats: Array,
+        counts: Array,
+        *,
+        time_s: float | None = None,
+    ) -> None:
         """Add one record.
 
         Args:
@@ -101,6 +116,7 @@ class History:
             integers: int64 ``(L, 8)``, fields as in `Statistics`.
             floats: float64 ``(L, 8)``.
             counts: int64 ``(L, bins)``, kept for a while, not copied.
+            time_s: when it was recorded, in seconds since 1970; by default now.
 
         Raises:
             ValueError: a step that is not higher.
@@ -119,6 +135,7 @@ class History:
             self._pack()
         self._dense.append(counts)
         self._steps.append(step)
+        self._times.append(time.time() if time_s is None else time_s)
         self._n_appended += 1
 
     def __getitem__(self, field: str) -> Array:
@@ -221,6 +238,7 @@ class History:
             [self.rows[column].name for column in columns],
             self.bins,
             list(self._steps),
+            records.times,
             records.integers[:, columns],
             records.floats[:, columns],
             self._packed.keep(at.ravel()),
@@ -276,14 +294,15 @@ class History:
         """Read what `save` wrote, or what ``watch(path=...)`` has written so far.
 
         Args:
-            path: the file or the directory.
+            path: the file or the directory. Of a directory whose last file is cut off, the block of
+                records at its end is left out, with a RuntimeWarning.
 
         Returns:
             An equal History.
 
         Raises:
             FileNotFoundError: there is no such file; another OSError: it cannot be opened.
-            ValueError: a damaged file, one that `save` did not write, or a directory that lacks
+            ValueError: a damaged file, one that neither of them wrote, or a directory that lacks
                 one.
         """
         return cls.from_records(archive.read(Path(path)))
@@ -327,6 +346,7 @@ class History:
             self.layers,
             self.bins,
             self._steps,
+            self.times,
             integers,
             floats,
             self._packed,
@@ -339,7 +359,7 @@ class History:
         history = cls(records.rows, records.bins)
         history.layers = records.layers
         history.origins = records.origins
-        history._steps = list(records.steps)
+        history._steps, history._times = list(records.steps), records.times.tolist()
         history._integers, history._floats = records.integers, records.floats
         history._packed = records.counts
         history._n_appended = len(records.steps)
@@ -370,7 +390,7 @@ class History:
             at = np.arange(n * len(self.layers)).reshape(n, -1)[kept]
             self._packed = self._packed.keep(at.ravel())
             self._integers, self._floats = self._integers[:n][kept], self._floats[:n][kept]
-        self._steps = self._steps[kept]
+        self._steps, self._times = self._steps[kept], self._times[kept]
 
     def _pack(self) -> None:
         if self._dense:

@@ -3,23 +3,68 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from numpy.typing import NDArray
+import numpy as np
 
-from gradstat.history import History, archive
+from gradstat.arrays import Array
+from gradstat.history import History, archive, sections
+from gradstat.history.blocks import Link, encode
+from gradstat.history.packed_counts import SparseRows
+from gradstat.history.records import Records, concatenate
 
 _INTERVAL_S = 5.0
 _MOST_BYTES = 64 << 20  # kept for a disk that cannot be written
+_MOST_WAITING_BYTES = 32 << 20  # that are left to the timer
+_DENSE_BYTES = 4 << 20  # histograms waiting to be packed together
+
+# Of this process from the one that began; it costs less to look at than the process's number.
+_n_forks = 0
+
+
+def _count_fork() -> None:
+    global _n_forks
+    _n_forks += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_count_fork)
+
+
+# Step, time, integers, floats and counts, as `History.append` takes them.
+_Record = tuple[int, float, Array, Array, Array]
+
+
+class _State(NamedTuple):
+    """What is where; it changes in one assignment, so that an interrupt leaves it whole.
+
+    Args:
+        waiting: the newest records of the next block.
+        packed: those before them.
+        nbytes: of memory that these take.
+        leaving: waiting and packed records that are being written.
+        end: bytes of the file that are written.
+        link: where its last block ends.
+    """
+
+    waiting: list[_Record]
+    packed: list[Records]
+    nbytes: int
+    leaving: tuple[list[_Record], list[Records]]
+    end: int
+    link: Link
 
 
 class Journal:
-    """Appends records to a directory as numbered files, each whole or not there.
+    """Appends records to a file in a directory, those of a few seconds in one block.
 
-    What cannot be written is kept and tried again; the first time a warning says so.
+    A timer's thread writes them, also when no more come. What cannot be written is kept and tried
+    again; the first time a warning says so. A forked process writes nothing.
 
     Args:
         path: the directory; it is made if need be.
@@ -30,56 +75,162 @@ class Journal:
     """
 
     def __init__(self, path: Path, like: History) -> None:
-        found = len(archive.segments(path))
-        self._path, self._like = path, like
-        self._buffer = History(like.rows, like.bins)
-        self._n_segments = 0
-        self._has_warned = False
-        self._process = os.getpid()
-        # The first file has no records: it shows at once whether the directory can be written, and
-        # keeps other runs and ranks away.
-        if found:
+        # Where it is now, whatever directory the process changes to.
+        self._path = path.absolute()
+        self._like = like
+        self._state = _State([], [], 0, ([], []), 0, Link())
+        self._is_created = False
+        self._timer: threading.Timer | None = None
+        self._is_writing = False
+        self._warned: set[str] = set()
+        self._n_forks = _n_forks
+        self._most_waiting = max(1, _DENSE_BYTES // max(1, 8 * len(like.rows) * like.bins.bins))
+        # The first is held for a moment, to take a record or to begin a block, the second while a
+        # block is written. A signal's handler may take both again.
+        self._lock, self._writing = threading.RLock(), threading.RLock()
+        # A block without records shows at once whether the directory can be written, and keeps
+        # other runs and ranks away.
+        if self._path.is_dir() and (found := len(archive.segments(self._path))):
             raise _refusal(path, found)
-        self._write()
+        try:
+            self._write_block()
+        except FileExistsError as error:
+            if not self._path.is_dir():
+                self._warn_of(error)
+            else:  # another one has begun since it was looked at
+                raise _refusal(path, 1) from error
+        except OSError as error:
+            self._warn_of(error)
 
-    def append(self, step: int, *arrays: NDArray[Any]) -> None:
-        """Take a record, as `History.append`; once in a while write all that are waiting."""
-        self._buffer.append(step, *arrays)
-        if time.monotonic() >= self._due_s:
-            self.flush()
+    def append(
+        self,
+        step: int,
+        integers: Array,
+        floats: Array,
+        counts: Array,
+        *,
+        time_s: float | None = None,
+    ) -> None:
+        """Take a record, as `History.append`; it is written within a few seconds."""
+        if _n_forks != self._n_forks:
+            self._warn_once(
+                "fork",
+                "watch() keeps the records of a forked process in memory alone; the process that "
+                f"it was forked from goes on writing its own to {self._path}",
+            )
+            return
+        record = (step, time.time() if time_s is None else time_s, integers, floats, counts)
+        with self._lock:
+            waiting = self._state.waiting
+            waiting.append(record)
+        if len(waiting) >= self._most_waiting:
+            self._pack_waiting()
+        if self._timer is None:
+            self._start_timer()
 
     def flush(self) -> None:
-        """Write all records that are waiting."""
-        # A forked process has a copy of records that are not its own.
-        if len(self._buffer) and os.getpid() == self._process:
-            self._write()
+        """Write all records that are waiting; waits for those that are being written."""
+        if _n_forks != self._n_forks:
+            return
+        with self._writing:
+            if self._is_writing:
+                return  # a signal's handler, within what follows
+            self._is_writing = True
+            try:
+                self._write_waiting()
+            finally:
+                self._is_writing = False
 
-    def _write(self) -> None:
-        self._due_s = time.monotonic() + _INTERVAL_S
-        self._buffer.origins[:] = self._like.origins
-        file = self._path / archive.segment_name(self._n_segments)
+    def _pack_waiting(self) -> None:
+        with self._lock:
+            state = self._state
+            newest = self._pack(state.waiting)
+            packed, nbytes = [*state.packed, newest], state.nbytes + newest.nbytes
+            self._state = state._replace(waiting=[], packed=packed, nbytes=nbytes)
+        if self._state.nbytes >= _MOST_WAITING_BYTES:
+            self.flush()
+
+    def _pack(self, records: Sequence[_Record]) -> Records:
+        like = self._like
+        if not records:
+            return History(like.rows, like.bins).to_records()
+        steps, times, integers, floats, dense = zip(*records, strict=True)
+        counts = SparseRows.empty()
+        counts.extend(dense[0] if len(dense) == 1 else np.concatenate(dense))
+        return Records(
+            rows=like.rows,
+            layers=like.layers,
+            bins=like.bins,
+            steps=list(steps),
+            times=np.array(times),
+            integers=np.stack(integers),
+            floats=np.stack(floats),
+            counts=counts,
+            origins=like.origins.copy(),
+        )
+
+    def _start_timer(self) -> None:
+        timer = threading.Timer(_INTERVAL_S, self._on_time)
+        timer.daemon = True
         try:
-            self._path.mkdir(parents=True, exist_ok=True)
-            archive.write(file, self._buffer.to_records(), compress=False, new=True)
-        except OSError as error:
-            if not len(self._buffer) and isinstance(error, FileExistsError) and file.exists():
-                # Another one has begun to write there since it was looked at.
-                raise _refusal(self._path, 1) from error
-            self._give_notice(error)
-            if self._buffer.nbytes < _MOST_BYTES:
-                return
-        else:
-            self._n_segments += 1
-        self._buffer = History(self._like.rows, self._like.bins)
+            self._timer = timer
+            timer.start()
+        except RuntimeError:  # the process ends, or may have no more threads
+            self._timer = None
+            self.flush()
+        except BaseException:
+            self._timer = None
+            raise
 
-    def _give_notice(self, error: OSError) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                f"watch() cannot write to {self._path} and keeps its records in memory: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+    def _on_time(self) -> None:
+        # Before a block is begun: a record that comes later has a timer of its own.
+        self._timer = None
+        self.flush()
+
+    def _write_waiting(self) -> None:
+        try:
+            while any(self._state.leaving) or self._begin_block():
+                self._write_block()
+        except OSError as error:
+            self._warn_of(error)
+            if self._state.nbytes >= _MOST_BYTES:
+                with self._lock:
+                    self._state = self._state._replace(leaving=([], []))
+
+    def _begin_block(self) -> bool:
+        """Let the records that wait leave, if there are any."""
+        with self._lock:
+            leaving = self._state.waiting, self._state.packed
+            self._state = self._state._replace(waiting=[], packed=[], nbytes=0, leaving=leaving)
+        return any(leaving)
+
+    def _write_block(self) -> None:
+        """Append the records that leave, and the run's own sections to the first block."""
+        _, _, _, (waiting, packed), end, link = self._state
+        records = concatenate([*packed, self._pack(waiting)])
+        arrays = sections.head(records) if end == 0 else {}
+        arrays |= sections.body(records)
+        parts, link = encode(arrays, len(records.steps), link)
+        self._path.mkdir(parents=True, exist_ok=True)
+        file_path = self._path / archive.segment_name(0)
+        with file_path.open("r+b" if self._is_created else "xb") as file:
+            self._is_created = True
+            file.seek(end)
+            file.truncate()  # what an earlier attempt has left
+            file.writelines(parts)
+            end = file.tell()
+        with self._lock:
+            self._state = self._state._replace(leaving=([], []), end=end, link=link)
+
+    def _warn_of(self, error: OSError) -> None:
+        self._warn_once(
+            "disk", f"watch() cannot write to {self._path} and keeps its records in memory: {error}"
+        )
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _refusal(path: Path, found: int) -> ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ from torch import distributed as dist
 
 from gradstat.arrays import Array
 from gradstat.bins import LinearBins
-from gradstat.history.archive import OWN, SAME, Records
 from gradstat.history.packed_counts import SparseRows
+from gradstat.history.records import OWN, SAME, Records
 from gradstat.results import FLOATS
 
 # Columns of what extremes over the ranks are taken of; a record's integers come after them.
@@ -36,7 +37,7 @@ def merge(mine: Records, group: dist.ProcessGroup | None) -> Records:
             should be the same on each rank and is not.
     """
     ranks = _Ranks(group)
-    origins = _agree(mine, ranks)
+    origins, times = _agree(mine, ranks)
     twins = (origins == origins[ranks.me]) & (origins[ranks.me] != OWN)
     # Of the ranks that hold the same values the first one sends them.
     sends = ~twins[: ranks.me].any(0)
@@ -57,7 +58,9 @@ def merge(mine: Records, group: dist.ProcessGroup | None) -> Records:
     floats = _sum_floats(mine, integers[..., 1], sends, least, greatest, ranks)
     counts = stretches.pack(sums[integers.size :])
     origins = np.full_like(mine.origins, SAME)
-    return Records(mine.rows, mine.layers, mine.bins, mine.steps, integers, floats, counts, origins)
+    return replace(
+        mine, times=times, integers=integers, floats=floats, counts=counts, origins=origins
+    )
 
 
 class _Ranks:
@@ -90,18 +93,22 @@ class _Ranks:
         return reduced
 
 
-def _agree(mine: Records, ranks: _Ranks) -> Array:
-    """Origins of the layers on each rank, int64 ``(W, L)``, if all ranks have the same records."""
+def _agree(mine: Records, ranks: _Ranks) -> tuple[Array, Array]:
+    """If all ranks have the same records, origins of the layers on each, and times on the first.
+
+    Returns:
+        int64 ``(W, L)`` and float64 ``(S,)``.
+    """
     run = {"layers": mine.layers, "bins": mine.bins.spec, "steps": mine.steps}
-    gathered = ranks.gather((run, mine.origins))
-    for rank, (theirs, _) in enumerate(gathered):
+    gathered = ranks.gather((run, mine.origins, mine.times))
+    for rank, (theirs, _, _) in enumerate(gathered):
         for what, first in gathered[0][0].items():
             if theirs[what] != first:
                 raise ValueError(
                     f"reduce() needs the same {what} on each rank; {what} on rank {rank} is "
                     f"{_shorten(theirs[what])}, on rank 0 {_shorten(first)}"
                 )
-    return np.stack([origins for _, origins in gathered])
+    return np.stack([origins for _, origins, _ in gathered]), gathered[0][2]
 
 
 def _shorten(x: list[Any] | str) -> str:

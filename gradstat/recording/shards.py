@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradstat.history.archive import OWN
+from gradstat.history.records import OWN
 
 
 def local_part(gradient: Tensor) -> Tensor:

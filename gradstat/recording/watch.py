@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from gradstat.bins import Bins, Log2Bins
 from gradstat.history import History
-from gradstat.history.archive import OWN, SAME
 from gradstat.history.journal import Journal
+from gradstat.history.records import OWN, SAME
 from gradstat.kinds import (
     GRAD,
     KINDS,

@@ -15,6 +15,7 @@ from torch import Tensor
 from gradstat import History, Log2Bins
 from gradstat.cli import main
 from gradstat.cli import text as cli_text
+from gradstat.history.journal import Journal
 
 
 def shrinking(step: int, layer: int) -> Tensor:
@@ -149,13 +150,43 @@ def test_tail_prints_each_new_record_of_a_file_once(
     assert re.findall(r": step (\d+)$", shown, re.M) == ["0", "1"]
 
 
-def test_tail_reads_only_the_newest_file_of_a_directory(
+def test_tail_reads_only_what_was_written_last(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_history(Log2Bins(), 1, 3, noise).save(tmp_path / "00000001.npz")
-    (tmp_path / "00000000.npz").write_text("not read")
+    history = make_history(Log2Bins(), 1, 3, noise)
+    journal = Journal(tmp_path, history)
+    ends = []
+    for step in range(3):
+        record = history.record(step)
+        journal.append(step, *(x.numpy() for x in (record.integers, record.floats, record.counts)))
+        journal.flush()
+        ends.append((tmp_path / "00000000.gradstat").stat().st_size)
+    with (tmp_path / "00000000.gradstat").open("r+b") as file:
+        file.seek(ends[0] + 500)
+        file.write(b"not read")
     cli_text.tail(tmp_path, 0.02, updates=1)
     assert f"{tmp_path}: step 2" in capsys.readouterr().out
+    # The last one alone is cut off.
+    with (tmp_path / "00000000.gradstat").open("r+b") as file:
+        file.truncate(ends[2] - 1)
+    with pytest.raises(ValueError, match="block 2 has another checksum"):
+        cli_text.tail(tmp_path, 0.02, updates=1)
+
+
+def test_tail_waits_for_a_directory_that_is_only_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "00000000.gradstat").write_bytes(b"")
+
+    def train() -> None:
+        time.sleep(0.3)
+        make_history(Log2Bins(), 1, 1, noise).save(tmp_path / "00000001.npz")
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    cli_text.tail(tmp_path, 0.02, updates=1)
+    trainer.join()
+    assert capsys.readouterr().out.startswith(f"{tmp_path} has no records yet\n{tmp_path}: step 0")
 
 
 def test_tail_waits_for_a_directory_to_have_records(

@@ -1,0 +1,177 @@
+"""`Records`: what a history holds, and what must hold between its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+
+from gradstat.arrays import Array
+from gradstat.bins import Bins
+from gradstat.history.packed_counts import SparseRows
+from gradstat.kinds import KINDS, Row
+from gradstat.results import FLOATS, INTEGERS
+
+# In place of a rank as a layer's origin: values of this rank alone, or the same ones on each rank.
+OWN, SAME = -1, -2
+
+_MOST_RANKS = 1 << 31
+_MOST_ELEMENTS = 1 << 60  # no sum of a row's numbers overflows
+# Rows and histogram entries that are checked together: what it takes is small beside a history.
+_ROWS, _ENTRIES = 1 << 13, 1 << 17
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a history holds: S steps, L layers.
+
+    Args:
+        rows: L of them.
+        layers: their L names, as printed; those of one kind that was selected go without it.
+        bins: scheme.
+        steps: S numbers.
+        times: when each was recorded, in seconds since 1970: float64 ``(S,)``; NaN where unknown.
+        integers: int64 ``(S, L, 8)``.
+        floats: float64 ``(S, L, 8)``.
+        counts: S times L histograms.
+        origins: int64 ``(L,)``: the first rank of a distributed run that holds the same values of
+            a layer, `OWN` or `SAME`.
+    """
+
+    rows: list[Row]
+    layers: list[str]
+    bins: Bins
+    steps: list[int]
+    times: Array
+    integers: Array
+    floats: Array
+    counts: SparseRows
+    origins: Array
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.integers.nbytes + self.floats.nbytes + self.counts.nbytes
+
+
+def concatenate(parts: Sequence[Records]) -> Records:
+    """Records of one run after the other, as those of the first and with the last one's origins."""
+    first, last = parts[0], parts[-1]
+    if len(parts) == 1:
+        return first
+    counts = zip(*(part.counts.arrays() for part in parts), strict=True)
+    return replace(
+        first,
+        steps=[step for part in parts for step in part.steps],
+        times=np.concatenate([part.times for part in parts]),
+        integers=np.concatenate([part.integers for part in parts]),
+        floats=np.concatenate([part.floats for part in parts]),
+        counts=SparseRows(*(np.concatenate(each) for each in counts)),
+        origins=last.origins,
+    )
+
+
+def check(records: Records) -> None:
+    """Refuse what no measurement gives.
+
+    Args:
+        records: arrays of shapes that fit each other.
+
+    Raises:
+        ValueError: the first thing that is wrong, and where.
+    """
+    if unknown := {row.kind for row in records.rows} - set(KINDS):
+        raise ValueError(f"its kinds hold {min(unknown)!r}, which is none of {', '.join(KINDS)}")
+    if len(set(records.rows)) < len(records.rows):
+        raise ValueError("its rows are not all different")
+    steps = records.steps
+    if any(step < 0 for step in steps[:1]) or any(a >= b for a, b in pairwise(steps)):
+        raise ValueError("its steps do not rise from 0 or more")
+    origins = records.origins
+    if len(bad := origins[(origins < SAME) | (origins >= _MOST_RANKS)]):
+        raise ValueError(f"its origins hold {bad[0]}, which is no rank")
+    sizes, indices, values = records.counts.arrays()
+    if len(bad := sizes[sizes < 0]):
+        raise ValueError(f"its sizes hold {bad[0]}")
+    ends = np.cumsum(sizes, dtype=np.int64)
+    if int(ends[-1] if len(ends) else 0) != len(indices):
+        raise ValueError(f"its sizes do not sum to its {len(indices)} indices")
+    integers = records.integers.reshape(-1, len(INTEGERS))
+    floats = records.floats.reshape(-1, len(FLOATS))
+    for rows in _portions(ends):
+        first = int(ends[rows.start - 1]) if rows.start else 0
+        part = slice(first, int(ends[rows.stop - 1]))
+        wrong = [
+            *_wrong_integers(integers[rows]),
+            *_wrong_floats(integers[rows], floats[rows]),
+            *_wrong_counts(
+                integers[rows], sizes[rows], indices[part], values[part], records.bins.bins
+            ),
+        ]
+        for mask, what in wrong:
+            if mask.any():
+                step, column = divmod(rows.start + int(mask.argmax()), len(records.rows))
+                layer = f"{records.layers[column]!r:.80}"
+                raise ValueError(f"its {what}, in step {steps[step]} of {layer}")
+
+
+def _portions(ends: Array) -> Iterator[slice]:
+    """Rows in portions of so many, or of one row, from where each row's entries end."""
+    start = 0
+    while start < len(ends):
+        first = int(ends[start - 1]) if start else 0
+        stop = int(np.searchsorted(ends, first + _ENTRIES, side="right"))
+        stop = max(start + 1, min(stop, start + _ROWS))
+        yield slice(start, stop)
+        start = stop
+
+
+_Wrong = tuple[Array, str]  # where, bool (N,), and what
+
+
+def _wrong_integers(integers: Array) -> list[_Wrong]:
+    numel, finite, zeros, nan, posinf, neginf, _, _ = integers.T
+    return [
+        ((integers < 0).any(1), "numbers of elements are negative"),
+        ((integers > _MOST_ELEMENTS).any(1), "numbers of elements are too large"),
+        (numel != finite + nan + posinf + neginf, "elements are not those finite and not"),
+        (zeros > finite, "zeros are more than its finite elements"),
+    ]
+
+
+def _wrong_floats(integers: Array, floats: Array) -> list[_Wrong]:
+    _, finite, zeros, *_ = integers.T
+    least, most, _, std, l1, l2, low, high = floats.T
+    # Nothing is asked of a NaN, but where there is nothing that could be finite.
+    return [
+        (least > most, "min is above its max"),
+        ((finite == 0) & ~(np.isnan(least) & np.isnan(most)), "min and max are of no element"),
+        ((zeros > 0) & ((least > 0) | (most < 0)), "zeros are outside its min and max"),
+        ((std < 0) | (l1 < 0) | (l2 < 0), "std and norms are negative"),
+        (low > high, "range ends below where it begins"),
+    ]
+
+
+def _wrong_counts(
+    integers: Array, sizes: Array, indices: Array, values: Array, bins: int
+) -> list[_Wrong]:
+    """What is wrong with N histograms; of what is wrong with an entry the row is found."""
+    finite, below, above = integers[:, 1], integers[:, 6], integers[:, 7]
+    ends = np.cumsum(sizes, dtype=np.int64)
+    at = indices.astype(np.int64)
+    rises = np.diff(at, prepend=-1)
+    rises[(ends - sizes)[sizes > 0]] = 1
+    entry = (rises <= 0) | (at < 0) | (at >= bins) | (values <= 0) | (values > _MOST_ELEMENTS)
+    bad = np.zeros(len(sizes), bool)
+    bad[np.searchsorted(ends, np.flatnonzero(entry), side="right")] = True
+    # In float64 first: what overflows has no sum.
+    total = np.append(0, np.cumsum(np.where(entry, 0, values), dtype=np.int64))
+    sums = total[ends] - total[ends - sizes]
+    huge = float(values.sum(dtype=np.float64)) > 2.0**62
+    return [
+        (bad, f"histogram has counts that are not positive or not in the order of {bins} bins"),
+        (np.full(len(sizes), huge), "counts are too large"),
+        (sums != finite - below - above, "counts do not sum to its finite elements in the range"),
+    ]

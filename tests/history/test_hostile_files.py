@@ -1,0 +1,449 @@
+"""Files that no History wrote, or that were changed: refused, without taking time or memory."""
+
+import io
+import os
+import re
+import struct
+import time
+import tracemalloc
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from watching import arrays, make_history
+
+import gradstat
+from gradstat import History, Log2Bins
+from gradstat.history import blocks, npz
+from gradstat.history.journal import Journal
+from gradstat.results import FLOATS, INTEGERS
+
+Data = dict[str, np.ndarray]
+Members = list[tuple[str, bytes]]
+
+
+def saved(generator: torch.Generator, tmp_path: Path) -> Data:
+    """What `History.save` writes, by name."""
+    history, _ = make_history(Log2Bins(), generator)
+    history.save(tmp_path / "whole.npz")
+    with np.load(tmp_path / "whole.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+def write(path: Path, data: Data) -> None:
+    """A file of any content with a right checksum."""
+    np.savez_compressed(path, **data)
+    npz.seal(path)
+
+
+def assert_load_refuses(path: Path, reason: str = "") -> None:
+    message = (
+        f"History.load() needs a file that History.save() or watch() wrote; {path} is damaged or "
+        f"another kind: {reason}"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        History.load(path)
+
+
+def test_history_load_refuses_text_without_advice_to_unpickle_it(tmp_path: Path) -> None:
+    path = tmp_path / "run.npz"
+    path.write_text("step,loss\n")
+    assert_load_refuses(path, "it is no .npz file")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage", b"gradstat", b"PK\x03\x04", b"\x93NUMPY", b"\x80\x04K\x01."]
+)
+def test_history_load_refuses_garbage(content: bytes, tmp_path: Path) -> None:
+    for name in ("run.npz", "00000000.gradstat"):
+        (tmp_path / name).write_bytes(content)
+        assert_load_refuses(tmp_path / name)
+
+
+def test_history_load_refuses_a_single_array(tmp_path: Path) -> None:
+    with (tmp_path / "run.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    assert_load_refuses(tmp_path / "run.npz")
+
+
+def test_history_load_refuses_another_zip(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "run.npz", "w") as file:
+        file.writestr("readme.txt", "not an array")
+    assert_load_refuses(tmp_path / "run.npz")
+    np.savez(tmp_path / "run.npz", x=np.zeros(3))
+    assert_load_refuses(tmp_path / "run.npz", "it lacks format")
+
+
+def test_history_load_never_unpickles(generator: torch.Generator, tmp_path: Path) -> None:
+    data = saved(generator, tmp_path)
+    data["kinds"] = np.array(data["kinds"], dtype=object)
+    write(tmp_path / "run.npz", data)
+    assert_load_refuses(tmp_path / "run.npz", "kinds holds object; it needs numbers or texts")
+
+
+def test_history_load_refuses_a_file_without_its_checksum(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "run.npz", **saved(generator, tmp_path))
+    assert_load_refuses(tmp_path / "run.npz", "it lacks its checksum")
+
+
+NAMES = [
+    *("format", "bins", "names", "name_ends", "kinds", "has_kinds", "steps", "times"),
+    *("integers", "floats", "sizes", "indices", "values", "origins"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_history_load_refuses_a_file_without_one_array(
+    name: str, generator: torch.Generator, tmp_path: Path
+) -> None:
+    data = saved(generator, tmp_path)
+    assert list(data) == NAMES
+    del data[name]
+    write(tmp_path / "run.npz", data)
+    assert_load_refuses(tmp_path / "run.npz", f"it lacks {name}")
+
+
+def test_history_load_passes_over_arrays_of_later_versions(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
+    write(tmp_path / "run.npz", saved(generator, tmp_path) | {"loss": np.zeros(3)})
+    assert len(History.load(tmp_path / "run.npz")) == 3
+
+
+def test_history_load_refuses_another_format(generator: torch.Generator, tmp_path: Path) -> None:
+    data = saved(generator, tmp_path) | {"format": np.array("gradstat history 3")}
+    write(tmp_path / "run.npz", data)
+    assert_load_refuses(
+        tmp_path / "run.npz", "its format is gradstat history 3, not gradstat history 2"
+    )
+
+
+def test_history_load_refuses_unknown_bins(generator: torch.Generator, tmp_path: Path) -> None:
+    write(tmp_path / "run.npz", saved(generator, tmp_path) | {"bins": np.array("square 3")})
+    assert_load_refuses(
+        tmp_path / "run.npz", "parse_bins() needs the spec of a bin scheme; spec is 'square 3'"
+    )
+
+
+def set_first(value: float) -> Callable[[np.ndarray], np.ndarray]:
+    def change(x: np.ndarray) -> np.ndarray:
+        signed = x.astype(np.int64) if value < 0 and x.dtype.kind == "u" else x
+        signed.reshape(-1)[0] = value
+        return signed
+
+    return change
+
+
+def set_field(name: str, value: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Of the first record's second layer, which has seven values, all in the range."""
+    fields = INTEGERS if name in INTEGERS else FLOATS
+
+    def change(x: np.ndarray) -> np.ndarray:
+        x[0, 1, fields.index(name)] = value
+        return x
+
+    return change
+
+
+OTHERS = "do not fit its other arrays"
+WHERE = ", in step 0 of 'second.weight'"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("kinds", lambda x: x[:1], OTHERS),
+        ("kinds", lambda x: x.reshape(2, 1)[:, [0, 0]], OTHERS),
+        ("kinds", set_first(0), "its kinds hold '0', which is none of grad, param, "),
+        ("names", lambda x: x[:-1], "its name_ends do not divide the"),
+        ("names", set_first(255), "'utf-8' codec can't decode"),
+        ("name_ends", lambda x: x[:-1], OTHERS),
+        ("name_ends", lambda x: x + 1, "its name_ends do not divide the"),
+        ("name_ends", lambda x: x[::-1], "its name_ends do not divide the"),
+        ("name_ends", set_first(-1), "its name_ends do not divide the"),
+        ("has_kinds", lambda x: x[None], OTHERS),
+        ("has_kinds", lambda x: x.astype(int), "its has_kinds are int64"),
+        ("steps", lambda x: x[:-1], OTHERS),
+        ("steps", lambda x: x[::-1], "its steps do not rise from 0 or more"),
+        ("steps", lambda x: x * 0, "its steps do not rise from 0 or more"),
+        ("steps", lambda x: x - 1, "its steps do not rise from 0 or more"),
+        ("steps", lambda x: x[:, None], OTHERS),
+        ("steps", lambda x: x + 0.5, "its steps are float64"),
+        ("times", lambda x: x[:-1], OTHERS),
+        ("times", lambda x: x.astype(int), "its times are int64"),
+        ("integers", lambda x: x[:, :, :-1], OTHERS),
+        ("integers", lambda x: x.reshape(-1), OTHERS),
+        ("integers", lambda x: x + 0.5, "its integers are float64"),
+        ("integers", set_field("above", -1), f"its numbers of elements are negative{WHERE}"),
+        ("integers", set_field("numel", 2**62), f"its numbers of elements are too large{WHERE}"),
+        ("integers", set_field("nan", 1), f"its elements are not those finite and not{WHERE}"),
+        ("integers", set_field("zeros", 8), f"its zeros are more than its finite elements{WHERE}"),
+        ("integers", set_field("below", 1), "its counts do not sum to its finite elements in the"),
+        ("floats", lambda x: x[:-1], OTHERS),
+        ("floats", set_field("min", 9.0), f"its min is above its max{WHERE}"),
+        ("floats", set_field("std", -1.0), f"its std and norms are negative{WHERE}"),
+        ("floats", set_field("l1", -1.0), f"its std and norms are negative{WHERE}"),
+        ("floats", set_field("low", np.inf), None),
+        ("floats", set_field("high", -np.inf), None),
+        ("sizes", lambda x: x[:-1], OTHERS),
+        ("sizes", lambda x: x + 1, "its sizes do not sum to its"),
+        ("sizes", set_first(-1), "its sizes do not sum to its"),
+        ("sizes", lambda x: x + 0.5, "its sizes are float64"),
+        ("sizes", lambda x: np.full(len(x), 2**62), "its sizes do not sum to its"),
+        ("indices", lambda x: x[:-1], OTHERS),
+        ("indices", lambda x: x + 0.5, "its indices are float64"),
+        ("indices", lambda x: x[::-1], "its histogram has counts that are not positive or not in"),
+        ("indices", lambda x: x * 0, "its histogram has counts that are not positive or not in"),
+        ("indices", set_first(-1), "its histogram has counts that are not positive or not in"),
+        ("indices", set_first(2048), "its histogram has counts that are not positive or not in"),
+        ("indices", set_first(65535), "its histogram has counts that are not positive or not in"),
+        ("values", lambda x: x[:-1], OTHERS),
+        ("values", set_first(-1), "its histogram has counts that are not positive or not in"),
+        ("values", set_first(0), "its histogram has counts that are not positive or not in"),
+        ("values", lambda x: x * 2, "its counts do not sum to its finite elements in the range"),
+        ("values", lambda x: x + np.int64(2**62), "its histogram has counts that are not"),
+        ("values", lambda x: np.full(len(x), 2**60), "its counts are too large"),
+        ("origins", lambda x: x[:-1], OTHERS),
+        ("origins", set_first(-3), "its origins hold -3, which is no rank"),
+        ("origins", set_first(2**40), "its origins hold 1099511627776, which is no rank"),
+    ],
+)
+def test_history_load_refuses_what_no_history_holds(
+    name: str,
+    change: Callable[[np.ndarray], np.ndarray],
+    reason: str | None,
+    generator: torch.Generator,
+    tmp_path: Path,
+) -> None:
+    data = saved(generator, tmp_path)
+    data[name] = change(data[name])
+    write(tmp_path / "run.npz", data)
+    if reason is None:  # an end of the range alone
+        assert len(History.load(tmp_path / "run.npz")) == 3
+        return
+    with pytest.raises(ValueError, match=re.escape(reason)) as raised:
+        History.load(tmp_path / "run.npz")
+    assert str(tmp_path / "run.npz") in str(raised.value)
+
+
+def test_history_load_refuses_values_of_no_element(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
+    data = saved(generator, tmp_path)
+    data["integers"][0, 0, :2] = 0
+    data["sizes"] = data["sizes"].copy()
+    kept = int(data["sizes"][0])
+    data["sizes"][0] = 0
+    data |= {name: data[name][kept:] for name in ("indices", "values")}
+    write(tmp_path / "run.npz", data)
+    assert_load_refuses(tmp_path / "run.npz", "its min and max are of no element, in step 0 of")
+
+
+def test_history_load_refuses_zeros_outside_min_and_max(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
+    data = saved(generator, tmp_path)
+    data["integers"][0, 0, INTEGERS.index("zeros")] = 1
+    data["floats"][0, 0, FLOATS.index("min")] = 1e-3
+    write(tmp_path / "run.npz", data)
+    assert_load_refuses(tmp_path / "run.npz", "its zeros are outside its min and max, in step 0 of")
+
+
+def test_history_load_refuses_rows_that_come_twice(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
+    data = saved(generator, tmp_path)
+    data["names"] = np.frombuffer(b"samesame", np.uint8)
+    data["name_ends"] = np.array([4, 8])
+    write(tmp_path / "run.npz", data)
+    assert_load_refuses(tmp_path / "run.npz", "its rows are not all different")
+
+
+def npy(x: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, x)
+    return file.getvalue()
+
+
+def write_members(path: Path, members: Members, method: int) -> None:
+    with zipfile.ZipFile(path, "w", method) as file:
+        for name, content in members:
+            file.writestr(zipfile.ZipInfo(name), content, compress_type=method)
+    npz.seal(path)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_history_load_refuses_members_of_one_name(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
+    members = [(f"{name}.npy", npy(x)) for name, x in saved(generator, tmp_path).items()]
+    path = tmp_path / "run.npz"
+    for name in ("kinds.npy", "kinds"):
+        write_members(path, [*members, (name, members[4][1])], zipfile.ZIP_DEFLATED)
+        assert_load_refuses(path, "it has two members of one name")
+    write_members(path, members, zipfile.ZIP_LZMA)
+    assert_load_refuses(path, "format is compressed in a way that NumPy does not use")
+
+
+def peak_of_refusal(path: Path, reason: str) -> int:
+    """Bytes of memory that it takes."""
+    tracemalloc.start()
+    try:
+        assert_load_refuses(path, reason)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+HUGE = 64 << 20
+
+
+def declared(dtype: str, shape: tuple[int, ...], n_bytes: int) -> bytes:
+    """A member that declares an array, and has so many bytes of zeros."""
+    file = io.BytesIO()
+    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + bytes(n_bytes)
+
+
+def replaced(members: Members, name: str, content: bytes) -> list[tuple[str, bytes]]:
+    return [(each, content if each == name else old) for each, old in members]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape", "reason"),
+    [
+        ("names", "|u1", (HUGE,), "its name_ends do not divide the 67108864 bytes"),
+        ("values", "<u4", (HUGE // 4,), "its values, of shape (16777216,), do not fit"),
+        ("integers", "<i8", (HUGE // 128, 2, 8), "its integers, of shape (524288, 2, 8), do not"),
+        ("kinds", "<U16", (HUGE // 64,), "its kinds, of shape (1048576,), do not fit"),
+        ("kinds", f"<U{HUGE // 8}", (2,), "kinds holds <U8388608; it needs numbers or texts"),
+        ("bins", f"<U{HUGE // 4}", (), "bins holds <U16777216; it needs numbers or texts"),
+        ("steps", "<i8", (3,), "steps is not of the size that its shape, (3,), needs"),
+    ],
+)
+def test_history_load_inflates_nothing_that_does_not_fit(
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    reason: str,
+    generator: torch.Generator,
+    tmp_path: Path,
+) -> None:
+    members = [(f"{each}.npy", npy(x)) for each, x in saved(generator, tmp_path).items()]
+    members = replaced(members, f"{name}.npy", declared(dtype, shape, HUGE))
+    write_members(tmp_path / "run.npz", members, zipfile.ZIP_DEFLATED)
+    del members
+    assert (tmp_path / "run.npz").stat().st_size < 1_000_000
+    assert peak_of_refusal(tmp_path / "run.npz", reason) < 4_000_000
+
+
+def test_history_load_passes_over_a_huge_array_that_it_does_not_know(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
+    members = [(f"{each}.npy", npy(x)) for each, x in saved(generator, tmp_path).items()]
+    members.append(("later.npy", declared("|u1", (HUGE,), HUGE)))
+    write_members(tmp_path / "run.npz", members, zipfile.ZIP_DEFLATED)
+    del members
+    tracemalloc.start()
+    assert len(History.load(tmp_path / "run.npz")) == 3
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4_000_000
+
+
+def test_history_load_refuses_a_header_of_any_size(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
+    members = [(f"{each}.npy", npy(x)) for each, x in saved(generator, tmp_path).items()]
+    header = b"\x93NUMPY\x02\x00" + struct.pack("<I", HUGE) + bytes(HUGE)
+    members = replaced(members, "steps.npy", header)
+    write_members(tmp_path / "run.npz", members, zipfile.ZIP_DEFLATED)
+    del members, header
+    reason = "steps is of version 2.0 of NumPy's format"
+    assert peak_of_refusal(tmp_path / "run.npz", reason) < 4_000_000
+
+
+def test_history_load_refuses_a_member_that_declares_more_than_it_can_hold(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
+    members = [(f"{each}.npy", npy(x)) for each, x in saved(generator, tmp_path).items()]
+    path = tmp_path / "run.npz"
+    whole = declared("<i8", (1 << 40,), 0)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in replaced(members, "steps.npy", whole):
+            file.writestr(name, content)
+        # What the archive's directory says of it.
+        file.getinfo("steps.npy").file_size = len(whole) + (8 << 40)
+    npz.seal(path)
+    assert peak_of_refusal(path, "steps is larger than what it is compressed to") < 4_000_000
+
+
+def test_history_load_refuses_a_huge_directory_of_members(tmp_path: Path) -> None:
+    path = tmp_path / "run.npz"
+    with zipfile.ZipFile(path, "w") as file:
+        for number in range(20_000):
+            file.writestr(f"{number}.npy", b"")
+    npz.seal(path)
+    assert peak_of_refusal(path, "its directory is too large") < 4_000_000
+
+
+def test_history_load_takes_at_most_three_times_the_memory_of_the_history(tmp_path: Path) -> None:
+    s = gradstat.statistics(list(torch.randn(20, 100_000)))
+    history = History([str(i) for i in range(20)], Log2Bins())
+    for step in range(1_500):
+        history.append(step, *arrays(s))
+    history.save(tmp_path / "run.npz")
+    kept = Journal(tmp_path / "run", history)
+    for step in range(1_500):
+        kept.append(step, *arrays(s))
+        if step % 10 == 0:
+            kept.flush()
+    kept.flush()
+    for path in ("run.npz", "run"):
+        tracemalloc.start()
+        loaded = History.load(tmp_path / path)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert loaded.nbytes > 20_000_000
+        assert peak < 3 * loaded.nbytes
+
+
+def test_history_load_refuses_what_is_no_regular_file_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "00000000.gradstat")
+    start_s = time.monotonic()
+    for path in (tmp_path / "pipe", tmp_path / "00000000.gradstat", Path("/dev/zero")):
+        message = f"^History.load\\(\\) needs a regular file; {path} is none$"
+        with pytest.raises(ValueError, match=message):
+            History.load(path)
+    with pytest.raises(ValueError, match="needs a regular file"):
+        History.load(tmp_path)
+    assert time.monotonic() - start_s < 5
+
+
+def test_history_load_does_not_read_a_block_that_is_larger_than_its_file(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
+    history, _ = make_history(Log2Bins(), generator)
+    Journal(tmp_path, history)
+    file = tmp_path / "00000000.gradstat"
+    with file.open("r+b") as end:
+        reader = blocks.Reader(end)
+        list(reader.blocks())
+        header = struct.pack("<8sQIIIII", b"gradstat", 1 << 50, 1, 7, 1, 0, 2)
+        end.write(header + struct.pack("<I", zlib.crc32(header, reader._link.checksum)))
+        # A hole takes no room on the disk.
+        end.truncate(1 << 34)
+    tracemalloc.start()
+    with pytest.warns(RuntimeWarning, match="cut off: at most 7 records"):
+        assert len(History.load(file)) == 0
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4_000_000

@@ -1,0 +1,414 @@
+"""Records on their way to the disk, and what becomes of them when a run or a disk fails."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from watching import SCHEMES, arrays, assert_same, backward, make_history, make_model
+
+import gradstat
+from gradstat import History, Log2Bins
+from gradstat.bins import Bins
+from gradstat.history import archive, blocks, journal
+from gradstat.history.journal import Journal
+
+NAME = "00000000.gradstat"
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(20)
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every record is written at once."""
+    append = Journal.append
+
+    def append_and_flush(self: Journal, *record: object) -> None:
+        append(self, *record)
+        self.flush()
+
+    monkeypatch.setattr(Journal, "append", append_and_flush)
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Nothing can be written until it is undone; what is, is half a block."""
+
+    def write_half(self: Journal) -> None:
+        if self._is_created:
+            with (self._path / NAME).open("ab") as file:
+                file.write(b"half a block")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_write_block", write_half)
+        yield patch
+
+
+@pytest.mark.host("expects a record as soon as its pass is over")
+@pytest.mark.parametrize("bins", SCHEMES, ids=repr)
+@pytest.mark.usefixtures("hurried")
+def test_watch_path_can_be_read_while_it_is_written(bins: Bins, tmp_path: Path) -> None:
+    model = make_model()
+    with gradstat.watch(model, bins, path=tmp_path / "a" / "run") as w:
+        assert len(History.load(tmp_path / "a" / "run")) == 0
+        for _ in range(4):
+            model.zero_grad()
+            backward(model)
+            assert_same(History.load(tmp_path / "a" / "run"), w.history)
+    assert [file.name for file in (tmp_path / "a" / "run").iterdir()] == [NAME]
+
+
+def test_watch_path_has_everything_after_close(tmp_path: Path) -> None:
+    model = make_model()
+    with gradstat.watch(model, path=str(tmp_path)) as w:
+        for _ in range(4):
+            backward(model)
+        assert len(History.load(tmp_path)) == 0
+    assert_same(History.load(tmp_path), w.history)
+
+
+@pytest.mark.host("expects a record as soon as its pass is over")
+def test_watch_writes_a_few_seconds_after_a_record_though_no_more_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "_INTERVAL_S", 0.1)
+    model = make_model()
+    with gradstat.watch(model, path=tmp_path):
+        for expected in (3, 6):
+            for _ in range(3):
+                backward(model)
+            deadline_s = time.monotonic() + 10
+            while len(History.load(tmp_path)) < expected and time.monotonic() < deadline_s:
+                time.sleep(0.02)
+            assert len(History.load(tmp_path)) == expected
+
+
+def test_journal_writes_the_records_of_a_few_seconds_in_one_block(
+    generator: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "_INTERVAL_S", 0.2)
+    history, records = make_history(Log2Bins(), generator, 40)
+    kept = Journal(tmp_path, history)
+    for step, record in zip(history.steps.tolist(), records, strict=True):
+        kept.append(step, *arrays(record))
+        time.sleep(0.01)
+    kept.flush()
+    assert_same(History.load(tmp_path), history)
+    with (tmp_path / NAME).open("rb") as file:
+        sizes = [block.n_records for block in blocks.Reader(file).blocks()]
+    assert sizes[0] == 0
+    assert 2 <= len(sizes[1:]) <= 5
+
+
+def test_journal_writes_early_rather_than_fill_the_memory(
+    generator: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "_MOST_WAITING_BYTES", 20_000)
+    monkeypatch.setattr(journal, "_DENSE_BYTES", 1)
+    history, records = make_history(Log2Bins(), generator, 40)
+    kept = Journal(tmp_path, history)
+    for step, record in zip(history.steps.tolist(), records, strict=True):
+        kept.append(step, *arrays(record))
+    assert len(History.load(tmp_path)) > 30
+
+
+def test_journal_does_not_wait_for_the_disk_to_take_a_record(
+    generator: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history, records = make_history(Log2Bins(), generator, 40)
+    kept = Journal(tmp_path, history)
+    write, may_go_on = Journal._write_block, threading.Event()
+
+    def write_slowly(self: Journal) -> None:
+        assert may_go_on.wait(10)
+        write(self)
+
+    monkeypatch.setattr(Journal, "_write_block", write_slowly)
+    kept.append(0, *arrays(records[0]))
+    writer = threading.Thread(target=kept.flush)
+    writer.start()
+    for step, record in zip(history.steps.tolist()[1:], records[1:], strict=True):
+        kept.append(step, *arrays(record))
+    assert writer.is_alive()
+    may_go_on.set()
+    writer.join()
+    assert_same(History.load(tmp_path), history)
+
+
+RUN = """
+import sys, time, torch, gradstat
+from gradstat.history import journal
+journal._INTERVAL_S = float(sys.argv[3])
+model = torch.nn.Linear(3, 2)
+w = gradstat.watch(model, path=sys.argv[1])
+for step in range(int(sys.argv[2])):
+    model(torch.full((1, 3), float(step))).sum().backward()
+    model.zero_grad()
+    print(step, flush=True)
+time.sleep(float(sys.argv[4]))
+"""
+
+
+def command(path: Path, n_steps: int, interval_s: float, sleep_s: float) -> list[str]:
+    return [sys.executable, "-c", RUN, *map(str, (path, n_steps, interval_s, sleep_s))]
+
+
+@pytest.mark.host("trains on the CPU in a process of its own")
+def test_watch_path_survives_a_kill_of_a_run_that_stands_still(tmp_path: Path) -> None:
+    run = command(tmp_path, 100, 0.2, 60)
+    with subprocess.Popen(run, stdout=subprocess.PIPE, text=True) as process:
+        assert [int(process.stdout.readline()) for _ in range(100)] == list(range(100))
+        time.sleep(1)
+        process.send_signal(signal.SIGKILL)
+    history = History.load(tmp_path)
+    assert history.steps.tolist() == history["max"][:, 0].tolist() == list(range(100))
+
+
+@pytest.mark.host("trains on the CPU in a process of its own")
+def test_watch_path_is_complete_when_a_run_just_ends(tmp_path: Path) -> None:
+    subprocess.run(command(tmp_path, 7, 5, 0), check=True, capture_output=True)
+    assert History.load(tmp_path).steps.tolist() == list(range(7))
+
+
+def test_watch_path_is_where_it_was_when_the_run_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    model = make_model()
+    with gradstat.watch(model, path="run") as w:
+        os.chdir("elsewhere")
+        backward(model)
+    assert_same(History.load(tmp_path / "run"), w.history)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def in_fork(work: Callable[[], object]) -> None:
+    """Do something in a forked process, which must succeed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.host("a forked process has no CUDA device")
+def test_watch_path_is_left_alone_by_a_forked_process(tmp_path: Path) -> None:
+    model = make_model()
+    with gradstat.watch(model, path=tmp_path) as w:
+        backward(model)
+        in_fork(w.close)
+        assert len(History.load(tmp_path)) == 0
+    assert_same(History.load(tmp_path), w.history)
+
+
+@pytest.mark.host("a forked process has no CUDA device")
+def test_watch_in_a_forked_process_warns_once_and_records_into_memory(tmp_path: Path) -> None:
+    model = make_model()
+    with gradstat.watch(model, path=tmp_path) as w:
+        backward(model)
+
+        def train() -> None:
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                for _ in range(3):
+                    backward(model)
+                w.close()
+            assert [str(each.message) for each in warned] == [
+                "watch() keeps the records of a forked process in memory alone; the process that "
+                f"it was forked from goes on writing its own to {tmp_path}"
+            ]
+            assert w.history.steps.tolist() == [0, 1, 2, 3]
+
+        in_fork(train)
+        backward(model)
+    assert w.history.steps.tolist() == [0, 1]
+    assert_same(History.load(tmp_path), w.history)
+
+
+def test_journal_flush_in_a_forked_process_does_not_wait_for_another_thread(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
+    history, records = make_history(Log2Bins(), generator)
+    kept = Journal(tmp_path, history)
+    kept.append(0, *arrays(records[0]))
+    is_held, may_go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with kept._lock, kept._writing:
+            is_held.set()
+            may_go_on.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert is_held.wait(10)
+    with warnings.catch_warnings():
+        # Python 3.12 warns of forks beside threads.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        in_fork(kept.flush)
+    may_go_on.set()
+    holder.join()
+
+
+def test_journal_flush_within_a_flush_leaves_the_file_whole(
+    generator: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history, records = make_history(Log2Bins(), generator)
+    kept = Journal(tmp_path, history)
+    kept.append(0, *arrays(records[0]))
+    write = Journal._write_block
+
+    def write_with_signal(self: Journal) -> None:
+        monkeypatch.undo()
+        # As a signal's handler does that closes the watch.
+        self.append(2, *arrays(records[1]))
+        self.flush()
+        write(self)
+
+    monkeypatch.setattr(Journal, "_write_block", write_with_signal)
+    kept.flush()
+    kept.append(4, *arrays(records[2]))
+    kept.flush()
+    assert_same(History.load(tmp_path), history)
+
+
+def test_journal_that_is_interrupted_in_a_write_loses_nothing(
+    generator: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history, records = make_history(Log2Bins(), generator)
+    kept = Journal(tmp_path, history)
+    kept.append(0, *arrays(records[0]))
+    encode = blocks.encode
+
+    def encode_half(*arguments: object) -> tuple[list[bytes], blocks.Link]:
+        parts, link = encode(*arguments)
+
+        def half() -> Iterator[bytes]:
+            yield from parts[:4]
+            raise KeyboardInterrupt
+
+        return half(), link
+
+    monkeypatch.setattr(journal, "encode", encode_half)
+    with pytest.raises(KeyboardInterrupt):
+        kept.flush()
+    monkeypatch.undo()
+    with pytest.warns(RuntimeWarning, match="which is cut off: at most 1 records"):
+        assert len(History.load(tmp_path)) == 0
+    for step, record in zip((2, 4), records[1:], strict=True):
+        kept.append(step, *arrays(record))
+    kept.flush()
+    assert_same(History.load(tmp_path), history)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_watch_warns_once_where_it_cannot_write_and_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model = make_model()
+    path = tmp_path / "file" / "run"
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        with gradstat.watch(model, path=path) as w:
+            for _ in range(3):
+                backward(model)
+    assert [str(each.message) for each in warned] == [
+        f"watch() cannot write to {path} and keeps its records in memory: [Errno 20] Not a "
+        f"directory: '{path}'"
+    ]
+    assert w.history.steps.tolist() == [0, 1, 2]
+
+
+@pytest.mark.host("expects a record as soon as its pass is over")
+@pytest.mark.usefixtures("hurried")
+def test_watch_writes_all_records_once_a_full_disk_has_room_again(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model = make_model()
+    with gradstat.watch(model, path=tmp_path) as w:
+        backward(model)
+        disk = request.getfixturevalue("full_disk")
+        with pytest.warns(RuntimeWarning, match="No space left on device"):
+            backward(model)
+        backward(model)
+        with pytest.warns(RuntimeWarning, match="which is cut off"):
+            assert History.load(tmp_path).steps.tolist() == [0]
+        disk.undo()
+        backward(model)
+    assert_same(History.load(tmp_path), w.history)
+    assert [file.name for file in tmp_path.iterdir()] == [NAME]
+
+
+def test_watch_begins_a_directory_later_where_it_could_not_at_first(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model = make_model()
+    disk = request.getfixturevalue("full_disk")
+    with pytest.warns(RuntimeWarning, match="No space left on device"):
+        w = gradstat.watch(model, path=tmp_path / "run")
+    disk.undo()
+    backward(model)
+    w.close()
+    assert_same(History.load(tmp_path / "run"), w.history)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_watch_does_not_fill_the_memory_for_a_disk_that_stays_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    sizes = []
+
+    def full(self: Journal) -> None:
+        sizes.append(self._state.nbytes)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Journal, "_write_block", full)
+    monkeypatch.setattr(journal, "_MOST_BYTES", 20_000)
+    monkeypatch.setattr(journal, "_DENSE_BYTES", 1)
+    with pytest.warns(RuntimeWarning, match="No space left on device"):
+        w = gradstat.watch(model, path=tmp_path, capacity=4)
+    for _ in range(50):
+        backward(model)
+    w.close()
+    assert 10_000 < max(sizes) < 30_000
+
+
+def test_watch_refuses_a_directory_with_records(tmp_path: Path) -> None:
+    model = make_model()
+    gradstat.watch(model, path=tmp_path).close()
+    message = (
+        f"watch() needs a directory without records; path is {tmp_path}, which has 1 files of them"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        gradstat.watch(model, path=tmp_path)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_watches_that_begin_together_do_not_share_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model()
+    with gradstat.watch(model, path=tmp_path) as w:
+        # As if both had looked before either has written.
+        monkeypatch.setattr(archive, "segments", lambda path: [])
+        with pytest.raises(ValueError, match="needs a directory without records"):
+            gradstat.watch(model, path=tmp_path)
+        monkeypatch.undo()
+        backward(model)
+    assert_same(History.load(tmp_path), w.history)
