@@ -19,6 +19,8 @@ from gradstat import History, LinearBins, Log2Bins, Statistics
 from gradstat.recording.launcher import Launcher
 from gradstat.recording.transfers import Transfer
 
+pytestmark = pytest.mark.host("imitates a graph on the CPU")
+
 
 class Graph:
     """An imitation of `torch.cuda.CUDAGraph`."""
