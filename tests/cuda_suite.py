@@ -27,7 +27,7 @@ ALL = [f"tests/engines/test_{name}.py" for name in ("engines", "engine_propertie
 ALL += ["tests/engines/test_triton_streams.py", "tests/recording", "tests/test_ops.py"]
 ALL += ["tests/examples/test_study_training.py"]
 ORDERED = ["tests/engines/test_triton_streams.py", "tests/recording/test_streams.py"]
-ORDERED += ["tests/recording/test_gpu.py"]
+ORDERED += ["tests/recording/test_gpu.py", "tests/recording/test_cadence.py"]
 TIMEOUT_S = 900
 
 
