@@ -28,7 +28,7 @@ ALL += ["tests/engines/test_triton_streams.py", "tests/recording", "tests/test_o
 ALL += ["tests/examples/test_study_training.py"]
 ORDERED = ["tests/engines/test_triton_streams.py", "tests/recording/test_streams.py"]
 ORDERED += ["tests/recording/test_gpu.py", "tests/recording/test_cadence.py"]
-TIMEOUT_S = 900
+TIMEOUT_S = 1800  # of a test that hangs
 
 
 class Run(NamedTuple):
