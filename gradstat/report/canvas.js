@@ -1,7 +1,7 @@
 // Canvases that follow their width, the screen's resolution and the colour scheme.
 
 const VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"];
-const dark = matchMedia("(prefers-color-scheme: dark)");
+const dark = matchMedia("screen and (prefers-color-scheme: dark)");
 const drawings = [];
 
 function css(name) {
@@ -60,6 +60,8 @@ function redrawSoon() {
   waiting = requestAnimationFrame(redrawAll);
 }
 dark.addEventListener("change", redrawSoon);
+// At once: paper does not wait for a frame.
+matchMedia("print").addEventListener("change", redrawAll);
 window.addEventListener("resize", redrawSoon);
 
 function type(context, size, align, baseline) {

@@ -24,8 +24,18 @@ const byKind = meta.nouns.map((_, kind) => [...meta.kinds.keys()].filter((layer)
 const place = [];
 for (const layers of byKind) layers.forEach((layer, i) => { place[layer] = i; });
 
+// Text around a name that is written from right to left keeps its own direction.
+const rightToLeft = /[\p{Script=Hebrew}\p{Script=Arabic}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}]/u;
+const isolated = (name) => (rightToLeft.test(name) ? `\u2068${name}\u2069` : name);
+
+function isolateNames(text) {
+  if (!rightToLeft.test(text)) return text;
+  const names = [...new Set(meta.layers)].filter((name) => rightToLeft.test(name) && text.includes(name));
+  return names.reduce((isolating, name) => isolating.replaceAll(name, isolated(name)), text);
+}
+
 const nounOf = (layer) => meta.nouns[meta.kinds[layer]];
-const titleOf = (layer) => (nounOf(layer) === "gradient" ? meta.layers[layer] : `${meta.layers[layer]}\u00a0\u00b7 ${nounOf(layer)}`);
+const titleOf = (layer) => isolated(meta.layers[layer]) + (nounOf(layer) === "gradient" ? "" : `\u00a0\u00b7 ${nounOf(layer)}`);
 
 // Where each layer's histograms begin in `arrays.counts`.
 const countStarts = [0];

@@ -1,17 +1,24 @@
 // The table: a row for each layer of a kind with the line of its rms, in any order, filtered by name.
 
 const COLUMNS = [
-  { name: "#", width: "52px", wide: true, order: (i) => i, text: (i) => String(place[i] + 1) },
+  { name: "#", width: "52px", wide: "wider", order: (i) => i, text: (i) => String(place[i] + 1) },
   { name: "Layer", left: true, order: (i) => meta.layers[i], text: (i) => meta.layers[i] },
-  { name: "Elements", width: "100px", wide: true, order: (i) => meta.newest.numel[i], text: (i) => whole(meta.newest.numel[i]) },
+  { name: "Elements", width: "100px", wide: "wider", order: (i) => meta.newest.numel[i], text: (i) => whole(meta.newest.numel[i]) },
   { name: "rms by step, own log scale", width: "28%", left: true, spark: true },
-  { name: "rms, newest", width: "104px", order: (i) => meta.newest.rms[i] ?? -1, text: (i) => number(meta.newest.rms[i]) },
-  { name: "Zeros", width: "78px", wide: true, order: (i) => zeroShare(i), text: (i) => share(zeroShare(i)) },
-  { name: "NaN, inf", width: "84px", wide: true, order: (i) => broken[i], text: (i) => whole(broken[i]), bad: (i) => broken[i] > 0 },
+  { name: "rms, newest", width: "104px", order: (i) => meta.newest.rms[i] ?? NaN, text: (i) => number(meta.newest.rms[i]) },
+  { name: "Zeros", width: "78px", wide: "wide", order: (i) => zeroShare(i), text: (i) => share(zeroShare(i)) },
+  { name: "NaN, inf", width: "84px", wide: "wide", order: (i) => broken[i], text: (i) => whole(broken[i]), bad: (i) => broken[i] > 0 },
 ];
 
 // Of the whole run.
 const broken = meta.layers.map((_, i) => part(arrays.nonfinite, i).reduce((a, b) => a + b, 0));
+
+// What is undefined comes last, whichever way the others go.
+function compare(a, b, sign) {
+  const [none, other] = [Number.isNaN(a), Number.isNaN(b)];
+  if (none || other) return none - other;
+  return sign * (a < b ? -1 : a > b ? 1 : 0);
+}
 
 function part(array, layer) {
   return array.subarray(layer * T, (layer + 1) * T);
@@ -26,19 +33,24 @@ function buildLayers(select) {
   const body = byId("rows");
   const seen = new IntersectionObserver((entries) => {
     for (const entry of entries) {
-      if (!entry.isIntersecting) continue;
-      seen.unobserve(entry.target);
-      const layer = Number(entry.target.parentElement.dataset.layer);
-      addCanvas(entry.target.firstChild, 28, (context, width, height) => drawSpark(context, layer, width, height)).redraw();
+      if (entry.isIntersecting) addSpark(entry.target);
     }
   }, { rootMargin: "1500px" });
+  const addSpark = (cell) => {
+    seen.unobserve(cell);
+    if (cell.querySelector("canvas")) return;
+    const layer = Number(cell.parentElement.dataset.layer);
+    addCanvas(cell.firstChild, 28, (context, width, height) => drawSpark(context, layer, width, height)).redraw();
+  };
+  // On paper all rows are seen.
+  window.addEventListener("beforeprint", () => body.querySelectorAll("td.spark").forEach(addSpark));
   const makeRow = (i) => {
     const row = document.createElement("tr");
     row.dataset.layer = String(i);
     row.tabIndex = 0;
     for (const column of COLUMNS) {
       const cell = row.insertCell();
-      cell.className = [column.left && "text", column.wide && "wide", column.bad?.(i) && "bad"].filter(Boolean).join(" ");
+      cell.className = [column.left && "text", column.wide, column.bad?.(i) && "bad"].filter(Boolean).join(" ");
       if (column.spark) {
         cell.className = "spark";
         const holder = document.createElement("div");
@@ -93,8 +105,7 @@ function buildLayers(select) {
     const shown = state.view.layers.map((layer) => (rows[layer] ??= makeRow(layer)));
     if (sorting) {
       const key = (row) => sorting.order(Number(row.dataset.layer));
-      const compare = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
-      shown.sort((a, b) => sorting.sign * compare(key(a), key(b)));
+      shown.sort((a, b) => compare(key(a), key(b), sorting.sign));
     }
     body.replaceChildren(...shown);
     filter();
@@ -110,7 +121,7 @@ function buildLayers(select) {
 function buildHead(sort) {
   const heads = COLUMNS.map((column) => {
     const head = document.createElement("th");
-    head.className = [column.left && "text", column.wide && "wide"].filter(Boolean).join(" ");
+    head.className = [column.left && "text", column.wide].filter(Boolean).join(" ");
     if (column.width) head.style.width = column.width;
     const button = document.createElement("button");
     button.type = "button";

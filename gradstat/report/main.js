@@ -16,11 +16,11 @@ function buildFindings(select) {
     const item = document.createElement("button");
     item.type = "button";
     item.className = `finding ${finding.severity}`;
-    item.hidden = i >= shown;
+    item.classList.toggle("later", i >= shown);
     const [first, last] = finding.steps;
     const texts = [
       ["badge", finding.severity],
-      ["what", finding.sentence],
+      ["what", isolateNames(finding.sentence)],
       ["when", `${finding.kind} \u00b7 ${first === last ? `step ${whole(first)}` : `steps ${whole(first)} to ${whole(last)}`}`],
     ];
     for (const [kind, text] of texts) {
@@ -39,7 +39,7 @@ function buildFindings(select) {
     more.className = "more";
     more.textContent = `Show ${items.length - shown} more`;
     more.addEventListener("click", () => {
-      for (const item of items) item.hidden = false;
+      for (const item of items) item.classList.remove("later");
       more.remove();
       redrawSoon();
     });

@@ -19,6 +19,7 @@ import numpy as np
 from gradstat.arrays import Array
 from gradstat.bins import Log2Bins
 from gradstat.diagnosis import diagnose
+from gradstat.escaping import escaped
 from gradstat.files import replacing
 from gradstat.history import History
 from gradstat.history.arguments import check_history
@@ -71,7 +72,7 @@ def _render(history: History, title: str) -> str:
 
     meta, data = _contents(history)
     parts = {
-        "title": html.escape(title),
+        "title": html.escape(escaped(title)),
         "style": read("report.css"),
         "script": "".join(read(name) for name in _SCRIPTS),
         # In a script element only "<" can end the text early.
@@ -105,7 +106,7 @@ def _contents(history: History) -> tuple[dict[str, Any], str]:
         "version": importlib.metadata.version("gradstat"),
         "bins": repr(history.bins),
         "log2": log2,
-        "layers": [row.name for row in history.rows],
+        "layers": [escaped(row.name) for row in history.rows],
         "nouns": [NOUNS[kind] for kind in kinds],
         "kinds": [kinds.index(kind) for kind in history.kinds],
         "records": len(history),
@@ -115,7 +116,7 @@ def _contents(history: History) -> tuple[dict[str, Any], str]:
                 "severity": finding.severity,
                 "layer": history.layers.index(finding.layer),
                 "steps": finding.steps,
-                "sentence": finding.sentence,
+                "sentence": escaped(finding.sentence),
             }
             for finding in diagnose(history)
         ],

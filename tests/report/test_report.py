@@ -173,7 +173,7 @@ def test_report_escapes_names_and_title(tmp_path: Path) -> None:
     page = (tmp_path / "run.html").read_text(encoding="utf-8")
     assert "<img" not in page
     assert "<h1>&lt;/script&gt;&lt;img src=x onerror=&quot;alert(1)&quot;&gt;&amp;{{data}}" in page
-    assert contents(tmp_path / "run.html")[0]["layers"] == [NASTY, "b"]
+    assert contents(tmp_path / "run.html")[0]["layers"] == [NASTY.replace("\u2028", r"\u2028"), "b"]
 
 
 def test_report_appears_whole_or_not_at_all(

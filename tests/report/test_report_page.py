@@ -134,6 +134,23 @@ def test_table_sorts_and_filters(open_report: Open) -> None:
     assert page.locator("#none").is_visible()
 
 
+@pytest.mark.parametrize("column", ["rms, newest", "Zeros", "Elements"])
+def test_table_sorts_what_is_undefined_last(open_report: Open, column: str) -> None:
+    def gradient(step: int, layer: int) -> torch.Tensor:
+        x = torch.arange(float(layer + 3)) * (layer + 1)
+        return torch.full_like(x, math.nan) if layer % 3 == 1 else x
+
+    page = open_report(make_history(LOG2, layers=9, steps=3, gradient=gradient))
+    at = page.locator("th").all_inner_texts().index(column)
+    for up in (False, True):
+        page.get_by_role("button", name=column, exact=True).click()
+        cells = [row.locator("td").nth(at).inner_text() for row in page.locator("#rows tr").all()]
+        known = [float(cell.rstrip(" %").replace(",", "")) for cell in cells if cell != "\u2013"]
+        assert known == sorted(known, reverse=not up)
+        assert cells[len(known) :] == ["\u2013"] * (len(cells) - len(known))
+        assert len(known) == (9 if column == "Elements" else 6)
+
+
 def test_distribution_tells_the_counts_of_a_record(open_report: Open) -> None:
     h = make_history(LOG2, layers=1, steps=6, gradient=lambda step, layer: torch.ones(step + 1))
     page = open_report(h)
@@ -175,6 +192,30 @@ def test_page_writes_layer_names_as_text(open_report: Open) -> None:
     assert name in hover(page, MAP, 0.9, 0.1)
 
 
+def test_page_keeps_the_direction_of_text_around_a_name(open_report: Open) -> None:
+    names = ["\u05e9\u05db\u05d1\u05d4.0", "evil\u202e\u2069name", "\u0637\u0628\u0642\u0629"]
+    zeros = make_history(LOG2, names, 25, lambda step, layer: torch.zeros(3))
+    page = open_report(zeros)
+    sentences = page.locator(".finding .what").all_inner_texts()
+    sentences = [sentence for sentence in sentences if "are zero" in sentence]
+    assert len(sentences) == 3
+    shown = f"\u2068{names[0]}\u2069", r"evil\u202e\u2069name", f"\u2068{names[2]}\u2069"
+    for name in shown:
+        assert sum(name in sentence for sentence in sentences) == 1
+    assert hover(page, MAP, 0.9, 0.1).splitlines()[0] == shown[0]
+    # What follows a name is to the right of what comes before it.
+    places = """(item) => {
+        const [text, range] = [item.firstChild, document.createRange()];
+        return ["elements of", "are zero"].map((words) => {
+            const at = text.data.indexOf(words);
+            range.setStart(text, at);
+            range.setEnd(text, at + words.length);
+            return range.getBoundingClientRect().left; }); }"""
+    for item in page.locator(".finding .what", has_text="are zero").all():
+        before, after = item.evaluate(places)
+        assert before < after
+
+
 @pytest.mark.parametrize(("scheme", "is_dark"), [("light", False), ("dark", True)])
 def test_page_follows_the_colour_scheme(open_report: Open, scheme: str, is_dark: bool) -> None:
     page = open_report(make_history(LOG2, steps=4), scheme=scheme)
@@ -198,6 +239,36 @@ def test_page_fits_its_window(open_report: Open, width: int) -> None:
     assert detail(page) == names[7]
     top = page.locator("#detail").bounding_box()["y"]
     assert 0 <= top < 900
+
+
+@pytest.mark.parametrize("width", [360, 600, 768, 900, 1024, 1080, 1152, 1280, 1400])
+def test_table_has_room_for_names(open_report: Open, width: int) -> None:
+    names = [f"model.layers.{i}.self_attention.query_projection.weight" for i in range(12)]
+    page = open_report(make_history(LOG2, layers=names, steps=10), width=width)
+    name = page.locator("#rows tr >> nth=0 >> td.text").bounding_box()
+    assert name["width"] >= (100 if width < 600 else 200)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_on_paper_is_whole_and_light(open_report: Open, scheme: str) -> None:
+    history = make_history(LOG2, 200, 25, lambda step, layer: torch.zeros(3))
+    page = open_report(history, scheme=scheme)
+    page.emulate_media(media="print", color_scheme=scheme)
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    found = page.locator(".finding")
+    assert found.count() == len(history.diagnose()) > 6
+    assert all(each.is_visible() for each in found.all())
+    assert page.locator(".more").is_hidden()
+    assert page.locator("td.spark canvas").count() == 200
+    style = "(item) => { const s = getComputedStyle(item); return [s.breakInside, s.overflow]; }"
+    assert page.locator("#rows tr >> nth=0").evaluate(style)[0] == "avoid"
+    assert found.first.evaluate(style)[0] == "avoid"
+    for card in page.locator(".card").all():
+        assert card.evaluate(style)[1] == "visible"
+        assert card.evaluate("(item) => item.scrollHeight <= item.clientHeight + 1")
+    ink = page.evaluate("getComputedStyle(document.body).color")
+    assert max(map(int, re.findall(r"\d+", ink))) < 100
 
 
 def test_page_of_500_layers_opens_in_two_seconds(open_report: Open) -> None:
