@@ -11,7 +11,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "gradstat"
 # Rooms in the order of the data, each from those before it; rooms of one line from one another.
 ORDER = (
-    ("float_mode", "nice_ranges", "bins", "kinds", "arrays", "files"),
+    ("float_mode", "nice_ranges", "bins", "kinds", "arrays", "files", "escaping"),
     ("results",),
     ("kernels",),
     ("engines",),

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from gradstat import tables
 from gradstat.cli import text
-from gradstat.cli.escaping import escaped
 from gradstat.diagnosis import Finding, Thresholds
+from gradstat.escaping import escaped
 from gradstat.history import History
 
 Target: TypeAlias = Callable[[History, Path, str, tables.Progress], Path]

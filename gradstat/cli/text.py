@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from gradstat.arrays import Array, evenly_spread
-from gradstat.cli.escaping import escaped
 from gradstat.diagnosis import Finding
 from gradstat.diagnosis.run import median
+from gradstat.escaping import escaped
 from gradstat.files import CutOffError, replacing
 from gradstat.history import History, archive
 from gradstat.history.arguments import check_history, first_rows
@@ -156,11 +156,15 @@ def draw(runs: Mapping[str, History], path: Path) -> None:
         ValueError: an unknown format.
     """
     from gradstat import plot
+    from gradstat.plot.arguments import literal
 
     layers = list(dict.fromkeys(row for history in runs.values() for row in first_rows(history)))
     average = max(1, max(len(history) for history in runs.values()) // 100)
     figure = plot.curves(
-        dict(runs), split="history", layers=_some(layers, _MOST_LINES), average=average
+        {literal(name): history for name, history in runs.items()},
+        split="history",
+        layers=_some(layers, _MOST_LINES),
+        average=average,
     )
     with replacing(path) as unfinished:
         figure.savefig(unfinished, format=path.suffix[1:] or "png")

@@ -54,7 +54,8 @@ def ridge(
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: no records, an unknown layer, limits that do not increase, both kinds of bins.
+        ValueError: no records, an unknown layer, more than 100 panels, limits that do not
+            increase, both kinds of bins.
 
     Example:
         >>> import torch, gradstat, gradstat.plot
@@ -69,6 +70,7 @@ def ridge(
     titles = arguments.check_layers("ridge", named, layers)
     if steps_per_epoch is not None:
         check_count("ridge", "steps_per_epoch", steps_per_epoch)
+    arguments.check_panels("ridge", len(named), len(titles))
     limits = arguments.check_limits("ridge", limits)
     log2 = arguments.check_bins("ridge", named)
     noun = arguments.noun(named, titles)
@@ -131,7 +133,8 @@ def curves(
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: an unknown field, split or layer, no records, ``average`` < 1.
+        ValueError: an unknown field, split or layer, no records, more than 100 panels,
+            ``average`` < 1.
 
     Example:
         >>> import torch, gradstat, gradstat.plot
@@ -153,9 +156,11 @@ def curves(
     if split not in ("layer", "history"):
         raise ValueError(f"curves() needs split 'layer' or 'history'; split is {split!r}")
     by_layer = split == "layer"
+    arguments.check_panels("curves", 1, len(titles) if by_layer else len(named))
     heads, keys = list(titles.values()), list(named)
     if not by_layer:
         heads, keys = keys, heads
+    keys = [labels.shorten(key, labels.KEY_INCHES, 9) for key in keys]
     figure, axes = panels.grid_2d(
         figure,
         len(heads),
@@ -216,7 +221,8 @@ def heatmap(
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: an unknown field or layer, no records, ``"counts"`` of `LinearBins`.
+        ValueError: an unknown field or layer, no records, more than 100 panels, ``"counts"`` of
+            `LinearBins`.
 
     Example:
         >>> import torch, gradstat, gradstat.plot
@@ -235,6 +241,7 @@ def heatmap(
     if field == "counts":
         if not arguments.check_bins("heatmap", named):
             raise ValueError("heatmap() needs Log2Bins for 'counts'; history is over LinearBins")
+        arguments.check_panels("heatmap", len(named), len(titles))
         return _heatmap_counts(named, titles, steps_per_epoch, log, figure)
     images = []
     for each in named.values():
@@ -246,14 +253,15 @@ def heatmap(
     everything = np.concatenate([image.ravel() for _, image in images])
     norm = panels.color_norm(everything, log=log)
     height = min(12.0, max(1.6, 0.6 + 0.3 * len(titles)))
-    margin = 0.3 + max(0.6, labels.longest_inches(list(titles.values()), 8))
+    names = [labels.shorten(title, labels.KEY_INCHES, 8) for title in titles.values()]
+    margin = 0.3 + max(0.6, labels.longest_inches(names, 8))
     figure, axes = panels.grid_2d(figure, len(named), 2, (4.2, height), margin=margin, sharey=True)
     for ax, (time, image) in zip(axes, images, strict=True):
         panels.style_2d(ax)
         rows = np.arange(len(titles) + 1) - 0.5
         drawn = panels.add_image(ax, time, rows, image, norm, colormaps["viridis"])
         shown = range(0, len(titles), math.ceil(len(titles) / 40))
-        ax.set_yticks(shown, [list(titles.values())[i] for i in shown])
+        ax.set_yticks(shown, [names[i] for i in shown])
     axes[0].invert_yaxis()
     labels.label_axes(figure, "iteration" if steps_per_epoch is None else "epoch", "")
     label = labels.field_label(field, arguments.noun(named, titles))

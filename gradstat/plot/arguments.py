@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
 from gradstat.bins import Log2Bins
+from gradstat.escaping import escaped
 from gradstat.history import FIELDS, History
 from gradstat.history.arguments import first_rows
 from gradstat.kinds import NOUNS
@@ -14,6 +15,8 @@ from gradstat.kinds import NOUNS
 Histories: TypeAlias = History | Mapping[str, History] | Sequence[History]
 Layers: TypeAlias = Sequence[str] | Mapping[str, str]
 Limits: TypeAlias = tuple[float, float]
+
+MAX_PANELS = 100  # 25 rows of four: six feet of figure
 
 
 def check_histories(function: str, history: Histories) -> dict[str, History]:
@@ -40,14 +43,32 @@ def check_histories(function: str, history: Histories) -> dict[str, History]:
     return named
 
 
+def literal(name: str) -> str:
+    """A name as Matplotlib takes it for text, dollar signs and all; a title may be mathematics."""
+    return escaped(name).replace("$", r"\$")
+
+
+def check_panels(function: str, histories: int, layers: int) -> None:
+    """Refuse more panels than anyone can look at, before the first is drawn."""
+    if histories * layers > MAX_PANELS:
+        raise ValueError(
+            f"{function}() needs layers for at most {MAX_PANELS} panels: choose some, as in "
+            f"layers=history.layers[:8]; layers are {layers}, of {histories} "
+            f"histor{'y' if histories == 1 else 'ies'}"
+        )
+
+
 def check_layers(function: str, named: dict[str, History], layers: Layers | None) -> dict[str, str]:
     """Return the title of each layer to draw, in order; by default of each history's first kind."""
     if layers is None:
-        return {layer: layer for each in named.values() for layer in first_rows(each)}
+        layers = [layer for each in named.values() for layer in first_rows(each)]
     names = isinstance(layers, (Mapping, Sequence)) and not isinstance(layers, str)
     if not names or not all(isinstance(layer, str) for layer in layers):
         raise TypeError(f"{function}() needs a sequence of layer names; layers is {layers!r}")
-    titles = dict(layers) if isinstance(layers, Mapping) else {layer: layer for layer in layers}
+    if isinstance(layers, Mapping):
+        titles = dict(layers)
+    else:
+        titles = {layer: literal(layer) for layer in layers}
     if not titles:
         raise ValueError(f"{function}() needs at least one layer; layers is empty")
     known = list(dict.fromkeys(layer for each in named.values() for layer in each.layers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.path import Path
 from matplotlib.textpath import TextPath
 from matplotlib.ticker import (
     FixedLocator,
@@ -29,6 +31,8 @@ Color: TypeAlias = tuple[float, ...]
 INK = "#333333"
 NAME_GAP = "  "  # between a history's name and a layer's
 _MAX_KEYS = 12
+_MEASURED = 200  # letters
+KEY_INCHES = 6.0  # of a line's or a row's name, at most
 
 
 def field_label(field: str, noun: str) -> str:
@@ -113,7 +117,7 @@ def fit_titles(titles: list[str], inches: float) -> tuple[list[str], float]:
     size = 10 * inches / max(inches, *(text_inches(line, 10) for line in lines))
     if size < 6:
         size = 6
-        fitted = ["\n".join(_shorten(line, inches) for line in t.split("\n")) for t in fitted]
+        fitted = ["\n".join(shorten(line, inches, 6) for line in t.split("\n")) for t in fitted]
     return fitted, size
 
 
@@ -128,16 +132,30 @@ def _halves(title: str) -> tuple[str, str] | tuple[str]:
     return title[:at].rstrip(), title[at:].lstrip()
 
 
-def _shorten(line: str, inches: float) -> str:
-    shown = line
-    while len(shown) > 1 and text_inches(shown, 6) > inches:
-        shown = "…" + shown[2:]
-    return shown
+def shorten(line: str, inches: float, size: float) -> str:
+    """As much of the end of a line as fits after an ellipsis, or all of it."""
+
+    def fits(start: int) -> bool:
+        return text_inches("…" + line[start:], size) <= inches
+
+    if text_inches(line, size) <= inches:
+        return line
+    at = bisect_left(range(2, len(line)), True, key=fits)
+    return "…" + line[at + 2 :]
 
 
 def text_inches(text: str, size: float) -> float:
-    """Width of a line of text."""
-    return float(TextPath((0, 0), text, size=size).get_extents().width) / 72 if text else 0.0
+    """Width of a line of text; of blanks alone 0, since Matplotlib makes no path of them.
+
+    The letters of a longer one than any panel's have the width of its first ones.
+    """
+    if not any(letter.isprintable() and not letter.isspace() for letter in text[:_MEASURED]):
+        return 0.0
+    measured = text[:_MEASURED]
+    path = TextPath((0, 0), measured, size=size)
+    # Of the control points: exact for letters, and far quicker than the extents of curves.
+    x = np.asarray(path.vertices)[np.asarray(path.codes) != Path.CLOSEPOLY, 0]
+    return float(np.ptp(x)) / 72 * len(text) / len(measured)
 
 
 def longest_inches(texts: list[str], size: float) -> float:

@@ -1,9 +1,13 @@
+import io
+import re
 from collections.abc import Callable
 
 import pytest
 import torch
 from histories import LONG_NAMES, make_history
 from legibility import assert_legible
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from gradstat import History, LinearBins, Log2Bins, plot
 from gradstat.plot import labels
@@ -102,3 +106,88 @@ def test_fit_titles_makes_any_title_fit(title: str, inches: float) -> None:
     for line in fitted.split("\n"):
         assert labels.text_inches(line, size) <= inches * 1.01
     assert fitted.endswith(title[-3:])
+
+
+NAMES = ["a$b$c", "$\\sqrt{", "cost in $", " ", "\t", "\u200b", "a\\$b", "$$", "x^2_i"]
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        plot.ridge,
+        plot.curves,
+        plot.heatmap,
+        lambda h: plot.curves(h, split="layer"),
+        lambda h: plot.heatmap(h, "counts"),
+        lambda h: plot.ridge(h, layers=NAMES),
+    ],
+)
+def test_figure_shows_names_of_layers_as_they_are(draw: Callable[[History], Figure]) -> None:
+    figure = draw(make_history(Log2Bins(), NAMES))
+    figure.savefig(io.BytesIO())
+    shown = [text.get_text() for text in figure.findobj(Text)]
+    for layer in ("a$b$c", "$\\sqrt{", "a\\$b"):
+        # What Matplotlib makes of it: no mathematics.
+        drawn = [Text(0, 0, text)._preprocess_math(text) for text in shown]
+        assert (layer, False) in drawn
+
+
+def test_title_of_a_layer_may_be_mathematics() -> None:
+    history = make_history(Log2Bins(), ["weight"])
+    figure = plot.heatmap(history, "counts", layers={"weight": r"$\sigma_1$"})
+    assert figure.axes[0].get_title() == r"$\sigma_1$"
+
+
+@pytest.mark.parametrize(
+    ("draw", "function"),
+    [
+        (plot.ridge, "ridge"),
+        (lambda h: plot.heatmap(h, "counts"), "heatmap"),
+        (lambda h: plot.curves(h, split="layer"), "curves"),
+    ],
+)
+def test_more_panels_than_can_be_seen_are_refused(
+    draw: Callable[[History], Figure], function: str
+) -> None:
+    many = History([f"{i}" for i in range(2000)], Log2Bins())
+    row = make_history(Log2Bins(), 1).record()
+    parts = [part.numpy().repeat(2000, 0) for part in (row.integers, row.floats, row.counts)]
+    many.append(0, *parts)
+    message = (
+        f"{function}() needs layers for at most 100 panels: choose some, as in "
+        "layers=history.layers[:8]; layers are 2000, of 1 history"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        draw(many)
+
+
+def test_fit_titles_measures_a_long_title_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def text_inches(text: str, size: float) -> float:
+        measured.append(text)
+        return len(text) * size / 100
+
+    monkeypatch.setattr(labels, "text_inches", text_inches)
+    title = "".join(chr(ord("a") + i % 26) for i in range(5000))
+    fitted, size = labels.fit_titles([title], 3.0)
+    assert size == 6
+    assert fitted == ["…" + title[-49:]]
+    assert len(measured) < 30
+
+
+@pytest.mark.parametrize("line", ["ab", "abcdefgh", "a"])
+@pytest.mark.parametrize("inches", [0.01, 0.1, 0.2, 0.3, 5.0])
+def test_shorten_leaves_what_fits(line: str, inches: float) -> None:
+    shown = labels.shorten(line, inches, 6)
+    assert labels.text_inches(shown, 6) <= inches or shown == "…" or shown == line == "a"
+    assert shown == line or (shown[0] == "…" and line.endswith(shown[1:]))
+
+
+def test_figures_of_names_of_720_letters_are_as_wide_as_others() -> None:
+    history = make_history(Log2Bins(), ["a" * 720, "b." * 360])
+    for draw in (plot.curves, plot.heatmap):
+        figure = draw(history)
+        assert figure.get_figwidth() < 12
+        # Warnings are errors.
+        figure.savefig(io.BytesIO())

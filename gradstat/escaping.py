@@ -1,10 +1,10 @@
-"""Names and paths as a terminal may show them."""
+"""Names and paths as a terminal or a figure may show them."""
 
 from __future__ import annotations
 
 
 def escaped(text: object) -> str:
-    r"""Text in one line, with escapes in place of all that a terminal acts on or does not show.
+    r"""Text in one line, with escapes in place of all that is acted on or not shown.
 
     Args:
         text: a name, a path or a sentence that contains one.
