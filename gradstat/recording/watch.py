@@ -71,8 +71,8 @@ def watch(
 
     A record holds ``p.grad`` as the pass has accumulated it. A layer that has none, being frozen or
     unused, is a row of NaN and of zero counts; a shared parameter is one layer, under its first
-    name. Of a sparse gradient its values are measured, not the zeros around them. Parameters that
-    are replaced, as ``load_state_dict(assign=True)`` does, or added later are not seen: watch
+    name. A sparse gradient is measured by its values, without the zeros around them. Parameters
+    that are replaced, as ``load_state_dict(assign=True)`` does, or added later are not seen: watch
     again. Compiled autograd needs ``when="step"``.
 
     In a distributed run each rank records what it has itself, and `History.reduce` puts the ranks
