@@ -24,7 +24,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 _njit: IR = numba.njit
 _overload: IR = overload
-_intrinsic: Callable[[Callable[..., IR]], Callable[..., Scalar]] = intrinsic
+compiler_intrinsic: Callable[[Callable[..., IR]], Callable[..., Scalar]] = intrinsic
 _types: IR = types
 _OPTIONS = {"error_model": "numpy"}
 # Sums may be taken in any order: that is what makes them vectors. The order is fixed at
@@ -37,6 +37,12 @@ _ANNOUNCEMENT = "gradstat: compiling for this processor, once; later runs start 
 def compiled(function: Function) -> Function:
     """Compile a function that only compiled functions call, in IEEE arithmetic."""
     result: Function = _njit(**_OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    return result
+
+
+def inlined(function: Function) -> Function:
+    """Put a function into the one that calls it before that is compiled."""
+    result: Function = _njit(**_OPTIONS, inline="always")(function)
     return result
 
 
@@ -81,32 +87,26 @@ def compile_entry(function: Function, name: str, arguments: str) -> Function:
 def _checksum() -> int:
     """Of the processor, the compiler and this package's sources; Numba looks at one file only."""
     sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    return zlib.crc32(b"".join([repr((_target(), numba.__version__)).encode(), *sources]))
+    return zlib.crc32(b"".join([repr((target(), numba.__version__)).encode(), *sources]))
 
 
-def _target() -> tuple[str, str, str]:
+def target() -> tuple[str, str, str]:
     """Triple, processor and its features, for which Numba compiles."""
     target: tuple[str, str, str] = cpu_target.target_context.codegen().magic_tuple()
     return target
 
 
-def has_half_instruction() -> bool:
-    """Whether the processor has one that makes a float16 a float32."""
-    triple, _, features = _target()
-    return triple.startswith(("aarch64", "arm64")) or "+f16c" in features.split(",")
-
-
-@_intrinsic
-def widen_half(typing_context: IR, bits: IR) -> IR:
-    """``widen_half(bits)``: float32 of a float16 given as int16; needs `has_half_instruction`."""
+@compiler_intrinsic
+def reinterpret(typing_context: IR, value: IR, dtype: IR) -> IR:
+    """``reinterpret(value, dtype)``: the bits of a number as another type of its width."""
 
     def generate(context: IR, builder: IR, signature: IR, arguments: IR) -> IR:
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+        return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
 
-    return types.float32(types.int16), generate
+    return dtype.dtype(value, dtype), generate
 
 
-@_intrinsic
+@compiler_intrinsic
 def pointer(typing_context: IR, start: IR, dtype: IR) -> IR:
     """``pointer(start, dtype)``: memory to be indexed as an array, from an address or a pointer.
 
@@ -120,7 +120,7 @@ def pointer(typing_context: IR, start: IR, dtype: IR) -> IR:
     return _types.CPointer(dtype.dtype)(start, dtype), generate
 
 
-@_intrinsic
+@compiler_intrinsic
 def after(typing_context: IR, start: IR, n: IR) -> IR:
     """``after(start, n)``: the pointer ``n`` elements further."""
 
@@ -130,7 +130,7 @@ def after(typing_context: IR, start: IR, n: IR) -> IR:
     return start(start, types.int64), generate
 
 
-@_intrinsic
+@compiler_intrinsic
 def atomic_add(typing_context: IR, cell: IR, value: IR) -> IR:
     """``atomic_add(cell, value)``: add to the int64 there; returns what it was before."""
 
@@ -140,7 +140,7 @@ def atomic_add(typing_context: IR, cell: IR, value: IR) -> IR:
     return types.int64(cell, types.int64), generate
 
 
-@_intrinsic
+@compiler_intrinsic
 def prefetch(typing_context: IR, start: IR) -> IR:
     """``prefetch(start)``: ask for the memory there, which need not exist, in the cache."""
 

@@ -20,6 +20,7 @@ from gradstat.engines.cpu.compiling import (
     atomic_add,
     compiled,
     compiled_for_types,
+    inlined,
     pointer,
     prefetch,
 )
@@ -55,7 +56,7 @@ class Counters(NamedTuple):
     block: Pointer  # uint16 (BLOCK,), the slots of a block
 
 
-@compiled
+@inlined
 def make_counters(
     integers: Pointer, counts: Pointer, slots: int, numel: int, is_shared: bool, memory: int
 ) -> Counters:
@@ -137,13 +138,13 @@ def _count_in_lanes(x: IR, n: IR, within: IR, to: IR, ahead: IR) -> Callable[...
     return count_patterns if is_direct else count_slots
 
 
-@compiled
+@inlined
 def count(x: Pointer, n: int, within: Range, plain: bool, to: Counters, ahead: Pointer) -> None:
     """Count a block; ``plain``: `is_plain` holds for it; ``ahead``: what will be counted next."""
     y = as_float32(x, n, within, to.wide)
     if to.mode == STRAIGHT:
         for j in range(n):
-            _add_to_row(int(slot_of(real(y[j]), within)), 1, within, to)
+            _add_to_row(slot_of(real(y[j]), within), 1, within, to)
         return
     if to.waiting[0] + n > (PAIRS_HOLD if to.mode == IN_PAIRS else LANES_HOLD):
         _empty_lanes(within, to)

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from gradstat.engines.cpu.compiling import Pointer, Scalar, compiled
+from gradstat.engines.cpu.compiling import Pointer, Scalar, compiled, reinterpret
 from gradstat.engines.cpu.passes import count_equal, extremes, limits, real, sums, sums_about
 
 FINITE, ZEROS, NAN, POSINF, NEGINF, NEGATIVE_ZEROS = range(6)
@@ -66,7 +66,7 @@ def summarise(x: Pointer, size: int, partial: Pointer) -> None:
     partial[FINITE], partial[ZEROS] = n, zeros
     if n == 0:
         return
-    _, negative_zero, reach = limits(x)
+    _, _, negative_zero, reach = limits(x)
     partial[MIN], partial[MAX] = low, high
     if zeros > 0 and math.copysign(1.0, low) < 0:
         partial[NEGATIVE_ZEROS] = count_equal(x, size, negative_zero)
@@ -90,22 +90,22 @@ def summarise(x: Pointer, size: int, partial: Pointer) -> None:
 @compiled
 def _count_nonfinite(x: Pointer, size: int, partial: Pointer) -> tuple[Scalar, Scalar, int]:
     """Count NaN and infinities; return `extremes` and number of the finite values."""
-    infinity, _, _ = limits(x)
+    infinity, below, _, _ = limits(x)
     smallest, largest, n = extremes(x, size, infinity)
     partial[NAN] = size - n
     if abs(real(smallest)) == np.inf or abs(real(largest)) == np.inf:
         infinite, posinf = n, count_equal(x, size, infinity)
-        smallest, largest, n = extremes(x, size, infinity - 1)
+        smallest, largest, n = extremes(x, size, below)
         partial[POSINF], partial[NEGINF] = posinf, infinite - n - posinf
     return smallest, largest, n
 
 
 @compiled
-def _power_of_two(magnitude: float, reach: int) -> float:
+def _power_of_two(magnitude: float, reach: int) -> Scalar:
     """The largest not above a magnitude, from ``2**-reach`` to ``2**reach``."""
-    exponent: Scalar = (np.float64(magnitude).view(np.int64) >> 52) - 1023
-    exponent = min(max(exponent, -reach), reach)
-    return np.int64((exponent + 1023) << 52).view(np.float64)
+    exponent = (reinterpret(magnitude, np.int64) >> 52) - 1023
+    exponent = -reach if exponent < -reach else reach if exponent > reach else exponent
+    return reinterpret((exponent + 1023) << 52, np.float64)
 
 
 @compiled

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import types
 
 from gradstat.engines.cpu.compiling import (
@@ -20,8 +21,9 @@ from gradstat.engines.cpu.compiling import (
     compiled,
     compiled_for_types,
     compiled_sums_for_types,
-    has_half_instruction,
-    widen_half,
+    compiler_intrinsic,
+    reinterpret,
+    target,
 )
 
 BLOCK = 8192  # elements, fewer than 32,768: 16 bits count them
@@ -46,45 +48,51 @@ def _types(x: IR) -> tuple[Any, Any, Any, Any]:
     return pattern, unsigned, signed, number
 
 
-@compiled
-def widen_half_in_integers(bits: Scalar) -> Scalar:
-    """float32 of a float16 given as int16."""
+@compiler_intrinsic
+def real(typing_context: IR, pattern: IR) -> IR:
+    """``real(pattern)``: value of an element, float64 for float64, float32 for the others."""
+    number = types.float64 if pattern == types.uint64 else types.float32
+
+    def generate(context: IR, builder: IR, signature: IR, arguments: IR) -> IR:
+        (bits,), word = arguments, ir.IntType(32)
+        if pattern == types.int16:
+            triple, _, features = target()
+            if triple.startswith(("aarch64", "arm64")) or "+f16c" in features.split(","):
+                return builder.fpext(builder.bitcast(bits, ir.HalfType()), ir.FloatType())
+            return context.compile_internal(builder, _widen_half, signature, arguments)
+        if pattern == types.uint16:
+            bits = builder.shl(builder.zext(bits, word), word(16))
+        return builder.bitcast(bits, context.get_value_type(number))
+
+    return number(pattern), generate
+
+
+def _widen_half(bits: Scalar) -> Scalar:
+    """float32 of a float16 given as int16, where no instruction makes it."""
     magnitude = np.uint32(np.uint32(np.uint32(bits) & np.uint32(0x7FFF)) << np.uint32(13))
     sign = np.uint32(np.uint32(np.uint32(bits) & np.uint32(0x8000)) << np.uint32(16))
     special = np.uint32(0x7F800000) if magnitude >= np.uint32(0x0F800000) else np.uint32(0)
     # The exponent is corrected by a product, which also makes subnormals what they are.
-    value = np.float32(np.uint32(magnitude).view(np.float32) * np.float32(2.0**112))
-    return np.uint32(np.float32(value).view(np.uint32) | special | sign).view(np.float32)
-
-
-@compiled_for_types
-def real(pattern: IR) -> Callable[..., Scalar]:
-    """Value of an element: float64 for float64, float32 for the others, exactly."""
-    if pattern == types.uint64:
-        return lambda pattern: np.uint64(pattern).view(np.float64)
-    if pattern == types.uint32:
-        return lambda pattern: np.uint32(pattern).view(np.float32)
-    if pattern == types.uint16:
-        return lambda pattern: np.uint32(np.uint32(pattern) << np.uint32(16)).view(np.float32)
-    widen = widen_half if has_half_instruction() else widen_half_in_integers
-    return lambda pattern: widen(pattern)
+    value = np.float32(reinterpret(magnitude, np.float32) * np.float32(2.0**112))
+    return reinterpret(np.uint32(reinterpret(value, np.uint32) | special | sign), np.float32)
 
 
 @compiled_for_types
 def limits(x: IR) -> Callable[..., Any]:
-    """Patterns of infinity and -0.0; up to which exponent powers of two have normal reciprocals."""
+    """Patterns of infinity, of the largest value, of -0.0; and how far exponents reach."""
     pattern, bits = _types(x)[0], x.dtype.bitwidth
+    infinity = _INFINITY[str(x.dtype)]
     negative_zero = np.array([1 << (bits - 1)], np.uint64).astype(pattern)[0]
-    found = pattern(_INFINITY[str(x.dtype)]), negative_zero, 1022 if bits == 64 else 126
+    found = pattern(infinity), pattern(infinity - 1), negative_zero, 1022 if bits == 64 else 126
     return lambda x: found
 
 
 @compiled
-def count_equal(x: Pointer, n: int, pattern: Scalar) -> int:
+def count_equal(x: Pointer, n: int, pattern: Scalar) -> Scalar:
     """How many elements have a pattern."""
-    count = 0
+    count: Scalar = 0
     for j in range(n):
-        count += int(x[j] == pattern)
+        count += np.int64(x[j] == pattern)
     return count
 
 
@@ -120,8 +128,10 @@ def extremes(x: IR, n: IR, highest: IR) -> Callable[..., Any]:
             else:
                 is_counted = unsigned(bits & magnitude) == zero
             count = signed(count + signed(is_counted))
-            least, most = min(least, bits), max(most, bits)
-            signed_most = max(signed_most, signed(bits))
+            # Numba compiles each min() and max() by itself.
+            least = bits if bits < least else least
+            most = bits if bits > most else most
+            signed_most = signed(bits) if signed(bits) > signed_most else signed_most
         smallest = most if most >= sign else least
         largest = unsigned(signed_most) if signed_most >= 0 else least
         return pattern(smallest), pattern(largest), np.int64(count)
@@ -142,7 +152,8 @@ def sums(x: IR, n: IR, scale: IR, all_finite: IR) -> Callable[..., Any]:
         total, magnitude, squares = 0.0, 0.0, 0.0
         for start in range(0, n, _CHAIN):
             s, m, q = number(0), number(0), number(0)
-            for j in range(start, min(start + _CHAIN, n)):
+            stop = start + _CHAIN
+            for j in range(start, stop if stop < n else n):
                 value = number(real(x[j]) * factor)
                 if all_finite is not None:
                     value = value if abs(value) < number(np.inf) else number(0)

@@ -21,6 +21,7 @@ from gradstat.engines.cpu.compiling import (
     compiled,
     compiled_for_types,
     pointer,
+    reinterpret,
 )
 from gradstat.engines.cpu.passes import real
 
@@ -52,11 +53,11 @@ def narrow(value: float, within: Range) -> Scalar:
     `Log2Bins` it goes to the outermost bins instead.
     """
     x = np.float32(value)
-    bits = x.view(np.uint32)
+    bits = reinterpret(x, np.uint32)
     # The pattern before it in the order of values; without branches, so that a block is vectors.
     before = np.uint32(bits - np.uint32(1)) if x > 0 else np.uint32(bits + np.uint32(1))
     before = np.uint32(0x80000001) if x == 0 else before
-    x = np.uint32(before if np.float64(x) > value else bits).view(np.float32)
+    x = reinterpret(np.uint32(before if np.float64(x) > value else bits), np.float32)
     if within is None:
         return np.float32(-LARGEST) if x == -np.inf and value != -np.inf else x
     return np.float32(np.inf) if value > np.float64(within[1]) else x
@@ -66,7 +67,7 @@ def narrow(value: float, within: Range) -> Scalar:
 def slot_of(x: Scalar, within: Range) -> Scalar:
     """Slot of a float32, int32."""
     if within is None:
-        return np.int32(np.uint32(np.float32(x).view(np.uint32) >> np.uint32(21)))
+        return np.int32(np.uint32(reinterpret(x, np.uint32) >> np.uint32(21)))
     low, high, scale, origin, inv_width, last = within
     t = np.float32(np.float32(np.float32(x * scale) - origin) * inv_width)
     t = t if t > np.float32(0) else np.float32(0)
@@ -95,7 +96,8 @@ def is_plain(low: float, high: float, within: Range) -> bool:
 def _plain_bin(x: Scalar, within: Range) -> Scalar:
     """Slot less one of a float32 for which `is_plain` holds."""
     t = np.float32(np.float32(x - within[0]) * within[4])
-    return min(np.int32(t), np.int32(within[5]))
+    slot, last = np.int32(t), np.int32(within[5])
+    return slot if slot < last else last
 
 
 @compiled_for_types
@@ -107,7 +109,7 @@ def _two_values(x: IR, j: IR, half: IR) -> Callable[..., tuple[Scalar, Scalar]]:
     def split_word(x: Pointer, j: int, half: int) -> tuple[Scalar, Scalar]:
         word = pointer(x, np.uint32)[j]
         first, second = np.uint32(word << np.uint32(16)), np.uint32(word & np.uint32(0xFFFF0000))
-        return first.view(np.float32), second.view(np.float32)
+        return reinterpret(first, np.float32), reinterpret(second, np.float32)
 
     return split_word
 
@@ -136,7 +138,7 @@ def as_float32(x: IR, n: IR, within: IR, wide: IR) -> Callable[..., Pointer]:
 
     def narrow_block(x: Pointer, n: int, within: Range, wide: Pointer) -> Pointer:
         for j in range(n):
-            wide[j] = np.float32(narrow(real(x[j]), within)).view(np.uint32)
+            wide[j] = reinterpret(narrow(real(x[j]), within), np.uint32)
         return wide
 
     return narrow_block

@@ -20,6 +20,7 @@ from gradstat.engines.cpu.compiling import (
     atomic_add,
     compile_entry,
     compiled,
+    inlined,
     pointer,
 )
 from gradstat.engines.cpu.counters import ABOVE, BELOW, Counters
@@ -68,7 +69,7 @@ def _gather(x: Pointer, layout: Pointer, begin: int, size: int, block: Pointer) 
         done += inner - column
 
 
-@compiled
+@inlined
 def _ends(head: Pointer, line: Pointer, floats: Pointer) -> tuple[float, float]:
     """Ends of a tensor's linear range: those that were given, or those of its values."""
     if head[LOWS] == 0:
@@ -91,7 +92,7 @@ def _write_range(total: Pointer, floats: Pointer) -> None:
     floats[HIGH] = min(np.float32(high), slots.LARGEST)
 
 
-@compiled
+@inlined
 def _item(
     line: Pointer,
     first: Pointer,
@@ -133,7 +134,7 @@ def _item(
             counters.count(x, size, within, plain, to, after(first, begin + BLOCK))
 
 
-@compiled
+@inlined
 def _counters(head: Pointer, line: Pointer, n: int, scratch: int) -> Counters:
     """Counters of ``n`` slots for a tensor."""
     integers = pointer(head[INTEGERS] + line[ROW] * 8 * 8, np.int64)
@@ -149,8 +150,8 @@ def _close_log2(total: Pointer, floats: Pointer, counts: Pointer) -> None:
     for j in range(4):
         counts[j] = 0
         counts[2047 - j] = 0
-    counts[1023] -= int(total[partials.NEGATIVE_ZEROS])
-    counts[1024] += int(total[partials.NEGATIVE_ZEROS])
+    counts[1023] -= np.int64(total[partials.NEGATIVE_ZEROS])
+    counts[1024] += np.int64(total[partials.NEGATIVE_ZEROS])
 
 
 def _make_work(element: object, is_linear: bool) -> Work:
@@ -202,8 +203,8 @@ def _make_work(element: object, is_linear: bool) -> Work:
                 else:
                     floats[LOW], floats[HIGH] = _ends(head, line, floats)
                     # NaN and infinities were counted outside the range.
-                    to.integers[BELOW] -= int(total[NEGINF])
-                    to.integers[ABOVE] -= int(total[NAN] + total[POSINF])
+                    to.integers[BELOW] -= np.int64(total[NEGINF])
+                    to.integers[ABOVE] -= np.int64(total[NAN] + total[POSINF])
 
     return work
 
