@@ -6,11 +6,14 @@ import importlib
 import os
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from gradstat.bins import FLOAT32_MAX, Bins, LinearBins, Log2Bins, parse_bins
+from gradstat.bins import FLOAT32_MAX, Bins, LinearBins, Log2Bins, parse_bins, widen
 from gradstat.engines import reference
 from gradstat.float_mode import keeps_subnormals
 from gradstat.results import FLOATS, INTEGERS, Statistics
@@ -60,8 +63,9 @@ def statistics(
 
 def histogram(
     x: Tensor,
-    bins: int | Bins = 30,
+    bins: int | Bins | Sequence[float] = 30,
     range: tuple[float, float] | None = None,  # numpy.histogram's name for it
+    density: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Histogram of a tensor, as `numpy.histogram` and `torch.histogram`, for tensors on any device.
 
@@ -70,16 +74,18 @@ def histogram(
 
     Args:
         x: float16, bfloat16, float32 or float64, any shape and strides.
-        bins: number of equal-width bins, or a bin scheme.
+        bins: number of equal-width bins, a bin scheme, or the edges, which do not decrease.
         range: lower and upper end; by default the finite minimum and maximum.
+        density: divide the counts by their sum and the bins' widths.
 
     Returns:
-        counts, int64 ``(bins,)``, and edges, float64 ``(bins + 1,)``, on the device of ``x``.
+        counts, int64 ``(bins,)``, or densities, float64, and edges, float64 ``(bins + 1,)``, on
+        the device of ``x``.
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: ``bins`` < 1, a range that is not finite or not increasing, a range beside a
-            scheme.
+        ValueError: ``bins`` < 1, edges that decrease, a range that is not finite or not
+            increasing, a range beside a scheme or edges.
 
     Example:
         >>> import torch, gradstat
@@ -89,13 +95,52 @@ def histogram(
     if not isinstance(x, Tensor):
         raise TypeError(f"histogram() needs a tensor; x is {type(x).__name__}")
     if isinstance(bins, (Log2Bins, LinearBins)):
-        if range is not None:
-            raise ValueError(f"histogram() needs a range or a scheme, not both; range is {range}")
-        scheme = bins
+        _check_no_range(range, "a scheme")
+        counts, edges = _count(x, bins)
+    elif isinstance(bins, (list, tuple, Tensor, np.ndarray)):
+        _check_no_range(range, "edges")
+        _check_tensors("histogram", [x])
+        counts, edges = _count_between(x, _check_edges(bins, x.device))
     else:
-        scheme = LinearBins(bins, *_check_range(range))
-    result = _check_and_measure("histogram", [x], scheme)[0]
-    return result.counts, result.edges
+        counts, edges = _count(x, LinearBins(cast("int", bins), *_check_range(range)))
+    if density:
+        return counts / (counts.sum() * edges.diff()), edges
+    return counts, edges
+
+
+def _count(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor]:
+    """Counts in the bins of a scheme, and the edges."""
+    result = _check_and_measure("histogram", [x], bins)
+    counts = result.counts[0]
+    if isinstance(bins, LinearBins) and not torch.compiler.is_compiling():
+        # The CPU engine has them in microseconds.
+        linear_edges = getattr(choose_engine(None, counts), "linear_edges", None)
+        if linear_edges:
+            return counts, linear_edges(bins.bins, *result.floats[0].tolist()[-2:])
+    return counts, result[0].edges
+
+
+def _count_between(x: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+    """Counts between any edges, exactly: values are compared as float64."""
+    values = widen(x.detach().reshape(-1))
+    # -0.0 and 0.0 are one value; what is not finite is outside.
+    at = torch.bucketize(values, edges, right=True)
+    at = torch.where(values == edges[-1], len(edges) - 1, at)
+    at = torch.where(values.isfinite(), at, 0)
+    counts = torch.zeros(len(edges) + 1, dtype=torch.int64, device=x.device)
+    counts.scatter_add_(0, at, torch.ones_like(at))
+    return counts[1:-1], edges
+
+
+def _check_edges(bins: Sequence[float] | Tensor | NDArray[Any], device: torch.device) -> Tensor:
+    # NumPy makes float64 of numbers, torch float32.
+    edges = bins if isinstance(bins, Tensor) else torch.as_tensor(np.asarray(bins))
+    if edges.dim() != 1 or len(edges) < 2 or edges.is_complex():
+        raise TypeError(f"histogram() needs two edges or more in a row; bins is {bins!r}")
+    edges = widen(edges.to(device))
+    if not bool((edges[1:] >= edges[:-1]).all()):
+        raise ValueError(f"histogram() needs edges that do not decrease; bins is {bins!r}")
+    return edges
 
 
 def _check_and_measure(
@@ -220,6 +265,11 @@ def check_bins(function: str, bins: Bins) -> Bins:
     if not isinstance(bins, (Log2Bins, LinearBins)):
         raise TypeError(f"{function}() needs Log2Bins or LinearBins; bins is {bins!r}")
     return bins
+
+
+def _check_no_range(range: tuple[float, float] | None, other: str) -> None:
+    if range is not None:
+        raise ValueError(f"histogram() needs a range or {other}, not both; range is {range}")
 
 
 def _check_range(range: tuple[float, float] | None) -> tuple[float | None, float | None]:

@@ -88,6 +88,26 @@ def test_statistics_refuses_by_argument(
             ValueError,
             "histogram() needs a range or a scheme, not both; range is (0.0, 1.0)",
         ),
+        (
+            lambda f: f(torch.ones(2), [0.0, 1.0], (0.0, 1.0)),
+            ValueError,
+            "histogram() needs a range or edges, not both; range is (0.0, 1.0)",
+        ),
+        (
+            lambda f: f(torch.ones(2), [1.0, 0.0]),
+            ValueError,
+            "histogram() needs edges that do not decrease; bins is [1.0, 0.0]",
+        ),
+        (
+            lambda f: f(torch.ones(2), [0.0, float("nan")]),
+            ValueError,
+            "histogram() needs edges that do not decrease; bins is [0.0, nan]",
+        ),
+        (
+            lambda f: f(torch.ones(2), [1.0]),
+            TypeError,
+            "histogram() needs two edges or more in a row; bins is [1.0]",
+        ),
     ],
 )
 def test_histogram_refuses_by_argument(
@@ -214,6 +234,46 @@ def test_histogram_agrees_with_numpy(
     assert np.array_equal(counts.numpy(), np.histogram(x.double().numpy(), edges.numpy())[0])
     ours, theirs = edges.numpy(), np.histogram_bin_edges(x.double().numpy(), bins, range_)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 30, 64, 1000])
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1.0, 1e30])
+def test_histogram_has_the_edges_of_its_scheme(n: int, scale: float) -> None:
+    x = (torch.linspace(-1, 3, 500, dtype=torch.float64) * scale).float()
+    for values in (x, x.abs(), x[:1], x[:0], x - 7 * scale):
+        _, edges = gradstat.histogram(values, n)
+        low, high = edges[0].float(), edges[-1].float()
+        assert torch.equal(edges, gradstat.LinearBins(n).edges(low, high))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "edges", [[-1.0, 0.0, 0.1, 2.0], [0, 1], [-math.inf, 0.0, 0.0, math.inf], [0.3, 0.3]]
+)
+def test_histogram_counts_between_given_edges(dtype: torch.dtype, edges: list[float]) -> None:
+    x = torch.cat([torch.randn(999), torch.tensor([-1.0, 0.0, -0.0, 0.1, 0.3, 1.0, 2.0])])
+    x = torch.cat([x.to(dtype), torch.tensor(edges, dtype=dtype)])
+    x = x[x.isfinite()]
+    expected, _ = np.histogram(x.double().numpy(), edges)
+    with_nan = torch.cat([x, torch.tensor([math.nan, math.inf, -math.inf], dtype=dtype)])
+    for given in (edges, tuple(edges), torch.tensor(edges, dtype=torch.float64), np.array(edges)):
+        counts, returned = gradstat.histogram(with_nan, given)
+        assert counts.tolist() == expected.tolist()
+        assert returned.tolist() == edges
+        assert returned.dtype == torch.float64
+
+
+@pytest.mark.parametrize("bins", [10, [-2.0, 0.0, 0.5, 3.0]])
+def test_histogram_density_is_numpys(bins: int | list[float]) -> None:
+    x = torch.randn(500)
+    density, edges = gradstat.histogram(x, bins, density=True)
+    expected, _ = np.histogram(x.double().numpy(), edges.numpy(), density=True)
+    np.testing.assert_allclose(density.numpy(), expected, rtol=1e-12)
+
+
+def test_histogram_refuses_weights() -> None:
+    with pytest.raises(TypeError, match="weights"):
+        gradstat.histogram(torch.ones(3), weights=torch.ones(3))  # type: ignore[call-arg]
 
 
 def compiled_histogram(x: torch.Tensor) -> tuple[torch.Tensor, ...]:

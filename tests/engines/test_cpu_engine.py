@@ -1,13 +1,17 @@
-"""What only the CPU engine has: threads, forks, Numba's cache, a bound on memory."""
+"""What only the CPU engine has: threads, forks, Numba's cache, float32 sums, narrow counters."""
 
 import functools
+import math
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -18,7 +22,7 @@ import gradstat
 from gradstat import LinearBins, Log2Bins, Statistics
 from gradstat.bins import Bins
 from gradstat.engines import cpu
-from gradstat.engines.cpu import pool
+from gradstat.engines.cpu import compiling, pool
 from gradstat.engines.cpu.work import MAX_SHARED_BINS
 
 measure = functools.partial(gradstat.statistics, engine="cpu")
@@ -296,3 +300,249 @@ def test_helpers_are_kept_off_the_cpu_of_the_caller(monkeypatch: pytest.MonkeyPa
             assert os.sched_getaffinity(helper) == CPUS - {mine}
     assert os.sched_getaffinity(0) == CPUS
     assert pool._pool.ids
+
+
+@pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs, and to place threads")
+def test_measure_uses_no_more_threads_than_its_thread_may_use_cpus(
+    monkeypatch: pytest.MonkeyPatch, two_threads: None
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(cpu, "run_together", lambda job, threads: asked.append(threads))
+    x = torch.ones(SHARED)
+    measure(x)
+    os.sched_setaffinity(0, {min(CPUS)})
+    try:
+        measure(x)
+    finally:
+        os.sched_setaffinity(0, CPUS)
+    assert asked == [2]
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+        ({}, math.inf),
+    ],
+)
+def test_count_threads_respects_what_a_container_may_use(
+    files: dict[str, str], cpus: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(pool, "_CGROUP", tmp_path)
+    assert pool._granted_cpus.__wrapped__() == cpus
+    monkeypatch.setattr(pool, "_granted_cpus", pool._granted_cpus.__wrapped__)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda thread: set(range(64)))
+    assert pool.count_threads() == min(cpus, 64)
+
+
+# The caller frees the tensor right after: a helper that still reads it would end the process.
+INTERRUPTED = """
+import itertools, random, signal, time, torch, gradstat
+
+torch.set_num_threads(2)
+gradstat.statistics(torch.ones(1 << 20))
+random.seed(0)
+
+class Interrupt(Exception):
+    pass
+
+def interrupt(signum, frame):
+    raise Interrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+end, interrupts = time.monotonic() + 4, 0
+while time.monotonic() < end:
+    try:
+        y = torch.ones(1 << 24)
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(20e-6, 2e-3))
+        gradstat.statistics(y)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except Interrupt:
+        interrupts += 1
+    y = None
+assert interrupts > 20, interrupts
+print(int(gradstat.statistics(torch.ones(1 << 20)).finite))
+"""
+
+
+@pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs, and to place threads")
+def test_measure_survives_interrupts(tmp_path: Path) -> None:
+    assert run_python(INTERRUPTED, cwd=tmp_path).split() == [str(1 << 20)]
+
+
+@pytest.mark.parametrize("where", ["submitting", "at work", "waiting"])
+def test_run_together_waits_for_its_helpers_whatever_is_raised(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller, begun, ended = threading.get_ident(), threading.Event(), threading.Event()
+    raised: list[str] = []
+
+    def interrupt(at: str) -> None:
+        if at == where:
+            raised.append(at)
+            raise KeyboardInterrupt
+
+    def job() -> None:
+        if threading.get_ident() == caller:
+            assert begun.wait(5)
+            interrupt("at work")
+            return
+        begun.set()
+        time.sleep(0.2)
+        ended.set()
+
+    submit, withdraw = pool._Pool.submit, pool._Share.withdraw
+
+    def interrupted_submit(self: pool._Pool, shares: list[pool._Share]) -> None:
+        submit(self, shares)
+        assert begun.wait(5)
+        interrupt("submitting")
+
+    def interrupted_withdraw(self: pool._Share) -> None:
+        if not raised:
+            interrupt("waiting")
+        withdraw(self)
+
+    monkeypatch.setattr(pool._Pool, "submit", interrupted_submit)
+    monkeypatch.setattr(pool._Share, "withdraw", interrupted_withdraw)
+    with pytest.raises(KeyboardInterrupt):
+        pool.run_together(job, 2)
+    assert ended.is_set()
+
+
+def test_measure_widens_float16_without_an_instruction_for_it(tmp_path: Path) -> None:
+    code = """
+import numpy as np, torch, gradstat
+every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.float16)
+for bins in (gradstat.Log2Bins(), gradstat.LinearBins(30), gradstat.LinearBins(30, -1e-5, 1.0)):
+    for x in (torch.ones(3), every):
+        got = gradstat.statistics(x, bins, engine="cpu")
+        expected = gradstat.statistics(x, bins, engine="reference")
+        assert torch.equal(got.integers, expected.integers)
+        assert torch.equal(got.counts, expected.counts)
+        torch.testing.assert_close(got.floats, expected.floats, rtol=1e-5, atol=1e-3)
+print("done")
+"""
+    oldest = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("needs a processor of x86")
+    output = run_python(code, cwd=tmp_path, NUMBA_CACHE_DIR=str(tmp_path), **oldest)
+    assert output == "done\n"
+
+
+@pytest.mark.parametrize(
+    ("bins", "n"), [(Log2Bins(), 1 << 25), (LinearBins(30), 1 << 21), (LinearBins(88), 1 << 21)]
+)
+def test_measure_counts_more_than_its_counters_hold(bins: Bins, n: int) -> None:
+    """Two values in turn: each counter, of 16 bits for linear bins, sees one of them only."""
+    x = torch.tensor([0.0, 1.0], dtype=torch.bfloat16).repeat(n // 2)
+    counts = measure(x, bins).counts
+    assert counts[counts > 0].tolist() == [n // 2, n // 2]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(30)], ids=str)
+def test_measure_counts_beyond_32_bits(bins: Bins) -> None:
+    n = (1 << 32) + 6
+    s = measure(torch.tensor([0.0, 1.0]).expand(n, 2), bins)
+    assert s.counts[s.counts > 0].tolist() == [n, n]
+    assert (int(s.finite), int(s.zeros), float(s.sum)) == (2 * n, n, n)
+
+
+def exact_std(x: torch.Tensor) -> float:
+    values = [Fraction(value) for value in x.double().tolist()]
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return math.sqrt(variance)
+
+
+def test_std_is_right_where_the_mean_dominates(generator: torch.Generator) -> None:
+    one = torch.full((4096,), 41 / 7)
+    one[0] *= 1.0635
+    close = 1 + torch.randn(20_000, generator=generator, dtype=torch.float64) / 1e12
+    for x in (one, close, one.bfloat16(), one.half()):
+        assert float(measure(x).std) == pytest.approx(exact_std(x), rel=1e-9)
+
+
+def hard_sums(generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """What float32 sums could get wrong: cancelling, growing, and losing small values."""
+    noise = torch.randn(30_000, generator=generator)
+    for octaves in range(8):
+        yield noise + 10.0**octaves
+        yield noise.abs() * torch.tensor([1.0, -1.0]).repeat(15_000) + 10.0**-octaves
+    for magnitude in (2.0**-149, 2.0**-126, 2.0**-64, 2.0**-40, 2.0**57, 2.0**63, 2.0**126):
+        yield noise.clamp(-1.9, 1.9) * magnitude
+        giant = noise * magnitude * 2.0**-20
+        giant[7777] = magnitude
+        yield giant
+    # Every addition rounds the same way.
+    yield torch.tensor([0.0, 1 + 2.0**-23]).repeat(15_000)
+    yield torch.tensor([1 / 3, -1 / 7]).repeat(15_000)
+
+
+@pytest.mark.parametrize("nonfinite", [False, True])
+def test_measure_keeps_its_promise_where_float32_sums_are_hard(
+    nonfinite: bool, generator: torch.Generator
+) -> None:
+    for x in hard_sums(generator):
+        if nonfinite:
+            x[::101] = float("nan")
+            x[5] = float("inf")
+        for bins in (Log2Bins(), LinearBins(30)):
+            assert_agrees_with_the_reference([x, x.double(), x.bfloat16()], bins)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_measure_counts_any_bit_pattern(dtype: torch.dtype, generator: torch.Generator) -> None:
+    """NaN of every payload and sign, subnormals, both zeros."""
+    words = torch.randint(-(1 << 15), 1 << 15, (100_000,), generator=generator).to(torch.int16)
+    x = words.view(dtype)
+    x = torch.cat([x, torch.full((9000,), -0.0, dtype=dtype), -x[:3].abs() * 0])
+    for bins in (Log2Bins(), LinearBins(30, -1.0, 2.0), LinearBins(200, -1.0, 2.0)):
+        got, expected = (measure(x, bins), gradstat.statistics(x, bins, engine="reference"))
+        assert torch.equal(got.integers, expected.integers)
+        assert torch.equal(got.counts, expected.counts)
+
+
+def test_processes_that_compile_at_once_do_not_harm_each_other(tmp_path: Path) -> None:
+    code = """
+import sys, torch, gradstat
+x = torch.arange(-500.0, 500.0).to(getattr(torch, sys.argv[1]))
+print(gradstat.statistics(x, engine="cpu").l1.item())
+"""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    for _ in range(2):  # they compile, then they load
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, dtype],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for dtype in ("float32", "float16", "float32")
+        ]
+        assert [process.communicate(timeout=120)[0] for process in processes] == ["250000.0\n"] * 3
+
+
+def test_a_long_compilation_is_announced_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def slow(*arguments: object, **options: object) -> Callable[..., object]:
+        time.sleep(0.1)
+        return lambda function: function
+
+    monkeypatch.setattr(compiling, "_njit", slow)
+    for seconds, is_terminal, times in ((0.01, True, 1), (0.01, False, 0), (60.0, True, 0)):
+        monkeypatch.setattr(compiling, "_SLOW_SECONDS", seconds)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        compiling.compile_entry(lambda: None, "any", "void()")
+        assert capsys.readouterr().err.count("compiling") == times

@@ -7,7 +7,7 @@ Beside a tensor it needs under 1 MB, whatever its strides; results do not depend
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from gradstat.engines.cpu.work import (
     FUSED,
     MAX_SHARED_BINS,
     SCRATCH_BYTES,
+    fill_edges,
     work_on,
 )
 from gradstat.engines.memory import merge_dims, no_storage
@@ -74,6 +75,25 @@ def measure(
         for table in tables.values():
             table.run(COUNTS_ONLY, low, high)
     return result
+
+
+def linear_edges(bins: int, low: float, high: float) -> Tensor:
+    """`LinearBins.edges` of one range: float64 ``(bins + 1,)``."""
+    edges = torch.empty(bins + 1, dtype=torch.float64)
+    _call(fill_edges(), low, high, bins, edges.data_ptr())
+    return edges
+
+
+def _call(function: Callable[..., None], *arguments: float) -> None:
+    """Call a compiled function so that subnormals count even where torch has them flushed."""
+    # Their product tells.
+    if _SUBNORMAL * 1.0 == 0.0 and torch.set_flush_denormal(False):
+        try:
+            function(*arguments)
+        finally:
+            torch.set_flush_denormal(True)
+    else:
+        function(*arguments)
 
 
 class _Table:
@@ -136,13 +156,7 @@ class _Table:
                 scratch = _scratches.pop()
             except IndexError:  # all are in use
                 scratch = torch.zeros(SCRATCH_BYTES, dtype=torch.uint8)
-            # A product of subnormals tells; no result should depend on the thread's mode.
-            flushes = _SUBNORMAL * 1.0 == 0.0 and torch.set_flush_denormal(False)
-            try:
-                self._work(table.buffer_info()[0], stage, is_last, scratch.data_ptr())
-            finally:
-                if flushes:
-                    torch.set_flush_denormal(True)
+            _call(self._work, table.buffer_info()[0], stage, is_last, scratch.data_ptr())
             _scratches.append(scratch)
 
         if self._numel >= _ALONE_BELOW and counts.shape[1] <= MAX_SHARED_BINS:

@@ -78,6 +78,19 @@ def slot_of(x: Scalar, within: Range) -> Scalar:
 
 
 @compiled
+def ordered(x: Scalar) -> Scalar:
+    """A float32 as an int64 that keeps the order; -0.0 comes just before 0.0."""
+    bits = np.int64(reinterpret(x, np.int32))
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@compiled
+def from_ordered(key: Scalar) -> Scalar:
+    """The float32 of which `ordered` is ``key``."""
+    return reinterpret(np.int32(key ^ ((key >> 31) & 0x7FFFFFFF)), np.float32)
+
+
+@compiled
 def common_slot(low: float, high: float, within: Range) -> int:
     """Slot of all finite values from ``low`` to ``high``, or -1."""
     first = slot_of(narrow(low, within), within)

@@ -215,3 +215,26 @@ def work_on(dtype: torch.dtype, is_linear: bool) -> Work:
     work = _make_work(ELEMENTS[dtype], is_linear)
     name = f"{str(dtype).removeprefix('torch.')}_{'linear' if is_linear else 'log2'}"
     return compile_entry(work, name, "void(int64, int64, boolean, int64)")
+
+
+@functools.cache
+def fill_edges() -> Callable[[float, float, int, int], None]:
+    """The compiled function that writes the edges of linear bins, as `LinearBins.edges`."""
+
+    def edges(low: float, high: float, bins: int, address: int) -> None:
+        within = slots.linear_range(low, high, bins)
+        out = pointer(address, np.float64)
+        out[0], out[bins] = low, high
+        first, last = slots.ordered(np.float32(low)), slots.ordered(np.float32(high))
+        for edge in range(1, bins):
+            below, reached = first, last
+            while below < reached:
+                middle = (below + reached) >> 1
+                if slots.slot_of(slots.from_ordered(middle), within) > edge:
+                    reached = middle
+                else:
+                    below = middle + 1
+            first = reached
+            out[edge] = np.float64(slots.from_ordered(reached)) + 0.0
+
+    return compile_entry(edges, "linear", "void(float64, float64, int64, int64)")
