@@ -102,6 +102,25 @@ def inspect(compiled: Any) -> Compiled:
     return Compiled(_main_loop(code), use["REG"], use["STACK"] + use["LOCAL"], use["SHARED"])
 
 
+def fused_with_exchanged(ptx: str) -> list[str]:
+    """Fused multiply-adds that take what another lane sent, in PTX.
+
+    A sum over a warp adds to each lane's term the one that another lane sent. Where the term is a
+    product, and the addition is fused with it, a lane rounds only the other's product: the lanes'
+    sums differ in the last bit.
+    """
+    sent: set[str] = set()
+    found = []
+    for line in ptx.splitlines():
+        registers = re.findall(r"%\w+", line)
+        takes = not sent.isdisjoint(registers[1:])
+        if re.match(r"\s*shfl\.", line) or (takes and re.match(r"\s*mov\.", line)):
+            sent.add(registers[0])
+        elif takes and re.match(r"\s*fma\.", line):
+            found.append(line.strip())
+    return found
+
+
 def _run(tool: str, *arguments: str) -> str:
     return subprocess.run(
         [TOOLS / tool, *arguments], capture_output=True, text=True, check=True

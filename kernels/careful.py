@@ -28,9 +28,11 @@ def find_unit(address, strides, n, DTYPE, THREADS: tl.constexpr):
     """
     offsets = tl.arange(0, THREADS)
     x = load_any(address, strides, offsets, n, 0.0, DTYPE)
-    x = tl.where(tl.abs(x) < INF, x, 0.0)
-    unit = power_of_two(tl.max(tl.abs(x)))
-    return unit, tl.sum(x * unit) / tl.minimum(n, THREADS)
+    is_finite = tl.abs(x) < INF
+    unit = power_of_two(tl.max(tl.where(is_finite, tl.abs(x), 0.0)))
+    # The selection stands between product and sum: fused with its first addition, a product would
+    # leave the lanes of a warp with sums that differ in the last bit.
+    return unit, tl.sum(tl.where(is_finite, x * unit, 0.0)) / tl.minimum(n, THREADS)
 
 
 @triton.jit

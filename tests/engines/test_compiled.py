@@ -35,6 +35,26 @@ for target in (GPUTarget("hip", "gfx942", 64), GPUTarget("cuda", 90, 32)):
                     print(target.arch, name, dtype, scheme, list(compiled.asm)[-1])
 """
 
+# Every sum of a product, and one that the compiler fuses, to see that it would be found.
+EXCHANGED = """
+import roofline, sass, triton, triton.language as tl
+from gradstat.engines import triton as triton_engine
+from triton.backends.compiler import GPUTarget
+@triton.jit
+def fused(x_ptr, y_ptr, THREADS: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, THREADS))
+    tl.store(y_ptr, tl.sum(x * 3.0))
+for architecture in sass.ARCHITECTURES:
+    def found(*arguments):
+        compiled = sass.compile_kernel(*arguments, GPUTarget("cuda", architecture, 32), num_warps=8)
+        return len(sass.fused_with_exchanged(compiled.asm["ptx"]))
+    print(architecture, found(fused, {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"THREADS": 256}))
+    for dtype in triton_engine.ELEMENTS:
+        for scheme in roofline.SCHEMES:
+            for name in ("measure", "finish"):
+                print(name, found(*roofline.kernel_arguments(name, dtype, scheme)))
+"""
+
 
 def run(*arguments: str) -> str:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "bench")}
@@ -76,3 +96,13 @@ def test_every_kernel_compiles_for_amd_and_nvidia() -> None:
     assert len(lines) == 2 * 3 * 5
     assert sum(line.startswith("gfx942") and line.endswith("hsaco") for line in lines) == 15
     assert sum(line.startswith("90") and line.endswith("cubin") for line in lines) == 15
+
+
+def test_no_product_is_fused_into_a_sum_over_lanes(tmp_path: Path) -> None:
+    # What it proves: in PTX no lane adds its own unrounded product to another lane's rounded one, so
+    # lanes that store one sum store the same one. What `ptxas` makes of it is not looked at.
+    script = tmp_path / "exchanged.py"
+    script.write_text(EXCHANGED)
+    lines = [line.split() for line in run(str(script)).splitlines()]
+    assert [n for name, n in lines if name.isdigit()] == ["1"] * 3
+    assert [n for name, n in lines if not name.isdigit()] == ["0"] * 3 * 3 * 2 * 2
