@@ -99,7 +99,7 @@ def test_every_kernel_compiles_for_amd_and_nvidia() -> None:
 
 
 def test_no_product_is_fused_into_a_sum_over_lanes(tmp_path: Path) -> None:
-    # What it proves: in PTX no lane adds its own unrounded product to another lane's rounded one, so
+    # It proves that in PTX no lane adds its own unrounded product to the rounded one of another, so
     # lanes that store one sum store the same one. What `ptxas` makes of it is not looked at.
     script = tmp_path / "exchanged.py"
     script.write_text(EXCHANGED)
