@@ -30,9 +30,8 @@ CALLS, STEPS = 3000, 2000
 CALL: list[tuple[Any, str, str]] = [
     (gradstat, "statistics", "`gradstat.statistics` of four weight gradients"),
     (cpu, "measure", "of it, the engine"),
-    (cpu, "_tabulate", "of the engine, reading addresses, sizes, dtypes"),
-    (cpu, "work", "of the engine, compiled: values and counts"),
-    (cpu, "finish", "of the engine, compiled: the rows"),
+    (cpu._Table, "append", "of the engine, reading addresses, sizes, dtypes"),
+    (cpu._Table, "run", "of the engine, the work table and the compiled work"),
 ]
 WATCH: list[tuple[Any, str, str]] = [
     (parameter_hooks.BackwardHooks, "_on_gradient", "the hooks of four parameters"),

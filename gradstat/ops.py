@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Sequence
@@ -113,10 +114,12 @@ def _count(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor]:
     result = _check_and_measure("histogram", [x], bins)
     counts = result.counts[0]
     if isinstance(bins, LinearBins) and not torch.compiler.is_compiling():
-        # The CPU engine has them in microseconds.
+        # The CPU engine has those of a range in float32 in microseconds.
         linear_edges = getattr(choose_engine(None, counts), "linear_edges", None)
         if linear_edges:
-            return counts, linear_edges(bins.bins, *result.floats[0].tolist()[-2:])
+            low, high = result.floats[0].tolist()[-2:]
+            if max(-low, high) <= FLOAT32_MAX:
+                return counts, linear_edges(bins.bins, low, high)
     return counts, result[0].edges
 
 
@@ -248,6 +251,11 @@ def choose_engine(engine: str | None, x: Tensor) -> ModuleType:
     name = engine or os.environ.get(ENGINE_VARIABLE)
     if not name:
         name = {"cuda": "triton", "cpu": "cpu"}.get(x.device.type, "reference")
+    return _import_engine(name)
+
+
+@functools.cache
+def _import_engine(name: str) -> ModuleType:
     return importlib.import_module(f"gradstat.engines.{ENGINES[name]}")
 
 

@@ -176,7 +176,7 @@ def test_measure_works_where_numba_can_write_no_cache(tmp_path: Path) -> None:
 import torch, gradstat
 from gradstat.engines.cpu.work import work_on
 print(gradstat.__file__, float(gradstat.statistics(torch.ones(3), engine="cpu").sum))
-print(type(work_on(torch.float32, False)._cache).__name__)
+print(type(work_on(torch.float32, False).__wrapped__._cache).__name__)
 """
     nowhere = str(blocked / "none")
     output = run_python(
@@ -289,6 +289,7 @@ def test_measure_reads_negated_views_while_others_are_copied(generator: torch.Ge
 CPUS = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs, and to place threads")
 def test_helpers_are_kept_off_the_cpu_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(1 << 20)

@@ -7,7 +7,7 @@ Beside a tensor it needs under 1 MB, whatever its strides; results do not depend
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,8 +31,6 @@ from gradstat.results import FLOATS, INTEGERS, Statistics
 _ITEM = 1 << 16  # elements: enough to hide the taking of an item, few enough to share a tensor out
 _MAX_ITEMS = 2048  # of one tensor: its partials stay under 250 KB
 _ALONE_BELOW = 1 << 18  # elements: waking another thread takes longer than these
-
-_SUBNORMAL = 5e-324
 
 _scratches: list[Tensor] = []  # between calls; zero
 
@@ -80,20 +78,8 @@ def measure(
 def linear_edges(bins: int, low: float, high: float) -> Tensor:
     """`LinearBins.edges` of one range: float64 ``(bins + 1,)``."""
     edges = torch.empty(bins + 1, dtype=torch.float64)
-    _call(fill_edges(), low, high, bins, edges.data_ptr())
+    fill_edges()(low, high, bins, edges.data_ptr())
     return edges
-
-
-def _call(function: Callable[..., None], *arguments: float) -> None:
-    """Call a compiled function so that subnormals count even where torch has them flushed."""
-    # Their product tells.
-    if _SUBNORMAL * 1.0 == 0.0 and torch.set_flush_denormal(False):
-        try:
-            function(*arguments)
-        finally:
-            torch.set_flush_denormal(True)
-    else:
-        function(*arguments)
 
 
 class _Table:
@@ -105,7 +91,7 @@ class _Table:
         self._held: list[object] = []
         self._lines: list[int] = []
         self._items = self._numel = 0
-        self._partials: Tensor | None = None
+        self._partials = array("d")
 
     def append(self, row: int, x: Tensor) -> None:
         """Add a tensor whose results go to a row."""
@@ -131,15 +117,15 @@ class _Table:
     def run(self, stage: int, low: Tensor | None, high: Tensor | None) -> None:
         """Do a stage of the work: threads share the items, then the rows are made."""
         integers, floats, counts = self._result.integers, self._result.floats, self._result.counts
-        if self._partials is None:
-            self._partials = torch.empty(self._items * FIELDS, dtype=torch.float64)
+        if not self._partials:
+            self._partials = array("d", bytes(8 * FIELDS * self._items))
         low = None if low is None else low.contiguous()
         high = None if high is None else high.contiguous()
         head = (
             0,
             len(self._lines) // COLUMNS,
             self._items,
-            self._partials.data_ptr(),
+            self._partials.buffer_info()[0],
             integers.data_ptr(),
             floats.data_ptr(),
             counts.data_ptr(),
@@ -156,7 +142,7 @@ class _Table:
                 scratch = _scratches.pop()
             except IndexError:  # all are in use
                 scratch = torch.zeros(SCRATCH_BYTES, dtype=torch.uint8)
-            _call(self._work, table.buffer_info()[0], stage, is_last, scratch.data_ptr())
+            self._work(table.buffer_info()[0], stage, is_last, scratch.data_ptr())
             _scratches.append(scratch)
 
         if self._numel >= _ALONE_BELOW and counts.shape[1] <= MAX_SHARED_BINS:

@@ -99,11 +99,10 @@ def target() -> tuple[str, str, str]:
 @compiler_intrinsic
 def reinterpret(typing_context: IR, value: IR, dtype: IR) -> IR:
     """``reinterpret(value, dtype)``: the bits of a number as another type of its width."""
-
-    def generate(context: IR, builder: IR, signature: IR, arguments: IR) -> IR:
-        return builder.bitcast(arguments[0], context.get_value_type(signature.return_type))
-
-    return dtype.dtype(value, dtype), generate
+    kind = dtype.dtype
+    return kind(value, dtype), lambda context, builder, _, arguments: builder.bitcast(
+        arguments[0], context.get_value_type(kind)
+    )
 
 
 @compiler_intrinsic
@@ -112,32 +111,27 @@ def pointer(typing_context: IR, start: IR, dtype: IR) -> IR:
 
     Unlike an array it costs neither compilation nor counting of references.
     """
-
-    def generate(context: IR, builder: IR, signature: IR, arguments: IR) -> IR:
-        convert = builder.inttoptr if isinstance(start, types.Integer) else builder.bitcast
-        return convert(arguments[0], context.get_value_type(signature.return_type))
-
-    return _types.CPointer(dtype.dtype)(start, dtype), generate
+    kind = _types.CPointer(dtype.dtype)
+    convert = "inttoptr" if isinstance(start, types.Integer) else "bitcast"
+    return kind(start, dtype), lambda context, builder, _, arguments: getattr(builder, convert)(
+        arguments[0], context.get_value_type(kind)
+    )
 
 
 @compiler_intrinsic
 def after(typing_context: IR, start: IR, n: IR) -> IR:
     """``after(start, n)``: the pointer ``n`` elements further."""
-
-    def generate(context: IR, builder: IR, signature: IR, arguments: IR) -> IR:
-        return builder.gep(arguments[0], [arguments[1]])
-
-    return start(start, types.int64), generate
+    return start(start, types.int64), lambda _, builder, __, arguments: builder.gep(
+        arguments[0], [arguments[1]]
+    )
 
 
 @compiler_intrinsic
 def atomic_add(typing_context: IR, cell: IR, value: IR) -> IR:
     """``atomic_add(cell, value)``: add to the int64 there; returns what it was before."""
-
-    def generate(context: IR, builder: IR, signature: IR, arguments: IR) -> IR:
-        return builder.atomic_rmw("add", *arguments, "monotonic")
-
-    return types.int64(cell, types.int64), generate
+    return types.int64(cell, types.int64), lambda _, builder, __, arguments: builder.atomic_rmw(
+        "add", *arguments, "monotonic"
+    )
 
 
 @compiler_intrinsic

@@ -26,6 +26,7 @@ from gradstat.engines.cpu.compiling import (
 from gradstat.engines.cpu.counters import ABOVE, BELOW, Counters
 from gradstat.engines.cpu.partials import FIELDS, MAX, MIN, NAN, NEGINF, POSINF
 from gradstat.engines.cpu.passes import BLOCK, ELEMENTS
+from gradstat.float_mode import keeps_subnormals
 from gradstat.results import FLOATS
 
 # The next item that nobody has taken, how many tensors and items there are, and addresses:
@@ -214,7 +215,7 @@ def work_on(dtype: torch.dtype, is_linear: bool) -> Work:
     """The compiled function for tensors of one dtype and one kind of bins."""
     work = _make_work(ELEMENTS[dtype], is_linear)
     name = f"{str(dtype).removeprefix('torch.')}_{'linear' if is_linear else 'log2'}"
-    return compile_entry(work, name, "void(int64, int64, boolean, int64)")
+    return keeps_subnormals(compile_entry(work, name, "void(int64, int64, boolean, int64)"))
 
 
 @functools.cache
@@ -237,4 +238,4 @@ def fill_edges() -> Callable[[float, float, int, int], None]:
             first = reached
             out[edge] = np.float64(slots.from_ordered(reached)) + 0.0
 
-    return compile_entry(edges, "linear", "void(float64, float64, int64, int64)")
+    return keeps_subnormals(compile_entry(edges, "linear", "void(float64, float64, int64, int64)"))
