@@ -322,3 +322,52 @@ def test_measure_is_identical_from_run_to_run(
         assert torch.equal(again.integers, first.integers)
         assert torch.equal(again.floats, first.floats)
         assert torch.equal(again.counts, first.counts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [1, 4500])
+def test_measure_gives_a_constant_a_range_of_one_or_of_a_few_float32(
+    engine: Engine, dtype: torch.dtype, n: int
+) -> None:
+    values = [0.0, 1.0, -0.25, 1000.0, 2.0**20, -(2.0**20), 2.0**21, 3.0 * 2**24, 1e30, -3e38]
+    tensors = [torch.full((n,), value, dtype=torch.float32).to(dtype) for value in values]
+    s = measure(engine, [x.to(engine.device) for x in tensors], LinearBins(30)).to("cpu")
+    for i, tensor in enumerate(tensors):
+        value = tensor[0].item()
+        # Half a unit to each side up to 2**20; beyond, 2**-21 of the value: 4 to 8 float32.
+        half = max(0.5, abs(value) / 2**21)
+        assert float(s.low[i]) == float(np.float32(value - half))
+        assert float(s.high[i]) == float(np.float32(value + half))
+
+
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(30, -0.5, 0.5)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merge_of_an_engines_parts_is_the_union(
+    request: pytest.FixtureRequest, engine: Engine, dtype: torch.dtype, bins: Bins
+) -> None:
+    expect_cpu_to_round_down(request, engine, dtype, bins)
+    tensors = samples(dtype, engine.device)
+    s = measure(engine, tensors, bins)
+    merged = functools.reduce(Statistics.merge, s)
+    union = torch.cat([x.reshape(-1) for x in tensors])
+    # The bins of both are those of one engine, so the counts are equal.
+    expected = measure(engine, [union], bins)
+    assert torch.equal(merged.integers, expected.integers[0])
+    assert torch.equal(merged.counts, expected.counts[0])
+    row = Statistics(bins, merged.integers[None], merged.floats[None].clone(), merged.counts[None])
+    assert_counts_are_numpys(row, [union])
+    assert_floats_are_right(row, [union], engine)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merge_of_the_same_row_by_two_engines_is_of_twice_its_values(
+    engine: Engine, dtype: torch.dtype
+) -> None:
+    # But the first, of the smallest numbers, whose norm has few digits.
+    tensors = samples(dtype, "cpu")[1:]
+    ours = measure(engine, [x.to(engine.device) for x in tensors], LinearBins(30, -0.5, 0.5))
+    theirs = measure(Engine("reference", "cpu"), tensors, LinearBins(30, -0.5, 0.5))
+    for merged in (theirs.merge(ours), ours.merge(theirs)):
+        doubled = [torch.cat([x.reshape(-1)] * 2) for x in tensors]
+        assert_counts_are_numpys(merged.to("cpu"), doubled)
+        assert_floats_are_right(merged.to("cpu"), doubled, engine)
