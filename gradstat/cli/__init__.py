@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from gradstat import tables
 from gradstat.cli import text
+from gradstat.cli.runs import check_output, load, run_name
 from gradstat.diagnosis import Finding, Thresholds
 from gradstat.escaping import escaped
 from gradstat.history import History
@@ -189,13 +190,13 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
+    name = run_name(options.run_path)
+    check_output(options.run_path, options.directory / f"{name}.{options.to}")
     history = load(options.run_path)
     options.directory.mkdir(parents=True, exist_ok=True)
     # Silent where stderr is not a terminal.
     with tqdm(total=len(history), desc=options.to, unit="record", disable=None) as bar:
-        written = TARGETS[options.to](
-            history, options.directory, run_name(options.run_path), bar.update
-        )
+        written = TARGETS[options.to](history, options.directory, name, bar.update)
     print(escaped(written))
     return 0
 
@@ -214,6 +215,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _report(options: argparse.Namespace) -> int:
     name = run_name(options.run_path)
     path = options.output or Path(f"{name}.html")
+    check_output(options.run_path, path)
     load(options.run_path).report(path, title=name)
     print(escaped(path))
     return 0
@@ -235,6 +237,9 @@ def _compare(options: argparse.Namespace) -> int:
         names = [str(path) for path in paths]
     if names[0] == names[1]:
         raise ValueError(f"compare needs two runs; both are {names[0]}")
+    if options.output:
+        for path in paths:
+            check_output(path, options.output)
     runs = {name: load(path) for name, path in zip(names, paths, strict=True)}
     print(text.compare(runs, every_layer=options.all))
     if options.output:
@@ -271,28 +276,3 @@ COMMANDS = {
     "compare": Command("compare two runs layer by layer", _add_compare, _compare),
     "tail": Command("show a run's newest record as it is written", _add_tail, _tail),
 }
-
-
-def load(path: Path) -> History:
-    """Read a run that has records.
-
-    Args:
-        path: file or directory.
-
-    Returns:
-        Its history.
-
-    Raises:
-        OSError: it cannot be opened.
-        ValueError: it is damaged, another kind of file, or has no records.
-    """
-    history = History.load(path)
-    if len(history) == 0:
-        raise ValueError(f"{path} has no records yet")
-    return history
-
-
-def run_name(path: Path) -> str:
-    """Name of a run: that of its file without the suffix, or of its directory."""
-    path = path.resolve()
-    return path.name if path.is_dir() else path.stem

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 from gradstat.arrays import Array, evenly_spread
+from gradstat.cli.runs import read_newest, state
 from gradstat.diagnosis import Finding
 from gradstat.diagnosis.run import median
 from gradstat.escaping import escaped
-from gradstat.files import CutOffError, replacing
-from gradstat.history import History, archive
+from gradstat.files import replacing
+from gradstat.history import History
 from gradstat.history.arguments import check_history, first_rows
 from gradstat.kinds import GRAD, NOUNS, PARAM, UNIT, UPDATE
 from gradstat.ops import ENGINE_VARIABLE
@@ -211,10 +212,10 @@ def tail(path: Path, interval_s: float, updates: int | None = None) -> None:
     """
     seen, printed = None, 0
     while updates is None or printed < updates:
-        state = _state(path)
-        if state != seen:
-            seen = state
-            history = _newest(path)
+        found = state(path)
+        if found != seen:
+            seen = found
+            history = read_newest(path)
             if history:
                 clear = "\x1b[H\x1b[2J" if sys.stdout.isatty() else "\n" if printed else ""
                 print(clear + newest(str(path), history), flush=True)
@@ -223,23 +224,6 @@ def tail(path: Path, interval_s: float, updates: int | None = None) -> None:
             if not printed:
                 print(f"{escaped(path)} has no records yet", flush=True)
         time.sleep(interval_s)
-
-
-def _state(path: Path) -> tuple[int, ...]:
-    """Something that changes whenever the run's files do."""
-    files = archive.segments(path) if path.is_dir() else [path]
-    newest = files[-1].stat() if files else None
-    return (len(files), newest.st_mtime_ns, newest.st_size) if newest else (0,)
-
-
-def _newest(path: Path) -> History | None:
-    """The records that were written last; none of a directory that is only begun."""
-    try:
-        return History.from_records(archive.newest(path))
-    except CutOffError:
-        if path.is_dir():
-            return None
-        raise
 
 
 def _typical(history: History) -> dict[str, float]:

@@ -8,6 +8,7 @@ from histories import make_history
 
 from gradstat import History, Log2Bins
 from gradstat.cli import main
+from gradstat.history.journal import Journal
 
 
 def run(*arguments: object) -> int:
@@ -114,3 +115,52 @@ def test_tail_refuses_an_interval_that_is_none(
     assert run("tail", healthy, "--interval", seconds) == 2
     message = f"--interval needs a number of seconds above 0; it is {float(seconds)}"
     assert capsys.readouterr().err == f"gradstat tail: error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("run.npz", "report run.npz -o run.npz"),
+        ("run.npz", "report run.npz -o link.npz"),
+        ("run.npz", "compare run.npz other.npz -o run.npz"),
+        ("run.npz", "compare other.npz run.npz -o folder/../run.npz"),
+        ("run.html", "report run.html"),
+        ("run.csv", "export run.csv --to csv ."),
+        ("run.parquet", "export folder/../run.parquet --to parquet folder/.."),
+    ],
+)
+def test_commands_do_not_write_over_the_run_that_they_read(
+    name: str,
+    command: str,
+    healthy: Path,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for each in (name, "other.npz"):
+        (tmp_path / each).write_bytes(healthy.read_bytes())
+    (tmp_path / "link.npz").symlink_to(name)
+    before = sorted(tmp_path.rglob("*"))
+    assert run(*command.split()) == 2
+    assert "is the run itself, or a file of it; write to another one" in capsys.readouterr().err
+    assert (tmp_path / name).read_bytes() == healthy.read_bytes()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_report_does_not_write_over_a_file_of_the_directory_that_it_reads(
+    healthy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    history = History.load(healthy)
+    journal = Journal(tmp_path / "run", history)
+    record = history.record()
+    journal.append(0, *(x.numpy() for x in (record.integers, record.floats, record.counts)))
+    journal.flush()
+    file = tmp_path / "run" / "00000000.gradstat"
+    before = file.read_bytes()
+    for path in (tmp_path / "run", file):
+        assert run("report", path, "-o", file) == 2
+        assert "is the run itself, or a file of it" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    assert run("report", tmp_path / "run", "-o", tmp_path / "run" / "page.html") == 0
