@@ -21,6 +21,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make test-cuda  run those of CUDA: on a card, or on a device in software (FAKECUDA=path)"
 	@echo "make test-slow  run the long property tests: 10,000 examples each"
+	@echo "make test-faults  test kills, torn and hostile files: every bit of a small one"
 	@echo "make test-integrations"
 	@echo "                test that pandas, polars, DuckDB, TensorBoard, wandb and Chromium open"
 	@echo "                what gradstat writes"
@@ -48,6 +49,9 @@ test-cuda: $(VENV)/installed-test
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-faults: $(VENV)/installed-test
+	$(BIN)/python -m pytest -m faults $(ARGS)
 
 test-integrations: $(VENV)/installed-test-integrations
 	$(BIN)/python -m pytest -m integrations $(ARGS)

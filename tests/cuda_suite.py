@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 ROOT = Path(__file__).parent.parent
-PYTEST = [sys.executable, "-m", "pytest", "-q", "--on-cuda", "-m", "not slow"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--on-cuda", "-m", "not slow and not faults"]
 ALL = [f"tests/engines/test_{name}.py" for name in ("engines", "engine_properties", "triton")]
 ALL += ["tests/engines/test_triton_streams.py", "tests/recording", "tests/test_ops.py"]
 ALL += ["tests/examples/test_study_training.py"]
