@@ -86,7 +86,11 @@ def as_markdown(doc: str) -> str:
             term, _, text = line.strip().partition(": ")
             lines.append(f"- `{term}`: {text}")
         elif section:
-            lines.append("  " + line.strip() if line.strip() and section != "Returns" else line[4:])
+            lines.append(
+                "  " + line.strip()
+                if line.strip() and section not in ("Returns", "Yields")
+                else line[4:]
+            )
         else:
             lines.append(line)
     if section == "Example":

@@ -151,23 +151,23 @@ def rows(history: History, progress: Progress | None = None) -> Iterator[Rows]:
     layers = np.array([row.name for row in history.rows], dtype=object)
     kinds = np.array(history.kinds, dtype=object)
     for start in range(0, len(steps), _BATCH):
-        part = slice(start, start + _BATCH)
-        records = [history.record(step) for step in steps[part].tolist()]
+        batch = slice(start, start + _BATCH)
+        numbers = steps[batch].tolist()
         columns = {
-            "step": np.repeat(steps[part], n_layers),
-            "kind": np.tile(kinds, len(records)),
-            "layer": np.tile(layers, len(records)),
-        } | {name: values[part].ravel() for name, values in fields.items()}
+            "step": np.repeat(steps[batch], n_layers),
+            "kind": np.tile(kinds, len(numbers)),
+            "layer": np.tile(layers, len(numbers)),
+        } | {name: values[batch].ravel() for name, values in fields.items()}
         sizes, lists = [], []
-        for record in records:
-            row, column = np.nonzero(counts := record.counts.numpy())
-            edges = np.broadcast_to(record.edges.numpy(), (n_layers, counts.shape[1] + 1))
-            sizes.append(np.bincount(row, minlength=n_layers))
+        for _, part in (each for step in numbers for each in history.parts(step)):
+            row, column = np.nonzero(counts := part.counts.numpy())
+            edges = np.broadcast_to(part.edges.numpy(), (len(counts), counts.shape[1] + 1))
+            sizes.append(np.bincount(row, minlength=len(counts)))
             lists.append((edges[row, column], edges[row, column + 1], counts[row, column]))
         joined = [np.concatenate(each) for each in zip(*lists, strict=True)]
         yield Rows(columns, np.concatenate(sizes), dict(zip(LISTS, joined, strict=True)))
         if progress is not None:
-            progress(len(records))
+            progress(len(numbers))
 
 
 def _cells(part: Rows, name: str) -> list[Array]:

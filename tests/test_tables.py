@@ -114,14 +114,14 @@ def test_a_table_appears_whole_or_not_at_all(
 ) -> None:
     target = tmp_path / "run"
     target.write_text("what was there")
-    history, record = make(Log2Bins(), 150), History.record
+    history, parts = make(Log2Bins(), 150), History.parts
 
-    def fails_late(self: History, step: int = -1) -> gradstat.Statistics:
+    def fails_late(self: History, step: int = -1) -> object:
         if step == 100:
             raise RuntimeError("interrupted")
-        return record(self, step)
+        return parts(self, step)
 
-    monkeypatch.setattr(History, "record", fails_late)
+    monkeypatch.setattr(History, "parts", fails_late)
     with pytest.raises(RuntimeError, match="interrupted"):
         write(history, target)
     assert target.read_text() == "what was there"

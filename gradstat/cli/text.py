@@ -32,6 +32,7 @@ from gradstat.ops import ENGINE_VARIABLE
 Item = TypeVar("Item")
 
 _PACKAGES = ("torch", "triton", "numba", "numpy", "matplotlib", "pandas", "pyarrow")
+_NEWEST = ("rms", "abs_max", "numel", "finite", "zeros")  # fields that `newest` shows
 _MOST_LAYERS = 24
 _BAR = 12  # characters
 _MOST_LINES = 10  # layers that a figure's key has room for
@@ -173,20 +174,20 @@ def draw(runs: Mapping[str, History], path: Path) -> None:
 
 def newest(name: str, history: History) -> str:
     """The newest record as a table of the layers of the first kind, and the worst findings."""
-    record = history.record()
-    rms = record.rms.tolist()
+    numbers = {name: history[name][-1].tolist() for name in _NEWEST}
+    rms = numbers["rms"]
     shown = [history.layers.index(row) for row in first_rows(history)]
     ends = _ends([rms[at] for at in shown])
     rows = [("layer", "rms", "", "largest", "zeros", "NaN, infinite")]
     for at in shown:
-        numel, finite = int(record.numel[at]), int(record.finite[at])
+        numel, finite, zeros = (numbers[name][at] for name in ("numel", "finite", "zeros"))
         rows.append(
             (
                 escaped(history.layers[at]),
                 _number(rms[at]),
                 _bar(rms[at], *ends),
-                _number(float(record.abs_max[at])),
-                _percent(int(record.zeros[at]) / finite if finite else math.nan),
+                _number(numbers["abs_max"][at]),
+                _percent(zeros / finite if finite else math.nan),
                 str(numel - finite) if numel else f"no {NOUNS[history.kinds[0]]}",
             )
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -171,16 +171,25 @@ class History:
         Raises:
             KeyError: a step that was not recorded.
         """
-        at = self._find_step(step)
-        counts = np.empty((len(self.layers), self.bins.bins), dtype=np.int64)
-        for column in range(len(self.layers)):
-            counts[column] = self._counts(at, column)
-        return Statistics(
-            self.bins,
-            torch.from_numpy(self._integers[at].copy()),
-            torch.from_numpy(self._floats[at].copy()),
-            torch.from_numpy(counts),
-        )
+        return self._record(self._find_step(step), slice(len(self.layers)))
+
+    def parts(self, step: int = -1) -> Iterator[tuple[slice, Statistics]]:
+        """Everything measured in one step, some layers at a time, in memory for a few histograms.
+
+        Args:
+            step: a number in `steps`, or negative to count back from the newest.
+
+        Yields:
+            Which of the L layers, and their statistics, on the CPU.
+
+        Raises:
+            KeyError: a step that was not recorded.
+        """
+        at, n_layers = self._find_step(step), len(self.layers)
+        size = max(1, _DENSE_BYTES // (8 * self.bins.bins))
+        for start in range(0, max(n_layers, 1), size):
+            part = slice(start, min(start + size, n_layers))
+            yield part, self._record(at, part)
 
     def histogram(self, layer: str, step: int = -1) -> tuple[Array, Array]:
         """Histogram of one layer in one step.
@@ -396,6 +405,19 @@ class History:
         if self._dense:
             self._packed.extend(np.concatenate(self._dense))
             self._dense.clear()
+
+    def _record(self, at: int, part: slice) -> Statistics:
+        """Statistics of some layers in the record at a position."""
+        columns = range(*part.indices(len(self.layers)))
+        counts = np.empty((len(columns), self.bins.bins), dtype=np.int64)
+        for row, column in enumerate(columns):
+            counts[row] = self._counts(at, column)
+        return Statistics(
+            self.bins,
+            torch.from_numpy(self._integers[at, part].copy()),
+            torch.from_numpy(self._floats[at, part].copy()),
+            torch.from_numpy(counts),
+        )
 
     def _counts(self, at: int, column: int) -> Array:
         """Histogram of a layer, by its column, in the record at a position: a new array."""

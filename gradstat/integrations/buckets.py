@@ -58,12 +58,12 @@ def buckets(statistics: Statistics, edges: Array, most: int | None = None) -> tu
 
 def rows(history: History, step: int) -> Iterator[tuple[Row, Statistics, Array]]:
     """Each row that has values in a step, its statistics and edges."""
-    record = history.record(step)
-    edges = record.edges.numpy()
-    edges = np.broadcast_to(edges, (len(record), edges.shape[-1]))
-    for row, statistics, ends in zip(history.rows, record, edges, strict=True):
-        if int(statistics.numel):
-            yield row, statistics, ends
+    for at, part in history.parts(step):
+        edges = part.edges.numpy()
+        edges = np.broadcast_to(edges, (len(part), edges.shape[-1]))
+        for row, statistics, ends in zip(history.rows[at], part, edges, strict=True):
+            if int(statistics.numel):
+                yield row, statistics, ends
 
 
 def layers_of(history: History, kind: str) -> dict[int, str]:

@@ -133,9 +133,9 @@ def _contents(history: History) -> tuple[dict[str, Any], str]:
 
 def _newest(history: History) -> dict[str, Any]:
     """Numbers of each row in the newest record, by name; of updates and activations one more."""
-    record, kinds = history.record(-1), np.array(history.kinds)
+    kinds = np.array(history.kinds)
     found: dict[str, Any] = {
-        name: [_json(x) for x in getattr(record, name).tolist()] for name in _NUMBERS
+        name: [_json(x) for x in history[name][-1].tolist()] for name in _NUMBERS
     }
     if {UPDATE, PARAM} <= set(history.kinds):
         found["ratio"] = _by_row(kinds == UPDATE, history.update_ratio()[-1])

@@ -13,6 +13,7 @@ import numpy as np
 from gradstat.arrays import Array, divide, evenly_spread, octaves
 from gradstat.bins import Log2Bins
 from gradstat.history import History
+from gradstat.results import Statistics
 
 _MAX_COLUMNS, _MAX_CELLS = 600, 120_000
 _MAX_SAMPLES, _MAX_HISTOGRAMS = 120, 24_000
@@ -108,23 +109,15 @@ def samples(history: History) -> Samples:
     """Take histograms of some records, evenly spread, the newest among them."""
     n_layers = len(history.layers)
     most = min(_MAX_SAMPLES, max(_MIN_SAMPLES, _MAX_HISTOGRAMS // n_layers))
-    steps = history.steps[evenly_spread(len(history), most)]
+    at = evenly_spread(len(history), most)
+    steps = history.steps[at]
     log2 = isinstance(history.bins, Log2Bins)
-    counts, numbers, ends = [], [], []
-    for step in steps.tolist():
-        record = history.record(step)
-        zeros = record.zeros.numpy()
-        rows = record.counts.numpy()
-        if log2:
-            rows = octaves(rows, zeros)[:, :255]
-        else:
-            starts = np.arange(0, rows.shape[1], -(-rows.shape[1] // _MAX_ROWS))
-            rows = np.add.reduceat(rows, starts, axis=1)
-            ranges = np.stack([record.low.numpy(), record.high.numpy()], -1)
-            ends.append(ranges.clip(-_LARGEST / 2, _LARGEST / 2))
-        counts.append(rows)
-        finite = record.finite.numpy()
-        numbers.append((finite, zeros, record.numel.numpy() - finite))
+    finite, zeros = (history[name][at].T for name in ("finite", "zeros"))
+    nonfinite = history["numel"][at].T - finite
+    counts = [
+        np.concatenate([_rows(part, log2) for _, part in history.parts(step)])
+        for step in steps.tolist()
+    ]
     stacked = np.stack(counts, 1)
     filled: Array = stacked.max(1) > 0
     if not log2:
@@ -134,9 +127,19 @@ def samples(history: History) -> Samples:
     parts = [
         stacked[i, :, a : a + n].ravel() for i, (a, n) in enumerate(zip(first, rows, strict=True))
     ]
-    finite, zeros, nonfinite = (np.stack(each, 1) for each in zip(*numbers, strict=True))
-    edges = None if log2 else np.stack(ends, 1)
+    ends = np.stack([history[name][at].T for name in ("low", "high")], -1)
+    edges = None if log2 else ends.clip(-_LARGEST / 2, _LARGEST / 2)
     return Samples(steps, first, rows, np.concatenate(parts), finite, zeros, nonfinite, edges)
+
+
+def _rows(part: Statistics, log2: bool) -> Array:
+    """Histograms of some layers over a page's rows: int64 ``(layers, rows)``."""
+    counts = part.counts.numpy()
+    if log2:
+        return octaves(counts, part.zeros.numpy())[:, :255]
+    starts = np.arange(0, counts.shape[1], -(-counts.shape[1] // _MAX_ROWS))
+    rows: Array = np.add.reduceat(counts, starts, axis=1)
+    return rows
 
 
 def _log2(x: Array) -> Array:

@@ -1,0 +1,122 @@
+"""Readers of histograms over a million bins take memory for a few layers at a time."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gradstat import History, LinearBins, Statistics
+from gradstat.cli import main
+from gradstat.history.packed_counts import SparseRows
+from gradstat.history.records import OWN, Records
+from gradstat.kinds import Row
+from gradstat.results import FLOATS, INTEGERS
+
+BINS, LAYERS = 1 << 20, 200
+# All dense histograms of one record take 1.6 GB, beside what Python and its libraries take.
+MOST_BYTES = 3 << 29
+
+
+def made_up(n_layers: int) -> History:
+    """Each layer has one value in the first bin and two in the last."""
+    integers = np.zeros((1, n_layers, len(INTEGERS)), np.int64)
+    integers[..., :2] = 3
+    floats = np.broadcast_to([0.0, 1.0, 2.0, 0.57, 2.0, 1.41, 0.0, 1.0], (1, n_layers, 8))
+    assert len(FLOATS) == 8
+    counts = SparseRows(
+        np.full(n_layers, 2, np.int32),
+        np.tile(np.array([0, BINS - 1], np.uint32), n_layers),
+        np.tile(np.array([1, 2], np.uint32), n_layers),
+    )
+    names = [f"{i}.weight" for i in range(n_layers)]
+    return History.from_records(
+        Records(
+            rows=[Row("grad", name) for name in names],
+            layers=names,
+            bins=LinearBins(BINS, 0.0, 1.0),
+            steps=list(range(1)),
+            times=np.zeros(1),
+            integers=integers,
+            floats=floats.copy(),
+            counts=counts,
+            origins=np.full(n_layers, OWN),
+        )
+    )
+
+
+def limit() -> None:
+    # Of memory that is asked for, not of code: libraries take several GB of addresses.
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_BYTES, MOST_BYTES))
+
+
+@pytest.mark.faults
+@pytest.mark.host("measures the memory of a process")
+@pytest.mark.parametrize("command", ["tail run.npz --updates 1", "report run.npz -o page.html"])
+def test_commands_take_memory_for_few_layers_of_a_million_bins(
+    command: str, tmp_path: Path
+) -> None:
+    made_up(LAYERS).save(tmp_path / "run.npz")
+    assert (tmp_path / "run.npz").stat().st_size < 100_000
+    done = subprocess.run(
+        [sys.executable, "-m", "gradstat", *command.split()],
+        cwd=tmp_path,
+        preexec_fn=limit,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "tail run.npz --updates 1",
+        "diagnose run.npz",
+        "report run.npz -o page.html",
+        "export run.npz --to csv tables",
+        "export run.npz --to tensorboard tables",
+        "export run.npz --to wandb tables",
+    ],
+)
+def test_commands_read_a_million_bins_layer_by_layer(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_up(3).save(tmp_path / "run.npz")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(History, "record", lambda *_: pytest.fail("all layers at once"))
+    read, sizes = History._record, []
+
+    def read_part(self: History, at: int, part: slice) -> Statistics:
+        sizes.append(part.stop - part.start)
+        return read(self, at, part)
+
+    monkeypatch.setattr(History, "_record", read_part)
+    if "wandb" in command:
+        pytest.importorskip("wandb")
+    assert main(command.split()) == 0
+    assert set(sizes) == (set() if command.startswith(("tail", "diagnose")) else {1})
+    if "csv" in command:
+        lines = (tmp_path / "tables" / "run.csv").read_text().splitlines()
+        low, high = "[0.0, 0.9999990463256836]", "[9.5367431640625e-07, 1.0]"
+        assert len(lines) == 1 + 3
+        assert lines[-1].endswith(f'"{low}","{high}","[1, 2]"')
+
+
+def test_history_parts_are_a_record_in_parts() -> None:
+    history = made_up(3)
+    seen = []
+    for at, part in history.parts(-1):
+        assert part.counts.nbytes <= 8 << 20
+        assert part.counts[:, 0].tolist() == [1] * len(part)
+        seen += history.layers[at]
+    assert seen == history.layers
+    few = History(["x", "y"], LinearBins(4))
+    few.append(
+        3, np.zeros((2, 8), int), np.full((2, 8), np.nan), np.arange(8, dtype=int).reshape(2, 4)
+    )
+    ((at, part),) = few.parts(3)
+    assert at == slice(0, 2)
+    assert part.counts.equal(few.record(3).counts)
