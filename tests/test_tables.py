@@ -11,7 +11,6 @@ import pytest
 import torch
 from histories import make_history
 
-import gradstat
 from gradstat import History, LinearBins, Log2Bins
 from gradstat.bins import Bins
 from gradstat.history import FIELDS
