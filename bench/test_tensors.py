@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from answers import SCHEMES, truth
-from contestants import GRADSTAT, PEERS, READ, Contestant
+from contestants import GRADSTAT, HISTOGRAMS, PEERS, PROTOTYPES, READ, Contestant
 from torch import Tensor
 
 from gradstat import Statistics
@@ -84,12 +84,35 @@ def run(case: Case, contestant: Contestant, race: Callable[..., None], benchmark
 
 
 # By case first: the data of one are made once.
-@pytest.mark.parametrize("contestant", [*GRADSTAT, *PEERS, READ], ids=lambda c: c.name)
+@pytest.mark.parametrize("contestant", [*PROTOTYPES, *GRADSTAT, *PEERS, READ], ids=lambda c: c.name)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_tensor(
     case: Case, contestant: Contestant, race: Callable[..., None], benchmark: Any
 ) -> None:
     run(case, contestant, race, benchmark)
+
+
+HISTOGRAM_SIZES = [Case("histograms", n) for n in (100, 10_000, 10_000_000)]
+
+
+@pytest.mark.parametrize("contestant", [*HISTOGRAMS, *PEERS[1:]], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", HISTOGRAM_SIZES, ids=str)
+def test_histogram(
+    case: Case, contestant: Contestant, race: Callable[..., None], benchmark: Any
+) -> None:
+    """`gradstat.histogram`, the same from `statistics`, and what others have for it."""
+    x = make(case)
+    contestant.check(contestant.call(x), x, expected(case))
+    benchmark.group = f"{case.elements:,} values"
+    others = {c.name: functools.partial(c.call, x) for c in HISTOGRAMS if c is not contestant}
+    race(
+        functools.partial(contestant.call, x),
+        others,
+        suite=case.suite,
+        contestant=contestant.name,
+        elements=case.elements,
+        bytes=x.nbytes,
+    )
 
 
 @pytest.mark.parametrize("contestant", [*GRADSTAT, READ], ids=lambda c: c.name)

@@ -188,9 +188,12 @@ def _empty_lanes(within: Range, to: Counters) -> None:
                 to.wide[j] += pairs[lane * PAIR_STRIDE + j]
                 pairs[lane * PAIR_STRIDE + j] = 0
         for second in range(n):
+            of_second = np.int64(0)
             for first in range(n):
-                to.totals[first] += to.wide[second * n + first]
-                to.totals[second] += to.wide[second * n + first]
+                both = np.int64(to.wide[second * n + first])
+                to.totals[first] += both
+                of_second += both
+            to.totals[second] += of_second
     else:
         for j in range(n):
             total = np.uint32(0)

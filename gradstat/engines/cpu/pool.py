@@ -112,10 +112,10 @@ def _withdraw(shares: list[_Share]) -> None:
 
 def count_threads() -> int:
     """How many threads may work at a time: torch's, but no more than there are CPUs for them."""
-    limits = [torch.get_num_threads(), _granted_cpus()]
-    if hasattr(os, "sched_getaffinity"):
-        limits.append(len(os.sched_getaffinity(0)))
-    return max(math.floor(min(limits)), 1)
+    threads = torch.get_num_threads()
+    if threads > 1 and hasattr(os, "sched_getaffinity"):
+        threads = min(threads, len(os.sched_getaffinity(0)))
+    return int(min(threads, _granted_cpus()))
 
 
 @functools.cache
