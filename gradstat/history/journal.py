@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import time
@@ -79,9 +80,9 @@ class Journal:
         self._path = path.absolute()
         self._like = like
         self._state = _State([], [], 0, ([], []), 0, Link())
+        self._newest_step = -1
         self._is_created = False
         self._timer: threading.Timer | None = None
-        self._is_writing = False
         self._warned: set[str] = set()
         self._n_forks = _n_forks
         self._most_waiting = max(1, _DENSE_BYTES // max(1, 8 * len(like.rows) * like.bins.bins))
@@ -111,7 +112,11 @@ class Journal:
         *,
         time_s: float | None = None,
     ) -> None:
-        """Take a record, as `History.append`; it is written within a few seconds."""
+        """Take a record, as `History.append`; it is written within a few seconds.
+
+        Raises:
+            ValueError: a step that is not higher than the last one.
+        """
         if _n_forks != self._n_forks:
             self._warn_once(
                 "fork",
@@ -119,10 +124,13 @@ class Journal:
                 f"it was forked from goes on writing its own to {self._path}",
             )
             return
+        if step <= self._newest_step:
+            raise ValueError(f"append() needs a step after {self._newest_step}; step is {step}")
         record = (step, time.time() if time_s is None else time_s, integers, floats, counts)
         with self._lock:
             waiting = self._state.waiting
             waiting.append(record)
+        self._newest_step = step
         if len(waiting) >= self._most_waiting:
             self._pack_waiting()
         if self._timer is None:
@@ -130,16 +138,22 @@ class Journal:
 
     def flush(self) -> None:
         """Write all records that are waiting; waits for those that are being written."""
-        if _n_forks != self._n_forks:
+        if _n_forks != self._n_forks or self._is_writing_here():
             return
         with self._writing:
-            if self._is_writing:
-                return  # a signal's handler, within what follows
-            self._is_writing = True
-            try:
-                self._write_waiting()
-            finally:
-                self._is_writing = False
+            self._write_waiting()
+
+    def _is_writing_here(self) -> bool:
+        """Whether this is called by a signal's handler while its own thread writes.
+
+        A flag could be left set by an interrupt; the stack of calls cannot.
+        """
+        frame = inspect.currentframe()
+        while frame is not None:
+            if frame.f_code is Journal._write_waiting.__code__ and frame.f_locals["self"] is self:
+                return True
+            frame = frame.f_back
+        return False
 
     def _pack_waiting(self) -> None:
         with self._lock:

@@ -19,6 +19,8 @@ OWN, SAME = -1, -2
 
 _MOST_RANKS = 1 << 31
 _MOST_ELEMENTS = 1 << 60  # no sum of a row's numbers overflows
+# A device may count what is smaller as zero: float16's smallest normal number.
+_FLUSHED = 2.0**-14
 # Rows and histogram entries that are checked together: what it takes is small beside a history.
 _ROWS, _ENTRIES = 1 << 13, 1 << 17
 
@@ -148,7 +150,7 @@ def _wrong_floats(integers: Array, floats: Array) -> list[_Wrong]:
     return [
         (least > most, "min is above its max"),
         ((finite == 0) & ~(np.isnan(least) & np.isnan(most)), "min and max are of no element"),
-        ((zeros > 0) & ((least > 0) | (most < 0)), "zeros are outside its min and max"),
+        ((zeros > 0) & ((least > _FLUSHED) | (most < -_FLUSHED)), "zeros are outside min and max"),
         ((std < 0) | (l1 < 0) | (l2 < 0), "std and norms are negative"),
         (low > high, "range ends below where it begins"),
     ]

@@ -3,11 +3,13 @@
 import os
 import random
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import torch
 from watching import LAYERS, arrays
 
 from gradstat import History, Log2Bins, statistics
-from gradstat.history import blocks, npz
+from gradstat.history import blocks, journal, npz
 from gradstat.history.journal import Journal
 
 pytestmark = pytest.mark.faults
@@ -279,3 +281,55 @@ def test_directory_can_be_read_all_the_time_while_it_is_written(
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
     assert len(set(n_records)) > 3
+
+
+class Interrupts:
+    """Raises KeyboardInterrupt at one line that this thread runs in a file."""
+
+    def __init__(self, file: str, at: int) -> None:
+        self._file, self._at = file, at
+        self.n_lines = 0
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> object:
+        if frame.f_code.co_filename != self._file:
+            return None
+        if event == "line":
+            self.n_lines += 1
+            if self.n_lines == self._at:
+                raise KeyboardInterrupt
+        return self
+
+
+# The interpreter may leave a file that was being opened to its collector.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+def test_journal_interrupted_at_any_line_loses_at_most_that_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = small(9)
+    monkeypatch.setattr(journal, "_DENSE_BYTES", 2 * 8 * 2 * 2048)  # two records
+    monkeypatch.setattr(journal, "_MOST_WAITING_BYTES", 4 * 2 * 128)
+    records = [arrays(history.record(step)) for step in range(9)]
+    n_lines = at = 0
+    while at <= n_lines:
+        at += 1
+        kept = Journal(tmp_path / str(at), history)
+        interrupts = Interrupts(journal.__file__, at)
+        before = sys.gettrace()
+        missing = []
+        sys.settrace(interrupts)
+        for step, record in enumerate(records):
+            try:
+                kept.append(step, *record)
+                if step == 6:
+                    kept.flush()
+            except KeyboardInterrupt:
+                missing.append(step)
+                sys.settrace(interrupts)
+        sys.settrace(before)
+        n_lines = interrupts.n_lines
+        kept.flush()
+        kept.flush()
+        loaded = History.load(tmp_path / str(at)).steps.tolist()
+        assert loaded in (list(range(9)), [step for step in range(9) if step not in missing]), at
+    assert n_lines > 150

@@ -250,9 +250,13 @@ def test_history_load_refuses_zeros_outside_min_and_max(
 ) -> None:
     data = saved(generator, tmp_path)
     data["integers"][0, 0, INTEGERS.index("zeros")] = 1
+    # Smaller than what a device may count as zero, and larger.
+    data["floats"][0, 0, FLOATS.index("min")] = 1e-40
+    write(tmp_path / "run.npz", data)
+    assert len(History.load(tmp_path / "run.npz")) == 3
     data["floats"][0, 0, FLOATS.index("min")] = 1e-3
     write(tmp_path / "run.npz", data)
-    assert_load_refuses(tmp_path / "run.npz", "its zeros are outside its min and max, in step 0 of")
+    assert_load_refuses(tmp_path / "run.npz", "its zeros are outside min and max, in step 0 of")
 
 
 def test_history_load_refuses_rows_that_come_twice(
