@@ -9,7 +9,7 @@ RESULTS ?= .benchmarks
 FAKECUDA ?= ../shared/tools/fakecuda
 BIN := $(VENV)/bin
 
-.PHONY: help study images test test-cuda test-slow test-integrations lint format bench bench-training bench-results bench-gpu roofline clean
+.PHONY: help study images test test-cuda test-slow test-faults test-integrations lint format bench bench-training bench-results bench-gpu roofline clean
 # Two installs at once into one environment would damage it.
 .NOTPARALLEL:
 # A half-made environment must not pass for a whole one.
@@ -21,7 +21,8 @@ help:
 	@echo "make test       run the tests"
 	@echo "make test-cuda  run those of CUDA: on a card, or on a device in software (FAKECUDA=path)"
 	@echo "make test-slow  run the long property tests: 10,000 examples each"
-	@echo "make test-faults  test kills, torn and hostile files: every bit of a small one"
+	@echo "make test-faults"
+	@echo "                test that interrupts, forks, threads and damaged files do no harm"
 	@echo "make test-integrations"
 	@echo "                test that pandas, polars, DuckDB, TensorBoard, wandb and Chromium open"
 	@echo "                what gradstat writes"

@@ -146,6 +146,7 @@ def rows(history: History, progress: Progress | None = None) -> Iterator[Rows]:
     Yields:
         The next rows.
     """
+    history = history.snapshot()
     n_layers, steps = len(history.layers), history.steps
     fields = {name: history[name] for name in FIELDS}
     layers = np.array([row.name for row in history.rows], dtype=object)

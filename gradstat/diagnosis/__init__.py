@@ -17,6 +17,7 @@ from gradstat.diagnosis.stuck import find_stuck
 from gradstat.diagnosis.thresholds import Thresholds
 from gradstat.diagnosis.vanishing_exploding import find_dead, find_growth, find_low, find_trend
 from gradstat.history import History
+from gradstat.history.arguments import check_history
 from gradstat.kinds import GRAD, UNIT, UPDATE
 
 __all__ = ["FINDINGS", "SEVERITIES", "Finding", "Severity", "Thresholds", "diagnose"]
@@ -56,7 +57,7 @@ def diagnose(history: History, thresholds: Thresholds | None = None) -> list[Fin
         Findings: severe ones first, then warnings, then notes.
 
     Raises:
-        TypeError: something other than Thresholds.
+        TypeError: something other than a History, other than Thresholds.
         ValueError: a history without records.
 
     Example:
@@ -71,8 +72,7 @@ def diagnose(history: History, thresholds: Thresholds | None = None) -> list[Fin
     thresholds = Thresholds() if thresholds is None else thresholds
     if not isinstance(thresholds, Thresholds):
         raise TypeError(f"diagnose() needs Thresholds; thresholds is {type(thresholds).__name__}")
-    if len(history) == 0 or not history.layers:
-        raise ValueError(f"diagnose() needs a History with records; history is {history!r}")
+    history = check_history("diagnose", history)
     findings = []
     for kind, rules in _RULES.items():
         if kind is None or kind in history.kinds:

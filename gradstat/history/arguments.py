@@ -5,12 +5,13 @@ from __future__ import annotations
 from gradstat.history.history import History
 
 
-def check_history(function: str, history: History) -> None:
-    """Refuse what is no single History with records."""
+def check_history(function: str, history: History) -> History:
+    """Refuse what is no single History with records; return those that it has now."""
     if not isinstance(history, History):
         raise TypeError(f"{function}() needs a History; history is {type(history).__name__}")
     if len(history) == 0 or not history.layers:
         raise ValueError(f"{function}() needs a History with records; history is {history!r}")
+    return history.snapshot()
 
 
 def check_count(function: str, name: str, value: int, noun: str = "step") -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
-from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +16,8 @@ from torch import distributed as dist
 from gradstat.arrays import Array
 from gradstat.bins import Bins
 from gradstat.history import archive, merge
-from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import OWN, SAME, Records
+from gradstat.history.snapshot import DENSE_BYTES, Record, Snapshot
 from gradstat.kinds import GRAD, PARAM, UNIT, UPDATE, Row
 from gradstat.results import DERIVED, FLOATS, INTEGERS, Statistics
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from gradstat.diagnosis import Finding, Thresholds
 
 FIELDS = (*INTEGERS, *FLOATS, *DERIVED)
-_DENSE_BYTES = 4 << 20  # dense histograms waiting to be packed together
 
 
 class History:
@@ -72,29 +71,24 @@ class History:
         # Which ranks of a distributed run hold the same values of a layer, as in `Records`.
         self.origins = np.full(len(self.layers), OWN)
         self._capacity = capacity
-        self._stride = 1  # appended records from one that is kept to the next
-        self._n_appended = 0
-        self._steps: list[int] = []
-        self._times: list[float] = []
-        # With room for more records than there are, so that adding one seldom copies the others.
-        self._integers = np.empty((0, len(self.layers), len(INTEGERS)), dtype=np.int64)
-        self._floats = np.empty((0, len(self.layers), len(FLOATS)))
-        self._dense: list[Array] = []  # histograms of the newest records, not packed yet
-        self._packed = SparseRows.empty()
+        n_layers = len(self.layers)
+        self._shapes = (n_layers, len(INTEGERS)), (n_layers, len(FLOATS)), (n_layers, bins.bins)
+        # Each record replaces it as a whole: who reads meanwhile sees the one or the other.
+        self._now = Snapshot.empty(n_layers)
 
     @property
     def steps(self) -> Array:
         """Number of each recorded step, from 0: int64 ``(S,)``."""
-        return np.array(self._steps, dtype=np.int64)
+        return np.array(self._now.all_steps, dtype=np.int64)
 
     @property
     def times(self) -> Array:
         """When each step was recorded, in seconds since 1970: float64 ``(S,)``; NaN if unknown."""
-        return np.array(self._times, dtype=np.float64)
+        return np.array(self._now.all_times, dtype=np.float64)
 
     def __len__(self) -> int:
         """Number of recorded steps, S."""
-        return len(self._steps)
+        return self._now.size
 
     def __repr__(self) -> str:
         """Size and bins."""
@@ -113,30 +107,25 @@ class History:
 
         Args:
             step: its number, higher than the last one's.
-            integers: int64 ``(L, 8)``, fields as in `Statistics`.
-            floats: float64 ``(L, 8)``.
-            counts: int64 ``(L, bins)``, kept for a while, not copied.
+            integers: int64 ``(L, 8)``, fields as in `Statistics`; kept for a while, not copied.
+            floats: float64 ``(L, 8)``; so are they.
+            counts: int64 ``(L, bins)``; so are they.
             time_s: when it was recorded, in seconds since 1970; by default now.
 
         Raises:
-            ValueError: a step that is not higher.
+            ValueError: a step that is not higher, arrays of other shapes.
         """
-        if self._steps and step <= self._steps[-1]:
-            raise ValueError(f"append() needs a step after {self._steps[-1]}; step is {step}")
-        if self._capacity is not None:
-            self._make_room(self._capacity)
-        at = len(self._steps)
-        if at == len(self._integers):
-            self._integers = _with_room(self._integers)
-            self._floats = _with_room(self._floats)
-        self._integers[at], self._floats[at] = integers, floats
-        # Before the newest one joins them, which may have to go again.
-        if (len(self._dense) + 1) * counts.nbytes > _DENSE_BYTES:
-            self._pack()
-        self._dense.append(counts)
-        self._steps.append(step)
-        self._times.append(time.time() if time_s is None else time_s)
-        self._n_appended += 1
+        now = self._now
+        if (last := now.last_step) is not None and step <= last:
+            raise ValueError(f"append() needs a step after {last}; step is {step}")
+        shapes = integers.shape, floats.shape, counts.shape
+        if shapes != self._shapes:
+            raise ValueError(
+                f"append() needs arrays of shapes {self._shapes}; integers, floats and counts have "
+                f"{shapes}"
+            )
+        record = Record(step, time.time() if time_s is None else time_s, integers, floats, counts)
+        self._now = now.followed_by(record, self._capacity)
 
     def __getitem__(self, field: str) -> Array:
         """One field of `Statistics` at every step and layer.
@@ -152,10 +141,8 @@ class History:
         """
         if field not in FIELDS:
             raise KeyError(f"History[] needs one of {', '.join(FIELDS)}; got {field!r}")
-        integers, floats = self._integers[: len(self)], self._floats[: len(self)]
-        statistics = Statistics(
-            self.bins, torch.from_numpy(integers), torch.from_numpy(floats), torch.empty(0)
-        )
+        integers, floats = map(torch.from_numpy, self._now.numbers())
+        statistics = Statistics(self.bins, integers, floats, torch.empty(0))
         values: Array = getattr(statistics, field).numpy().copy()
         return values
 
@@ -171,7 +158,8 @@ class History:
         Raises:
             KeyError: a step that was not recorded.
         """
-        return self._record(self._find_step(step), slice(len(self.layers)))
+        now = self._now
+        return self._record(now, _find(now, step), slice(len(self.layers)))
 
     def parts(self, step: int = -1) -> Iterator[tuple[slice, Statistics]]:
         """Everything measured in one step, some layers at a time, in memory for a few histograms.
@@ -185,11 +173,12 @@ class History:
         Raises:
             KeyError: a step that was not recorded.
         """
-        at, n_layers = self._find_step(step), len(self.layers)
-        size = max(1, _DENSE_BYTES // (8 * self.bins.bins))
+        now, n_layers = self._now, len(self.layers)
+        at = _find(now, step)
+        size = max(1, DENSE_BYTES // (8 * self.bins.bins))
         for start in range(0, max(n_layers, 1), size):
             part = slice(start, min(start + size, n_layers))
-            yield part, self._record(at, part)
+            yield part, self._record(now, at, part)
 
     def histogram(self, layer: str, step: int = -1) -> tuple[Array, Array]:
         """Histogram of one layer in one step.
@@ -204,8 +193,10 @@ class History:
         Raises:
             KeyError: an unknown layer, or a step that was not recorded.
         """
-        column, at = self._find_layer(layer), self._find_step(step)
-        return self._counts(at, column), self._edges(self._floats[at, column])
+        column, now = self._find_layer(layer), self._now
+        at = _find(now, step)
+        _, floats = now.row(at)
+        return now.counts(at, column, self.bins.bins), self._edges(floats[column])
 
     def histograms(self, layer: str) -> tuple[Array, Array]:
         """Histogram of one layer in every recorded step.
@@ -220,11 +211,12 @@ class History:
         Raises:
             KeyError: an unknown layer.
         """
-        column = self._find_layer(layer)
-        counts = np.empty((len(self), self.bins.bins), dtype=np.int64)
-        for at in range(len(self)):
-            counts[at] = self._counts(at, column)
-        return counts, self._edges(self._floats[: len(self), column])
+        column, now = self._find_layer(layer), self._now
+        counts = np.empty((now.size, self.bins.bins), dtype=np.int64)
+        for at in range(now.size):
+            counts[at] = now.counts(at, column, self.bins.bins)
+        _, floats = now.numbers()
+        return counts, self._edges(floats[:, column])
 
     def select(self, kind: str) -> History:
         """The rows of one kind, where ``watch(what=...)`` has recorded several.
@@ -241,16 +233,16 @@ class History:
         """
         columns = self._columns("select", kind)
         records = self.to_records()
-        at = np.arange(len(self))[:, None] * len(self.layers) + columns
+        at = np.arange(len(records.steps))[:, None] * len(self.layers) + columns
         chosen = Records(
             [self.rows[column] for column in columns],
             [self.rows[column].name for column in columns],
             self.bins,
-            list(self._steps),
+            records.steps,
             records.times,
             records.integers[:, columns],
             records.floats[:, columns],
-            self._packed.keep(at.ravel()),
+            records.counts.keep(at.ravel()),
             records.origins[columns],
         )
         return History.from_records(chosen)
@@ -281,8 +273,8 @@ class History:
         Raises:
             KeyError: activations were not recorded.
         """
-        columns = self._columns("dead_units", UNIT)
-        zeros, numel = self["zeros"][:, columns], self["numel"][:, columns]
+        columns, now = self._columns("dead_units", UNIT), self.snapshot()
+        zeros, numel = now["zeros"][:, columns], now["numel"][:, columns]
         with np.errstate(invalid="ignore"):
             share: Array = zeros / numel
         return share
@@ -346,19 +338,32 @@ class History:
             mine.origins[plain] = SAME if replicated else OWN
         return History.from_records(merge.merge(mine, group))
 
+    def snapshot(self) -> History:
+        """The same records, without those that are added later.
+
+        One call on a history sees all its records as they are at one moment, also while another
+        thread trains; several calls that are to see the same ones need this.
+
+        Returns:
+            Another History, which takes no copy of the records.
+        """
+        taken = copy.copy(self)
+        taken.origins, taken._now = self.origins.copy(), self._now.alone()
+        return taken
+
     def to_records(self) -> Records:
-        """All arrays, of which only ``origins`` is a copy."""
-        self._pack()
-        integers, floats = self._integers[: len(self)], self._floats[: len(self)]
+        """All arrays, which are not to be changed, but for ``origins``, a copy."""
+        now = self._now
+        integers, floats = now.numbers()
         return Records(
             self.rows,
             self.layers,
             self.bins,
-            self._steps,
-            self.times,
+            now.all_steps,
+            np.array(now.all_times, dtype=np.float64),
             integers,
             floats,
-            self._packed,
+            now.all_counts(),
             self.origins.copy(),
         )
 
@@ -368,64 +373,28 @@ class History:
         history = cls(records.rows, records.bins)
         history.layers = records.layers
         history.origins = records.origins
-        history._steps, history._times = list(records.steps), records.times.tolist()
-        history._integers, history._floats = records.integers, records.floats
-        history._packed = records.counts
-        history._n_appended = len(records.steps)
+        history._now = Snapshot.of(
+            list(records.steps),
+            records.times.tolist(),
+            records.integers,
+            records.floats,
+            records.counts,
+        )
         return history
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the records take."""
-        dense = sum(counts.nbytes for counts in self._dense)
-        return self._integers.nbytes + self._floats.nbytes + self._packed.nbytes + dense
+        return self._now.nbytes
 
-    def _make_room(self, capacity: int) -> None:
-        """Drop records as one more comes."""
-        if self._steps and (self._n_appended - 1) % self._stride:
-            # The last one was kept only because it was the last one.
-            self._keep(slice(len(self) - 1))
-        if len(self) >= capacity:
-            self._keep(slice(None, None, 2))
-            self._stride *= 2
-
-    def _keep(self, kept: slice) -> None:
-        n = len(self)
-        newest_goes = kept == slice(n - 1) and self._dense
-        if newest_goes:
-            self._dense.pop()
-        else:
-            self._pack()
-            at = np.arange(n * len(self.layers)).reshape(n, -1)[kept]
-            self._packed = self._packed.keep(at.ravel())
-            self._integers, self._floats = self._integers[:n][kept], self._floats[:n][kept]
-        self._steps, self._times = self._steps[kept], self._times[kept]
-
-    def _pack(self) -> None:
-        if self._dense:
-            self._packed.extend(np.concatenate(self._dense))
-            self._dense.clear()
-
-    def _record(self, at: int, part: slice) -> Statistics:
+    def _record(self, now: Snapshot, at: int, part: slice) -> Statistics:
         """Statistics of some layers in the record at a position."""
         columns = range(*part.indices(len(self.layers)))
         counts = np.empty((len(columns), self.bins.bins), dtype=np.int64)
         for row, column in enumerate(columns):
-            counts[row] = self._counts(at, column)
-        return Statistics(
-            self.bins,
-            torch.from_numpy(self._integers[at, part].copy()),
-            torch.from_numpy(self._floats[at, part].copy()),
-            torch.from_numpy(counts),
-        )
-
-    def _counts(self, at: int, column: int) -> Array:
-        """Histogram of a layer, by its column, in the record at a position: a new array."""
-        n_packed = len(self) - len(self._dense)
-        if at >= n_packed:
-            dense: Array = self._dense[at - n_packed][column].copy()
-            return dense
-        return self._packed.row(at * len(self.layers) + column, self.bins.bins)
+            counts[row] = now.counts(at, column, self.bins.bins)
+        integers, floats = (torch.from_numpy(rows[part].copy()) for rows in now.row(at))
+        return Statistics(self.bins, integers, floats, torch.from_numpy(counts))
 
     def _edges(self, floats: Array) -> Array:
         """Edges for rows of `FLOATS`."""
@@ -447,14 +416,6 @@ class History:
         if layer not in self.layers:
             raise KeyError(f"History needs a layer of {self.layers}; layer is {layer!r}")
         return self.layers.index(layer)
-
-    def _find_step(self, step: int) -> int:
-        if step < 0 and -step <= len(self):
-            return len(self) + step
-        at = bisect_left(self._steps, step)
-        if at == len(self) or self._steps[at] != step:
-            raise KeyError(f"History needs a recorded step; step is {step} of {len(self)} records")
-        return at
 
     def diagnose(self, thresholds: Thresholds | None = None) -> list[Finding]:
         """Find what is wrong with the gradients and the rest of a run, the worst first.
@@ -531,6 +492,10 @@ class History:
         write(self, path, title=title)
 
 
-def _with_room(rows: Array) -> Array:
-    """The same rows with room for as many again."""
-    return np.concatenate([rows, np.empty((max(len(rows), 16), *rows.shape[1:]), rows.dtype)])
+def _find(now: Snapshot, step: int) -> int:
+    """Position of the record of a step, which may be counted back from the newest."""
+    n = now.size
+    at = n + step if -n <= step < 0 else now.find(step)
+    if at is None:
+        raise KeyError(f"History needs a recorded step; step is {step} of {n} records")
+    return at

@@ -169,8 +169,7 @@ class Journal:
         if not records:
             return History(like.rows, like.bins).to_records()
         steps, times, integers, floats, dense = zip(*records, strict=True)
-        counts = SparseRows.empty()
-        counts.extend(dense[0] if len(dense) == 1 else np.concatenate(dense))
+        rows = dense[0] if len(dense) == 1 else np.concatenate(dense)
         return Records(
             rows=like.rows,
             layers=like.layers,
@@ -179,7 +178,7 @@ class Journal:
             times=np.array(times),
             integers=np.stack(integers),
             floats=np.stack(floats),
-            counts=counts,
+            counts=SparseRows.empty().followed_by(rows),
             origins=like.origins.copy(),
         )
 

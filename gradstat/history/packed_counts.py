@@ -12,9 +12,9 @@ Array = NDArray[Any]
 
 
 class SparseRows:
-    """Rows of counts as their non-zero entries.
+    """Rows of counts as their non-zero entries, which do not change.
 
-    Appended in blocks that are never put together: neither adding a row nor reading one costs more
+    They are in blocks that are never put together: neither adding rows nor reading one costs more
     for the rows that are there already.
 
     Args:
@@ -24,11 +24,9 @@ class SparseRows:
     """
 
     def __init__(self, sizes: Array, indices: Array, values: Array) -> None:
-        self._starts: list[int] = []  # first row of each block
+        self._starts = [0]  # first row of each block
         # Of each block: where each row's entries end, their bins, their counts.
-        self._blocks: list[tuple[Array, Array, Array]] = []
-        self._n_rows = 0
-        self._add(sizes, indices, values)
+        self._blocks = [(np.cumsum(sizes, dtype=np.int64), indices, values)]
 
     @classmethod
     def empty(cls) -> SparseRows:
@@ -40,13 +38,17 @@ class SparseRows:
         """Rows of histograms of so many bins, from int64 arrays as the constructor takes them."""
         return cls(sizes, *_narrow(indices, values, bins))
 
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self._starts[-1] + len(self._blocks[-1][0])
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
         return sum(array.nbytes for block in self._blocks for array in block)
 
-    def extend(self, rows: Array) -> None:
-        """Append dense rows, int64 ``(N, bins)``."""
+    def followed_by(self, rows: Array) -> SparseRows:
+        """These rows and after them dense ones, int64 ``(N, bins)``."""
         n_rows, bins = rows.shape
         # Most columns are zero in all rows, and need not be looked at twice.
         used = np.flatnonzero(np.bitwise_or.reduce(rows, axis=0))
@@ -56,9 +58,13 @@ class SparseRows:
         filled = part != 0
         at = np.flatnonzero(filled.ravel())
         sizes = np.count_nonzero(filled, axis=1)
-        before = np.arange(n_rows) * (end - first) - first
-        indices = at - np.repeat(before, sizes)
-        self._add(sizes, *_narrow(indices, part.ravel()[at], bins))
+        offsets = np.arange(n_rows) * (end - first) - first
+        indices = at - np.repeat(offsets, sizes)
+        both = SparseRows(sizes, *_narrow(indices, part.ravel()[at], bins))
+        if before := len(self):
+            both._starts = [*self._starts, before]
+            both._blocks = [*self._blocks, *both._blocks]
+        return both
 
     def row(self, row: int, bins: int) -> Array:
         """One row, dense: int64 ``(bins,)``."""
@@ -83,11 +89,6 @@ class SparseRows:
         sizes = [np.diff(ends, prepend=0).astype(np.int32) for ends, _, _ in self._blocks]
         _, indices, values = zip(*self._blocks, strict=True)
         return np.concatenate(sizes), np.concatenate(indices), np.concatenate(values)
-
-    def _add(self, sizes: Array, indices: Array, values: Array) -> None:
-        self._starts.append(self._n_rows)
-        self._blocks.append((np.cumsum(sizes, dtype=np.int64), indices, values))
-        self._n_rows += len(sizes)
 
 
 def _narrow(indices: Array, values: Array, bins: int) -> tuple[Array, Array]:

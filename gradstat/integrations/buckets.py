@@ -9,7 +9,7 @@ import numpy as np
 
 from gradstat.arrays import Array, evenly_spread
 from gradstat.history import History
-from gradstat.history.arguments import check_count, check_history
+from gradstat.history.arguments import check_count
 from gradstat.kinds import ACTIVATION, PARAM, UNIT, UPDATE, Row
 from gradstat.results import Statistics
 
@@ -97,9 +97,8 @@ def chosen_steps(function: str, history: History, max_records: int | None) -> li
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: no records, ``max_records`` < 1.
+        ValueError: ``max_records`` < 1.
     """
-    check_history(function, history)
     if max_records is None:
         max_records = len(history)
     check_count(function, "max_records", max_records, "record")

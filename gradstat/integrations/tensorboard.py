@@ -9,6 +9,7 @@ from math import isfinite
 import numpy as np
 
 from gradstat.history import History
+from gradstat.history.arguments import check_history
 from gradstat.integrations.buckets import buckets, chosen_steps, counted, derived, rows, scalars
 from gradstat.kinds import GRAD, Row
 
@@ -48,6 +49,7 @@ def write(
         >>> from gradstat.integrations import tensorboard
         >>> tensorboard.write(w.history, "runs/today")  # doctest: +SKIP
     """
+    history = check_history("write", history)
     steps = chosen_steps("write", history, max_records)
     try:
         from tensorboard.compat.proto.summary_pb2 import Summary

@@ -12,6 +12,7 @@ import numpy as np
 
 from gradstat.arrays import Array
 from gradstat.history import History
+from gradstat.history.arguments import check_history
 from gradstat.integrations.buckets import (
     buckets,
     chosen_steps,
@@ -71,6 +72,7 @@ def log(
         >>> with wandb.init(mode="offline") as run:  # doctest: +SKIP
         ...     viewer.log(w.history, run)
     """
+    history = check_history("log", history)
     steps = chosen_steps("log", history, max_records)
     try:
         import wandb
@@ -124,7 +126,7 @@ def write(
         ImportError: wandb is not installed.
         ValueError: no records, or another run is going on in this process: use `log`.
     """
-    chosen_steps("write", history, None)
+    history = check_history("write", history)
     try:
         import wandb
     except ImportError as error:

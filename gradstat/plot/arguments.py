@@ -20,7 +20,7 @@ MAX_PANELS = 100  # 25 rows of four: six feet of figure
 
 
 def check_histories(function: str, history: Histories) -> dict[str, History]:
-    """Return the histories by name; a single one has the name ""."""
+    """Return the histories by name, as they are now; a single one has the name ""."""
     if isinstance(history, History):
         named: dict[str, History] = {"": history}
     elif isinstance(history, Mapping):
@@ -40,7 +40,7 @@ def check_histories(function: str, history: Histories) -> dict[str, History]:
             raise TypeError(f"{function}() needs Histories; {where} is {type(each).__name__}")
         if len(each) == 0 or not each.layers:
             raise ValueError(f"{function}() needs a History with records; {where} is {each!r}")
-    return named
+    return {name: each.snapshot() for name, each in named.items()}
 
 
 def literal(name: str) -> str:

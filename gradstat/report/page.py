@@ -56,7 +56,7 @@ def write(history: History, path: str | os.PathLike[str], *, title: str = "Gradi
         ...     model(torch.ones(1, 3)).sum().backward()
         >>> w.history.report("report.html")  # doctest: +SKIP
     """
-    check_history("report", history)
+    history = check_history("report", history)
     if not isinstance(title, str):
         raise TypeError(f"report() needs a text; title is {title!r}")
     text = _render(history, title)
