@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,11 +119,6 @@ class Journal:
             ValueError: a step that is not higher than the last one.
         """
         if _n_forks != self._n_forks:
-            self._warn_once(
-                "fork",
-                "watch() keeps the records of a forked process in memory alone; the process that "
-                f"it was forked from goes on writing its own to {self._path}",
-            )
             return
         if step <= self._newest_step:
             raise ValueError(f"append() needs a step after {self._newest_step}; step is {step}")
@@ -236,14 +232,10 @@ class Journal:
             self._state = self._state._replace(leaving=([], []), end=end, link=link)
 
     def _warn_of(self, error: OSError) -> None:
-        self._warn_once(
-            "disk", f"watch() cannot write to {self._path} and keeps its records in memory: {error}"
-        )
-
-    def _warn_once(self, what: str, message: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        if not self._has_warned:
+            self._has_warned = True
+            message = f"watch() cannot write to {self._path} and keeps its records in memory"
+            warnings.warn(f"{message}: {error}", RuntimeWarning, stacklevel=2)
 
 
 def _refusal(path: Path, found: int) -> ValueError:

@@ -70,6 +70,7 @@ class OutputHooks:
         if scaler is not None and optimizer is not None:
             self._skips = SkippedSteps(scaler, optimizer)
         self._layout, self._is_closed = Layout(modules), False
+        self._is_seeing = False  # when nobody is: an exception has ended it
         self._pass = RunningPass()
         self.sees_gradients = GRAD_OUTPUT in first_rows
         self.key = next(_KEYS)
@@ -93,7 +94,7 @@ class OutputHooks:
         if self._is_closed or model is None or not model.training or not _is_ordinary(x):
             return
         x, recorder = x.detach(), self._recorder
-        with recorder.lock, torch.no_grad():
+        with recorder.lock:
             if not recorder.is_due():
                 return
             if not is_gradient:
@@ -101,6 +102,7 @@ class OutputHooks:
             if self._has_failed():
                 # What is there belongs to a pass or a step that came to nothing.
                 recorder.drop()
+            self._is_seeing = True
             if is_gradient:
                 if not self._pass.has_begun:
                     self._pass.await_end(self._on_end)
@@ -111,18 +113,21 @@ class OutputHooks:
                 unit = self._layout.unit_dim(index, x)
                 if recorder.add_output(self._rows[ACTIVATION] + index, x):
                     recorder.add_peaks(self._rows[UNIT] + index, x, unit)
+            self._is_seeing = False
 
     def _on_end(self) -> None:
         with self._recorder.lock:
             self._pass.end()
 
     def _has_failed(self) -> bool:
+        failed = self._is_seeing
         if self._pass.has_begun and not self._pass.is_running():
             self._pass.end()
-            return True
+            failed = True
         if self._recorder.is_recording and not self._is_running():
-            return True
-        return self._skips is not None and self._skips.found(self._recorder.n_passes)
+            failed = True
+        skipped = self._skips is not None and self._skips.found(self._recorder.n_passes)
+        return failed or skipped
 
 
 class _OnOutput:

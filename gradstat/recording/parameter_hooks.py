@@ -113,19 +113,16 @@ class BackwardHooks:
         Returns:
             Whether there is a node after it, from which the end of the outer pass can be awaited.
         """
-        handles: list[RemovableHandle] = []
+        call = _hook_nodes(node, self._on_outer_node)
+        if call is not None:
+            self._pass.await_call(call)
+        return call is not None
 
-        def on_outer_node(*_: Any) -> None:  # noqa: ANN401 (gradients, which it does not read)
-            with self._recorder.lock:
-                for handle in handles:
-                    handle.remove()
-                self._pass.await_end(self._on_end)
-
-        self._pass.await_call(on_outer_node)
-        handles += [
-            after.register_prehook(on_outer_node) for after, _ in node.next_functions if after
-        ]
-        return bool(handles)
+    def _on_outer_node(self, handles: list[RemovableHandle], *_: object) -> None:
+        with self._recorder.lock:
+            for handle in handles:
+                handle.remove()
+            self._pass.await_end(self._on_end)
 
 
 class StepHook:
@@ -198,14 +195,14 @@ class StepHook:
 
     @disable_dynamo
     def _after_step(self, *_: Any) -> None:  # noqa: ANN401 (the optimizer, what step() is given)
-        with self._recorder.lock, torch.no_grad():
+        with self._recorder.lock:
             origins = self._recorder.history.origins
-            for index, (parameter, before) in self._before.items():
-                change = torch.sub(local_part(parameter), before, out=before)
+            before_step, self._before = self._before, {}
+            for index, (parameter, before) in before_step.items():
+                change = torch.sub(local_part(parameter.detach()), before, out=before)
                 row = self._rows[UPDATE] + index
                 origins[row] = origins[self._rows[PARAM] + index]
                 self._recorder.add(row, change)
-            self._before = {}
             self._recorder.end()
 
     def _held_by(self, optimizer: Optimizer) -> dict[int, nn.Parameter]:
@@ -226,6 +223,16 @@ class StepHook:
                 self._recorder.add(self._rows[GRAD] + index, gradient)
             if PARAM in self._rows:
                 self._recorder.add(self._rows[PARAM] + index, parameter)
+
+
+def _hook_nodes(
+    node: torch.autograd.graph.Node, function: Callable[..., None]
+) -> weakref.ref[Callable[..., None]] | None:
+    """Have a function called, with the handles of its hooks, before a node that comes after one."""
+    handles: list[RemovableHandle] = []
+    call = partial(function, handles)
+    handles += [after.register_prehook(call) for after, _ in node.next_functions if after]
+    return weakref.ref(call) if handles else None
 
 
 def _wide_copy(parameter: nn.Parameter) -> Tensor:

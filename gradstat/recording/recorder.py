@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections import deque
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,26 +17,23 @@ from gradstat.history.journal import Journal
 from gradstat.kinds import GRAD, OF_OUTPUTS
 from gradstat.ops import is_measurable
 from gradstat.recording.arrivals import (
-    Launch,
     Part,
     Record,
-    Rows,
-    as_statistics,
     combine,
     send,
     unit_peaks,
 )
 from gradstat.recording.cuda_graphs import Cadence, CapturedPasses, is_capturing
+from gradstat.recording.delivery import Delivery, Sink
+from gradstat.recording.forks import call_after_fork
 from gradstat.recording.launcher import Launcher
 from gradstat.recording.shards import local_part, origin_of
 from gradstat.recording.side_stream import SideStream
 from gradstat.recording.streams import Computed
 from gradstat.recording.torch_internals import running_pass
 from gradstat.recording.transfers import Transfer
+from gradstat.recording.unfinished import Unfinished
 from gradstat.recording.waiting import Waiting
-from gradstat.results import Statistics
-
-Sink = Callable[[int, Statistics], object]
 
 _SMALL_BYTES = 1 << 16
 _MOST_ROWS = 256  # that wait on their device, 16 KB each over Log2Bins
@@ -51,9 +46,9 @@ _NO_OUTPUTS = (
 class Recorder:
     """Turns gradients into records.
 
-    A pass is ``begin()``, ``add()`` for each gradient, ``end()``; one that never ends leaves
-    nothing. What `add_output` takes before it belongs to it too. Callers hold `lock` meanwhile:
-    autograd runs hooks in a thread for each device.
+    A pass is ``begin()``, ``add()`` for each gradient, ``end()``; one that never ends, as an
+    exception or an interrupt may have it, leaves nothing. What `add_output` takes before it belongs
+    to it too. Callers hold `lock` meanwhile: autograd runs hooks in a thread for each device.
 
     Args:
         history: where the records go.
@@ -77,25 +72,20 @@ class Recorder:
     ) -> None:
         self.history = history
         self.lock = threading.RLock()
-        self._bins = history.bins
         self._cadence = cadence
         self._launcher = Launcher(history.bins, history.kinds, engine, cadence)
-        self._sink, self._journal = sink, journal
-        self.is_recording = False
-        # By the kind of what they multiply, and in which run of autograd they were taken.
-        self._scales: dict[str, Computed] = {}
-        self._scaled_in: dict[str, int] = {}
+        self._bucket_bytes, self._side = bucket_bytes, side
         self._outputs = frozenset(i for i, kind in enumerate(history.kinds) if kind in OF_OUTPUTS)
         self._has_outputs = False
-        self._peaks: dict[tuple[int, torch.Size, torch.device], Computed] = {}
-        self._waiting = Waiting(bucket_bytes, side)
-        self._launches: list[Launch] = []
-        self._parts: list[Part] = []  # of this record, on their way already
+        self._unfinished = self._nothing()
         self._captured = CapturedPasses()
-        self._pending: deque[Record] = deque()
-        self._newest_step = -1
-        self._arrived: deque[tuple[int, Rows]] = deque()
-        self._is_handing_on = False
+        self._delivery = Delivery(history, self._outputs, cadence, sink, journal)
+        call_after_fork(self)
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether a pass has begun that has not ended."""
+        return self._unfinished.is_recording
 
     def is_due(self) -> bool:
         """Whether the pass that comes or goes on is one to record, as a captured one may be."""
@@ -115,24 +105,25 @@ class Recorder:
             scale: what the gradients of this pass are to be divided by, 0-dim, on any device; it
                 may be changed in place afterwards.
         """
-        if self.is_recording:
+        if self._unfinished.is_recording:
             self.drop()
         if self.is_due():
-            self.is_recording = True
+            self._unfinished.is_recording = True
             self.take_scale(GRAD, scale)
 
     def take_scale(self, kind: str, scale: Tensor | None) -> None:
         """Remember what a record's values of a kind are multiplied by in this run of autograd."""
         if scale is None:
             return
-        run = running_pass()
-        if self._scaled_in.get(kind) == run:
+        run, unfinished = running_pass(), self._unfinished
+        if unfinished.scaled_in.get(kind) == run:
             return
-        if kind in self._scales:
+        if kind in unfinished.scales:
             # What waits has the one before.
             self.measure_waiting()
-        self._scales = {**self._scales, kind: Computed.now(scale.detach().clone())}
-        self._scaled_in[kind] = run
+        computed = Computed.now(scale.detach().clone())
+        unfinished.scales = {**unfinished.scales, kind: computed}
+        unfinished.scaled_in[kind] = run
 
     def add(self, index: int, gradient: Tensor) -> None:
         """Measure a layer's gradient, now or by the end of the pass; a later one replaces it.
@@ -141,17 +132,22 @@ class Recorder:
             index: of the layer.
             gradient: any tensor; what cannot be measured is passed over.
         """
-        if not self.is_recording:
+        unfinished = self._unfinished
+        if not unfinished.is_recording:
             return
         # What is part of a larger buffer may be changed in it meanwhile, as DistributedDataParallel
         # does; a shard is nobody else's.
         at_once = gradient._is_view()
+        # No matter whether gradients are enabled here: switching that is nothing for a hook, which
+        # an interrupt may end before it switches back.
+        if gradient.requires_grad:
+            gradient = gradient.detach()
         if type(gradient) is not Tensor:
             gradient = self._own_part(index, gradient)
         if gradient.is_sparse:
-            gradient = gradient.detach().coalesce().values()
+            gradient = gradient.coalesce().values()
         if is_measurable(gradient) and not gradient.is_meta:
-            self._waiting.replace(index, gradient, self._measure, at_once=at_once)
+            unfinished.waiting.replace(index, gradient, self._measure, at_once=at_once)
 
     def add_output(self, index: int, x: Tensor) -> bool:
         """Measure a layer's output, if `is_due`, and count it together with those before.
@@ -171,7 +167,7 @@ class Recorder:
         # A copy of a small one costs less than a launch of its own.
         is_small = x.nbytes <= _SMALL_BYTES
         x = x.clone() if is_small else x
-        self._waiting.join(index, x, self._measure, at_once=not is_small)
+        self._unfinished.waiting.join(index, x, self._measure, at_once=not is_small)
         return True
 
     def add_peaks(self, index: int, x: Tensor, unit: int | None) -> None:
@@ -186,37 +182,41 @@ class Recorder:
             return
         peaks = unit_peaks(self._own_part(index, x), unit)
         key = index, peaks.shape, peaks.device
-        before = self._peaks.get(key)
+        before = self._unfinished.peaks.get(key)
         if before is not None:
             peaks = torch.maximum(before.get(), peaks)
-        self._peaks[key] = Computed.now(peaks)
+        self._unfinished.peaks[key] = Computed.now(peaks)
 
     def measure_waiting(self) -> None:
         """Measure now what `add` has taken, which may change then."""
-        self._waiting.measure_all(self._measure)
+        self._unfinished.waiting.measure_all(self._measure)
 
     def end(self) -> None:
         """Finish the pass; its record is in `history` once it has arrived on the host.
 
         One that becomes part of a CUDA graph has a record each time that `replayed` is called.
         """
-        if self.is_recording:
-            if self._peaks:
-                self._take_peaks()
+        record, unfinished = None, self._unfinished
+        if unfinished.is_recording:
+            for (index, _, _), peaks in unfinished.peaks.items():
+                unfinished.waiting.join(index, peaks.get(), self._measure, at_once=False)
             if self._outputs and not self._has_outputs:
                 self._has_outputs = True
                 warnings.warn(_NO_OUTPUTS, RuntimeWarning, stacklevel=2)
             self.measure_waiting()
             if is_capturing():
                 # It has not run yet, and nothing may be asked of the device now.
-                self._captured.add(self._launches, self._cadence.count_captured())
-                self._forget()
+                self._captured.add(unfinished.launches, self._cadence.count_captured())
+                self.drop()
                 return
-            self._send(self._launches)
-            self._forget()
+            record = self._record([*unfinished.parts, *send(unfinished.launches)], None)
+            # After an interrupt from here on the record is missing, or there as a whole.
+            self.drop()
         self._captured.end_graph()
         self._cadence.count()
-        self._collect_pending()
+        if record is not None:
+            self._delivery.add(record)
+        self._delivery.collect(wait=False)
 
     def replayed(self, graph: object) -> bool:
         """Take the results of captured passes that are due, which a replay has written anew.
@@ -230,15 +230,16 @@ class Recorder:
         self._captured.end_graph()
         passes = self._captured.of(graph)
         for launches, stamp in passes:
-            if self.is_due():
-                self._send(launches, stamp)
+            record = self._record(send(launches), stamp) if self.is_due() else None
             self._cadence.count_replayed()
-        self._collect_pending()
+            if record is not None:
+                self._delivery.add(record)
+        self._delivery.collect(wait=False)
         return bool(passes)
 
     def drop(self) -> None:
         """Forget an unfinished pass."""
-        self._forget()
+        self._unfinished = self._nothing()
 
     def collect(self, wait: bool) -> None:
         """Move records that have arrived into the history, oldest first.
@@ -246,74 +247,41 @@ class Recorder:
         Args:
             wait: for all of them.
         """
-        while self._pending and self._pending[0].has_arrived(wait):
-            record = self._pending.popleft()
-            step: int | None = record.step
-            if record.stamp is not None:
-                step = self._cadence.take_stamp(record.stamp, record.n_told)
-            if step is None or step <= self._newest_step:
-                continue  # replayed() was not called once for each replay
-            self._newest_step = step
-            rows = record.rows(self._outputs)
-            self.history.append(step, *rows)
-            if self._journal is not None:
-                self._journal.append(step, *rows)
-            if self._sink is not None:
-                self._arrived.append((step, rows))
-        if self._sink is not None and not self._is_handing_on:
-            self._hand_on(self._sink)
+        self._delivery.collect(wait)
 
     def finish(self) -> None:
         """Wait for all records if anybody else is to have them, and hand them on."""
         with self.lock:
             self.drop()
             self._captured.clear()
-            if self._sink is not None or self._journal is not None:
-                self.collect(wait=True)
-            if self._journal is not None:
-                self._journal.flush()
+            self._delivery.finish()
 
-    def _hand_on(self, sink: Sink) -> None:
-        # A sink that reads the history may find another record, which is then the next one here.
-        self._is_handing_on = True
-        try:
-            while self._arrived:
-                step, rows = self._arrived.popleft()
-                sink(step, as_statistics(self._bins, rows))
-        finally:
-            self._is_handing_on = False
+    def forget_other_threads(self) -> None:
+        """In a forked process: take no part in what the other one records."""
+        self.lock = threading.RLock()
+        self.drop()
+        self._delivery.forget_other_threads()
 
-    def _send(self, launches: list[Launch], stamp: Tensor | None = None) -> None:
-        parts, self._parts = [*self._parts, *send(launches)], []
+    def _nothing(self) -> Unfinished:
+        return Unfinished(Waiting(self._bucket_bytes, self._side))
+
+    def _record(self, parts: list[Part], stamp: Tensor | None) -> Record:
         arriving = None if stamp is None else Transfer((stamp,))
-        step, n_told = self._cadence.step, self._cadence.n_told
-        self._pending.append(Record(step, self.history, parts, n_told, arriving))
+        return Record(self._cadence.step, self.history, parts, self._cadence.n_told, arriving)
 
     def _send_early(self) -> None:
         """Keep what waits for the end of a record from growing with the outputs it counts."""
-        n_rows = sum(len(launch.indices) for launch in self._launches)
+        unfinished = self._unfinished
+        n_rows = sum(len(launch.indices) for launch in unfinished.launches)
         if n_rows <= _MOST_ROWS or is_capturing():
             return
-        self._parts += send(self._launches)
-        self._launches = []
-        n_arrived = 0
-        while n_arrived < len(self._parts) and self._parts[n_arrived].has_arrived(wait=False):
+        parts, n_arrived = [*unfinished.parts, *send(unfinished.launches)], 0
+        while n_arrived < len(parts) and parts[n_arrived].has_arrived(wait=False):
             n_arrived += 1
         if n_arrived > 1:
-            arrived = combine(self._parts[:n_arrived], self.history, self._outputs)
-            self._parts = [arrived, *self._parts[n_arrived:]]
-
-    def _collect_pending(self) -> None:
-        if self._pending:
-            self.collect(wait=False)
-
-    def _forget(self) -> None:
-        self.is_recording = False
-        self._launches, self._parts = [], []
-        self._scales = {}
-        self._scaled_in.clear()
-        self._peaks.clear()
-        self._waiting.clear()
+            arrived = combine(parts[:n_arrived], self.history, self._outputs)
+            parts = [arrived, *parts[n_arrived:]]
+        unfinished.launches, unfinished.parts = [], parts
 
     def _own_part(self, index: int, x: Tensor) -> Tensor:
         """Of a DTensor what this rank holds, which the history is told."""
@@ -323,12 +291,8 @@ class Recorder:
         self.history.origins[index] = origin
         return local_part(x)
 
-    def _take_peaks(self) -> None:
-        for (index, _, _), peaks in self._peaks.items():
-            self._waiting.join(index, peaks.get(), self._measure, at_once=False)
-        self._peaks.clear()
-
     def _measure(self, tensors: dict[int, Tensor]) -> None:
-        self._launches.append(self._launcher.measure(tensors, self._scales))
+        unfinished = self._unfinished
+        unfinished.launches.append(self._launcher.measure(tensors, unfinished.scales))
         if self._outputs:
             self._send_early()

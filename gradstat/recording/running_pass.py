@@ -8,9 +8,11 @@ from collections.abc import Callable
 from functools import partial
 
 from gradstat.recording import torch_internals
+from gradstat.recording.forks import call_after_fork
 from gradstat.recording.torch_internals import is_in_backward
 
 _CALLER = "gradstat.caller"
+Call = weakref.ref[Callable[..., None]]
 
 
 class RunningPass:
@@ -22,30 +24,43 @@ class RunningPass:
     """
 
     def __init__(self) -> None:
-        self.has_begun = False
-        self._next_call: Callable[[], object] = lambda: None
-        self._caller: object = None
+        # The call that is awaited, while it is to come, and the thread that called the pass.
+        self._awaited: tuple[Call, object] | None = None
+        call_after_fork(self)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has begun and not ended, unless by an exception."""
+        return self._awaited is not None
 
     def await_end(self, function: Callable[[], None]) -> None:
         """Have a function called at the end of the pass that the caller of this is a hook of."""
-        call = partial(function)
-        self.await_call(call)
-        torch_internals.call_at_end_of_backward(call)
+        self.await_call(_queue(function))
 
-    def await_call(self, call: Callable[..., None]) -> None:
-        """Await a call that autograd alone keeps."""
-        self.has_begun, self._next_call = True, weakref.ref(call)
-        self._caller = torch_internals.inherited(_CALLER)
+    def await_call(self, call: Call) -> None:
+        """Await a call that autograd alone keeps: no frame does, which an exception would keep."""
+        self._awaited = call, torch_internals.inherited(_CALLER)
 
     def end(self) -> None:
         """Await nothing any more."""
-        self.has_begun, self._next_call = False, lambda: None
+        self._awaited = None
+
+    def forget_other_threads(self) -> None:
+        """In a forked process: await no pass of a thread that is not there."""
+        self._awaited = None
 
     def is_running(self) -> bool:
         """Whether the pass has begun and neither ended nor been ended by an exception."""
-        if self._next_call() is None:
+        if self._awaited is None:
             return False
-        return is_in_backward() or self._caller != threading.get_ident()
+        call, caller = self._awaited
+        return call() is not None and (is_in_backward() or caller != threading.get_ident())
+
+
+def _queue(function: Callable[[], None]) -> Call:
+    call = partial(function)
+    torch_internals.call_at_end_of_backward(call)
+    return weakref.ref(call)
 
 
 def remember_caller() -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from gradstat.history.records import OWN
+from gradstat.history.records import OWN, SAME
+from gradstat.kinds import GRAD, OF_OUTPUTS
 
 
 def local_part(gradient: Tensor) -> Tensor:
-    """What this rank holds of a DTensor; any other tensor as it is."""
+    """What this rank holds of a detached DTensor; any other tensor as it is."""
     if not hasattr(gradient, "to_local"):
         return gradient
-    with torch.no_grad():
-        local = gradient.to_local()
-        # A collective may still be under way.
-        part: Tensor = local.wait() if hasattr(local, "wait") else local
+    local = gradient.to_local()
+    # A collective may still be under way.
+    part: Tensor = local.wait() if hasattr(local, "wait") else local
     return part
 
 
@@ -37,3 +36,13 @@ def origin_of(gradient: Tensor) -> int | None:
     placements = gradient.placements  # type: ignore[attr-defined]
     first = (0 if p.is_replicate() else i for i, p in zip(at, placements, strict=True))
     return int(mesh.mesh[tuple(first)])
+
+
+def usual_origin(kind: str, when: str) -> int:
+    """Who holds the same values of a kind, unless they are DTensors: `OWN` or `SAME`.
+
+    Args:
+        kind: of a row.
+        when: they are measured, as for `watch`.
+    """
+    return OWN if kind in OF_OUTPUTS or (kind == GRAD and when == "backward") else SAME

@@ -29,6 +29,8 @@ class Waiting:
 
     def __init__(self, bucket_bytes: int, side: SideStream | None) -> None:
         self._bucket_bytes, self._side = bucket_bytes, side
+        if side is not None:
+            side.forget()
         self._buckets: dict[Place, dict[int, Tensor]] = {}
         self._n_bytes: dict[Place, int] = {}
 
@@ -37,7 +39,7 @@ class Waiting:
 
         Args:
             index: of the layer.
-            x: what the current stream computes.
+            x: what the current stream computes, detached.
             measure: for buckets that are to be measured now.
             at_once: it may change as soon as this returns.
         """
@@ -59,13 +61,6 @@ class Waiting:
         if self._side is not None:
             self._side.join()
 
-    def clear(self) -> None:
-        """Forget what waits, and what was measured beside."""
-        self._buckets.clear()
-        self._n_bytes.clear()
-        if self._side is not None:
-            self._side.forget()
-
     def _add(self, place: Place, index: int, x: Tensor, measure: Measure, at_once: bool) -> None:
         self._buckets.setdefault(place, {})[index] = x
         n_bytes = self._n_bytes[place] = self._n_bytes.get(place, 0) + x.nbytes
@@ -82,6 +77,6 @@ class Waiting:
         stream = place if isinstance(place, torch.Stream) else None
         device = place if isinstance(place, torch.device) else place.device
         beside = nullcontext() if self._side is None else self._side.beside(device)
-        with torch.no_grad() if torch.is_grad_enabled() else nullcontext(), beside:
+        with beside:
             take_over(tensors.values(), stream)
             measure(tensors)

@@ -18,25 +18,21 @@ from torch.optim import Optimizer
 from gradstat.bins import Bins, Log2Bins
 from gradstat.history import History
 from gradstat.history.journal import Journal
-from gradstat.history.records import OWN, SAME
-from gradstat.kinds import (
-    GRAD,
-    KINDS,
-    OF_OUTPUTS,
-    Row,
-)
+from gradstat.kinds import KINDS, OF_OUTPUTS, Row
 from gradstat.ops import check_bins, check_engine
 from gradstat.recording.cuda_graphs import Cadence
+from gradstat.recording.delivery import Sink
 from gradstat.recording.module_hooks import OutputHooks
 from gradstat.recording.options import check_holds, check_integer, check_what, check_when
 from gradstat.recording.parameter_hooks import BackwardHooks, StepHook
-from gradstat.recording.recorder import Recorder, Sink
+from gradstat.recording.recorder import Recorder
 from gradstat.recording.selection import (
     ModuleSelector,
     ParameterSelector,
     select_modules,
     select_parameters,
 )
+from gradstat.recording.shards import usual_origin
 from gradstat.recording.side_stream import SideStream
 from gradstat.results import Statistics
 
@@ -174,7 +170,7 @@ def watch(
         for name in (seen if kind in OF_OUTPUTS else selected)
     ]
     history = History(rows, bins, capacity=capacity)
-    history.origins[:] = [_origin(row.kind, when) for row in rows]
+    history.origins[:] = [usual_origin(row.kind, when) for row in rows]
     first_rows = {kind: history.kinds.index(kind) for kind in dict.fromkeys(history.kinds)}
     journal = None if path is None else Journal(Path(path), history)
     side = SideStream() if stream == "side" else None
@@ -212,13 +208,14 @@ class Watch:
         self._recorder, self._hooks, self._outputs = recorder, hooks, outputs
         # A run that ends without close() loses nothing either: hooks live as long as the model.
         self._finish = weakref.finalize(hooks, recorder.finish)
+        self._is_closed = False
 
     @property
     def history(self) -> History:
         """All records so far; waits for those still on their way from the device.
 
-        Always the same object, to which later records are added. With ``capacity`` they also make
-        others go: another thread than the one that trains should read `last` instead.
+        Always the same object, to which later records are added; any thread may read it meanwhile,
+        and `History.snapshot` holds those of one moment.
         """
         with self._recorder.lock:
             self._recorder.collect(wait=True)
@@ -239,10 +236,12 @@ class Watch:
 
         Raises:
             ValueError: another ``when``.
+            RuntimeError: the watch is closed.
         """
         if not isinstance(self._hooks, StepHook) or not self._hooks.calls_only:
             when = "step" if isinstance(self._hooks, StepHook) else "backward"
             raise ValueError(f"measure() needs watch(when='call'); when is {when!r}")
+        self._check_open("measure()")
         self._hooks.measure()
 
     def replayed(self, graph: CUDAGraph | None = None) -> None:
@@ -278,14 +277,21 @@ class Watch:
         Waits for records on their way from the device if they are to be written or handed on.
         """
         with self._recorder.lock:
+            self._is_closed = True
             self._hooks.remove()
             if self._outputs is not None:
                 self._outputs.remove()
-            self._recorder.drop()
-            self._finish()
+            # After an interrupt the end of the process does it again.
+            self._recorder.finish()
+            self._finish.detach()
 
     def __enter__(self) -> Watch:
-        """The watch itself."""
+        """The watch itself.
+
+        Raises:
+            RuntimeError: it is closed.
+        """
+        self._check_open("with")
         return self
 
     def __exit__(
@@ -297,6 +303,10 @@ class Watch:
         """Close it."""
         self.close()
 
+    def _check_open(self, function: str) -> None:
+        if self._is_closed:
+            raise RuntimeError(f"{function} needs a watch that is not closed; watch() again")
+
 
 def _is_changed_in_backward(model: nn.Module) -> bool:
     """Whether gradients may be averaged before the end of the pass that computes them."""
@@ -304,10 +314,3 @@ def _is_changed_in_backward(model: nn.Module) -> bool:
         isinstance(module, DistributedDataParallel) and module.static_graph
         for module in model.modules()
     )
-
-
-def _origin(kind: str, when: str) -> int:
-    """Who holds the same values of a kind, unless they are DTensors, which say it themselves."""
-    if kind in OF_OUTPUTS or (kind == GRAD and when == "backward"):
-        return OWN
-    return SAME

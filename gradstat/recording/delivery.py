@@ -1,0 +1,111 @@
+"""`Delivery`: hands records that have arrived to the history, the journal and the sink."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable
+from contextlib import nullcontext
+
+from gradstat.history import History
+from gradstat.history.journal import Journal
+from gradstat.recording.arrivals import Record, Rows, as_statistics
+from gradstat.recording.cuda_graphs import Cadence
+from gradstat.results import Statistics
+
+Sink = Callable[[int, Statistics], object]
+
+_FORKED = (
+    "watch() keeps the records of a forked process in memory alone: path and sink belong to the "
+    "process that it was forked from"
+)
+
+
+class Delivery:
+    """Records on their way to whoever is to have them, oldest first.
+
+    Each is taken before it is handed on, so that an interrupt loses one record at most. One thread
+    at a time calls the methods, but a signal's handler or a sink may call them within a call.
+
+    Args:
+        history: is given each record.
+        outputs: layers whose rows are counted together.
+        cadence: tells the steps of captured passes.
+        sink: is given each record too.
+        journal: so is it.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        outputs: frozenset[int],
+        cadence: Cadence,
+        sink: Sink | None,
+        journal: Journal | None,
+    ) -> None:
+        self._history, self._outputs, self._cadence = history, outputs, cadence
+        self._sink, self._journal = sink, journal
+        self._pending: deque[Record] = deque()
+        self._newest_step = -1
+        self._arrived: deque[tuple[int, Rows]] = deque()
+        # Held by who does so, further out in the same thread. A second context goes with each:
+        # an interrupt just before the end of a single one would leave it locked.
+        self._moving, self._handing_on = threading.Lock(), threading.Lock()
+        self._is_to_warn = False
+
+    def add(self, record: Record) -> None:
+        """Take a record that may still be on its way from its device."""
+        self._pending.append(record)
+
+    def collect(self, wait: bool) -> None:
+        """Hand on records that have arrived.
+
+        Args:
+            wait: for all of them.
+        """
+        if self._pending and not self._moving.locked():
+            with self._moving, nullcontext():
+                self._move(wait)
+        sink = self._sink
+        # A sink that reads the history may find another record, which is then the next one here.
+        if sink is not None and self._arrived and not self._handing_on.locked():
+            with self._handing_on, nullcontext():
+                while self._arrived:
+                    step, rows = self._arrived.popleft()
+                    sink(step, as_statistics(self._history.bins, rows))
+
+    def finish(self) -> None:
+        """Wait for all records if anybody else is to have them, and hand them on."""
+        if self._sink is not None or self._journal is not None:
+            self.collect(wait=True)
+        if self._journal is not None:
+            self._journal.flush()
+
+    def forget_other_threads(self) -> None:
+        """In a forked process: keep later records in the history alone."""
+        self._moving, self._handing_on = threading.Lock(), threading.Lock()
+        # They are those of the other process.
+        self._pending.clear()
+        self._arrived.clear()
+        self._is_to_warn |= self._sink is not None or self._journal is not None
+        self._sink = self._journal = None
+
+    def _move(self, wait: bool) -> None:
+        while self._pending and self._pending[0].has_arrived(wait):
+            record = self._pending.popleft()
+            step: int | None = record.step
+            if record.stamp is not None:
+                step = self._cadence.take_stamp(record.stamp, record.n_told)
+            if step is None or step <= self._newest_step:
+                continue  # replayed() was not called once for each replay
+            self._newest_step = step
+            rows = record.rows(self._outputs)
+            self._history.append(step, *rows)
+            if self._journal is not None:
+                self._journal.append(step, *rows)
+            if self._sink is not None:
+                self._arrived.append((step, rows))
+            if self._is_to_warn:
+                self._is_to_warn = False
+                warnings.warn(_FORKED, RuntimeWarning, stacklevel=2)
