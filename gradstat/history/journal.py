@@ -8,7 +8,6 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,7 +83,7 @@ class Journal:
         self._newest_step = -1
         self._is_created = False
         self._timer: threading.Timer | None = None
-        self._warned: set[str] = set()
+        self._has_warned = False
         self._n_forks = _n_forks
         self._most_waiting = max(1, _DENSE_BYTES // max(1, 8 * len(like.rows) * like.bins.bins))
         # The first is held for a moment, to take a record or to begin a block, the second while a
