@@ -24,6 +24,9 @@ NOUNS = {
     GRAD_OUTPUT: "output gradient",
 }
 
+# What backward computes, the last layer first.
+FROM_THE_END = (GRAD, GRAD_OUTPUT)
+
 # What is multiplied by the scale of a loss.
 SCALED = (GRAD, GRAD_OUTPUT)
 

@@ -11,14 +11,14 @@ from conftest import ROOT
 PACKAGE = ROOT / "gradstat"
 # Rooms in the order of the data, each from those before it; rooms of one line from one another.
 ORDER = (
-    ("float_mode", "nice_ranges", "bins", "kinds", "arrays", "files", "escaping"),
+    ("float_mode", "nice_ranges", "bins", "kinds", "arrays", "files", "escaping", "fourth_moment"),
     ("results",),
     ("kernels",),
     ("engines",),
     ("ops",),
     ("history",),
-    ("recording",),
     ("diagnosis",),
+    ("recording",),
     ("plot",),
     ("tables",),
     ("report",),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from gradstat.history.history import History
 
 
@@ -23,6 +25,6 @@ def check_count(function: str, name: str, value: int, noun: str = "step") -> Non
 
 
 def first_rows(history: History) -> list[str]:
-    """Names of the rows of a history's first kind: gradients where they were recorded."""
-    named = zip(history.layers, history.kinds, strict=True)
-    return [layer for layer, kind in named if kind == history.kinds[0]]
+    """Names of the rows of a history's first kind, gradients where they were recorded, by depth."""
+    columns = np.flatnonzero(np.array(history.kinds) == history.kinds[0])
+    return [history.layers[at] for at in history.by_depth(columns)]

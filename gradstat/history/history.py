@@ -6,6 +6,7 @@ import copy
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,16 +18,18 @@ from gradstat.arrays import Array
 from gradstat.bins import Bins
 from gradstat.history import archive, merge
 from gradstat.history.records import OWN, SAME, Records
+from gradstat.history.scalars import Scalars
+from gradstat.history.shapes import kurtosis_of
 from gradstat.history.snapshot import DENSE_BYTES, Record, Snapshot
-from gradstat.kinds import GRAD, PARAM, UNIT, UPDATE, Row
-from gradstat.results import DERIVED, FLOATS, INTEGERS, Statistics
+from gradstat.kinds import FROM_THE_END, GRAD, PARAM, UNIT, UPDATE, Row
+from gradstat.results import DERIVED, FLOATS, INTEGERS, SHAPES, Statistics
 
 if TYPE_CHECKING:
     import pandas
 
     from gradstat.diagnosis import Finding, Thresholds
 
-FIELDS = (*INTEGERS, *FLOATS, *DERIVED)
+FIELDS = (*INTEGERS, *FLOATS, *DERIVED, *SHAPES)
 
 
 class History:
@@ -41,6 +44,13 @@ class History:
         capacity: most records to keep, 2 or more: the first, the last, and between them every so
             many, evenly. Whenever it is full every other one is dropped.
         kinds: of what each layer is, by default gradients; see ``what`` of `gradstat.watch`.
+
+    Attributes:
+        depth: int64 ``(L,)``, the place of each layer among those of its kind, from the input on,
+            as the first record has shown it; ``None`` where no order was seen, as of compiled
+            models: then layers are taken in the order in which they are registered.
+        partial_step: the step of the last record if its pass did not end: it lacks what would have
+            come later; ``None`` otherwise.
 
     Example:
         >>> import torch, gradstat
@@ -75,6 +85,10 @@ class History:
         self._shapes = (n_layers, len(INTEGERS)), (n_layers, len(FLOATS)), (n_layers, bins.bins)
         # Each record replaces it as a whole: who reads meanwhile sees the one or the other.
         self._now = Snapshot.empty(n_layers)
+        self._scalars = Scalars()
+        # Place of each layer among those of its kind, from the input on, where it was seen.
+        self.depth: Array | None = None
+        self.partial_step: int | None = None
 
     @property
     def steps(self) -> Array:
@@ -141,10 +155,90 @@ class History:
         """
         if field not in FIELDS:
             raise KeyError(f"History[] needs one of {', '.join(FIELDS)}; got {field!r}")
+        if field in SHAPES:
+            records = self.to_records()
+            at, columns = np.arange(len(records.steps)), np.arange(len(self.layers))
+            return kurtosis_of(records, at, columns)
         integers, floats = map(torch.from_numpy, self._now.numbers())
         statistics = Statistics(self.bins, integers, floats, torch.empty(0))
         values: Array = getattr(statistics, field).numpy().copy()
         return values
+
+    @property
+    def order(self) -> list[str]:
+        """The layers of the first kind as a step comes to them, as `depth` tells.
+
+        Gradients arrive from the last layer back; parameters and outputs begin with the first.
+        """
+        first = self.kinds[0] if self.kinds else GRAD
+        columns = self.by_depth(self._columns("order", first))
+        return [self.layers[at] for at in (columns[::-1] if first in FROM_THE_END else columns)]
+
+    def by_depth(self, columns: Array) -> Array:
+        """Columns of rows of one kind, that of the row nearest to the input first."""
+        if self.depth is None:
+            return columns
+        ordered: Array = columns[np.argsort(self.depth[columns], kind="stable")]
+        return ordered
+
+    @property
+    def scalars(self) -> list[str]:
+        """Names of what was logged at the steps beside their records, such as ``"loss"``."""
+        return self._scalars.names
+
+    def scalar(self, name: str) -> tuple[Array, Array]:
+        """What was logged under a name, at every step, recorded or not.
+
+        Args:
+            name: one of `scalars`.
+
+        Returns:
+            steps, int64 ``(N,)``, which do not fall, and values, float64 ``(N,)``.
+
+        Raises:
+            KeyError: another name.
+        """
+        if name not in self._scalars.names:
+            raise KeyError(
+                f"scalar() needs one of {', '.join(self.scalars) or 'none'}; name is {name!r}"
+            )
+        return self._scalars.get(name)
+
+    def add_scalar(self, name: str, step: int, value: float) -> None:
+        """Add a number that belongs to a step; all of them are kept, whatever the capacity.
+
+        Args:
+            name: such as ``"loss"``.
+            step: no lower than that of the last value of this name.
+            value: 16 bytes of memory.
+
+        Raises:
+            ValueError: a lower step.
+        """
+        self._scalars.add(name, step, value)
+
+    def norm(self, kind: str = GRAD) -> Array:
+        """L2 norm of all rows of a kind together: of the whole gradient, as clipping sees it.
+
+        Non-finite elements and absent layers are left out.
+
+        Args:
+            kind: as for `select`.
+
+        Returns:
+            float64 ``(S,)``; NaN for a record without any of them.
+
+        Raises:
+            KeyError: a kind that was not recorded.
+        """
+        l2 = self["l2"][:, self._columns("norm", kind)]
+        known = ~np.isnan(l2)
+        l2 = np.where(known, l2, 0.0)
+        # No square overflows or underflows.
+        largest = l2.max(1, keepdims=True)
+        unit = np.where(largest > 0, largest, 1.0)
+        norm: Array = unit[:, 0] * np.sqrt(((l2 / unit) ** 2).sum(1))
+        return np.where(known.any(1), norm, np.nan)
 
     def record(self, step: int = -1) -> Statistics:
         """Everything measured in one step.
@@ -226,7 +320,8 @@ class History:
                 magnitude of each unit of an activation) or ``"grad_output"``.
 
         Returns:
-            A new History of as many records, its layers named by their parameters or modules.
+            A new History of as many records and the same scalars, its layers named by their
+            parameters or modules.
 
         Raises:
             KeyError: a kind that was not recorded.
@@ -234,16 +329,16 @@ class History:
         columns = self._columns("select", kind)
         records = self.to_records()
         at = np.arange(len(records.steps))[:, None] * len(self.layers) + columns
-        chosen = Records(
-            [self.rows[column] for column in columns],
-            [self.rows[column].name for column in columns],
-            self.bins,
-            records.steps,
-            records.times,
-            records.integers[:, columns],
-            records.floats[:, columns],
-            records.counts.keep(at.ravel()),
-            records.origins[columns],
+        chosen = replace(
+            records,
+            rows=[self.rows[column] for column in columns],
+            layers=[self.rows[column].name for column in columns],
+            integers=records.integers[:, columns],
+            floats=records.floats[:, columns],
+            counts=records.counts.keep(at.ravel()),
+            origins=records.origins[columns],
+            scalars=records.scalars.copy(),
+            depth=None if self.depth is None else self.depth[columns],
         )
         return History.from_records(chosen)
 
@@ -349,6 +444,7 @@ class History:
         """
         taken = copy.copy(self)
         taken.origins, taken._now = self.origins.copy(), self._now.alone()
+        taken._scalars = self._scalars.copy()
         return taken
 
     def to_records(self) -> Records:
@@ -365,6 +461,9 @@ class History:
             floats,
             now.all_counts(),
             self.origins.copy(),
+            self._scalars,
+            self.depth,
+            self.partial_step,
         )
 
     @classmethod
@@ -380,12 +479,14 @@ class History:
             records.floats,
             records.counts,
         )
+        history._scalars, history.depth = records.scalars, records.depth
+        history.partial_step = records.partial_step
         return history
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the records take."""
-        return self._now.nbytes
+        return self._now.nbytes + self._scalars.nbytes
 
     def _record(self, now: Snapshot, at: int, part: slice) -> Statistics:
         """Statistics of some layers in the record at a position."""

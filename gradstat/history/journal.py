@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from gradstat.history import History, archive, sections
 from gradstat.history.blocks import Link, encode
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import Records, concatenate
+from gradstat.history.scalars import Scalars
 
 _INTERVAL_S = 5.0
 _MOST_BYTES = 64 << 20  # kept for a disk that cannot be written
@@ -39,6 +41,7 @@ if hasattr(os, "register_at_fork"):
 
 # Step, time, integers, floats and counts, as `History.append` takes them.
 _Record = tuple[int, float, Array, Array, Array]
+_Scalar = tuple[str, int, float]  # name, step, value
 
 
 class _State(NamedTuple):
@@ -48,7 +51,8 @@ class _State(NamedTuple):
         waiting: the newest records of the next block.
         packed: those before them.
         nbytes: of memory that these take.
-        leaving: waiting and packed records that are being written.
+        scalars: of the next block.
+        leaving: waiting and packed records, and scalars, that are being written.
         end: bytes of the file that are written.
         link: where its last block ends.
     """
@@ -56,7 +60,8 @@ class _State(NamedTuple):
     waiting: list[_Record]
     packed: list[Records]
     nbytes: int
-    leaving: tuple[list[_Record], list[Records]]
+    scalars: list[_Scalar]
+    leaving: tuple[list[_Record], list[Records], list[_Scalar]]
     end: int
     link: Link
 
@@ -79,7 +84,7 @@ class Journal:
         # Where it is now, whatever directory the process changes to.
         self._path = path.absolute()
         self._like = like
-        self._state = _State([], [], 0, ([], []), 0, Link())
+        self._state = _State([], [], 0, [], ([], [], []), 0, Link())
         self._newest_step = -1
         self._is_created = False
         self._timer: threading.Timer | None = None
@@ -128,6 +133,15 @@ class Journal:
         self._newest_step = step
         if len(waiting) >= self._most_waiting:
             self._pack_waiting()
+        if self._timer is None:
+            self._start_timer()
+
+    def add_scalar(self, name: str, step: int, value: float) -> None:
+        """Take a number, as `History.add_scalar`; it is written within a few seconds."""
+        if _n_forks != self._n_forks:
+            return
+        with self._lock:
+            self._state.scalars.append((name, step, value))
         if self._timer is None:
             self._start_timer()
 
@@ -203,19 +217,29 @@ class Journal:
             self._warn_of(error)
             if self._state.nbytes >= _MOST_BYTES:
                 with self._lock:
-                    self._state = self._state._replace(leaving=([], []))
+                    self._state = self._state._replace(leaving=([], [], []))
 
     def _begin_block(self) -> bool:
-        """Let the records that wait leave, if there are any."""
+        """Let what waits leave, if there is anything."""
         with self._lock:
-            leaving = self._state.waiting, self._state.packed
-            self._state = self._state._replace(waiting=[], packed=[], nbytes=0, leaving=leaving)
+            state = self._state
+            leaving = state.waiting, state.packed, state.scalars
+            self._state = state._replace(
+                waiting=[], packed=[], nbytes=0, scalars=[], leaving=leaving
+            )
         return any(leaving)
 
     def _write_block(self) -> None:
         """Append the records that leave, and the run's own sections to the first block."""
-        _, _, _, (waiting, packed), end, link = self._state
+        (waiting, packed, logged), end, link = self._state[-3:]
         records = concatenate([*packed, self._pack(waiting)])
+        scalars = Scalars()
+        for scalar in logged:
+            scalars.add(*scalar)
+        like = self._like
+        records = replace(
+            records, scalars=scalars, depth=like.depth, partial_step=like.partial_step
+        )
         arrays = sections.head(records) if end == 0 else {}
         arrays |= sections.body(records)
         parts, link = encode(arrays, len(records.steps), link)
@@ -228,7 +252,7 @@ class Journal:
             file.writelines(parts)
             end = file.tell()
         with self._lock:
-            self._state = self._state._replace(leaving=([], []), end=end, link=link)
+            self._state = self._state._replace(leaving=([], [], []), end=end, link=link)
 
     def _warn_of(self, error: OSError) -> None:
         if not self._has_warned:

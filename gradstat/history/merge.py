@@ -13,6 +13,7 @@ from gradstat.arrays import Array
 from gradstat.bins import LinearBins
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import OWN, SAME, Records
+from gradstat.history.scalars import Scalars
 from gradstat.results import FLOATS
 
 # Columns of what extremes over the ranks are taken of; a record's integers come after them.
@@ -37,7 +38,7 @@ def merge(mine: Records, group: dist.ProcessGroup | None) -> Records:
             should be the same on each rank and is not.
     """
     ranks = _Ranks(group)
-    origins, times = _agree(mine, ranks)
+    origins, times, scalars = _agree(mine, ranks)
     twins = (origins == origins[ranks.me]) & (origins[ranks.me] != OWN)
     # Of the ranks that hold the same values the first one sends them.
     sends = ~twins[: ranks.me].any(0)
@@ -59,7 +60,13 @@ def merge(mine: Records, group: dist.ProcessGroup | None) -> Records:
     counts = stretches.pack(sums[integers.size :])
     origins = np.full_like(mine.origins, SAME)
     return replace(
-        mine, times=times, integers=integers, floats=floats, counts=counts, origins=origins
+        mine,
+        times=times,
+        integers=integers,
+        floats=floats,
+        counts=counts,
+        origins=origins,
+        scalars=scalars,
     )
 
 
@@ -93,22 +100,26 @@ class _Ranks:
         return reduced
 
 
-def _agree(mine: Records, ranks: _Ranks) -> tuple[Array, Array]:
-    """If all ranks have the same records, origins of the layers on each, and times on the first.
+def _agree(mine: Records, ranks: _Ranks) -> tuple[Array, Array, Scalars]:
+    """What the ranks tell each other if all of them have the same records.
 
     Returns:
-        int64 ``(W, L)`` and float64 ``(S,)``.
+        Origins of the layers on each rank, int64 ``(W, L)``; times on the first, float64 ``(S,)``;
+        and the scalars of all, by rank: ``rank0/loss``, ``rank1/loss`` and so on.
     """
     run = {"layers": mine.layers, "bins": mine.bins.spec, "steps": mine.steps}
-    gathered = ranks.gather((run, mine.origins, mine.times))
-    for rank, (theirs, _, _) in enumerate(gathered):
+    gathered = ranks.gather((run, mine.origins, mine.times, mine.scalars))
+    for rank, (theirs, *_) in enumerate(gathered):
         for what, first in gathered[0][0].items():
             if theirs[what] != first:
                 raise ValueError(
                     f"reduce() needs the same {what} on each rank; {what} on rank {rank} is "
                     f"{_shorten(theirs[what])}, on rank 0 {_shorten(first)}"
                 )
-    return np.stack([origins for _, origins, _ in gathered]), gathered[0][2]
+    scalars = Scalars()
+    for rank, (*_, theirs) in enumerate(gathered):
+        scalars.extend(theirs, f"rank{rank}/")
+    return np.stack([origins for _, origins, *_ in gathered]), gathered[0][2], scalars
 
 
 def _shorten(x: list[Any] | str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from gradstat.arrays import Array
 from gradstat.bins import Bins
 from gradstat.history.packed_counts import SparseRows
+from gradstat.history.scalars import Scalars
 from gradstat.kinds import KINDS, Row
 from gradstat.results import FLOATS, INTEGERS
 
@@ -40,6 +41,9 @@ class Records:
         counts: S times L histograms.
         origins: int64 ``(L,)``: the first rank of a distributed run that holds the same values of
             a layer, `OWN` or `SAME`.
+        scalars: what was logged at the steps.
+        depth: int64 ``(L,)``, as `History.depth`, or ``None``.
+        partial_step: as `History.partial_step`.
     """
 
     rows: list[Row]
@@ -51,6 +55,9 @@ class Records:
     floats: Array
     counts: SparseRows
     origins: Array
+    scalars: Scalars = field(default_factory=Scalars)
+    depth: Array | None = None
+    partial_step: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -59,11 +66,14 @@ class Records:
 
 
 def concatenate(parts: Sequence[Records]) -> Records:
-    """Records of one run after the other, as those of the first and with the last one's origins."""
+    """Records of one run after the other; what is of all records, as the last one has it."""
     first, last = parts[0], parts[-1]
     if len(parts) == 1:
         return first
     counts = zip(*(part.counts.arrays() for part in parts), strict=True)
+    scalars = Scalars()
+    for part in parts:
+        scalars.extend(part.scalars)
     return replace(
         first,
         steps=[step for part in parts for step in part.steps],
@@ -72,6 +82,9 @@ def concatenate(parts: Sequence[Records]) -> Records:
         floats=np.concatenate([part.floats for part in parts]),
         counts=SparseRows(*(np.concatenate(each) for each in counts)),
         origins=last.origins,
+        scalars=scalars,
+        depth=last.depth,
+        partial_step=last.partial_step,
     )
 
 
@@ -94,6 +107,8 @@ def check(records: Records) -> None:
     origins = records.origins
     if len(bad := origins[(origins < SAME) | (origins >= _MOST_RANKS)]):
         raise ValueError(f"its origins hold {bad[0]}, which is no rank")
+    if records.depth is not None and (abs(records.depth) > len(records.rows)).any():
+        raise ValueError("its order is none of its rows")
     sizes, indices, values = records.counts.arrays()
     if len(bad := sizes[sizes < 0]):
         raise ValueError(f"its sizes hold {bad[0]}")

@@ -12,6 +12,7 @@ from gradstat.bins import parse_bins
 from gradstat.history.blocks import Sections
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import OWN, Records
+from gradstat.history.scalars import Scalars
 from gradstat.kinds import GRAD, Row
 from gradstat.results import FLOATS, INTEGERS
 
@@ -38,6 +39,17 @@ _BODY = {
     "values": ("iu", "E"),
     "origins": ("i", "L"),
 }
+# What may be lacking, as of runs that log nothing: V bytes of names of N scalars, P values.
+_OPTIONAL = {
+    "scalar_names": ("u", "V"),
+    "scalar_name_ends": ("i", "N"),
+    "scalar_ids": ("i", "P"),
+    "scalar_steps": ("i", "P"),
+    "scalar_values": ("f", "P"),
+    "order": ("i", "L"),
+    "partial": ("b", "S"),
+}
+_SCALARS = tuple(name for name in _OPTIONAL if name.startswith("scalar"))
 # The last version's; its first files lack some of them.
 _SECTIONS_1 = {
     "layers": ("U", "L"),
@@ -49,12 +61,12 @@ _DEFAULTS_1 = ("kinds", "origins")
 
 def head(records: Records) -> Sections:
     """What all records of a run have in common."""
-    names = [row.name.encode("utf-8", "surrogatepass") for row in records.rows]
+    names, ends = _encoded([row.name for row in records.rows])
     return {
         "format": np.array(FORMAT),
         "bins": np.array(records.bins.spec),
-        "names": np.frombuffer(b"".join(names), np.uint8),
-        "name_ends": np.cumsum([len(name) for name in names], dtype=np.int64),
+        "names": names,
+        "name_ends": ends,
         "kinds": np.array([row.kind for row in records.rows], dtype=np.str_),
         "has_kinds": np.array(records.layers == [str(row) for row in records.rows]),
     }
@@ -63,7 +75,7 @@ def head(records: Records) -> Sections:
 def body(records: Records) -> Sections:
     """The records themselves."""
     sizes, indices, values = records.counts.arrays()
-    return {
+    return _optional(records) | {
         "steps": np.array(records.steps, dtype=np.int64),
         "times": records.times,
         "integers": records.integers,
@@ -73,6 +85,27 @@ def body(records: Records) -> Sections:
         "values": values,
         "origins": records.origins,
     }
+
+
+def _optional(records: Records) -> Sections:
+    """What not every run has."""
+    found: Sections = {}
+    scalars = records.scalars
+    if scalars.names:
+        arrays = *_encoded(scalars.names), *scalars.flat()
+        found |= dict(zip(_SCALARS, arrays, strict=True))
+    if records.depth is not None:
+        found["order"] = records.depth.astype(np.int32)
+    if records.partial_step is not None:
+        found["partial"] = np.array(records.steps, dtype=np.int64) == records.partial_step
+    return found
+
+
+def _encoded(names: Sequence[str]) -> tuple[Array, Array]:
+    """Names as bytes one after the other, and where each ends."""
+    data = [name.encode("utf-8", "surrogatepass") for name in names]
+    ends = np.cumsum([len(name) for name in data], dtype=np.int64)
+    return np.frombuffer(b"".join(data), np.uint8), ends
 
 
 class Shaped(Protocol):
@@ -124,7 +157,27 @@ def join(parts: Sequence[Sections]) -> Source:
     for name, (_, dims) in _BODY.items():
         arrays = [part[name] for part in parts]
         joined[name] = arrays[-1] if dims == "L" else np.concatenate(arrays)
-    return _Joined(joined)
+    # Blocks may lack them; each numbers its own scalars.
+    logged = [part for part in parts if "scalar_ids" in part]
+    if logged:
+        for name in _SCALARS:
+            joined[name] = np.concatenate([_shifted(logged, at, name) for at in range(len(logged))])
+    if any("partial" in part for part in parts):
+        joined["partial"] = np.concatenate(
+            [part.get("partial", np.zeros(len(part["steps"]), bool)) for part in parts]
+        )
+    ordered = [part["order"] for part in parts if "order" in part]
+    return _Joined(joined | ({"order": ordered[-1]} if ordered else {}))
+
+
+def _shifted(parts: Sequence[Sections], at: int, name: str) -> Array:
+    """A section of scalars, which counts names or their bytes, as it is after those before it."""
+    section = parts[at][name]
+    if name == "scalar_ids":
+        return section + sum(len(part["scalar_name_ends"]) for part in parts[:at])
+    if name == "scalar_name_ends":
+        return section + sum(len(part["scalar_names"]) for part in parts[:at])
+    return section
 
 
 def to_records(source: Source) -> Records:
@@ -149,8 +202,10 @@ def to_records(source: Source) -> Records:
     is_first = version == _FORMAT_1
     if not (is_first or source.has_checksum):
         raise ValueError("it lacks its checksum")
-    known = _SECTIONS_1 if is_first else _HEAD | _BODY
-    needed = set(known) - set(_DEFAULTS_1 if is_first else ())
+    known = _SECTIONS_1 if is_first else _HEAD | _BODY | _OPTIONAL
+    needed = set(known) - set(_DEFAULTS_1 if is_first else _OPTIONAL)
+    if not is_first and any(name in headers for name in _SCALARS):
+        needed |= set(_SCALARS)
     if missing := [name for name in known if name in needed and name not in headers]:
         raise ValueError(f"it lacks {', '.join(missing)}")
     if is_first and (unknown := set(headers) - set(known)):
@@ -167,7 +222,7 @@ def to_records(source: Source) -> Records:
         layers = source.texts("layers")
         rows = [Row.printed(kind, layer) for kind, layer in zip(kinds, layers, strict=True)]
     else:
-        rows = [Row(*each) for each in zip(kinds, _names(source), strict=True)]
+        rows = [Row(*each) for each in zip(kinds, _names(source, ""), strict=True)]
         has_kinds = bool(source.read("has_kinds"))
         layers = [str(row) if has_kinds else row.name for row in rows]
     steps = _integers(source, "steps")
@@ -181,7 +236,21 @@ def to_records(source: Source) -> Records:
         _floats(source, "floats"),
         SparseRows(sizes, source.read("indices"), source.read("values")),
         _integers(source, "origins") if "origins" in headers else np.full(n_layers, OWN),
+        Scalars() if is_first or "scalar_ids" not in headers else _scalars(source),
+        _integers(source, "order") if "order" in headers and not is_first else None,
+        _partial_step(source, steps) if "partial" in headers and not is_first else None,
     )
+
+
+def _scalars(source: Source) -> Scalars:
+    ids, steps = (_integers(source, name) for name in ("scalar_ids", "scalar_steps"))
+    names = _names(source, "scalar_")
+    return Scalars.from_flat(names, ids, steps, _floats(source, "scalar_values"))
+
+
+def _partial_step(source: Source, steps: Array) -> int | None:
+    partial = steps[source.read("partial")]
+    return int(partial[-1]) if len(partial) else None
 
 
 def _check_shapes(headers: Mapping[str, Shaped], known: Mapping[str, tuple[str, str]]) -> int:
@@ -202,13 +271,14 @@ def _check_shapes(headers: Mapping[str, Shaped], known: Mapping[str, tuple[str, 
     return lengths["L"]
 
 
-def _names(source: Source) -> list[str]:
-    ends, n_bytes = source.read("name_ends").tolist(), source.headers["names"].shape[0]
+def _names(source: Source, of: str) -> list[str]:
+    """Names of rows, or of scalars."""
+    ends, n_bytes = source.read(f"{of}name_ends").tolist(), source.headers[f"{of}names"].shape[0]
     starts = [0, *ends[:-1]] if ends else []
     falls = any(start > end for start, end in zip(starts, ends, strict=True))
     if falls or sum(ends[-1:]) != n_bytes:
-        raise ValueError(f"its name_ends do not divide the {n_bytes} bytes of its names")
-    data = source.read("names").tobytes()
+        raise ValueError(f"its {of}name_ends do not divide the {n_bytes} bytes of its {of}names")
+    data = source.read(f"{of}names").tobytes()
     return [data[a:b].decode("utf-8", "surrogatepass") for a, b in zip(starts, ends, strict=True)]
 
 

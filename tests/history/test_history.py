@@ -1,10 +1,14 @@
+import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import histories
 import numpy as np
 import pytest
 import torch
+from torch import distributed as dist
 from watching import LAYERS, SCHEMES, absent, arrays, make_history
 
 import gradstat
@@ -12,7 +16,7 @@ from gradstat import History, LinearBins, Log2Bins
 from gradstat.bins import Bins
 from gradstat.history import FIELDS
 from gradstat.history.packed_counts import SparseRows
-from gradstat.results import INTEGERS
+from gradstat.results import INTEGERS, SHAPES
 
 
 @pytest.mark.parametrize("bins", SCHEMES, ids=repr)
@@ -26,7 +30,10 @@ def test_history_gives_back_every_field_and_histogram(
     for field in FIELDS:
         expected = np.stack([getattr(record, field).numpy() for record in records])
         assert history[field].dtype == expected.dtype
-        np.testing.assert_array_equal(history[field], expected)
+        if field in SHAPES:  # summed over other bins
+            np.testing.assert_allclose(history[field], expected, rtol=1e-12)
+        else:
+            np.testing.assert_array_equal(history[field], expected)
     for column, layer in enumerate(LAYERS):
         all_counts, all_edges = history.histograms(layer)
         assert all_counts.dtype == np.int64
@@ -176,3 +183,73 @@ def test_history_reading_every_step_costs_the_same_however_long_the_run() -> Non
     seconds_per_step(50)
     few = min(seconds_per_step(100) for _ in range(3))
     assert seconds_per_step(2000) < 3 * few
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_norm_is_that_of_the_whole_gradient(scale: float) -> None:
+    rows = [torch.randn(n, generator=torch.Generator().manual_seed(n)) * scale for n in (50, 70)]
+
+    def gradient(step: int, row: int) -> torch.Tensor:
+        return rows[row % 2] * (step + 1) if row < 2 else rows[0]
+
+    history = histories.make_history(Log2Bins(), 2, 3, gradient, kinds=("grad", "param"))
+    whole = float(torch.linalg.vector_norm(torch.cat(rows).double()))
+    np.testing.assert_allclose(history.norm(), whole * np.arange(1, 4), rtol=1e-6)
+    assert history.norm().dtype == np.float64
+    one = float(torch.linalg.vector_norm(rows[0].double()))
+    np.testing.assert_allclose(history.norm("param"), math.sqrt(2) * one, rtol=1e-6)
+    np.testing.assert_allclose(history.select("param").norm(kind="param"), history.norm("param"))
+
+
+def test_norm_leaves_out_what_is_absent_or_not_finite() -> None:
+    def gradient(step: int, row: int) -> torch.Tensor:
+        return torch.tensor([3.0, 4.0, math.nan] if row else [0.0, 0.0])
+
+    absent = [(1, 1), (2, 0), (2, 1)]
+    history = histories.make_history(Log2Bins(), 2, 3, gradient, absent)
+    assert history.norm().tolist()[:2] == [5.0, 0.0]
+    assert math.isnan(history.norm()[2])
+    with pytest.raises(KeyError, match=r"norm\(\) needs a history with 'update'; it has grad"):
+        history.norm("update")
+
+
+def test_scalars_keep_every_value_with_its_step() -> None:
+    history = History(["weight"], Log2Bins(), capacity=2)
+    for step in range(5):
+        history.append(step, *absent(Log2Bins()))
+        history.add_scalar("loss", step, 1 / (step + 1))
+    history.add_scalar("tokens", 3, 7)
+    history.add_scalar("loss", 4, math.nan)
+    assert len(history) == 2
+    assert history.scalars == ["loss", "tokens"]
+    steps, values = history.scalar("loss")
+    assert (steps.dtype, values.dtype) == (np.int64, np.float64)
+    assert steps.tolist() == [0, 1, 2, 3, 4, 4]
+    np.testing.assert_array_equal(values, [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5, math.nan])
+    assert [each.tolist() for each in history.scalar("tokens")] == [[3], [7.0]]
+    selected = history.select("grad")
+    history.add_scalar("loss", 9, 0.0)
+    assert selected.scalars == history.scalars
+    assert selected.scalar("loss")[0].tolist() == steps.tolist()
+
+
+def test_scalars_refuse_what_does_not_fit() -> None:
+    history = History(["weight"], Log2Bins())
+    with pytest.raises(KeyError, match=r"scalar\(\) needs one of none; name is 'loss'"):
+        history.scalar("loss")
+    history.add_scalar("loss", 3, 1.0)
+    with pytest.raises(ValueError, match=r"add_scalar\(\) needs steps from 3 on; step is 2"):
+        history.add_scalar("loss", 2, 1.0)
+    assert history.scalar("loss")[0].tolist() == [3]
+
+
+def test_reduce_keeps_scalars_by_rank(tmp_path: Path, generator: torch.Generator) -> None:
+    history, _ = make_history(Log2Bins(), generator)
+    history.add_scalar("loss", 3, 0.5)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        merged = history.reduce().reduce()
+    finally:
+        dist.destroy_process_group()
+    assert merged.scalars == ["rank0/rank0/loss"]
+    assert merged.scalar("rank0/rank0/loss")[1].tolist() == [0.5]

@@ -1,0 +1,92 @@
+"""`Scalars`: numbers that a run logs at its steps, such as its loss."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+
+from gradstat.arrays import Array
+
+
+class Scalars:
+    """Values by name, each with its step: 16 bytes a value."""
+
+    def __init__(self) -> None:
+        self._series: dict[str, tuple[array[int], array[float]]] = {}
+
+    def add(self, name: str, step: int, value: float) -> None:
+        """Append a value.
+
+        Args:
+            name: of the scalar; a new one is made.
+            step: no lower than that of the value before; several may belong to one step.
+            value: any number, NaN and infinities among them.
+
+        Raises:
+            ValueError: a lower step.
+        """
+        series = self._series.get(name)
+        if series is None:
+            series = self._series[name] = (array("q"), array("d"))
+        steps, values = series
+        if steps and step < steps[-1]:
+            raise ValueError(f"add_scalar() needs steps from {steps[-1]} on; step is {step}")
+        steps.append(step)
+        values.append(value)
+
+    def extend(self, other: Scalars, prefix: str = "") -> None:
+        """Append the values of another run, or of a later part of this one."""
+        for name, (steps, values) in other._series.items():
+            for step, value in zip(steps, values, strict=True):
+                self.add(prefix + name, step, value)
+
+    @classmethod
+    def from_flat(cls, names: Sequence[str], ids: Array, steps: Array, values: Array) -> Scalars:
+        """Those of some values, each with the number of its name.
+
+        Raises:
+            ValueError: a number of no name, a negative step, one that falls.
+        """
+        if len(ids) and (ids.min() < 0 or ids.max() >= len(names) or steps.min() < 0):
+            raise ValueError(f"its scalars have no name of {len(names)}, or a negative step")
+        scalars = cls()
+        for at, step, value in zip(ids.tolist(), steps.tolist(), values.tolist(), strict=True):
+            scalars.add(names[at], step, value)
+        return scalars
+
+    def flat(self) -> tuple[Array, Array, Array]:
+        """The number of each value's name, its step and itself, name by name."""
+        sizes = [len(steps) for steps, _ in self._series.values()]
+        empty = array("q"), array("d")
+        columns = zip(empty, *self._series.values(), strict=True)
+        steps, values = (np.concatenate([np.array(each) for each in column]) for column in columns)
+        ids = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+        return ids, steps.astype(np.int64), values.astype(np.float64)
+
+    @property
+    def names(self) -> list[str]:
+        """In the order in which they were first logged."""
+        return list(self._series)
+
+    def get(self, name: str) -> tuple[Array, Array]:
+        """Steps, int64 ``(N,)``, and values, float64 ``(N,)``: copies."""
+        # A view would keep the array from growing.
+        steps, values = self._series[name]
+        # Another thread may add one meanwhile.
+        found = np.array(values, np.float64)
+        return np.array(steps, np.int64)[: len(found)], found
+
+    def copy(self) -> Scalars:
+        """The same values, to which later ones are not added."""
+        copied = Scalars()
+        copied._series = {
+            name: (steps[:], values[:]) for name, (steps, values) in self._series.items()
+        }
+        return copied
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the values take."""
+        return sum(16 * len(steps) for steps, _ in self._series.values())

@@ -1,0 +1,53 @@
+"""Numbers of a record that are read off its histograms."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from gradstat.arrays import Array
+from gradstat.bins import Log2Bins
+from gradstat.history.records import Records
+from gradstat.results import Statistics
+
+_ROWS = 4096  # at a time
+
+
+def kurtosis_of(records: Records, at: Array, columns: Array) -> Array:
+    """`Statistics.kurtosis` of some rows of some records, from their filled bins alone.
+
+    Args:
+        records: S of them, L layers.
+        at: positions of N of them, which rise.
+        columns: M of the layers, which rise.
+
+    Returns:
+        float64 ``(N, M)``.
+    """
+    shape = len(at), len(columns)
+    rows = at[:, None] * len(records.rows) + columns
+    sizes, indices, values = records.counts.keep(rows.ravel()).arrays()
+    integers, floats = (
+        torch.from_numpy(x[at[:, None], columns].reshape(-1, x.shape[-1]))
+        for x in (records.integers, records.floats)
+    )
+    ends = np.cumsum(sizes, dtype=np.int64)
+    found = []
+    for start in range(0, len(sizes), _ROWS):
+        held = slice(start, min(start + _ROWS, len(sizes)))
+        part = slice(ends[start] - sizes[start], ends[held.stop - 1])
+        size = sizes[held].astype(np.int64)
+        row = np.repeat(np.arange(len(size)), size)
+        # Over the default bins a place for each filled one, over others, which are few, for all.
+        place = np.arange(len(row)) - np.repeat(np.cumsum(size) - size, size)
+        bins = np.zeros((len(size), int(size.max(initial=1))), np.int64)
+        if not isinstance(records.bins, Log2Bins):
+            place = indices[part]
+            bins = np.tile(np.arange(records.bins.bins), (len(size), 1))
+        counts = np.zeros_like(bins)
+        counts[row, place], bins[row, place] = values[part], indices[part]
+        statistics = Statistics(
+            records.bins, integers[held], floats[held], torch.from_numpy(counts)
+        )
+        found.append(statistics.kurtosis_over(torch.from_numpy(bins)).numpy())
+    return np.concatenate([np.empty(0), *found]).reshape(shape)

@@ -1,0 +1,92 @@
+"""Kurtosis off a histogram against float64, element by element."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import gradstat
+from gradstat import LinearBins, Log2Bins
+
+N = 20_000
+
+
+def true(x: Tensor) -> float:
+    deviations = x.double() - x.double().mean()
+    deviations = deviations / deviations.abs().max()
+    return float((deviations**4).mean() / (deviations**2).mean() ** 2)
+
+
+def sample(name: str, generator: torch.Generator) -> Tensor:
+    normal = torch.randn(N, generator=generator)
+    if name == "sparse":
+        return normal * (torch.rand(N, generator=generator) < 0.01)
+    if name == "one outlier":
+        return torch.cat([normal, torch.tensor([1e3])])
+    if name == "student t":
+        # Of 5 degrees of freedom.
+        return normal / torch.randn(5, N, generator=generator).square().mean(0).sqrt()
+    return {
+        "normal": normal,
+        "shifted": normal + 1.5,
+        "uniform": torch.rand(N, generator=generator) - 0.5,
+        "lognormal": normal.exp(),
+    }[name]
+
+
+# Of what is smooth, and of what single elements make.
+TOLERANCES = {
+    "normal": 0.05,
+    "shifted": 0.05,
+    "uniform": 0.05,
+    "sparse": 0.05,
+    "one outlier": 1e-6,
+    "lognormal": 0.15,
+    "student t": 0.15,
+}
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", TOLERANCES)
+def test_kurtosis_is_that_of_the_elements(name: str, seed: int, scale: float) -> None:
+    x = sample(name, torch.Generator().manual_seed(seed)) * scale
+    got = float(gradstat.statistics(x).kurtosis)
+    assert got == pytest.approx(true(x), rel=TOLERANCES[name])
+
+
+def test_kurtosis_is_within_its_bound_wherever_elements_lie_in_their_bins() -> None:
+    for low, high in ((1.0, 1.2499), (1.2499, 1.0)):
+        # Most elements at one end of their bins, a few large ones at the other.
+        few, most = 4 * low, high
+        x = torch.tensor([most, -most] * 500 + [few, -few] * 8 + [8.0, -8.0])
+        assert 1 / 2.5 < float(gradstat.statistics(x).kurtosis) / true(x) < 2.5
+
+
+def test_kurtosis_leaves_out_what_is_not_finite(generator: torch.Generator) -> None:
+    x = torch.randn(1000, generator=generator)
+    broken = torch.cat([x, torch.tensor([math.nan, math.inf, -math.inf])])
+    assert torch.equal(gradstat.statistics(broken).kurtosis, gradstat.statistics(x).kurtosis)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [[], [1.0], [1.0, -2.0, 3.0], [2.0] * 10, [0.0] * 10, [1.0, 1.01, 1.02, 0.99, 0.98]],
+    ids=str,
+)
+def test_kurtosis_is_nan_where_a_histogram_cannot_tell(x: list[float]) -> None:
+    assert math.isnan(gradstat.statistics(torch.tensor(x)).kurtosis)
+
+
+@pytest.mark.parametrize("bins", [LinearBins(200), LinearBins(200, -3.0, 3.0)], ids=repr)
+def test_kurtosis_is_read_off_linear_bins_too(bins: LinearBins, generator: torch.Generator) -> None:
+    x = torch.randn(N, generator=generator)
+    assert float(gradstat.statistics(x, bins).kurtosis) == pytest.approx(true(x), rel=0.05)
+
+
+def test_kurtosis_of_a_list_is_that_of_each(generator: torch.Generator) -> None:
+    x = [torch.randn(n, generator=generator) for n in (5, 100, 2)]
+    whole = gradstat.statistics(x).kurtosis
+    each = torch.stack([gradstat.statistics(one, Log2Bins()).kurtosis for one in x])
+    torch.testing.assert_close(whole, each, equal_nan=True, rtol=1e-12, atol=0)
