@@ -3,7 +3,9 @@
 Columns are ``step``, ``kind``, ``layer``, which together name a row, every field of `Statistics`,
 and the histogram as three lists of one length, of the bins that are not empty: ``bin_low``,
 ``bin_high`` and ``bin_count``. The kind is ``"grad"`` for gradients, or another one that `watch`
-was told to record; the layer a parameter's or a module's name. A layer without a gradient has a row
+was told to record; the layer a parameter's or a module's name. What was logged comes after all
+records: a row for each value, of kind ``"scalar"`` and with its name as the layer, the statistics
+being those of one element. A layer without a gradient has a row
 of zero counts, NaN (null in Parquet) and empty lists. In CSV lists are JSON, and NaN and infinities
 empty cells (null within a list).
 """
@@ -169,6 +171,30 @@ def rows(history: History, progress: Progress | None = None) -> Iterator[Rows]:
         yield Rows(columns, np.concatenate(sizes), dict(zip(LISTS, joined, strict=True)))
         if progress is not None:
             progress(len(numbers))
+    for name in history.scalars:
+        yield _scalar_rows(name, *history.scalar(name))
+
+
+def _scalar_rows(name: str, steps: Array, values: Array) -> Rows:
+    """A row for each value."""
+    finite = np.isfinite(values)
+    known = np.where(finite, values, math.nan)
+    ones = {"numel": np.ones(len(steps)), "finite": finite, "zeros": values == 0}
+    ones |= {"nan": np.isnan(values), "posinf": values == math.inf, "neginf": values == -math.inf}
+    plain = dict.fromkeys(("min", "max", "sum", "mean"), known)
+    sizes = dict.fromkeys(("l1", "l2", "rms", "abs_max"), abs(known))
+    columns = {
+        field: (ones | plain | sizes).get(field, np.full(len(steps), math.nan)) for field in FIELDS
+    }
+    # No histogram, nor anything outside one.
+    columns |= {field: np.zeros(len(steps)) for field in ("below", "above")}
+    texts = {
+        "kind": np.full(len(steps), "scalar", object),
+        "layer": np.full(len(steps), name, object),
+    }
+    typed = {field: column.astype(_dtype(field)) for field, column in columns.items()}
+    empty = {"bin_low": np.empty(0), "bin_high": np.empty(0), "bin_count": np.empty(0, np.int64)}
+    return Rows({"step": steps} | texts | typed, np.zeros(len(steps), np.int64), empty)
 
 
 def _cells(part: Rows, name: str) -> list[Array]:

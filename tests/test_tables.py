@@ -151,3 +151,30 @@ def test_a_missing_package_is_named_with_its_extra(
         read(make(Log2Bins()), tmp_path / "run")
     assert str(raised.value) == f'{function}() needs {package}: pip install "gradstat[tables]"'
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_have_a_row_for_each_scalar(tmp_path: Path) -> None:
+    history = make_history(Log2Bins(), 2, 3)
+    logged = [(0, 0.5), (1, -2.0), (1, math.nan), (5, math.inf), (7, 0.0)]
+    for step, value in logged:
+        history.add_scalar("loss", step, value)
+    history.to_csv(tmp_path / "run.csv")
+    with (tmp_path / "run.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 6 + len(logged)
+    rows = table[6:]
+    assert {(row["kind"], row["layer"]) for row in rows} == {("scalar", "loss")}
+    assert [int(row["step"]) for row in rows] == [step for step, _ in logged]
+    assert [row["mean"] for row in rows] == ["0.5", "-2.0", "", "", "0.0"]
+    assert [row["l2"] for row in rows] == ["0.5", "2.0", "", "", "0.0"]
+    for field, expected in (
+        ("numel", "11111"),
+        ("finite", "11001"),
+        ("zeros", "00001"),
+        ("nan", "00100"),
+        ("posinf", "00010"),
+        ("neginf", "00000"),
+        ("below", "00000"),
+    ):
+        assert "".join(row[field] for row in rows) == expected
+    assert {row["bin_count"] for row in rows} == {"[]"}

@@ -98,8 +98,19 @@ def _add_run(parser: argparse.ArgumentParser, name: str = "run_path") -> None:
     )
 
 
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run_path", metavar="RUN", type=Path, nargs="?", help="instead: what this run has logged"
+    )
+
+
 def _info(options: argparse.Namespace) -> int:
-    print(text.info())
+    if options.run_path is None:
+        print(text.info())
+        return 0
+    history = load(options.run_path)
+    print(text.heading(str(options.run_path), history))
+    print(f"\n{text.scalars(history)}")
     return 0
 
 
@@ -265,7 +276,11 @@ def _tail(options: argparse.Namespace) -> int:
 
 
 COMMANDS = {
-    "info": Command("show versions, engines, and what will run where", lambda _: None, _info),
+    "info": Command(
+        "show versions, engines, and what will run where; or what a run has logged",
+        _add_info,
+        _info,
+    ),
     "diagnose": Command(
         "say what is wrong with a run's gradients; exit code 1 for something severe",
         _add_diagnose,

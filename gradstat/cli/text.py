@@ -35,6 +35,7 @@ _PACKAGES = ("torch", "triton", "numba", "numpy", "matplotlib", "pandas", "pyarr
 _NEWEST = ("rms", "abs_max", "numel", "finite", "zeros")  # fields that `newest` shows
 _MOST_LAYERS = 24
 _BAR = 12  # characters
+_LATE = 20  # values whose median says where a series is now
 _MOST_LINES = 10  # layers that a figure's key has room for
 
 
@@ -68,6 +69,36 @@ def heading(name: str, history: History) -> str:
         f"{escaped(name)}: {_count(len(history), 'record')} of {layers}, "
         f"steps {steps[0]} to {steps[-1]}, {history.bins}"
     )
+
+
+def scalars(history: History) -> str:
+    """What was logged, and the norm of the whole gradient: a line for each."""
+    rows: list[tuple[str, ...]] = [("", "values", "first", "lately", "least", "most")]
+    for name, values in _series(history).items():
+        numbers = (values[0], _late(values), *_extremes(values))
+        rows.append((escaped(name), str(len(values)), *map(_plain, numbers)))
+    return "\n".join(_table(rows))
+
+
+def _series(history: History) -> dict[str, Array]:
+    """Values of each scalar, and the norm of the records' first kind."""
+    series = {name: history.scalar(name)[1] for name in history.scalars}
+    kind = history.kinds[0]
+    return series | {f"{NOUNS[kind]} norm": history.norm(kind)}
+
+
+def _late(values: Array) -> float:
+    """Median of the newest values, which says where a series is now."""
+    return float(median(values[-_LATE:]))
+
+
+def _extremes(values: Array) -> tuple[float, float]:
+    known = values[np.isfinite(values)]
+    return (float(known.min()), float(known.max())) if len(known) else (math.nan, math.nan)
+
+
+def _plain(value: float) -> str:
+    return f"{value:.4g}"
 
 
 def findings(found: Sequence[Finding], most: int | None = 3, indent: str = "") -> str:
@@ -135,6 +166,12 @@ def compare(runs: Mapping[str, History], *, every_layer: bool = False) -> str:
         ("first layer / last layer", _ratio(shares[0], 1), "", _ratio(shares[1], 1), "", "")
     )
     rows += _derived(list(runs.values()))
+    a_series, b_series = (_series(history) for history in runs.values())
+    for series in a_series:
+        if series in b_series:
+            a, b = _late(a_series[series]), _late(b_series[series])
+            what = f"{escaped(series)}, lately"
+            rows.append((what, _plain(a), "", _plain(b), "", _ratio(b, a)))
     lines = [f"A  {heading(one, runs[one])}", f"B  {heading(other, runs[other])}", ""]
     lines += _table(rows)
     if len(shown) < len(layers):

@@ -11,21 +11,24 @@ from typing import TypeAlias
 from gradstat.diagnosis.dead_units import find_dead_units
 from gradstat.diagnosis.findings import FINDINGS, SEVERITIES, Finding, Severity
 from gradstat.diagnosis.nonfinite import find_nonfinite
+from gradstat.diagnosis.outliers import find_outliers
 from gradstat.diagnosis.run import Run
 from gradstat.diagnosis.saturation_underflow import find_saturation, find_scale, find_underflow
+from gradstat.diagnosis.spikes import find_all_spikes
 from gradstat.diagnosis.stuck import find_stuck
+from gradstat.diagnosis.symptoms import put_in_order
 from gradstat.diagnosis.thresholds import Thresholds
 from gradstat.diagnosis.vanishing_exploding import find_dead, find_growth, find_low, find_trend
 from gradstat.history import History
 from gradstat.history.arguments import check_history
-from gradstat.kinds import GRAD, UNIT, UPDATE
+from gradstat.kinds import ACTIVATION, GRAD, UNIT, UPDATE
 
 __all__ = ["FINDINGS", "SEVERITIES", "Finding", "Severity", "Thresholds", "diagnose"]
 
 _Rule: TypeAlias = Callable[[Run, Thresholds], list[Finding]]
 # By the kind of the rows that a rule reads; ``None``: all rows.
 _RULES: dict[str | None, tuple[_Rule, ...]] = {
-    None: (find_nonfinite,),
+    None: (find_nonfinite, find_all_spikes),
     GRAD: (
         find_growth,
         find_trend,
@@ -37,14 +40,17 @@ _RULES: dict[str | None, tuple[_Rule, ...]] = {
     ),
     UPDATE: (find_stuck,),
     UNIT: (find_dead_units,),
+    ACTIVATION: (find_outliers,),
 }
 
 
 def diagnose(history: History, thresholds: Thresholds | None = None) -> list[Finding]:
     """Find what is wrong with a run, by its gradients and whatever else was recorded.
 
-    NaN and infinities are found in rows of any kind, layers that do not move among updates, dead
-    units among activations, and everything else among gradients alone. Layers are taken to lie in
+    NaN, infinities and what moved before a spike are found in rows of any kind, spikes of the loss
+    where one is logged, layers that do not move among updates, dead units and outliers among
+    activations, and everything else among gradients alone. What began after something sudden comes
+    after it and says so. Layers are taken to lie in
     the order of their parameters, the first one nearest to the input, as in most models.
     Saturation, underflow and the range of loss scales are read off histograms over `Log2Bins`, of
     at most 64 records evenly spread; over `LinearBins` they are left out.
@@ -54,7 +60,7 @@ def diagnose(history: History, thresholds: Thresholds | None = None) -> list[Fin
         thresholds: by default those that healthy runs stay within.
 
     Returns:
-        Findings: severe ones first, then warnings, then notes.
+        Findings: severe ones first, then warnings, then notes; before them what they came after.
 
     Raises:
         TypeError: something other than a History, other than Thresholds.
@@ -78,4 +84,4 @@ def diagnose(history: History, thresholds: Thresholds | None = None) -> list[Fin
         if kind is None or kind in history.kinds:
             run = Run(history, thresholds.window, kind)
             findings += [finding for rule in rules for finding in rule(run, thresholds)]
-    return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), FINDINGS.index(f.kind)))
+    return put_in_order(findings, history, thresholds.window)

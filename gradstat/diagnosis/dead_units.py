@@ -52,12 +52,12 @@ def _dead(run: Run) -> Array:
     """
     outputs = Run(run.history, run.window, ACTIVATION)
     if not outputs.layers:
-        return np.nan_to_num(run.history.dead_units())
+        return np.nan_to_num(run.history.dead_units()[:, run.places])
     with np.errstate(divide="ignore", invalid="ignore"):
         places = outputs["numel"] / run["numel"]
         on = 1 - outputs["zeros"] / outputs["numel"]
         reached = -np.expm1(places * np.log1p(-on))
-        dead = 1 - (1 - run.history.dead_units()) / reached
+        dead = 1 - (1 - run.history.dead_units()[:, run.places]) / reached
     dead = np.where((reached == 0) & (run["numel"] > 0), 1.0, dead)
     return np.nan_to_num(dead)
 

@@ -10,6 +10,9 @@ Severity: TypeAlias = Literal["severe", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("severe", "warning", "note")
 FINDINGS = (
     "non-finite",
+    "loss spike",
+    "gradient spike",
+    "jump",
     "exploding",
     "vanishing",
     "dead",
@@ -18,6 +21,7 @@ FINDINGS = (
     "saturation",
     "underflow",
     "scale",
+    "outliers",
 )
 
 
@@ -33,6 +37,8 @@ class Finding:
         steps: first and last step of the records that show it.
         numbers: what it rests on, by name; each kind has its own, listed in ``docs/reading.md``.
         sentence: it all in plain words.
+        after: the sudden finding that it began after, as ``"loss spike at step 252"``, or "": a
+            symptom, most likely.
     """
 
     kind: str
@@ -41,9 +47,17 @@ class Finding:
     steps: tuple[int, int]
     numbers: dict[str, float]
     sentence: str
+    after: str = ""
 
     def __str__(self) -> str:
-        """Severity, kind, steps and the sentence, in one line."""
+        """Severity, kind, steps, what it came after and the sentence, in one line."""
         first, last = self.steps
         when = f"step {first}" if first == last else f"steps {first} to {last}"
-        return f"{self.severity}: {self.kind}, {when}: {self.sentence}"
+        after = f", after the {self.after}" if self.after else ""
+        return f"{self.severity}: {self.kind}, {when}{after}: {self.sentence}"
+
+
+def rounded(times: float) -> str:
+    """A multiple: three digits, and no exponent up to a million."""
+    number = float(f"{times:.3g}")
+    return f"{number:,.0f}" if 100 <= number < 1e6 else f"{number:.3g}"

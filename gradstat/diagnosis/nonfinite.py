@@ -6,9 +6,9 @@ import numpy as np
 
 from gradstat.arrays import Array
 from gradstat.diagnosis.findings import Finding, Severity
-from gradstat.diagnosis.run import Run
+from gradstat.diagnosis.run import Run, is_loss
 from gradstat.diagnosis.thresholds import Thresholds
-from gradstat.kinds import ACTIVATION, GRAD, GRAD_OUTPUT, PARAM, UNIT, UPDATE
+from gradstat.kinds import ACTIVATION, FROM_THE_END, GRAD, GRAD_OUTPUT, PARAM, UNIT, UPDATE
 
 # In the order in which a step computes them; the peaks of units are those of activations.
 _FORWARD, _BACKWARD = (PARAM, ACTIVATION), (GRAD_OUTPUT, GRAD, UPDATE)
@@ -62,7 +62,7 @@ def _where_met(
     at, column = int(records[0]), 0
     kind = next(each for each in kinds if (bad[records[0]] & np.isin(run.kinds, each)).any())
     columns = np.flatnonzero(bad[at] & np.isin(run.kinds, kind)).tolist()
-    column = columns[-1] if kind in (GRAD, GRAD_OUTPUT) else _innermost(run, columns)
+    column = _first(run, kind, columns)
     passing = records[-1] < n_records - 1 and len(records) <= thresholds.nonfinite_share * n_records
     numbers = {name: float(run[name][at, column]) for name in ("nan", "posinf", "neginf", "numel")}
     numbers |= {"records": float(len(records)), "layers": float(len(columns))}
@@ -77,9 +77,43 @@ def _where_met(
         + ", as when a loss scale is tried" * bool(passing and kind in (GRAD, GRAD_OUTPUT))
         + "."
     )
+    if kind in (GRAD, GRAD_OUTPUT) and not passing:
+        sentence += _what_made_it(run, at, column)
     steps = (int(run.steps[at]), int(run.steps[records[-1]]))
     severity: Severity = "warning" if passing else "severe"
     return Finding("non-finite", severity, run.layers[column], steps, numbers, sentence)
+
+
+def _first(run: Run, kind: str, columns: list[int]) -> int:
+    """Of some rows of a kind, in the order of their depth, the one that is computed first."""
+    if kind in FROM_THE_END:
+        return columns[-1]
+    # A module is seen after its parts, but registered before them.
+    return columns[0] if run.history.depth is not None else _innermost(run, columns)
+
+
+def _what_made_it(run: Run, at: int, column: int) -> str:
+    """Where NaN comes from that backward has met at once, in the last row of its kind, or ""."""
+    kinds, present = np.array(run.kinds), run["numel"][at] > 0
+    if column != np.flatnonzero((kinds == run.kinds[column]) & present)[-1]:
+        return ""
+    lost = _lost(run, at)
+    if (present & (kinds == ACTIVATION)).any():
+        return f" All outputs are finite in that step{lost}: the loss made it, not a layer."
+    return (
+        f" Backward computes that gradient first{lost}: the forward pass or the loss made it, not "
+        f"this layer; what=('grad', 'activation') shows where."
+    )
+
+
+def _lost(run: Run, at: int) -> str:
+    """What the loss was in a record's step, if that is known and it was not finite."""
+    for name in filter(is_loss, run.history.scalars):
+        steps, values = run.history.scalar(name)
+        here = values[steps == run.steps[at]]
+        if len(here) and not np.isfinite(here).all():
+            return f" and {name} is {here[~np.isfinite(here)][0]}"
+    return ""
 
 
 def _innermost(run: Run, columns: list[int]) -> int:

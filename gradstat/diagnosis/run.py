@@ -13,7 +13,7 @@ from gradstat.bins import FLOAT64_MAX, Log2Bins
 from gradstat.history import History
 
 _MAX_BLOCKS = 200
-_MAX_SAMPLES = 64
+MAX_SAMPLES = 64
 _PERSISTENT = 3  # sampled records in a row that must show something
 
 
@@ -28,8 +28,11 @@ class Run:
 
     def __init__(self, history: History, window: int, kind: str | None) -> None:
         self.history, self.window, self.steps = history, window, history.steps
-        chosen = [kind is None or each == kind for each in history.kinds]
-        self.columns = np.flatnonzero(chosen)
+        kinds = dict.fromkeys(history.kinds) if kind is None else (kind,)
+        by_kind = [np.flatnonzero(np.array(history.kinds) == each) for each in kinds]
+        ordered = [history.by_depth(columns) for columns in by_kind]
+        # Rows of a kind come together, the one nearest to the input first.
+        self.columns = np.concatenate([np.zeros(0, np.int64), *ordered])
         rows = [history.rows[column] for column in self.columns]
         self.kinds = [row.kind for row in rows]
         self.names = [row.name for row in rows]
@@ -43,6 +46,11 @@ class Run:
         if field not in self._fields:
             self._fields[field] = self.history[field][:, self.columns]
         return self._fields[field]
+
+    @property
+    def places(self) -> Array:
+        """Where each row is among the same rows in the order of the history, ``(L,)``."""
+        return np.searchsorted(np.sort(self.columns), self.columns)
 
     @cached_property
     def nonzero(self) -> Array:
@@ -68,15 +76,18 @@ class Run:
         """Histograms of at most 64 records, of the newest too; none over linear bins."""
         if not isinstance(self.history.bins, Log2Bins):
             return []
-        at = evenly_spread(len(self.history), _MAX_SAMPLES)
-        rows = at[:, None] * len(self.history.layers) + self.columns
+        at = evenly_spread(len(self.history), MAX_SAMPLES)
+        rows = at[:, None] * len(self.history.layers) + np.sort(self.columns)
         sizes, bins, counts = self.history.to_records().counts.keep(rows.ravel()).arrays()
-        by_record = sizes.reshape(rows.shape)
-        ends = np.cumsum(by_record.sum(1))[:-1]
-        parts = zip(
-            at.tolist(), by_record, np.split(bins, ends), np.split(counts, ends), strict=True
-        )
-        return [Sample(*part) for part in parts]
+        ends = np.cumsum(sizes, dtype=np.int64).reshape(rows.shape)[:, self.places]
+        sizes = sizes.reshape(rows.shape)[:, self.places]
+        samples = []
+        for record, end, size in zip(at.tolist(), ends, sizes, strict=True):
+            total = int(size.sum())
+            before = np.repeat(np.cumsum(size) - size, size)
+            entries = np.arange(total) - before + np.repeat(end - size, size)
+            samples.append(Sample(record, size, bins[entries], counts[entries]))
+        return samples
 
     def span(self, mask: Array, at: int) -> tuple[int, int]:
         """First and last step of the blocks around one that a mask, ``(B,)``, holds together."""
@@ -185,6 +196,11 @@ def median(x: Array) -> Array:
     count = np.count_nonzero(~np.isnan(x), axis=0)
     middle: Array = np.take_along_axis(ordered, np.maximum(count - 1, 0)[None] // 2, axis=0)[0]
     return middle
+
+
+def is_loss(name: str) -> bool:
+    """Whether a scalar is a loss of training, by its name."""
+    return name.lower().endswith("loss") and not name.lower().startswith(("eval", "val", "test"))
 
 
 def around(mask: Array, at: int) -> tuple[int, int]:

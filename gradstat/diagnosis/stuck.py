@@ -42,7 +42,7 @@ def find_stuck(run: Run, thresholds: Thresholds) -> list[Finding]:
 
 def _ratio(run: Run) -> Array:
     """`History.update_ratio`, 0 for weights of zero that stay so: ``(S, L)``."""
-    ratio = run.history.update_ratio()
+    ratio = run.history.update_ratio()[:, run.places]
     return np.where((run["numel"] > 0) & (run["zeros"] == run["numel"]), 0.0, ratio)
 
 

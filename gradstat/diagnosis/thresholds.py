@@ -14,6 +14,14 @@ _SHARES = (
     "dead_units_share",
     "dead_units_severe",
 )
+_FACTORS = (
+    "spike_loss",
+    "spike_gradient",
+    "spike_single",
+    "jump",
+    "jump_weights",
+    "outliers_growth",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +40,14 @@ class Thresholds:
         exploding_severe: the growth above which that is severe.
         nonfinite_share: largest share of records with NaN or infinities that pass for a loss scale
             being tried, as long as the newest record has none.
+        spike_deviations: how many deviations above its trailing median a value must be to be a
+            spike, in the logarithm.
+        spike_loss: least factor by which the loss must rise above it.
+        spike_gradient: least factor for the norm of the gradient.
+        spike_single: how many times that a single value must rise where the sizes of the batches
+            are not known: it may be a small one.
+        jump: least factor for a layer's update or activation.
+        jump_weights: least factor for its weights.
         saturation_octaves: how many octaves below its layer's rms an element counts as stopped.
         saturation_share: largest share of stopped ones among the elements that are not zero.
         stuck_ratio: smallest change of a layer's weights in a step, as a share of their size.
@@ -39,6 +55,7 @@ class Thresholds:
             stuck.
         dead_units_share: largest share of a module's units that may be zero for a whole batch.
         dead_units_severe: the share from which that is severe.
+        outliers_growth: from which growth of an activation's kurtosis over the run it is noted.
         underflow_share: largest share of a layer's values that float16 may flush to zero.
         float16_headroom: how many times larger the largest gradient must be able to grow before
             float16 overflows.
@@ -47,7 +64,7 @@ class Thresholds:
     Raises:
         TypeError: an argument of another kind.
         ValueError: a window below 1, another number that is not above 0, a ratio, a share or a fit
-            above 1, a severe threshold that is milder than the other.
+            above 1, a factor up to 1, a severe threshold that is milder than the other.
 
     Example:
         >>> import gradstat
@@ -64,12 +81,19 @@ class Thresholds:
     exploding_growth: float = 1e3
     exploding_severe: float = 1e5
     nonfinite_share: float = 0.05
+    spike_deviations: float = 6.0
+    spike_loss: float = 1.3
+    spike_gradient: float = 5.0
+    spike_single: float = 5.0
+    jump: float = 20.0
+    jump_weights: float = 3.0
     saturation_octaves: float = 10.0
     saturation_share: float = 0.5
     stuck_ratio: float = 1e-6
     stuck_pace: float = 1e-3
     dead_units_share: float = 0.7
     dead_units_severe: float = 0.9
+    outliers_growth: float = 4.0
     underflow_share: float = 0.5
     float16_headroom: float = 2.0
     float16_floor: float = 2.0**-14
@@ -86,6 +110,16 @@ class Thresholds:
         for name in ("vanishing_ratio", "depth_fit", *_SHARES):
             if getattr(self, name) > 1:
                 raise ValueError(f"Thresholds() needs {name} up to 1; it is {getattr(self, name)}")
+        for name in (
+            "spike_loss",
+            "spike_gradient",
+            "spike_single",
+            "jump",
+            "jump_weights",
+            "outliers_growth",
+        ):
+            if getattr(self, name) <= 1:
+                raise ValueError(f"Thresholds() needs {name} above 1; it is {getattr(self, name)}")
         if self.vanishing_severe > self.vanishing_ratio:
             raise ValueError(
                 f"Thresholds() needs vanishing_severe up to vanishing_ratio, "

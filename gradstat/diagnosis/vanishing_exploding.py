@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from gradstat.diagnosis.findings import Finding, Severity
+from gradstat.diagnosis.findings import Finding, Severity, rounded
 from gradstat.diagnosis.run import Run, around, fit_depth, median
 from gradstat.diagnosis.thresholds import Thresholds
 
@@ -43,7 +43,7 @@ def find_trend(run: Run, thresholds: Thresholds) -> list[Finding]:
         times = _power_of_ten(abs(fit.fall))
         change = "shrinks" if kind == "vanishing" else "grows"
         sentence = (
-            f"From {last} back to {first} the gradient {change} {_round(times)}-fold, by a factor "
+            f"From {last} back to {first} the gradient {change} {rounded(times)}-fold, by a factor "
             f"of {_power_of_ten(abs(fit.slope)):.2g} at each layer."
         )
         severe = kind == "vanishing" and ratio <= thresholds.vanishing_severe
@@ -92,7 +92,7 @@ def find_growth(run: Run, thresholds: Thresholds) -> list[Finding]:
         before, now = float(so_far[at, column]), float(rms[at, column])
         numbers = {"growth": times, "rms": now, "rms_before": before}
         sentence = (
-            f"{layer}'s gradient grew {_round(times)}-fold, from an rms of {before:.1e} to "
+            f"{layer}'s gradient grew {rounded(times)}-fold, from an rms of {before:.1e} to "
             f"{now:.1e} at step {run.steps[blocks[at][-1]]}."
         )
         severity: Severity = "severe" if times >= thresholds.exploding_severe else "warning"
@@ -125,9 +125,3 @@ def find_dead(run: Run, thresholds: Thresholds) -> list[Finding]:
 def _power_of_ten(exponent: float) -> float:
     """10 to that power, or the nearest to it that float64 holds."""
     return float(10.0 ** min(max(exponent, -323.0), 308.0))
-
-
-def _round(times: float) -> str:
-    """Three digits, and no exponent up to a million."""
-    rounded = float(f"{times:.3g}")
-    return f"{rounded:,.0f}" if 100 <= rounded < 1e6 else f"{rounded:.3g}"

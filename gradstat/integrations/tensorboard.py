@@ -29,6 +29,8 @@ def write(
     ``update/LAYER/histogram``. ``update/LAYER/ratio`` is `History.update_ratio`, and
     ``activation/LAYER/dead_units`` is `History.dead_units`.
 
+    What was logged, such as ``loss`` and ``lr``, has its own name as its tag and all of its values.
+
     The buckets are the record's own, from the first filled one to the last: no count is estimated.
     A layer without a gradient in a step has no point there.
 
@@ -88,5 +90,8 @@ def write(
             for tag, value in points.items():
                 event.MergeFrom(scalar(tag, value))  # type: ignore[no-untyped-call]
             writer.add_summary(event, step)
+        for name in history.scalars:
+            for step, value in zip(*(x.tolist() for x in history.scalar(name)), strict=True):
+                writer.add_summary(scalar(name, value), step)  # type: ignore[no-untyped-call]
     finally:
         writer.close()

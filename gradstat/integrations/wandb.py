@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradstat.arrays import Array
+from gradstat.arrays import Array, evenly_spread
 from gradstat.history import History
 from gradstat.history.arguments import check_history
 from gradstat.integrations.buckets import (
@@ -47,12 +47,15 @@ def log(
       of their own, of which there would be hundreds: add those that you want to see. The buckets
       are sums of the record's own bins, as many as 512 allow; no count is estimated.
 
+    - ``scalars/NAME``: what was logged, such as the loss, against ``gradients/step``: all values,
+      or 10,000 evenly spread; of several in one step the last.
+
     Rows of another kind have the same under its name: ``parameters``, ``updates``, ``activations``,
     ``unit_peaks`` or ``output_gradients``. Two more charts are ``updates/ratio``, log10 of
     `History.update_ratio`, and ``activations/dead_units``, `History.dead_units`.
 
     A layer without a gradient in a step has no histogram there. The run's own step goes up by one
-    for each record, and is otherwise left alone.
+    for each step that is logged, and is otherwise left alone.
 
     Args:
         history: with one record at least.
@@ -84,8 +87,12 @@ def log(
     run.define_metric("gradients/step", hidden=True)
     for kind in dict.fromkeys(history.kinds):
         run.define_metric(f"{_group(kind)}/histogram/*", step_metric="gradients/step", hidden=True)
+    logged = _scalars(history)
+    run.define_metric("scalars/*", step_metric="gradients/step")
     for step in counted(history, steps, progress):
-        record: dict[str, object] = {"gradients/step": step}
+        for earlier in [each for each in logged if each < step]:
+            run.log({"gradients/step": earlier} | logged.pop(earlier))
+        record: dict[str, object] = {"gradients/step": step} | logged.pop(step, {})
         for (kind, layer), statistics, edges in rows(history, step):
             counts, ends = buckets(statistics, edges, _MAX_BUCKETS)
             if len(counts):
@@ -93,6 +100,8 @@ def log(
                     np_histogram=(counts, ends)
                 )
         run.log(record)
+    for later, numbers in logged.items():
+        run.log({"gradients/step": later} | numbers)
     summary: dict[str, object] = {
         f"{_group(kind)}/layers": wandb.Table(columns=list(_COLUMNS), data=table)
         for kind, table in _newest(history).items()
@@ -141,6 +150,17 @@ def write(
     # Its other process may still be writing when the run is finished, not when it has ended.
     wandb.teardown()
     return written
+
+
+def _scalars(history: History) -> dict[int, dict[str, object]]:
+    """Values by step, which rises, and name."""
+    found: dict[int, dict[str, object]] = {}
+    for name in history.scalars:
+        steps, values = history.scalar(name)
+        at = evenly_spread(len(steps), _MAX_POINTS)
+        for step, value in zip(steps[at].tolist(), values[at].tolist(), strict=True):
+            found.setdefault(step, {})[f"scalars/{name}"] = value
+    return dict(sorted(found.items()))
 
 
 def _group(kind: str) -> str:

@@ -23,6 +23,7 @@ from gradstat.history import History
 from gradstat.history.arguments import check_count
 from gradstat.plot import arguments, data, labels, panels
 from gradstat.plot.arguments import Histories, Layers, Limits
+from gradstat.plot.series import is_series, series_curves
 
 _MAGNITUDES = ("mean_abs", "std", "var", "l1", "l2", "rms", "abs_max")
 _MAX_RIDGES = 60
@@ -115,11 +116,15 @@ def curves(
     log: bool | None = None,
     figure: Figure | None = None,
 ) -> Figure:
-    """Draw a statistic of each layer against time.
+    """Draw a statistic of each layer, or a scalar such as the loss, against time.
+
+    Of a scalar, or the norm of all layers together, there is one panel with a line for each
+    history; triangles on the time axis mark where severe findings (red) and warnings begin.
 
     Args:
         history: one History, or several in a mapping of names or a sequence.
-        field: a field of `Statistics`, or ``"mean_abs"``, the mean of magnitudes.
+        field: a field of `Statistics`, ``"mean_abs"``, the mean of magnitudes, one of
+            `History.scalars`, or ``"norm"``, that of all layers of the first kind.
         split: ``"layer"`` draws a panel for each layer with a line for each history (the default
             for several), ``"history"`` a panel for each history with a line for each layer.
         layers: names of the rows to draw, by default of the first kind; a mapping titles each.
@@ -150,6 +155,8 @@ def curves(
     if steps_per_epoch is not None:
         check_count("curves", "steps_per_epoch", steps_per_epoch)
     check_count("curves", "average", average)
+    if is_series(named, field):
+        return series_curves(named, field, steps_per_epoch, average, log, figure)
     arguments.check_field("curves", field)
     if split is None:
         split = "layer" if len(named) > 1 else "history"

@@ -20,7 +20,7 @@ const arrays = (() => {
 })();
 
 // The layers of each kind, and which of its kind a layer is.
-const byKind = meta.nouns.map((_, kind) => [...meta.kinds.keys()].filter((layer) => meta.kinds[layer] === kind));
+const byKind = meta.nouns.map((_, kind) => meta.order.filter((layer) => meta.kinds[layer] === kind));
 const place = [];
 for (const layers of byKind) layers.forEach((layer, i) => { place[layer] = i; });
 

@@ -113,6 +113,7 @@ function buildMap(select) {
     const cell = cellAt(event.clientX - box.left, event.clientY - box.top);
     if (cell) select(cell.layer, { from: "map" });
   });
+  buildSeries(select, () => left);
   const showLegend = buildLegend();
   return {
     show() {

@@ -19,6 +19,7 @@ import numpy as np
 from gradstat.arrays import Array
 from gradstat.bins import Log2Bins
 from gradstat.diagnosis import diagnose
+from gradstat.diagnosis.run import Run
 from gradstat.escaping import escaped
 from gradstat.files import replacing
 from gradstat.history import History
@@ -26,7 +27,7 @@ from gradstat.history.arguments import check_history
 from gradstat.kinds import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE
 from gradstat.report import thin
 
-_SCRIPTS = ("data.js", "canvas.js", "map.js", "layers.js", "detail.js", "main.js")
+_SCRIPTS = ("data.js", "canvas.js", "series.js", "map.js", "layers.js", "detail.js", "main.js")
 _NUMBERS = ("numel", "mean", "std", "rms", "l2", "min", "max", "zeros", "nan", "posinf", "neginf")
 _WIDTHS = ("<u1", "<u2", "<u4")
 
@@ -86,6 +87,7 @@ def _render(history: History, title: str) -> str:
 def _contents(history: History) -> tuple[dict[str, Any], str]:
     """Everything the page's script reads: JSON, and arrays in base64."""
     columns, samples = thin.columns(history), thin.samples(history)
+    series = thin.series(history, columns)
     log2 = isinstance(history.bins, Log2Bins)
     arrays = {
         "level": columns.level,
@@ -98,6 +100,9 @@ def _contents(history: History) -> tuple[dict[str, Any], str]:
         "sampleZeros": samples.zeros,
         "sampleNonfinite": samples.nonfinite,
     }
+    for name in ("mean", "least", "most", "nonfinite"):
+        stacked = [getattr(each, name) for each in series.values()]
+        arrays[f"series{name.title()}"] = np.concatenate([np.empty(0, np.float32), *stacked])
     if samples.edges is not None:
         arrays["sampleEdges"] = samples.edges
     layout, data = _pack(arrays)
@@ -109,6 +114,9 @@ def _contents(history: History) -> tuple[dict[str, Any], str]:
         "layers": [escaped(row.name) for row in history.rows],
         "nouns": [NOUNS[kind] for kind in kinds],
         "kinds": [kinds.index(kind) for kind in history.kinds],
+        # The layer nearest to the input first, among those of its kind.
+        "order": [int(at) for at in Run(history, 1, None).columns],
+        "series": list(series),
         "records": len(history),
         "findings": [
             {

@@ -12,11 +12,15 @@ import numpy as np
 
 from gradstat.arrays import Array, divide, evenly_spread, octaves
 from gradstat.bins import Log2Bins
+from gradstat.diagnosis.run import is_loss
 from gradstat.history import History
+from gradstat.kinds import NOUNS
 from gradstat.results import Statistics
 
 _MAX_COLUMNS, _MAX_CELLS = 600, 120_000
 _MAX_SAMPLES, _MAX_HISTOGRAMS = 120, 24_000
+_MAX_SERIES = 3  # of a kind
+_FLOAT32 = 1e38
 _MIN_COLUMNS, _MIN_SAMPLES = 20, 4  # however many layers there are
 _MAX_ROWS = 64  # of a histogram over linear bins
 _LARGEST = 1e308  # magnitude that the page draws: float64 holds its logarithm's power of two
@@ -103,6 +107,50 @@ def columns(history: History) -> Columns:
         divide(zeros, total).T.astype(np.float32),
         nonfinite.T,
     )
+
+
+@dataclass(frozen=True)
+class Series:
+    """One number a step, in the columns of a history; NaN where a column has none.
+
+    Args:
+        mean: of the finite values of each column, float32 ``(T,)``.
+        least: of them.
+        most: of them.
+        nonfinite: NaN and infinite values, int64 ``(T,)``.
+    """
+
+    mean: Array
+    least: Array
+    most: Array
+    nonfinite: Array
+
+
+def series(history: History, columns: Columns) -> dict[str, Series]:
+    """Losses, the norm of the first kind and learning rates, a few of each, by name."""
+    losses = [name for name in history.scalars if is_loss(name)]
+    rates = [name for name in history.scalars if name == "lr" or name.startswith("lr/")]
+    # Of many groups those that change.
+    rates = [name for name in rates if np.ptp(history.scalar(name)[1]) > 0] or rates[:1]
+    kind = history.kinds[0]
+    named = {name: history.scalar(name) for name in losses[:_MAX_SERIES]}
+    named[f"{NOUNS[kind]} norm"] = history.steps, history.norm(kind)
+    named |= {name: history.scalar(name) for name in rates[:_MAX_SERIES]}
+    return {name: _in_columns(*values, columns.steps[:, 0]) for name, values in named.items()}
+
+
+def _in_columns(steps: Array, values: Array, first: Array) -> Series:
+    at = np.maximum(np.searchsorted(first, steps, "right") - 1, 0)
+    finite = np.isfinite(values)
+    at, known = at[finite], np.clip(values[finite], -_FLOAT32, _FLOAT32)
+    least, most = (np.full(len(first), np.nan) for _ in range(2))
+    np.fmin.at(least, at, known)
+    np.fmax.at(most, at, known)
+    n = np.bincount(at, minlength=len(first))
+    mean = divide(np.bincount(at, known, len(first)), n)
+    broken = np.maximum(np.searchsorted(first, steps[~finite], "right") - 1, 0)
+    mean, least, most = (x.astype(np.float32) for x in (mean, least, most))
+    return Series(mean, least, most, np.bincount(broken, minlength=len(first)))
 
 
 def samples(history: History) -> Samples:

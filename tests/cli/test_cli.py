@@ -59,6 +59,18 @@ def test_info_shows_versions_and_the_engine_of_each_device(
     assert shown.endswith("GRADSTAT_ENGINE is 'reference'\n")
 
 
+def test_info_shows_what_a_run_has_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    history = make_history(Log2Bins(), 2, 3)
+    history.add_scalar("loss", 0, 0.25)
+    history.save(tmp_path / "run.npz")
+    assert run("info", str(tmp_path / "run.npz")) == 0
+    shown = capsys.readouterr().out
+    assert "3 records of 2 layers" in shown
+    assert re.search(r"^loss +1 +0.25 +0.25", shown, re.M)
+
+
 def test_info_names_each_gpu(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

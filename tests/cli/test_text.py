@@ -305,3 +305,26 @@ def test_draw_writes_the_curves_of_the_first_kind_whole_or_not_at_all(
     ):
         cli_text.draw({"run": history}, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(beginning)
+
+
+def test_scalars_lists_what_was_logged_and_the_norm() -> None:
+    history = make_history(Log2Bins(), 2, 25, noise)
+    for step in range(50):
+        history.add_scalar("loss", step, math.nan if step == 3 else 5.0 - step / 10)
+    lines = [line.split() for line in cli_text.scalars(history).splitlines()]
+    assert lines[1] == ["loss", "50", "5", "1", "0.1", "5"]
+    norm = history.norm()
+    assert lines[2][:3] == ["gradient", "norm", "25"]
+    assert float(lines[2][3]) == pytest.approx(norm[0], rel=1e-3)
+
+
+def test_compare_tells_the_losses_and_norms_of_both_apart() -> None:
+    runs = {name: make_history(Log2Bins(), 2, 25, noise) for name in ("one", "other")}
+    for name, history in runs.items():
+        for step in range(25):
+            history.add_scalar("loss", step, 2.0 if name == "one" else 3.0)
+    runs["one"].add_scalar("lr", 0, 0.1)
+    shown = cli_text.compare(runs)
+    assert re.search(r"^loss, lately +2 +3 +1.5$", shown, re.M)
+    assert re.search(r"^gradient norm, lately +\S+ +\S+ +1$", shown, re.M)
+    assert "lr" not in shown

@@ -1,7 +1,7 @@
 """NaN and infinities in rows of any kind: where they come from; and that other kinds are let be."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from histories import make_history
 from torch import Tensor, nn
 
 import gradstat
-from gradstat import History, Log2Bins
+from gradstat import Finding, History, Log2Bins
 from gradstat.kinds import KINDS
 
 L = 4  # layers, each of them a module too
@@ -157,10 +157,53 @@ def test_diagnose_reads_gradients_alone_for_what_is_said_of_gradients() -> None:
 
     def row(step: int, at: int) -> Tensor:
         # All that would be vanishing, exploding, dead, underflow and out of scale in a gradient.
-        extreme = (1e-3 ** (at % L + 1), 1e12 if step > 20 else 1.0, 1e-30, 1e9)
+        extreme = (1e-3 ** (at % L + 1), 1e-30, 1e12 if step > 20 else 1.0, 1e9)
         return noise(step, at) * (1.0 if at < L else extreme[at // L - 1])
 
     history = make_history(Log2Bins(), L, 40, row, kinds=kinds)
     assert history.diagnose() == history.select("grad").diagnose()
     for kind in kinds[1:]:
         assert history.select(kind).diagnose() == []
+
+
+def met_at_once(kinds: Sequence[str] = ("grad",), loss: float | None = None) -> Finding:
+    """NaN in the gradients of all three layers from a step on."""
+
+    def gradient(step: int, row: int) -> torch.Tensor:
+        x = noise(step, row)
+        return torch.full_like(x, math.nan) if step >= 30 and row < 3 else x
+
+    history = make_history(Log2Bins(), 3, 40, gradient, kinds=kinds)
+    if loss is not None:
+        for step in range(40):
+            history.add_scalar("loss", step, loss if step == 30 else 1.0)
+    return next(each for each in history.diagnose() if each.kind == "non-finite")
+
+
+def test_diagnose_does_not_blame_the_last_layer_for_nan_that_backward_meets_at_once() -> None:
+    finding = met_at_once()
+    assert finding.layer == "2.weight"
+    assert finding.sentence.endswith(
+        " Backward computes that gradient first: the forward pass or the loss made it, not this "
+        "layer; what=('grad', 'activation') shows where."
+    )
+    assert "first and loss is nan: the forward pass" in met_at_once(loss=math.nan).sentence
+    assert "and loss" not in met_at_once(loss=1.0).sentence
+
+
+def test_diagnose_blames_the_loss_for_nan_where_all_outputs_are_finite() -> None:
+    finding = met_at_once(("grad", "activation"), math.inf)
+    assert finding.layer == "2.weight"
+    assert finding.sentence.endswith(
+        " All outputs are finite in that step and loss is inf: the loss made it, not a layer."
+    )
+
+
+def test_diagnose_still_blames_a_layer_before_the_last_one() -> None:
+    def gradient(step: int, row: int) -> torch.Tensor:
+        x = noise(step, row)
+        return torch.full_like(x, math.nan) if step >= 30 and row < 2 else x
+
+    (finding,) = diagnose(make_history(Log2Bins(), 3, 40, gradient))
+    assert finding.layer == "1.weight"
+    assert "not this layer" not in finding.sentence

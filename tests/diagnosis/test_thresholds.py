@@ -105,3 +105,9 @@ def test_thresholds_and_findings_cannot_be_changed() -> None:
     for each, name in ((Thresholds(), "window"), (finding, "layer")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(each, name, 1)
+
+
+@pytest.mark.parametrize("name", ["spike_loss", "spike_gradient", "spike_single", "jump"])
+def test_thresholds_refuses_a_factor_that_is_no_rise(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"Thresholds\(\) needs {name} above 1; it is 1"):
+        Thresholds(**{name: 1.0})

@@ -204,3 +204,14 @@ def test_buckets_counts_what_is_outside_a_linear_range() -> None:
     assert (counts.tolist(), edges.tolist()) == ([2, 1, 1, 1], [-9, 0, 0.5, 1, 7])
     inside = gradstat.statistics(x[2:4], gradstat.LinearBins(2, 0.0, 1.0))
     assert buckets(inside, inside.edges.numpy())[0].tolist() == [1, 1]
+
+
+def test_write_keeps_what_was_logged(tmp_path: Path) -> None:
+    h = make_history(gradstat.Log2Bins(), layers=2, steps=2)
+    logged = [(0, 1.5), (1, float("nan")), (1, 0.5), (7, -2.0)]
+    for step, value in logged:
+        h.add_scalar("loss", step, value)
+    tensorboard.write(h, tmp_path)
+    events = read(tmp_path).Scalars("loss")
+    assert [event.step for event in events] == [0, 1, 1, 7]
+    np.testing.assert_array_equal([event.value for event in events], [v for _, v in logged])

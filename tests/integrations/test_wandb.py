@@ -237,3 +237,14 @@ def test_log_refuses_what_is_not_a_run() -> None:
         viewer.log(make_history(LOG2), None)
     with pytest.raises(ValueError, match=r"log\(\) needs one record or more; max_records is 0"):
         viewer.log(make_history(LOG2), None, max_records=0)
+
+
+def test_log_keeps_what_was_logged_at_its_steps(logged: Logged) -> None:
+    h = make_history(LOG2, layers=2, steps=3)
+    for step, value in ((0, 1.5), (2, 0.25), (4, 2.0), (4, 3.0)):
+        h.add_scalar("loss", step, value)
+    found = {}
+    for row in logged(h):
+        if "scalars/loss" in row:
+            found[row["gradients/step"]] = row["scalars/loss"]
+    assert found == {0: 1.5, 2: 0.25, 4: 3.0}

@@ -1,0 +1,135 @@
+"""`Alerts`: tells of what is severe as soon as a record or a loss shows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from gradstat.arrays import Array
+from gradstat.diagnosis.bands import WINDOW
+from gradstat.diagnosis.findings import Finding
+from gradstat.diagnosis.nonfinite import find_nonfinite
+from gradstat.diagnosis.run import Run, is_loss, median
+from gradstat.diagnosis.spikes import find_gradient_spikes, find_loss_spikes
+from gradstat.diagnosis.thresholds import Thresholds
+from gradstat.diagnosis.vanishing_exploding import find_growth
+from gradstat.history import History
+from gradstat.kinds import GRAD, UNIT
+from gradstat.results import FLOATS, INTEGERS
+
+Alert = Callable[[Finding], object]
+
+_REFRESHED = 8  # records between two looks at what is usual
+_NEAR = 0.5  # share of a threshold, in the logarithm, from which the rules are asked
+_TRIED = 4  # scales one after the other, each of which may overflow
+_L2 = FLOATS.index("l2")
+_NUMEL, _FINITE = INTEGERS.index("numel"), INTEGERS.index("finite")
+
+
+class Alerts:
+    """Watches records and losses as they come, and asks the rules when one stands out.
+
+    A record costs a few operations on arrays of its rows. What `diagnose` would call non-finite, a
+    spike or exploding is told once, and again only when it has cleared in between.
+
+    Args:
+        history: where they go, before this is told.
+        function: is given each finding; what it raises is raised.
+        is_scaled: whether a loss scale is tried, which overflows now and then.
+    """
+
+    def __init__(self, history: History, function: Alert, *, is_scaled: bool) -> None:
+        self._history, self._function, self._is_scaled = history, function, is_scaled
+        self._thresholds = Thresholds()
+        kinds = np.array(history.kinds)
+        self._counted = kinds != UNIT
+        self._gradients = np.flatnonzero(kinds == GRAD)
+        # Logarithms of the newest records' norms, of each row and of the whole gradient.
+        self._ring = np.full((WINDOW, len(kinds) + 1), math.nan)
+        self._usual = np.full(len(kinds) + 1, math.inf)
+        self._near = np.full(len(kinds) + 1, math.log(self._thresholds.exploding_growth))
+        self._near[-1] = math.log(self._thresholds.spike_gradient)
+        self._near *= _NEAR
+        self._losses: dict[str, list[float]] = {}
+        self._n_records = 0
+        self._is_due = False
+        self._told: set[tuple[str, int]] = set()  # kinds, and of spikes the step of the first value
+        self._is_telling = False
+
+    def see_record(self, integers: Array, floats: Array) -> None:
+        """A record has come.
+
+        Args:
+            integers: as for `History.append`.
+            floats: as for `History.append`.
+        """
+        self._n_records += 1
+        at = self._n_records % WINDOW
+        row = self._ring[at]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            row[:-1] = np.log(floats[:, _L2])
+            row[-1] = np.logaddexp.reduce(2 * row[self._gradients]) / 2
+        is_broken = (integers[:, _NUMEL] != integers[:, _FINITE])[self._counted].any()
+        if is_broken or (row > self._usual + self._near).any():
+            self._is_due = True
+        if self._n_records % _REFRESHED == 0:
+            before = np.where(np.isfinite(self._ring), self._ring, math.nan)
+            self._usual = np.nan_to_num(median(before), nan=math.inf)
+
+    def see_scalar(self, name: str, value: float) -> None:
+        """A number was logged."""
+        if not is_loss(name):
+            return
+        recent = self._losses.setdefault(name, [])
+        if not math.isfinite(value):
+            self._is_due = True
+            return
+        # Losses below zero have no logarithm: the rules are asked of each that is a new maximum.
+        usual = sorted(recent)[len(recent) // 2] if recent else math.inf
+        if value > usual + (self._thresholds.spike_loss - 1) * _NEAR * abs(usual):
+            self._is_due = True
+        recent.append(value)
+        if len(recent) > WINDOW:
+            recent.pop(0)
+
+    def tell(self) -> None:
+        """Ask the rules if anything stood out, and tell what is new."""
+        if self._is_telling:
+            return
+        if not self._is_due:
+            # A spike ends by its own rule; what else was there has cleared.
+            if self._told:
+                self._told = {each for each in self._told if each[0].endswith("spike")}
+            return
+        self._is_due, self._is_telling = False, True
+        try:
+            for finding in self._find():
+                begins = finding.steps[0] if finding.kind.endswith("spike") else -1
+                if (finding.kind, begins) not in self._told:
+                    self._told.add((finding.kind, begins))
+                    self._function(finding)
+        finally:
+            self._is_telling = False
+
+    def _find(self) -> list[Finding]:
+        """What the newest record or loss shows."""
+        if not len(self._history):
+            return []
+        run = Run(self._history, self._thresholds.window, None)
+        found = [*find_nonfinite(run, self._thresholds), *find_loss_spikes(run, self._thresholds)]
+        if self._is_scaled:
+            found = [each for each in found if each.kind != "non-finite" or _lasts(each, run)]
+        found += find_gradient_spikes(run, self._thresholds)
+        if len(self._gradients):
+            found += find_growth(Run(self._history, run.window, GRAD), self._thresholds)
+        # Of a loss that comes before its record the newest step is its own.
+        newest = int(run.steps[-1])
+        return [each for each in found if each.steps[1] >= newest]
+
+
+def _lasts(finding: Finding, run: Run) -> bool:
+    """Whether it goes on for longer than a loss scale is tried."""
+    first, last = np.searchsorted(run.steps, finding.steps)
+    return bool(last - first >= _TRIED)
