@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, TypeGuard
 
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from gradstat.history import History
@@ -64,6 +66,20 @@ class Watching:
             options["scaler"] = scaler
         self._watch = watch(model, **self._options, **options)
 
+    def _log(self, values: Mapping[str, object]) -> None:
+        """Keep what a trainer reports: the numbers among it."""
+        if self._watch is None:
+            return
+        numbers = {name: x for name, x in values.items() if _is_number(x)}
+        self._watch.log(**numbers)
+
     def _stop(self) -> None:
         if self._watch is not None:
             self._watch.close()
+
+
+def _is_number(x: object) -> TypeGuard[float | Tensor]:
+    """Whether `Watch.log` takes it."""
+    if isinstance(x, Tensor):
+        return x.dim() == 0 and not x.is_complex()
+    return isinstance(x, Real) and not isinstance(x, bool)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradstat.integrations.callbacks import Watching
@@ -23,6 +23,8 @@ class WatchCallback(Watching, Callback):  # type: ignore[misc]
 
     They are measured when the gradient is whole, averaged over the ranks and unscaled, and before
     Lightning clips it. A module with several optimizers has a record for each step of each of them.
+    The learning rate is kept at each step, and so are the loss that ``training_step`` returns and
+    what your own ``self.log`` reports in it.
 
     Args:
         **options: as `gradstat.watch`, but ``model``, ``when``, ``optimizer``, ``scaler`` and
@@ -37,7 +39,13 @@ class WatchCallback(Watching, Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ANN401
         """Watch the module."""
-        self._start(pl_module, getattr(trainer.precision_plugin, "scaler", None), when="call")
+        optimizers = trainer.optimizers
+        self._start(
+            pl_module,
+            getattr(trainer.precision_plugin, "scaler", None),
+            when="call",
+            optimizer=optimizers[0] if len(optimizers) == 1 else None,
+        )
 
     def on_before_optimizer_step(
         self,
@@ -47,6 +55,23 @@ class WatchCallback(Watching, Callback):  # type: ignore[misc]
     ) -> None:
         """Make a record."""
         self.watch.measure()
+
+    def on_before_backward(self, trainer: Any, pl_module: nn.Module, loss: Tensor) -> None:  # noqa: ANN401
+        """Keep the loss."""
+        # Lightning has divided it by the batches of a step.
+        self._log({"loss": loss.detach() * trainer.accumulate_grad_batches})
+
+    def on_train_batch_end(
+        self,
+        trainer: Any,  # noqa: ANN401
+        pl_module: nn.Module,
+        outputs: Any,  # noqa: ANN401
+        batch: Any,  # noqa: ANN401
+        batch_idx: int,
+    ) -> None:
+        """Keep what was logged in the step."""
+        metrics = trainer.callback_metrics.items()
+        self._log({name: value for name, value in metrics if name != "loss"})
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ANN401
         """Close the watch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,9 @@ except ImportError as error:
 class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
     """Record the gradients of each optimizer step of a Trainer.
 
-    They are measured as they are applied: whole, averaged over the ranks, unscaled and clipped.
+    They are measured as they are applied: whole, averaged over the ranks, unscaled and clipped. The
+    learning rate is kept at each step, and so is what the Trainer logs, at its own steps: the loss
+    every ``logging_steps``, evaluations, and what your own ``log()`` reports.
 
     Args:
         **options: as `gradstat.watch`, but ``model``, ``when``, ``optimizer``, ``scaler`` and
@@ -45,6 +48,17 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
         # Accelerate wraps the optimizer that will step.
         inner = getattr(optimizer, "optimizer", optimizer)
         self._start(model, getattr(optimizer, "scaler", None), when="step", optimizer=inner)
+
+    def on_log(
+        self,
+        args: Any,  # noqa: ANN401
+        state: Any,  # noqa: ANN401
+        control: Any,  # noqa: ANN401
+        logs: Mapping[str, object] | None = None,
+        **_: Any,  # noqa: ANN401
+    ) -> None:
+        """Keep what is logged."""
+        self._log(logs or {})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         """Close the watch."""

@@ -75,7 +75,11 @@ class Cadence:
     @property
     def step(self) -> int:
         """Number of the step that the pass belongs to, from 0."""
-        return self.n_passes // self._accumulation_steps
+        return self.step_of(self.n_passes)
+
+    def step_of(self, number: int) -> int:
+        """Number of the step that a pass belongs to, by its own number."""
+        return number // self._accumulation_steps
 
     def is_due(self) -> bool:
         """Whether the pass that comes or goes on is one to record, as a captured one may be."""

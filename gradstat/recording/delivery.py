@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 
+from gradstat.diagnosis.alerts import Alerts
 from gradstat.history import History
 from gradstat.history.journal import Journal
 from gradstat.recording.arrivals import Record, Rows, as_statistics
@@ -34,6 +35,7 @@ class Delivery:
         cadence: tells the steps of captured passes.
         sink: is given each record too.
         journal: so is it.
+        alerts: looks at each record, too.
     """
 
     def __init__(
@@ -43,9 +45,10 @@ class Delivery:
         cadence: Cadence,
         sink: Sink | None,
         journal: Journal | None,
+        alerts: Alerts | None = None,
     ) -> None:
         self._history, self._outputs, self._cadence = history, outputs, cadence
-        self._sink, self._journal = sink, journal
+        self._sink, self._journal, self._alerts = sink, journal, alerts
         self._pending: deque[Record] = deque()
         self._newest_step = -1
         self._arrived: deque[tuple[int, Rows]] = deque()
@@ -74,10 +77,16 @@ class Delivery:
                 while self._arrived:
                     step, rows = self._arrived.popleft()
                     sink(step, as_statistics(self._history.bins, rows))
+        self.tell_alerts()
+
+    def tell_alerts(self) -> None:
+        """Tell of what is new and severe, if anybody is to be told."""
+        if self._alerts is not None:
+            self._alerts.tell()
 
     def finish(self) -> None:
         """Wait for all records if anybody else is to have them, and hand them on."""
-        if self._sink is not None or self._journal is not None:
+        if any(each is not None for each in (self._sink, self._journal, self._alerts)):
             self.collect(wait=True)
         if self._journal is not None:
             self._journal.flush()
@@ -89,7 +98,7 @@ class Delivery:
         self._pending.clear()
         self._arrived.clear()
         self._is_to_warn |= self._sink is not None or self._journal is not None
-        self._sink = self._journal = None
+        self._sink = self._journal = self._alerts = None
 
     def _move(self, wait: bool) -> None:
         while self._pending and self._pending[0].has_arrived(wait):
@@ -104,6 +113,8 @@ class Delivery:
             self._history.append(step, *rows)
             if self._journal is not None:
                 self._journal.append(step, *rows)
+            if self._alerts is not None:
+                self._alerts.see_record(*rows[:2])
             if self._sink is not None:
                 self._arrived.append((step, rows))
             if self._is_to_warn:

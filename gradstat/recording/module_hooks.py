@@ -102,6 +102,9 @@ class OutputHooks:
             if self._has_failed():
                 # What is there belongs to a pass or a step that came to nothing.
                 recorder.drop()
+            order = recorder.order
+            if not order.is_known and (is_gradient or not _is_recomputing()):
+                order.note_output(index, is_gradient)
             self._is_seeing = True
             if is_gradient:
                 if not self._pass.has_begun:

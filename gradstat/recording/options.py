@@ -65,15 +65,13 @@ def check_when(
     """Raise unless the options fit the moment of measuring."""
     if when not in ("backward", "step", "call"):
         raise ValueError(f"watch() needs one of backward, step, call; when is {when!r}")
-    if when != "step" and optimizer is not None:
-        raise ValueError(
-            f"watch() needs when='step' for an optimizer; optimizer is "
-            f"{type(optimizer).__name__}, when is {when!r}"
-        )
-    if when == "step" and not isinstance(optimizer, Optimizer):
+    if not isinstance(optimizer, Optimizer | None):
         raise TypeError(
-            f"watch() needs a torch.optim.Optimizer for when='step'; optimizer is "
-            f"{type(optimizer).__name__}"
+            f"watch() needs a torch.optim.Optimizer; optimizer is {type(optimizer).__name__}"
+        )
+    if when == "step" and optimizer is None:
+        raise TypeError(
+            "watch() needs a torch.optim.Optimizer for when='step'; optimizer is NoneType"
         )
     if when != "backward" and scaler is not None:
         raise ValueError(

@@ -78,6 +78,9 @@ class BackwardHooks:
                 # There is no scale before the first loss, nor in a scaler that is not enabled.
                 self._recorder.begin(scale_of(self._scaler))
                 self._pass.await_end(self._on_end)
+            order = self._recorder.order
+            if not order.is_known and self._recorder.is_recording:
+                order.note_gradient(index)
             gradient = parameter.grad
             if gradient is not None and self._first_gradient is not None:
                 self._recorder.add(self._first_gradient + index, gradient)
@@ -145,11 +148,19 @@ class StepHook:
     ) -> None:
         self._recorder, self._rows = recorder, first_rows
         self.calls_only = optimizer is None
+        parameters = list(parameters)
         # Neither they nor the optimizer are to live for the sake of a history.
         self._parameters = [weakref.ref(parameter) for parameter in parameters]
         self._indices = {id(p()): index for index, p in enumerate(self._parameters)}
         self._before: dict[int, tuple[nn.Parameter, Tensor]] = {}
         self._has_closure = False
+        # Of the first pass only, which tells the order of the layers.
+        self._arrived: dict[int, None] = {}  # in that order
+        self._order_handles = [
+            _hook(parameter, partial(_note, self._arrived, index))
+            for index, parameter in enumerate(parameters)
+        ]
+        self._seen: list[tuple[int, int]] = []
         self._handles: list[RemovableHandle] = []
         if optimizer is not None:
             self._handles.append(optimizer.register_step_pre_hook(self._on_step))
@@ -158,10 +169,20 @@ class StepHook:
 
     def remove(self) -> None:
         """Take the hooks off."""
-        for handle in self._handles:
+        for handle in self._handles + self._order_handles:
             handle.remove()
         self._handles.clear()
+        self._order_handles.clear()
         self._before.clear()
+
+    def add_unfinished(self) -> None:
+        """Measure the gradients of a backward pass after which no step came."""
+        if self.calls_only or self._recorder.is_recording or self._seen == self._gradients_seen():
+            return
+        # Those that were set to zero are of no pass.
+        if any(bool(x.any()) for x in self._some_gradients()):
+            alive = ((index, p()) for index, p in enumerate(self._parameters))
+            self._measure({index: p for index, p in alive if p is not None}, None)
 
     def is_running(self) -> bool:
         """Whether a step that the recorder has begun may go on while a module computes."""
@@ -205,6 +226,16 @@ class StepHook:
                 self._recorder.add(row, change)
             self._recorder.end()
 
+    def _some_gradients(self) -> list[Tensor]:
+        n = len(self._parameters)
+        some = [self._parameters[at]() for at in sorted({0, n // 2, n - 1})]
+        gradients = [p.grad for p in some if p is not None]
+        return [local_part(x) for x in gradients if x is not None]
+
+    def _gradients_seen(self) -> list[tuple[int, int]]:
+        """What differs after another backward pass, of a few parameters."""
+        return [(x.data_ptr(), x._version) for x in self._some_gradients()]
+
     def _held_by(self, optimizer: Optimizer) -> dict[int, nn.Parameter]:
         known: dict[int, nn.Parameter] = {}
         for group in optimizer.param_groups:
@@ -217,12 +248,25 @@ class StepHook:
 
     def _measure(self, parameters: dict[int, nn.Parameter], scale: Tensor | None) -> None:
         self._recorder.begin(scale)
+        self._seen = self._gradients_seen()
+        if self._order_handles and self._recorder.is_recording:
+            for handle in self._order_handles:
+                handle.remove()
+            self._order_handles.clear()
+            for index in self._arrived:
+                self._recorder.order.note_gradient(index)
+            self._arrived.clear()
         for index, parameter in parameters.items():
             gradient = parameter.grad
             if gradient is not None and GRAD in self._rows:
                 self._recorder.add(self._rows[GRAD] + index, gradient)
             if PARAM in self._rows:
                 self._recorder.add(self._rows[PARAM] + index, parameter)
+
+
+def _note(arrived: dict[int, None], index: int, _: Tensor) -> None:
+    """A hook that compiled autograd can trace, and that keeps nothing else alive."""
+    arrived[index] = None
 
 
 def _hook_nodes(

@@ -12,6 +12,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from gradstat.diagnosis.alerts import Alerts
 from gradstat.history import History
 from gradstat.history.journal import Journal
 from gradstat.kinds import GRAD, OF_OUTPUTS
@@ -27,6 +28,8 @@ from gradstat.recording.cuda_graphs import Cadence, CapturedPasses, is_capturing
 from gradstat.recording.delivery import Delivery, Sink
 from gradstat.recording.forks import call_after_fork
 from gradstat.recording.launcher import Launcher
+from gradstat.recording.logged import Logged
+from gradstat.recording.order import Order
 from gradstat.recording.shards import local_part, origin_of
 from gradstat.recording.side_stream import SideStream
 from gradstat.recording.streams import Computed
@@ -53,33 +56,37 @@ class Recorder:
     Args:
         history: where the records go.
         cadence: which passes are recorded.
+        logged: what else the run tells of them.
         bucket_bytes: gradients measured in one launch.
         engine: name, or ``None``.
         sink: is given each record too.
         journal: so is it.
         side: where launches run; ``None`` for the stream that computes the gradients.
+        alerts: looks at each record, too.
     """
 
     def __init__(
         self,
         history: History,
         cadence: Cadence,
+        logged: Logged,
         bucket_bytes: int,
         engine: str | None,
         sink: Sink | None = None,
         journal: Journal | None = None,
         side: SideStream | None = None,
+        alerts: Alerts | None = None,
     ) -> None:
         self.history = history
         self.lock = threading.RLock()
-        self._cadence = cadence
+        self._cadence, self.logged, self.order = cadence, logged, Order(history)
         self._launcher = Launcher(history.bins, history.kinds, engine, cadence)
         self._bucket_bytes, self._side = bucket_bytes, side
         self._outputs = frozenset(i for i, kind in enumerate(history.kinds) if kind in OF_OUTPUTS)
         self._has_outputs = False
         self._unfinished = self._nothing()
         self._captured = CapturedPasses()
-        self._delivery = Delivery(history, self._outputs, cadence, sink, journal)
+        self._delivery = Delivery(history, self._outputs, cadence, sink, journal, alerts)
         call_after_fork(self)
 
     @property
@@ -209,6 +216,8 @@ class Recorder:
                 self._captured.add(unfinished.launches, self._cadence.count_captured())
                 self.drop()
                 return
+            if not self.order.is_known:
+                self.order.settle()
             record = self._record([*unfinished.parts, *send(unfinished.launches)], None)
             # After an interrupt from here on the record is missing, or there as a whole.
             self.drop()
@@ -216,7 +225,7 @@ class Recorder:
         self._cadence.count()
         if record is not None:
             self._delivery.add(record)
-        self._delivery.collect(wait=False)
+        self.collect(wait=False)
 
     def replayed(self, graph: object) -> bool:
         """Take the results of captured passes that are due, which a replay has written anew.
@@ -234,32 +243,56 @@ class Recorder:
             self._cadence.count_replayed()
             if record is not None:
                 self._delivery.add(record)
-        self._delivery.collect(wait=False)
+        self.collect(wait=False)
         return bool(passes)
 
     def drop(self) -> None:
         """Forget an unfinished pass."""
         self._unfinished = self._nothing()
+        self.order.forget()
+
+    def has_failed(self) -> bool:
+        """Whether a value that is not finite was logged for the pass that has not ended."""
+        self.logged.collect(wait=True)
+        return self.logged.broken_step == self._cadence.step
+
+    def end_early(self) -> None:
+        """Keep what an unfinished pass has measured so far as the last record, a partial one."""
+        if is_capturing() or not self.is_due():
+            return
+        unfinished = self._unfinished
+        has_measured = unfinished.launches or unfinished.parts or unfinished.peaks
+        if has_measured or not unfinished.waiting.is_empty:
+            unfinished.is_recording = True
+            self.history.partial_step = self._cadence.step
+            self.end()
 
     def collect(self, wait: bool) -> None:
-        """Move records that have arrived into the history, oldest first.
+        """Move records and logged values that have arrived into the history, oldest first.
 
         Args:
             wait: for all of them.
         """
+        self.logged.collect(wait)
         self._delivery.collect(wait)
+
+    def tell_alerts(self) -> None:
+        """Tell of what is new and severe, if anybody is to be told."""
+        self._delivery.tell_alerts()
 
     def finish(self) -> None:
         """Wait for all records if anybody else is to have them, and hand them on."""
         with self.lock:
             self.drop()
             self._captured.clear()
+            self.logged.collect(wait=True)
             self._delivery.finish()
 
     def forget_other_threads(self) -> None:
         """In a forked process: take no part in what the other one records."""
         self.lock = threading.RLock()
         self.drop()
+        self.logged.forget_pending()
         self._delivery.forget_other_threads()
 
     def _nothing(self) -> Unfinished:

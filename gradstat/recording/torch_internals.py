@@ -124,3 +124,12 @@ def compiled_module_of(module: nn.Module) -> nn.Module | None:
 def keep_in_graphs(op: Any) -> None:  # noqa: ANN401 (an overload of torch.ops, which has no public type)
     """Have compilers keep calls of an op that returns nothing: else they drop compiled hooks."""
     _register_effectful_op(op, _EffectType.ORDERED)
+
+
+def has_compiled() -> bool:
+    """Whether torch.compile has compiled anything in this process.
+
+    Without it the order in which compiled gradients arrive would pass for that of the layers.
+    """
+    utils = sys.modules.get("torch._dynamo.utils")
+    return utils is not None and utils.counters["stats"]["unique_graphs"] > 0

@@ -34,6 +34,11 @@ class Waiting:
         self._buckets: dict[Place, dict[int, Tensor]] = {}
         self._n_bytes: dict[Place, int] = {}
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits."""
+        return not any(self._buckets.values())
+
     def replace(self, index: int, x: Tensor, measure: Measure, *, at_once: bool) -> None:
         """Add a tensor of a layer in place of the one that waits, if any.
 

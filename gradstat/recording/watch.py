@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import os
+import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.cuda import CUDAGraph
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from gradstat.bins import Bins, Log2Bins
+from gradstat.diagnosis.alerts import Alert, Alerts
 from gradstat.history import History
 from gradstat.history.journal import Journal
 from gradstat.kinds import KINDS, OF_OUTPUTS, Row
 from gradstat.ops import check_bins, check_engine
 from gradstat.recording.cuda_graphs import Cadence
 from gradstat.recording.delivery import Sink
+from gradstat.recording.logged import LearningRates, Logged
 from gradstat.recording.module_hooks import OutputHooks
 from gradstat.recording.options import check_holds, check_integer, check_what, check_when
 from gradstat.recording.parameter_hooks import BackwardHooks, StepHook
@@ -34,6 +37,7 @@ from gradstat.recording.selection import (
 )
 from gradstat.recording.shards import usual_origin
 from gradstat.recording.side_stream import SideStream
+from gradstat.recording.torch_internals import disable_dynamo
 from gradstat.results import Statistics
 
 Kind = Literal["grad", "param", "update", "activation", "grad_output"]
@@ -54,6 +58,7 @@ def watch(
     capacity: int | None = None,
     sink: Sink | None = None,
     path: str | os.PathLike[str] | None = None,
+    alert: Alert | None = None,
     bucket_bytes: int = 25 << 20,
     stream: Literal["current", "side"] = "current",
     engine: str | None = None,
@@ -99,10 +104,11 @@ def watch(
             not change them before that; ``"step"`` measures what the optimizer is about to apply:
             after reduction, unscaling and clipping; ``"call"`` measures where `Watch.measure` is
             called. Two watches of one model compare them.
-        optimizer: whose steps are records, for ``when="step"``; layers that it does not hold are
-            absent, and so are the steps that a scaler skips (a fused optimizer skips them itself,
-            with a record). A closure given to its ``step()`` runs after the measurement: for that
-            there is ``when="call"``.
+        optimizer: whose learning rate is kept at each step, as the scalar ``lr``, or ``lr/0``,
+            ``lr/1`` and so on of several groups; and whose steps are records, for ``when="step"``:
+            layers that it does not hold are absent, and so are the steps that a scaler skips (a
+            fused optimizer skips them itself, with a record). A closure given to its ``step()``
+            runs after the measurement: for that there is ``when="call"``.
         scaler: what scales the loss, for ``when="backward"``, and for outputs always: gradients are
             then measured unscaled, and outputs of skipped steps left out. Exact while the scale is
             a power of two, as by default; with another one a value may be counted up to two bins of
@@ -116,6 +122,9 @@ def watch(
         path: a directory to which all records are written as the run goes on, every 5 seconds and
             at the end, for `History.load` to read at any time, also after the process was killed.
             Where that fails one warning is given, and training goes on. Each rank needs its own.
+        alert: a function of a `Finding`, called as soon as a record or a logged loss shows what
+            is not finite, a spike or an explosion; once for each, and again after it has cleared.
+            It is called in the thread that trains, and what it raises stops the training.
         bucket_bytes: gradients measured in one launch; the default leaves them in a GPU's cache.
         stream: ``"side"`` measures on a CUDA stream of its own, beside the rest of the backward
             pass; whatever comes after the pass waits for it, on the device.
@@ -149,6 +158,8 @@ def watch(
         check_integer("capacity", capacity, 2)
     if sink is not None and not callable(sink):
         raise TypeError(f"watch() needs a function; sink is {sink!r}")
+    if alert is not None and not callable(alert):
+        raise TypeError(f"watch() needs a function; alert is {alert!r}")
     if path is not None and not isinstance(path, str | os.PathLike):
         raise TypeError(f"watch() needs a directory's path; path is {path!r}")
     if stream not in ("current", "side"):
@@ -175,19 +186,25 @@ def watch(
     journal = None if path is None else Journal(Path(path), history)
     side = SideStream() if stream == "side" else None
     cadence = Cadence(every, accumulation_steps, selected.values(), engine)
-    recorder = Recorder(history, cadence, bucket_bytes, engine, sink, journal, side)
+    alerts = None
+    if alert is not None:
+        alerts = Alerts(history, alert, is_scaled=scaler is not None)
+    logged = Logged(cadence, _keeper(history, journal, alerts))
+    recorder = Recorder(history, cadence, logged, bucket_bytes, engine, sink, journal, side, alerts)
     hooks: BackwardHooks | StepHook
+    stepping = optimizer if when == "step" else None
     if when == "backward":
         at_once = _is_changed_in_backward(model)
         hooks = BackwardHooks(selected.values(), recorder, first_rows, scaler, at_once)
     else:
-        hooks = StepHook(selected.values(), recorder, first_rows, optimizer)
+        hooks = StepHook(selected.values(), recorder, first_rows, stepping)
     outputs = None
     if seen:
         outputs = OutputHooks(
-            model, seen.values(), recorder, first_rows, scaler, optimizer, hooks.is_running
+            model, seen.values(), recorder, first_rows, scaler, stepping, hooks.is_running
         )
-    return Watch(recorder, hooks, outputs)
+    rates = None if optimizer is None else LearningRates(optimizer, logged.add)
+    return Watch(recorder, hooks, outputs, rates)
 
 
 class Watch:
@@ -197,6 +214,7 @@ class Watch:
         recorder: what the hooks feed.
         hooks: on the parameters or the optimizer.
         outputs: on the modules, if any.
+        rates: on the optimizer, if it is known.
     """
 
     def __init__(
@@ -204,8 +222,10 @@ class Watch:
         recorder: Recorder,
         hooks: BackwardHooks | StepHook,
         outputs: OutputHooks | None = None,
+        rates: LearningRates | None = None,
     ) -> None:
         self._recorder, self._hooks, self._outputs = recorder, hooks, outputs
+        self._rates = rates
         # A run that ends without close() loses nothing either: hooks live as long as the model.
         self._finish = weakref.finalize(hooks, recorder.finish)
         self._is_closed = False
@@ -244,6 +264,39 @@ class Watch:
         self._check_open("measure()")
         self._hooks.measure()
 
+    @disable_dynamo
+    def log(self, **values: float | Tensor) -> None:
+        """Keep numbers such as the loss with the record, at every step, recorded or not.
+
+        A value belongs to the pass that has just ended (a step, for ``when="step"``), unless that
+        one has a value of this name already: then to the coming one. So it may be called before or
+        after ``backward()``. Several values of one name in one step are all kept.
+
+        Nothing waits for a device, and no graph is kept alive. `History.scalar` has the values.
+
+        Args:
+            **values: by name, numbers or 0-dim tensors on any device; they may be changed
+                afterwards.
+
+        Raises:
+            TypeError: what is no number.
+            ValueError: a tensor that is not 0-dim.
+            RuntimeError: within the capture of a CUDA graph.
+
+        Example:
+            >>> import torch, gradstat
+            >>> model = torch.nn.Linear(3, 2)
+            >>> with gradstat.watch(model) as w:
+            ...     loss = model(torch.ones(1, 3)).square().sum()
+            ...     loss.backward()
+            ...     w.log(loss=loss, tokens=3)
+            >>> w.history.scalars, w.history.scalar("tokens")
+            (['loss', 'tokens'], (array([0]), array([3.])))
+        """
+        with self._recorder.lock:
+            self._recorder.logged.add(values)
+            self._recorder.tell_alerts()
+
     def replayed(self, graph: CUDAGraph | None = None) -> None:
         """Make records of the passes of a CUDA graph that was replayed, of those that are due.
 
@@ -274,13 +327,22 @@ class Watch:
     def close(self) -> None:
         """Take the hooks off the model; `history` stays readable.
 
+        What a pass has measured that has not ended is kept as the last record, which
+        `History.partial_step` names, if an exception has stopped it or a value that is not finite
+        was logged for it: that of a script which stops at a NaN loss before its backward pass.
+
         Waits for records on their way from the device if they are to be written or handed on.
         """
         with self._recorder.lock:
             self._is_closed = True
-            self._hooks.remove()
-            if self._outputs is not None:
-                self._outputs.remove()
+            for hooks in (self._hooks, self._outputs, self._rates):
+                if hooks is not None:
+                    hooks.remove()
+            # In a clean-up, or at the end of a with block, the exception that led there.
+            if sys.exc_info()[0] is not None or self._recorder.has_failed():
+                if isinstance(self._hooks, StepHook):
+                    self._hooks.add_unfinished()
+                self._recorder.end_early()
             # After an interrupt the end of the process does it again.
             self._recorder.finish()
             self._finish.detach()
@@ -306,6 +368,23 @@ class Watch:
     def _check_open(self, function: str) -> None:
         if self._is_closed:
             raise RuntimeError(f"{function} needs a watch that is not closed; watch() again")
+
+
+def _keeper(
+    history: History, journal: Journal | None, alerts: Alerts | None
+) -> Callable[[str, int, float], None]:
+    """What is given each logged value."""
+    if journal is None and alerts is None:
+        return history.add_scalar
+
+    def keep(name: str, step: int, value: float) -> None:
+        history.add_scalar(name, step, value)
+        if journal is not None:
+            journal.add_scalar(name, step, value)
+        if alerts is not None:
+            alerts.see_scalar(name, value)
+
+    return keep
 
 
 def _is_changed_in_backward(model: nn.Module) -> bool:

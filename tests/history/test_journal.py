@@ -1,5 +1,6 @@
 """Records on their way to the disk, and what becomes of them when a run or a disk fails."""
 
+import math
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from watching import SCHEMES, arrays, assert_same, backward, make_history, make_model
@@ -426,3 +428,55 @@ def test_watches_that_begin_together_do_not_share_a_directory(
         monkeypatch.undo()
         backward(model)
     assert_same(History.load(tmp_path), w.history)
+
+
+def test_journal_writes_what_is_logged_beside_its_records(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    w = gradstat.watch(model, path=tmp_path / "run", every=2, optimizer=optimizer)
+    journal = w._recorder._delivery._journal
+    assert journal is not None
+    for step in range(6):
+        w.log(loss=float(step), **({"tokens": 7} if step > 2 else {}))
+        model(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+        if step % 2:
+            journal.flush()
+    w.log(loss=math.nan)
+    w.close()
+    for loaded in (History.load(tmp_path / "run"), _saved_and_loaded(w.history, tmp_path)):
+        assert loaded.scalars == w.history.scalars == ["loss", "lr", "tokens"]
+        for name in loaded.scalars:
+            for one, other in zip(loaded.scalar(name), w.history.scalar(name), strict=True):
+                np.testing.assert_array_equal(one, other)
+                assert one.dtype == other.dtype
+        assert loaded.order == w.history.order
+        assert loaded.depth is not None
+        assert loaded.partial_step is None
+
+
+def test_journal_marks_a_partial_record(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    w = gradstat.watch(model, path=tmp_path / "run", what=("grad", "activation"))
+    for step in range(3):
+        loss = model(torch.randn(4, 3)).sum()
+        w.log(loss=math.nan if step == 2 else loss)
+        if step < 2:
+            loss.backward()
+    w.close()
+    for loaded in (History.load(tmp_path / "run"), _saved_and_loaded(w.history, tmp_path)):
+        assert loaded.steps.tolist() == [0, 1, 2]
+        assert loaded.partial_step == 2
+        assert loaded.select("activation").partial_step == 2
+
+
+def test_journal_keeps_scalars_of_a_run_without_records(tmp_path: Path) -> None:
+    w = gradstat.watch(torch.nn.Linear(3, 2), path=tmp_path / "run")
+    w.log(loss=1.0)
+    w.close()
+    assert History.load(tmp_path / "run").scalar("loss")[1].tolist() == [1.0]
+
+
+def _saved_and_loaded(history: History, tmp_path: Path) -> History:
+    history.save(tmp_path / "run.npz")
+    return History.load(tmp_path / "run.npz")

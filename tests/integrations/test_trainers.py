@@ -106,6 +106,33 @@ def test_lightning_callback_records_each_step(
         assert_record(history.record(step), gradstat.statistics(tensors))
 
 
+@pytest.mark.parametrize("n_batches", [1, 3])
+def test_lightning_callback_keeps_losses_rates_and_what_is_logged(
+    lightning: Any, n_batches: int
+) -> None:
+    from gradstat.integrations.lightning import WatchCallback
+
+    losses: list[float] = []
+
+    class Logs(type(make_module(lightning))):  # type: ignore[misc]
+        def training_step(self, batch: Tensor, at: int) -> Tensor:
+            loss = super().training_step(batch, at)
+            losses.append(float(loss.detach()))
+            self.log("size", float(at))
+            return loss
+
+    callback = WatchCallback()
+    trainer = make_trainer(lightning, callback, max_epochs=1, accumulate_grad_batches=n_batches)
+    trainer.fit(Logs(), loader())
+    history = callback.history
+    steps, values = history.scalar("loss")
+    assert steps.tolist() == [at // n_batches for at in range(6)]
+    assert values.tolist() == pytest.approx(losses)
+    assert history.scalar("lr")[0].tolist() == history.steps.tolist()
+    assert set(history.scalar("lr")[1]) == {0.1}
+    assert history.scalar("size")[1].tolist() == [0, 1, 2, 3, 4, 5]
+
+
 def test_lightning_callback_leaves_training_bit_identical(lightning: Any) -> None:
     from gradstat.integrations.lightning import WatchCallback
 
@@ -214,6 +241,34 @@ def test_transformers_callback_records_what_each_step_applies(
     # All gradients together are clipped to that.
     assert ((history["l2"] ** 2).sum(1) ** 0.5).tolist() == pytest.approx([0.01] * 6, rel=1e-3)
     assert n_hooks(model) == n_step_hooks(seen[0]) == 0
+
+
+def test_transformers_callback_keeps_what_the_trainer_logs(
+    transformers: Any, tmp_path: Path
+) -> None:
+    from gradstat.integrations.transformers import WatchCallback
+
+    class Logs(transformers.Trainer):
+        def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+            self.log({"mine": float(self.state.global_step)})
+            return super().compute_loss(*arguments, **options)
+
+    arguments = make_arguments(transformers, tmp_path)
+    arguments.logging_strategy, arguments.logging_steps = "steps", 2
+    callback = WatchCallback()
+    trainer = Logs(
+        make_gpt(transformers), arguments, train_dataset=make_rows(), callbacks=[callback]
+    )
+    trainer.train()
+    history = callback.history
+    logged = [each for each in trainer.state.log_history if "loss" in each]
+    steps, losses = history.scalar("loss")
+    assert steps.tolist() == [each["step"] - 1 for each in logged]
+    assert losses.tolist() == pytest.approx([each["loss"] for each in logged])
+    assert history.scalar("lr/0")[0].tolist() == history.steps.tolist()
+    # Two batches of each step.
+    steps, mine = history.scalar("mine")
+    assert mine.tolist() == steps.tolist() == [step for step in range(6) for _ in range(2)]
 
 
 def test_transformers_callback_leaves_training_bit_identical(

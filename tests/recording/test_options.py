@@ -76,9 +76,9 @@ OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.1)
             "one of backward, step, call; when is 'forward'",
         ),
         (
-            lambda: gradstat.watch(MODEL, optimizer=OPTIMIZER),
-            ValueError,
-            "when='step' for an optimizer; optimizer is SGD, when is 'backward'",
+            lambda: gradstat.watch(MODEL, optimizer=MODEL),
+            TypeError,
+            "a torch.optim.Optimizer; optimizer is Sequential",
         ),
         (
             lambda: gradstat.watch(MODEL, when="step"),
@@ -102,11 +102,6 @@ OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.1)
             ValueError,
             "an optimizer of the model's parameters; optimizer is SGD with 6 others, 3 are "
             "selected",
-        ),
-        (
-            lambda: gradstat.watch(MODEL, when="call", optimizer=OPTIMIZER),
-            ValueError,
-            "when='step' for an optimizer; optimizer is SGD, when is 'call'",
         ),
         (
             lambda: gradstat.watch(MODEL, when="call", scaler=GradScaler("cpu")),

@@ -1,0 +1,183 @@
+"""Numbers that a run logs at its passes: which pass each belongs to, and its way to the host."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping
+from math import isfinite
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from gradstat.recording.cuda_graphs import Cadence, is_capturing
+from gradstat.recording.shards import local_part
+from gradstat.recording.transfers import Transfer
+
+Keep = Callable[[str, int, float], None]
+
+
+class _Entry(NamedTuple):
+    """Values that came together.
+
+    Args:
+        names: of the scalars.
+        steps: of each.
+        values: of each, on the host; or ``None``.
+        arriving: the same on their way, ``(N,)``.
+        source: what is copied, which is kept until it has arrived.
+    """
+
+    names: list[str]
+    steps: list[int]
+    values: list[float] | None
+    arriving: Transfer | None
+    source: Tensor | None
+
+
+class Logged:
+    """Gives each value its step, and keeps it once it is on the host.
+
+    A value belongs to the pass that has just ended, unless that one has a value of this name: then
+    to the coming one. So it does not matter whether it is logged before or after a pass.
+
+    Args:
+        cadence: counts the passes.
+        keep: is given name, step and value, those of each name in order.
+    """
+
+    def __init__(self, cadence: Cadence, keep: Keep) -> None:
+        self._cadence, self._keep_value = cadence, keep
+        self.broken_step = -1  # of the newest value that is not finite
+        self._passes: dict[str, int] = {}  # of each name's last value
+        self._pending: deque[_Entry] = deque()
+
+    def add(self, values: Mapping[str, float | Tensor]) -> None:
+        """Log values by name: numbers, or 0-dim tensors on any device.
+
+        Raises:
+            As `Watch.log`.
+        """
+        on_host: list[tuple[str, float]] = []
+        on_device: dict[torch.device, dict[str, Tensor]] = {}
+        for name, value in values.items():
+            kind = type(value)
+            if kind is float or kind is int:
+                on_host.append((name, value))  # type: ignore[arg-type]
+                continue
+            value = _checked(name, value)
+            if not isinstance(value, Tensor):
+                on_host.append((name, value))
+            elif value.is_cpu:
+                on_host.append((name, value.item()))
+            else:
+                on_device.setdefault(value.device, {})[name] = value
+        last = self._cadence.n_passes - 1
+        for name, number in on_host:
+            step = self._step_of(name, last)
+            if self._pending:
+                self._pending.append(_Entry([name], [step], [number], None, None))
+            else:
+                self._keep(name, step, number)
+        for tensors in on_device.values():
+            steps = [self._step_of(name, last) for name in tensors]
+            with torch.no_grad():
+                # Of another memory than the values, which may be changed in place afterwards.
+                source = torch.stack([_wide(value.detach()) for value in tensors.values()])
+            self._pending.append(_Entry(list(tensors), steps, None, Transfer((source,)), source))
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether values are on their way."""
+        return bool(self._pending)
+
+    def collect(self, wait: bool) -> None:
+        """Keep what has arrived, in its order.
+
+        Args:
+            wait: for all of it.
+        """
+        while self._pending:
+            names, steps, values, arriving, _ = self._pending[0]
+            if arriving is not None:
+                if not arriving.has_arrived(wait):
+                    return
+                values = arriving.arrays()[0].tolist()
+            self._pending.popleft()
+            for name, step, value in zip(names, steps, values or (), strict=True):
+                self._keep(name, step, value)
+
+    def forget_pending(self) -> None:
+        """In a forked process: values on their way are those of the other one."""
+        self._pending.clear()
+
+    def _keep(self, name: str, step: int, value: float) -> None:
+        if not isfinite(value):
+            self.broken_step = step
+        self._keep_value(name, step, value)
+
+    def _step_of(self, name: str, last: int) -> int:
+        newest = self._passes.get(name, -1)
+        of = self._passes[name] = max(last + (last < 0 or newest >= last), newest)
+        return self._cadence.step_of(of)
+
+
+class LearningRates:
+    """Logs the learning rates of an optimizer at each of its steps.
+
+    Args:
+        optimizer: whose; ``lr``, or of several groups ``lr/0``, ``lr/1`` and so on.
+        add: logs them.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, add: Callable[[Mapping[str, float | Tensor]], None]
+    ) -> None:
+        self._add, self._names = add, ["lr"]
+        # The hook is the optimizer's, and must not keep alive what it logs to.
+        method = weakref.WeakMethod(self.on_step)
+
+        def on_step(optimizer: Optimizer, *_: Any) -> None:  # noqa: ANN401 (what step() is given)
+            call = method()
+            if call is not None and not is_capturing():
+                call(optimizer)
+
+        self._handle: RemovableHandle = optimizer.register_step_pre_hook(on_step)
+
+    def on_step(self, optimizer: Optimizer) -> None:
+        """Log the rates of a step that comes."""
+        groups = optimizer.param_groups
+        if len(groups) != len(self._names):
+            self._names = [f"lr/{i}" for i in range(len(groups))]
+        self._add({name: group["lr"] for name, group in zip(self._names, groups, strict=True)})
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self._handle.remove()
+
+
+def _checked(name: str, value: object) -> float | Tensor:
+    """A single number, or a tensor of one that can be read; anything else is refused."""
+    if isinstance(value, Tensor):
+        if value.dim() or value.is_complex() or value.is_meta:
+            raise ValueError(
+                f"log() needs numbers or 0-dim tensors; {name} is a tensor of shape "
+                f"{tuple(value.shape)} and {value.dtype} on {value.device}"
+            )
+        if not value.is_cpu and is_capturing():
+            raise RuntimeError(
+                f"log() needs a call outside the capture of a CUDA graph; {name} is on "
+                f"{value.device}"
+            )
+        return value if type(value) is Tensor else local_part(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"log() needs numbers or 0-dim tensors; {name} is {value!r}")
+    return float(value)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.device.type == "mps" else x.double()
