@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Processes that share the tests out, file by file.
+JOBS ?= $(shell nproc)
 # Where benchmarks leave their results.
 RESULTS ?= .benchmarks
 # A CUDA device in software, for tests on a machine without a card.
@@ -43,7 +45,7 @@ images: $(VENV)/installed-study
 	$(BIN)/python docs/make_images.py study
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-cuda: $(VENV)/installed-test
 	$(BIN)/python tests/cuda_suite.py --fakecuda $(FAKECUDA) $(ARGS)

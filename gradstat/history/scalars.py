@@ -11,7 +11,10 @@ from gradstat.arrays import Array
 
 
 class Scalars:
-    """Values by name, each with its step: 16 bytes a value."""
+    """Values by name, each with its step: 16 bytes a value.
+
+    One thread adds; others, and handlers of signals, may read meanwhile.
+    """
 
     def __init__(self) -> None:
         self._series: dict[str, tuple[array[int], array[float]]] = {}
@@ -33,6 +36,7 @@ class Scalars:
         steps, values = series
         if steps and step < steps[-1]:
             raise ValueError(f"add_scalar() needs steps from {steps[-1]} on; step is {step}")
+        del steps[len(values) :]  # what an interrupt has left
         steps.append(step)
         values.append(value)
 
@@ -72,21 +76,23 @@ class Scalars:
 
     def get(self, name: str) -> tuple[Array, Array]:
         """Steps, int64 ``(N,)``, and values, float64 ``(N,)``: copies."""
-        # A view would keep the array from growing.
-        steps, values = self._series[name]
-        # Another thread may add one meanwhile.
-        found = np.array(values, np.float64)
-        return np.array(steps, np.int64)[: len(found)], found
+        steps, values = _cut(self._series[name])
+        return np.array(steps, np.int64), np.array(values, np.float64)
 
     def copy(self) -> Scalars:
         """The same values, to which later ones are not added."""
         copied = Scalars()
-        copied._series = {
-            name: (steps[:], values[:]) for name, (steps, values) in self._series.items()
-        }
+        copied._series = {name: _cut(each) for name, each in list(self._series.items())}
         return copied
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the values take."""
-        return sum(16 * len(steps) for steps, _ in self._series.values())
+        return sum(16 * len(steps) for steps, _ in list(self._series.values()))
+
+
+def _cut(series: tuple[array[int], array[float]]) -> tuple[array[int], array[float]]:
+    """A copy of as many steps as have values; to look into the arrays would keep them small."""
+    steps, values = series
+    copied = values[:]
+    return steps[: len(copied)], copied

@@ -79,6 +79,11 @@ class Delivery:
                     sink(step, as_statistics(self._history.bins, rows))
         self.tell_alerts()
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether there are records that have not been handed on."""
+        return bool(self._pending or self._arrived)
+
     def tell_alerts(self) -> None:
         """Tell of what is new and severe, if anybody is to be told."""
         if self._alerts is not None:

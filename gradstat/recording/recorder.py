@@ -225,7 +225,7 @@ class Recorder:
         self._cadence.count()
         if record is not None:
             self._delivery.add(record)
-        self.collect(wait=False)
+        self._collect_pending()
 
     def replayed(self, graph: object) -> bool:
         """Take the results of captured passes that are due, which a replay has written anew.
@@ -243,7 +243,7 @@ class Recorder:
             self._cadence.count_replayed()
             if record is not None:
                 self._delivery.add(record)
-        self.collect(wait=False)
+        self._collect_pending()
         return bool(passes)
 
     def drop(self) -> None:
@@ -287,6 +287,11 @@ class Recorder:
             self._captured.clear()
             self.logged.collect(wait=True)
             self._delivery.finish()
+
+    def _collect_pending(self) -> None:
+        # A pass without a record says nothing of what alerts have told of.
+        if self._delivery.is_pending or self.logged.is_pending:
+            self.collect(wait=False)
 
     def forget_other_threads(self) -> None:
         """In a forked process: take no part in what the other one records."""
