@@ -17,7 +17,7 @@ def nice_range(lo: Tensor, hi: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
     def power_of_ten(x: Tensor) -> Tensor:
         at = torch.searchsorted(table, x.contiguous(), right=True) - 1
-        return table[at.clamp(min=0)]
+        return table.take(at.clamp(min=0))
 
     size = torch.maximum(lo.abs(), hi.abs())
     constant = hi - lo <= 2.0**-26 * size
