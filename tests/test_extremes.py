@@ -12,6 +12,7 @@ from histories import make_history
 from gradstat import History, LinearBins, Log2Bins, plot
 from gradstat.bins import FLOAT64_MAX, Bins
 from gradstat.cli import text
+from gradstat.plot.data import drawable
 
 SMALLEST = 5e-324
 CASES = {
@@ -93,6 +94,13 @@ def test_newest_draws_bars_in_proportion_to_the_logarithm() -> None:
     assert bars[0] == 12
     assert bars[1] in (6, 7)
     assert bars[2] == 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int64])
+def test_drawable_takes_any_numbers(dtype: type) -> None:
+    x = np.array([0, 1, 3], dtype=dtype)
+    for log in (False, True):
+        assert drawable(x, log=log).tolist() == [0.0, 1.0, 3.0]
 
 
 def test_quantile_of_a_bin_wider_than_float64_holds_is_within_it() -> None:

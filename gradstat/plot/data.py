@@ -18,6 +18,7 @@ _LARGEST, _LOG_LARGEST = 1e300, 1e250
 
 def drawable(x: Array, *, log: bool) -> Array:
     """The values, those beyond what Matplotlib can draw at its ends."""
+    x = np.asarray(x, np.float64)  # float32 does not hold the ends
     largest = _LOG_LARGEST if log else _LARGEST
     clipped: Array = np.where(np.isfinite(x), np.clip(x, -largest, largest), x)
     return np.where(clipped > 0, np.maximum(clipped, 1 / largest), clipped) if log else clipped
