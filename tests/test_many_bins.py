@@ -12,6 +12,7 @@ from gradstat import History, LinearBins, Statistics
 from gradstat.cli import main
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import OWN, Records
+from gradstat.history.snapshot import Snapshot
 from gradstat.kinds import Row
 from gradstat.results import FLOATS, INTEGERS
 
@@ -89,9 +90,9 @@ def test_commands_read_a_million_bins_layer_by_layer(
     monkeypatch.setattr(History, "record", lambda *_: pytest.fail("all layers at once"))
     read, sizes = History._record, []
 
-    def read_part(self: History, at: int, part: slice) -> Statistics:
+    def read_part(self: History, now: Snapshot, at: int, part: slice) -> Statistics:
         sizes.append(part.stop - part.start)
-        return read(self, at, part)
+        return read(self, now, at, part)
 
     monkeypatch.setattr(History, "_record", read_part)
     if "wandb" in command:

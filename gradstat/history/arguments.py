@@ -26,5 +26,5 @@ def check_count(function: str, name: str, value: int, noun: str = "step") -> Non
 
 def first_rows(history: History) -> list[str]:
     """Names of the rows of a history's first kind, gradients where they were recorded, by depth."""
-    columns = np.flatnonzero(np.array(history.kinds) == history.kinds[0])
+    columns = np.flatnonzero(np.array(history.kinds) == history.kinds[:1])
     return [history.layers[at] for at in history.by_depth(columns)]

@@ -155,13 +155,14 @@ class History:
         """
         if field not in FIELDS:
             raise KeyError(f"History[] needs one of {', '.join(FIELDS)}; got {field!r}")
-        if field in SHAPES:
+        if field in SHAPES and self.layers:
             records = self.to_records()
             at, columns = np.arange(len(records.steps)), np.arange(len(self.layers))
             return kurtosis_of(records, at, columns)
         integers, floats = map(torch.from_numpy, self._now.numbers())
+        # Of no layers no histogram is asked for either.
         statistics = Statistics(self.bins, integers, floats, torch.empty(0))
-        values: Array = getattr(statistics, field).numpy().copy()
+        values: Array = getattr(statistics, "std" if field in SHAPES else field).numpy().copy()
         return values
 
     @property
@@ -234,10 +235,11 @@ class History:
         l2 = self["l2"][:, self._columns("norm", kind)]
         known = ~np.isnan(l2)
         l2 = np.where(known, l2, 0.0)
-        # No square overflows or underflows.
-        largest = l2.max(1, keepdims=True)
-        unit = np.where(largest > 0, largest, 1.0)
-        norm: Array = unit[:, 0] * np.sqrt(((l2 / unit) ** 2).sum(1))
+        # No square overflows or underflows, but beside a norm that is itself infinite.
+        largest = l2.max(1, keepdims=True, initial=0.0)
+        unit = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
+        with np.errstate(over="ignore"):
+            norm: Array = unit[:, 0] * np.sqrt(((l2 / unit) ** 2).sum(1))
         return np.where(known.any(1), norm, np.nan)
 
     def record(self, step: int = -1) -> Statistics:

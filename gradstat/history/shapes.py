@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from gradstat.arrays import Array
-from gradstat.bins import Log2Bins
+from gradstat.bins import LinearBins
 from gradstat.history.records import Records
 from gradstat.results import Statistics
 
-_ROWS = 4096  # at a time
+_CELLS = 1 << 22  # of histograms, at a time
 
 
 def kurtosis_of(records: Records, at: Array, columns: Array) -> Array:
@@ -33,15 +33,17 @@ def kurtosis_of(records: Records, at: Array, columns: Array) -> Array:
     )
     ends = np.cumsum(sizes, dtype=np.int64)
     found = []
-    for start in range(0, len(sizes), _ROWS):
-        held = slice(start, min(start + _ROWS, len(sizes)))
+    widest = records.bins.bins if isinstance(records.bins, LinearBins) else 1024
+    n_rows = max(1, _CELLS // widest)
+    for start in range(0, len(sizes), n_rows):
+        held = slice(start, min(start + n_rows, len(sizes)))
         part = slice(ends[start] - sizes[start], ends[held.stop - 1])
         size = sizes[held].astype(np.int64)
         row = np.repeat(np.arange(len(size)), size)
         # Over the default bins a place for each filled one, over others, which are few, for all.
         place = np.arange(len(row)) - np.repeat(np.cumsum(size) - size, size)
         bins = np.zeros((len(size), int(size.max(initial=1))), np.int64)
-        if not isinstance(records.bins, Log2Bins):
+        if isinstance(records.bins, LinearBins):
             place = indices[part]
             bins = np.tile(np.arange(records.bins.bins), (len(size), 1))
         counts = np.zeros_like(bins)

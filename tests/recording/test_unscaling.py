@@ -269,7 +269,8 @@ def test_watch_at_step_closes_when_the_block_fails() -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     w = gradstat.watch(model, when="step", optimizer=optimizer)
-    assert n_step_hooks(optimizer) == 1
+    # One measures, one keeps the learning rate.
+    assert n_step_hooks(optimizer) == 2
     with pytest.raises(KeyError, match="mine"), w:
         raise KeyError("mine")
     assert n_step_hooks(optimizer) == 0
