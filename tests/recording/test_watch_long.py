@@ -179,5 +179,6 @@ def test_history_nbytes_is_what_its_arrays_take(generator: torch.Generator) -> N
     history, _ = make_history(Log2Bins(), generator, 8)
     # 16 rows of integers and floats with room for 16 more, and dense histograms.
     assert history.nbytes == 16 * 2 * 16 * 8 + 8 * 2 * 2048 * 8
-    history.to_records()
-    assert history.nbytes < 16 * 2 * 16 * 8 + 20_000
+    before = history.nbytes
+    history.to_records()  # reading changes nothing
+    assert history.nbytes == before
