@@ -76,7 +76,9 @@ def test_watch_is_at_most_two_bins_off_for_a_scale_that_is_no_power_of_two() -> 
             scaler.unscale_(optimizer)
         expected = gradstat.statistics([model.weight.grad])
         assert torch.equal(w.last.integers, expected.integers)
-        torch.testing.assert_close(w.last.floats, expected.floats, rtol=1e-6, atol=1e-7)
+        # As the engines promise; a sum, whose terms cancel, to 1e-6 of the sum of magnitudes.
+        cancelled = 1e-6 * float(expected.l1.max())
+        torch.testing.assert_close(w.last.floats, expected.floats, rtol=1e-5, atol=cancelled)
         # Values in a bin or beyond it, away from zero.
         got, true = (
             torch.stack([c[0, 1024:], c[0, :1024].flip(0)]).flip(1).cumsum(1).flip(1)
