@@ -339,3 +339,10 @@ def test_measure_is_a_well_behaved_operator(
 def test_linear_edges_is_a_well_behaved_operator() -> None:
     low, high = torch.tensor([0.0, -1.0]), torch.tensor([1.0, 5.0])
     torch.library.opcheck(torch.ops.gradstat.linear_edges, (low, high, 7))
+
+
+def test_statistics_are_on_the_tensors_device_whatever_the_default_is() -> None:
+    x = torch.ones(2, 3)
+    with torch.device("meta"):
+        results = [gradstat.statistics(x, bins).counts for bins in (Log2Bins(), LinearBins(2))]
+    assert [int(counts.sum()) for counts in results] == [6, 6]

@@ -154,7 +154,7 @@ def _shares(run: Run, counts: list[Array]) -> Array:
 
 @functools.cache
 def _edges() -> Array:
-    ends = torch.zeros(())
+    ends = torch.zeros((), device="cpu")
     edges: Array = Log2Bins().edges(ends, ends).numpy()
     return edges
 
@@ -163,9 +163,9 @@ def _edges() -> Array:
 def _lost_bins(dtype: torch.dtype) -> Array:
     """Whether a type flushes a bin, bool ``(bins,)``: asked of one value in each."""
     bins = Log2Bins()
-    integers = torch.zeros(bins.bins, len(INTEGERS), dtype=torch.int64)
+    integers = torch.zeros(bins.bins, len(INTEGERS), dtype=torch.int64, device="cpu")
     integers[:, INTEGERS.index("finite")] = 1
-    floats = torch.zeros(bins.bins, len(FLOATS), dtype=torch.float64)
-    each = Statistics(bins, integers, floats, torch.eye(bins.bins, dtype=torch.bool))
+    floats = torch.zeros(bins.bins, len(FLOATS), dtype=torch.float64, device="cpu")
+    each = Statistics(bins, integers, floats, torch.eye(bins.bins, dtype=torch.bool, device="cpu"))
     lost: Array = each.underflow(dtype).numpy() > 0
     return lost

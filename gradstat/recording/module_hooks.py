@@ -140,7 +140,7 @@ class _OnOutput:
         self.hooks, self.index = hooks, index
         self.sees_gradients = hooks.sees_gradients
         # Numbers would become constants of a compiled block, which others like it could not share.
-        self.place = torch.tensor([hooks.key, index])
+        self.place = torch.tensor([hooks.key, index], device="cpu")
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
         if not torch.is_grad_enabled() or torch.compiler.is_exporting() or _is_tracing():

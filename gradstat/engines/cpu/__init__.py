@@ -53,9 +53,9 @@ def measure(
     n = len(tensors)
     result = Statistics(
         bins,
-        torch.zeros((n, len(INTEGERS)), dtype=torch.int64),
-        torch.empty((n, len(FLOATS)), dtype=torch.float64),
-        torch.zeros((n, bins.bins), dtype=torch.int64),
+        torch.zeros((n, len(INTEGERS)), dtype=torch.int64, device="cpu"),
+        torch.empty((n, len(FLOATS)), dtype=torch.float64, device="cpu"),
+        torch.zeros((n, bins.bins), dtype=torch.int64, device="cpu"),
     )
     tables: dict[torch.dtype, _Table] = {}
     for row, x in enumerate(tensors):
@@ -77,7 +77,7 @@ def measure(
 
 def linear_edges(bins: int, low: float, high: float) -> Tensor:
     """`LinearBins.edges` of one range: float64 ``(bins + 1,)``."""
-    edges = torch.empty(bins + 1, dtype=torch.float64)
+    edges = torch.empty(bins + 1, dtype=torch.float64, device="cpu")
     fill_edges()(low, high, bins, edges.data_ptr())
     return edges
 
@@ -141,7 +141,7 @@ class _Table:
             try:
                 scratch = _scratches.pop()
             except IndexError:  # all are in use
-                scratch = torch.zeros(SCRATCH_BYTES, dtype=torch.uint8)
+                scratch = torch.zeros(SCRATCH_BYTES, dtype=torch.uint8, device="cpu")
             self._work(table.buffer_info()[0], stage, is_last, scratch.data_ptr())
             _scratches.append(scratch)
 
