@@ -27,9 +27,6 @@ NOUNS = {
 # What backward computes, the last layer first.
 FROM_THE_END = (GRAD, GRAD_OUTPUT)
 
-# What is multiplied by the scale of a loss.
-SCALED = (GRAD, GRAD_OUTPUT)
-
 
 class Row(NamedTuple):
     """What a row of a record is of.

@@ -42,8 +42,5 @@ def nice_range(lo: Tensor, hi: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def powers_of_ten(device: torch.device) -> Tensor:
-    """Powers of ten from 1e-80 to 1e308 in order, float64 ``(389,)``.
-
-    The ranges of float32 need the first 128.
-    """
+    """Powers of ten from 1e-80 to 1e308 in order, float64 ``(389,)``."""
     return torch.tensor([float(f"1e{k}") for k in range(-80, 309)], dtype=torch.float64).to(device)

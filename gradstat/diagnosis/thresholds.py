@@ -110,14 +110,7 @@ class Thresholds:
         for name in ("vanishing_ratio", "depth_fit", *_SHARES):
             if getattr(self, name) > 1:
                 raise ValueError(f"Thresholds() needs {name} up to 1; it is {getattr(self, name)}")
-        for name in (
-            "spike_loss",
-            "spike_gradient",
-            "spike_single",
-            "jump",
-            "jump_weights",
-            "outliers_growth",
-        ):
+        for name in _FACTORS:
             if getattr(self, name) <= 1:
                 raise ValueError(f"Thresholds() needs {name} above 1; it is {getattr(self, name)}")
         if self.vanishing_severe > self.vanishing_ratio:
