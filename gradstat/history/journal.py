@@ -20,11 +20,11 @@ from gradstat.history.blocks import Link, encode
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import Records, concatenate
 from gradstat.history.scalars import Scalars
+from gradstat.history.snapshot import DENSE_BYTES as _DENSE_BYTES
 
 _INTERVAL_S = 5.0
 _MOST_BYTES = 64 << 20  # kept for a disk that cannot be written
 _MOST_WAITING_BYTES = 32 << 20  # that are left to the timer
-_DENSE_BYTES = 4 << 20  # histograms waiting to be packed together
 
 # Of this process from the one that began; it costs less to look at than the process's number.
 _n_forks = 0
