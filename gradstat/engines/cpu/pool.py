@@ -9,6 +9,7 @@ import math
 import os
 import queue
 import threading
+from _thread import start_new_thread
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,19 +26,30 @@ class _Share:
     def __init__(self, job: Callable[[], None]) -> None:
         self._job = job
         self._taken_by: dict[str, str] = {}  # `setdefault` lets one of the two be first
-        self._is_done = threading.Event()
+        self._is_done, self._undone = False, _locked()
 
     def do(self) -> None:
         if self._taken_by.setdefault("whom", "helper") == "helper":
             try:
                 self._job()
             finally:
-                self._is_done.set()
+                self._is_done = True
+                self._undone.release()
 
     def withdraw(self) -> None:
-        """Keep it from being begun, or wait for its end; again, after an interrupt."""
-        if self._taken_by.setdefault("whom", "caller") == "helper":
-            self._is_done.wait()
+        """Keep it from being begun, or wait for its end; again, after an interrupt.
+
+        `threading.Event` would do, were its own lock not lost where an interrupt comes as it is
+        taken: no thread could wait for the event, or set it, any more.
+        """
+        if self._taken_by.setdefault("whom", "caller") == "helper" and not self._is_done:
+            self._undone.acquire()
+
+
+def _locked() -> threading.Lock:
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
 
 
 class _Pool:
@@ -52,16 +64,16 @@ class _Pool:
     def submit(self, shares: list[_Share]) -> None:
         with self._lock:
             while len(self.ids) < len(shares):
-                started = threading.Event()
-                threading.Thread(target=self._help, args=(started,), daemon=True).start()
-                started.wait()
+                unstarted = _locked()
+                start_new_thread(self._help, (unstarted,))
+                unstarted.acquire()
             self._keep_off_callers_cpu()
         for share in shares:
             self._shares.put(share)
 
-    def _help(self, started: threading.Event) -> None:
+    def _help(self, unstarted: threading.Lock) -> None:
         self.ids.append(threading.get_native_id())
-        started.set()
+        unstarted.release()
         while True:
             self._shares.get().do()
 
