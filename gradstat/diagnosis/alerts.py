@@ -53,7 +53,7 @@ class Alerts:
         self._near[-1] = math.log(self._thresholds.spike_gradient)
         self._near *= _NEAR
         self._losses: dict[str, list[float]] = {}
-        self._n_records = 0
+        self._n_records = self._n_looked_at = 0
         self._is_due = False
         self._told: set[tuple[str, int]] = set()  # kinds, and of spikes the step of the first value
         self._is_telling = False
@@ -98,9 +98,10 @@ class Alerts:
         """Ask the rules if anything stood out, and tell what is new."""
         if self._is_telling:
             return
+        has_records, self._n_looked_at = self._n_records > self._n_looked_at, self._n_records
         if not self._is_due:
             # A spike ends by its own rule; what else was there has cleared.
-            if self._told:
+            if self._told and has_records:
                 self._told = {each for each in self._told if each[0].endswith("spike")}
             return
         self._is_due, self._is_telling = False, True

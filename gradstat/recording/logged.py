@@ -62,33 +62,31 @@ class Logged:
         Raises:
             As `Watch.log`.
         """
-        on_host: list[tuple[str, float]] = []
-        on_device: dict[torch.device, dict[str, Tensor]] = {}
+        # Those of each device together, in order of their first ones.
+        groups: dict[torch.device | None, dict[str, Any]] = {}
         for name, value in values.items():
-            kind = type(value)
-            if kind is float or kind is int:
-                on_host.append((name, value))  # type: ignore[arg-type]
-                continue
-            value = _checked(name, value)
-            if not isinstance(value, Tensor):
-                on_host.append((name, value))
-            elif value.is_cpu:
-                on_host.append((name, value.item()))
-            else:
-                on_device.setdefault(value.device, {})[name] = value
+            device = None
+            if type(value) is not float and type(value) is not int:
+                value = _checked(name, value)
+                if isinstance(value, Tensor) and value.is_cpu:
+                    value = value.item()
+                elif isinstance(value, Tensor):
+                    device = value.device
+            groups.setdefault(device, {})[name] = value
         last = self._cadence.n_passes - 1
-        for name, number in on_host:
-            step = self._step_of(name, last)
-            if self._pending:
-                self._pending.append(_Entry([name], [step], [number], None, None))
+        for device, group in groups.items():
+            steps = [self._step_of(name, last) for name in group]
+            if device is not None:
+                with torch.no_grad():
+                    # Of another memory than the values, which may be changed in place afterwards.
+                    source = torch.stack([_wide(value.detach()) for value in group.values()])
+                self._pending.append(_Entry(list(group), steps, None, Transfer((source,)), source))
+            elif self._pending:
+                numbers = list(group.values())
+                self._pending.append(_Entry(list(group), steps, numbers, None, None))
             else:
-                self._keep(name, step, number)
-        for tensors in on_device.values():
-            steps = [self._step_of(name, last) for name in tensors]
-            with torch.no_grad():
-                # Of another memory than the values, which may be changed in place afterwards.
-                source = torch.stack([_wide(value.detach()) for value in tensors.values()])
-            self._pending.append(_Entry(list(tensors), steps, None, Transfer((source,)), source))
+                for (name, number), step in zip(group.items(), steps, strict=True):
+                    self._keep(name, step, number)
 
     @property
     def is_pending(self) -> bool:

@@ -32,6 +32,7 @@ class Run:
             if loss is not None:
                 self.watch.log(loss=loss * math.exp(0.05 * float(torch.randn(()))))
             self.model.zero_grad()
+            _ = self.watch.history  # waits, where a device measures
             self.step += 1
 
     @property
@@ -109,6 +110,7 @@ def test_alert_may_stop_the_training() -> None:
     w = gradstat.watch(run.model, alert=stop)
     with pytest.raises(StopError, match="severe: non-finite"):
         (run.model(torch.randn(8, 50)).mean() * math.nan).backward()
+        _ = w.history
     assert len(w.history) == 1
 
 
