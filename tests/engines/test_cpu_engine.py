@@ -420,8 +420,8 @@ def test_run_together_waits_for_its_helpers_whatever_is_raised(
     assert ended.is_set()
 
 
-# Raises where handlers of signals run, at one place after the other: as a function begins, and after
-# one that is not Python's has returned; inside of libraries, too.
+# Raises where handlers of signals run, at one place after the other: as a function begins, and
+# after one that is not Python's has returned; inside of libraries, too.
 INTERRUPTED_EVERYWHERE = """
 import sys, time
 from gradstat.engines.cpu import pool

@@ -108,9 +108,13 @@ def test_alert_may_stop_the_training() -> None:
     run.train(20)
     run.watch.close()
     w = gradstat.watch(run.model, alert=stop)
-    with pytest.raises(StopError, match="severe: non-finite"):
+
+    def train() -> None:
         (run.model(torch.randn(8, 50)).mean() * math.nan).backward()
         _ = w.history
+
+    with pytest.raises(StopError, match="severe: non-finite"):
+        train()
     assert len(w.history) == 1
 
 
