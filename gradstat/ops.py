@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradstat.bins import FLOAT32_MAX, Bins, LinearBins, Log2Bins, parse_bins, widen
-from gradstat.engines import reference
 from gradstat.float_mode import keeps_subnormals
 from gradstat.results import FLOATS, INTEGERS, Statistics
 
@@ -184,21 +183,7 @@ def measure(
         packed = _measure_op(values, bins.spec, low, high, engine or "")
         return Statistics(bins, *packed)
     result: Statistics = choose_engine(engine, tensors[0]).measure(tensors, bins, low, high)
-    if low is None and isinstance(bins, LinearBins):
-        _measure_again_beyond_float32(tensors, result)
     return result
-
-
-def _measure_again_beyond_float32(tensors: Sequence[Tensor], result: Statistics) -> None:
-    """Rows of float64 that have no range in float32, by the reference, which has one for them.
-
-    The CPU engine finds ranges in float32 alone. On another device float64 is the reference's.
-    """
-    for i, x in enumerate(tensors):
-        if x.dtype == torch.float64 and x.is_cpu and result.abs_max[i] > FLOAT32_MAX:
-            row = reference.measure([x], result.bins)[0]
-            result.integers[i], result.floats[i] = row.integers, row.floats
-            result.counts[i] = row.counts
 
 
 @torch.library.custom_op("gradstat::measure", mutates_args=())

@@ -84,6 +84,16 @@ def test_watch_records_any_float_type(dtype: torch.dtype) -> None:
     assert_record(w.last, gradstat.statistics([model.weight.grad]))
 
 
+@pytest.mark.parametrize("nice", [False, True])
+def test_watch_finds_a_range_for_float64_beyond_float32(nice: bool) -> None:
+    model = nn.Linear(6, 2, bias=False).double()
+    with gradstat.watch(model, LinearBins(4, nice=nice)) as w:
+        (model(torch.arange(-3, 3, dtype=torch.float64)) * 1e200).sum().backward()
+    assert w.last.counts.sum(-1).tolist() == [12]
+    assert w.last.low[0] <= -3e200
+    assert w.last.high[0] >= 2e200
+
+
 def test_watch_goes_on_after_the_model_is_cast() -> None:
     model = nn.Linear(6, 2)
     with gradstat.watch(model, LinearBins(3)) as w:

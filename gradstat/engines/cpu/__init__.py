@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradstat.bins import Bins, LinearBins
+from gradstat.bins import FLOAT32_MAX, Bins, LinearBins
+from gradstat.engines import reference
 from gradstat.engines.cpu.partials import FIELDS
 from gradstat.engines.cpu.pool import count_threads, run_together
 from gradstat.engines.cpu.work import (
@@ -26,6 +27,7 @@ from gradstat.engines.cpu.work import (
     work_on,
 )
 from gradstat.engines.memory import merge_dims, no_storage
+from gradstat.float_mode import keeps_subnormals
 from gradstat.results import FLOATS, INTEGERS, Statistics
 
 _ITEM = 1 << 16  # elements: enough to hide the taking of an item, few enough to share a tensor out
@@ -68,11 +70,26 @@ def measure(
         table.run(FLOATS_ONLY if is_automatic else FUSED, low, high)
     if isinstance(bins, LinearBins) and is_automatic:
         if bins.nice:
-            ends = bins.automatic_range(result.min, result.max)
-            low, high = (end.float() for end in ends)
+            low, high = _nice_range(bins, result)
         for table in tables.values():
             table.run(COUNTS_ONLY, low, high)
+        if torch.float64 in tables:
+            _measure_again_beyond_float32(tensors, result)
     return result
+
+
+@keeps_subnormals
+def _nice_range(bins: LinearBins, result: Statistics) -> tuple[Tensor, Tensor]:
+    low, high = bins.automatic_range(result.min, result.max)
+    return low.float(), high.float()
+
+
+def _measure_again_beyond_float32(tensors: Sequence[Tensor], result: Statistics) -> None:
+    """Measure rows that have no range in float32 by `reference`, which has one in float64."""
+    for row in (result.abs_max > FLOAT32_MAX).nonzero().flatten().tolist():
+        again = reference.measure([tensors[row]], result.bins)[0]
+        result.integers[row], result.floats[row] = again.integers, again.floats
+        result.counts[row] = again.counts
 
 
 def linear_edges(bins: int, low: float, high: float) -> Tensor:

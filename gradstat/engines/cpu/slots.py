@@ -46,21 +46,31 @@ def linear_range(low: float, high: float, bins: int) -> Range:
 
 
 @compiled
-def narrow(value: float, within: Range) -> Scalar:
-    """Largest float32 not above a float64, as `bins.float32_below`.
-
-    What lies outside float32 or above a linear range becomes infinite, to be counted outside; for
-    `Log2Bins` it goes to the outermost bins instead.
-    """
+def below(value: float) -> Scalar:
+    """Largest float32 not above a float64, as `bins.float32_below`; -inf below all of them."""
     x = np.float32(value)
     bits = reinterpret(x, np.uint32)
     # The pattern before it in the order of values; without branches, so that a block is vectors.
     before = np.uint32(bits - np.uint32(1)) if x > 0 else np.uint32(bits + np.uint32(1))
     before = np.uint32(0x80000001) if x == 0 else before
-    x = reinterpret(np.uint32(before if np.float64(x) > value else bits), np.float32)
+    return reinterpret(np.uint32(before if np.float64(x) > value else bits), np.float32)
+
+
+@compiled
+def narrow(value: float, within: Range) -> Scalar:
+    """A float64 as a float32 in the same bin.
+
+    What lies outside a linear range becomes infinite, to be counted outside. For `Log2Bins` the
+    magnitude is rounded down, and the outermost bins hold what lies beyond float32.
+    """
     if within is None:
-        return np.float32(-LARGEST) if x == -np.inf and value != -np.inf else x
-    return np.float32(np.inf) if value > np.float64(within[1]) else x
+        x = np.float32(value)
+        bits = reinterpret(x, np.uint32)
+        is_larger = abs(np.float64(x)) > abs(value)
+        return reinterpret(
+            np.uint32(np.uint32(bits - np.uint32(1)) if is_larger else bits), np.float32
+        )
+    return np.float32(np.inf) if value > np.float64(within[1]) else below(value)
 
 
 @compiled

@@ -85,7 +85,8 @@ def _write_range(total: Pointer, floats: Pointer) -> None:
     if total[partials.FINITE] == 0:
         floats[LOW], floats[HIGH] = 0.0, 1.0
         return
-    low, high = slots.narrow(total[MIN], None), np.float32(-slots.narrow(-total[MAX], None))
+    low, high = slots.below(total[MIN]), np.float32(-slots.below(-total[MAX]))
+    low, high = max(low, np.float32(-slots.LARGEST)), min(high, slots.LARGEST)
     if low == high:
         half = max(np.float32(abs(low) * np.float32(2.0**-21)), np.float32(0.5))
         low, high = np.float32(low - half), np.float32(high + half)
