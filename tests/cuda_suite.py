@@ -23,9 +23,9 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--on-cuda", "-m", "not slow and not faults"]
-ALL = [f"tests/engines/test_{name}.py" for name in ("engines", "engine_properties", "triton")]
-ALL += ["tests/engines/test_triton_streams.py", "tests/recording", "tests/test_ops.py"]
-ALL += ["tests/examples/test_study_training.py"]
+ENGINES = ("engines", "engine_properties", "bit_patterns", "triton", "triton_streams")
+ALL = [f"tests/engines/test_{name}.py" for name in ENGINES]
+ALL += ["tests/recording", "tests/test_ops.py", "tests/examples/test_study_training.py"]
 ORDERED = ["tests/engines/test_triton_streams.py", "tests/recording/test_streams.py"]
 ORDERED += ["tests/recording/test_gpu.py", "tests/recording/test_cadence.py"]
 TIMEOUT_S = 1800  # of a test that hangs

@@ -119,31 +119,36 @@ def test_replacing_takes_the_longest_name_that_there_is(tmp_path: Path) -> None:
     assert (tmp_path / ("n" * 255)).read_text() == "first"
 
 
-def test_history_save_to_one_path_from_two_threads_always_shows_a_whole_file(
-    tmp_path: Path,
+@pytest.mark.parametrize("what", ["save", "report"])
+def test_two_threads_write_one_path_and_a_reader_always_finds_a_whole_file(
+    what: str, tmp_path: Path
 ) -> None:
-    path, failures = tmp_path / "run.npz", []
-    histories = []
+    path, failures = tmp_path / "run", []
+    histories, pages = [], set()
     for n in (1, 2):
         history = History(["x"], Log2Bins())
         s = statistics([torch.full((3,), float(n))])
         for step in range(10 * n):
             history.append(step, s.integers.numpy(), s.floats.numpy(), s.counts.numpy())
         histories.append(history)
-    histories[0].save(path)
+        getattr(history, what)(path)
+        pages.add(path.read_bytes())
 
-    def save(history: History) -> None:
+    def write_again(history: History) -> None:
         try:
             for _ in range(50):
-                history.save(path)
+                getattr(history, what)(path)
         except OSError as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=save, args=(history,)) for history in histories]
+    threads = [threading.Thread(target=write_again, args=(history,)) for history in histories]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
+        if what == "report":
+            assert path.read_bytes() in pages
+            continue
         loaded = History.load(path)
         assert set(loaded["max"][:, 0]) == {len(loaded) / 10}
     assert failures == []
-    assert [file.name for file in tmp_path.iterdir()] == ["run.npz"]
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]

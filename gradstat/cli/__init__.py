@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 from tqdm import tqdm
 
@@ -37,6 +37,13 @@ class Command:
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Parses arguments, and shows what a wrong one holds without obeying it."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(escaped(message))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,7 +82,7 @@ def _fail(options: argparse.Namespace, why: object) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="gradstat",
         description="Read the gradient statistics of a training run.",
         epilog="RUN is a file that History.save() wrote, or a directory that watch(path=...) "

@@ -83,3 +83,14 @@ def test_errors_print_paths_as_text(
         assert shown.err.endswith("\n")
         assert shown.err[:-1].isprintable()
         assert r"\x1b[2J\n\u202e" in shown.err
+
+
+@pytest.mark.parametrize("arguments", [["x\x1b[2J"], ["diagnose", "run", "--no\x1b[2J\n\u202e"]])
+def test_errors_of_arguments_are_text(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    error = capsys.readouterr().err
+    assert r"\x1b[2J" in error.replace("\\\\", "\\")
+    assert all(line.isprintable() for line in error.split("\n"))
