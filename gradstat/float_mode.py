@@ -24,7 +24,7 @@ def keeps_subnormals(function: Callable[Arguments, Result]) -> Callable[Argument
 
     @functools.wraps(function)
     def keeping(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if torch.compiler.is_compiling() or _SUBNORMAL[0] * 1.0 != 0.0:
+        if _SUBNORMAL[0] * 1.0 != 0.0 or torch.compiler.is_compiling():
             return function(*args, **kwargs)
         threads = torch.get_num_threads()
         torch.set_flush_denormal(False)

@@ -91,17 +91,17 @@ COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "ba
 def counted_launches() -> Iterator[list[int]]:
     """How many gradients each call of the engine measures."""
     sizes: list[int] = []
-    original = cpu.measure
+    original = cpu.measure_rows
 
     def measure(tensors: list[Tensor], *arguments: object) -> object:
         sizes.append(len(tensors))
         return original(tensors, *arguments)
 
-    cpu.measure = measure
+    cpu.measure_rows = measure
     try:
         yield sizes
     finally:
-        cpu.measure = original
+        cpu.measure_rows = original
 
 
 @contextmanager

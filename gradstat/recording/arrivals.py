@@ -26,13 +26,14 @@ class Launch(NamedTuple):
 
     Args:
         indices: the layer of each row.
-        result: rows on their device.
+        rows: integers, floats and counts on their device; on the host arrays, if the engine makes
+            these.
         stream: which computes them.
         scales: what the values of a kind are still to be divided by.
     """
 
     indices: tuple[int, ...]
-    result: Statistics
+    rows: tuple[Any, ...]
     stream: torch.Stream | None
     scales: Mapping[str, Computed]
 
@@ -65,28 +66,23 @@ def send(launches: Sequence[Launch]) -> list[Part]:
         return [_join(launches)]
     groups: dict[object, list[Launch]] = {}
     for at, launch in enumerate(launches):
-        device = launch.result.counts.device
         key: object = at
-        if not _is_host(device):
-            key = device, *map(id, launch.scales.values())
+        if not _is_host(launch.rows[0]):
+            key = launch.rows[0].device, *map(id, launch.scales.values())
         groups.setdefault(key, []).append(launch)
     return [_join(group) for group in groups.values()]
 
 
 def _join(launches: Sequence[Launch]) -> Part:
-    indices, result, _, scales = launches[0]
-    by_stream: dict[torch.Stream | None, list[Tensor]] = {}
+    indices, rows, _, scales = launches[0]
     for launch in launches:
-        by_stream.setdefault(launch.stream, []).extend(_fields(launch.result))
-    for stream, computed in by_stream.items():
-        take_over(computed, stream)
-    fields = _fields(result)
+        take_over(launch.rows, launch.stream)
     if len(launches) > 1:
         indices = tuple(index for launch in launches for index in launch.indices)
-        results = [_fields(launch.result) for launch in launches]
-        fields = tuple(torch.cat(each) for each in zip(*results, strict=True))
+        results = zip(*(launch.rows for launch in launches), strict=True)
+        rows = tuple(torch.cat(tuple(map(torch.as_tensor, each))) for each in results)
     arriving = {kind: Transfer((scale.get(),)) for kind, scale in scales.items()} if scales else {}
-    return Part(indices, Transfer(fields), len(launches) == 1, arriving)
+    return Part(indices, Transfer(rows), len(launches) == 1, arriving)
 
 
 def combine(parts: Sequence[Part], history: History, outputs: frozenset[int]) -> Part:
@@ -116,8 +112,7 @@ def combine(parts: Sequence[Part], history: History, outputs: frozenset[int]) ->
                 before = integers[rows], floats[rows], counts[rows]
                 new = _arrays(as_statistics(bins, before).merge(as_statistics(bins, new)))
             integers[rows], floats[rows], counts[rows] = new
-    packed = tuple(torch.from_numpy(each) for each in (integers, floats, counts))
-    return Part(tuple(layers), Transfer(packed), True, {})
+    return Part(tuple(layers), Transfer((integers, floats, counts)), True, {})
 
 
 def _unscaled(part: Part, history: History) -> Rows:
@@ -151,9 +146,9 @@ def _turns(
     return [(joins, at) for (_, joins), at in turns.items()]
 
 
-def _is_host(device: torch.device) -> bool:
+def _is_host(x: Tensor | NDArray[Any]) -> bool:
     """Whether results are where they are to be sent, so that joining them only costs time."""
-    return device.type == "cpu"
+    return not isinstance(x, Tensor) or x.is_cpu
 
 
 class Record(NamedTuple):
@@ -200,12 +195,9 @@ def as_statistics(bins: Bins, rows: Rows) -> Statistics:
     return Statistics(bins, *(torch.from_numpy(each) for each in rows))
 
 
-def _fields(statistics: Statistics) -> tuple[Tensor, ...]:
-    return statistics.integers, statistics.floats, statistics.counts
-
-
 def _arrays(statistics: Statistics) -> Rows:
-    return tuple(each.numpy() for each in _fields(statistics))
+    fields = statistics.integers, statistics.floats, statistics.counts
+    return tuple(each.numpy() for each in fields)
 
 
 def _absent(n_layers: int, bins: Bins) -> Rows:

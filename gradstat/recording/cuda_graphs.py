@@ -75,25 +75,23 @@ class Cadence:
     @property
     def step(self) -> int:
         """Number of the step that the pass belongs to, from 0."""
-        return self.step_of(self.n_passes)
+        return (self.n_told + self._n_missed) // self._accumulation_steps
 
     def step_of(self, number: int) -> int:
         """Number of the step that a pass belongs to, by its own number."""
         return number // self._accumulation_steps
 
     def is_due(self) -> bool:
-        """Whether the pass that comes or goes on is one to record, as a captured one may be."""
-        if is_capturing():
-            return True
+        """Whether the pass that comes or goes on is one to record, if it is not captured."""
         step, within = divmod(self.n_passes, self._accumulation_steps)
         return within == self._accumulation_steps - 1 and step % self._every == 0
 
-    def has_left_graph(self) -> bool:
+    def has_left_graph(self, *, is_captured: bool) -> bool:
         """Whether this pass is of another graph, or none, than the one last asked for.
 
         What that one has kept is then lost: its capture has failed.
         """
-        graph = weakref.ref(capturing_graph()) if is_capturing() else None
+        graph = weakref.ref(capturing_graph()) if is_captured else None
         if graph == self._graph:
             return False
         self._graph = graph
@@ -191,6 +189,7 @@ class CapturedPasses:
 
     def of(self, graph: object) -> list[CapturedPass]:
         """Each pass of a graph, or of the newest one for ``None``."""
+        passes: list[CapturedPass]
         for reference, passes in reversed(self._passes):
             known = reference()
             if known is not None and (graph is None or known is graph):

@@ -15,6 +15,8 @@ from gradstat.recording.arrivals import Record, Rows, as_statistics
 from gradstat.recording.cuda_graphs import Cadence
 from gradstat.results import Statistics
 
+_NOTHING = nullcontext()
+
 Sink = Callable[[int, Statistics], object]
 
 _FORKED = (
@@ -52,8 +54,8 @@ class Delivery:
         self._pending: deque[Record] = deque()
         self._newest_step = -1
         self._arrived: deque[tuple[int, Rows]] = deque()
-        # Held by who does so, further out in the same thread. A second context goes with each:
-        # an interrupt just before the end of a single one would leave it locked.
+        # Held by who does so, further out in the same thread. `_NOTHING` goes with each: an
+        # interrupt just before the end of a single context would leave it locked.
         self._moving, self._handing_on = threading.Lock(), threading.Lock()
         self._is_to_warn = False
 
@@ -68,16 +70,17 @@ class Delivery:
             wait: for all of them.
         """
         if self._pending and not self._moving.locked():
-            with self._moving, nullcontext():
+            with self._moving, _NOTHING:
                 self._move(wait)
         sink = self._sink
         # A sink that reads the history may find another record, which is then the next one here.
         if sink is not None and self._arrived and not self._handing_on.locked():
-            with self._handing_on, nullcontext():
+            with self._handing_on, _NOTHING:
                 while self._arrived:
                     step, rows = self._arrived.popleft()
                     sink(step, as_statistics(self._history.bins, rows))
-        self.tell_alerts()
+        if self._alerts is not None:
+            self._alerts.tell()
 
     @property
     def is_pending(self) -> bool:

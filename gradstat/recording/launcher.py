@@ -28,7 +28,7 @@ class Launcher:
         self._cadence = cadence
         self._bins, self._kinds, self._engine = bins, kinds, engine
         self._is_linear = isinstance(bins, LinearBins)
-        self._engines: dict[str, ModuleType] = {}
+        self._engines: dict[str, ModuleType] = {}  # by device type
 
     def measure(self, tensors: dict[int, Tensor], scales: Mapping[str, Computed]) -> Launch:
         """Start to measure; nothing waits for the result.
@@ -47,21 +47,16 @@ class Launcher:
             scales = {}
             device = next(iter(tensors.values())).device
             low, high = known_range(self._bins, device, len(tensors))
-        return self._launch(tensors, low, high, scales)
-
-    def _launch(
-        self,
-        tensors: dict[int, Tensor],
-        low: Tensor | None,
-        high: Tensor | None,
-        scales: Mapping[str, Computed],
-    ) -> Launch:
         listed = list(tensors.values())
-        kind = listed[0].device.type
-        engine = self._engines.get(kind)
+        device = listed[0].device
+        engine = self._engines.get(device.type)
         if engine is None:
-            engine = self._engines[kind] = choose_engine(self._engine, listed[0])
-        due = self._cadence.flag(listed[0].device)
+            engine = self._engines[device.type] = choose_engine(self._engine, listed[0])
+        if hasattr(engine, "measure_rows"):
+            rows = engine.measure_rows(listed, self._bins, low, high)
+            return Launch(tuple(tensors), rows, None, scales)
+        due = self._cadence.flag(device)
         options = {} if due is None else {"due": due}
         result = engine.measure(listed, self._bins, low, high, **options)
-        return Launch(tuple(tensors), result, stream_of(listed[0].device), scales)
+        rows = result.integers, result.floats, result.counts
+        return Launch(tuple(tensors), rows, stream_of(device), scales)

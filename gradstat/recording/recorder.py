@@ -96,9 +96,10 @@ class Recorder:
 
     def is_due(self) -> bool:
         """Whether the pass that comes or goes on is one to record, as a captured one may be."""
-        if self._cadence.has_left_graph():
+        is_captured = is_capturing()
+        if self._cadence.has_left_graph(is_captured=is_captured):
             self.drop()
-        return self._cadence.is_due()
+        return is_captured or self._cadence.is_due()
 
     @property
     def n_passes(self) -> int:

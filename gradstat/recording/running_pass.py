@@ -54,7 +54,9 @@ class RunningPass:
         if self._awaited is None:
             return False
         call, caller = self._awaited
-        return call() is not None and (is_in_backward() or caller != threading.get_ident())
+        return call() is not None and (
+            torch_internals.running_pass() != -1 or caller != threading.get_ident()
+        )
 
 
 def _queue(function: Callable[[], None]) -> Call:

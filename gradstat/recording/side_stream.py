@@ -9,7 +9,7 @@ import torch
 
 
 class SideStream:
-    """A stream of each CUDA device for what is measured; other devices have none."""
+    """A stream of each CUDA device for what is measured."""
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -17,10 +17,7 @@ class SideStream:
 
     @contextmanager
     def beside(self, device: torch.device) -> Iterator[None]:
-        """Run what follows on the side stream of a device, if it has one."""
-        if device.type != "cuda":
-            yield
-            return
+        """Run what follows on the side stream of a CUDA device."""
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._busy.add(device)

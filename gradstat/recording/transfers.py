@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Transfer:
-    """Tensors on their way to the host.
+    """Tensors on their way to the host, or arrays that are there.
 
     Args:
         tensors: on one device.
@@ -18,9 +18,11 @@ class Transfer:
 
     __slots__ = ("_event", "_tensors")
 
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+    def __init__(self, tensors: tuple[Any, ...]) -> None:
         self._event: torch.cuda.Event | None = None
         self._tensors = tensors
+        if not isinstance(tensors[0], Tensor):
+            return
         if tensors[0].is_cuda:
             # PyTorch's cache of pinned blocks does not reuse one before its copy is over.
             self._tensors = tuple(_copy_to_pinned(x) for x in tensors)
@@ -40,7 +42,9 @@ class Transfer:
 
     def arrays(self) -> tuple[NDArray[Any], ...]:
         """The same as NumPy arrays, once they are there."""
-        return tuple([x.numpy() for x in self._tensors])
+        if isinstance(self._tensors[0], Tensor):
+            self._tensors = tuple([x.numpy() for x in self._tensors])
+        return self._tensors
 
 
 def _copy_to_pinned(x: Tensor) -> Tensor:

@@ -48,13 +48,14 @@ class Waiting:
             measure: for buckets that are to be measured now.
             at_once: it may change as soon as this returns.
         """
-        for bucket in self._buckets.values():
-            bucket.pop(index, None)
-        self._add(stream_of(x.device) or x.device, index, x, measure, at_once)
+        for place in self._buckets:
+            if index in self._buckets[place]:
+                del self._buckets[place][index]
+        self._add(_place_of(x), index, x, measure, at_once)
 
     def join(self, index: int, x: Tensor, measure: Measure, *, at_once: bool) -> None:
         """Add a tensor of a layer to those that wait; arguments as for `replace`."""
-        place = stream_of(x.device) or x.device
+        place = _place_of(x)
         if index in self._buckets.get(place, ()):
             self._measure_bucket(place, measure)
         self._add(place, index, x, measure, at_once)
@@ -67,8 +68,10 @@ class Waiting:
             self._side.join()
 
     def _add(self, place: Place, index: int, x: Tensor, measure: Measure, at_once: bool) -> None:
-        self._buckets.setdefault(place, {})[index] = x
-        n_bytes = self._n_bytes[place] = self._n_bytes.get(place, 0) + x.nbytes
+        if place not in self._buckets:
+            self._buckets[place], self._n_bytes[place] = {}, 0
+        self._buckets[place][index] = x
+        n_bytes = self._n_bytes[place] = self._n_bytes[place] + x.nbytes
         if at_once or n_bytes >= self._bucket_bytes:
             self._measure_bucket(place, measure)
             if at_once and self._side is not None:
@@ -79,9 +82,14 @@ class Waiting:
         del self._n_bytes[place]
         if not tensors:  # another bucket has what replaced them
             return
-        stream = place if isinstance(place, torch.Stream) else None
-        device = place if isinstance(place, torch.device) else place.device
-        beside = nullcontext() if self._side is None else self._side.beside(device)
-        with beside:
-            take_over(tensors.values(), stream)
+        if isinstance(place, torch.device):
             measure(tensors)
+            return
+        with nullcontext() if self._side is None else self._side.beside(place.device):
+            take_over(tensors.values(), place)
+            measure(tensors)
+
+
+def _place_of(x: Tensor) -> Place:
+    device = x.device
+    return device if x.is_cpu else stream_of(device) or device

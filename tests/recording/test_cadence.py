@@ -203,7 +203,7 @@ def test_a_replay_that_is_not_due_measures_nothing(bins: Log2Bins | LinearBins) 
             training.load()
             graph.replay()
             w.replayed()
-            counted = [row.counts.sum() > 0 for each in captured.launches for row in each.result]
+            counted = [row.sum() > 0 for each in captured.launches for row in each.rows[2]]
             assert all(counted) if number % 4 == 0 else not any(counted)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from watching import assert_record, backward, make_model
 
 import gradstat
-from gradstat import History, LinearBins, Log2Bins, Statistics
+from gradstat import History, LinearBins, Log2Bins
 from gradstat.recording.launcher import Launcher
 from gradstat.recording.transfers import Transfer
 
@@ -27,34 +27,34 @@ class Graph:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
-        self._launches: list[tuple[list[Tensor], Statistics]] = []
+        self._launches: list[tuple[list[Tensor], Log2Bins | LinearBins, tuple[Any, ...]]] = []
         # From a device results are copied to the host, and the next replay does not change those.
         monkeypatch.setattr(
             "gradstat.recording.arrivals.Transfer",
-            lambda tensors: Transfer(tuple(x.clone() for x in tensors)),
+            lambda tensors: Transfer(tuple(torch.as_tensor(x).clone() for x in tensors)),
         )
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        original = Launcher._launch
+        original = Launcher.measure
 
-        def launch(launcher: Launcher, tensors: dict[int, Tensor], *ends: Any) -> Any:
-            launched = original(launcher, tensors, *ends)
-            self._launches.append((list(tensors.values()), launched.result))
-            return launched
+        def measure(launcher: Launcher, tensors: dict[int, Tensor], scales: Any) -> Any:
+            launch = original(launcher, tensors, scales)
+            self._launches.append((list(tensors.values()), launcher._bins, launch.rows))
+            return launch
 
         with self._monkeypatch.context() as patch:
             for module in ("cuda_graphs", "recorder"):
                 patch.setattr(f"gradstat.recording.{module}.is_capturing", lambda: True)
             patch.setattr("gradstat.recording.cuda_graphs.capturing_graph", lambda: self)
-            patch.setattr(Launcher, "_launch", launch)
+            patch.setattr(Launcher, "measure", measure)
             yield
 
     def replay(self) -> None:
-        for tensors, result in self._launches:
-            new = gradstat.statistics(tensors, result.bins)
-            for name in ("integers", "floats", "counts"):
-                getattr(result, name).copy_(getattr(new, name))
+        for tensors, bins, rows in self._launches:
+            new = gradstat.statistics(tensors, bins)
+            for row, name in zip(rows, ("integers", "floats", "counts"), strict=True):
+                row[:] = getattr(new, name)
 
 
 def new_gradients(model: nn.Module) -> list[Tensor]:

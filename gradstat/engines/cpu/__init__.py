@@ -9,9 +9,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gradstat.arrays import Array
 from gradstat.bins import FLOAT32_MAX, Bins, LinearBins
 from gradstat.engines import reference
 from gradstat.engines.cpu.partials import FIELDS
@@ -37,6 +39,10 @@ _ALONE_BELOW = 1 << 18  # elements: waking another thread takes longer than thes
 _scratches: list[Tensor] = []  # between calls; zero
 
 
+Rows = tuple[Array, Array, Array]  # integers, floats and counts, as of `Statistics`
+Addresses = tuple[int, int, int]  # of these
+
+
 def measure(
     tensors: Sequence[Tensor], bins: Bins, low: Tensor | None = None, high: Tensor | None = None
 ) -> Statistics:
@@ -52,44 +58,59 @@ def measure(
     Returns:
         Statistics of shape ``(L,)``.
     """
-    n = len(tensors)
-    result = Statistics(
-        bins,
-        torch.zeros((n, len(INTEGERS)), dtype=torch.int64, device="cpu"),
-        torch.empty((n, len(FLOATS)), dtype=torch.float64, device="cpu"),
-        torch.zeros((n, bins.bins), dtype=torch.int64, device="cpu"),
-    )
+    return _as_statistics(bins, measure_rows(tensors, bins, low, high))
+
+
+def measure_rows(
+    tensors: Sequence[Tensor], bins: Bins, low: Tensor | None = None, high: Tensor | None = None
+) -> Rows:
+    """The same as arrays: a history keeps them, and tensors take long to make."""
+    n, n_bins = len(tensors), bins.bins
+    n_integers, n_floats = n * len(INTEGERS), n * len(FLOATS)
+    memory = np.zeros(n_integers + n_floats + n * n_bins, np.int64)
+    address = memory.__array_interface__["data"][0]
+    addresses = address, address + 8 * n_integers, address + 8 * (n_integers + n_floats)
+    integers = memory[:n_integers].reshape(n, len(INTEGERS))
+    floats = memory[n_integers : n_integers + n_floats].view(np.float64).reshape(n, len(FLOATS))
+    rows = integers, floats, memory[n_integers + n_floats :].reshape(n, n_bins)
     tables: dict[torch.dtype, _Table] = {}
+    is_linear = isinstance(bins, LinearBins)
     for row, x in enumerate(tensors):
         table = tables.get(x.dtype)
         if table is None:
-            table = tables[x.dtype] = _Table(x.dtype, result)
+            table = tables[x.dtype] = _Table(x.dtype, is_linear, n_bins, (memory, addresses))
         table.append(row, x)
-    is_automatic = isinstance(bins, LinearBins) and low is None
+    is_automatic = is_linear and low is None
     for table in tables.values():
         table.run(FLOATS_ONLY if is_automatic else FUSED, low, high)
     if isinstance(bins, LinearBins) and is_automatic:
         if bins.nice:
-            low, high = _nice_range(bins, result)
+            low, high = _nice_range(bins, floats)
         for table in tables.values():
             table.run(COUNTS_ONLY, low, high)
         if torch.float64 in tables:
-            _measure_again_beyond_float32(tensors, result)
-    return result
+            _measure_again_beyond_float32(tensors, bins, rows)
+    return rows
+
+
+def _as_statistics(bins: Bins, rows: Rows) -> Statistics:
+    return Statistics(bins, *(torch.from_numpy(each) for each in rows))
 
 
 @keeps_subnormals
-def _nice_range(bins: LinearBins, result: Statistics) -> tuple[Tensor, Tensor]:
-    low, high = bins.automatic_range(result.min, result.max)
+def _nice_range(bins: LinearBins, floats: Array) -> tuple[Tensor, Tensor]:
+    minimum, maximum = torch.from_numpy(floats[:, :2]).unbind(-1)  # the first of `FLOATS`
+    low, high = bins.automatic_range(minimum, maximum)
     return low.float(), high.float()
 
 
-def _measure_again_beyond_float32(tensors: Sequence[Tensor], result: Statistics) -> None:
+def _measure_again_beyond_float32(tensors: Sequence[Tensor], bins: Bins, rows: Rows) -> None:
     """Measure rows that have no range in float32 by `reference`, which has one in float64."""
-    for row in (result.abs_max > FLOAT32_MAX).nonzero().flatten().tolist():
-        again = reference.measure([tensors[row]], result.bins)[0]
-        result.integers[row], result.floats[row] = again.integers, again.floats
-        result.counts[row] = again.counts
+    abs_max = _as_statistics(bins, rows).abs_max
+    for row in (abs_max > FLOAT32_MAX).nonzero().flatten().tolist():
+        again = reference.measure([tensors[row]], bins)
+        for each, new in zip(rows, (again.integers, again.floats, again.counts), strict=True):
+            each[row] = new[0]
 
 
 def linear_edges(bins: int, low: float, high: float) -> Tensor:
@@ -102,9 +123,12 @@ def linear_edges(bins: int, low: float, high: float) -> Tensor:
 class _Table:
     """The tensors of one dtype as a work table, see `work`, and what must live as long as it."""
 
-    def __init__(self, dtype: torch.dtype, result: Statistics) -> None:
-        self._work = work_on(dtype, isinstance(result.bins, LinearBins))
-        self._result = result
+    def __init__(
+        self, dtype: torch.dtype, is_linear: bool, n_bins: int, memory: tuple[Array, Addresses]
+    ) -> None:
+        self._work = work_on(dtype, is_linear)
+        self._n_bins = n_bins
+        self._memory, self._addresses = memory
         self._held: list[object] = []
         self._lines: list[int] = []
         self._items = self._numel = 0
@@ -133,7 +157,6 @@ class _Table:
 
     def run(self, stage: int, low: Tensor | None, high: Tensor | None) -> None:
         """Do a stage of the work: threads share the items, then the rows are made."""
-        integers, floats, counts = self._result.integers, self._result.floats, self._result.counts
         if not self._partials:
             self._partials = array("d", bytes(8 * FIELDS * self._items))
         low = None if low is None else low.contiguous()
@@ -143,10 +166,8 @@ class _Table:
             len(self._lines) // COLUMNS,
             self._items,
             self._partials.buffer_info()[0],
-            integers.data_ptr(),
-            floats.data_ptr(),
-            counts.data_ptr(),
-            counts.shape[1],
+            *self._addresses,
+            self._n_bins,
             0 if low is None else low.data_ptr(),
             0 if high is None else high.data_ptr(),
         )
@@ -162,7 +183,7 @@ class _Table:
             self._work(table.buffer_info()[0], stage, is_last, scratch.data_ptr())
             _scratches.append(scratch)
 
-        if self._numel >= _ALONE_BELOW and counts.shape[1] <= MAX_SHARED_BINS:
+        if self._numel >= _ALONE_BELOW and self._n_bins <= MAX_SHARED_BINS:
             threads = count_threads()
             if threads > 1:
                 run_together(share, threads)
