@@ -160,7 +160,8 @@ class StepHook:
             _hook(parameter, partial(_note, self._arrived, index))
             for index, parameter in enumerate(parameters)
         ]
-        self._seen: list[tuple[int, int]] = []
+        # Some gradients of the last record, and which version of each.
+        self._seen: list[tuple[weakref.ref[Tensor], int]] = []
         self._handles: list[RemovableHandle] = []
         if optimizer is not None:
             self._handles.append(optimizer.register_step_pre_hook(self._on_step))
@@ -177,10 +178,15 @@ class StepHook:
 
     def add_unfinished(self) -> None:
         """Measure the gradients of a backward pass after which no step came."""
-        if self.calls_only or self._recorder.is_recording or self._seen == self._gradients_seen():
+        if self.calls_only or self._recorder.is_recording:
+            return
+        gradients = self._some_gradients()
+        # Not by their addresses, which new gradients may be given again.
+        is_new = [all(x is not y() or x._version != v for y, v in self._seen) for x in gradients]
+        if not any(is_new):
             return
         # Those that were set to zero are of no pass.
-        if any(bool(x.any()) for x in self._some_gradients()):
+        if any(bool(local_part(x).any()) for x in gradients):
             alive = ((index, p()) for index, p in enumerate(self._parameters))
             self._measure({index: p for index, p in alive if p is not None}, None)
 
@@ -230,11 +236,7 @@ class StepHook:
         n = len(self._parameters)
         some = [self._parameters[at]() for at in sorted({0, n // 2, n - 1})]
         gradients = [p.grad for p in some if p is not None]
-        return [local_part(x) for x in gradients if x is not None]
-
-    def _gradients_seen(self) -> list[tuple[int, int]]:
-        """What differs after another backward pass, of a few parameters."""
-        return [(x.data_ptr(), x._version) for x in self._some_gradients()]
+        return [x for x in gradients if x is not None]
 
     def _held_by(self, optimizer: Optimizer) -> dict[int, nn.Parameter]:
         known: dict[int, nn.Parameter] = {}
@@ -248,7 +250,7 @@ class StepHook:
 
     def _measure(self, parameters: dict[int, nn.Parameter], scale: Tensor | None) -> None:
         self._recorder.begin(scale)
-        self._seen = self._gradients_seen()
+        self._seen = [(weakref.ref(x), x._version) for x in self._some_gradients()]
         if self._order_handles and self._recorder.is_recording:
             for handle in self._order_handles:
                 handle.remove()

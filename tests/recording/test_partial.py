@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -86,6 +87,25 @@ def test_close_keeps_a_backward_before_the_step_that_never_came(
     assert (history["numel"][2, gradients] > 0).all()
     updates = [i for i, kind in enumerate(history.kinds) if kind == "update"]
     assert (history["numel"][2, updates] == 0).all()
+
+
+@pytest.mark.host("gives gradients memory of NumPy's")
+def test_close_knows_new_gradients_in_the_memory_of_the_last_ones() -> None:
+    model, optimizer = make()
+    memory = {p: np.ones(p.shape, np.float32) for p in model.parameters()}
+
+    def run() -> None:
+        for step in range(2):
+            for p, array in memory.items():
+                p.grad = torch.from_numpy(array)
+            if step == 1:
+                raise StopError
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with pytest.raises(StopError), gradstat.watch(model, when="step", optimizer=optimizer) as w:
+        run()
+    assert w.history.steps.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
