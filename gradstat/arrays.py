@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from gradstat.bins import LOG2_MAGNITUDES
+
 Array: TypeAlias = NDArray[Any]
 
 # Each float32 exponent is an octave; the first holds subnormals, the last nothing finite.
@@ -36,7 +38,7 @@ def octaves(counts: Array, zeros: Array) -> Array:
     Returns:
         int64 ``(N, 256)``.
     """
-    magnitudes = counts[:, 1024:] + counts[:, 1023::-1]
+    magnitudes = counts[:, LOG2_MAGNITUDES:] + counts[:, LOG2_MAGNITUDES - 1 :: -1]
     summed: Array = magnitudes.reshape(len(counts), 256, 4).sum(2)
     summed[:, 0] -= zeros
     return summed

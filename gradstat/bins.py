@@ -22,6 +22,11 @@ from gradstat.nice_ranges import nice_range
 FLOAT32_MAX = 3.4028234663852886e38
 FLOAT64_MAX = 1.7976931348623157e308
 
+# `Log2Bins` tell magnitudes apart by their top bits, as kernels/binning.py does.
+LOG2_SHIFT = 21  # bits of a float32 below those
+LOG2_MAGNITUDES = 1024  # that they tell apart: bins on each side of zero
+LOG2_FINITE = 1020  # of these, before infinity and NaN
+
 
 @dataclass(frozen=True)
 class Log2Bins:
@@ -44,7 +49,7 @@ class Log2Bins:
     @property
     def bins(self) -> int:
         """Number of bins, 2048."""
-        return 2048
+        return 2 * LOG2_MAGNITUDES
 
     @property
     def spec(self) -> str:
@@ -64,8 +69,9 @@ class Log2Bins:
             int64, the shape of ``x``, in 0..2047.
         """
         # Rounding a magnitude down keeps it in its bin.
-        magnitude = float32_below(x.abs()).view(torch.int32) >> 21
-        return torch.where(x < 0, 1023 - magnitude, 1024 + magnitude).long()
+        magnitude = float32_below(x.abs()).view(torch.int32) >> LOG2_SHIFT
+        negative = LOG2_MAGNITUDES - 1 - magnitude
+        return torch.where(x < 0, negative, LOG2_MAGNITUDES + magnitude).long()
 
     @keeps_subnormals
     def edges(self, low: Tensor, high: Tensor) -> Tensor:
@@ -78,12 +84,13 @@ class Log2Bins:
         Returns:
             float64, shape ``(2049,)``, not decreasing; infinite at the outer bins.
         """
-        magnitude = torch.arange(1021, device=low.device, dtype=torch.int32) << 21
+        magnitude = torch.arange(LOG2_FINITE + 1, device=low.device, dtype=torch.int32)
+        magnitude <<= LOG2_SHIFT
         positive = widen(magnitude.view(torch.float32))
         ends = -positive[1:].flip(0)
         negative = torch.nextafter(ends, torch.zeros_like(ends))
         negative[0] = -math.inf
-        outer = positive.new_full((4,), math.inf)
+        outer = positive.new_full((LOG2_MAGNITUDES - LOG2_FINITE,), math.inf)
         return torch.cat([-outer, negative, positive, outer])
 
 

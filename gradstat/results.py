@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradstat.bins import Bins, LinearBins, Log2Bins
+from gradstat.bins import LOG2_MAGNITUDES, Bins, LinearBins, Log2Bins
 from gradstat.fourth_moment import kurtosis
 
 INTEGERS = ("numel", "finite", "zeros", "nan", "posinf", "neginf", "below", "above")
@@ -303,9 +303,9 @@ class Statistics:
         floats, counts = self.floats / scale, self.counts
         if isinstance(self.bins, Log2Bins):
             # A bin goes where its end nearer to zero goes.
-            inner = self.edges[1024:-1].nan_to_num(posinf=0.0) / scale
+            inner = self.edges[LOG2_MAGNITUDES:-1].nan_to_num(posinf=0.0) / scale
             positive = self.bins.index(inner, inner, inner)
-            target = torch.cat([2047 - positive.flip(0), positive])
+            target = torch.cat([self.bins.bins - 1 - positive.flip(0), positive])
             counts = torch.zeros_like(counts).scatter_add_(-1, target.expand_as(counts), counts)
         return Statistics(self.bins, self.integers, floats, counts)
 

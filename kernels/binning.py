@@ -3,6 +3,10 @@
 import triton
 import triton.language as tl
 
+LOG2_SHIFT = tl.constexpr(21)
+LOG2_MAGNITUDES = tl.constexpr(1024)
+LOG2_FINITE = tl.constexpr(1020)
+
 
 @triton.jit
 def log2_slot(x):
@@ -11,13 +15,14 @@ def log2_slot(x):
     ``-0.0`` is in slot 1024, not in that of ``0.0``: `measure_kernel` moves it. The mask changes
     nothing; it tells the compiler that no slot lies outside the histogram.
     """
-    return (x.to(tl.int32, bitcast=True) >> 21) & 2047
+    return (x.to(tl.int32, bitcast=True) >> LOG2_SHIFT) & (2 * LOG2_MAGNITUDES - 1)
 
 
 @triton.jit
 def log2_bin(slot):
     """Bin of a slot: slots ascend in magnitude, bins from the most negative value."""
-    return tl.where(slot < 1024, slot + 1024, 2047 - slot)
+    positive = slot < LOG2_MAGNITUDES
+    return tl.where(positive, slot + LOG2_MAGNITUDES, 2 * LOG2_MAGNITUDES - 1 - slot)
 
 
 @triton.jit

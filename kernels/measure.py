@@ -4,6 +4,9 @@ import triton
 import triton.language as tl
 
 from gradstat.kernels.binning import (
+    LOG2_FINITE,
+    LOG2_MAGNITUDES,
+    LOG2_SHIFT,
     aligned_where_unscaled,
     linear_factors,
     linear_slot,
@@ -19,7 +22,7 @@ PARTIAL_FIELDS = tl.constexpr(13)
 # A sum of squares from here on has lost less to underflow than a float32 does to rounding.
 SAFE_SQUARES = tl.constexpr(2.0**-100)
 # Bits of 2**-128: smaller magnitudes share their slot with zero.
-NEAR_ZERO = tl.constexpr(1 << 21)
+NEAR_ZERO = tl.constexpr(1 << LOG2_SHIFT.value)
 INF = tl.constexpr(float("inf"))
 
 
@@ -170,13 +173,13 @@ def measure_kernel(
     below = 0
     above = 0
     if LOG2:
-        z = tl.sum(tl.where((slots & 1023) == 0, histogram, 0))
-        negative = tl.sum(tl.where(slots == 1024, histogram, 0))
+        z = tl.sum(tl.where((slots & (LOG2_MAGNITUDES - 1)) == 0, histogram, 0))
+        negative = tl.sum(tl.where(slots == LOG2_MAGNITUDES, histogram, 0))
         if NEAR_ZERO_SLOTS:
             if tl.min(nearest) < 2 * NEAR_ZERO - 1:
                 z, negative = zero_counts(address, strides, n, DTYPE, THREADS)
         # A zero with a minus sign counts as one without.
-        moved = (slots == 0).to(tl.int32) - (slots == 1024).to(tl.int32)
+        moved = (slots == 0).to(tl.int32) - (slots == LOG2_MAGNITUDES).to(tl.int32)
         histogram += moved * negative
     elif BINS > 0:
         below = tl.sum(tl.where(slots == SLOTS - 1, histogram, 0)) - neginf
@@ -215,8 +218,7 @@ def add_histogram(
     slots = tl.arange(0, SLOTS)
     if LOG2:
         bins = log2_bin(slots)
-        # Magnitudes from 1020 on have the exponent of infinity and NaN.
-        kept = (slots & 1023) < 1020
+        kept = (slots & (LOG2_MAGNITUDES - 1)) < LOG2_FINITE
     else:
         bins = tl.minimum(slots, BINS - 1)
         kept = slots <= BINS

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from gradstat.arrays import Array
-from gradstat.bins import LinearBins
+from gradstat.bins import LOG2_MAGNITUDES, LinearBins
 from gradstat.history.records import Records
 from gradstat.results import Statistics
 
@@ -33,7 +33,7 @@ def kurtosis_of(records: Records, at: Array, columns: Array) -> Array:
     )
     ends = np.cumsum(sizes, dtype=np.int64)
     found = []
-    widest = records.bins.bins if isinstance(records.bins, LinearBins) else 1024
+    widest = records.bins.bins if isinstance(records.bins, LinearBins) else LOG2_MAGNITUDES
     n_rows = max(1, _CELLS // widest)
     for start in range(0, len(sizes), n_rows):
         held = slice(start, min(start + n_rows, len(sizes)))

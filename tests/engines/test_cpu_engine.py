@@ -360,8 +360,8 @@ def interrupt(signum, frame):
     raise Interrupt
 
 signal.signal(signal.SIGALRM, interrupt)
-end, interrupts = time.monotonic() + 4, 0
-while time.monotonic() < end:
+interrupts = 0
+while interrupts < 100:
     try:
         y = torch.ones(1 << 24)
         signal.setitimer(signal.ITIMER_REAL, random.uniform(20e-6, 2e-3))
@@ -370,7 +370,6 @@ while time.monotonic() < end:
     except Interrupt:
         interrupts += 1
     y = None
-assert interrupts > 20, interrupts
 print(int(gradstat.statistics(torch.ones(1 << 20)).finite))
 """
 

@@ -9,9 +9,10 @@ import torch
 import triton.language as tl
 from conftest import CUDA, numpy_silent_as_a_gpu
 
-from gradstat import LinearBins, Log2Bins, Statistics, kernels
+from gradstat import LinearBins, Log2Bins, Statistics, bins, kernels
 from gradstat.engines import reference, triton_items
 from gradstat.engines import triton as triton_engine
+from gradstat.kernels import binning
 
 DEVICE = "cuda" if CUDA else "cpu"
 pytestmark = [pytest.mark.gpu] if CUDA else []
@@ -126,6 +127,11 @@ def test_more_bins_than_a_program_holds_take_the_reference_engine() -> None:
     for n in (triton_engine.MAX_BINS, triton_engine.MAX_BINS + 1):
         got, expected = (e.measure([x], LinearBins(n)) for e in (triton_engine, reference))
         assert torch.equal(got.counts, expected.counts)
+
+
+@pytest.mark.parametrize("name", ["LOG2_SHIFT", "LOG2_MAGNITUDES", "LOG2_FINITE"])
+def test_kernels_have_the_log2_bins_of_python(name: str) -> None:
+    assert getattr(binning, name).value == getattr(bins, name)
 
 
 def test_constants_of_kernels_are_equal_to_themselves() -> None:

@@ -16,6 +16,8 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
+from gradstat import bins
+
 # Numba and llvmlite ship no types: a number, memory indexed as an array, objects of the compiler.
 Scalar: TypeAlias = Any
 Pointer: TypeAlias = Any
@@ -85,8 +87,9 @@ def compile_entry(function: Function, name: str, arguments: str) -> Function:
 
 @functools.cache
 def _checksum() -> int:
-    """Of the processor, the compiler and this package's sources; Numba looks at one file only."""
-    sources = [path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))]
+    """Of the processor, the compiler and what is compiled; Numba looks at one file only."""
+    paths = [*sorted(Path(__file__).parent.glob("*.py")), Path(bins.__file__)]
+    sources = [path.read_bytes() for path in paths]
     return zlib.crc32(b"".join([repr((target(), numba.__version__)).encode(), *sources]))
 
 

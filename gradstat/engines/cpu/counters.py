@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
+from gradstat.bins import LOG2_MAGNITUDES, LOG2_SHIFT
 from gradstat.engines.cpu.compiling import (
     IR,
     Pointer,
@@ -29,6 +30,7 @@ from gradstat.engines.cpu.slots import Range, as_float32, fill_pairs, slot_of
 from gradstat.results import INTEGERS
 
 LANES, PAIR_LANES = 16, 8
+LOG2_LAST = 2 * LOG2_MAGNITUDES - 1  # slot
 # Counters of a lane, 256 bytes off a multiple of 4096: lanes do not evict each other.
 STRIDE, PAIR_STRIDE = 2112, 8160
 MAX_SLOTS, MAX_PAIR_SLOTS = 2050, 90  # more than these are counted straight, or one by one
@@ -108,8 +110,8 @@ def _make_scatter(
     return scatter
 
 
-_scatter_float32 = _make_scatter(32, 21, 0x7FF, LANES, STRIDE)  # Log2Bins
-_scatter_bfloat16 = _make_scatter(16, 5, 0x7FF, LANES, STRIDE)
+_scatter_float32 = _make_scatter(32, LOG2_SHIFT, LOG2_LAST, LANES, STRIDE)  # Log2Bins
+_scatter_bfloat16 = _make_scatter(16, LOG2_SHIFT - 16, LOG2_LAST, LANES, STRIDE)
 _scatter_slots = _make_scatter(16, 0, 0xFFFF, LANES, STRIDE)
 _scatter_pairs = _make_scatter(16, 0, 0xFFFF, PAIR_LANES, PAIR_STRIDE)
 
@@ -165,7 +167,7 @@ def _add_to_row(slot: int, n: int, within: Range, to: Counters) -> None:
     cell = after(to.counts, slot - 1)
     if within is None:
         # In the order of values: behind a sign, patterns run backwards.
-        cell = after(to.counts, slot ^ (2047 if slot > 1023 else 1024))
+        cell = after(to.counts, slot ^ (LOG2_LAST if slot >= LOG2_MAGNITUDES else LOG2_MAGNITUDES))
     elif slot in (0, to.slots - 1):
         cell = after(to.integers, BELOW if slot == 0 else ABOVE)
     if to.is_shared:

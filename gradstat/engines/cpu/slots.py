@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numba import types
 
-from gradstat.bins import FLOAT32_MAX
+from gradstat.bins import FLOAT32_MAX, LOG2_SHIFT
 from gradstat.engines.cpu.compiling import (
     IR,
     Pointer,
@@ -77,7 +77,7 @@ def narrow(value: float, within: Range) -> Scalar:
 def slot_of(x: Scalar, within: Range) -> Scalar:
     """Slot of a float32, int32."""
     if within is None:
-        return np.int32(np.uint32(reinterpret(x, np.uint32) >> np.uint32(21)))
+        return np.int32(np.uint32(reinterpret(x, np.uint32) >> np.uint32(LOG2_SHIFT)))
     low, high, scale, origin, inv_width, last = within
     t = np.float32(np.float32(np.float32(x * scale) - origin) * inv_width)
     t = t if t > np.float32(0) else np.float32(0)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from gradstat.bins import LOG2_FINITE, LOG2_MAGNITUDES
 from gradstat.engines.cpu import counters, partials, slots
 from gradstat.engines.cpu.compiling import (
     Pointer,
@@ -149,11 +150,11 @@ def _counters(head: Pointer, line: Pointer, n: int, scratch: int) -> Counters:
 def _close_log2(total: Pointer, floats: Pointer, counts: Pointer) -> None:
     """Write the range; put NaN and infinities into no bin, -0.0 into that of 0.0."""
     floats[LOW], floats[HIGH] = -np.inf, np.inf
-    for j in range(4):
+    for j in range(LOG2_MAGNITUDES - LOG2_FINITE):
         counts[j] = 0
-        counts[2047 - j] = 0
-    counts[1023] -= np.int64(total[partials.NEGATIVE_ZEROS])
-    counts[1024] += np.int64(total[partials.NEGATIVE_ZEROS])
+        counts[2 * LOG2_MAGNITUDES - 1 - j] = 0
+    counts[LOG2_MAGNITUDES - 1] -= np.int64(total[partials.NEGATIVE_ZEROS])
+    counts[LOG2_MAGNITUDES] += np.int64(total[partials.NEGATIVE_ZEROS])
 
 
 def _make_work(element: object, is_linear: bool) -> Work:
