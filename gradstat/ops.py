@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradstat.bins import FLOAT32_MAX, Bins, LinearBins, Log2Bins, parse_bins, widen
+from gradstat.bins import Bins, LinearBins, Log2Bins, parse_bins, widen
 from gradstat.float_mode import keeps_subnormals
 from gradstat.results import FLOATS, INTEGERS, Statistics
 
@@ -57,7 +57,8 @@ def statistics(
     """
     tensors = [x] if isinstance(x, Tensor) else x
     bins = Log2Bins() if bins is None else bins
-    result = _check_and_measure("statistics", tensors, bins, engine)
+    low, high = _check("statistics", tensors, bins, engine)
+    result = measure(tensors, bins, low, high, engine)
     return result[0] if isinstance(x, Tensor) else result
 
 
@@ -110,16 +111,15 @@ def histogram(
 
 def _count(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor]:
     """Counts in the bins of a scheme, and the edges."""
-    result = _check_and_measure("histogram", [x], bins)
-    counts = result.counts[0]
-    if isinstance(bins, LinearBins) and not torch.compiler.is_compiling():
-        # The CPU engine has those of a range in float32 in microseconds.
-        linear_edges = getattr(choose_engine(None, counts), "linear_edges", None)
-        if linear_edges:
-            low, high = result.floats[0].tolist()[-2:]
-            if max(-low, high) <= FLOAT32_MAX:
-                return counts, linear_edges(bins.bins, low, high)
-    return counts, result[0].edges
+    low, high = _check("histogram", [x], bins)
+    # A compiler takes `measure`, and then the edges, into its graph.
+    if not torch.compiler.is_compiling():
+        engine = choose_engine(None, x)
+        if hasattr(engine, "histogram"):
+            counts, edges = engine.histogram(x, bins, low, high)
+            return counts, edges
+    result = measure([x], bins, low, high)[0]
+    return result.counts, result.edges
 
 
 def _count_between(x: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,17 +145,14 @@ def _check_edges(bins: Sequence[float] | Tensor | NDArray[Any], device: torch.de
     return edges
 
 
-def _check_and_measure(
-    function: str,
-    tensors: Sequence[Tensor],
-    bins: Bins,
-    engine: str | None = None,
-) -> Statistics:
+def _check(
+    function: str, tensors: Sequence[Tensor], bins: Bins, engine: str | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Check what a function was given, and return its `known_range`."""
     check_bins(function, bins)
     _check_tensors(function, tensors)
     check_engine(function, engine)
-    low, high = known_range(bins, tensors[0].device, len(tensors))
-    return measure(tensors, bins, low, high, engine)
+    return known_range(bins, tensors[0].device, len(tensors))
 
 
 def measure(

@@ -113,11 +113,18 @@ def _measure_again_beyond_float32(tensors: Sequence[Tensor], bins: Bins, rows: R
             each[row] = new[0]
 
 
-def linear_edges(bins: int, low: float, high: float) -> Tensor:
-    """`LinearBins.edges` of one range: float64 ``(bins + 1,)``."""
-    edges = torch.empty(bins + 1, dtype=torch.float64, device="cpu")
-    fill_edges()(low, high, bins, edges.data_ptr())
-    return edges
+def histogram(
+    x: Tensor, bins: Bins, low: Tensor | None, high: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Counts and edges of one tensor, as `measure` and `Bins.edges` have them."""
+    _, floats, counts = measure_rows([x], bins, low, high)
+    start, end = floats[0, -2:].tolist()  # the last of `FLOATS`
+    if isinstance(bins, LinearBins) and max(-start, end) <= FLOAT32_MAX:
+        edges = torch.empty(bins.bins + 1, dtype=torch.float64, device="cpu")
+        fill_edges()(start, end, bins.bins, edges.data_ptr())
+    else:
+        edges = bins.edges(*torch.from_numpy(floats[0, -2:]))
+    return torch.from_numpy(counts[0]), edges
 
 
 class _Table:
