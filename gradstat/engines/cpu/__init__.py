@@ -6,6 +6,7 @@ Beside a tensor it needs under 1 MB, whatever its strides; results do not depend
 
 from __future__ import annotations
 
+import ctypes
 from array import array
 from collections.abc import Sequence
 
@@ -68,7 +69,8 @@ def measure_rows(
     n, n_bins = len(tensors), bins.bins
     n_integers, n_floats = n * len(INTEGERS), n * len(FLOATS)
     memory = np.zeros(n_integers + n_floats + n * n_bins, np.int64)
-    address = memory.__array_interface__["data"][0]
+    # In a third of the time of memory.__array_interface__.
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     addresses = address, address + 8 * n_integers, address + 8 * (n_integers + n_floats)
     integers = memory[:n_integers].reshape(n, len(INTEGERS))
     floats = memory[n_integers : n_integers + n_floats].view(np.float64).reshape(n, len(FLOATS))
