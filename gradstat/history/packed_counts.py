@@ -49,18 +49,15 @@ class SparseRows:
 
     def followed_by(self, rows: Array) -> SparseRows:
         """These rows and after them dense ones, int64 ``(N, bins)``."""
-        n_rows, bins = rows.shape
         # Most columns are zero in all rows, and need not be looked at twice.
         used = np.flatnonzero(np.bitwise_or.reduce(rows, axis=0))
-        first, end = (used[0], used[-1] + 1) if len(used) else (0, 0)
-        part = np.ascontiguousarray(rows[:, first:end])
+        part = rows.take(used, axis=1)
         # NumPy finds what is not zero several times faster in one dimension and among booleans.
         filled = part != 0
         at = np.flatnonzero(filled.ravel())
+        indices, values = used[at % max(1, len(used))], part.ravel()[at]
         sizes = np.count_nonzero(filled, axis=1)
-        offsets = np.arange(n_rows) * (end - first) - first
-        indices = at - np.repeat(offsets, sizes)
-        both = SparseRows(sizes, *_narrow(indices, part.ravel()[at], bins))
+        both = SparseRows(sizes, *_narrow(indices, values, rows.shape[1]))
         if before := len(self):
             both._starts = [*self._starts, before]
             both._blocks = [*self._blocks, *both._blocks]
