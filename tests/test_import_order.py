@@ -11,7 +11,10 @@ from conftest import ROOT
 PACKAGE = ROOT / "gradstat"
 # Rooms in the order of the data, each from those before it; rooms of one line from one another.
 ORDER = (
-    ("float_mode", "nice_ranges", "bins", "kinds", "arrays", "files", "escaping", "fourth_moment"),
+    (
+        *("float_mode", "nice_ranges", "bins", "kinds", "arrays"),
+        *("files", "forks", "escaping", "fourth_moment"),
+    ),
     ("results",),
     ("kernels",),
     ("engines",),

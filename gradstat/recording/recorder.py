@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradstat.diagnosis.alerts import Alerts
+from gradstat.forks import call_after_fork
 from gradstat.history import History
 from gradstat.history.journal import Journal
 from gradstat.kinds import GRAD, OF_OUTPUTS
@@ -26,7 +27,6 @@ from gradstat.recording.arrivals import (
 )
 from gradstat.recording.cuda_graphs import Cadence, CapturedPasses, is_capturing
 from gradstat.recording.delivery import Delivery, Sink
-from gradstat.recording.forks import call_after_fork
 from gradstat.recording.launcher import Launcher
 from gradstat.recording.logged import Logged
 from gradstat.recording.order import Order

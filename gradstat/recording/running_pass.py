@@ -7,8 +7,8 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 
+from gradstat.forks import call_after_fork
 from gradstat.recording import torch_internals
-from gradstat.recording.forks import call_after_fork
 from gradstat.recording.torch_internals import is_in_backward
 
 _CALLER = "gradstat.caller"

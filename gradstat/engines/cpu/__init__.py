@@ -70,7 +70,7 @@ def measure_rows(
     n_integers, n_floats = n * len(INTEGERS), n * len(FLOATS)
     memory = np.zeros(n_integers + n_floats + n * n_bins, np.int64)
     # In a third of the time of memory.__array_interface__.
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory.data))
     addresses = address, address + 8 * n_integers, address + 8 * (n_integers + n_floats)
     integers = memory[:n_integers].reshape(n, len(INTEGERS))
     floats = memory[n_integers : n_integers + n_floats].view(np.float64).reshape(n, len(FLOATS))

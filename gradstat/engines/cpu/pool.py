@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from gradstat.forks import call_after_fork
+
 _CGROUP = Path("/sys/fs/cgroup")  # in a container: its own
 
 _get_cpu: Callable[[], int] | None = getattr(ctypes.CDLL(None), "sched_getcpu", None)
@@ -56,6 +58,11 @@ class _Pool:
     """The helpers of a process: none at first, more when a job asks for them."""
 
     def __init__(self) -> None:
+        self.forget_other_threads()
+        call_after_fork(self)
+
+    def forget_other_threads(self) -> None:
+        """In a forked process there are no helpers."""
         self.ids: list[int] = []  # the operating system's, of the threads
         self._shares: queue.SimpleQueue[_Share] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -139,13 +146,3 @@ def _granted_cpus() -> float:
             if int(quota) > 0:
                 return math.ceil(int(quota) / int(period))
     return math.inf
-
-
-def _forget() -> None:
-    """In a forked child there are no helpers."""
-    global _pool
-    _pool = _Pool()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
