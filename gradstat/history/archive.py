@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from gradstat.files import CutOffError, replacing
 from gradstat.history import blocks, npz, sections
@@ -52,24 +52,29 @@ def read(path: Path) -> Records:
             of them.
     """
     if not path.is_dir():
-        return _read_file(path)
-    files = segments(path)
+        return _read_file(path).records
+    files = _numbered(path)
     if not files:
         raise ValueError(
             f"History.load() needs a directory that watch() wrote; {path} has no records"
         )
-    for number, file in enumerate(files):
-        if file.name not in (segment_name(number), f"{number:08}.npz"):
-            raise ValueError(
-                f"History.load() needs all files that watch() wrote; {path} lacks number {number}"
-            )
-    parts = [_read_file(file, is_last=False) for file in files[:-1]]
-    try:
-        parts.append(_read_file(files[-1]))
-    except CutOffError:
-        if not parts:
-            raise
-        _warn(files[-1], "all of its records are lost")
+    # The last first: it says where it found those before it cut off.
+    parts: list[_File] = []
+    found_bytes: dict[int, set[int]] = {}
+    for number, file in reversed(list(enumerate(files))):
+        may_end_early = number == len(files) - 1 or file.stat().st_size in found_bytes.get(
+            number, ()
+        )
+        try:
+            part = _read_file(file, may_end_early=may_end_early)
+        except CutOffError:
+            if not may_end_early or (number == 0 and not parts):
+                raise
+            _warn(file, "all of its records are lost")
+            continue
+        parts.insert(0, part)
+        for before, n_bytes in enumerate(part.bytes_before):
+            found_bytes.setdefault(before, set()).add(n_bytes)
     return _join(path, parts)
 
 
@@ -81,7 +86,27 @@ def newest(path: Path) -> Records:
     """
     files = segments(path) if path.is_dir() else []
     file = files[-1] if files else path
-    return read(file) if file.is_dir() else _read_file(file, newest=True)
+    return read(file) if file.is_dir() else _read_file(file, newest=True).records
+
+
+def check_fits(path: Path, records: Records) -> None:
+    """Refuse a directory with the records of other layers or bins than some.
+
+    Raises:
+        ValueError: it holds those of another run, it lacks a file, or it is damaged.
+    """
+    for file in reversed(_numbered(path)):
+        try:
+            found = _read_file(file, newest=True).records
+        except CutOffError:
+            continue
+        if (found.rows, found.bins) != (records.rows, records.bins):
+            raise ValueError(
+                f"watch() needs the layers and bins of the run that it goes on with; path is "
+                f"{path}, which has {len(found.rows)} rows over {found.bins}, and there are "
+                f"{len(records.rows)} over {records.bins}"
+            )
+        return
 
 
 def segments(path: Path) -> list[Path]:
@@ -94,6 +119,31 @@ def segments(path: Path) -> list[Path]:
 def segment_name(number: int) -> str:
     """Name of a file in a directory of them."""
     return f"{number:08}{SUFFIX}"
+
+
+def _numbered(path: Path) -> list[Path]:
+    """Files of a directory, none of which may be lacking."""
+    files = segments(path)
+    for number, file in enumerate(files):
+        if file.name not in (segment_name(number), f"{number:08}.npz"):
+            raise ValueError(
+                f"History.load() needs all files that watch() wrote; {path} lacks number {number}"
+            )
+    return files
+
+
+class _File(NamedTuple):
+    """What a file holds.
+
+    Args:
+        records: all of them, or the newest.
+        first_step: from which on those of files before it are superseded, if it says so.
+        bytes_before: how long those files were when it was begun.
+    """
+
+    records: Records
+    first_step: int | None
+    bytes_before: list[int]
 
 
 @contextmanager
@@ -109,19 +159,20 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _read_file(path: Path, *, is_last: bool = True, newest: bool = False) -> Records:
+def _read_file(path: Path, *, may_end_early: bool = True, newest: bool = False) -> _File:
     with _opened(path) as file:
         try:
             is_journal = file.read(len(blocks.MAGIC)) == blocks.MAGIC or path.suffix == SUFFIX
             if is_journal:
                 reader = blocks.Reader(file)
                 source, lost = _join_blocks(reader, newest)
-                if lost and not is_last:
+                if lost and not may_end_early:
                     raise CutOffError(f"it is cut off; {lost}")
             else:
                 source, lost = npz.Members(file), ""
             records = sections.to_records(source)
             check(records)
+            first_step, bytes_before = sections.resumption(source) or (None, [])
         except MemoryError:
             raise
         except Exception as error:  # zipfile, zlib and NumPy meet damage with a dozen kinds
@@ -132,7 +183,7 @@ def _read_file(path: Path, *, is_last: bool = True, newest: bool = False) -> Rec
             ) from error
     if lost:
         _warn(path, lost)
-    return records
+    return _File(records, first_step, bytes_before)
 
 
 def _warn(path: Path, lost: str) -> None:
@@ -163,7 +214,13 @@ def _join_blocks(reader: blocks.Reader, newest: bool) -> tuple[sections.Source, 
     return sections.join([block.sections for block in found]), lost
 
 
-def _join(path: Path, parts: Sequence[Records]) -> Records:
+def _join(path: Path, files: Sequence[_File]) -> Records:
+    parts: list[Records] = []
+    least: int | None = None
+    for records, first_step, _ in reversed(files):
+        parts.insert(0, records if least is None else records.before(least))
+        if first_step is not None and (least is None or first_step < least):
+            least = first_step
     run = (parts[0].rows, parts[0].layers, parts[0].bins)
     fit = all((part.rows, part.layers, part.bins) == run for part in parts)
     steps = [step for part in parts for step in part.steps]

@@ -75,12 +75,13 @@ class Journal:
     Args:
         path: the directory; it is made if need be.
         like: a history of the same layers and bins.
+        first_step: goes on with the records that are there, those from this step on superseded.
 
     Raises:
-        ValueError: records are there already.
+        ValueError: records are there already, and no first step; they are of other layers or bins.
     """
 
-    def __init__(self, path: Path, like: History) -> None:
+    def __init__(self, path: Path, like: History, first_step: int | None = None) -> None:
         # Where it is now, whatever directory the process changes to.
         self._path = path.absolute()
         self._like = like
@@ -96,15 +97,27 @@ class Journal:
         self._lock, self._writing = threading.RLock(), threading.RLock()
         # A block without records shows at once whether the directory can be written, and keeps
         # other runs and ranks away.
-        if self._path.is_dir() and (found := len(archive.segments(self._path))):
-            raise _refusal(path, found)
+        before = archive.segments(self._path) if self._path.is_dir() else []
+        if before and first_step is None:
+            raise ValueError(
+                f"watch() needs a directory without records, or first_step to go on with them; "
+                f"path is {path}, which has {len(before)} files of them"
+            )
+        self._number, self._resumed = len(before), {}
+        if first_step is not None:
+            if before:
+                archive.check_fits(self._path, like.to_records())
+            self._resumed = sections.resumed(first_step, [each.stat().st_size for each in before])
         try:
             self._write_block()
         except FileExistsError as error:
             if not self._path.is_dir():
                 self._warn_of(error)
-            else:  # another one has begun since it was looked at
-                raise _refusal(path, 1) from error
+            else:
+                raise ValueError(
+                    f"watch() needs a directory of its own; path is {path}, where another one has "
+                    f"just begun"
+                ) from error
         except OSError as error:
             self._warn_of(error)
 
@@ -176,7 +189,8 @@ class Journal:
     def _pack(self, records: Sequence[_Record]) -> Records:
         like = self._like
         if not records:
-            return History(like.rows, like.bins).to_records()
+            none = History(like.rows, like.bins).to_records()
+            return replace(none, origins=like.origins.copy())
         steps, times, integers, floats, dense = zip(*records, strict=True)
         rows = dense[0] if len(dense) == 1 else np.concatenate(dense)
         return Records(
@@ -240,11 +254,11 @@ class Journal:
         records = replace(
             records, scalars=scalars, depth=like.depth, partial_step=like.partial_step
         )
-        arrays = sections.head(records) if end == 0 else {}
+        arrays = sections.head(records) | self._resumed if end == 0 else {}
         arrays |= sections.body(records)
         parts, link = encode(arrays, len(records.steps), link)
         self._path.mkdir(parents=True, exist_ok=True)
-        file_path = self._path / archive.segment_name(0)
+        file_path = self._path / archive.segment_name(self._number)
         with file_path.open("r+b" if self._is_created else "xb") as file:
             self._is_created = True
             file.seek(end)
@@ -259,10 +273,3 @@ class Journal:
             self._has_warned = True
             message = f"watch() cannot write to {self._path} and keeps its records in memory"
             warnings.warn(f"{message}: {error}", RuntimeWarning, stacklevel=2)
-
-
-def _refusal(path: Path, found: int) -> ValueError:
-    return ValueError(
-        f"watch() needs a directory without records; path is {path}, which has {found} files of "
-        f"them"
-    )

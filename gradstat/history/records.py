@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -64,12 +65,29 @@ class Records:
         """Bytes of memory."""
         return self.integers.nbytes + self.floats.nbytes + self.counts.nbytes
 
+    def before(self, step: int) -> Records:
+        """Those of lower steps, their scalars too."""
+        n = bisect_left(self.steps, step)
+        partial = self.partial_step
+        return replace(
+            self,
+            steps=self.steps[:n],
+            times=self.times[:n],
+            integers=self.integers[:n],
+            floats=self.floats[:n],
+            counts=self.counts.keep(np.arange(n * len(self.rows))),
+            scalars=self.scalars.before(step),
+            partial_step=None if partial is None or partial >= step else partial,
+        )
+
 
 def concatenate(parts: Sequence[Records]) -> Records:
-    """Records of one run after the other; what is of all records, as the last one has it."""
-    first, last = parts[0], parts[-1]
+    """Records of one run after the other; what is of all records, as the last ones have it."""
+    first = parts[0]
     if len(parts) == 1:
         return first
+    said = [part for part in parts if part.steps] or parts
+    depths = [part.depth for part in parts if part.depth is not None]
     counts = zip(*(part.counts.arrays() for part in parts), strict=True)
     scalars = Scalars()
     for part in parts:
@@ -81,10 +99,10 @@ def concatenate(parts: Sequence[Records]) -> Records:
         integers=np.concatenate([part.integers for part in parts]),
         floats=np.concatenate([part.floats for part in parts]),
         counts=SparseRows(*(np.concatenate(each) for each in counts)),
-        origins=last.origins,
+        origins=said[-1].origins,
         scalars=scalars,
-        depth=last.depth,
-        partial_step=last.partial_step,
+        depth=depths[-1] if depths else None,
+        partial_step=said[-1].partial_step,
     )
 
 

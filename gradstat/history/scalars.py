@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
@@ -45,6 +46,15 @@ class Scalars:
         for name, (steps, values) in other._series.items():
             for step, value in zip(steps, values, strict=True):
                 self.add(prefix + name, step, value)
+
+    def before(self, step: int) -> Scalars:
+        """Those of lower steps."""
+        kept = Scalars()
+        for name, (steps, values) in self._series.items():
+            n = bisect_left(steps, step)
+            if n:
+                kept._series[name] = steps[:n], values[:n]
+        return kept
 
     @classmethod
     def from_flat(cls, names: Sequence[str], ids: Array, steps: Array, values: Array) -> Scalars:

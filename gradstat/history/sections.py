@@ -39,7 +39,8 @@ _BODY = {
     "values": ("iu", "E"),
     "origins": ("i", "L"),
 }
-# What may be lacking, as of runs that log nothing: V bytes of names of N scalars, P values.
+# What may be lacking, as of runs that log nothing: V bytes of names of N scalars, P values; K files
+# that the run was resumed after.
 _OPTIONAL = {
     "scalar_names": ("u", "V"),
     "scalar_name_ends": ("i", "N"),
@@ -48,6 +49,8 @@ _OPTIONAL = {
     "scalar_values": ("f", "P"),
     "order": ("i", "L"),
     "partial": ("b", "S"),
+    "first_step": ("i", ""),
+    "bytes_before": ("i", "K"),
 }
 _SCALARS = tuple(name for name in _OPTIONAL if name.startswith("scalar"))
 # The last version's; its first files lack some of them.
@@ -70,6 +73,23 @@ def head(records: Records) -> Sections:
         "kinds": np.array([row.kind for row in records.rows], dtype=np.str_),
         "has_kinds": np.array(records.layers == [str(row) for row in records.rows]),
     }
+
+
+def resumed(first_step: int, bytes_before: Sequence[int]) -> Sections:
+    """Of a run that is resumed: its first step, and how long the files are that it goes on from."""
+    return {
+        "first_step": np.array(first_step, dtype=np.int64),
+        "bytes_before": np.array(bytes_before, dtype=np.int64),
+    }
+
+
+def resumption(source: Source) -> tuple[int, list[int]] | None:
+    """What `resumed` was given; ``None`` of a file that goes on from no other."""
+    if "first_step" not in source.headers:
+        return None
+    has_before = "bytes_before" in source.headers
+    before: list[int] = _integers(source, "bytes_before").tolist() if has_before else []
+    return int(_integers(source, "first_step")), before
 
 
 def body(records: Records) -> Sections:

@@ -13,7 +13,7 @@ from gradstat.history import History
 from gradstat.kinds import GRAD, GRAD_OUTPUT
 from gradstat.recording.watch import Watch, watch
 
-_KNOWN = ("model", "when", "optimizer", "scaler", "accumulation_steps")
+_KNOWN = ("model", "when", "optimizer", "scaler", "accumulation_steps", "first_step")
 
 
 class Watching:
@@ -57,14 +57,17 @@ class Watching:
         self,
         model: nn.Module,
         scaler: GradScaler | None,
+        n_steps: int,
         **options: Any,  # noqa: ANN401
     ) -> None:
         self._stop()
+        # A training from its beginning does not go on with the records of another one.
+        first_step = n_steps or None
         what = self._options.get("what", GRAD)
         if GRAD_OUTPUT in ([what] if isinstance(what, str) else what):
             # Other gradients are measured when they are unscaled.
             options["scaler"] = scaler
-        self._watch = watch(model, **self._options, **options)
+        self._watch = watch(model, first_step=first_step, **self._options, **options)
 
     def _log(self, values: Mapping[str, object]) -> None:
         """Keep what a trainer reports: the numbers among it."""

@@ -27,8 +27,9 @@ class WatchCallback(Watching, Callback):  # type: ignore[misc]
     what your own ``self.log`` reports in it.
 
     Args:
-        **options: as `gradstat.watch`, but ``model``, ``when``, ``optimizer``, ``scaler`` and
-            ``accumulation_steps``, which Lightning knows. ``what="update"`` is not to be had.
+        **options: as `gradstat.watch`, but ``model``, ``when``, ``optimizer``, ``scaler``,
+            ``accumulation_steps`` and ``first_step``, which Lightning knows. ``what="update"`` is
+            not to be had.
 
     Example:
         >>> from gradstat.integrations.lightning import WatchCallback  # doctest: +SKIP
@@ -43,6 +44,7 @@ class WatchCallback(Watching, Callback):  # type: ignore[misc]
         self._start(
             pl_module,
             getattr(trainer.precision_plugin, "scaler", None),
+            trainer.global_step,
             when="call",
             optimizer=optimizers[0] if len(optimizers) == 1 else None,
         )

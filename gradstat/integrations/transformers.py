@@ -24,8 +24,8 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
     every ``logging_steps``, evaluations, and what your own ``log()`` reports.
 
     Args:
-        **options: as `gradstat.watch`, but ``model``, ``when``, ``optimizer``, ``scaler`` and
-            ``accumulation_steps``, which the Trainer knows.
+        **options: as `gradstat.watch`, but ``model``, ``when``, ``optimizer``, ``scaler``,
+            ``accumulation_steps`` and ``first_step``, which the Trainer knows.
 
     Example:
         >>> from gradstat.integrations.transformers import WatchCallback  # doctest: +SKIP
@@ -47,7 +47,8 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
         """Watch the model."""
         # Accelerate wraps the optimizer that will step.
         inner = getattr(optimizer, "optimizer", optimizer)
-        self._start(model, getattr(optimizer, "scaler", None), when="step", optimizer=inner)
+        scaler = getattr(optimizer, "scaler", None)
+        self._start(model, scaler, state.global_step, when="step", optimizer=inner)
 
     def on_log(
         self,

@@ -42,6 +42,7 @@ class Cadence:
         accumulation_steps: passes in a step.
         tensors: on the devices where passes may be captured.
         engine: name, or ``None``; Triton's can leave out a replay.
+        first_step: number of the step that comes first.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class Cadence:
         accumulation_steps: int,
         tensors: Iterable[Tensor],
         engine: str | None,
+        first_step: int = 0,
     ) -> None:
-        self.n_told = 0  # passes that this has been told of
+        # Passes that this has been told of; those before the first step count as told.
+        self.n_told = first_step * accumulation_steps
         # Replays that nobody told of, as the device has counted them.
         self._n_missed = 0
         self._every, self._accumulation_steps = every, accumulation_steps
@@ -74,7 +77,7 @@ class Cadence:
 
     @property
     def step(self) -> int:
-        """Number of the step that the pass belongs to, from 0."""
+        """Number of the step that the pass belongs to."""
         return (self.n_told + self._n_missed) // self._accumulation_steps
 
     def step_of(self, number: int) -> int:

@@ -54,6 +54,7 @@ class Logged:
         self._cadence, self._keep_value = cadence, keep
         self.broken_step = -1  # of the newest value that is not finite
         self._passes: dict[str, int] = {}  # of each name's last value
+        self._n_before = cadence.n_passes  # the first one
         self._pending: deque[_Entry] = deque()
 
     def add(self, values: Mapping[str, float | Tensor]) -> None:
@@ -119,8 +120,8 @@ class Logged:
         self._keep_value(name, step, value)
 
     def _step_of(self, name: str, last: int) -> int:
-        newest = self._passes.get(name, -1)
-        of = self._passes[name] = max(last + (last < 0 or newest >= last), newest)
+        newest = self._passes.get(name, self._n_before - 1)
+        of = self._passes[name] = max(last + (newest >= last), newest)
         return self._cadence.step_of(of)
 
 

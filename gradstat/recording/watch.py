@@ -58,6 +58,7 @@ def watch(
     capacity: int | None = None,
     sink: Sink | None = None,
     path: str | os.PathLike[str] | None = None,
+    first_step: int | None = None,
     alert: Alert | None = None,
     bucket_bytes: int = 25 << 20,
     stream: Literal["current", "side"] = "current",
@@ -122,6 +123,9 @@ def watch(
         path: a directory to which all records are written as the run goes on, every 5 seconds and
             at the end, for `History.load` to read at any time, also after the process was killed.
             Where that fails one warning is given, and training goes on. Each rank needs its own.
+        first_step: number of the first step, by default 0. A run that is resumed goes on in a
+            directory that has records: those from this step on are superseded, the others stay, and
+            all of it loads as one run.
         alert: a function of a `Finding`, called as soon as a record or a logged loss shows what
             is not finite, a spike or an explosion; once for each, and again after it has cleared.
             It is called in the thread that trains, and what it raises stops the training.
@@ -137,7 +141,8 @@ def watch(
         TypeError: an argument of another kind.
         ValueError: a number below 1, an unknown engine, options that do not go together, no
             parameter that is selected and needs a gradient, one without a shape so far, an
-            optimizer of other parameters, a directory that has records already.
+            optimizer of other parameters, a directory that has records already without first_step,
+            or records of other layers or bins.
 
     Example:
         >>> import torch, gradstat
@@ -156,6 +161,8 @@ def watch(
     check_integer("bucket_bytes", bucket_bytes, 1)
     if capacity is not None:
         check_integer("capacity", capacity, 2)
+    if first_step is not None:
+        check_integer("first_step", first_step, 0)
     if sink is not None and not callable(sink):
         raise TypeError(f"watch() needs a function; sink is {sink!r}")
     if alert is not None and not callable(alert):
@@ -183,9 +190,9 @@ def watch(
     history = History(rows, bins, capacity=capacity)
     history.origins[:] = [usual_origin(row.kind, when) for row in rows]
     first_rows = {kind: history.kinds.index(kind) for kind in dict.fromkeys(history.kinds)}
-    journal = None if path is None else Journal(Path(path), history)
+    journal = None if path is None else Journal(Path(path), history, first_step)
     side = SideStream() if stream == "side" else None
-    cadence = Cadence(every, accumulation_steps, selected.values(), engine)
+    cadence = Cadence(every, accumulation_steps, selected.values(), engine, first_step or 0)
     alerts = None
     if alert is not None:
         alerts = Alerts(history, alert, is_scaled=scaler is not None)

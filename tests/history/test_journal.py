@@ -409,7 +409,8 @@ def test_watch_refuses_a_directory_with_records(tmp_path: Path) -> None:
     model = make_model()
     gradstat.watch(model, path=tmp_path).close()
     message = (
-        f"watch() needs a directory without records; path is {tmp_path}, which has 1 files of them"
+        f"watch() needs a directory without records, or first_step to go on with them; path is "
+        f"{tmp_path}, which has 1 files of them"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         gradstat.watch(model, path=tmp_path)
@@ -423,7 +424,7 @@ def test_watches_that_begin_together_do_not_share_a_directory(
     with gradstat.watch(model, path=tmp_path) as w:
         # As if both had looked before either has written.
         monkeypatch.setattr(archive, "segments", lambda path: [])
-        with pytest.raises(ValueError, match="needs a directory without records"):
+        with pytest.raises(ValueError, match="needs a directory of its own"):
             gradstat.watch(model, path=tmp_path)
         monkeypatch.undo()
         backward(model)

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,6 +168,25 @@ def test_lightning_callback_writes_what_it_has_when_training_fails(
     assert History.load(tmp_path / "run").steps.tolist() == [0, 1, 2]
 
 
+def test_lightning_callback_goes_on_where_a_checkpoint_was_made(
+    lightning: Any, tmp_path: Path
+) -> None:
+    from gradstat.integrations.lightning import WatchCallback
+
+    path, checkpoint = tmp_path / "run", tmp_path / "checkpoint"
+    trainer = make_trainer(lightning, WatchCallback(path=path), max_epochs=1)
+    trainer.fit(make_module(lightning), loader())
+    trainer.save_checkpoint(checkpoint)
+    callback, module = WatchCallback(path=path), make_module(lightning)
+    make_trainer(lightning, callback, max_epochs=2).fit(module, loader(), ckpt_path=checkpoint)
+    assert callback.history.steps.tolist() == list(range(6, 12))
+    loaded = History.load(path)
+    assert loaded.steps.tolist() == loaded.scalar("loss")[0].tolist() == list(range(12))
+    assert_record(loaded.record(7), gradstat.statistics(module.whole[1]))
+    with pytest.raises(ValueError, match="first_step to go on with them"):
+        make_trainer(lightning, WatchCallback(path=path), max_epochs=1).fit(module, loader())
+
+
 @pytest.fixture
 def transformers(monkeypatch: pytest.MonkeyPatch) -> Any:
     pytest.importorskip("accelerate")
@@ -271,6 +291,24 @@ def test_transformers_callback_keeps_what_the_trainer_logs(
     assert mine.tolist() == steps.tolist() == [step for step in range(6) for _ in range(2)]
 
 
+def test_transformers_callback_goes_on_where_a_checkpoint_was_made(
+    transformers: Any, tmp_path: Path
+) -> None:
+    from gradstat.integrations.transformers import WatchCallback
+
+    arguments, rows = make_arguments(transformers, tmp_path / "out"), make_rows()
+    arguments.save_strategy, arguments.save_steps = "steps", 4
+    for checkpoint in (None, str(tmp_path / "out" / "checkpoint-4")):
+        callback = WatchCallback(path=tmp_path / "run")
+        trainer = transformers.Trainer(
+            make_gpt(transformers), arguments, train_dataset=rows, callbacks=[callback]
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+    assert callback.history.steps.tolist() == [4, 5]
+    loaded = History.load(tmp_path / "run")
+    assert loaded.steps.tolist() == loaded.scalar("lr/0")[0].tolist() == list(range(6))
+
+
 def test_transformers_callback_leaves_training_bit_identical(
     transformers: Any, tmp_path: Path
 ) -> None:
@@ -333,7 +371,9 @@ def transformers_callback() -> type:
 
 
 @pytest.mark.parametrize("callback", [lightning_callback, transformers_callback])
-@pytest.mark.parametrize("name", ["model", "when", "optimizer", "scaler", "accumulation_steps"])
+@pytest.mark.parametrize(
+    "name", ["model", "when", "optimizer", "scaler", "accumulation_steps", "first_step"]
+)
 def test_callbacks_refuse_what_the_trainer_knows(callback: Callable[[], type], name: str) -> None:
     message = f"WatchCallback() needs no {name}, which the trainer knows; {name} is 'mine'"
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
@@ -374,7 +414,8 @@ def test_transformers_measures_gradients_of_outputs_unscaled() -> None:
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = AcceleratedOptimizer(inner, scaler=scaler)
     callback = WatchCallback(what=("grad", "grad_output"), modules="4")
-    callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
+    state = SimpleNamespace(global_step=0)
+    callback.on_train_begin(None, state, None, model=model, optimizer=optimizer)
     scaler.scale(model(torch.randn(8, 6)).sum()).backward()
     optimizer.step()
     assert callback.history.select("grad_output")["max"].tolist() == [[1.0]]
