@@ -375,7 +375,7 @@ class Statistics:
 
 def _union_std(a: Statistics, b: Statistics) -> Tensor:
     """Standard deviation of a union, scaled so that no square overflows or underflows."""
-    mean_a, mean_b = _mean_between_extremes(a), _mean_between_extremes(b)
+    mean_a, mean_b = mean_between_extremes(a), mean_between_extremes(b)
     std_a, std_b = (torch.where(each.finite > 1, each.std, 0.0) for each in (a, b))
     # A quarter of two large means differs by a number that float64 holds.
     is_large = torch.maximum(mean_a.abs(), mean_b.abs()) > 1
@@ -392,7 +392,7 @@ def _union_std(a: Statistics, b: Statistics) -> Tensor:
     return torch.where(n > 1, unit * variance.sqrt() / shrink, math.nan)
 
 
-def _mean_between_extremes(s: Statistics) -> Tensor:
+def mean_between_extremes(s: Statistics) -> Tensor:
     """Mean, 0 of nothing; NaN where values are so large that neither sum nor norm is finite.
 
     Rounding may take a quotient past the extremes: equal values have a mean that is equal to them.

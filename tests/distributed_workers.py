@@ -84,6 +84,15 @@ def extreme_tensors(world: int) -> dict[str, list[Tensor]]:
     }
 
 
+def edge_tensors(world: int) -> dict[str, list[Tensor]]:
+    """Values of each rank, float64, that squares and sums do not hold, or that are all equal."""
+    ends = [-1e307, 1e307] * (world // 2)
+    return {
+        "opposite": [torch.full((100,), end, dtype=torch.float64) for end in ends],
+        "equal": [torch.full((3 + rank,), 0.1, dtype=torch.float64) for rank in range(world)],
+    }
+
+
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "barrier")
 
 
@@ -144,10 +153,20 @@ class Rank:
         self.run_ddp()
         self.run_fsdp()
         self.run_refused()
-        for name, tensors in extreme_tensors(self.world).items():
+        self.run_stages()
+        for name, tensors in (extreme_tensors(self.world) | edge_tensors(self.world)).items():
             history = History(["weight"], Log2Bins())
             history.append(0, *arrays(gradstat.statistics([tensors[self.rank]])))
             self.keep_both(f"extreme_{name}", history)
+
+    def run_stages(self) -> None:
+        """Each rank has another layer, in a process of its own, as in a pipeline."""
+        model = nn.Sequential(*(nn.Identity() for _ in range(self.world)))
+        model[self.rank] = Model()[0]
+        with gradstat.watch(model, path=self.directory / "stages") as w:
+            model(batch(0, self.rank)).sum().backward()
+            w.log(loss=self.rank)
+        self.keep_both("stages", w.history)
 
     def note_launches(self, name: str, model: nn.Module) -> None:
         with gradstat.watch(model), counted_launches() as sizes:
@@ -165,7 +184,7 @@ class Rank:
             model = DistributedDataParallel(Model(reentrant=name == "ddp_reentrant"), **options)
             optimizer = make_optimizer(model)
             with (
-                gradstat.watch(model) as local,
+                gradstat.watch(model, path=self.directory / f"{name}_run") as local,
                 gradstat.watch(model, when="step", optimizer=optimizer) as averaged,
                 gradstat.watch(model, FIXED) as linear,
                 gradstat.watch(model, what=EVERYTHING, when="step", optimizer=optimizer) as all_,
@@ -218,7 +237,7 @@ class Rank:
             fully_shard(model, mesh=mesh)
             optimizer = make_optimizer(model)
             with (
-                gradstat.watch(model) as w,
+                gradstat.watch(model, path=self.directory / f"{name}_run") as w,
                 gradstat.watch(model, when="step", optimizer=optimizer) as applied,
                 gradstat.watch(model, what=EVERYTHING, when="step", optimizer=optimizer) as all_,
                 counted_collectives() as calls,
@@ -237,7 +256,6 @@ class Rank:
         one = arrays(gradstat.statistics([torch.full((3,), float(self.rank + 1))]))
         steps = History(["weight"], Log2Bins())
         steps.append(self.rank, *one)
-        layers = History([f"weight{min(self.rank, 1)}"], Log2Bins())
         bins = History(["weight"], LinearBins(2048, 0.0, self.rank + 1.0))
         replicas = History(["weight"], Log2Bins())
         replicas.append(7, *one)
@@ -246,7 +264,6 @@ class Rank:
         ranges.append(5, *arrays(ranged))
         for name, history, replicated in (
             ("steps", steps, None),
-            ("layers", layers, None),
             ("bins", bins, None),
             ("replicas", replicas, True),
             ("ranges", ranges, None),

@@ -282,6 +282,29 @@ def _tail(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run_paths",
+        metavar="RUN",
+        type=Path,
+        nargs="+",
+        help="directory that all ranks of a run write, or what each of them wrote",
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="FILE", type=Path, help="the .npz file to write"
+    )
+
+
+def _merge(options: argparse.Namespace) -> int:
+    paths: list[Path] = options.run_paths
+    for path in paths:
+        check_output(path, options.output)
+    history = load(paths[0]) if len(paths) == 1 else History.merge(paths)
+    history.save(options.output)
+    print(text.heading(str(options.output), history))
+    return 0
+
+
 COMMANDS = {
     "info": Command(
         "show versions, engines, and what will run where; or what a run has logged",
@@ -296,5 +319,6 @@ COMMANDS = {
     "export": Command("write a run for other programs", _add_export, _export),
     "report": Command("write a run as an HTML page to look around in", _add_report, _report),
     "compare": Command("compare two runs layer by layer", _add_compare, _compare),
+    "merge": Command("put what the ranks of a run wrote into one file", _add_merge, _merge),
     "tail": Command("show a run's newest record as it is written", _add_tail, _tail),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gradstat.files import CutOffError
-from gradstat.history import History, archive
+from gradstat.history import History, rank_directories
 
 
 def load(path: Path) -> History:
@@ -29,7 +29,7 @@ def load(path: Path) -> History:
 
 def check_output(run: Path, output: Path) -> None:
     """Refuse to write over a run that is read."""
-    files = [run, *(archive.segments(run) if run.is_dir() else [])]
+    files = [run, *rank_directories.files_of(run)]
     if output.exists() and any(file.exists() and output.samefile(file) for file in files):
         raise ValueError(f"{output} is the run itself, or a file of it; write to another one")
 
@@ -42,15 +42,14 @@ def run_name(path: Path) -> str:
 
 def state(path: Path) -> tuple[int, ...]:
     """Something that changes whenever the run's files do."""
-    files = archive.segments(path) if path.is_dir() else [path]
-    newest = files[-1].stat() if files else None
-    return (len(files), newest.st_mtime_ns, newest.st_size) if newest else (0,)
+    found = [file.stat() for file in rank_directories.files_of(path)]
+    return (len(found), *(number for file in found for number in (file.st_mtime_ns, file.st_size)))
 
 
 def read_newest(path: Path) -> History | None:
     """The records that were written last; none of a directory that is only begun."""
     try:
-        return History.from_records(archive.newest(path))
+        return History.from_records(rank_directories.newest(path))
     except CutOffError:
         if path.is_dir():
             return None

@@ -5,20 +5,22 @@ Both hold the same sections, arrays by name. docs/format.md has the layout.
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from gradstat.files import CutOffError, replacing
 from gradstat.history import blocks, npz, sections
 from gradstat.history.records import Records, check, concatenate
 
 SUFFIX = ".gradstat"
+
+_NO_BLOCK = "it ends within its first block"
 
 
 def write(path: Path, records: Records, *, compress: bool = True) -> None:
@@ -51,31 +53,37 @@ def read(path: Path) -> Records:
         ValueError: a damaged file or one of another kind, a directory without files or without one
             of them.
     """
+    return concatenate(list(pieces(path)))
+
+
+def pieces(path: Path, n_bytes: float = math.inf) -> Iterator[Records]:
+    """Read a file, or all files of a directory, some records at a time.
+
+    Args:
+        path: as for `read`.
+        n_bytes: of a file that are read at once, or a block more.
+
+    Yields:
+        Records of the same rows, their steps rising.
+
+    Raises:
+        As `read`.
+    """
     if not path.is_dir():
-        return _read_file(path).records
-    files = _numbered(path)
-    if not files:
-        raise ValueError(
-            f"History.load() needs a directory that watch() wrote; {path} has no records"
-        )
-    # The last first: it says where it found those before it cut off.
-    parts: list[_File] = []
-    found_bytes: dict[int, set[int]] = {}
-    for number, file in reversed(list(enumerate(files))):
-        may_end_early = number == len(files) - 1 or file.stat().st_size in found_bytes.get(
-            number, ()
-        )
-        try:
-            part = _read_file(file, may_end_early=may_end_early)
-        except CutOffError:
-            if not may_end_early or (number == 0 and not parts):
-                raise
-            _warn(file, "all of its records are lost")
-            continue
-        parts.insert(0, part)
-        for before, n_bytes in enumerate(part.bytes_before):
-            found_bytes.setdefault(before, set()).add(n_bytes)
-    return _join(path, parts)
+        yield from _read_file(path, n_bytes)
+        return
+    run, last_step = None, -1
+    for file, may_end_early, end in _plan(path):
+        for records in _read_file(file, n_bytes, may_end_early=may_end_early, end=end):
+            run = run or (records.rows, records.layers, records.bins)
+            fits = (records.rows, records.layers, records.bins) == run
+            if not fits or any(step <= last_step for step in records.steps[:1]):
+                raise ValueError(
+                    f"History.load() needs the files of one run; {path} has those of several"
+                )
+            last_step = max([last_step, *records.steps[-1:]])
+            yield records
+            del records  # somebody else's, who may have let go of them
 
 
 def newest(path: Path) -> Records:
@@ -86,7 +94,7 @@ def newest(path: Path) -> Records:
     """
     files = segments(path) if path.is_dir() else []
     file = files[-1] if files else path
-    return read(file) if file.is_dir() else _read_file(file, newest=True).records
+    return read(file) if file.is_dir() else _read_newest(file)
 
 
 def check_fits(path: Path, records: Records) -> None:
@@ -97,7 +105,7 @@ def check_fits(path: Path, records: Records) -> None:
     """
     for file in reversed(_numbered(path)):
         try:
-            found = _read_file(file, newest=True).records
+            found = _read_newest(file)
         except CutOffError:
             continue
         if (found.rows, found.bins) != (records.rows, records.bins):
@@ -132,18 +140,36 @@ def _numbered(path: Path) -> list[Path]:
     return files
 
 
-class _File(NamedTuple):
-    """What a file holds.
+def _plan(path: Path) -> list[tuple[Path, bool, int | None]]:
+    """Files of a directory that are to be read.
 
-    Args:
-        records: all of them, or the newest.
-        first_step: from which on those of files before it are superseded, if it says so.
-        bytes_before: how long those files were when it was begun.
+    Returns:
+        Of each whether it may be cut off, and the step from which on it is superseded, if it is.
     """
-
-    records: Records
-    first_step: int | None
-    bytes_before: list[int]
+    files = _numbered(path)
+    if not files:
+        raise ValueError(
+            f"History.load() needs a directory that watch() wrote; {path} has no records"
+        )
+    plan: list[tuple[Path, bool, int | None]] = []
+    end: int | None = None
+    # The last first: it says how long those before it were when it was begun.
+    lengths: dict[int, set[int]] = {}
+    for number, file in reversed(list(enumerate(files))):
+        may_end_early = file is files[-1] or file.stat().st_size in lengths.get(number, ())
+        try:
+            first_step, before = _resumption(file)
+        except CutOffError:
+            if not may_end_early or (number == 0 and not plan):
+                raise
+            _warn(file, "all of its records are lost")
+            continue
+        plan.insert(0, (file, may_end_early, end))
+        if first_step is not None:
+            end = first_step if end is None else min(first_step, end)
+        for at, n_bytes in enumerate(before):
+            lengths.setdefault(at, set()).add(n_bytes)
+    return plan
 
 
 @contextmanager
@@ -159,31 +185,85 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _read_file(path: Path, *, may_end_early: bool = True, newest: bool = False) -> _File:
-    with _opened(path) as file:
-        try:
-            is_journal = file.read(len(blocks.MAGIC)) == blocks.MAGIC or path.suffix == SUFFIX
-            if is_journal:
-                reader = blocks.Reader(file)
-                source, lost = _join_blocks(reader, newest)
-                if lost and not may_end_early:
-                    raise CutOffError(f"it is cut off; {lost}")
+@contextmanager
+def _damage_of(path: Path) -> Iterator[None]:
+    """Name the file in whatever is wrong with it."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy meet damage with a dozen kinds
+        kind = CutOffError if isinstance(error, CutOffError) else ValueError
+        raise kind(
+            f"History.load() needs a file that History.save() or watch() wrote; {path} is "
+            f"damaged or another kind: {error}"
+        ) from error
+
+
+def _is_journal(file: IO[bytes], path: Path) -> bool:
+    return file.read(len(blocks.MAGIC)) == blocks.MAGIC or path.suffix == SUFFIX
+
+
+def _records(source: sections.Source) -> Records:
+    records = sections.to_records(source)
+    check(records)
+    return records
+
+
+def _resumption(path: Path) -> tuple[int | None, list[int]]:
+    """As `sections.resumption`, of the first block of a file, which must be whole."""
+    with _opened(path) as file, _damage_of(path):
+        if not _is_journal(file, path):
+            npz.Members(file)
+            return None, []
+        first = next(blocks.Reader(file).blocks(), None)
+        if first is None:
+            raise CutOffError(_NO_BLOCK)
+        return sections.resumption(sections.join([first.sections]))
+
+
+def _read_newest(path: Path) -> Records:
+    with _opened(path) as file, _damage_of(path):
+        if not _is_journal(file, path):
+            return _records(npz.Members(file))
+        return _records(_joined(blocks.Reader(file).last()))
+
+
+def _read_file(
+    path: Path, n_bytes: float = math.inf, *, may_end_early: bool = True, end: int | None = None
+) -> Iterator[Records]:
+    """Records of a file before a step, all or some at a time; it is not kept open in between."""
+    head: blocks.Sections = {}
+    reader, last_step, is_over = None, -1, False
+    while not is_over:
+        records, lost = None, ""
+        with _opened(path) as file, _damage_of(path):
+            if reader is None and not _is_journal(file, path):
+                records, is_over = _records(npz.Members(file)), True
             else:
-                source, lost = npz.Members(file), ""
-            records = sections.to_records(source)
-            check(records)
-            first_step, bytes_before = sections.resumption(source) or (None, [])
-        except MemoryError:
-            raise
-        except Exception as error:  # zipfile, zlib and NumPy meet damage with a dozen kinds
-            kind = CutOffError if isinstance(error, CutOffError) else ValueError
-            raise kind(
-                f"History.load() needs a file that History.save() or watch() wrote; {path} is "
-                f"damaged or another kind: {error}"
-            ) from error
-    if lost:
-        _warn(path, lost)
-    return _File(records, first_step, bytes_before)
+                reader = blocks.Reader(file) if reader is None else reader.reopened(file)
+                found, is_over = reader.some(n_bytes)
+                while is_over and reader.grows():
+                    found += reader.blocks()
+                if is_over and reader.is_cut_off:
+                    n = reader.n_lost
+                    lost = "an unknown number of records" if n is None else f"at most {n} records"
+                    if not may_end_early:
+                        raise CutOffError(f"it is cut off; {lost}")
+                if found or not head:
+                    records = _records(_joined(found, head))
+                    head = head or found[0].sections
+                del found
+            if records and any(step <= last_step for step in records.steps[:1]):
+                raise ValueError("its steps do not rise")
+        if lost:
+            _warn(path, lost)
+        if records:
+            last_step = max([last_step, *records.steps[-1:]])
+            if end is not None:
+                records = records.before(end)
+            yield records
+            del records
 
 
 def _warn(path: Path, lost: str) -> None:
@@ -194,36 +274,12 @@ def _warn(path: Path, lost: str) -> None:
     )
 
 
-def _join_blocks(reader: blocks.Reader, newest: bool) -> tuple[sections.Source, str]:
-    """All blocks of a file, or the last one alone, and what is lost of one that is cut off."""
-    lost = ""
-    if newest:
-        found = reader.last()
-    else:
-        found = list(reader.blocks())
-        while reader.grows():
-            found += reader.blocks()
-        if reader.is_cut_off:
-            n = reader.n_lost
-            lost = "an unknown number of records" if n is None else f"at most {n} records"
+def _joined(found: Sequence[blocks.Block], head: blocks.Sections | None = None) -> sections.Source:
+    """Blocks of a file, the first one of which has its head, if that is not given."""
     if not found:
-        raise CutOffError("it ends within its first block")
+        raise CutOffError(_NO_BLOCK)
     for number, block in enumerate(found):
         if len(block.sections["steps"]) != block.n_records:
             raise ValueError(f"block {number} holds another number of records than it says")
-    return sections.join([block.sections for block in found]), lost
-
-
-def _join(path: Path, files: Sequence[_File]) -> Records:
-    parts: list[Records] = []
-    least: int | None = None
-    for records, first_step, _ in reversed(files):
-        parts.insert(0, records if least is None else records.before(least))
-        if first_step is not None and (least is None or first_step < least):
-            least = first_step
-    run = (parts[0].rows, parts[0].layers, parts[0].bins)
-    fit = all((part.rows, part.layers, part.bins) == run for part in parts)
-    steps = [step for part in parts for step in part.steps]
-    if not fit or any(a >= b for a, b in pairwise(steps)):
-        raise ValueError(f"History.load() needs the files of one run; {path} has those of several")
-    return concatenate(parts)
+    first = {**(head or {}), **found[0].sections}
+    return sections.join([first, *(block.sections for block in found[1:])])

@@ -116,6 +116,21 @@ class Reader:
             self._link = link
             yield Block(n_records, _sections(payload, n_sections))
 
+    def reopened(self, file: IO[bytes]) -> Reader:
+        """This reader where it is, now that the file has been opened anew."""
+        self._file = file
+        return self
+
+    def some(self, n_bytes: float) -> tuple[list[Block], bool]:
+        """Blocks that follow, of so many bytes or a block more, and whether these are all."""
+        found: list[Block] = []
+        start = self._at
+        for block in self.blocks():
+            found.append(block)
+            if self._at - start >= n_bytes:
+                return found, False
+        return found, True
+
     def last(self) -> list[Block]:
         """The first block and, if any has records, the last one of them; others are passed over."""
         first = next(self.blocks(), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +16,9 @@ from torch import distributed as dist
 
 from gradstat.arrays import Array
 from gradstat.bins import Bins
-from gradstat.history import archive, merge
-from gradstat.history.records import OWN, SAME, Records
+from gradstat.history import archive, merge, rank_directories
+from gradstat.history.copies import told_of_replicas
+from gradstat.history.records import OWN, Records
 from gradstat.history.scalars import Scalars
 from gradstat.history.shapes import kurtosis_of
 from gradstat.history.snapshot import DENSE_BYTES, Record, Snapshot
@@ -51,6 +52,8 @@ class History:
             models: then layers are taken in the order in which they are registered.
         partial_step: the step of the last record if its pass did not end: it lacks what would have
             come later; ``None`` otherwise.
+        rank: of the process that recorded it in a distributed run, and ``world``, how many there
+            were; ``None`` otherwise.
 
     Example:
         >>> import torch, gradstat
@@ -89,6 +92,8 @@ class History:
         # Place of each layer among those of its kind, from the input on, where it was seen.
         self.depth: Array | None = None
         self.partial_step: int | None = None
+        self.rank: int | None = None
+        self.world: int | None = None
 
     @property
     def steps(self) -> Array:
@@ -393,7 +398,8 @@ class History:
 
         Args:
             path: the file or the directory. Of a directory whose last file is cut off, the block of
-                records at its end is left out, with a RuntimeWarning.
+                records at its end is left out, with a RuntimeWarning. One that several ranks wrote
+                is put together as by `merge`; a RuntimeWarning says which ranks it lacks.
 
         Returns:
             An equal History.
@@ -403,7 +409,7 @@ class History:
             ValueError: a damaged file, one that neither of them wrote, or a directory that lacks
                 one.
         """
-        return cls.from_records(archive.read(Path(path)))
+        return cls.from_records(rank_directories.read(Path(path)))
 
     def reduce(
         self, group: dist.ProcessGroup | None = None, *, replicated: bool | None = None
@@ -414,6 +420,7 @@ class History:
         and replicas are not. Other gradients are the same on each rank when the optimizer steps,
         and during backward, as under DistributedDataParallel, each rank's own part of the batch.
 
+        Ranks that hold different layers, as pipeline stages do, are put together to all of them.
         Counts, min and max are exact; the variance follows Chan's formula. It takes four
         collectives, however many records there are, and memory for the histograms of all of them.
 
@@ -426,14 +433,54 @@ class History:
             The same new History on each rank.
 
         Raises:
-            ValueError: on each rank: other layers, bins or steps elsewhere, histograms over other
-                ranges, a layer that should be the same on each rank and is not.
+            ValueError: on each rank: other bins or steps elsewhere, histograms over other ranges,
+                a layer that should be the same on several ranks and is not.
         """
-        mine = self.to_records()
-        if replicated is not None:
-            plain = (mine.origins < 0) & (np.array(self.kinds) == GRAD)
-            mine.origins[plain] = SAME if replicated else OWN
+        mine = told_of_replicas("reduce()", self.to_records(), replicated)
         return History.from_records(merge.merge(mine, group))
+
+    @classmethod
+    def merge(
+        cls,
+        parts: Sequence[History | str | os.PathLike[str]],
+        *,
+        replicated: bool | None = None,
+    ) -> History:
+        """What the ranks of a distributed run measured, together, as `reduce` puts it.
+
+        It needs no process group. Where the ranks hold different layers, as pipeline stages do, it
+        has all of them. Where some were ended earlier, it has the steps that all have, with a
+        RuntimeWarning that says which are left out.
+
+        Args:
+            parts: of each rank its history, the file that `save` wrote, or the directory that
+                ``watch(path=...)`` wrote. What is read is let go of before the next is.
+            replicated: as for `reduce`.
+
+        Returns:
+            A new History.
+
+        Raises:
+            TypeError: what is none of these.
+            ValueError: no parts, one rank twice, other bins, histograms over other ranges, a layer
+                that should be the same on several ranks and is not; a damaged file.
+            OSError: a file that cannot be opened.
+        """
+        if isinstance(parts, str | os.PathLike | History) or not isinstance(parts, Iterable):
+            raise TypeError(
+                f"History.merge() needs a list of ranks; parts is {type(parts).__name__}"
+            )
+        found: list[Records | Path] = []
+        for at, part in enumerate(parts):
+            if not isinstance(part, History | str | os.PathLike):
+                raise TypeError(
+                    f"History.merge() needs histories or paths; parts[{at}] is "
+                    f"{type(part).__name__}"
+                )
+            found.append(part.to_records() if isinstance(part, History) else Path(part))
+        if not found:
+            raise ValueError("History.merge() needs one rank or more; parts is empty")
+        return cls.from_records(rank_directories.merge_parts(found, replicated))
 
     def snapshot(self) -> History:
         """The same records, without those that are added later.
@@ -466,6 +513,8 @@ class History:
             self._scalars,
             self.depth,
             self.partial_step,
+            self.rank,
+            self.world,
         )
 
     @classmethod
@@ -483,6 +532,7 @@ class History:
         )
         history._scalars, history.depth = records.scalars, records.depth
         history.partial_step = records.partial_step
+        history.rank, history.world = records.rank, records.world
         return history
 
     @property

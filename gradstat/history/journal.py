@@ -252,7 +252,12 @@ class Journal:
             scalars.add(*scalar)
         like = self._like
         records = replace(
-            records, scalars=scalars, depth=like.depth, partial_step=like.partial_step
+            records,
+            scalars=scalars,
+            depth=like.depth,
+            partial_step=like.partial_step,
+            rank=like.rank,
+            world=like.world,
         )
         arrays = sections.head(records) | self._resumed if end == 0 else {}
         arrays |= sections.body(records)

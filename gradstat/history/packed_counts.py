@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+
+_SUMMED_ROWS = 2048  # that are dense at a time
 
 
 class SparseRows:
@@ -73,6 +76,13 @@ class SparseRows:
         dense[indices[part]] = values[part]
         return dense
 
+    def part(self, start: int, stop: int) -> SparseRows:
+        """Rows from one on to before another one."""
+        sizes, indices, values = self.arrays()
+        ends = np.cumsum(sizes, dtype=np.int64)
+        first, last = (int(ends[at - 1]) if at else 0 for at in (start, stop))
+        return SparseRows(sizes[start:stop], indices[first:last], values[first:last])
+
     def keep(self, rows: Array) -> SparseRows:
         """Some of the rows, by their numbers, which rise."""
         sizes, indices, values = self.arrays()
@@ -81,11 +91,74 @@ class SparseRows:
         entries = np.repeat(kept, sizes)
         return SparseRows(sizes[kept], indices[entries], values[entries])
 
+    def rearranged(self, source: Array) -> SparseRows:
+        """Other rows of these: of each its number here, or -1 for one that is empty."""
+        sizes, indices, values = self.arrays()
+        starts = np.cumsum(sizes, dtype=np.int64) - sizes
+        has = source >= 0
+        new = np.zeros(len(source), sizes.dtype)
+        new[has] = sizes[source[has]]
+        first = np.zeros(len(source), np.int64)
+        first[has] = starts[source[has]]
+        first -= np.cumsum(new, dtype=np.int64) - new
+        at = np.repeat(first, new) + np.arange(int(new.sum(dtype=np.int64)))
+        return SparseRows(new, indices[at], values[at])
+
+    @classmethod
+    def sum(cls, parts: Sequence[SparseRows], bins: int) -> SparseRows:
+        """Rows of counts added up, from as many rows each; in memory for some of them, dense."""
+        held = [_Entries(*part.arrays()) for part in parts]
+        summed = []
+        for start in range(0, len(parts[0]), _SUMMED_ROWS):
+            rows = slice(start, min(start + _SUMMED_ROWS, len(parts[0])))
+            summed.append(_sum([each.of(rows) for each in held], bins))
+        if not summed:
+            return cls.empty()
+        sizes, indices, values = (np.concatenate(each) for each in zip(*summed, strict=True))
+        return cls(sizes, *_narrow(indices, values, bins))
+
     def arrays(self) -> tuple[Array, Array, Array]:
         """Sizes, indices and values of all rows, as the constructor takes them."""
+        if len(self._blocks) == 1:
+            ends, indices, values = self._blocks[0]
+            return np.diff(ends, prepend=0).astype(np.int32), indices, values
         sizes = [np.diff(ends, prepend=0).astype(np.int32) for ends, _, _ in self._blocks]
-        _, indices, values = zip(*self._blocks, strict=True)
-        return np.concatenate(sizes), np.concatenate(indices), np.concatenate(values)
+        _, all_indices, all_values = zip(*self._blocks, strict=True)
+        return np.concatenate(sizes), np.concatenate(all_indices), np.concatenate(all_values)
+
+
+class _Entries:
+    """Rows of which some are taken out."""
+
+    def __init__(self, sizes: Array, indices: Array, values: Array) -> None:
+        self._sizes, self._indices, self._values = sizes, indices, values
+        self._ends = np.cumsum(sizes, dtype=np.int64)
+
+    def of(self, rows: slice) -> tuple[Array, Array, Array]:
+        """Sizes, indices and values of some rows."""
+        first = self._ends[rows.start - 1] if rows.start else 0
+        part = slice(first, self._ends[rows.stop - 1])
+        return self._sizes[rows], self._indices[part], self._values[part]
+
+
+def _sum(parts: Sequence[tuple[Array, Array, Array]], bins: int) -> tuple[Array, Array, Array]:
+    """Sizes, bins and counts of some rows added up."""
+    used = np.zeros(bins, bool)
+    for _, indices, _ in parts:
+        used[indices] = True
+    # Most bins are empty in all rows, and have no place.
+    columns = np.flatnonzero(used)
+    place = np.cumsum(used) - 1
+    n_rows = len(parts[0][0])
+    dense = np.zeros(n_rows * len(columns), np.int64)
+    starts = np.arange(n_rows) * len(columns)
+    for sizes, indices, values in parts:
+        # No bin comes twice in a row.
+        dense[place[indices] + np.repeat(starts, sizes)] += values
+    filled = dense.reshape(n_rows, len(columns)) != 0
+    at = np.flatnonzero(filled)
+    sizes = np.count_nonzero(filled, axis=1).astype(np.int32)
+    return sizes, columns[at - np.repeat(starts, sizes)], dense[at]
 
 
 def _narrow(indices: Array, values: Array, bins: int) -> tuple[Array, Array]:

@@ -45,6 +45,8 @@ class Records:
         scalars: what was logged at the steps.
         depth: int64 ``(L,)``, as `History.depth`, or ``None``.
         partial_step: as `History.partial_step`.
+        rank: of the process that recorded them in a distributed run, if it is known.
+        world: how many ranks that run had.
     """
 
     rows: list[Row]
@@ -59,6 +61,8 @@ class Records:
     scalars: Scalars = field(default_factory=Scalars)
     depth: Array | None = None
     partial_step: int | None = None
+    rank: int | None = None
+    world: int | None = None
 
     @property
     def nbytes(self) -> int:
@@ -68,16 +72,24 @@ class Records:
     def before(self, step: int) -> Records:
         """Those of lower steps, their scalars too."""
         n = bisect_left(self.steps, step)
-        partial = self.partial_step
+        return replace(self._part(slice(0, n)), scalars=self.scalars.before(step))
+
+    def since(self, step: int) -> Records:
+        """Those of this step and higher ones, without scalars."""
+        n = bisect_left(self.steps, step)
+        return replace(self._part(slice(n, len(self.steps))), scalars=Scalars())
+
+    def _part(self, part: slice) -> Records:
+        n_rows = len(self.rows)
+        steps = self.steps[part]
         return replace(
             self,
-            steps=self.steps[:n],
-            times=self.times[:n],
-            integers=self.integers[:n],
-            floats=self.floats[:n],
-            counts=self.counts.keep(np.arange(n * len(self.rows))),
-            scalars=self.scalars.before(step),
-            partial_step=None if partial is None or partial >= step else partial,
+            steps=steps,
+            times=self.times[part],
+            integers=self.integers[part],
+            floats=self.floats[part],
+            counts=self.counts.part(part.start * n_rows, part.stop * n_rows),
+            partial_step=self.partial_step if self.partial_step in steps else None,
         )
 
 

@@ -49,6 +49,8 @@ _OPTIONAL = {
     "scalar_values": ("f", "P"),
     "order": ("i", "L"),
     "partial": ("b", "S"),
+    "rank": ("i", ""),
+    "world": ("i", ""),
     "first_step": ("i", ""),
     "bytes_before": ("i", "K"),
 }
@@ -65,7 +67,9 @@ _DEFAULTS_1 = ("kinds", "origins")
 def head(records: Records) -> Sections:
     """What all records of a run have in common."""
     names, ends = _encoded([row.name for row in records.rows])
+    place = {"rank": records.rank, "world": records.world}
     return {
+        **{name: np.array(x, np.int64) for name, x in place.items() if x is not None},
         "format": np.array(FORMAT),
         "bins": np.array(records.bins.spec),
         "names": names,
@@ -83,13 +87,11 @@ def resumed(first_step: int, bytes_before: Sequence[int]) -> Sections:
     }
 
 
-def resumption(source: Source) -> tuple[int, list[int]] | None:
-    """What `resumed` was given; ``None`` of a file that goes on from no other."""
-    if "first_step" not in source.headers:
-        return None
+def resumption(source: Source) -> tuple[int | None, list[int]]:
+    """What `resumed` was given; ``None`` and none of a file that goes on from no other."""
     has_before = "bytes_before" in source.headers
     before: list[int] = _integers(source, "bytes_before").tolist() if has_before else []
-    return int(_integers(source, "first_step")), before
+    return _integer(source, "first_step"), before
 
 
 def body(records: Records) -> Sections:
@@ -259,6 +261,7 @@ def to_records(source: Source) -> Records:
         Scalars() if is_first or "scalar_ids" not in headers else _scalars(source),
         _integers(source, "order") if "order" in headers and not is_first else None,
         _partial_step(source, steps) if "partial" in headers and not is_first else None,
+        *(None if is_first else _integer(source, name) for name in ("rank", "world")),
     )
 
 
@@ -300,6 +303,11 @@ def _names(source: Source, of: str) -> list[str]:
         raise ValueError(f"its {of}name_ends do not divide the {n_bytes} bytes of its {of}names")
     data = source.read(f"{of}names").tobytes()
     return [data[a:b].decode("utf-8", "surrogatepass") for a, b in zip(starts, ends, strict=True)]
+
+
+def _integer(source: Source, name: str) -> int | None:
+    """A single number, if there is one."""
+    return int(_integers(source, name)) if name in source.headers else None
 
 
 def _integers(source: Source, name: str) -> Array:

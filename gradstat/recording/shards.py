@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch import distributed as dist
 
 from gradstat.history.records import OWN, SAME
 from gradstat.kinds import GRAD, OF_OUTPUTS
+
+
+def rank_and_world() -> tuple[int, int] | tuple[None, None]:
+    """Number of this process in a distributed run, and how many there are, if it is one."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return None, None
+    return dist.get_rank(), dist.get_world_size()
 
 
 def local_part(gradient: Tensor) -> Tensor:

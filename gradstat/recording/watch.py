@@ -20,6 +20,7 @@ from gradstat.bins import Bins, Log2Bins
 from gradstat.diagnosis.alerts import Alert, Alerts
 from gradstat.history import History
 from gradstat.history.journal import Journal
+from gradstat.history.rank_directories import own_directory
 from gradstat.kinds import KINDS, OF_OUTPUTS, Row
 from gradstat.ops import check_bins, check_engine
 from gradstat.recording.cuda_graphs import Cadence
@@ -35,7 +36,7 @@ from gradstat.recording.selection import (
     select_modules,
     select_parameters,
 )
-from gradstat.recording.shards import usual_origin
+from gradstat.recording.shards import rank_and_world, usual_origin
 from gradstat.recording.side_stream import SideStream
 from gradstat.recording.torch_internals import disable_dynamo
 from gradstat.results import Statistics
@@ -122,7 +123,8 @@ def watch(
             there.
         path: a directory to which all records are written as the run goes on, every 5 seconds and
             at the end, for `History.load` to read at any time, also after the process was killed.
-            Where that fails one warning is given, and training goes on. Each rank needs its own.
+            Where that fails one warning is given, and training goes on. Where there is a process
+            group, each rank writes to a directory of its own in it, such as ``rank-3``.
         first_step: number of the first step, by default 0. A run that is resumed goes on in a
             directory that has records: those from this step on are superseded, the others stay, and
             all of it loads as one run.
@@ -190,7 +192,10 @@ def watch(
     history = History(rows, bins, capacity=capacity)
     history.origins[:] = [usual_origin(row.kind, when) for row in rows]
     first_rows = {kind: history.kinds.index(kind) for kind in dict.fromkeys(history.kinds)}
-    journal = None if path is None else Journal(Path(path), history, first_step)
+    history.rank, history.world = rank_and_world()
+    journal = None
+    if path is not None:
+        journal = Journal(own_directory(Path(path), history.rank), history, first_step)
     side = SideStream() if stream == "side" else None
     cadence = Cadence(every, accumulation_steps, selected.values(), engine, first_step or 0)
     alerts = None

@@ -11,8 +11,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from distributed_workers import FIXED, LEARNING_RATE, N_STEPS, Model, batch, extreme_tensors
-from torch import Tensor
+from distributed_workers import (
+    FIXED,
+    LEARNING_RATE,
+    N_STEPS,
+    Model,
+    batch,
+    edge_tensors,
+    extreme_tensors,
+)
+from torch import Tensor, nn
 from watching import assert_same, is_absent
 
 import gradstat
@@ -205,6 +213,47 @@ def test_reduce_merges_linear_bins_of_one_range(run: Run) -> None:
     assert merged["below"].sum() + merged["above"].sum() > 0
 
 
+def test_reduce_has_the_layers_of_all_stages(run: Run) -> None:
+    merged = run.merged("stages")
+    assert merged.layers == [f"{rank}.weight" for rank in range(run.world)]
+    assert merged.scalars == [f"rank{rank}/loss" for rank in range(run.world)]
+    weight = next(Model().parameters())
+    gradients = [
+        torch.autograd.grad(nn.functional.linear(batch(0, rank), weight).sum(), weight)[0]
+        for rank in range(run.world)
+    ]
+    assert_history(merged, [gradients])
+
+
+@pytest.mark.parametrize("name", ["ddp", "ddp_view", "fsdp", "hsdp", "stages"])
+def test_history_load_merges_what_the_ranks_wrote_as_reduce_does(run: Run, name: str) -> None:
+    if name == "hsdp" and run.world < 4:
+        pytest.skip("a mesh of two dimensions needs four ranks")
+    folder = run.directory / (name if name == "stages" else f"{name}_run")
+    assert sorted(each.name for each in folder.iterdir()) == [
+        f"rank-{rank}" for rank in range(run.world)
+    ]
+    loaded, merged = History.load(folder), run.merged(name)
+    assert loaded.layers == merged.layers
+    assert loaded.scalars == merged.scalars
+    assert loaded.order == merged.order
+    for step in merged.steps.tolist():
+        assert_close(loaded.record(step), merged.record(step))
+    for got in (History.merge(run.histories(name)), loaded):
+        assert got.steps.tolist() == merged.steps.tolist()
+    own = History.load(folder / "rank-1")
+    assert (own.rank, own.world) == (1, run.world)
+
+
+def test_reduce_has_the_arithmetic_of_statistics_merge(run: Run) -> None:
+    for name, tensors in edge_tensors(run.world).items():
+        got = run.merged(f"extreme_{name}").record()
+        # Of values that are as large, as a share of the largest.
+        std = 0.0 if name == "equal" else 1e307 * float((torch.cat(tensors) / 1e307).std())
+        assert float(got.std) == pytest.approx(std, rel=1e-12, abs=0)
+        assert int(got.numel) == sum(x.numel() for x in tensors)
+
+
 def test_reduce_of_what_is_reduced_changes_nothing(run: Run) -> None:
     merged, again = run.merged("ddp"), run.history("ddp_merged_twice")
     for step in merged.steps.tolist():
@@ -294,18 +343,15 @@ def test_reduce_over_a_part_of_a_mesh_merges_what_its_ranks_hold(run: Run) -> No
     [
         ("steps", "the same steps on each rank; steps on rank 1 is [1], on rank 0 [0]"),
         (
-            "layers",
-            "the same layers on each rank; layers on rank 1 is ['weight1'], on rank 0 ['weight0']",
-        ),
-        (
             "bins",
             "the same bins on each rank; bins on rank 1 is linear 2048 0.0 2.0 False, on "
             "rank 0 linear 2048 0.0 1.0 False",
         ),
         (
             "replicas",
-            "gradients that are the same on each rank, or replicated=False; the gradient of weight "
-            "in step 7 is not the same on all",
+            "what is the same on several ranks to be equal there; the gradient of weight in step "
+            "7 is not the same on ranks 0 and 1: measure it when it is whole, as with "
+            "when='step', or pass replicated=False if each rank has its own",
         ),
         (
             "ranges",

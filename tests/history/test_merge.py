@@ -1,0 +1,387 @@
+"""What several ranks have measured, put together from histories, files and directories."""
+
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from watching import absent, arrays, assert_same
+
+import gradstat
+from gradstat import History, LinearBins, Log2Bins, Statistics
+from gradstat.bins import Bins
+from gradstat.cli import main
+from gradstat.history import merge_files
+from gradstat.history.journal import Journal
+from gradstat.history.packed_counts import SparseRows
+from gradstat.history.records import OWN, SAME
+from gradstat.kinds import Row
+
+ROWS = ["a.weight", "b.weight"]
+
+
+def values(rank: int, step: int, row: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * rank + 10 * step + row)
+    n = (40, 7, 1, 0)[(rank + row) % 4]
+    return torch.randn(n, generator=generator, dtype=torch.float64) * 10.0 ** (rank - row)
+
+
+def make_rank(
+    rank: int,
+    world: int = 3,
+    steps: Sequence[int] = range(5),
+    rows: Sequence[str | Row] = ROWS,
+    bins: Bins | None = None,
+    origin: int | None = None,
+) -> History:
+    """A rank's shards, or, of one origin, what several ranks hold."""
+    history = History(rows, bins or Log2Bins())
+    history.rank, history.world = rank, world
+    history.origins[:] = OWN if origin is None else origin
+    for step in steps:
+        source = rank if origin is None else 0
+        tensors = [values(source, step, row) for row in range(len(rows))]
+        history.append(step, *arrays(gradstat.statistics(tensors, history.bins)))
+        history.add_scalar("loss", step, 10.0 * rank + step)
+    return history
+
+
+def write(path: Path, history: History, size: int, first_step: int | None = None) -> None:
+    """Write a rank's directory, so many records in a block."""
+    kept = Journal(path / f"rank-{history.rank}", history, first_step)
+    losses = history.scalar("loss")[1] if len(history) else []
+    for at, step in enumerate(history.steps.tolist()):
+        kept.append(step, *arrays(history.record(step)), time_s=float(step))
+        kept.add_scalar("loss", step, losses[at])
+        if at % size == size - 1:
+            kept.flush()
+    kept.flush()
+
+
+@pytest.fixture
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge_files, "_MOST_BYTES", 1)
+
+
+def assert_close(got: Statistics, right: Statistics) -> None:
+    assert torch.equal(got.integers, right.integers)
+    assert torch.equal(got.counts, right.counts)
+    exact, rest = [0, 1, 6, 7], [2, 3, 4, 5]
+    assert got.floats[:, exact].numpy().tobytes() == right.floats[:, exact].numpy().tobytes()
+    torch.testing.assert_close(
+        got.floats[:, rest], right.floats[:, rest], rtol=1e-12, atol=0, equal_nan=True
+    )
+
+
+def assert_union(got: History, ranks: Sequence[int], bins: Bins | None = None) -> None:
+    for step in got.steps.tolist():
+        tensors = [torch.cat([values(rank, step, row) for rank in ranks]) for row in range(2)]
+        right = gradstat.statistics(tensors, bins or Log2Bins(), engine="reference")
+        assert_close(got.record(step), right)
+
+
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(16, -2.0, 2.0)], ids=repr)
+def test_history_merge_puts_shards_together(bins: Bins) -> None:
+    ranks = [make_rank(rank, bins=bins) for rank in range(3)]
+    merged = History.merge(ranks)
+    assert merged.steps.tolist() == list(range(5))
+    assert merged.layers == ROWS
+    assert_union(merged, range(3), bins)
+    assert merged.origins.tolist() == [SAME, SAME]
+    assert merged.scalars == ["rank0/loss", "rank1/loss", "rank2/loss"]
+    assert merged.scalar("rank2/loss")[1].tolist() == [20, 21, 22, 23, 24]
+    assert merged.rank is None
+    # What is merged already counts once.
+    assert_same(History.merge([merged, merged]), merged)
+
+
+@pytest.mark.parametrize("origin", [SAME, 0])
+def test_history_merge_counts_copies_once(origin: int) -> None:
+    ranks = [make_rank(rank, origin=origin) for rank in range(3)]
+    assert_union(History.merge(ranks), [0])
+
+
+def test_history_merge_counts_gradients_as_it_is_told() -> None:
+    same = [make_rank(rank, origin=SAME) for rank in range(3)]
+    assert_union(History.merge(same, replicated=False), [0, 0, 0])
+    with pytest.raises(ValueError, match="not the same on ranks 0 and 1"):
+        History.merge([make_rank(rank) for rank in range(2)], replicated=True)
+
+
+def test_history_merge_refuses_copies_that_differ() -> None:
+    ranks = [make_rank(rank, origin=SAME) for rank in range(3)]
+    other = make_rank(4, origin=SAME, steps=range(4))
+    other.append(4, *arrays(gradstat.statistics([values(0, 4, 0), values(1, 4, 1)])))
+    message = (
+        "History.merge() needs what is the same on several ranks to be equal there; the gradient "
+        "of b.weight in step 4 is not the same on ranks 0 and 4: measure it when it is whole, as "
+        "with when='step', or pass replicated=False if each rank has its own"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        History.merge([*ranks, other])
+
+
+def test_history_merge_has_the_layers_of_all_stages() -> None:
+    kinds = [("grad", "activation"), ("grad", "activation")]
+    rows = [[Row(kind, f"{stage}.{kind}") for kind in kinds[stage]] for stage in range(2)]
+    stages = [make_rank(stage, 2, rows=rows[stage]) for stage in range(2)]
+    for stage in stages:
+        stage.depth = np.array([0, 0])
+    merged = History.merge(stages)
+    assert merged.layers == [
+        "0.grad",
+        "1.grad",
+        "activation/0.activation",
+        "activation/1.activation",
+    ]
+    assert merged.depth is not None
+    assert merged.depth.tolist() == [0, 1, 0, 1]
+    assert merged.order == ["1.grad", "0.grad"]
+    for stage in range(2):
+        for step in range(5):
+            got, right = merged.record(step), stages[stage].record(step)
+            assert torch.equal(got.counts[stage::2], right.counts)
+            assert torch.equal(got.integers[stage::2], right.integers)
+    assert History.merge([stages[1], stages[0]]).order == ["0.grad", "1.grad"]
+
+
+def test_history_merge_takes_layers_that_some_ranks_lack_or_have_at_times() -> None:
+    ranks = [make_rank(0, steps=range(2)), History(ROWS[:1], Log2Bins())]
+    ranks[1].append(0, *absent(Log2Bins()))
+    ranks[1].append(1, *arrays(gradstat.statistics([values(1, 1, 0)])))
+    merged = History.merge(ranks)
+    whole = torch.cat([values(0, 1, 0), values(1, 1, 0)])
+    for step, first in ((0, values(0, 0, 0)), (1, whole)):
+        right = gradstat.statistics([first, values(0, step, 1)], engine="reference")
+        assert_close(merged.record(step), right)
+    none = History(ROWS[:1], Log2Bins())
+    none.append(0, *absent(Log2Bins()))
+    assert np.isnan(History.merge([none, none])["l2"]).all()
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_history_merge_has_the_steps_that_all_have_and_says_so(tmp_path: Path) -> None:
+    steps = [range(9), [0, 1, 3, 4, 5, 8], range(7)]
+    ranks = [make_rank(rank, steps=steps[rank]) for rank in range(3)]
+    message = "^History.merge\\(\\) leaves out 4 steps that not all ranks have: 2, 6 to 8$"
+    with pytest.warns(RuntimeWarning, match=message):
+        merged = History.merge(ranks)
+    assert merged.steps.tolist() == [0, 1, 3, 4, 5]
+    assert_union(merged, range(3))
+    for rank, size in zip(ranks, (2, 3, 4), strict=True):
+        write(tmp_path, rank, size)
+    with pytest.warns(RuntimeWarning, match=message):
+        assert_same(History.load(tmp_path), merged)
+
+
+def test_history_merge_of_ranks_without_a_step_in_common_has_none() -> None:
+    ranks = [make_rank(0, steps=[0, 1]), make_rank(1, steps=[]), make_rank(2, steps=[1, 2])]
+    with pytest.warns(RuntimeWarning, match="leaves out 3 steps that not all ranks have: 0 to 2"):
+        merged = History.merge(ranks)
+    assert len(merged) == 0
+    assert merged.layers == ROWS
+    assert merged.scalar("rank2/loss")[0].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("n_bytes", [1, 1 << 20])
+def test_history_load_takes_a_directory_of_ranks_as_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_bytes: int
+) -> None:
+    monkeypatch.setattr(merge_files, "_MOST_BYTES", n_bytes)
+    # Written at different times, so in different blocks.
+    for rank, size in enumerate((1, 2, 5)):
+        write(tmp_path, make_rank(rank), size)
+    loaded = History.load(tmp_path)
+    assert_same(loaded, History.merge([make_rank(rank) for rank in range(3)]))
+    assert loaded.times.tolist() == list(range(5))
+    assert loaded.scalar("rank1/loss")[1].tolist() == [10, 11, 12, 13, 14]
+    folders = sorted(tmp_path.iterdir())
+    assert_same(History.merge(folders), loaded)
+    history = History.load(folders[2])
+    assert (history.rank, history.world) == (2, 3)
+    history.save(tmp_path / "saved.npz")
+    assert_same(History.merge([*folders[:2], tmp_path / "saved.npz"]), loaded)
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_history_load_takes_ranks_that_were_resumed(tmp_path: Path) -> None:
+    for rank in range(2):
+        before = make_rank(rank, 2, steps=range(4), origin=5)
+        write(tmp_path, before, 1 + rank)
+    file = tmp_path / "rank-1" / "00000000.gradstat"
+    file.write_bytes(file.read_bytes()[:-3])
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2, steps=range(1, 5)), 1 + rank, first_step=1)
+    with pytest.warns(RuntimeWarning, match=f"leaves out the end of {file}"):
+        loaded = History.load(tmp_path)
+    assert loaded.steps.tolist() == list(range(5))
+    for step in range(1, 5):
+        tensors = [torch.cat([values(rank, step, row) for rank in range(2)]) for row in range(2)]
+        assert_close(loaded.record(step), gradstat.statistics(tensors, engine="reference"))
+    assert loaded.scalar("rank0/loss")[0].tolist() == list(range(5))
+
+
+def test_history_load_says_which_ranks_are_lacking(tmp_path: Path) -> None:
+    for rank in range(4):
+        write(tmp_path, make_rank(rank, 5), 5)
+    shutil.rmtree(tmp_path / "rank-1")
+    file = tmp_path / "rank-3" / "00000000.gradstat"
+    file.write_bytes(file.read_bytes()[:10])
+    message = f"History.load() lacks 3 of 5 ranks in {tmp_path}: 1, 3 to 4"
+    with pytest.warns(RuntimeWarning, match=f"^{re.escape(message)}$"):
+        loaded = History.load(tmp_path)
+    assert_union(loaded, [0, 2])
+
+
+def test_history_load_takes_one_rank_as_it_is(tmp_path: Path) -> None:
+    write(tmp_path, make_rank(0, 1), 5)
+    loaded = History.load(tmp_path)
+    assert_same(loaded, make_rank(0, 1))
+    assert loaded.scalars == ["loss"]
+    assert loaded.origins.tolist() == [OWN, OWN]
+
+
+def test_history_load_refuses_records_of_a_process_beside_those_of_ranks(tmp_path: Path) -> None:
+    write(tmp_path, make_rank(0), 5)
+    Journal(tmp_path, make_rank(0))
+    message = f"needs the files of one run; {tmp_path} has those of one process and of 1 ranks"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        History.load(tmp_path)
+
+
+def test_watch_refuses_a_directory_of_ranks_without_a_process_group(tmp_path: Path) -> None:
+    write(tmp_path, make_rank(0), 5)
+    message = f"a directory of its own; path is {tmp_path}, which has records of ranks"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        gradstat.watch(torch.nn.Linear(3, 2), path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ([], ValueError, "one rank or more; parts is empty"),
+        ("run", TypeError, "a list of ranks; parts is str"),
+        (make_rank(0), TypeError, "a list of ranks; parts is History"),
+        (3, TypeError, "a list of ranks; parts is int"),
+        ([make_rank(0), 3], TypeError, "histories or paths; parts[1] is int"),
+        (
+            [make_rank(2), make_rank(2)],
+            ValueError,
+            "each rank once; parts[1] is another one of rank 2",
+        ),
+        (
+            [make_rank(0), make_rank(1, bins=LinearBins(4, 0.0, 1.0))],
+            ValueError,
+            "the same bins on each rank; bins on rank 1 is LinearBins(4, 0.0, 1.0), on rank 0 "
+            "Log2Bins()",
+        ),
+        (
+            [make_rank(0, bins=LinearBins(4)), make_rank(1, bins=LinearBins(4))],
+            ValueError,
+            "Log2Bins, or LinearBins with a range; the range of LinearBins(4) of a.weight in step "
+            "0 is not the same on all",
+        ),
+    ],
+)
+def test_history_merge_refuses(parts: Any, error: type[Exception], message: str) -> None:
+    message = f"History.merge() needs {message}"
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        History.merge(parts)
+
+
+def test_history_merge_refuses_what_is_no_answer() -> None:
+    message = "History.merge() needs True, False or None; replicated is 'no'"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        History.merge([make_rank(0)], replicated="no")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [[-1e307] * 100, [1e307] * 100],
+        [[1e307] * 100, [1.5e308] * 3],
+        [[0.1] * 3, [0.1] * 7, [0.1]],
+        [[-1e300] * 3, [-1e300] * 5],
+        [[1e-310] * 3, [1e-310, 3e-310]],
+        [[float("nan")], [], [float("inf"), 2.0]],
+    ],
+    ids=["opposite", "huge", "equal", "equal huge", "tiny", "not finite"],
+)
+def test_history_merge_has_the_arithmetic_of_statistics_merge(values: list[list[float]]) -> None:
+    tensors = [torch.tensor(x, dtype=torch.float64) for x in values]
+    parts = [gradstat.statistics([x], engine="reference") for x in tensors]
+    ranks = []
+    for part in parts:
+        ranks.append(History(["a"], Log2Bins()))
+        ranks[-1].append(0, *arrays(part))
+    got = History.merge(ranks).record(0)
+    right = parts[0]
+    for part in parts[1:]:
+        right = right.merge(part)
+    assert torch.equal(got.integers, right.integers)
+    torch.testing.assert_close(got.floats, right.floats, rtol=1e-12, atol=0, equal_nan=True)
+    if got.min == got.max and got.finite > 1:
+        assert got.std == 0
+
+
+def test_commands_take_a_directory_of_ranks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    for rank in range(2):
+        write(run, make_rank(rank, 2, steps=range(25)), 10 + rank)
+    whole = tmp_path / "whole.npz"
+    assert main(["merge", str(run), "-o", str(whole)]) == 0
+    assert capsys.readouterr().out.startswith(f"{whole}: 25 records of 2 layers, steps 0 to 24")
+    assert_same(History.load(whole), History.load(run))
+    assert main(["merge", *map(str, sorted(run.iterdir())), "-o", str(tmp_path / "again.npz")]) == 0
+    assert_same(History.load(tmp_path / "again.npz"), History.load(run))
+    for arguments in (
+        ["info", run],
+        ["export", run, "--to", "csv", tmp_path],
+        ["compare", run, whole],
+        ["tail", run, "--updates", "1"],
+    ):
+        assert main([str(each) for each in arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "rank1/loss" in shown
+    assert f"{run}: step 24" in shown
+    file = run / "rank-1" / "00000000.gradstat"
+    assert main(["merge", str(run), "-o", str(file)]) == 2
+    assert "is the run itself, or a file of it" in capsys.readouterr().err
+
+
+def test_tail_shows_ranks_that_have_written_at_different_times(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, make_rank(0, 2, steps=range(3)), 1)
+    write(tmp_path, make_rank(1, 2, steps=range(2)), 1)
+    with pytest.warns(RuntimeWarning, match="leaves out 1 steps"):
+        assert main(["tail", str(tmp_path), "--updates", "1"]) == 0
+    assert f"{tmp_path}: step 1" in capsys.readouterr().out
+
+
+def test_sparse_rows_are_added_up_and_rearranged() -> None:
+    generator = np.random.default_rng(3)
+    bins = 64
+    dense = [
+        generator.integers(0, 1 << 33, (5000, bins)) * (generator.random((5000, bins)) < 0.05)
+        for _ in range(3)
+    ]
+    parts = [SparseRows.empty().followed_by(x[:9]).followed_by(x[9:]) for x in dense]
+
+    def as_dense(rows: SparseRows) -> np.ndarray:
+        return np.stack([rows.row(at, bins) for at in range(len(rows))])
+
+    np.testing.assert_array_equal(as_dense(SparseRows.sum(parts, bins)), sum(dense))
+    source = np.array([7, -1, 3, 3, 4999])
+    expected = np.where(source[:, None] >= 0, dense[0][source], 0)
+    np.testing.assert_array_equal(as_dense(parts[0].rearranged(source)), expected)
+    np.testing.assert_array_equal(as_dense(parts[0].part(5, 12)), dense[0][5:12])
+    none = SparseRows.empty()
+    assert len(SparseRows.sum([none, none], bins)) == 0
