@@ -14,8 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from watching import arrays
@@ -49,6 +57,70 @@ class Model(nn.Sequential):
         for layer in self:
             x = checkpoint(layer, x.requires_grad_(), use_reentrant=True)
         return x
+
+
+class Scale(nn.Module):
+    """As a norm: a weight that no plan of tensor parallelism cuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(1.0, 7.0, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Scaled(nn.Module):
+    """Integers in, integers out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(4)
+        self.scale = Scale()
+        self.up = nn.Linear(6, 8, bias=False, dtype=torch.float64)
+        self.down = nn.Linear(8, 6, bias=False, dtype=torch.float64)
+        for layer in (self.up, self.down):
+            weight = torch.randint(-2, 3, layer.weight.shape, generator=generator)
+            layer.weight.data.copy_(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(torch.relu(self.up(self.scale(x))))
+        return y
+
+
+class Experts(nn.Module):
+    """Three experts, which two ranks share unevenly, and a router that each has whole."""
+
+    def __init__(self, mesh: DeviceMesh | None = None) -> None:
+        super().__init__()
+        weight = torch.arange(3 * 4 * 6, dtype=torch.float64).reshape(3, 4, 6).remainder(5) - 2
+        self.router = Scale()
+        self.experts = nn.Parameter(
+            weight if mesh is None else distribute_tensor(weight, mesh, [Shard(0)])
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.experts
+        local = own.to_local() if isinstance(own, DTensor) else own
+        y = self.router(x)
+        # The router's gradient is that of what all experts share, so the same on each rank.
+        return torch.einsum("bsi,eoi->bseo", y.detach(), local).sum() + y.square().sum()
+
+
+def plan(is_by_sequence: bool) -> dict[str, ParallelStyle]:
+    if not is_by_sequence:
+        return {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    return {
+        "scale": SequenceParallel(),
+        "up": ColwiseParallel(input_layouts=Shard(1)),
+        "down": RowwiseParallel(output_layouts=Shard(1)),
+    }
+
+
+def tokens(rank: int) -> Tensor:
+    """Sequences of four."""
+    generator = torch.Generator().manual_seed(50 + rank)
+    return torch.randint(-3, 4, (2, 4, 6), generator=generator).double()
 
 
 def batch(step: int, rank: int) -> Tensor:
@@ -154,10 +226,87 @@ class Rank:
         self.run_fsdp()
         self.run_refused()
         self.run_stages()
+        self.run_tensor_parallel()
+        if self.world == 4:
+            self.run_two_dimensions()
         for name, tensors in (extreme_tensors(self.world) | edge_tensors(self.world)).items():
             history = History(["weight"], Log2Bins())
             history.append(0, *arrays(gradstat.statistics([tensors[self.rank]])))
             self.keep_both(f"extreme_{name}", history)
+
+    def run_tensor_parallel(self) -> None:
+        """All ranks have one batch; with sequence parallelism each has rows of it."""
+        mesh = init_device_mesh("cpu", (self.world,))
+        model = parallelize_module(Scaled(), mesh, plan(is_by_sequence=False))
+        self.watch_parallel("tp", model, tokens(0))
+        model = parallelize_module(Scaled(), mesh, plan(is_by_sequence=True))
+        optimizer = make_optimizer(model)
+        with (
+            gradstat.watch(model) as partial,
+            gradstat.watch(model, when="step", optimizer=optimizer) as whole,
+        ):
+            model(tokens(0).chunk(self.world, 1)[self.rank]).sum().backward()
+            gradient = model.scale.weight.grad
+            model.scale.weight.grad = gradient.redistribute(placements=[Replicate()])
+            optimizer.step()
+        self.keep("tp_sequence", partial.history)
+        self.keep("tp_sequence_merged", partial.history.reduce(replicated=False))
+        self.keep_both("tp_sequence_step", whole.history)
+        try:
+            partial.history.reduce()
+        except ValueError as error:
+            self.note("refused_partial", str(error))
+
+    def run_two_dimensions(self) -> None:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        replica, part = divmod(self.rank, 2)
+        for name, is_by_sequence in (("2d", False), ("2d_sequence", True)):
+            model = parallelize_module(Scaled(), mesh["tp"], plan(is_by_sequence))
+            fully_shard(model, mesh=mesh["dp"])
+            x = tokens(replica)
+            self.watch_parallel(name, model, x.chunk(2, 1)[part] if is_by_sequence else x)
+        model = Scaled()
+        for layer in (model.scale, model.up, model.down):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        self.watch_parallel("2d_hsdp", model, tokens(self.rank))
+        experts = Experts(mesh["tp"])
+        fully_shard(experts, mesh=mesh["dp"])
+        self.watch_parallel("experts", experts, tokens(replica))
+        # Meshes that do not know of each other.
+        model = Scaled()
+        for ranks in ([0, 2], [1, 3]):
+            apart = DeviceMesh("cpu", ranks)
+            if self.rank in ranks:
+                fully_shard(model, mesh=apart)
+        self.watch_parallel("apart", model, tokens(replica))
+        # Copies that are none: each mesh has another batch.
+        model = Scaled()
+        fully_shard(model, mesh=mesh["dp"])
+        with gradstat.watch(model, path=self.directory / "unequal_run") as w:
+            model(tokens(self.rank)).sum().backward()
+        self.keep("unequal_merged", w.history.reduce(replicated=False))
+        try:
+            w.history.reduce()
+        except ValueError as error:
+            self.note("refused_unequal", str(error))
+
+    def watch_parallel(self, name: str, model: nn.Module, x: Tensor) -> None:
+        optimizer = make_optimizer(model)
+        what = ("grad", "param", "update")
+        with counted_collectives() as own_calls:
+            model(x).sum().backward()
+            model.zero_grad()
+        with (
+            gradstat.watch(model, path=self.directory / f"{name}_run") as w,
+            gradstat.watch(model, what=what, when="step", optimizer=optimizer) as all_,
+            counted_collectives() as calls,
+        ):
+            model(x).sum().backward()
+            optimizer.step()
+        self.note(f"{name}_collectives_added", str(len(calls) - len(own_calls)))
+        self.keep_both(name, w.history)
+        self.keep_both(f"{name}_all", all_.history)
 
     def run_stages(self) -> None:
         """Each rank has another layer, in a process of its own, as in a pipeline."""

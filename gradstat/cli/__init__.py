@@ -293,13 +293,21 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", required=True, metavar="FILE", type=Path, help="the .npz file to write"
     )
+    parser.add_argument(
+        "--not-replicated",
+        action="store_true",
+        help="count what each rank has as its own, but for replicas on one mesh",
+    )
 
 
 def _merge(options: argparse.Namespace) -> int:
     paths: list[Path] = options.run_paths
     for path in paths:
         check_output(path, options.output)
-    history = load(paths[0]) if len(paths) == 1 else History.merge(paths)
+    if options.not_replicated:
+        history = History.merge(paths, replicated=False)
+    else:
+        history = load(paths[0]) if len(paths) == 1 else History.merge(paths)
     history.save(options.output)
     print(text.heading(str(options.output), history))
     return 0

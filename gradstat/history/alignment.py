@@ -84,6 +84,7 @@ def with_rows(records: Records, rows: Sequence[Row], layers: Sequence[str]) -> R
         floats=floats,
         counts=records.counts.rearranged(source.ravel()),
         origins=origins,
+        layout=None if records.layout is None else records.layout.rows(column.tolist()),
         depth=None,
     )
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gradstat.arrays import Array
+from gradstat.history.layout import PARTIAL, UNKNOWN
 from gradstat.history.records import OWN, SAME, Records
 from gradstat.kinds import GRAD, NOUNS, Row
 from gradstat.results import FLOATS
@@ -77,10 +78,20 @@ class Copies:
             first, theirs = self._first.setdefault((row, held), (rank, mine))
             if theirs is not mine:
                 is_first[at] = False
+                if _is_partial(held):
+                    self._refuse_partial(row, (first, rank))
                 differs = np.flatnonzero(theirs != mine)
                 if len(differs):
                     self._refuse(row, (first, rank), holding.steps[differs[0]])
         return is_first
+
+    def _refuse_partial(self, row: Row, ranks: tuple[int, int]) -> None:
+        raise ValueError(
+            f"{self._function} needs gradients that are whole; the {NOUNS[row.kind]} of {row.name} "
+            f"is partial on ranks {ranks[0]} and {ranks[1]}, a sum that has not been taken: "
+            f"redistribute it before a step that is measured with when='step', or pass "
+            f"replicated=False if each rank's part is to count"
+        )
 
     def _refuse(self, row: Row, ranks: tuple[int, int], step: int) -> None:
         raise ValueError(
@@ -108,16 +119,37 @@ def fingerprints(records: Records) -> Array:
 
 
 def told_of_replicas(function: str, records: Records, replicated: bool | None) -> Records:
-    """Records of gradients that are no DTensors the same on each rank, or not, if that is told."""
+    """Records of which it is told whether ranks hold the same, where no single mesh says it.
+
+    Args:
+        function: what errors are of.
+        records: whose origins and layout are replaced.
+        replicated: whether gradients that are no DTensors are the same on each rank; ``False`` also
+            keeps what is on another mesh, and what is partial, apart. ``None``: as it was recorded.
+    """
+    if replicated is not None and not isinstance(replicated, bool):
+        raise TypeError(f"{function} needs True, False or None; replicated is {replicated!r}")
     if replicated is None:
         return records
-    if not isinstance(replicated, bool):
-        raise TypeError(f"{function} needs True, False or None; replicated is {replicated!r}")
-    plain = (records.origins < 0) & np.array([row.kind == GRAD for row in records.rows], bool)
-    return replace(records, origins=np.where(plain, SAME if replicated else OWN, records.origins))
+    origins, layout = records.origins, records.layout
+    is_grad = np.array([row.kind == GRAD for row in records.rows], bool)
+    origins = np.where(is_grad & (origins < 0), SAME if replicated else OWN, origins)
+    if not replicated and layout is not None:
+        origins = np.where(layout.parts[:, 0] == PARTIAL, OWN, origins)
+        layout = None
+    return replace(records, origins=origins, layout=layout)
 
 
 def _held(records: Records, at: int) -> Hashable:
     """What is held of a row, the same on each rank that holds the same; ``None``: its own."""
-    origin = int(records.origins[at])
-    return None if origin == OWN else origin
+    origin, layout = int(records.origins[at]), records.layout
+    if origin == OWN:
+        return None
+    if origin < 0 or layout is None or layout.parts[at, 0] == UNKNOWN:
+        return origin
+    # On another mesh there may be the same: of FSDP outside the plan of tensor parallelism.
+    return (layout.shapes[at], *layout.parts[at].tolist())
+
+
+def _is_partial(held: Hashable) -> bool:
+    return isinstance(held, tuple) and held[1] == PARTIAL

@@ -18,6 +18,7 @@ from gradstat.arrays import Array
 from gradstat.bins import Bins
 from gradstat.history import archive, merge, rank_directories
 from gradstat.history.copies import told_of_replicas
+from gradstat.history.layout import Layout
 from gradstat.history.records import OWN, Records
 from gradstat.history.scalars import Scalars
 from gradstat.history.shapes import kurtosis_of
@@ -83,6 +84,7 @@ class History:
         self.bins = bins
         # Which ranks of a distributed run hold the same values of a layer, as in `Records`.
         self.origins = np.full(len(self.layers), OWN)
+        self.layout: Layout | None = None
         self._capacity = capacity
         n_layers = len(self.layers)
         self._shapes = (n_layers, len(INTEGERS)), (n_layers, len(FLOATS)), (n_layers, bins.bins)
@@ -344,6 +346,7 @@ class History:
             floats=records.floats[:, columns],
             counts=records.counts.keep(at.ravel()),
             origins=records.origins[columns],
+            layout=None if records.layout is None else records.layout.rows(columns.tolist()),
             scalars=records.scalars.copy(),
             depth=None if self.depth is None else self.depth[columns],
         )
@@ -417,8 +420,9 @@ class History:
         """What all ranks of a distributed run measured, together; each of them must call it.
 
         Values that several ranks hold count once. A DTensor knows which: shards are put together
-        and replicas are not. Other gradients are the same on each rank when the optimizer steps,
-        and during backward, as under DistributedDataParallel, each rank's own part of the batch.
+        and replicas are not, on one mesh or on several. Other gradients are the same on each rank
+        when the optimizer steps, and during backward, as under DistributedDataParallel, each rank's
+        own part of the batch; beside tensor parallelism alone they are the same on its mesh.
 
         Ranks that hold different layers, as pipeline stages do, are put together to all of them.
         Counts, min and max are exact; the variance follows Chan's formula. It takes four
@@ -427,7 +431,8 @@ class History:
         Args:
             group: by default all ranks.
             replicated: whether gradients that are no DTensors are the same on each rank; by default
-                ``True`` unless they were measured during backward.
+                ``True`` unless they were measured during backward. ``False`` also takes what
+                several meshes hold, and what is partial, as each one's own.
 
         Returns:
             The same new History on each rank.
@@ -454,7 +459,8 @@ class History:
 
         Args:
             parts: of each rank its history, the file that `save` wrote, or the directory that
-                ``watch(path=...)`` wrote. What is read is let go of before the next is.
+                ``watch(path=...)`` wrote; or one directory of them all. Files are read some records
+                at a time.
             replicated: as for `reduce`.
 
         Returns:
@@ -493,11 +499,12 @@ class History:
         """
         taken = copy.copy(self)
         taken.origins, taken._now = self.origins.copy(), self._now.alone()
+        taken.layout = None if self.layout is None else self.layout.copy()
         taken._scalars = self._scalars.copy()
         return taken
 
     def to_records(self) -> Records:
-        """All arrays, which are not to be changed, but for ``origins``, a copy."""
+        """All arrays, which are not to be changed, but for ``origins`` and ``layout``, copies."""
         now = self._now
         integers, floats = now.numbers()
         return Records(
@@ -515,6 +522,7 @@ class History:
             self.partial_step,
             self.rank,
             self.world,
+            None if self.layout is None else self.layout.copy(),
         )
 
     @classmethod
@@ -533,6 +541,7 @@ class History:
         history._scalars, history.depth = records.scalars, records.depth
         history.partial_step = records.partial_step
         history.rank, history.world = records.rank, records.world
+        history.layout = records.layout
         return history
 
     @property

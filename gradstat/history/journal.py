@@ -258,6 +258,7 @@ class Journal:
             partial_step=like.partial_step,
             rank=like.rank,
             world=like.world,
+            layout=like.layout,
         )
         arrays = sections.head(records) | self._resumed if end == 0 else {}
         arrays |= sections.body(records)

@@ -68,6 +68,7 @@ def merge(mine: Records, group: dist.ProcessGroup | None) -> Records:
         scalars=scalars,
         rank=None,
         world=None,
+        layout=None,
     )
 
 

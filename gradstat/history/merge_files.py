@@ -128,6 +128,7 @@ def merge_files(
         depth=join_depths(rows, [(rank.held.rows, rank.held.depth) for rank in ranks]),
         rank=None,
         world=None,
+        layout=None,
     )
 
 

@@ -82,19 +82,21 @@ def merge_parts(parts: Sequence[Records | Path], replicated: bool | None) -> Rec
     Raises:
         As `read`, and ValueError for a rank that comes twice.
     """
-    n_bytes = bytes_at_a_time(len(parts))
+    found: list[Records | Path] = []
+    for part in parts:
+        folders = [] if isinstance(part, Records) else rank_directories(part)
+        found += folders or [part]
+    n_bytes = bytes_at_a_time(len(found))
     ranks: list[RankRecords] = []
     seen: set[int] = set()
-    for at, part in enumerate(parts):
-        if isinstance(part, Records):
-            pieces = iter([part])
-        else:
-            pieces = iter([read(part)]) if rank_directories(part) else archive.pieces(part, n_bytes)
+    for at, part in enumerate(found):
+        pieces = iter([part]) if isinstance(part, Records) else archive.pieces(part, n_bytes)
         first = next(pieces)
         rank = at if first.rank is None else first.rank
         if rank in seen:
             raise ValueError(
-                f"History.merge() needs each rank once; parts[{at}] is another one of rank {rank}"
+                f"History.merge() needs each rank once; number {at} of the parts is another one of "
+                f"rank {rank}"
             )
         seen.add(rank)
         ranks.append(RankRecords(rank, first, pieces))

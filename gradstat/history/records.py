@@ -11,6 +11,7 @@ import numpy as np
 
 from gradstat.arrays import Array
 from gradstat.bins import Bins
+from gradstat.history.layout import Layout
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.scalars import Scalars
 from gradstat.kinds import KINDS, Row
@@ -47,6 +48,7 @@ class Records:
         partial_step: as `History.partial_step`.
         rank: of the process that recorded them in a distributed run, if it is known.
         world: how many ranks that run had.
+        layout: what this rank holds of each layer, if that is known of any.
     """
 
     rows: list[Row]
@@ -63,6 +65,7 @@ class Records:
     partial_step: int | None = None
     rank: int | None = None
     world: int | None = None
+    layout: Layout | None = None
 
     @property
     def nbytes(self) -> int:
@@ -112,6 +115,7 @@ def concatenate(parts: Sequence[Records]) -> Records:
         floats=np.concatenate([part.floats for part in parts]),
         counts=SparseRows(*(np.concatenate(each) for each in counts)),
         origins=said[-1].origins,
+        layout=said[-1].layout,
         scalars=scalars,
         depth=depths[-1] if depths else None,
         partial_step=said[-1].partial_step,

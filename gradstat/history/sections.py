@@ -10,6 +10,7 @@ import numpy as np
 from gradstat.arrays import Array
 from gradstat.bins import parse_bins
 from gradstat.history.blocks import Sections
+from gradstat.history.layout import Layout
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import OWN, Records
 from gradstat.history.scalars import Scalars
@@ -49,11 +50,15 @@ _OPTIONAL = {
     "scalar_values": ("f", "P"),
     "order": ("i", "L"),
     "partial": ("b", "S"),
+    "parts": ("i", "LT"),
+    "shapes": ("i", "Z"),
+    "shape_ends": ("i", "L"),
     "rank": ("i", ""),
     "world": ("i", ""),
     "first_step": ("i", ""),
     "bytes_before": ("i", "K"),
 }
+_LAYOUT = ("parts", "shapes", "shape_ends")
 _SCALARS = tuple(name for name in _OPTIONAL if name.startswith("scalar"))
 # The last version's; its first files lack some of them.
 _SECTIONS_1 = {
@@ -116,6 +121,11 @@ def _optional(records: Records) -> Sections:
     if scalars.names:
         arrays = *_encoded(scalars.names), *scalars.flat()
         found |= dict(zip(_SCALARS, arrays, strict=True))
+    if records.layout is not None:
+        shapes = records.layout.shapes
+        found["parts"] = records.layout.parts
+        found["shapes"] = np.array([n for shape in shapes for n in shape], np.int64)
+        found["shape_ends"] = np.cumsum([len(shape) for shape in shapes], dtype=np.int64)
     if records.depth is not None:
         found["order"] = records.depth.astype(np.int32)
     if records.partial_step is not None:
@@ -188,8 +198,10 @@ def join(parts: Sequence[Sections]) -> Source:
         joined["partial"] = np.concatenate(
             [part.get("partial", np.zeros(len(part["steps"]), bool)) for part in parts]
         )
-    ordered = [part["order"] for part in parts if "order" in part]
-    return _Joined(joined | ({"order": ordered[-1]} if ordered else {}))
+    for name in ("order", *_LAYOUT):
+        said = [part[name] for part in parts if name in part]
+        joined |= {name: said[-1]} if said else {}
+    return _Joined(joined)
 
 
 def _shifted(parts: Sequence[Sections], at: int, name: str) -> Array:
@@ -228,6 +240,8 @@ def to_records(source: Source) -> Records:
     needed = set(known) - set(_DEFAULTS_1 if is_first else _OPTIONAL)
     if not is_first and any(name in headers for name in _SCALARS):
         needed |= set(_SCALARS)
+    if not is_first and any(name in headers for name in _LAYOUT):
+        needed |= set(_LAYOUT)
     if missing := [name for name in known if name in needed and name not in headers]:
         raise ValueError(f"it lacks {', '.join(missing)}")
     if is_first and (unknown := set(headers) - set(known)):
@@ -261,7 +275,9 @@ def to_records(source: Source) -> Records:
         Scalars() if is_first or "scalar_ids" not in headers else _scalars(source),
         _integers(source, "order") if "order" in headers and not is_first else None,
         _partial_step(source, steps) if "partial" in headers and not is_first else None,
-        *(None if is_first else _integer(source, name) for name in ("rank", "world")),
+        None if is_first else _integer(source, "rank"),
+        None if is_first else _integer(source, "world"),
+        None if is_first else _layout(source),
     )
 
 
@@ -271,6 +287,18 @@ def _scalars(source: Source) -> Scalars:
     return Scalars.from_flat(names, ids, steps, _floats(source, "scalar_values"))
 
 
+def _layout(source: Source) -> Layout | None:
+    if "parts" not in source.headers:
+        return None
+    sizes, ends = _integers(source, "shapes").tolist(), _integers(source, "shape_ends").tolist()
+    starts = [0, *ends[:-1]] if ends else []
+    falls = any(start > end for start, end in zip(starts, ends, strict=True))
+    if falls or sum(ends[-1:]) != len(sizes):
+        raise ValueError(f"its shape_ends do not divide the {len(sizes)} numbers of its shapes")
+    shapes = [tuple(sizes[a:b]) for a, b in zip(starts, ends, strict=True)]
+    return Layout(_integers(source, "parts"), shapes)
+
+
 def _partial_step(source: Source, steps: Array) -> int | None:
     partial = steps[source.read("partial")]
     return int(partial[-1]) if len(partial) else None
@@ -278,7 +306,7 @@ def _partial_step(source: Source, steps: Array) -> int | None:
 
 def _check_shapes(headers: Mapping[str, Shaped], known: Mapping[str, tuple[str, str]]) -> int:
     """Refuse types and shapes that do not fit each other; gives the number of layers."""
-    lengths = {"I": len(INTEGERS), "F": len(FLOATS)}
+    lengths = {"I": len(INTEGERS), "F": len(FLOATS), "T": 2}
     for name, header in ((name, headers[name]) for name in known if name in headers):
         kinds, dims = known[name]
         if header.dtype.kind not in kinds:

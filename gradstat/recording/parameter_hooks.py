@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from gradstat.kinds import GRAD, PARAM, UPDATE
 from gradstat.recording.recorder import Recorder
 from gradstat.recording.running_pass import RunningPass
-from gradstat.recording.shards import local_part
+from gradstat.recording.shards import copy_holding, local_part
 from gradstat.recording.torch_internals import (
     disable_dynamo,
     is_compiled_autograd,
@@ -223,12 +223,12 @@ class StepHook:
     @disable_dynamo
     def _after_step(self, *_: Any) -> None:  # noqa: ANN401 (the optimizer, what step() is given)
         with self._recorder.lock:
-            origins = self._recorder.history.origins
+            history = self._recorder.history
             before_step, self._before = self._before, {}
             for index, (parameter, before) in before_step.items():
                 change = torch.sub(local_part(parameter.detach()), before, out=before)
                 row = self._rows[UPDATE] + index
-                origins[row] = origins[self._rows[PARAM] + index]
+                copy_holding(history, row, self._rows[PARAM] + index)
                 self._recorder.add(row, change)
             self._recorder.end()
 

@@ -30,7 +30,7 @@ from gradstat.recording.delivery import Delivery, Sink
 from gradstat.recording.launcher import Launcher
 from gradstat.recording.logged import Logged
 from gradstat.recording.order import Order
-from gradstat.recording.shards import local_part, origin_of
+from gradstat.recording.shards import local_part, note_holding
 from gradstat.recording.side_stream import SideStream
 from gradstat.recording.streams import Computed
 from gradstat.recording.torch_internals import running_pass
@@ -324,11 +324,7 @@ class Recorder:
 
     def _own_part(self, index: int, x: Tensor) -> Tensor:
         """Of a DTensor what this rank holds, which the history is told."""
-        origin = origin_of(x)
-        if origin is None:
-            return x
-        self.history.origins[index] = origin
-        return local_part(x)
+        return local_part(x) if note_holding(self.history, index, x) else x
 
     def _measure(self, tensors: dict[int, Tensor]) -> None:
         unfinished = self._unfinished

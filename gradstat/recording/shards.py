@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch import distributed as dist
+from typing import NamedTuple
 
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from gradstat.history import History
+from gradstat.history.layout import PARTIAL, UNKNOWN, Layout
 from gradstat.history.records import OWN, SAME
 from gradstat.kinds import GRAD, OF_OUTPUTS
 
@@ -26,31 +31,88 @@ def local_part(gradient: Tensor) -> Tensor:
     return part
 
 
-def origin_of(gradient: Tensor) -> int | None:
-    """The first rank that holds what this rank holds of a DTensor.
+class Holding(NamedTuple):
+    """What this rank holds of a DTensor.
 
     Args:
-        gradient: any tensor.
-
-    Returns:
-        A rank of the whole world, `OWN` outside the DTensor's mesh, ``None`` for another tensor.
+        origin: the first rank of its mesh that holds the same; `OWN` outside of that.
+        part: as in `Layout`.
+        shape: of the whole tensor.
     """
-    mesh = getattr(gradient, "device_mesh", None)
+
+    origin: int
+    part: tuple[int, int]
+    shape: tuple[int, ...]
+
+
+def holding_of(x: Tensor) -> Holding | None:
+    """What this rank holds of a DTensor; ``None`` for another tensor."""
+    mesh = getattr(x, "device_mesh", None)
     if mesh is None:
         return None
-    at = mesh.get_coordinate()
+    shape, at = tuple(x.shape), mesh.get_coordinate()
     if at is None:
+        return Holding(OWN, (UNKNOWN, UNKNOWN), shape)
+    first: list[int] = []
+    part, n_parts, is_partial = 0, 1, False
+    placements = x.placements  # type: ignore[attr-defined]
+    for i, size, placement in zip(at, mesh.shape, placements, strict=True):
+        is_partial |= placement.is_partial() and size > 1
+        is_cut = not (placement.is_replicate() or placement.is_partial())
+        first.append(i if is_cut else 0)
+        if is_cut:
+            part, n_parts = part * size + i, n_parts * size
+    origin = int(mesh.mesh[tuple(first)])
+    return Holding(origin, (PARTIAL if is_partial else part, n_parts), shape)
+
+
+def note_holding(history: History, row: int, x: Tensor) -> bool:
+    """Tell a history what this rank holds of a row; returns whether it is a DTensor."""
+    holding = holding_of(x)
+    if holding is None:
+        return False
+    history.origins[row] = holding.origin
+    if history.layout is None:
+        history.layout = Layout.unknown(len(history.rows))
+    history.layout.set(row, holding.part, holding.shape)
+    return True
+
+
+def copy_holding(history: History, row: int, like: int) -> None:
+    """Tell a history that it holds of a row what it holds of another one."""
+    history.origins[row] = history.origins[like]
+    if (layout := history.layout) is not None:
+        n, of = layout.parts[like].tolist()
+        layout.set(row, (n, of), layout.shapes[like])
+
+
+def origin_beside_tensor_parallelism(model: nn.Module) -> int:
+    """Who holds the same gradients of parameters that are no DTensors, in a model that has some.
+
+    Tensor parallelism gives each rank of its mesh the same batch, so that what it leaves alone has
+    the same gradient on each. That is not so beside FSDP or DistributedDataParallel.
+
+    Returns:
+        The first rank of the mesh; `OWN` where there is none, or several.
+    """
+    meshes = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
+    if not meshes or any(mesh != meshes[0] for mesh in meshes) or not meshes[0].get_coordinate():
         return OWN
-    placements = gradient.placements  # type: ignore[attr-defined]
-    first = (0 if p.is_replicate() else i for i, p in zip(at, placements, strict=True))
-    return int(mesh.mesh[tuple(first)])
+    from torch.distributed.fsdp import FSDPModule  # which takes time to load
+
+    if any(isinstance(each, FSDPModule | DistributedDataParallel) for each in model.modules()):
+        return OWN
+    return int(meshes[0].mesh.flatten()[0])
 
 
-def usual_origin(kind: str, when: str) -> int:
-    """Who holds the same values of a kind, unless they are DTensors: `OWN` or `SAME`.
+def usual_origin(kind: str, when: str, beside: int) -> int:
+    """Who holds the same values of a kind, unless they are DTensors.
 
     Args:
         kind: of a row.
         when: they are measured, as for `watch`.
+        beside: `origin_beside_tensor_parallelism`.
     """
-    return OWN if kind in OF_OUTPUTS or (kind == GRAD and when == "backward") else SAME
+    if kind in OF_OUTPUTS:
+        return OWN
+    return beside if kind == GRAD and when == "backward" else SAME

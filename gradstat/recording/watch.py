@@ -36,7 +36,11 @@ from gradstat.recording.selection import (
     select_modules,
     select_parameters,
 )
-from gradstat.recording.shards import rank_and_world, usual_origin
+from gradstat.recording.shards import (
+    origin_beside_tensor_parallelism,
+    rank_and_world,
+    usual_origin,
+)
 from gradstat.recording.side_stream import SideStream
 from gradstat.recording.torch_internals import disable_dynamo
 from gradstat.results import Statistics
@@ -190,7 +194,8 @@ def watch(
         for name in (seen if kind in OF_OUTPUTS else selected)
     ]
     history = History(rows, bins, capacity=capacity)
-    history.origins[:] = [usual_origin(row.kind, when) for row in rows]
+    beside = origin_beside_tensor_parallelism(model)
+    history.origins[:] = [usual_origin(row.kind, when, beside) for row in rows]
     first_rows = {kind: history.kinds.index(kind) for kind in dict.fromkeys(history.kinds)}
     history.rank, history.world = rank_and_world()
     journal = None

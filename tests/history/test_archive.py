@@ -1,5 +1,6 @@
 import io
 import pickle
+import re
 import time
 import tracemalloc
 from itertools import pairwise
@@ -13,7 +14,9 @@ from watching import LAYERS, SCHEMES, absent, arrays, assert_same, make_history
 import gradstat
 from gradstat import History, LinearBins, Log2Bins
 from gradstat.bins import Bins
+from gradstat.history import npz, sections
 from gradstat.history.journal import Journal
+from gradstat.history.layout import Layout
 from gradstat.kinds import Row
 from gradstat.results import FLOATS, INTEGERS
 
@@ -174,3 +177,55 @@ def test_saved_file_can_be_read_with_numpy_alone(
         counts = np.zeros(6, int)
         counts[file["indices"][part]] = file["values"][part]
     assert np.array_equal(counts, history.histogram(LAYERS[1])[0])
+
+
+def with_layout(generator: torch.Generator) -> History:
+    history, _ = make_history(Log2Bins(), generator)
+    history.rank, history.world = 3, 8
+    history.layout = Layout.unknown(2)
+    history.layout.set(1, (2, 4), (24, 8))
+    return history
+
+
+def test_history_keeps_what_a_rank_holds_of_which_tensor(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
+    history = with_layout(generator)
+    history.save(tmp_path / "run.npz")
+    kept = Journal(tmp_path / "run", history)
+    kept.append(0, *arrays(history.record(0)))
+    kept.flush()
+    kept.add_scalar("loss", 1, 2.0)
+    kept.flush()
+    for loaded in (History.load(tmp_path / "run.npz"), History.load(tmp_path / "run")):
+        assert (loaded.rank, loaded.world) == (3, 8)
+        for layout in (loaded.layout, loaded.select("grad").layout, loaded.snapshot().layout):
+            assert layout is not None
+            assert layout.parts.tolist() == [[-1, -1], [2, 4]]
+            assert layout.shapes == [(), (24, 8)]
+
+
+DIVIDE = "its shape_ends do not divide the 2 numbers of its shapes"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("shape_ends", None, "it lacks shape_ends"),
+        ("shape_ends", np.array([1, 1]), DIVIDE),
+        ("shape_ends", np.array([3, 2]), DIVIDE),
+        ("parts", np.zeros((2, 3), int), "its parts, of shape (2, 3), do not fit"),
+        ("parts", np.zeros((1, 2), int), "its parts, of shape (1, 2), do not fit"),
+    ],
+)
+def test_history_load_refuses_a_damaged_layout(
+    generator: torch.Generator, tmp_path: Path, name: str, change: np.ndarray | None, message: str
+) -> None:
+    records = with_layout(generator).to_records()
+    held = sections.head(records) | sections.body(records)
+    del held[name]
+    if change is not None:
+        held[name] = change
+    npz.write(tmp_path / "run.npz", held, compress=False)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        History.load(tmp_path / "run.npz")

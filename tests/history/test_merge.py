@@ -202,6 +202,7 @@ def test_history_load_takes_a_directory_of_ranks_as_one_run(
     assert loaded.scalar("rank1/loss")[1].tolist() == [10, 11, 12, 13, 14]
     folders = sorted(tmp_path.iterdir())
     assert_same(History.merge(folders), loaded)
+    assert_same(History.merge([tmp_path]), loaded)
     history = History.load(folders[2])
     assert (history.rank, history.world) == (2, 3)
     history.save(tmp_path / "saved.npz")
@@ -272,7 +273,7 @@ def test_watch_refuses_a_directory_of_ranks_without_a_process_group(tmp_path: Pa
         (
             [make_rank(2), make_rank(2)],
             ValueError,
-            "each rank once; parts[1] is another one of rank 2",
+            "each rank once; number 1 of the parts is another one of rank 2",
         ),
         (
             [make_rank(0), make_rank(1, bins=LinearBins(4, 0.0, 1.0))],
@@ -354,6 +355,15 @@ def test_commands_take_a_directory_of_ranks(
     file = run / "rank-1" / "00000000.gradstat"
     assert main(["merge", str(run), "-o", str(file)]) == 2
     assert "is the run itself, or a file of it" in capsys.readouterr().err
+
+
+def test_merge_counts_what_each_rank_has_if_it_is_told(tmp_path: Path) -> None:
+    for rank in range(2):
+        write(tmp_path / "run", make_rank(rank, 2, origin=SAME), 5)
+    whole = tmp_path / "whole.npz"
+    for options, ranks in (([], [0]), (["--not-replicated"], [0, 0])):
+        assert main(["merge", str(tmp_path / "run"), "-o", str(whole), *options]) == 0
+        assert_union(History.load(whole), ranks)
 
 
 def test_tail_shows_ranks_that_have_written_at_different_times(

@@ -1,6 +1,7 @@
 """Two and four processes train on gloo; one process computes what they must have measured."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,10 +16,13 @@ from distributed_workers import (
     FIXED,
     LEARNING_RATE,
     N_STEPS,
+    Experts,
     Model,
+    Scaled,
     batch,
     edge_tensors,
     extreme_tensors,
+    tokens,
 )
 from torch import Tensor, nn
 from watching import assert_same, is_absent
@@ -243,6 +247,90 @@ def test_history_load_merges_what_the_ranks_wrote_as_reduce_does(run: Run, name:
         assert got.steps.tolist() == merged.steps.tolist()
     own = History.load(folder / "rank-1")
     assert (own.rank, own.world) == (1, run.world)
+
+
+def parallel_gradients(name: str, world: int) -> list[Tensor]:
+    """What one process computes of `Scaled` or `Experts`, averaged over what each rank has."""
+    model = Experts() if name == "experts" else Scaled()
+    n = {"tp": 1, "tp_sequence_step": 1, "2d_hsdp": world, "unequal": world}.get(name, 2)
+    weights = list(model.parameters())
+    ranks = [list(torch.autograd.grad(model(tokens(at)).sum(), weights)) for at in range(n)]
+    return averages(ranks)
+
+
+PARALLEL = ["tp", "2d", "2d_sequence", "2d_hsdp", "experts", "apart"]
+
+
+def skip_without_four(run: Run, name: str) -> None:
+    if run.world < 4 and not name.startswith("tp"):
+        pytest.skip("a mesh of two dimensions needs four ranks")
+
+
+@pytest.mark.parametrize("name", [*PARALLEL, "tp_sequence_step"])
+def test_reduce_counts_each_part_once_on_any_mesh(run: Run, name: str) -> None:
+    skip_without_four(run, name)
+    assert_history(run.merged(name), [parallel_gradients(name, run.world)])
+    # Each rank has less than the whole of some layer: there was something to merge.
+    whole = run.merged(name)["numel"]
+    assert any((own["numel"] < whole).any() for own in run.histories(name))
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_history_load_counts_each_part_once_on_any_mesh(run: Run, name: str) -> None:
+    skip_without_four(run, name)
+    expected = [parallel_gradients(name, run.world)]
+    assert_history(History.load(run.directory / f"{name}_run"), expected)
+    assert_history(History.merge(run.histories(name)), expected)
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_reduce_counts_parameters_and_updates_once_on_any_mesh(run: Run, name: str) -> None:
+    skip_without_four(run, name)
+    model = Experts() if name == "experts" else Scaled()
+    gradients = parallel_gradients(name, run.world)
+    merged = run.merged(f"{name}_all")
+    assert_history(merged.select("grad"), [gradients])
+    assert_history(merged.select("param"), [[p.detach() for p in model.parameters()]])
+    assert_history(merged.select("update"), [[0.0 - LEARNING_RATE * g for g in gradients]])
+
+
+@pytest.mark.parametrize("name", PARALLEL)
+def test_watch_adds_no_collective_on_any_mesh(run: Run, name: str) -> None:
+    skip_without_four(run, name)
+    assert run.note(f"{name}_collectives_added") == "0"
+
+
+def test_reduce_refuses_copies_on_other_meshes_that_differ(run: Run) -> None:
+    skip_without_four(run, "2d")
+    says = (
+        "needs what is the same on several ranks to be equal there; the gradient of scale.weight "
+        "in step 0 is not the same on ranks 0 and 1: measure it when it is whole, as with "
+        "when='step', or pass replicated=False if each rank has its own"
+    )
+    assert run.note("refused_unequal") == f"reduce() {says}"
+    with pytest.raises(ValueError, match=re.escape(says)):
+        History.load(run.directory / "unequal_run")
+    # Each of two meshes has averaged over two ranks.
+    model = Scaled()
+    weights = list(model.parameters())
+    ranks = [list(torch.autograd.grad(model(tokens(at)).sum(), weights)) for at in range(4)]
+    both = [averages([ranks[0], ranks[2]]), averages([ranks[1], ranks[3]])]
+    parts = [run.directory / "unequal_run" / f"rank-{rank}" for rank in range(4)]
+    for merged in (run.merged("unequal"), History.merge(parts, replicated=False)):
+        assert_history(merged, [unions(both)])
+
+
+def test_reduce_refuses_gradients_that_are_partial(run: Run) -> None:
+    says = (
+        "needs gradients that are whole; the gradient of scale.weight is partial on ranks 0 and 1, "
+        "a sum that has not been taken: redistribute it before a step that is measured with "
+        "when='step', or pass replicated=False if each rank's part is to count"
+    )
+    assert run.note("refused_partial") == f"reduce() {says}"
+    with pytest.raises(ValueError, match=re.escape(says)):
+        History.merge(run.histories("tp_sequence"))
+    merged = run.merged("tp_sequence")
+    assert merged["numel"].tolist() == [[6 * run.world, 48, 48]]
 
 
 def test_reduce_has_the_arithmetic_of_statistics_merge(run: Run) -> None:

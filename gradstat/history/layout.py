@@ -1,0 +1,50 @@
+"""`Layout`: which part of which tensor a rank holds of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from gradstat.arrays import Array
+
+# In place of the number of a part: what is known of no tensor, and a sum that has not been taken.
+UNKNOWN, PARTIAL = -1, -2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of L rows the part that a rank holds of each; of rows that are no DTensors nothing is known.
+
+    Args:
+        parts: int64 ``(L, 2)``: number of the part, from 0, and how many parts there are.
+            Replicas on one mesh or on several have the same number. `UNKNOWN`, `PARTIAL` in its
+            place.
+        shapes: of the whole tensors.
+    """
+
+    parts: Array
+    shapes: list[tuple[int, ...]]
+
+    @classmethod
+    def unknown(cls, n_rows: int) -> Layout:
+        """Of so many rows nothing."""
+        return cls(np.full((n_rows, 2), UNKNOWN, np.int64), [()] * n_rows)
+
+    def set(self, row: int, part: tuple[int, int], shape: tuple[int, ...]) -> None:
+        """Learn of a row."""
+        self.parts[row], self.shapes[row] = part, shape
+
+    def copy(self) -> Layout:
+        """The same, which stays as it is."""
+        return Layout(self.parts.copy(), list(self.shapes))
+
+    def rows(self, columns: Sequence[int]) -> Layout:
+        """That of some rows; -1 stands for one of which nothing is known."""
+        found = Layout.unknown(len(columns))
+        for row, column in enumerate(columns):
+            if column >= 0:
+                n, of = self.parts[column].tolist()
+                found.set(row, (n, of), self.shapes[column])
+        return found
