@@ -2,6 +2,7 @@
 
 from gradstat.bins import LinearBins, Log2Bins
 from gradstat.diagnosis import Finding, Thresholds
+from gradstat.gradient_noise import NoiseScale, noise_scale
 from gradstat.history import History
 from gradstat.ops import histogram, statistics
 from gradstat.recording.watch import Watch, watch
@@ -12,10 +13,12 @@ __all__ = [
     "History",
     "LinearBins",
     "Log2Bins",
+    "NoiseScale",
     "Statistics",
     "Thresholds",
     "Watch",
     "histogram",
+    "noise_scale",
     "statistics",
     "watch",
 ]

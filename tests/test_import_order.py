@@ -23,7 +23,7 @@ ORDER = (
     ("diagnosis",),
     ("recording",),
     ("plot",),
-    ("tables",),
+    ("tables", "gradient_noise"),
     ("report",),
     ("integrations",),
     ("cli", "__main__"),

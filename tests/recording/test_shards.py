@@ -342,6 +342,20 @@ def test_reduce_has_the_arithmetic_of_statistics_merge(run: Run) -> None:
         assert int(got.numel) == sum(x.numel() for x in tensors)
 
 
+def test_noise_scale_reads_own_and_averaged_gradients(run: Run) -> None:
+    own, averaged = run.merged("ddp"), run.merged("ddp_step")
+    noise = gradstat.noise_scale(own, averaged, 4, 4 * run.world, decay=0)
+    steps = expected_gradients(run.world)
+    for step, ranks in enumerate(steps):
+        squares = [float(sum(x.square().sum() for x in layers)) for layers in ranks]
+        small = sum(squares) / run.world
+        big = float(sum(x.square().sum() for x in averages(ranks)))
+        trace = (small - big) / (1 / 4 - 1 / (4 * run.world))
+        signal = (4 * run.world * big - 4 * small) / (4 * run.world - 4)
+        expected = trace / signal if signal > 0 else np.nan
+        assert noise.whole[step] == pytest.approx(expected, rel=1e-9, nan_ok=True)
+
+
 def test_reduce_of_what_is_reduced_changes_nothing(run: Run) -> None:
     merged, again = run.merged("ddp"), run.history("ddp_merged_twice")
     for step in merged.steps.tolist():

@@ -1,0 +1,171 @@
+"""`noise_scale`: how large a batch may be before more of it helps little."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Real
+
+import numpy as np
+
+from gradstat.arrays import Array
+from gradstat.history import History
+from gradstat.history.arguments import check_history
+from gradstat.kinds import GRAD
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseScale:
+    """The gradient noise scale of a run, in examples of a batch.
+
+    Args:
+        steps: numbers of the S steps that both histories have: int64 ``(S,)``.
+        layers: L names.
+        per_layer: float64 ``(S, L)``.
+        whole: of all layers together: float64 ``(S,)``.
+    """
+
+    steps: Array
+    layers: list[str]
+    per_layer: Array
+    whole: Array
+
+
+def noise_scale(
+    small: History,
+    big: History,
+    small_batch: float,
+    big_batch: float,
+    *,
+    scale: float = 1.0,
+    decay: float = 0.99,
+) -> NoiseScale:
+    """Estimate the gradient noise scale from gradients of two sizes of batch.
+
+    The simple noise scale of McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch
+    Training" (2018), appendix A.1: the trace of the covariance of an example's gradient over the
+    squared norm of the true gradient. Both are estimated at each step without bias, from the
+    squared norms of a small and a big batch's mean gradient, and smoothed by exponential moving
+    averages before one is divided by the other. Batches that are much smaller waste no examples,
+    those that are much larger save no steps.
+
+    Args:
+        small: gradients of the small batches: of one rank or pass, or of all ranks merged.
+        big: gradients of the big ones in the same steps; the small ones are parts of them.
+        small_batch: examples of one small batch.
+        big_batch: examples of a big one.
+        scale: what the gradients of ``small`` are to be multiplied by to be those of a mean loss:
+            the passes of a step, where each pass has its loss divided by them.
+        decay: of the averages, from one record to the next; 0 takes each step for itself.
+
+    Returns:
+        A NoiseScale, of the layers and steps that both histories have: NaN in steps where a layer
+        is absent or not finite, and where its averages are no estimate, the noise being negative
+        or the squared gradient not positive.
+
+    Raises:
+        TypeError: what is no History, or no number.
+        ValueError: histories without records, or with no gradients of a layer or no steps in
+            common; batches that are not positive, or of which the big one is not larger; a scale
+            that is not positive; a decay outside 0 to 1.
+
+    Example:
+        >>> import torch, gradstat
+        >>> model = torch.nn.Linear(3, 1)
+        >>> def record(x):
+        ...     with gradstat.watch(model) as w:
+        ...         model.zero_grad()
+        ...         model(x).square().mean().backward()
+        ...     return w.history
+        >>> x = torch.randn(64, 3)
+        >>> noise = gradstat.noise_scale(record(x[:16]), record(x), 16, 64)
+        >>> noise.layers, noise.whole.shape
+        (['weight'], (1,))
+    """
+    small, big = (_gradients(name, each) for name, each in (("small", small), ("big", big)))
+    for name, value in (
+        ("small_batch", small_batch),
+        ("big_batch", big_batch),
+        ("scale", scale),
+        ("decay", decay),
+    ):
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(f"noise_scale() needs a number; {name} is {value!r}")
+        if name != "decay" and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"noise_scale() needs a positive number; {name} is {value}")
+    if not 0 <= decay < 1:
+        raise ValueError(f"noise_scale() needs a decay from 0 to below 1; decay is {decay}")
+    if not small_batch < big_batch:
+        raise ValueError(
+            f"noise_scale() needs a small batch below the big one; small_batch is {small_batch}, "
+            f"big_batch {big_batch}"
+        )
+    steps = np.intersect1d(small.steps, big.steps)
+    layers = [layer for layer in big.layers if layer in set(small.layers)]
+    for what, found, those in (
+        ("steps", steps, (small.steps, big.steps)),
+        ("layers", layers, (small.layers, big.layers)),
+    ):
+        if not len(found):
+            raise ValueError(
+                f"noise_scale() needs {what} that both histories have; small has {those[0][:3]} "
+                f"and so on, big {those[1][:3]}"
+            )
+    numel = _at(big, "numel", steps, layers)
+    # Of several ranks together the mean square is that of one.
+    small_squares = numel * (scale * _mean_norm(small, steps, layers)) ** 2
+    big_squares = numel * _mean_norm(big, steps, layers) ** 2
+    signal = (big_batch * big_squares - small_batch * small_squares) / (big_batch - small_batch)
+    noise = (small_squares - big_squares) / (1 / small_batch - 1 / big_batch)
+    # What is absent from both adds nothing to the whole.
+    is_there = (numel > 0) | (_at(small, "numel", steps, layers) > 0)
+    total_noise, total_signal = (
+        np.where(is_there, x, 0.0).sum(1, keepdims=True) for x in (noise, signal)
+    )
+    whole = _ratio(total_noise, total_signal, decay)[:, 0]
+    return NoiseScale(steps, layers, _ratio(noise, signal, decay), whole)
+
+
+def _gradients(name: str, history: History) -> History:
+    if not isinstance(history, History):
+        raise TypeError(f"noise_scale() needs a History; {name} is {type(history).__name__}")
+    held = check_history("noise_scale", history)
+    if GRAD not in held.kinds:
+        raise ValueError(
+            f"noise_scale() needs gradients; {name} has {', '.join(dict.fromkeys(held.kinds))}"
+        )
+    return held.select(GRAD)
+
+
+def _at(history: History, field: str, steps: Array, layers: list[str]) -> Array:
+    """A field at some steps of some layers."""
+    rows = np.searchsorted(history.steps, steps)
+    columns = [history.layers.index(layer) for layer in layers]
+    found: Array = history[field][rows][:, columns]
+    return found
+
+
+def _mean_norm(history: History, steps: Array, layers: list[str]) -> Array:
+    """Root of the mean square, NaN where not all elements are finite."""
+    rms, numel, finite = (_at(history, name, steps, layers) for name in ("rms", "numel", "finite"))
+    return np.where((numel > 0) & (numel == finite), rms, np.nan)
+
+
+def _ratio(noise: Array, signal: Array, decay: float) -> Array:
+    """Moving averages of the one over those of the other, along the steps.
+
+    Args:
+        noise: float64 ``(S, N)``, NaN where nothing is known.
+        signal: so is it.
+        decay: of the averages.
+    """
+    is_known = ~np.isnan(noise + signal)
+    ratio = np.full(noise.shape, np.nan)
+    averages = np.zeros((2, noise.shape[1]))
+    for step, known in enumerate(is_known):
+        new = np.stack([noise[step], signal[step]])
+        # Both begin at zero, which is nothing to their ratio.
+        averages = np.where(known, decay * averages + (1 - decay) * new, averages)
+        is_estimate = known & (averages[0] >= 0) & (averages[1] > 0)
+        np.divide(averages[0], averages[1], out=ratio[step], where=is_estimate)
+    return ratio
