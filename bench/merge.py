@@ -25,7 +25,7 @@ from gradstat.history.records import Records
 
 N_VALUES = 4096
 POOL = 2000  # different histograms
-BLOCK = 25  # records that a rank has written together
+BLOCK = 20  # records that a rank has written together, or some more
 
 
 def make_pool() -> Records:
@@ -51,8 +51,9 @@ def write_rank(folder: Path, pool: Records, rank: int, args: argparse.Namespace)
     with (folder / archive.segment_name(0)).open("wb") as file:
         parts, link = blocks.encode(sections.head(like) | sections.body(like), 0, link)
         file.writelines(parts)
-        for start in range(0, args.records, BLOCK):
-            rows = draw[start : start + BLOCK]
+        size = BLOCK + rank % 10
+        for start in range(0, args.records, size):
+            rows = draw[start : start + size]
             counts: SparseRows = pool.counts.rearranged(rows.ravel())
             records = replace(
                 like,

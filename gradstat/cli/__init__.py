@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: arguments that are no command, or ``--help``.
     """
     options = _parser().parse_args(argv)
+    before, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
         code: int = options.run(options)
         sys.stdout.flush()
@@ -73,7 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(options, f"{error.strerror}: {error.filename}" if error.filename else error)
     except (ImportError, ValueError) as error:
         return _fail(options, error)
+    finally:
+        warnings.formatwarning = before
     return code
+
+
+def _one_line(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning without the line of code that gives it."""
+    return f"gradstat: warning: {escaped(message)}\n"
 
 
 def _fail(options: argparse.Namespace, why: object) -> int:
@@ -308,6 +317,8 @@ def _merge(options: argparse.Namespace) -> int:
         history = History.merge(paths, replicated=False)
     else:
         history = load(paths[0]) if len(paths) == 1 else History.merge(paths)
+    if not len(history):
+        raise ValueError("merge needs ranks with a step in common; they have none")
     history.save(options.output)
     print(text.heading(str(options.output), history))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -46,6 +47,8 @@ class RankRecords:
         self.rank = rank
         self.held = first  # those that come next
         self.scalars = Scalars()
+        # How many ranks there were, each number with the step that it begins with.
+        self._worlds: list[tuple[int, float]] = []
         self._pieces = pieces
         self._is_over = False
         self._note(self.held)
@@ -69,8 +72,24 @@ class RankRecords:
         taken, self.held = self.held.before(step + 1), self.held.since(step + 1)
         return taken
 
+    def world_at(self, step: int) -> tuple[float, float]:
+        """How many ranks there were in a step that is held, and from which step on another number.
+
+        A run may have been resumed with fewer of them, or more.
+        """
+        found, end = math.inf, math.inf
+        for first, world in reversed(self._worlds):
+            found = world
+            if first <= step:
+                break
+            end = first
+        return found, end
+
     def _note(self, piece: Records) -> None:
         self.scalars.extend(piece.scalars)
+        world = math.inf if piece.world is None else piece.world
+        if piece.steps and (not self._worlds or self._worlds[-1][1] != world):
+            self._worlds.append((piece.steps[0], world))
 
 
 def merge_files(
@@ -84,7 +103,8 @@ def merge_files(
         quiet: say nothing of steps that are left out.
 
     Returns:
-        The union of their rows at the steps that all have, of origin `SAME`.
+        The union of their rows at the steps that all have, of origin `SAME`. Where a run was
+        resumed with other ranks, all are those that it had in a step.
 
     Raises:
         ValueError: other bins, other ranges, or copies that are not equal.
@@ -95,20 +115,24 @@ def merge_files(
     layers = [names[row] for row in rows]
     windows, left_out = [with_rows(at_steps(ranks[0].held, []), rows, layers)], set[int]()
     n_bytes = bytes_at_a_time(len(ranks))
+    leader = min(ranks, key=lambda rank: rank.rank)
     while True:
         for rank in ranks:
             rank.fill(n_bytes)
-        last = [rank.held.steps[-1] for rank in ranks if rank.held.steps]
-        if not last:
+        holding = [rank for rank in ranks if rank.held.steps]
+        if not holding:
             break
-        # Of a rank that has ended nothing is to come that others could have in common with it.
-        taken = [rank.take(min(last) if len(last) == len(ranks) else max(last)) for rank in ranks]
+        world, end = leader.world_at(min(rank.held.steps[0] for rank in holding))
+        going = [rank for rank in ranks if rank.rank < world] or list(ranks)
+        until = min(end - 1, *(rank.held.steps[-1] for rank in holding))
+        taken = [rank.take(int(until)) for rank in ranks]
+        taken = [each for each, rank in zip(taken, ranks, strict=True) if rank in going]
         steps = sorted(set[int].intersection(*(set(each.steps) for each in taken)))
         left_out |= set[int].union(*(set(each.steps) for each in taken)) - set(steps)
         if steps:
             parts = [with_rows(at_steps(each, steps), rows, layers) for each in taken]
             parts = [told_of_replicas(_FUNCTION, each, replicated) for each in parts]
-            windows.append(_merge_window([rank.rank for rank in ranks], parts))
+            windows.append(_merge_window([rank.rank for rank in going], parts))
             del parts
         del taken  # before others come
     if left_out and not quiet:

@@ -48,11 +48,12 @@ def files_of(path: Path) -> list[Path]:
     return [file for each in (path, *rank_directories(path)) for file in archive.segments(each)]
 
 
-def read(path: Path) -> Records:
+def read(path: Path, replicated: bool | None = None) -> Records:
     """Read a file, a directory of one process, or one of several ranks as one run.
 
     Args:
         path: of what `archive.write` or a journal wrote.
+        replicated: of ranks, as for `History.merge`.
 
     Returns:
         Its records, those of several ranks merged.
@@ -62,7 +63,7 @@ def read(path: Path) -> Records:
     """
     folders = rank_directories(path)
     n_bytes = bytes_at_a_time(len(folders)) if len(folders) > 1 else math.inf
-    return _read_ranks(path, lambda each: archive.pieces(each, n_bytes), quiet=False)
+    return _read_ranks(path, lambda each: archive.pieces(each, n_bytes), replicated, quiet=False)
 
 
 def newest(path: Path) -> Records:
@@ -71,7 +72,7 @@ def newest(path: Path) -> Records:
     Raises:
         As `read`.
     """
-    found = _read_ranks(path, lambda each: iter([archive.newest(each)]), quiet=True)
+    found = _read_ranks(path, lambda each: iter([archive.newest(each)]), None, quiet=True)
     # Ranks may have written last at different times.
     return found if found.steps or not rank_directories(path) else read(path)
 
@@ -82,6 +83,8 @@ def merge_parts(parts: Sequence[Records | Path], replicated: bool | None) -> Rec
     Raises:
         As `read`, and ValueError for a rank that comes twice.
     """
+    if len(parts) == 1 and not isinstance(parts[0], Records) and rank_directories(parts[0]):
+        return read(parts[0], replicated)
     found: list[Records | Path] = []
     for part in parts:
         folders = [] if isinstance(part, Records) else rank_directories(part)
@@ -103,7 +106,7 @@ def merge_parts(parts: Sequence[Records | Path], replicated: bool | None) -> Rec
     return merge_files(ranks, replicated)
 
 
-def _read_ranks(path: Path, read: Read, *, quiet: bool) -> Records:
+def _read_ranks(path: Path, read: Read, replicated: bool | None, *, quiet: bool) -> Records:
     folders = rank_directories(path)
     if not folders:
         return concatenate(list(read(path)))
@@ -131,7 +134,7 @@ def _read_ranks(path: Path, read: Read, *, quiet: bool) -> Records:
         raise ValueError(
             f"History.load() needs a directory that watch() wrote; {path} has no records"
         )
-    merged = merge_files(ranks, quiet=quiet)
+    merged = merge_files(ranks, replicated, quiet=quiet)
     if not quiet:
         _tell_lacking(path, {rank.rank for rank in ranks}, world)
     return merged

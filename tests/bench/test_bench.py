@@ -43,3 +43,11 @@ def test_a_call_of_the_triton_engine_costs_the_host_little() -> None:
     # The targets are 60 us a call and 0.3 us a tensor; the rest is room for other machines.
     assert times[148] <= 120
     assert (times[300] - times[4]) / 296 <= 0.6
+
+
+def test_merging_of_ranks_is_measured(tmp_path: Path) -> None:
+    sizes = ["--ranks", "3", "--layers", "4", "--records", "30"]
+    command = [sys.executable, str(ROOT / "bench" / "merge.py"), str(tmp_path / "run"), *sizes]
+    subprocess.run(command, capture_output=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.search(r"^[0-9.]+ s, [0-9]+ MB at most$", done.stdout, re.MULTILINE)

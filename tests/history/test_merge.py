@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,8 +116,8 @@ def test_history_merge_counts_gradients_as_it_is_told() -> None:
 
 
 def test_history_merge_refuses_copies_that_differ() -> None:
-    ranks = [make_rank(rank, origin=SAME) for rank in range(3)]
-    other = make_rank(4, origin=SAME, steps=range(4))
+    ranks = [make_rank(rank, 5, origin=SAME) for rank in range(3)]
+    other = make_rank(4, 5, origin=SAME, steps=range(4))
     other.append(4, *arrays(gradstat.statistics([values(0, 4, 0), values(1, 4, 1)])))
     message = (
         "History.merge() needs what is the same on several ranks to be equal there; the gradient "
@@ -225,6 +227,40 @@ def test_history_load_takes_ranks_that_were_resumed(tmp_path: Path) -> None:
         tensors = [torch.cat([values(rank, step, row) for rank in range(2)]) for row in range(2)]
         assert_close(loaded.record(step), gradstat.statistics(tensors, engine="reference"))
     assert loaded.scalar("rank0/loss")[0].tolist() == list(range(5))
+
+
+@pytest.mark.parametrize("n_bytes", [1, 1 << 20])
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])
+def test_history_load_takes_a_run_that_was_resumed_with_other_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int, n_bytes: int
+) -> None:
+    monkeypatch.setattr(merge_files, "_MOST_BYTES", n_bytes)
+    for rank in range(before):
+        write(tmp_path, make_rank(rank, before, steps=range(5)), 2)
+    for rank in range(after):
+        write(tmp_path, make_rank(rank, after, steps=range(3, 7)), 3, first_step=3)
+    loaded = History.load(tmp_path)
+    assert loaded.steps.tolist() == list(range(7))
+    for step in range(7):
+        world = before if step < 3 else after
+        tensors = [
+            torch.cat([values(rank, step, row) for rank in range(world)]) for row in range(2)
+        ]
+        assert_close(loaded.record(step), gradstat.statistics(tensors, engine="reference"))
+
+
+@pytest.mark.usefixtures("small_windows")
+def test_history_load_takes_a_run_that_was_resumed_after_a_rank_had_died(tmp_path: Path) -> None:
+    for rank in range(4):
+        write(tmp_path, make_rank(rank, 4, steps=range(1 if rank == 3 else 5)), rank + 1)
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2, steps=range(3, 7)), 4 - rank, first_step=3)
+    with pytest.warns(RuntimeWarning, match="leaves out 2 steps that not all ranks have: 1 to 2$"):
+        loaded = History.load(tmp_path)
+    assert loaded.steps.tolist() == [0, 3, 4, 5, 6]
+    late = History.merge([make_rank(rank, 2, steps=range(3, 7)) for rank in range(2)])
+    for step in range(3, 7):
+        assert_close(loaded.record(step), late.record(step))
 
 
 def test_history_load_says_which_ranks_are_lacking(tmp_path: Path) -> None:
@@ -364,6 +400,28 @@ def test_merge_counts_what_each_rank_has_if_it_is_told(tmp_path: Path) -> None:
     for options, ranks in (([], [0]), (["--not-replicated"], [0, 0])):
         assert main(["merge", str(tmp_path / "run"), "-o", str(whole), *options]) == 0
         assert_union(History.load(whole), ranks)
+
+
+def test_merge_says_what_it_leaves_out_in_one_line(tmp_path: Path) -> None:
+    for rank in range(2):
+        write(tmp_path / "run", make_rank(rank, 2, steps=range(5 - rank)), 5)
+    command = [sys.executable, "-m", "gradstat", "merge", "run", "-o", "whole.npz"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr == (
+        "gradstat: warning: History.merge() leaves out 1 steps that not all ranks have: 4\n"
+    )
+
+
+def test_merge_refuses_ranks_without_a_step_in_common(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2, steps=[rank]), 5)
+    paths = [str(tmp_path / f"rank-{rank}") for rank in range(2)]
+    with pytest.warns(RuntimeWarning, match="leaves out 2 steps"):
+        assert main(["merge", *paths, "-o", str(tmp_path / "whole.npz")]) == 2
+    assert "merge needs ranks with a step in common; they have none" in capsys.readouterr().err
+    assert not (tmp_path / "whole.npz").exists()
 
 
 def test_tail_shows_ranks_that_have_written_at_different_times(
