@@ -11,7 +11,7 @@ import numpy as np
 from gradstat.arrays import Array
 from gradstat.history.layout import PARTIAL, UNKNOWN
 from gradstat.history.records import OWN, SAME, Records
-from gradstat.kinds import GRAD, NOUNS, Row
+from gradstat.kinds import GRAD, NOUNS, OF_OUTPUTS, Row
 from gradstat.results import FLOATS
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
@@ -147,6 +147,9 @@ def _held(records: Records, at: int) -> Hashable:
         return None
     if origin < 0 or layout is None or layout.parts[at, 0] == UNKNOWN:
         return origin
+    if records.rows[at].kind in OF_OUTPUTS:
+        # Those of another mesh are of another batch.
+        return None if layout.parts[at, 0] == PARTIAL else origin
     # On another mesh there may be the same: of FSDP outside the plan of tensor parallelism.
     return (layout.shapes[at], *layout.parts[at].tolist())
 

@@ -20,6 +20,7 @@ from gradstat.bins import Bins
 from gradstat.cli import main
 from gradstat.history import merge_files
 from gradstat.history.journal import Journal
+from gradstat.history.layout import PARTIAL, Layout
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import OWN, SAME
 from gradstat.kinds import Row
@@ -126,6 +127,48 @@ def test_history_merge_refuses_copies_that_differ() -> None:
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         History.merge([*ranks, other])
+
+
+def make_on_mesh(rank: int, source: int, origin: int, part: int, kind: str = "grad") -> History:
+    """A rank's part of two, of what is on the mesh that begins with a rank."""
+    history = History([Row(kind, "a")], Log2Bins())
+    history.rank = rank
+    history.origins[0] = origin
+    history.layout = Layout.unknown(1)
+    history.layout.set(0, (part, 2), (80,))
+    history.append(0, *arrays(gradstat.statistics([values(source, 0, 0)])))
+    return history
+
+
+def make_meshes(
+    sources: Sequence[int], kind: str = "grad", part: int | None = None
+) -> list[History]:
+    """Ranks 0 and 1 are one mesh, 2 and 3 another one; each has another part, or all one."""
+    ranks = []
+    for rank, source in enumerate(sources):
+        origin, own = (rank, rank % 2) if part is None else (rank // 2 * 2, part)
+        ranks.append(make_on_mesh(rank, source, origin, own, kind))
+    return ranks
+
+
+@pytest.mark.parametrize(
+    ("ranks", "replicated", "sources"),
+    [
+        (make_meshes([0, 1, 0, 1]), None, [0, 1]),
+        (make_meshes([0, 1, 0, 1]), False, [0, 1, 0, 1]),
+        # Outputs of two meshes are of two batches; what is partial is each rank's own.
+        (make_meshes([0, 1, 4, 5], "activation"), None, [0, 1, 4, 5]),
+        (make_meshes([0, 1, 4, 5], "activation", PARTIAL), None, [0, 1, 4, 5]),
+        (make_meshes([0, 0, 4, 4], "activation", 0), None, [0, 4]),
+        (make_meshes([0, 1, 4, 5], "grad", PARTIAL), False, [0, 1, 4, 5]),
+    ],
+)
+def test_history_merge_knows_what_is_on_which_mesh(
+    ranks: list[History], replicated: bool | None, sources: list[int]
+) -> None:
+    merged = History.merge(ranks, replicated=replicated)
+    tensors = [torch.cat([values(source, 0, 0) for source in sources])]
+    assert_close(merged.record(0), gradstat.statistics(tensors, engine="reference"))
 
 
 def test_history_merge_has_the_layers_of_all_stages() -> None:

@@ -123,6 +123,26 @@ def test_replayed_makes_the_records_of_eager_steps(kind: str) -> None:
         assert_same(history, expected)
 
 
+def test_replayed_counts_from_the_first_step_of_a_run_that_is_resumed() -> None:
+    histories = []
+    for is_captured in (False, True):
+        training = Training()
+        with gradstat.watch(training.model, every=3, first_step=7) as w:
+            training.load()
+            warm_up(training.step)
+            graph = capture(training.step) if is_captured else None
+            for _ in range(12):
+                training.load()
+                if graph is None:
+                    training.step()
+                    continue
+                graph.replay()
+                w.replayed()
+        histories.append(w.history)
+    assert histories[0].steps.tolist() == [9, 12, 15, 18]
+    assert_same(histories[1], histories[0])
+
+
 @pytest.mark.parametrize("how", ["each pass", "the last pass", "whole steps"])
 def test_replayed_makes_the_records_of_eager_steps_of_four_passes(how: str) -> None:
     histories = []
