@@ -17,6 +17,7 @@ from typing import IO
 from gradstat.files import CutOffError, replacing
 from gradstat.history import blocks, npz, sections
 from gradstat.history.records import Records, check, concatenate
+from gradstat.history.source import Source
 
 SUFFIX = ".gradstat"
 
@@ -204,7 +205,7 @@ def _is_journal(file: IO[bytes], path: Path) -> bool:
     return file.read(len(blocks.MAGIC)) == blocks.MAGIC or path.suffix == SUFFIX
 
 
-def _records(source: sections.Source) -> Records:
+def _records(source: Source) -> Records:
     records = sections.to_records(source)
     check(records)
     return records
@@ -274,7 +275,7 @@ def _warn(path: Path, lost: str) -> None:
     )
 
 
-def _joined(found: Sequence[blocks.Block], head: blocks.Sections | None = None) -> sections.Source:
+def _joined(found: Sequence[blocks.Block], head: blocks.Sections | None = None) -> Source:
     """Blocks of a file, the first one of which has its head, if that is not given."""
     if not found:
         raise CutOffError(_NO_BLOCK)

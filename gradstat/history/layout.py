@@ -48,3 +48,21 @@ class Layout:
                 n, of = self.parts[column].tolist()
                 found.set(row, (n, of), self.shapes[column])
         return found
+
+    @classmethod
+    def from_flat(cls, parts: Array, sizes: Array, ends: Array) -> Layout:
+        """That of shapes one after the other, and where each ends.
+
+        Raises:
+            ValueError: ends that do not divide the shapes.
+        """
+        starts = np.concatenate([[0], ends])
+        if (np.diff(starts) < 0).any() or starts[-1] != len(sizes):
+            raise ValueError(f"its shape_ends do not divide the {len(sizes)} numbers of its shapes")
+        spans = zip(starts.tolist(), ends.tolist(), strict=False)
+        return cls(parts, [tuple(sizes[a:b].tolist()) for a, b in spans])
+
+    def flat(self) -> tuple[Array, Array, Array]:
+        """What `from_flat` takes."""
+        sizes = np.array([n for shape in self.shapes for n in shape], np.int64)
+        return self.parts, sizes, np.cumsum([len(shape) for shape in self.shapes], dtype=np.int64)

@@ -140,7 +140,7 @@ def merge_files(
             f"{_FUNCTION} leaves out {len(left_out)} steps that not all ranks have: "
             f"{ranges_of(sorted(left_out))}",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     scalars = Scalars()
     for rank in ranks:

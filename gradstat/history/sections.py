@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from gradstat.history.layout import Layout
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import OWN, Records
 from gradstat.history.scalars import Scalars
+from gradstat.history.source import Shaped, Source, encoded, floats, integer, integers, names_of
 from gradstat.kinds import GRAD, Row
 from gradstat.results import FLOATS, INTEGERS
 
@@ -71,7 +72,7 @@ _DEFAULTS_1 = ("kinds", "origins")
 
 def head(records: Records) -> Sections:
     """What all records of a run have in common."""
-    names, ends = _encoded([row.name for row in records.rows])
+    names, ends = encoded([row.name for row in records.rows])
     place = {"rank": records.rank, "world": records.world}
     return {
         **{name: np.array(x, np.int64) for name, x in place.items() if x is not None},
@@ -95,8 +96,8 @@ def resumed(first_step: int, bytes_before: Sequence[int]) -> Sections:
 def resumption(source: Source) -> tuple[int | None, list[int]]:
     """What `resumed` was given; ``None`` and none of a file that goes on from no other."""
     has_before = "bytes_before" in source.headers
-    before: list[int] = _integers(source, "bytes_before").tolist() if has_before else []
-    return _integer(source, "first_step"), before
+    before: list[int] = integers(source, "bytes_before").tolist() if has_before else []
+    return integer(source, "first_step"), before
 
 
 def body(records: Records) -> Sections:
@@ -119,55 +120,15 @@ def _optional(records: Records) -> Sections:
     found: Sections = {}
     scalars = records.scalars
     if scalars.names:
-        arrays = *_encoded(scalars.names), *scalars.flat()
+        arrays = *encoded(scalars.names), *scalars.flat()
         found |= dict(zip(_SCALARS, arrays, strict=True))
     if records.layout is not None:
-        shapes = records.layout.shapes
-        found["parts"] = records.layout.parts
-        found["shapes"] = np.array([n for shape in shapes for n in shape], np.int64)
-        found["shape_ends"] = np.cumsum([len(shape) for shape in shapes], dtype=np.int64)
+        found |= dict(zip(_LAYOUT, records.layout.flat(), strict=True))
     if records.depth is not None:
         found["order"] = records.depth.astype(np.int32)
     if records.partial_step is not None:
         found["partial"] = np.array(records.steps, dtype=np.int64) == records.partial_step
     return found
-
-
-def _encoded(names: Sequence[str]) -> tuple[Array, Array]:
-    """Names as bytes one after the other, and where each ends."""
-    data = [name.encode("utf-8", "surrogatepass") for name in names]
-    ends = np.cumsum([len(name) for name in data], dtype=np.int64)
-    return np.frombuffer(b"".join(data), np.uint8), ends
-
-
-class Shaped(Protocol):
-    """An array, or what a file declares of one."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """As an array's."""
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """As an array's."""
-
-
-class Source(Protocol):
-    """Sections of a file, which are read one by one."""
-
-    @property
-    def has_checksum(self) -> bool:
-        """Whether one was found, and right."""
-
-    @property
-    def headers(self) -> Mapping[str, Shaped]:
-        """What there is, by name."""
-
-    def read(self, name: str) -> Array:
-        """An array of numbers."""
-
-    def texts(self, name: str) -> list[str]:
-        """An array of texts, flat."""
 
 
 class _Joined(NamedTuple):
@@ -249,7 +210,7 @@ def to_records(source: Source) -> Records:
         raise ValueError(f"it holds {min(unknown)!r}, which is unknown")
     n_layers = _check_shapes(headers, known)
     # Before anything of their size is read.
-    sizes = _integers(source, "sizes")
+    sizes = integers(source, "sizes")
     n_entries = headers["indices"].shape[0]
     if (sizes < 0).any() or sizes.sum(dtype=np.float64) != n_entries:
         raise ValueError(f"its sizes do not sum to its {n_entries} indices")
@@ -258,45 +219,39 @@ def to_records(source: Source) -> Records:
         layers = source.texts("layers")
         rows = [Row.printed(kind, layer) for kind, layer in zip(kinds, layers, strict=True)]
     else:
-        rows = [Row(*each) for each in zip(kinds, _names(source, ""), strict=True)]
+        rows = [Row(*each) for each in zip(kinds, names_of(source, ""), strict=True)]
         has_kinds = bool(source.read("has_kinds"))
         layers = [str(row) if has_kinds else row.name for row in rows]
-    steps = _integers(source, "steps")
+    steps = integers(source, "steps")
     return Records(
         rows,
         layers,
         parse_bins(*source.texts("bins")),
         steps.tolist(),
-        _floats(source, "times") if "times" in headers else np.full(len(steps), np.nan),
-        _integers(source, "integers"),
-        _floats(source, "floats"),
+        floats(source, "times") if "times" in headers else np.full(len(steps), np.nan),
+        integers(source, "integers"),
+        floats(source, "floats"),
         SparseRows(sizes, source.read("indices"), source.read("values")),
-        _integers(source, "origins") if "origins" in headers else np.full(n_layers, OWN),
+        integers(source, "origins") if "origins" in headers else np.full(n_layers, OWN),
         Scalars() if is_first or "scalar_ids" not in headers else _scalars(source),
-        _integers(source, "order") if "order" in headers and not is_first else None,
+        integers(source, "order") if "order" in headers and not is_first else None,
         _partial_step(source, steps) if "partial" in headers and not is_first else None,
-        None if is_first else _integer(source, "rank"),
-        None if is_first else _integer(source, "world"),
+        None if is_first else integer(source, "rank"),
+        None if is_first else integer(source, "world"),
         None if is_first else _layout(source),
     )
 
 
 def _scalars(source: Source) -> Scalars:
-    ids, steps = (_integers(source, name) for name in ("scalar_ids", "scalar_steps"))
-    names = _names(source, "scalar_")
-    return Scalars.from_flat(names, ids, steps, _floats(source, "scalar_values"))
+    ids, steps = (integers(source, name) for name in ("scalar_ids", "scalar_steps"))
+    names = names_of(source, "scalar_")
+    return Scalars.from_flat(names, ids, steps, floats(source, "scalar_values"))
 
 
 def _layout(source: Source) -> Layout | None:
     if "parts" not in source.headers:
         return None
-    sizes, ends = _integers(source, "shapes").tolist(), _integers(source, "shape_ends").tolist()
-    starts = [0, *ends[:-1]] if ends else []
-    falls = any(start > end for start, end in zip(starts, ends, strict=True))
-    if falls or sum(ends[-1:]) != len(sizes):
-        raise ValueError(f"its shape_ends do not divide the {len(sizes)} numbers of its shapes")
-    shapes = [tuple(sizes[a:b]) for a, b in zip(starts, ends, strict=True)]
-    return Layout(_integers(source, "parts"), shapes)
+    return Layout.from_flat(*(integers(source, name) for name in _LAYOUT))
 
 
 def _partial_step(source: Source, steps: Array) -> int | None:
@@ -320,28 +275,3 @@ def _check_shapes(headers: Mapping[str, Shaped], known: Mapping[str, tuple[str, 
     if lengths["R"] != lengths["S"] * lengths["L"]:
         raise ValueError(f"its sizes, of shape ({lengths['R']},), do not fit its other arrays")
     return lengths["L"]
-
-
-def _names(source: Source, of: str) -> list[str]:
-    """Names of rows, or of scalars."""
-    ends, n_bytes = source.read(f"{of}name_ends").tolist(), source.headers[f"{of}names"].shape[0]
-    starts = [0, *ends[:-1]] if ends else []
-    falls = any(start > end for start, end in zip(starts, ends, strict=True))
-    if falls or sum(ends[-1:]) != n_bytes:
-        raise ValueError(f"its {of}name_ends do not divide the {n_bytes} bytes of its {of}names")
-    data = source.read(f"{of}names").tobytes()
-    return [data[a:b].decode("utf-8", "surrogatepass") for a, b in zip(starts, ends, strict=True)]
-
-
-def _integer(source: Source, name: str) -> int | None:
-    """A single number, if there is one."""
-    return int(_integers(source, name)) if name in source.headers else None
-
-
-def _integers(source: Source, name: str) -> Array:
-    # A "safe" cast refuses what could lose anything.
-    return source.read(name).astype(np.int64, casting="safe", copy=False)
-
-
-def _floats(source: Source, name: str) -> Array:
-    return source.read(name).astype(np.float64, casting="safe", copy=False)
