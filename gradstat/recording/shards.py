@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -12,6 +13,10 @@ from gradstat.history import History
 from gradstat.history.layout import PARTIAL, UNKNOWN, Layout
 from gradstat.history.records import OWN, SAME
 from gradstat.kinds import GRAD, OF_OUTPUTS
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor.placement_types import Placement
 
 
 def rank_and_world() -> tuple[int, int] | tuple[None, None]:
@@ -50,20 +55,25 @@ def holding_of(x: Tensor) -> Holding | None:
     mesh = getattr(x, "device_mesh", None)
     if mesh is None:
         return None
-    shape, at = tuple(x.shape), mesh.get_coordinate()
+    origin, part = _place(mesh, tuple(x.placements))  # type: ignore[attr-defined]
+    return Holding(origin, part, tuple(x.shape))
+
+
+@lru_cache(64)
+def _place(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> tuple[int, tuple[int, int]]:
+    """Origin and part, as in `Holding`; to look into a mesh takes longer than to measure."""
+    at = mesh.get_coordinate()
     if at is None:
-        return Holding(OWN, (UNKNOWN, UNKNOWN), shape)
+        return OWN, (UNKNOWN, UNKNOWN)
     first: list[int] = []
     part, n_parts, is_partial = 0, 1, False
-    placements = x.placements  # type: ignore[attr-defined]
     for i, size, placement in zip(at, mesh.shape, placements, strict=True):
         is_partial |= placement.is_partial() and size > 1
         is_cut = not (placement.is_replicate() or placement.is_partial())
         first.append(i if is_cut else 0)
         if is_cut:
             part, n_parts = part * size + i, n_parts * size
-    origin = int(mesh.mesh[tuple(first)])
-    return Holding(origin, (PARTIAL if is_partial else part, n_parts), shape)
+    return int(mesh.mesh[tuple(first)]), (PARTIAL if is_partial else part, n_parts)
 
 
 def note_holding(history: History, row: int, x: Tensor) -> bool:
@@ -71,9 +81,9 @@ def note_holding(history: History, row: int, x: Tensor) -> bool:
     holding = holding_of(x)
     if holding is None:
         return False
-    history.origins[row] = holding.origin
     if history.layout is None:
         history.layout = Layout.unknown(len(history.rows))
+    history.origins[row] = holding.origin
     history.layout.set(row, holding.part, holding.shape)
     return True
 
