@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import threading
 import time
 import warnings
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gradstat.arrays import Array
+from gradstat.forks import call_after_fork
 from gradstat.history import History, archive, sections
 from gradstat.history.blocks import Link, encode
 from gradstat.history.packed_counts import SparseRows
@@ -25,19 +25,6 @@ from gradstat.history.snapshot import DENSE_BYTES as _DENSE_BYTES
 _INTERVAL_S = 5.0
 _MOST_BYTES = 64 << 20  # kept for a disk that cannot be written
 _MOST_WAITING_BYTES = 32 << 20  # that are left to the timer
-
-# Of this process from the one that began; it costs less to look at than the process's number.
-_n_forks = 0
-
-
-def _count_fork() -> None:
-    global _n_forks
-    _n_forks += 1
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_count_fork)
-
 
 # Step, time, integers, floats and counts, as `History.append` takes them.
 _Record = tuple[int, float, Array, Array, Array]
@@ -90,7 +77,8 @@ class Journal:
         self._is_created = False
         self._timer: threading.Timer | None = None
         self._has_warned = False
-        self._n_forks = _n_forks
+        self._is_forked = False
+        call_after_fork(self)
         self._most_waiting = max(1, _DENSE_BYTES // max(1, 8 * len(like.rows) * like.bins.bins))
         # The first is held for a moment, to take a record or to begin a block, the second while a
         # block is written. A signal's handler may take both again.
@@ -121,6 +109,10 @@ class Journal:
         except OSError as error:
             self._warn_of(error)
 
+    def forget_other_threads(self) -> None:
+        """In a forked process: write nothing, which is for the other one to do."""
+        self._is_forked = True
+
     def append(
         self,
         step: int,
@@ -135,7 +127,7 @@ class Journal:
         Raises:
             ValueError: a step that is not higher than the last one.
         """
-        if _n_forks != self._n_forks:
+        if self._is_forked:
             return
         if step <= self._newest_step:
             raise ValueError(f"append() needs a step after {self._newest_step}; step is {step}")
@@ -151,7 +143,7 @@ class Journal:
 
     def add_scalar(self, name: str, step: int, value: float) -> None:
         """Take a number, as `History.add_scalar`; it is written within a few seconds."""
-        if _n_forks != self._n_forks:
+        if self._is_forked:
             return
         with self._lock:
             self._state.scalars.append((name, step, value))
@@ -160,7 +152,7 @@ class Journal:
 
     def flush(self) -> None:
         """Write all records that are waiting; waits for those that are being written."""
-        if _n_forks != self._n_forks or self._is_writing_here():
+        if self._is_forked or self._is_writing_here():
             return
         with self._writing:
             self._write_waiting()
