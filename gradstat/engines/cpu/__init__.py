@@ -47,18 +47,7 @@ Addresses = tuple[int, int, int]  # of these
 def measure(
     tensors: Sequence[Tensor], bins: Bins, low: Tensor | None = None, high: Tensor | None = None
 ) -> Statistics:
-    """Statistics of each tensor of a list, as `reference.measure`.
-
-    Args:
-        tensors: L floating-point tensors on the CPU, any shapes and strides.
-        bins: scheme of the histogram.
-        low: lower ends of the ranges of `LinearBins`, float32 ``(L,)``; ``None`` for an automatic
-            range, and for `Log2Bins`.
-        high: upper ends.
-
-    Returns:
-        Statistics of shape ``(L,)``.
-    """
+    """Statistics of each tensor of a list on the CPU, as `reference.measure`."""
     return _as_statistics(bins, measure_rows(tensors, bins, low, high))
 
 
