@@ -4,7 +4,8 @@ They draw a history's rows of its first kind, gradients where they were recorded
 names rows of others; ``history.select(kind)`` has those of another one.
 
 Each returns a `matplotlib.figure.Figure` that belongs to no window, so they work without a
-display; ``figure.savefig(path)`` writes it. Not imported with gradstat: ``import gradstat.plot``.
+display; a notebook shows it, and ``figure.savefig(path)`` writes it. Not imported with gradstat:
+``import gradstat.plot``.
 """
 
 from __future__ import annotations

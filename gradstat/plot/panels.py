@@ -20,6 +20,7 @@ from gradstat.arrays import Array
 from gradstat.plot.arguments import Limits
 from gradstat.plot.data import drawable, outline
 from gradstat.plot.labels import INK, Color, log_ticks, powers_apart, whole_numbers
+from gradstat.plot.shown import ShownFigure
 
 Box: TypeAlias = tuple[float, float, float, float]
 
@@ -42,7 +43,7 @@ def check_figure(function: str, figure: Figure | None) -> None:
 def fresh(figure: Figure | None, width: float, height: float) -> Figure:
     """Return an empty figure: a new one of so many inches, or the one given, cleared."""
     if figure is None:
-        return Figure(figsize=(width, height), dpi=150, facecolor="white")
+        return ShownFigure(figsize=(width, height), dpi=150, facecolor="white")
     figure.clear()
     return figure
 
