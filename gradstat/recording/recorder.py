@@ -78,7 +78,7 @@ class Recorder:
         alerts: Alerts | None = None,
     ) -> None:
         self.history = history
-        self.lock = threading.RLock()
+        self.lock, self.is_closed = threading.RLock(), False
         self._cadence, self.logged, self.order = cadence, logged, Order(history)
         self._launcher = Launcher(history.bins, history.kinds, engine, cadence)
         self._bucket_bytes, self._side = bucket_bytes, side

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from gradstat.history.journal import Journal
 from gradstat.history.rank_directories import own_directory
 from gradstat.kinds import KINDS, OF_OUTPUTS, Row
 from gradstat.ops import check_bins, check_engine
+from gradstat.recording import open_watches
 from gradstat.recording.cuda_graphs import Cadence
 from gradstat.recording.delivery import Sink
 from gradstat.recording.logged import LearningRates, Logged
@@ -68,6 +68,7 @@ def watch(
     bucket_bytes: int = 25 << 20,
     stream: Literal["current", "side"] = "current",
     engine: str | None = None,
+    name: str | None = None,
 ) -> Watch:
     """Measure a model's gradients, during backward or when the optimizer steps.
 
@@ -139,6 +140,9 @@ def watch(
         stream: ``"side"`` measures on a CUDA stream of its own, beside the rest of the backward
             pass; whatever comes after the pass waits for it, on the device.
         engine: as in `statistics`.
+        name: of the watch, for a cell of a notebook that is run again: an open watch of this model
+            with the same name is closed first. Without a name an open watch goes on measuring
+            beside the new one, of which a RuntimeWarning tells if both measure the same.
 
     Returns:
         The running Watch: a context manager, or to be closed with ``close()``.
@@ -175,6 +179,8 @@ def watch(
         raise TypeError(f"watch() needs a function; alert is {alert!r}")
     if path is not None and not isinstance(path, str | os.PathLike):
         raise TypeError(f"watch() needs a directory's path; path is {path!r}")
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"watch() needs a string; name is {name!r}")
     if stream not in ("current", "side"):
         raise ValueError(f"watch() needs one of current, side; stream is {stream!r}")
     check_engine("watch", engine)
@@ -208,6 +214,10 @@ def watch(
         alerts = Alerts(history, alert, is_scaled=scaler is not None)
     logged = Logged(cadence, _keeper(history, journal, alerts))
     recorder = Recorder(history, cadence, logged, bucket_bytes, engine, sink, journal, side, alerts)
+    # Parameters by themselves: others may have taken their places since.
+    of = tuple(map(id, selected.values()))
+    measures = (*rows, of, bins, every, when, accumulation_steps, capacity, stream, engine)
+    open_watches.make_room(model, name, measures)
     hooks: BackwardHooks | StepHook
     stepping = optimizer if when == "step" else None
     if when == "backward":
@@ -215,13 +225,17 @@ def watch(
         hooks = BackwardHooks(selected.values(), recorder, first_rows, scaler, at_once)
     else:
         hooks = StepHook(selected.values(), recorder, first_rows, stepping)
-    outputs = None
+    others: list[OutputHooks | LearningRates] = []
     if seen:
-        outputs = OutputHooks(
-            model, seen.values(), recorder, first_rows, scaler, stepping, hooks.is_running
+        others.append(
+            OutputHooks(
+                model, seen.values(), recorder, first_rows, scaler, stepping, hooks.is_running
+            )
         )
-    rates = None if optimizer is None else LearningRates(optimizer, logged.add)
-    return Watch(recorder, hooks, outputs, rates)
+    if optimizer is not None:
+        others.append(LearningRates(optimizer, logged.add))
+    open_watches.add(model, name, measures, recorder, hooks, others)
+    return Watch(recorder, hooks, others)
 
 
 class Watch:
@@ -230,22 +244,18 @@ class Watch:
     Args:
         recorder: what the hooks feed.
         hooks: on the parameters or the optimizer.
-        outputs: on the modules, if any.
-        rates: on the optimizer, if it is known.
+        others: on the modules, if any, and on the optimizer, if it is known.
     """
 
     def __init__(
         self,
         recorder: Recorder,
         hooks: BackwardHooks | StepHook,
-        outputs: OutputHooks | None = None,
-        rates: LearningRates | None = None,
+        others: list[OutputHooks | LearningRates],
     ) -> None:
-        self._recorder, self._hooks, self._outputs = recorder, hooks, outputs
-        self._rates = rates
+        self._recorder, self._hooks, self._others = recorder, hooks, others
         # A run that ends without close() loses nothing either: hooks live as long as the model.
         self._finish = weakref.finalize(hooks, recorder.finish)
-        self._is_closed = False
 
     @property
     def history(self) -> History:
@@ -351,17 +361,7 @@ class Watch:
         Waits for records on their way from the device if they are to be written or handed on.
         """
         with self._recorder.lock:
-            self._is_closed = True
-            for hooks in (self._hooks, self._outputs, self._rates):
-                if hooks is not None:
-                    hooks.remove()
-            # In a clean-up, or at the end of a with block, the exception that led there.
-            if sys.exc_info()[0] is not None or self._recorder.has_failed():
-                if isinstance(self._hooks, StepHook):
-                    self._hooks.add_unfinished()
-                self._recorder.end_early()
-            # After an interrupt the end of the process does it again.
-            self._recorder.finish()
+            open_watches.close(self._recorder, self._hooks, self._others)
             self._finish.detach()
 
     def __enter__(self) -> Watch:
@@ -383,7 +383,7 @@ class Watch:
         self.close()
 
     def _check_open(self, function: str) -> None:
-        if self._is_closed:
+        if self._recorder.is_closed:
             raise RuntimeError(f"{function} needs a watch that is not closed; watch() again")
 
 
