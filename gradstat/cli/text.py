@@ -174,6 +174,8 @@ def compare(runs: Mapping[str, History], *, every_layer: bool = False) -> str:
             rows.append((what, _plain(a), "", _plain(b), "", _ratio(b, a)))
     lines = [f"A  {heading(one, runs[one])}", f"B  {heading(other, runs[other])}", ""]
     lines += _table(rows)
+    if not set(typical[one]) & set(typical[other]):
+        lines.append("A and B have no layer in common")
     if len(shown) < len(layers):
         lines.append(f"{len(layers) - len(shown)} layers between them are left out (--all)")
     for name, history in runs.items():

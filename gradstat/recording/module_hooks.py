@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from gradstat.kinds import ACTIVATION, GRAD_OUTPUT, UNIT
@@ -21,10 +20,10 @@ from gradstat.recording.running_pass import RunningPass, remember_caller
 from gradstat.recording.skipped_steps import SkippedSteps
 from gradstat.recording.torch_internals import (
     base_of,
-    compiled_module_of,
     disable_dynamo,
     is_transformed,
     keep_in_graphs,
+    name_of_wrapped,
     running_node,
     saved_tensor_hook,
     scale_of,
@@ -224,10 +223,8 @@ def _first_tensor(output: object) -> Tensor | None:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The user's own module, whose mode may be set without that of what is around it."""
-    if isinstance(model, DistributedDataParallel | nn.DataParallel):
-        return _unwrapped(model.module)
-    compiled = compiled_module_of(model)
-    return model if compiled is None else _unwrapped(compiled)
+    name = name_of_wrapped(model)
+    return model if name is None else _unwrapped(model.get_submodule(name))
 
 
 def _is_tracing() -> bool:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from gradstat.recording.torch_internals import name_of_wrapped
+
 Item = TypeVar("Item")
 Selector: TypeAlias = str | Callable[[str, Item], bool]
 ParameterSelector: TypeAlias = Selector[nn.Parameter]
@@ -19,7 +21,7 @@ ModuleSelector: TypeAlias = Selector[nn.Module]
 def select_parameters(
     model: nn.Module, parameters: ParameterSelector | None
 ) -> dict[str, nn.Parameter]:
-    """Floating-point parameters to watch, by name; by default all but biases.
+    """Floating-point parameters to watch, by plain name; by default all but biases.
 
     Args:
         model: whose they are.
@@ -30,9 +32,10 @@ def select_parameters(
         ValueError: none that needs a gradient, one without a shape so far, a bad expression.
     """
     matches = _is_weight if parameters is None else _matcher("parameters", parameters)
+    named = {plain_name(model, name): each for name, each in model.named_parameters()}
     selected = {
         name: parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in named.items()
         if parameter.is_floating_point() and matches(name, parameter)
     }
     for name, parameter in selected.items():
@@ -52,7 +55,9 @@ def select_parameters(
 
 
 def select_modules(model: nn.Module, modules: ModuleSelector | None) -> dict[str, nn.Module]:
-    """Modules whose outputs to watch, by name; by default those without modules in them.
+    """Modules whose outputs to watch, by plain name; by default those without modules in them.
+
+    What wraps another module is none of them: it returns the same.
 
     Args:
         model: whose they are; its own name is that of its class in parentheses.
@@ -64,8 +69,10 @@ def select_modules(model: nn.Module, modules: ModuleSelector | None) -> dict[str
     """
     matches = _is_leaf if modules is None else _matcher("modules", modules)
     selected = {}
-    for name, module in model.named_modules():
-        name = name or f"({type(model).__name__})"
+    for full_name, module in model.named_modules():
+        if name_of_wrapped(module) is not None:
+            continue
+        name = plain_name(model, full_name) or f"({type(module).__name__})"
         # Those of TorchScript take no hooks.
         if matches(name, module) and not isinstance(module, torch.jit.ScriptModule):
             selected[name] = module
@@ -76,6 +83,22 @@ def select_modules(model: nn.Module, modules: ModuleSelector | None) -> dict[str
             f"{total} modules, none of them selected by modules={modules!r}"
         )
     return selected
+
+
+def plain_name(model: nn.Module, name: str) -> str:
+    """The name of a parameter or module without those that wrappers put into it.
+
+    Args:
+        model: whose it is.
+        name: in the model, wrappers such as ``torch.compile`` or DistributedDataParallel included.
+    """
+    module: nn.Module | None = model
+    kept = []
+    for part in name.split("."):
+        if module is None or part != name_of_wrapped(module):
+            kept.append(part)
+        module = None if module is None else dict(module.named_children()).get(part)
+    return ".".join(kept)
 
 
 def _matcher(argument: str, selector: Selector[Item]) -> Callable[[str, Item], bool]:

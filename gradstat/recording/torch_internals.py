@@ -16,6 +16,7 @@ from torch._compile import _disable_dynamo
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.amp import GradScaler
 from torch.autograd.graph import Node
+from torch.nn.parallel import DistributedDataParallel
 
 # Keeps hooks out of compiled graphs. Without it torch.compile of a watched model breaks at each of
 # them; `torch._dynamo.disable`, the public name, imports the compiler with gradstat.
@@ -115,10 +116,18 @@ def multiplied(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
     return list(torch._foreach_mul(tensors, factor))
 
 
-def compiled_module_of(module: nn.Module) -> nn.Module | None:
-    """What ``torch.compile(module)`` wraps: its mode is the one that the user sets."""
-    inner = getattr(module, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else None
+def name_of_wrapped(module: nn.Module) -> str | None:
+    """Under which name a wrapper has the user's own module; ``None`` of any other module.
+
+    Without it a layer has another name where it is compiled, and the mode that the user sets is
+    not that of the wrapper.
+    """
+    if isinstance(module, DistributedDataParallel | nn.DataParallel):
+        return "module"
+    # Of torch.compile, of checkpoint_wrapper, and of the first FSDP.
+    names = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+    children = {name for name, _ in module.named_children()}
+    return next((name for name in names if name in children), None)
 
 
 def keep_in_graphs(op: Any) -> None:  # noqa: ANN401 (an overload of torch.ops, which has no public type)

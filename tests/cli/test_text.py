@@ -61,6 +61,15 @@ def test_compare_draws_bars_on_one_log_scale() -> None:
     text = cli_text.compare({"one": one, "other": other})
     assert re.findall("#+", text) == ["#", "#" * 5, "#" * 12]
     assert rows(text)["1.weight"][1:] == ["-", "-"]
+    assert "no layer in common" not in text
+
+
+def test_compare_says_that_no_layer_is_in_both_runs() -> None:
+    one = make_history(Log2Bins(), 2, 5, noise)
+    other = make_history(Log2Bins(), 2, 5, noise)
+    other.layers = [f"other.{layer}" for layer in one.layers]
+    text = cli_text.compare({"one": one, "other": other})
+    assert "\nA and B have no layer in common\n" in text
 
 
 def test_compare_fits_a_deep_network_on_a_screen() -> None:

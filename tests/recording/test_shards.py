@@ -181,7 +181,7 @@ DDP = ["ddp", "ddp_view", "ddp_static", "ddp_static_view", "ddp_reentrant"]
 def test_watch_records_each_ranks_own_gradients_under_ddp(run: Run, name: str) -> None:
     steps = expected_gradients(run.world)
     for rank, history in enumerate(run.histories(name)):
-        assert history.layers == [f"module.{layer}" for layer in LAYERS]
+        assert history.layers == LAYERS
         # Gradients of different ranks must differ, or this could not tell them apart.
         assert not torch.equal(steps[0][0][0], steps[0][1][0])
         assert_history(history, [ranks[rank] for ranks in steps])

@@ -129,10 +129,12 @@ def test_multiplied_leaves_its_arguments_as_they_are() -> None:
     assert [x.tolist() for x in tensors] == [[1.0] * 2, [2.0] * 3]
 
 
-def test_compiled_module_of_is_what_was_compiled() -> None:
+def test_name_of_wrapped_is_that_of_what_was_compiled() -> None:
     layer = nn.Linear(2, 2)
-    assert torch_internals.compiled_module_of(torch.compile(layer)) is layer
-    assert torch_internals.compiled_module_of(layer) is None
+    wrapper = torch.compile(layer)
+    assert wrapper.get_submodule(torch_internals.name_of_wrapped(wrapper)) is layer
+    assert torch_internals.name_of_wrapped(nn.DataParallel(layer)) == "module"
+    assert torch_internals.name_of_wrapped(layer) is None
 
 
 def test_keep_in_graphs_keeps_what_returns_nothing() -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from watching import WEIGHTS, assert_record, backward, gradients, make_model
 
 import gradstat
@@ -85,11 +86,41 @@ def test_watch_at_any_cadence_compiles_nothing_again(is_whole_step: bool) -> Non
         assert_record(history.record(number), eager.record(number))
 
 
-def test_watch_of_a_compiled_model_names_layers_as_its_parameters() -> None:
+# Dynamo looks at .grad of a compiled layer's input.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("wrap", ["compile", "data_parallel", "both", "layer", "checkpoint"])
+def test_watch_names_layers_alike_however_they_are_wrapped(wrap: str) -> None:
+    model: nn.Module = make_model()
+    what = ("grad", "activation")
+    with gradstat.watch(model, what=what, modules=lambda *_: True) as plain:
+        backward(model)
+    if wrap == "layer":
+        model[2] = compiled(model[2])
+    if wrap == "checkpoint":
+        model[2] = checkpoint_wrapper(model[2])
+    if wrap in ("data_parallel", "both"):
+        model = nn.DataParallel(model)
+    if wrap in ("compile", "both"):
+        model = compiled(model)
+    with gradstat.watch(model, what=what, modules=lambda *_: True) as w:
+        backward(model)
+    assert w.history.layers == plain.history.layers
+    assert w.history.select("grad").layers == WEIGHTS
+    assert w.history["numel"][:, : len(WEIGHTS)].min() > 0
+
+
+def test_watch_selects_by_the_plain_names_of_a_compiled_model() -> None:
     run = compiled(make_model())
-    with gradstat.watch(run) as w:
+    with gradstat.watch(run, parameters=r"^0\.weight$") as w:
         backward(run)
-    assert w.history.layers == [f"_orig_mod.{name}" for name in WEIGHTS]
+    assert w.history.layers == ["0.weight"]
+
+
+def test_watch_leaves_a_child_that_is_called_module_its_name() -> None:
+    model = nn.ModuleDict({"module": nn.Linear(3, 2)})
+    with gradstat.watch(model) as w:
+        model["module"](torch.ones(1, 3)).sum().backward()
+    assert w.history.layers == ["module.weight"]
 
 
 def test_closing_watch_leaves_the_compiled_model_as_it_is() -> None:
