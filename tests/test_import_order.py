@@ -15,6 +15,7 @@ ORDER = (
         *("float_mode", "nice_ranges", "bins", "kinds", "arrays"),
         *("files", "forks", "escaping", "fourth_moment"),
     ),
+    ("choices",),
     ("results",),
     ("kernels",),
     ("engines",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any, TypeGuard
@@ -9,11 +10,13 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
+from gradstat.choices import one_of
 from gradstat.history import History
 from gradstat.kinds import GRAD, GRAD_OUTPUT
 from gradstat.recording.watch import Watch, watch
 
 _KNOWN = ("model", "when", "optimizer", "scaler", "accumulation_steps", "first_step")
+_OPTIONS = tuple(name for name in inspect.signature(watch).parameters if name not in _KNOWN)
 
 
 class Watching:
@@ -23,7 +26,7 @@ class Watching:
         **options: as `gradstat.watch`.
 
     Raises:
-        TypeError: an option that the trainer knows.
+        TypeError: an option that the trainer knows, or that `gradstat.watch` does not have.
     """
 
     def __init__(self, **options: Any) -> None:  # noqa: ANN401 (checked by watch)
@@ -33,6 +36,12 @@ class Watching:
                 raise TypeError(
                     f"WatchCallback() needs no {name}, which the trainer knows; {name} is "
                     f"{options[name]!r}"
+                )
+        for name in options:
+            if name not in _OPTIONS:
+                raise TypeError(
+                    f"WatchCallback() needs options of watch(), {one_of(name, _OPTIONS)}; got "
+                    f"{name}={options[name]!r}"
                 )
         self._options = options
         self._watch: Watch | None = None
@@ -63,11 +72,16 @@ class Watching:
         self._stop()
         # A training from its beginning does not go on with the records of another one.
         first_step = n_steps or None
-        what = self._options.get("what", GRAD)
-        if GRAD_OUTPUT in ([what] if isinstance(what, str) else what):
+        if GRAD_OUTPUT in self._asked:
             # Other gradients are measured when they are unscaled.
             options["scaler"] = scaler
         self._watch = watch(model, first_step=first_step, **self._options, **options)
+
+    @property
+    def _asked(self) -> tuple[str, ...]:
+        """What is to be measured."""
+        what = self._options.get("what", GRAD)
+        return (what,) if isinstance(what, str) else tuple(what)
 
     def _log(self, values: Mapping[str, object]) -> None:
         """Keep what a trainer reports: the numbers among it."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradstat.integrations.callbacks import Watching
+from gradstat.kinds import UPDATE
 
 try:
     from lightning.pytorch import Callback
@@ -28,8 +29,8 @@ class WatchCallback(Watching, Callback):  # type: ignore[misc]
 
     Args:
         **options: as `gradstat.watch`, but ``model``, ``when``, ``optimizer``, ``scaler``,
-            ``accumulation_steps`` and ``first_step``, which Lightning knows. ``what="update"`` is
-            not to be had.
+            ``accumulation_steps`` and ``first_step``, which Lightning knows. ``what="update"``
+            needs a module with one optimizer.
 
     Example:
         >>> from gradstat.integrations.lightning import WatchCallback  # doctest: +SKIP
@@ -41,6 +42,11 @@ class WatchCallback(Watching, Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ANN401
         """Watch the module."""
         optimizers = trainer.optimizers
+        if UPDATE in self._asked and len(optimizers) != 1:
+            raise ValueError(
+                f"WatchCallback() needs a module with one optimizer to see updates; "
+                f"{type(pl_module).__name__} has {len(optimizers)}"
+            )
         self._start(
             pl_module,
             getattr(trainer.precision_plugin, "scaler", None),

@@ -31,7 +31,11 @@ def check_integer(name: str, number: int, least: int) -> None:
 
 
 def check_what(
-    what: str | Sequence[str], when: str, bins: Bins, modules: ModuleSelector | None
+    what: str | Sequence[str],
+    when: str,
+    optimizer: Optimizer | None,
+    bins: Bins,
+    modules: ModuleSelector | None,
 ) -> set[str]:
     """Kinds of rows that are asked for."""
     asked = [what] if isinstance(what, str) else what
@@ -41,10 +45,10 @@ def check_what(
     if not asked or any(each not in tuple(_WHAT) for each in asked):
         raise ValueError(f"watch() needs one or several of {', '.join(_WHAT)}; what is {what!r}")
     kinds = {kind for each in asked for kind in _WHAT[each]}
-    if UPDATE in kinds and when != "step":
+    if UPDATE in kinds and (when == "backward" or (when == "call" and optimizer is None)):
         raise ValueError(
             f"watch() needs when='step' and an optimizer to see updates; what is {what!r}, when is "
-            f"{when!r}"
+            f"{when!r}, optimizer is {type(optimizer).__name__}"
         )
     has_outputs = not kinds.isdisjoint(OF_OUTPUTS)
     if modules is not None and not has_outputs:

@@ -135,8 +135,8 @@ class StepHook:
         parameters: in the order of the recorder's rows.
         recorder: what sees their gradients.
         first_rows: the row of the first parameter, by kind; which kinds there are.
-        optimizer: measured before it steps, and again after it for its updates; without one only
-            `measure` measures.
+        optimizer: whose steps are measured, and its updates after them, if there is one.
+        calls_only: only `measure` makes records; those of updates wait for the step.
     """
 
     def __init__(
@@ -145,9 +145,12 @@ class StepHook:
         recorder: Recorder,
         first_rows: Mapping[str, int],
         optimizer: Optimizer | None,
+        *,
+        calls_only: bool,
     ) -> None:
         self._recorder, self._rows = recorder, first_rows
-        self.calls_only = optimizer is None
+        self.calls_only = calls_only
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
         parameters = list(parameters)
         # Neither they nor the optimizer are to live for the sake of a history.
         self._parameters = [weakref.ref(parameter) for parameter in parameters]
@@ -164,12 +167,14 @@ class StepHook:
         self._seen: list[tuple[weakref.ref[Tensor], int]] = []
         self._handles: list[RemovableHandle] = []
         if optimizer is not None:
-            self._handles.append(optimizer.register_step_pre_hook(self._on_step))
+            if not calls_only:
+                self._handles.append(optimizer.register_step_pre_hook(self._on_step))
             if UPDATE in first_rows:
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def remove(self) -> None:
         """Take the hooks off."""
+        self._end_without_step()
         for handle in self._handles + self._order_handles:
             handle.remove()
         self._handles.clear()
@@ -195,11 +200,27 @@ class StepHook:
         return self._has_closure
 
     def measure(self) -> None:
-        """Measure all gradients as they are."""
+        """Measure all gradients as they are; a record of updates ends with the step."""
         with self._recorder.lock:
+            self._end_without_step()
             alive = ((index, p()) for index, p in enumerate(self._parameters))
             self._measure({index: p for index, p in alive if p is not None}, None)
+            optimizer = None if self._optimizer is None else self._optimizer()
+            if UPDATE in self._rows and optimizer is not None and self._recorder.is_recording:
+                self._copy(self._held_by(optimizer))
+            if not self._before:
+                self._recorder.end()
+
+    def _end_without_step(self) -> None:
+        """End a record that `measure` has begun and that no step followed, as a scaler skips it."""
+        if self.calls_only and self._before:
+            self._before = {}
             self._recorder.end()
+
+    def _copy(self, parameters: dict[int, nn.Parameter]) -> None:
+        """Keep parameters as they are before the step."""
+        self._recorder.measure_waiting()
+        self._before = {index: (p, _wide_copy(p)) for index, p in parameters.items()}
 
     @disable_dynamo
     def _on_step(
@@ -217,12 +238,13 @@ class StepHook:
             if UPDATE not in self._rows:
                 self._recorder.end()
             elif self._recorder.is_recording:
-                self._recorder.measure_waiting()
-                self._before = {index: (p, _wide_copy(p)) for index, p in known.items()}
+                self._copy(known)
 
     @disable_dynamo
     def _after_step(self, *_: Any) -> None:  # noqa: ANN401 (the optimizer, what step() is given)
         with self._recorder.lock:
+            if self.calls_only and not self._before:
+                return
             history = self._recorder.history
             before_step, self._before = self._before, {}
             for index, (parameter, before) in before_step.items():

@@ -95,10 +95,11 @@ def watch(
         what: what to measure, one or several of these; `History.select` has the rows of each.
             ``"grad"``: gradients. ``"param"``: the parameters themselves, by the end of the pass or
             before the step. ``"update"``: by how much a step changes them, with ``"param"``, for
-            `History.update_ratio`; it needs ``when="step"`` and, in the steps recorded, memory for
-            a copy of them. ``"activation"``: what modules return while the model is in training
-            mode, with the largest magnitude of each unit (``"unit"``: of a channel of convolutions,
-            of a feature otherwise), for `History.dead_units`. ``"grad_output"``: the gradients with
+            `History.update_ratio`; it needs an ``optimizer``, with ``when="step"`` or ``"call"``,
+            and in the steps recorded memory for a copy of them. ``"activation"``: what modules
+            return while the model is in training mode, with the largest magnitude of each unit
+            (``"unit"``: of a channel of convolutions, of a feature otherwise), for
+            `History.dead_units`. ``"grad_output"``: the gradients with
             respect to that. What a module returns several times before a record is counted
             together, and what is large measured in a launch of its own.
         parameters: which parameters: a regular expression searched for in their names, or a
@@ -186,7 +187,7 @@ def watch(
     check_engine("watch", engine)
     if not isinstance(scaler, GradScaler | None):
         raise TypeError(f"watch() needs a torch.amp.GradScaler; scaler is {type(scaler).__name__}")
-    kinds = check_what(what, when, bins, modules)
+    kinds = check_what(what, when, optimizer, bins, modules)
     has_outputs = not kinds.isdisjoint(OF_OUTPUTS)
     check_when(when, optimizer, None if has_outputs else scaler, accumulation_steps)
     selected = select_parameters(model, parameters)
@@ -224,7 +225,8 @@ def watch(
         at_once = _is_changed_in_backward(model)
         hooks = BackwardHooks(selected.values(), recorder, first_rows, scaler, at_once)
     else:
-        hooks = StepHook(selected.values(), recorder, first_rows, stepping)
+        calls_only = when == "call"
+        hooks = StepHook(selected.values(), recorder, first_rows, optimizer, calls_only=calls_only)
     others: list[OutputHooks | LearningRates] = []
     if seen:
         others.append(
@@ -280,6 +282,9 @@ class Watch:
 
     def measure(self) -> None:
         """Make a record of the gradients as they are, for ``when="call"``.
+
+        One with updates is done when the optimizer has stepped; without a step before the next call
+        it has none.
 
         Raises:
             ValueError: another ``when``.

@@ -1,6 +1,7 @@
 """Callbacks of the real trainers, on tiny models that nothing has to be downloaded for."""
 
 import copy
+import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -132,6 +133,61 @@ def test_lightning_callback_keeps_losses_rates_and_what_is_logged(
     assert history.scalar("lr")[0].tolist() == history.steps.tolist()
     assert set(history.scalar("lr")[1]) == {0.1}
     assert history.scalar("size")[1].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 4}, {"gradient_clip_val": 1}])
+def test_lightning_callback_sees_the_updates_of_each_step(
+    lightning: Any, options: dict[str, Any]
+) -> None:
+    from gradstat.integrations.lightning import WatchCallback
+
+    class Keeps(lightning.Callback):
+        def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+            self.before = [dict(module.named_parameters())[n].clone() for n in names]
+
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            if trainer.global_step > len(updates):
+                after = [dict(module.named_parameters())[n].detach() for n in names]
+                updates.append([a - b for a, b in zip(after, self.before, strict=True)])
+
+    names, updates = [f"model.{name}" for name in WEIGHTS], []
+    callback, module = WatchCallback(what=("grad", "update")), make_module(lightning)
+    options |= {"max_epochs": 1, "callbacks": [callback, Keeps()]}
+    lightning.Trainer(**QUIET, **options).fit(module, loader())
+    history = callback.history.select("update")
+    assert history.layers == names
+    assert len(module.whole) == len(history)
+    for step, tensors in enumerate(module.whole):
+        assert_record(callback.history.select("grad").record(step), gradstat.statistics(tensors))
+        assert history.record(step).l2.tolist() == pytest.approx(
+            [float(x.norm()) for x in updates[step]]
+        )
+    assert n_hooks(module) == n_step_hooks(module.optimizers().optimizer) == 0
+
+
+def test_lightning_callback_says_that_updates_need_one_optimizer(lightning: Any) -> None:
+    from gradstat.integrations.lightning import WatchCallback
+
+    class Two(type(make_module(lightning))):  # type: ignore[misc]
+        automatic_optimization = False
+
+        def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+            return [torch.optim.SGD(self.parameters(), lr=0.1) for _ in range(2)]
+
+    message = re.escape("needs a module with one optimizer to see updates; Two has 2")
+    with pytest.raises(ValueError, match=message):
+        make_trainer(lightning, WatchCallback(what="update"), max_epochs=1).fit(Two(), loader())
+
+
+@pytest.mark.parametrize("trainer", ["lightning", "transformers"])
+def test_callback_refuses_a_misspelt_option_when_it_is_made(
+    trainer: str, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue(trainer)
+    module = importlib.import_module(f"gradstat.integrations.{trainer}")
+    message = r"WatchCallback\(\) needs options of watch\(\), .*did you mean 'every'.*; got evry=3"
+    with pytest.raises(TypeError, match=message):
+        module.WatchCallback(evry=3)
 
 
 def test_lightning_callback_leaves_training_bit_identical(lightning: Any) -> None:

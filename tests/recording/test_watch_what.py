@@ -562,3 +562,37 @@ def test_what_refuses_options_that_do_not_go_together(
     with pytest.raises(error, match=message):
         gradstat.watch(model, **options)
     assert n_hooks(model) == 0
+
+
+def test_call_measures_updates_when_the_optimizer_has_stepped() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    options = {"what": ("grad", "update"), "optimizer": optimizer}
+    changes = []
+    with gradstat.watch(model, when="call", **options) as w:
+        for step in range(3):
+            backward(model)
+            before = [model.get_parameter(name).detach().clone() for name in WEIGHTS]
+            w.measure()
+            if step != 1:  # as a scaler skips it
+                optimizer.step()
+            after = [model.get_parameter(name).detach() for name in WEIGHTS]
+            changes.append([float((a - b).norm()) for a, b in zip(after, before, strict=True)])
+        optimizer.step()  # which no call has measured
+    assert w.history.steps.tolist() == [0, 1, 2]
+    updates = w.history.select("update")["l2"]
+    assert np.isnan(updates[1]).all()
+    assert updates[[0, 2]] == pytest.approx(np.array(changes)[[0, 2]])
+
+
+def test_call_keeps_a_record_whose_step_never_came() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    w = gradstat.watch(model, when="call", what=("grad", "update"), optimizer=optimizer, every=2)
+    for _ in range(3):
+        backward(model)
+        w.measure()
+    w.close()
+    assert w.history.steps.tolist() == [0, 2]
+    assert np.isfinite(w.history.select("grad")["l2"]).all()
+    assert np.isnan(w.history.update_ratio()).all()
