@@ -26,8 +26,22 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Yields:
         Another name in the same directory, of an empty file, which is gone afterwards.
+
+    Raises:
+        OSError: it cannot be written; its ``filename`` is ``path``, as it was given.
     """
-    path = Path(os.path.realpath(path))
+    try:
+        with _writing(Path(os.path.realpath(path))) as unfinished:
+            yield unfinished
+    except OSError as error:
+        # Of a full disk there is no name at all, and of others that of the unfinished file.
+        if error.errno is not None and not error.filename2:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -37,12 +51,8 @@ def replacing(path: Path) -> Iterator[Path]:
         return
     # Nobody can have put a link there: the name is random, and the file must be new.
     unfinished = path.with_name(f".gradstat.{secrets.token_hex(8)}.tmp")
-    try:
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
-        os.close(os.open(unfinished, flags, 0o666 if mode is None else 0o600))
-    except OSError as error:
-        error.filename = str(path)
-        raise
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+    os.close(os.open(unfinished, flags, 0o666 if mode is None else 0o600))
     try:
         yield unfinished
         if mode is not None:

@@ -294,7 +294,8 @@ def _check_tensors(function: str, tensors: Sequence[Tensor]) -> None:
 def _instead(x: Tensor) -> str:
     """What an unsupported tensor is and what to pass instead."""
     if x.layout != torch.strided:
-        return f"{x.layout} ({x.dtype}): pass x.coalesce().values() or x.to_dense()"
+        values = "x.coalesce().values()" if x.layout == torch.sparse_coo else "x.values()"
+        return f"{x.layout} ({x.dtype}): pass {values} or x.to_dense()"
     if x.is_complex():
         return f"{x.dtype}: pass torch.view_as_real(x) or x.abs()"
     if x.is_quantized:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -324,8 +325,11 @@ class Statistics:
             float64, shape ``()`` or ``(L,)``; NaN where there is no finite value.
 
         Raises:
+            TypeError: ``q`` is no number, such as a list of them.
             ValueError: ``q`` outside 0..1.
         """
+        if not isinstance(q, Real) and not (isinstance(q, Tensor) and q.dim() == 0):
+            raise TypeError(f"quantile() needs a number between 0 and 1; q is {q!r}")
         if not 0 <= q <= 1:
             raise ValueError(f"quantile() needs q between 0 and 1; q is {q}")
         edges = self.edges.expand(*self.counts.shape[:-1], -1)

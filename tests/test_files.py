@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, whatever is in their place."""
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -152,3 +153,25 @@ def test_two_threads_write_one_path_and_a_reader_always_finds_a_whole_file(
         assert set(loaded["max"][:, 0]) == {len(loaded) / 10}
     assert failures == []
     assert [file.name for file in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("given", ["/dev/full", "missing/x", "link"])
+def test_replacing_names_the_file_that_was_asked_for_in_every_error(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=re.escape(repr(given))) as raised:
+        write(Path(given), "x")
+    assert raised.value.filename == given
+
+
+def test_replacing_names_the_file_where_the_unfinished_one_is_named(tmp_path: Path) -> None:
+    def fail() -> None:
+        with replacing(tmp_path / "x") as unfinished:
+            unfinished.unlink()
+            unfinished.read_text()
+
+    with pytest.raises(FileNotFoundError) as raised:
+        fail()
+    assert raised.value.filename == str(tmp_path / "x")

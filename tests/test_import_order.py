@@ -16,6 +16,7 @@ ORDER = (
         *("files", "forks", "escaping", "fourth_moment"),
     ),
     ("choices",),
+    ("choices", "warning"),
     ("results",),
     ("kernels",),
     ("engines",),

@@ -346,3 +346,14 @@ def test_statistics_are_on_the_tensors_device_whatever_the_default_is() -> None:
     with torch.device("meta"):
         results = [gradstat.statistics(x, bins).counts for bins in (Log2Bins(), LinearBins(2))]
     assert [int(counts.sum()) for counts in results] == [6, 6]
+
+
+@pytest.mark.parametrize("layout", ["coo", "csr", "csc"])
+@pytest.mark.filterwarnings("ignore:Sparse C")
+def test_statistics_advice_for_a_sparse_tensor_works(layout: str) -> None:
+    x = getattr(torch.eye(3), "to_sparse" if layout == "coo" else f"to_sparse_{layout}")()
+    with pytest.raises(TypeError) as raised:
+        gradstat.statistics(x)
+    advice = re.search(r"pass (\S+) or (\S+)$", str(raised.value))
+    for expression in advice.groups():
+        assert float(gradstat.statistics(eval(expression, {"x": x})).sum) == 3.0

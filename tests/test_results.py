@@ -387,3 +387,9 @@ def test_to_keeps_every_number(generator: torch.Generator) -> None:
     s = measure([normal(9, generator)], LinearBins(5))
     assert_same(s.to("cpu"), s)
     assert s.to("meta").counts.device.type == "meta"
+
+
+@pytest.mark.parametrize("q", [[0.1, 0.9], "0.5", None, torch.tensor([0.5])])
+def test_quantile_refuses_what_is_no_number(q: object) -> None:
+    with pytest.raises(TypeError, match=r"^quantile\(\) needs a number between 0 and 1; q is "):
+        gradstat.statistics(torch.ones(3)).quantile(q)

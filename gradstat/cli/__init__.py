@@ -20,6 +20,7 @@ from typing import NoReturn, TypeAlias
 from tqdm import tqdm
 
 from gradstat import tables
+from gradstat.choices import one_of
 from gradstat.cli import text
 from gradstat.cli.runs import check_output, load, run_name
 from gradstat.diagnosis import Finding, Thresholds
@@ -147,8 +148,11 @@ def _add_diagnose(parser: argparse.ArgumentParser) -> None:
 
 def _threshold(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
-    if name not in {field.name for field in dataclasses.fields(Thresholds)}:
-        raise argparse.ArgumentTypeError(f"needs NAME=VALUE with a known name; got {text!r}")
+    names = [field.name for field in dataclasses.fields(Thresholds)]
+    if name not in names:
+        raise argparse.ArgumentTypeError(
+            f"needs NAME=VALUE with a name, {one_of(name, names)}; got {text!r}"
+        )
     try:
         return name, int(value) if name == "window" else float(value)
     except ValueError as error:

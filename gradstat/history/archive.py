@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import stat
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from gradstat.files import CutOffError, replacing
 from gradstat.history import blocks, npz, sections
 from gradstat.history.records import Records, check, concatenate
 from gradstat.history.source import Source
+from gradstat.warning import warn
 
 SUFFIX = ".gradstat"
 
@@ -268,11 +268,7 @@ def _read_file(
 
 
 def _warn(path: Path, lost: str) -> None:
-    warnings.warn(
-        f"History.load() leaves out the end of {path}, which is cut off: {lost}",
-        RuntimeWarning,
-        stacklevel=5,
-    )
+    warn(f"History.load() leaves out the end of {path}, which is cut off: {lost}")
 
 
 def _joined(found: Sequence[blocks.Block], head: blocks.Sections | None = None) -> Source:

@@ -16,6 +16,7 @@ from torch import distributed as dist
 
 from gradstat.arrays import Array
 from gradstat.bins import Bins
+from gradstat.choices import one_of
 from gradstat.history import archive, merge, rank_directories
 from gradstat.history.copies import told_of_replicas
 from gradstat.history.layout import Layout
@@ -576,7 +577,9 @@ class History:
 
     def _find_layer(self, layer: str) -> int:
         if layer not in self.layers:
-            raise KeyError(f"History needs a layer of {self.layers}; layer is {layer!r}")
+            raise KeyError(
+                f"History needs a layer, {one_of(layer, self.layers)}; layer is {layer!r}"
+            )
         return self.layers.index(layer)
 
     def diagnose(self, thresholds: Thresholds | None = None) -> list[Finding]:
@@ -659,5 +662,6 @@ def _find(now: Snapshot, step: int) -> int:
     n = now.size
     at = n + step if -n <= step < 0 else now.find(step)
     if at is None:
-        raise KeyError(f"History needs a recorded step; step is {step} of {n} records")
+        which = f"of {n} from {now.all_steps[0]} to {now.all_steps[-1]}" if n else "and has none"
+        raise KeyError(f"History needs a recorded step, {which}; step is {step}")
     return at

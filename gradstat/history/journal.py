@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import threading
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import Records, concatenate
 from gradstat.history.scalars import Scalars
 from gradstat.history.snapshot import DENSE_BYTES as _DENSE_BYTES
+from gradstat.warning import warn
 
 _INTERVAL_S = 5.0
 _MOST_BYTES = 64 << 20  # kept for a disk that cannot be written
@@ -76,7 +76,7 @@ class Journal:
         self._newest_step = -1
         self._is_created = False
         self._timer: threading.Timer | None = None
-        self._has_warned = False
+        self._has_warned, self._n_lost, self._n_told = False, 0, 0
         self._is_forked = False
         call_after_fork(self)
         self._most_waiting = max(1, _DENSE_BYTES // max(1, 8 * len(like.rows) * like.bins.bins))
@@ -157,6 +157,17 @@ class Journal:
         with self._writing:
             self._write_waiting()
 
+    def warn_of_unwritten(self) -> None:
+        """Say how many records could not be written, after the last attempt."""
+        waiting, packed, *_, leaving, _, _ = self._state
+        n = self._n_lost + _n_records(waiting, packed) + _n_records(*leaving[:2])
+        if n > self._n_told:
+            self._n_told = n
+            warn(
+                f"watch() could not write {n} record{'s' * (n != 1)} to {self._path}: what the "
+                f"history holds of them is in memory alone; History.save() may write it elsewhere"
+            )
+
     def _is_writing_here(self) -> bool:
         """Whether this is called by a signal's handler while its own thread writes.
 
@@ -223,6 +234,7 @@ class Journal:
             self._warn_of(error)
             if self._state.nbytes >= _MOST_BYTES:
                 with self._lock:
+                    self._n_lost += _n_records(*self._state.leaving[:2])
                     self._state = self._state._replace(leaving=([], [], []))
 
     def _begin_block(self) -> bool:
@@ -270,4 +282,8 @@ class Journal:
         if not self._has_warned:
             self._has_warned = True
             message = f"watch() cannot write to {self._path} and keeps its records in memory"
-            warnings.warn(f"{message}: {error}", RuntimeWarning, stacklevel=2)
+            warn(f"{message}: {error}")
+
+
+def _n_records(waiting: Sequence[_Record], packed: Sequence[Records]) -> int:
+    return len(waiting) + sum(len(each.steps) for each in packed)

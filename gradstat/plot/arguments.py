@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
 from gradstat.bins import Log2Bins
+from gradstat.choices import one_of
 from gradstat.escaping import escaped
 from gradstat.history import FIELDS, History
 from gradstat.history.arguments import first_rows
@@ -74,7 +75,9 @@ def check_layers(function: str, named: dict[str, History], layers: Layers | None
     known = list(dict.fromkeys(layer for each in named.values() for layer in each.layers))
     for layer in titles:
         if layer not in known:
-            raise ValueError(f"{function}() needs layers among {known}; layers has {layer!r}")
+            raise ValueError(
+                f"{function}() needs layers, each {one_of(layer, known)}; layers has {layer!r}"
+            )
     return titles
 
 

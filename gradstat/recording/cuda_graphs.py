@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +13,7 @@ from gradstat.ops import choose_engine
 from gradstat.recording.arrivals import Launch
 from gradstat.recording.torch_internals import capturing_graph
 from gradstat.recording.transfers import Transfer
+from gradstat.warning import warn
 
 if TYPE_CHECKING:
     from gradstat.engines.triton_cadence import PassCounter
@@ -161,7 +161,7 @@ class Cadence:
         n_passes = n_counted + (self._n_uncounted or 0)
         if n_passes - n_told != self._n_missed:
             self._n_missed = n_passes - n_told
-            warnings.warn(_MISSED, RuntimeWarning, stacklevel=2)
+            warn(_MISSED)
         return n_passes // self._accumulation_steps if is_due else None
 
 

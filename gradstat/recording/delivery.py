@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,6 +13,7 @@ from gradstat.history.journal import Journal
 from gradstat.recording.arrivals import Record, Rows, as_statistics
 from gradstat.recording.cuda_graphs import Cadence
 from gradstat.results import Statistics
+from gradstat.warning import warn
 
 _NOTHING = nullcontext()
 
@@ -98,6 +98,7 @@ class Delivery:
             self.collect(wait=True)
         if self._journal is not None:
             self._journal.flush()
+            self._journal.warn_of_unwritten()
 
     def forget_other_threads(self) -> None:
         """In a forked process: keep later records in the history alone."""
@@ -127,4 +128,4 @@ class Delivery:
                 self._arrived.append((step, rows))
             if self._is_to_warn:
                 self._is_to_warn = False
-                warnings.warn(_FORKED, RuntimeWarning, stacklevel=2)
+                warn(_FORKED)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from gradstat.recording.logged import LearningRates
 from gradstat.recording.module_hooks import OutputHooks
 from gradstat.recording.parameter_hooks import BackwardHooks, StepHook
 from gradstat.recording.recorder import Recorder
+from gradstat.warning import warn
 
 Hooks = BackwardHooks | StepHook
 
@@ -57,13 +57,11 @@ def make_room(model: nn.Module, name: str | None, measures: Hashable) -> None:
         n_same = sum(each.name is None and each.measures == measures for each in still_open)
         if n_same:
             which = "a watch" if n_same == 1 else f"{n_same} watches"
-            warnings.warn(
+            warn(
                 f"watch() has {which} of this {type(model).__name__} open that measure"
                 f"{'s' * (n_same == 1)} the same at each step: close() what is no longer needed, "
                 f"or give it a name, as in watch(model, name='main'): a new watch then takes the "
-                f"place of the open one of its name",
-                RuntimeWarning,
-                stacklevel=3,
+                f"place of the open one of its name"
             )
     for each in still_open:
         hooks = each.hooks()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from torch import nn
 from torch.amp import GradScaler
@@ -28,6 +30,16 @@ def check_integer(name: str, number: int, least: int) -> None:
         raise TypeError(f"watch() needs an integer; {name} is {number!r}")
     if number < least:
         raise ValueError(f"watch() needs a number of {least} or more; {name} is {number}")
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raise unless a path may be that of a directory to write into."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"watch() needs a directory's path; path is {path!r}")
+    if not os.fspath(path):
+        raise ValueError(f"watch() needs a directory's path; path is {path!r}")
+    if Path(path).exists() and not Path(path).is_dir():
+        raise ValueError(f"watch() needs a directory; path is {os.fspath(path)!r}, another file")
 
 
 def check_what(

@@ -7,7 +7,6 @@ device goes on: nothing here waits for the device but `Recorder.collect` when it
 from __future__ import annotations
 
 import threading
-import warnings
 
 import torch
 from torch import Tensor
@@ -37,6 +36,7 @@ from gradstat.recording.torch_internals import running_pass
 from gradstat.recording.transfers import Transfer
 from gradstat.recording.unfinished import Unfinished
 from gradstat.recording.waiting import Waiting
+from gradstat.warning import warn
 
 _SMALL_BYTES = 1 << 16
 _MOST_ROWS = 256  # that wait on their device, 16 KB each over Log2Bins
@@ -210,7 +210,7 @@ class Recorder:
                 unfinished.waiting.join(index, peaks.get(), self._measure, at_once=False)
             if self._outputs and not self._has_outputs:
                 self._has_outputs = True
-                warnings.warn(_NO_OUTPUTS, RuntimeWarning, stacklevel=2)
+                warn(_NO_OUTPUTS)
             self.measure_waiting()
             if is_capturing():
                 # It has not run yet, and nothing may be asked of the device now.

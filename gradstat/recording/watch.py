@@ -27,7 +27,13 @@ from gradstat.recording.cuda_graphs import Cadence
 from gradstat.recording.delivery import Sink
 from gradstat.recording.logged import LearningRates, Logged
 from gradstat.recording.module_hooks import OutputHooks
-from gradstat.recording.options import check_holds, check_integer, check_what, check_when
+from gradstat.recording.options import (
+    check_holds,
+    check_integer,
+    check_path,
+    check_what,
+    check_when,
+)
 from gradstat.recording.parameter_hooks import BackwardHooks, StepHook
 from gradstat.recording.recorder import Recorder
 from gradstat.recording.selection import (
@@ -178,8 +184,8 @@ def watch(
         raise TypeError(f"watch() needs a function; sink is {sink!r}")
     if alert is not None and not callable(alert):
         raise TypeError(f"watch() needs a function; alert is {alert!r}")
-    if path is not None and not isinstance(path, str | os.PathLike):
-        raise TypeError(f"watch() needs a directory's path; path is {path!r}")
+    if path is not None:
+        check_path(path)
     if name is not None and not isinstance(name, str):
         raise TypeError(f"watch() needs a string; name is {name!r}")
     if stream not in ("current", "side"):

@@ -90,21 +90,25 @@ def test_history_shows_a_layer_without_a_gradient_as_nan_and_zero_counts(
     assert np.isnan(edges).all()
 
 
+NEEDS_LAYER = f"History needs a layer, one of {', '.join(map(repr, LAYERS))}"
+NEEDS_STEP = "History needs a recorded step, of 3 from 0 to 4"
+
+
 @pytest.mark.parametrize(
     ("read", "message"),
     [
         (lambda h: h["average"], f"History[] needs one of {', '.join(FIELDS)}; got 'average'"),
-        (lambda h: h.histogram("third"), f"History needs a layer of {LAYERS}; layer is 'third'"),
-        (lambda h: h.histograms("third"), f"History needs a layer of {LAYERS}; layer is 'third'"),
+        (lambda h: h.histogram("third"), f"{NEEDS_LAYER}; layer is 'third'"),
+        (lambda h: h.histograms("third"), f"{NEEDS_LAYER}; layer is 'third'"),
         (
             lambda h: h.histogram(LAYERS[0], 1),
-            "History needs a recorded step; step is 1 of 3 records",
+            f"{NEEDS_STEP}; step is 1",
         ),
-        (lambda h: h.record(6), "History needs a recorded step; step is 6 of 3 records"),
-        (lambda h: h.record(-4), "History needs a recorded step; step is -4 of 3 records"),
+        (lambda h: h.record(6), f"{NEEDS_STEP}; step is 6"),
+        (lambda h: h.record(-4), f"{NEEDS_STEP}; step is -4"),
         (
             lambda h: History(h.layers, h.bins).record(),
-            "History needs a recorded step; step is -1 of 0 records",
+            "History needs a recorded step, and has none; step is -1",
         ),
     ],
 )

@@ -1,5 +1,6 @@
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,3 +182,18 @@ def test_a_side_stream_changes_nothing_where_there_are_no_streams() -> None:
     with gradstat.watch(model, stream="side", bucket_bytes=1) as w:
         backward(model)
     assert_record(w.last, gradstat.statistics(gradients(model, WEIGHTS)))
+
+
+def test_watch_refuses_a_path_that_is_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    model = make_model()
+    with pytest.raises(ValueError, match=r"^watch\(\) needs a directory's path; path is ''$"):
+        gradstat.watch(model, path="")
+    message = r"^watch\(\) needs a directory; path is 'file', another file$"
+    with pytest.raises(ValueError, match=message):
+        gradstat.watch(model, path="file")
+    assert n_hooks(model) == 0
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
