@@ -7,6 +7,7 @@ from gradstat.history import History
 from gradstat.ops import histogram, statistics
 from gradstat.recording.watch import Watch, watch
 from gradstat.results import Statistics
+from gradstat.version import __version__
 
 __all__ = [
     "Finding",
@@ -17,6 +18,7 @@ __all__ = [
     "Statistics",
     "Thresholds",
     "Watch",
+    "__version__",
     "histogram",
     "noise_scale",
     "statistics",

@@ -17,6 +17,7 @@ ORDER = (
     ),
     ("choices",),
     ("choices", "warning"),
+    ("choices", "warning", "version"),
     ("results",),
     ("kernels",),
     ("engines",),

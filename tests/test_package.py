@@ -74,6 +74,7 @@ def test_wheel_has_every_file_of_the_package(wheel: Path) -> None:
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".css", ".html", ".js") or path.name == "py.typed"
     }
+    assert wheel.name.startswith(f"gradstat-{gradstat.__version__}-")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert "gradstat/py.typed" in names
@@ -137,13 +138,14 @@ def test_kernels_refuse_to_be_imported_by_another_name() -> None:
 
 def test_public_names_are_sorted_and_documented() -> None:
     assert gradstat.__all__ == sorted(set(gradstat.__all__))
+    assert gradstat.__version__ == "0.1.0"
     defined = {
         name
         for name, value in vars(gradstat).items()
         if not name.startswith("_") and not inspect.ismodule(value)
     }
-    assert set(gradstat.__all__) == defined
-    for name in gradstat.__all__:
+    assert set(gradstat.__all__) == {*defined, "__version__"}
+    for name in defined:
         value = getattr(gradstat, name)
         # Its own docstring, not one that a dataclass or a base class makes up.
         assert "\n" in (value.__doc__ or ""), name

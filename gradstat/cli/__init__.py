@@ -26,6 +26,7 @@ from gradstat.cli.runs import check_output, load, run_name
 from gradstat.diagnosis import Finding, Thresholds
 from gradstat.escaping import escaped
 from gradstat.history import History
+from gradstat.version import __version__
 
 Target: TypeAlias = Callable[[History, Path, str, tables.Progress], Path]
 
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="RUN is a file that History.save() wrote, or a directory that watch(path=...) "
         "writes. Exit codes: 0; 1 when diagnose finds something severe; 2 for an error.",
     )
+    parser.add_argument("--version", action="version", version=f"gradstat {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         added = commands.add_parser(name, help=command.help, description=command.help)

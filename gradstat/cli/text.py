@@ -28,6 +28,7 @@ from gradstat.history import History
 from gradstat.history.arguments import check_history, first_rows
 from gradstat.kinds import GRAD, NOUNS, PARAM, UNIT, UPDATE
 from gradstat.ops import ENGINE_VARIABLE
+from gradstat.version import __version__
 
 Item = TypeVar("Item")
 
@@ -41,7 +42,7 @@ _MOST_LINES = 10  # layers that a figure's key has room for
 
 def info() -> str:
     """Versions, devices, and the engine that each will use."""
-    lines = [f"gradstat {_version('gradstat')}, Python {platform.python_version()}", ""]
+    lines = [f"gradstat {__version__}, Python {platform.python_version()}", ""]
     lines += [f"{name:11} {_version(name) or 'not installed'}" for name in _PACKAGES]
     forced = os.environ.get(ENGINE_VARIABLE)
     rows = [("CPU tensors", forced or "cpu")]

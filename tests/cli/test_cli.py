@@ -42,6 +42,13 @@ def run(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("--version")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"gradstat {gradstat.__version__}\n"
+
+
 def test_info_shows_versions_and_the_engine_of_each_device(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
