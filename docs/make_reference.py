@@ -23,7 +23,8 @@ Made from the docstrings by `docs/make_reference.py`.
 def render() -> str:
     """The page."""
     parts = [HEAD]
-    for name in sorted(set(gradstat.__all__) - {"__version__"}, key=str.lower):
+    public = [name for name in gradstat.__all__ if name != "__version__"]
+    for name in sorted(public, key=str.lower):
         parts += describe(f"gradstat.{name}", getattr(gradstat, name), "##")
     for name, function in vars(gradstat.plot).items():
         is_own = inspect.isfunction(function) and function.__module__ == "gradstat.plot"

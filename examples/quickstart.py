@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 import gradstat
-import gradstat.plot
 
 torch.manual_seed(0)
 model = nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(32, 32), nn.Sigmoid())])

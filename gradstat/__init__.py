@@ -1,13 +1,25 @@
-"""Per-layer gradient statistics for PyTorch, in one pass and without host synchronisation."""
+"""Per-layer gradient statistics for PyTorch, in one pass and without host synchronisation.
 
-from gradstat.bins import LinearBins, Log2Bins
-from gradstat.diagnosis import Finding, Thresholds
-from gradstat.gradient_noise import NoiseScale, noise_scale
-from gradstat.history import History
-from gradstat.ops import histogram, statistics
-from gradstat.recording.watch import Watch, watch
-from gradstat.results import Statistics
+A name is imported when it is first used, and all of them where PyTorch is there already: the
+command line starts without it.
+"""
+
+import importlib.util
+import sys
+import typing
+
 from gradstat.version import __version__
+
+if typing.TYPE_CHECKING:
+    from gradstat import plot as plot
+    from gradstat.bins import LinearBins, Log2Bins
+    from gradstat.diagnosis.findings import Finding
+    from gradstat.gradient_noise import NoiseScale, noise_scale
+    from gradstat.history import History
+    from gradstat.ops import histogram, statistics
+    from gradstat.recording.watch import Watch, watch
+    from gradstat.results import Statistics
+    from gradstat.thresholds import Thresholds
 
 __all__ = [
     "Finding",
@@ -24,3 +36,38 @@ __all__ = [
     "statistics",
     "watch",
 ]
+_HOMES = {
+    "Finding": "diagnosis.findings",
+    "History": "history",
+    "LinearBins": "bins",
+    "Log2Bins": "bins",
+    "NoiseScale": "gradient_noise",
+    "Statistics": "results",
+    "Thresholds": "thresholds",
+    "Watch": "recording.watch",
+    "histogram": "ops",
+    "noise_scale": "gradient_noise",
+    "statistics": "ops",
+    "watch": "recording.watch",
+}
+
+
+def __getattr__(name: str) -> object:
+    """A public name or a module, such as ``gradstat.plot``, when it is first used."""
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"gradstat.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"gradstat.{name}") is not None:
+        return importlib.import_module(f"gradstat.{name}")
+    raise AttributeError(f"module 'gradstat' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted({*globals(), *__all__, "plot"})
+
+
+if "torch" in sys.modules:
+    for _name in _HOMES:
+        __getattr__(_name)

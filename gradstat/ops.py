@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradstat.bins import Bins, LinearBins, Log2Bins, parse_bins, widen
+from gradstat.engines import ENGINE_VARIABLE
 from gradstat.float_mode import keeps_subnormals
 from gradstat.results import FLOATS, INTEGERS, Statistics
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-ENGINE_VARIABLE = "GRADSTAT_ENGINE"
 ENGINES = {"cpu": "cpu", "reference": "reference", "triton": "triton"}
 
 

@@ -117,16 +117,44 @@ def test_wheel_works_outside_the_checkout(installed: Path, tmp_path: Path) -> No
     ]
 
 
+HEAVY = "'triton', 'numba', 'llvmlite', 'matplotlib', 'tqdm', 'mlxtend', 'tensorboard', 'wandb'"
+
+
 def test_import_loads_no_heavy_package(tmp_path: Path) -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import gradstat; "
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
-        "print(sorted(new & {'triton', 'numba', 'llvmlite', 'matplotlib', 'tqdm', 'mlxtend', "
-        "'tensorboard', 'wandb'}), "
-        "'gradstat.ops' in sys.modules)"
+        f"print(sorted(new & {{{HEAVY}}}), 'gradstat.ops' in sys.modules)"
     )
     result = run("-c", code, cwd=tmp_path)
     assert result.stdout == "[] True\n", result.stderr
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", "diagnose --help", "info", "nothing"])
+def test_commands_that_read_no_run_start_without_torch(arguments: str, tmp_path: Path) -> None:
+    code = (
+        "import sys, gradstat.cli.environment as environment; from gradstat.cli import main; "
+        "environment._DRIVERS = (); sys.platform = 'linux'\n"
+        f"try: main({arguments.split()!r})\n"
+        "except SystemExit: pass\n"
+        f"print([each for each in ('torch', 'numpy', {HEAVY}) if each in sys.modules])"
+    )
+    result = run("-c", code, cwd=tmp_path)
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr
+
+
+def test_names_and_modules_are_imported_when_they_are_used(tmp_path: Path) -> None:
+    code = (
+        "import sys, gradstat; assert 'torch' not in sys.modules; import torch; "
+        "assert set(gradstat.__all__) | {'plot'} <= set(dir(gradstat)); "
+        "f = torch.compile(lambda x: gradstat.statistics(x).l1, backend='eager', fullgraph=True); "
+        "assert float(f(torch.ones(3))) == 3; "
+        "print(gradstat.plot.curves.__name__, gradstat.ops.statistics is gradstat.statistics); "
+        "gradstat.plott"
+    )
+    result = run("-c", code, cwd=tmp_path)
+    assert result.stdout == "curves True\n", result.stderr
+    assert "AttributeError: module 'gradstat' has no attribute 'plott'" in result.stderr
 
 
 def test_kernels_refuse_to_be_imported_by_another_name() -> None:

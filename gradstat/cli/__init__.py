@@ -15,20 +15,20 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import TYPE_CHECKING, NoReturn, TypeAlias
 
-from tqdm import tqdm
-
-from gradstat import tables
 from gradstat.choices import one_of
-from gradstat.cli import text
-from gradstat.cli.runs import check_output, load, run_name
-from gradstat.diagnosis import Finding, Thresholds
 from gradstat.escaping import escaped
-from gradstat.history import History
+from gradstat.thresholds import Thresholds
 from gradstat.version import __version__
 
-Target: TypeAlias = Callable[[History, Path, str, tables.Progress], Path]
+# Whatever imports PyTorch, which takes a second or two, is imported by the command that needs it.
+if TYPE_CHECKING:
+    from gradstat.diagnosis import Finding
+    from gradstat.history import History
+
+Progress: TypeAlias = Callable[[int], object]
+Target: TypeAlias = Callable[["History", Path, str, Progress], Path]
 
 SEVERE, FAILED = 1, 2  # exit codes
 
@@ -124,9 +124,14 @@ def _add_info(parser: argparse.ArgumentParser) -> None:
 
 
 def _info(options: argparse.Namespace) -> int:
+    from gradstat.cli.environment import info
+
     if options.run_path is None:
-        print(text.info())
+        print(info())
         return 0
+    from gradstat.cli import text
+    from gradstat.cli.runs import load
+
     history = load(options.run_path)
     print(text.heading(str(options.run_path), history))
     print(f"\n{text.scalars(history)}")
@@ -162,6 +167,9 @@ def _threshold(text: str) -> tuple[str, float]:
 
 
 def _diagnose(options: argparse.Namespace) -> int:
+    from gradstat.cli import text
+    from gradstat.cli.runs import load
+
     history = load(options.run_path)
     findings = history.diagnose(Thresholds(**dict(options.threshold)))
     if options.json:
@@ -176,17 +184,21 @@ def _any_severe(findings: Sequence[Finding]) -> bool:
     return any(finding.severity == "severe" for finding in findings)
 
 
-def _parquet(history: History, folder: Path, name: str, progress: tables.Progress) -> Path:
+def _parquet(history: History, folder: Path, name: str, progress: Progress) -> Path:
+    from gradstat import tables
+
     tables.to_parquet(history, folder / f"{name}.parquet", progress=progress)
     return folder / f"{name}.parquet"
 
 
-def _csv(history: History, folder: Path, name: str, progress: tables.Progress) -> Path:
+def _csv(history: History, folder: Path, name: str, progress: Progress) -> Path:
+    from gradstat import tables
+
     tables.to_csv(history, folder / f"{name}.csv", progress=progress)
     return folder / f"{name}.csv"
 
 
-def _tensorboard(history: History, folder: Path, name: str, progress: tables.Progress) -> Path:
+def _tensorboard(history: History, folder: Path, name: str, progress: Progress) -> Path:
     from gradstat.integrations import tensorboard
 
     # Every point would be there twice.
@@ -196,7 +208,7 @@ def _tensorboard(history: History, folder: Path, name: str, progress: tables.Pro
     return folder / name
 
 
-def _wandb(history: History, folder: Path, name: str, progress: tables.Progress) -> Path:
+def _wandb(history: History, folder: Path, name: str, progress: Progress) -> Path:
     from gradstat.integrations import wandb
 
     return wandb.write(history, folder, name, progress=progress)
@@ -223,6 +235,10 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from gradstat.cli.runs import check_output, load, run_name
+
     name = run_name(options.run_path)
     check_output(options.run_path, options.directory / f"{name}.{options.to}")
     history = load(options.run_path)
@@ -246,6 +262,8 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
+    from gradstat.cli.runs import check_output, load, run_name
+
     name = run_name(options.run_path)
     path = options.output or Path(f"{name}.html")
     check_output(options.run_path, path)
@@ -264,6 +282,9 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    from gradstat.cli import text
+    from gradstat.cli.runs import check_output, load, run_name
+
     paths = (options.run_path, options.other)
     names = [run_name(path) for path in paths]
     if names[0] == names[1]:
@@ -290,6 +311,8 @@ def _add_tail(parser: argparse.ArgumentParser) -> None:
 def _tail(options: argparse.Namespace) -> int:
     if not options.interval > 0:
         raise ValueError(f"--interval needs a number of seconds above 0; it is {options.interval}")
+    from gradstat.cli import text
+
     try:
         text.tail(options.run_path, options.interval, options.updates)
     except KeyboardInterrupt:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import os
-import platform
 import shutil
 import sys
 import textwrap
@@ -16,7 +13,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import torch
 
 from gradstat.arrays import Array, evenly_spread
 from gradstat.cli.runs import read_newest, state
@@ -27,37 +23,14 @@ from gradstat.files import replacing
 from gradstat.history import History
 from gradstat.history.arguments import check_history, first_rows
 from gradstat.kinds import GRAD, NOUNS, PARAM, UNIT, UPDATE
-from gradstat.ops import ENGINE_VARIABLE
-from gradstat.version import __version__
 
 Item = TypeVar("Item")
 
-_PACKAGES = ("torch", "triton", "numba", "numpy", "matplotlib", "pandas", "pyarrow")
 _NEWEST = ("rms", "abs_max", "numel", "finite", "zeros")  # fields that `newest` shows
 _MOST_LAYERS = 24
 _BAR = 12  # characters
 _LATE = 20  # values whose median says where a series is now
 _MOST_LINES = 10  # layers that a figure's key has room for
-
-
-def info() -> str:
-    """Versions, devices, and the engine that each will use."""
-    lines = [f"gradstat {__version__}, Python {platform.python_version()}", ""]
-    lines += [f"{name:11} {_version(name) or 'not installed'}" for name in _PACKAGES]
-    forced = os.environ.get(ENGINE_VARIABLE)
-    rows = [("CPU tensors", forced or "cpu")]
-    if torch.cuda.is_available():
-        rows += [
-            (f"cuda:{i} tensors ({torch.cuda.get_device_name(i)})", forced or "triton")
-            for i in range(torch.cuda.device_count())
-        ]
-    else:
-        rows.append(("CUDA or ROCm tensors", "triton; no such device here"))
-    rows.append(("tensors elsewhere, float64 on a GPU", forced or "reference"))
-    width = max(len(what) for what, _ in rows)
-    lines += ["", "Engine", *(f"{what:{width}}  {engine}" for what, engine in rows)]
-    lines.append(f"{ENGINE_VARIABLE} is {forced!r}" if forced else f"{ENGINE_VARIABLE} is not set")
-    return "\n".join(lines)
 
 
 def heading(name: str, history: History) -> str:
@@ -340,13 +313,6 @@ def _percent(value: float) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _width() -> int:

@@ -17,11 +17,11 @@ from gradstat.diagnosis.saturation_underflow import find_saturation, find_scale,
 from gradstat.diagnosis.spikes import find_all_spikes
 from gradstat.diagnosis.stuck import find_stuck
 from gradstat.diagnosis.symptoms import put_in_order
-from gradstat.diagnosis.thresholds import Thresholds
 from gradstat.diagnosis.vanishing_exploding import find_dead, find_growth, find_low, find_trend
 from gradstat.history import History
 from gradstat.history.arguments import check_history
 from gradstat.kinds import ACTIVATION, GRAD, UNIT, UPDATE
+from gradstat.thresholds import Thresholds
 
 __all__ = ["FINDINGS", "SEVERITIES", "Finding", "Severity", "Thresholds", "diagnose"]
 

@@ -13,11 +13,11 @@ from gradstat.diagnosis.findings import Finding
 from gradstat.diagnosis.nonfinite import find_nonfinite
 from gradstat.diagnosis.run import Run, is_loss, median
 from gradstat.diagnosis.spikes import find_gradient_spikes, find_loss_spikes
-from gradstat.diagnosis.thresholds import Thresholds
 from gradstat.diagnosis.vanishing_exploding import find_growth
 from gradstat.history import History
 from gradstat.kinds import GRAD, UNIT
 from gradstat.results import FLOATS, INTEGERS
+from gradstat.thresholds import Thresholds
 
 Alert = Callable[[Finding], object]
 

@@ -9,8 +9,8 @@ import numpy as np
 from gradstat.arrays import Array
 from gradstat.diagnosis.findings import Finding, Severity
 from gradstat.diagnosis.run import Run
-from gradstat.diagnosis.thresholds import Thresholds
 from gradstat.kinds import ACTIVATION, OF_PARAMETERS
+from gradstat.thresholds import Thresholds
 
 
 def find_dead_units(run: Run, thresholds: Thresholds) -> list[Finding]:

@@ -7,8 +7,8 @@ import numpy as np
 from gradstat.arrays import evenly_spread
 from gradstat.diagnosis.findings import Finding
 from gradstat.diagnosis.run import MAX_SAMPLES, Run, median
-from gradstat.diagnosis.thresholds import Thresholds
 from gradstat.history.shapes import kurtosis_of
+from gradstat.thresholds import Thresholds
 
 _PARTS = 4  # of a run, from each of which to the next it must grow
 _LEAST = 20.0  # a normal distribution has 3

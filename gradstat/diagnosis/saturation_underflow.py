@@ -12,8 +12,8 @@ from gradstat.arrays import Array
 from gradstat.bins import Log2Bins
 from gradstat.diagnosis.findings import Finding
 from gradstat.diagnosis.run import Run, around
-from gradstat.diagnosis.thresholds import Thresholds
 from gradstat.results import FLOATS, INTEGERS, Statistics
+from gradstat.thresholds import Thresholds
 
 FLOAT16_MAX = 65504.0
 NARROW = {

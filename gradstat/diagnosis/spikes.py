@@ -20,8 +20,8 @@ from gradstat.diagnosis.movers import (
     tell,
 )
 from gradstat.diagnosis.run import Run, is_loss, median
-from gradstat.diagnosis.thresholds import Thresholds
 from gradstat.kinds import ACTIVATION, GRAD, PARAM, UPDATE
+from gradstat.thresholds import Thresholds
 
 _LASTING = 10  # values after which a spike that is not over is there to stay
 _SMALL = 0.7  # of the median batch

@@ -9,8 +9,8 @@ import numpy as np
 from gradstat.arrays import Array
 from gradstat.diagnosis.findings import Finding, Severity
 from gradstat.diagnosis.run import Run, median
-from gradstat.diagnosis.thresholds import Thresholds
 from gradstat.kinds import GRAD, PARAM
+from gradstat.thresholds import Thresholds
 
 _PERSISTENT = 3  # windows in a row, at least, in which a layer stands still
 _STEADY = 2.0  # a line from zero or to zero changes threefold between its halves

@@ -12,7 +12,7 @@ import numpy as np
 
 from gradstat.diagnosis.findings import Finding, Severity, rounded
 from gradstat.diagnosis.run import Run, around, fit_depth, median
-from gradstat.diagnosis.thresholds import Thresholds
+from gradstat.thresholds import Thresholds
 
 
 def find_trend(run: Run, thresholds: Thresholds) -> list[Finding]:

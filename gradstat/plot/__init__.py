@@ -4,8 +4,8 @@ They draw a history's rows of its first kind, gradients where they were recorded
 names rows of others; ``history.select(kind)`` has those of another one.
 
 Each returns a `matplotlib.figure.Figure` that belongs to no window, so they work without a
-display; a notebook shows it, and ``figure.savefig(path)`` writes it. Not imported with gradstat:
-``import gradstat.plot``.
+display; a notebook shows it, and ``figure.savefig(path)`` writes it. Matplotlib is imported when
+``gradstat.plot`` is first used.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def ridge(
             increase, both kinds of bins.
 
     Example:
-        >>> import torch, gradstat, gradstat.plot
+        >>> import torch, gradstat
         >>> model = torch.nn.Linear(3, 2)
         >>> with gradstat.watch(model, bins=gradstat.LinearBins(30)) as w:
         ...     model(torch.ones(1, 3)).sum().backward()
@@ -143,7 +143,7 @@ def curves(
             ``average`` < 1.
 
     Example:
-        >>> import torch, gradstat, gradstat.plot
+        >>> import torch, gradstat
         >>> model = torch.nn.Linear(3, 2)
         >>> with gradstat.watch(model) as w:
         ...     model(torch.ones(1, 3)).sum().backward()
@@ -233,7 +233,7 @@ def heatmap(
             `LinearBins`.
 
     Example:
-        >>> import torch, gradstat, gradstat.plot
+        >>> import torch, gradstat
         >>> model = torch.nn.Linear(3, 2)
         >>> with gradstat.watch(model) as w:
         ...     model(torch.ones(1, 3)).sum().backward()
