@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from types import ModuleType
 from typing import Any, cast
 
@@ -24,8 +25,8 @@ ENGINES = {"cpu": "cpu", "reference": "reference", "triton": "triton"}
 
 
 def statistics(
-    x: Tensor | Sequence[Tensor],
-    bins: Bins | None = None,
+    x: Tensor | Iterable[Tensor] | Mapping[str, Tensor],
+    bins: int | Bins | None = None,
     *,
     engine: str | None = None,
 ) -> Statistics:
@@ -35,18 +36,19 @@ def statistics(
     float64 (a sum or mean whose terms cancel: within 1e-6 of the sum or mean of magnitudes).
 
     Args:
-        x: float16, bfloat16, float32 or float64 tensor of any shape and strides, or a sequence of
-            them on one device.
-        bins: `Log2Bins` (default) or `LinearBins`.
+        x: float16, bfloat16, float32 or float64 tensor of any shape and strides, or several on
+            one device: a sequence, a generator, or a mapping, whose values are taken in order.
+        bins: `Log2Bins` (default), `LinearBins`, or the number of bins of equal width from the
+            smallest value to the largest.
         engine: ``"triton"`` (CUDA and ROCm), ``"cpu"`` or ``"reference"``; by default, or by the
             environment variable ``GRADSTAT_ENGINE``, the fastest one for the device.
 
     Returns:
-        Statistics of shape ``()`` for a tensor, ``(L,)`` for a sequence.
+        Statistics of shape ``()`` for a tensor, ``(L,)`` for several.
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: an empty sequence, tensors on two devices, an unknown engine or one that cannot
+        ValueError: no tensors, tensors on two devices, an unknown engine or one that cannot
             run here.
 
     Example:
@@ -55,10 +57,10 @@ def statistics(
         >>> s.l2.tolist(), s.zeros.tolist(), s.posinf.tolist()
         ([2.0, 0.0], [0, 1], [0, 1])
     """
-    tensors = [x] if isinstance(x, Tensor) else x
-    bins = Log2Bins() if bins is None else bins
-    low, high = _check("statistics", tensors, bins, engine)
-    result = measure(tensors, bins, low, high, engine)
+    tensors = _listed(x)
+    scheme = check_bins("statistics", Log2Bins() if bins is None else bins)
+    low, high = _check("statistics", tensors, scheme, engine)
+    result = measure(tensors, scheme, low, high, engine)
     return result[0] if isinstance(x, Tensor) else result
 
 
@@ -149,7 +151,6 @@ def _check(
     function: str, tensors: Sequence[Tensor], bins: Bins, engine: str | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check what a function was given, and return its `known_range`."""
-    check_bins(function, bins)
     _check_tensors(function, tensors)
     check_engine(function, engine)
     return known_range(bins, tensors[0].device, len(tensors))
@@ -250,11 +251,13 @@ def check_engine(function: str, engine: str | None) -> None:
             )
 
 
-def check_bins(function: str, bins: Bins) -> Bins:
-    """Raise TypeError unless ``bins`` is a scheme; return it."""
-    if not isinstance(bins, (Log2Bins, LinearBins)):
-        raise TypeError(f"{function}() needs Log2Bins or LinearBins; bins is {bins!r}")
-    return bins
+def check_bins(function: str, bins: int | Bins) -> Bins:
+    """Return the scheme that ``bins`` is, or is the number of; raise TypeError for others."""
+    if isinstance(bins, (Log2Bins, LinearBins)):
+        return bins
+    if isinstance(bins, Integral) and not isinstance(bins, bool):
+        return LinearBins(int(bins))
+    raise TypeError(f"{function}() needs Log2Bins, LinearBins or a number; bins is {bins!r}")
 
 
 def _check_no_range(range: tuple[float, float] | None, other: str) -> None:
@@ -270,11 +273,20 @@ def _check_range(range: tuple[float, float] | None) -> tuple[float | None, float
     return range[0], range[1]
 
 
+def _listed(x: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> Sequence[Tensor]:
+    """One tensor or several as a sequence; what each of them is, is checked later."""
+    if isinstance(x, Tensor):
+        return [x]
+    if isinstance(x, (list, tuple)):
+        return x
+    if isinstance(x, Mapping):
+        return list(x.values())
+    if isinstance(x, Iterable) and not isinstance(x, (str, bytes, np.ndarray)):
+        return list(x)
+    raise TypeError(f"statistics() needs a tensor or several; x is {type(x).__name__}")
+
+
 def _check_tensors(function: str, tensors: Sequence[Tensor]) -> None:
-    if not isinstance(tensors, (list, tuple)):
-        raise TypeError(
-            f"{function}() needs a tensor or a list of tensors; x is {type(tensors).__name__}"
-        )
     if not tensors:
         raise ValueError(f"{function}() needs at least one tensor; x is empty")
     for i, x in enumerate(tensors):

@@ -19,20 +19,28 @@ ONE = torch.ones(1)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda f: f(3), TypeError, "a tensor or a list of tensors; x is int"),
-        (
-            lambda f: f(t for t in (ONE,)),
-            TypeError,
-            "a tensor or a list of tensors; x is generator",
-        ),
+        (lambda f: f(3), TypeError, "a tensor or several; x is int"),
+        (lambda f: f("ONE"), TypeError, "a tensor or several; x is str"),
+        (lambda f: f(np.ones(1)), TypeError, "a tensor or several; x is ndarray"),
         (lambda f: f([]), ValueError, "at least one tensor; x is empty"),
+        (lambda f: f(iter(())), ValueError, "at least one tensor; x is empty"),
+        (lambda f: f({"a": ONE, "b": 3}), TypeError, "tensors; x[1] is int"),
         (lambda f: f([ONE, None]), TypeError, "tensors; x[1] is NoneType"),
         (lambda f: f([ONE, np.ones(1)]), TypeError, "tensors; x[1] is ndarray"),
-        (lambda f: f(ONE, 30), TypeError, "Log2Bins or LinearBins; bins is 30"),
+        (
+            lambda f: f(ONE, 30.0),
+            TypeError,
+            "Log2Bins, LinearBins or a number; bins is 30.0",
+        ),
+        (
+            lambda f: f(ONE, True),
+            TypeError,
+            "Log2Bins, LinearBins or a number; bins is True",
+        ),
         (
             lambda f: f(ONE, LinearBins),
             TypeError,
-            f"Log2Bins or LinearBins; bins is {LinearBins!r}",
+            f"Log2Bins, LinearBins or a number; bins is {LinearBins!r}",
         ),
         (
             lambda f: f(ONE, engine="cuda"),
@@ -357,3 +365,30 @@ def test_statistics_advice_for_a_sparse_tensor_works(layout: str) -> None:
     advice = re.search(r"pass (\S+) or (\S+)$", str(raised.value))
     for expression in advice.groups():
         assert float(gradstat.statistics(eval(expression, {"x": x})).sum) == 3.0
+
+
+def test_statistics_takes_generators_mappings_and_views_of_tensors() -> None:
+    model = torch.nn.Linear(3, 2)
+    expected = gradstat.statistics(list(model.parameters())).l2.tolist()
+    for several in (
+        model.parameters(),
+        (p for p in model.parameters()),
+        dict(model.named_parameters()),
+        dict(model.named_parameters()).values(),
+        model.state_dict(),
+    ):
+        assert gradstat.statistics(several).l2.tolist() == expected
+
+
+@pytest.mark.parametrize("bins", [30, np.int64(30)])
+def test_statistics_and_watch_take_a_number_of_bins_as_histogram_does(bins: int) -> None:
+    x = torch.arange(100.0)
+    s = gradstat.statistics(x, bins)
+    counts, edges = gradstat.histogram(x, bins=30)
+    assert s.bins == LinearBins(30)
+    assert s.counts.tolist() == counts.tolist()
+    assert s.edges.tolist() == edges.tolist()
+    model = torch.nn.Linear(3, 2)
+    with gradstat.watch(model, bins=bins) as w:
+        model(torch.ones(1, 3)).sum().backward()
+    assert w.history.bins == LinearBins(30)

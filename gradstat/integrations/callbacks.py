@@ -13,6 +13,7 @@ from torch.amp import GradScaler
 from gradstat.choices import one_of
 from gradstat.history import History
 from gradstat.kinds import GRAD, GRAD_OUTPUT
+from gradstat.recording.options import EVERYTHING
 from gradstat.recording.watch import Watch, watch
 
 _KNOWN = ("model", "when", "optimizer", "scaler", "accumulation_steps", "first_step")
@@ -72,7 +73,7 @@ class Watching:
         self._stop()
         # A training from its beginning does not go on with the records of another one.
         first_step = n_steps or None
-        if GRAD_OUTPUT in self._asked:
+        if not {GRAD_OUTPUT, EVERYTHING}.isdisjoint(self._asked):
             # Other gradients are measured when they are unscaled.
             options["scaler"] = scaler
         self._watch = watch(model, first_step=first_step, **self._options, **options)

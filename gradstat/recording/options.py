@@ -14,6 +14,7 @@ from gradstat.bins import Bins, LinearBins
 from gradstat.kinds import ACTIVATION, GRAD, GRAD_OUTPUT, OF_OUTPUTS, PARAM, UNIT, UPDATE
 from gradstat.recording.selection import ModuleSelector
 
+EVERYTHING = "all"
 # What may be asked for, and the kinds of rows it makes.
 _WHAT = {
     GRAD: (GRAD,),
@@ -54,10 +55,16 @@ def check_what(
     if not isinstance(asked, Iterable):
         raise TypeError(f"watch() needs a name or several; what is {what!r}")
     asked = list(asked)
+    sees_steps = when == "step" or (when == "call" and optimizer is not None)
+    if asked == [EVERYTHING]:
+        asked = [each for each in _WHAT if each != UPDATE or sees_steps]
     if not asked or any(each not in tuple(_WHAT) for each in asked):
-        raise ValueError(f"watch() needs one or several of {', '.join(_WHAT)}; what is {what!r}")
+        raise ValueError(
+            f"watch() needs {EVERYTHING!r}, or one or several of {', '.join(_WHAT)}; what is "
+            f"{what!r}"
+        )
     kinds = {kind for each in asked for kind in _WHAT[each]}
-    if UPDATE in kinds and (when == "backward" or (when == "call" and optimizer is None)):
+    if UPDATE in kinds and not sees_steps:
         raise ValueError(
             f"watch() needs when='step' and an optimizer to see updates; what is {what!r}, when is "
             f"{when!r}, optimizer is {type(optimizer).__name__}"

@@ -52,14 +52,15 @@ from gradstat.recording.torch_internals import disable_dynamo
 from gradstat.results import Statistics
 
 Kind = Literal["grad", "param", "update", "activation", "grad_output"]
+What = Kind | Literal["all"] | Sequence[Kind]
 
 
 def watch(
     model: nn.Module,
-    bins: Bins | None = None,
+    bins: int | Bins | None = None,
     every: int = 1,
     *,
-    what: Kind | Sequence[Kind] = "grad",
+    what: What = "grad",
     parameters: ParameterSelector | None = None,
     modules: ModuleSelector | None = None,
     accumulation_steps: int = 1,
@@ -96,9 +97,10 @@ def watch(
 
     Args:
         model: the model; watch it after moving, sharding or wrapping it.
-        bins: `Log2Bins` (default) or `LinearBins`.
+        bins: as in `statistics`.
         every: record every so many steps, from the first one.
-        what: what to measure, one or several of these; `History.select` has the rows of each.
+        what: what to measure, one or several of these, or ``"all"``, with updates where they can be
+            had; `History.select` has the rows of each.
             ``"grad"``: gradients. ``"param"``: the parameters themselves, by the end of the pass or
             before the step. ``"update"``: by how much a step changes them, with ``"param"``, for
             `History.update_ratio`; it needs an ``optimizer``, with ``when="step"`` or ``"call"``,
@@ -170,7 +172,7 @@ def watch(
         >>> w.history
         History(3 steps, 2 layers, Log2Bins())
     """
-    bins = check_bins("watch", Log2Bins() if bins is None else bins)
+    scheme = check_bins("watch", Log2Bins() if bins is None else bins)
     if not isinstance(model, nn.Module):
         raise TypeError(f"watch() needs a torch.nn.Module; model is {type(model).__name__}")
     check_integer("every", every, 1)
@@ -193,7 +195,7 @@ def watch(
     check_engine("watch", engine)
     if not isinstance(scaler, GradScaler | None):
         raise TypeError(f"watch() needs a torch.amp.GradScaler; scaler is {type(scaler).__name__}")
-    kinds = check_what(what, when, optimizer, bins, modules)
+    kinds = check_what(what, when, optimizer, scheme, modules)
     has_outputs = not kinds.isdisjoint(OF_OUTPUTS)
     check_when(when, optimizer, None if has_outputs else scaler, accumulation_steps)
     selected = select_parameters(model, parameters)
@@ -206,7 +208,7 @@ def watch(
         if kind in kinds
         for name in (seen if kind in OF_OUTPUTS else selected)
     ]
-    history = History(rows, bins, capacity=capacity)
+    history = History(rows, scheme, capacity=capacity)
     beside = origin_beside_tensor_parallelism(model)
     history.origins[:] = [usual_origin(row.kind, when, beside) for row in rows]
     first_rows = {kind: history.kinds.index(kind) for kind in dict.fromkeys(history.kinds)}
@@ -223,7 +225,7 @@ def watch(
     recorder = Recorder(history, cadence, logged, bucket_bytes, engine, sink, journal, side, alerts)
     # Parameters by themselves: others may have taken their places since.
     of = tuple(map(id, selected.values()))
-    measures = (*rows, of, bins, every, when, accumulation_steps, capacity, stream, engine)
+    measures = (*rows, of, scheme, every, when, accumulation_steps, capacity, stream, engine)
     open_watches.make_room(model, name, measures)
     hooks: BackwardHooks | StepHook
     stepping = optimizer if when == "step" else None

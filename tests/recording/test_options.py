@@ -38,6 +38,7 @@ def test_watch_selects_parameters(parameters: Any, expected: list[str]) -> None:
     assert_record(w.last, gradstat.statistics(gradients(model, expected)))
 
 
+NEEDS_BINS = "Log2Bins, LinearBins or a number; bins is "
 MODEL = make_model()
 
 
@@ -48,7 +49,7 @@ OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.1)
     ("call", "error", "message"),
     [
         (lambda: gradstat.watch(3), TypeError, "a torch.nn.Module; model is int"),
-        (lambda: gradstat.watch(MODEL, 30), TypeError, "Log2Bins or LinearBins; bins is 30"),
+        (lambda: gradstat.watch(MODEL, "30"), TypeError, NEEDS_BINS + "'30'"),
         (
             lambda: gradstat.watch(MODEL, every=0),
             ValueError,

@@ -596,3 +596,20 @@ def test_call_keeps_a_record_whose_step_never_came() -> None:
     assert w.history.steps.tolist() == [0, 2]
     assert np.isfinite(w.history.select("grad")["l2"]).all()
     assert np.isnan(w.history.update_ratio()).all()
+
+
+@pytest.mark.parametrize("when", ["backward", "step", "call"])
+def test_watch_of_all_takes_updates_where_it_sees_steps(when: str) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with gradstat.watch(model, what="all", when=when, optimizer=optimizer) as w:
+        backward(model)
+        if when == "call":
+            w.measure()
+        optimizer.step()
+    kinds = ["grad", "param", "update", "activation", "unit", "grad_output"]
+    if when == "backward":
+        kinds.remove("update")
+    assert list(dict.fromkeys(w.history.kinds)) == kinds
+    with gradstat.watch(model, what="all", when="call") as w:
+        assert "update" not in w.history.kinds
