@@ -339,6 +339,10 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(options: argparse.Namespace) -> int:
+    from gradstat.cli import text
+    from gradstat.cli.runs import check_output, load
+    from gradstat.history import History
+
     paths: list[Path] = options.run_paths
     for path in paths:
         check_output(path, options.output)
@@ -368,5 +372,7 @@ COMMANDS = {
     "report": Command("write a run as an HTML page to look around in", _add_report, _report),
     "compare": Command("compare two runs layer by layer", _add_compare, _compare),
     "merge": Command("put what the ranks of a run wrote into one file", _add_merge, _merge),
-    "tail": Command("show a run's newest record as it is written", _add_tail, _tail),
+    "tail": Command(
+        "show a run's newest record as it is written, and wait for the next", _add_tail, _tail
+    ),
 }

@@ -40,9 +40,12 @@ def run_name(path: Path) -> str:
     return path.name if path.is_dir() else path.stem
 
 
-def state(path: Path) -> tuple[int, ...]:
-    """Something that changes whenever the run's files do."""
-    found = [file.stat() for file in rank_directories.files_of(path)]
+def state(path: Path) -> tuple[int, ...] | None:
+    """Something that changes whenever the run's files do; ``None`` before there are any."""
+    files = [file for file in rank_directories.files_of(path) if file.exists()]
+    if not files:
+        return None
+    found = [file.stat() for file in files]
     return (len(found), *(number for file in found for number in (file.st_mtime_ns, file.st_size)))
 
 

@@ -213,7 +213,8 @@ def newest(name: str, history: History) -> str:
 def tail(path: Path, interval_s: float, updates: int | None = None) -> None:
     """Print the newest record of a run whenever there is another one; for ever, or so many times.
 
-    Of a directory only what was written last is read, however long the run is.
+    Waits for a run that is not there yet. Of a directory only what was written last is read,
+    however long the run is.
 
     Args:
         path: file or directory.
@@ -224,19 +225,21 @@ def tail(path: Path, interval_s: float, updates: int | None = None) -> None:
         OSError: it cannot be opened.
         ValueError: it is damaged or another kind of file.
     """
-    seen, printed = None, 0
+    seen: object = ()  # nothing has been looked at
+    printed = 0
     while updates is None or printed < updates:
         found = state(path)
         if found != seen:
             seen = found
-            history = read_newest(path)
+            history = None if found is None else read_newest(path)
             if history:
                 clear = "\x1b[H\x1b[2J" if sys.stdout.isatty() else "\n" if printed else ""
                 print(clear + newest(str(path), history), flush=True)
                 printed += 1
                 continue
             if not printed:
-                print(f"{escaped(path)} has no records yet", flush=True)
+                what = "is not there yet" if found is None else "has no records yet"
+                print(f"{escaped(path)} {what}", flush=True)
         time.sleep(interval_s)
 
 

@@ -182,6 +182,31 @@ def test_tail_reads_only_what_was_written_last(
         cli_text.tail(tmp_path, 0.02, updates=1)
 
 
+@pytest.mark.parametrize("name", ["run", "run.npz"])
+def test_tail_waits_for_a_run_that_is_not_there_yet(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    history = make_history(Log2Bins(), 1, 1, noise)
+
+    def train() -> None:
+        time.sleep(0.3)
+        if path.suffix:
+            history.save(path)
+        else:
+            path.mkdir()
+            time.sleep(0.1)
+            history.save(path / "00000000.npz")
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    cli_text.tail(path, 0.02, updates=1)
+    trainer.join()
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"{path} is not there yet\n")
+    assert f"\n{path}: step 0\n" in shown
+
+
 def test_tail_waits_for_a_directory_that_is_only_begun(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
