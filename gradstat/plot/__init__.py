@@ -26,7 +26,7 @@ from gradstat.plot import arguments, data, labels, panels
 from gradstat.plot.arguments import Histories, Layers, Limits
 from gradstat.plot.series import is_series, series_curves
 
-_MAGNITUDES = ("mean_abs", "std", "var", "l1", "l2", "rms", "abs_max")
+_MAGNITUDES = ("mean_abs", "std", "var", "l1", "l2", "rms", "abs_max", "update_ratio")
 _MAX_RIDGES = 60
 _MAX_COLUMNS = 200
 
@@ -119,13 +119,16 @@ def curves(
 ) -> Figure:
     """Draw a statistic of each layer, or a scalar such as the loss, against time.
 
+    The key of many lines names those that stand out at some time among others.
+
     Of a scalar, or the norm of all layers together, there is one panel with a line for each
     history; triangles on the time axis mark where severe findings (red) and warnings begin.
 
     Args:
         history: one History, or several in a mapping of names or a sequence.
-        field: a field of `Statistics`, ``"mean_abs"``, the mean of magnitudes, one of
-            `History.scalars`, or ``"norm"``, that of all layers of the first kind.
+        field: a field of `Statistics`, ``"mean_abs"``, the mean of magnitudes,
+            ``"update_ratio"`` or ``"dead_units"`` as of `History`, one of `History.scalars`, or
+            ``"norm"``, that of all layers of the first kind.
         split: ``"layer"`` draws a panel for each layer with a line for each history (the default
             for several), ``"history"`` a panel for each history with a line for each layer.
         layers: names of the rows to draw, by default of the first kind; a mapping titles each.
@@ -152,7 +155,7 @@ def curves(
     """
     panels.check_figure("curves", figure)
     named = arguments.check_histories("curves", history)
-    titles = arguments.check_layers("curves", named, layers)
+    titles = arguments.check_layers("curves", named, layers, field)
     if steps_per_epoch is not None:
         check_count("curves", "steps_per_epoch", steps_per_epoch)
     check_count("curves", "average", average)
@@ -180,18 +183,22 @@ def curves(
     )
     log = field in _MAGNITUDES if log is None else log
     colors = panels.line_colors(len(keys), ordered=not by_layer)
+    score = np.zeros(len(keys))
     for i, ax in enumerate(axes):
         panels.style_2d(ax)
+        lines = []
         for j, color in enumerate(colors):
             each = list(named.values())[j if by_layer else i]
             layer = list(titles)[i if by_layer else j]
             time = data.block_last(data.times(each, steps_per_epoch), average)
             value = data.block_mean(data.values(each, layer, field), average)
             panels.add_line(ax, time, value, color, log=log)
+            lines.append(value)
+        score = np.maximum(score, data.standing_out(lines, log=log))
     time_unit = "iteration" if steps_per_epoch is None else "epoch"
     labels.label_axes(figure, time_unit, labels.field_label(field, arguments.noun(named, titles)))
     if any(keys):
-        labels.add_key(figure, keys, colors)
+        labels.add_key(figure, keys, colors, score)
     for ax in axes:
         labels.label_log(ax)
     labels.add_titles(axes, heads)
@@ -217,7 +224,8 @@ def heatmap(
 
     Args:
         history: one History, or several in a mapping of names or a sequence.
-        field: a field of `Statistics`, ``"mean_abs"``, the mean of magnitudes, or ``"counts"``.
+        field: a field of `Statistics`, ``"mean_abs"``, the mean of magnitudes, ``"update_ratio"``
+            or ``"dead_units"`` as of `History`, or ``"counts"``.
         layers: names of the rows to draw, by default of the first kind; a mapping titles each.
         steps_per_epoch: count in epochs of so many steps.
         log: logarithmic colour; by default for the fields that are magnitudes.
@@ -242,7 +250,7 @@ def heatmap(
     """
     panels.check_figure("heatmap", figure)
     named = arguments.check_histories("heatmap", history)
-    titles = arguments.check_layers("heatmap", named, layers)
+    titles = arguments.check_layers("heatmap", named, layers, field)
     if steps_per_epoch is not None:
         check_count("heatmap", "steps_per_epoch", steps_per_epoch)
     arguments.check_field("heatmap", field, "counts")

@@ -11,12 +11,14 @@ from gradstat.choices import one_of
 from gradstat.escaping import escaped
 from gradstat.history import FIELDS, History
 from gradstat.history.arguments import first_rows
-from gradstat.kinds import NOUNS
+from gradstat.kinds import NOUNS, UNIT, UPDATE, Row
 
 Histories: TypeAlias = History | Mapping[str, History] | Sequence[History]
 Layers: TypeAlias = Sequence[str] | Mapping[str, str]
 Limits: TypeAlias = tuple[float, float]
 
+# Fields that follow from rows of several kinds: that of the rows that they are drawn for.
+DERIVED = {"update_ratio": UPDATE, "dead_units": UNIT}
 MAX_PANELS = 100  # 25 rows of four: six feet of figure
 
 
@@ -59,8 +61,15 @@ def check_panels(function: str, histories: int, layers: int) -> None:
         )
 
 
-def check_layers(function: str, named: dict[str, History], layers: Layers | None) -> dict[str, str]:
-    """Return the title of each layer to draw, in order; by default of each history's first kind."""
+def check_layers(
+    function: str, named: dict[str, History], layers: Layers | None, field: str | None = None
+) -> dict[str, str]:
+    """Return the title of each layer to draw, in order; by default of each history's first kind.
+
+    Those of a field that follows from several kinds may be given by their parameters or modules.
+    """
+    if field in DERIVED:
+        return _check_derived(function, named, layers, field)
     if layers is None:
         layers = [layer for each in named.values() for layer in first_rows(each)]
     names = isinstance(layers, (Mapping, Sequence)) and not isinstance(layers, str)
@@ -81,6 +90,33 @@ def check_layers(function: str, named: dict[str, History], layers: Layers | None
     return titles
 
 
+def _check_derived(
+    function: str, named: dict[str, History], layers: Layers | None, field: str
+) -> dict[str, str]:
+    kind = DERIVED[field]
+    rows = {row: None for each in named.values() for row in each.rows if row.kind == kind}
+    if not rows:
+        what = "'update'" if kind == UPDATE else "'activation'"
+        kinds = dict.fromkeys(kind for each in named.values() for kind in each.kinds)
+        raise ValueError(
+            f"{function}() needs a history of watch(what={what}) for {field!r}; history has "
+            f"{', '.join(kinds)}"
+        )
+    if layers is None:
+        return {str(row): literal(row.name) for row in rows}
+    titles = check_layers(function, named, _as_rows(layers, kind, {row.name for row in rows}))
+    if isinstance(layers, Mapping):
+        return dict(zip(titles, layers.values(), strict=True))
+    return {layer: literal(Row.printed(kind, layer).name) for layer in titles}
+
+
+def _as_rows(layers: Layers, kind: str, names: Collection[str]) -> Layers:
+    """Layers, those that are named as parameters or modules as the rows of a kind."""
+    if isinstance(layers, str) or not isinstance(layers, (Mapping, Sequence)):
+        return layers  # refused by the caller
+    return [str(Row(kind, each)) if each in names else each for each in layers]
+
+
 def noun(named: dict[str, History], layers: Collection[str]) -> str:
     """What the values of some layers are called; "value" if they are of several kinds."""
     kinds = {
@@ -94,7 +130,7 @@ def noun(named: dict[str, History], layers: Collection[str]) -> str:
 
 def check_field(function: str, field: str, *also: str) -> None:
     """Refuse what no History holds."""
-    names = (*also, "mean_abs", *FIELDS)
+    names = (*also, "mean_abs", *DERIVED, *FIELDS)
     if field not in names:
         raise ValueError(f"{function}() needs one of {', '.join(names)}; field is {field!r}")
 

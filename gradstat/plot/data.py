@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,8 @@ import numpy as np
 from gradstat.arrays import OCTAVES, Array, divide, evenly_spread, octaves
 from gradstat.bins import Log2Bins
 from gradstat.history import History
-from gradstat.plot.arguments import Limits
+from gradstat.kinds import UPDATE
+from gradstat.plot.arguments import DERIVED, Limits
 
 # Matplotlib widens limits before it draws, which must not overflow: on a linear axis and a log one.
 _LARGEST, _LOG_LARGEST = 1e300, 1e250
@@ -48,6 +50,11 @@ def values(history: History, layer: str, field: str) -> Array:
     if layer not in history.layers:
         return np.full(len(history), math.nan)
     column = history.layers.index(layer)
+    if field in DERIVED:
+        kind, _ = history.rows[column]
+        ratios = history.update_ratio() if kind == UPDATE else history.dead_units()
+        shown: Array = ratios[:, history.kinds[:column].count(kind)]
+        return shown
     if field != "mean_abs":
         return history[field][:, column].astype(np.float64)
     total, finite = history["l1"][:, column], history["finite"][:, column].astype(np.float64)
@@ -64,6 +71,26 @@ def block_mean(x: Array, size: int) -> Array:
     total: Array = np.add.reduceat(np.where(finite, x, 0.0), starts, axis=0)
     count = np.add.reduceat(finite.astype(np.float64), starts, axis=0)
     return divide(total, count)
+
+
+def standing_out(lines: Sequence[Array], *, log: bool) -> Array:
+    """How far each line is at most from where it usually is among the others, float64 ``(N,)``.
+
+    Args:
+        lines: values at the same times; of other lengths none stands out.
+        log: whether they are drawn on a logarithmic axis.
+    """
+    if len({len(line) for line in lines}) != 1 or not len(lines[0]):
+        return np.zeros(len(lines))
+    y = np.stack(lines)
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
+        y = np.log(np.where(y > 0, y, np.nan)) if log else y
+        y = np.where(np.isfinite(y), y, np.nan)
+        y = y - np.nanmedian(y, axis=0)
+        y = abs(y - np.nanmedian(y, axis=1, keepdims=True))
+        most: Array = np.fmax.reduce(y, axis=1)
+    return np.nan_to_num(most)
 
 
 def block_last(x: Array, size: int) -> Array:

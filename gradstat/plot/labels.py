@@ -26,17 +26,22 @@ from matplotlib.ticker import (
     ScalarFormatter,
 )
 
+from gradstat.arrays import Array, evenly_spread
+
 Color: TypeAlias = tuple[float, ...]
 
 INK = "#333333"
 NAME_GAP = "  "  # between a history's name and a layer's
-_MAX_KEYS = 12
+_RATIOS = {"update_ratio": "update / parameter", "dead_units": "share of dead units"}
+_MAX_KEYS, _MAX_MARKED = 12, 4
 _MEASURED = 200  # letters
 KEY_INCHES = 6.0  # of a line's or a row's name, at most
 
 
 def field_label(field: str, noun: str) -> str:
     """What a field of values that are called so is; of gradients it goes without saying."""
+    if field in _RATIOS:
+        return _RATIOS[field]
     if field in ("mean", "mean_abs"):
         return f"mean {noun}" if field == "mean" else f"mean |{noun}|"
     if noun in ("gradient", "value"):
@@ -72,9 +77,18 @@ def label_axes(figure: Figure, x: str, y: str) -> None:
     figure.supylabel(y, fontsize=9, color=INK)
 
 
-def add_key(figure: Figure, names: list[str], colors: list[Color]) -> None:
-    """Name the lines, beside the panels; of many, the first, the last and some between."""
-    kept = np.unique(np.linspace(0, len(names) - 1, min(len(names), _MAX_KEYS)).round().astype(int))
+def add_key(figure: Figure, names: list[str], colors: list[Color], score: Array) -> None:
+    """Name the lines, beside the panels; of many, those that stand out, and some evenly spread.
+
+    Args:
+        figure: of the panels.
+        names: of N lines.
+        colors: of them.
+        score: how much each stands out, ``(N,)``.
+    """
+    marked = set(np.argsort(-score, kind="stable")[:_MAX_MARKED].tolist())
+    n_spread = len(names) if len(names) <= _MAX_KEYS else _MAX_KEYS - len(marked)
+    kept = sorted(marked | set(evenly_spread(len(names), n_spread).tolist()))
     lines = [Line2D([], [], color=colors[i], linewidth=2) for i in kept]
     figure.legend(
         lines,

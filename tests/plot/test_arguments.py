@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from gradstat import History, LinearBins, Log2Bins, plot
 from gradstat.history import FIELDS
+from gradstat.plot.arguments import DERIVED
 
 LOG2, LINEAR = make_history(Log2Bins()), make_history(LinearBins(30))
 EMPTY = History(["0.weight"], Log2Bins())
@@ -101,7 +102,7 @@ def test_importing_plot_does_not_import_pyplot() -> None:
     assert run.stdout == "False\n"
 
 
-NAMES = ", ".join(("mean_abs", *FIELDS))
+NAMES = ", ".join(("mean_abs", *DERIVED, *FIELDS))
 
 BAD_FOR_ALL = [
     (lambda f: f(3), TypeError, "a History, or several in a mapping or sequence; history is int"),

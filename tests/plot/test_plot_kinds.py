@@ -1,10 +1,12 @@
 """Figures of histories with several kinds of rows: which are drawn, and what they are called."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from histories import LONG_NAMES, falling, make_history
 from legibility import assert_legible
 from matplotlib.figure import Figure
@@ -122,3 +124,72 @@ def test_ridge_of_small_and_large_values_writes_their_power_of_ten_once(
     label = figure.axes[0].get_xlabel()
     assert label.startswith("gradient\n$\\times")
     assert str(abs(power)) in label
+
+
+@pytest.mark.parametrize("spiking", [13, 14, 25])
+def test_curves_name_the_line_that_stands_out_of_many(spiking: int) -> None:
+    def gradient(step: int, layer: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(100 * step + layer)
+        return torch.randn(50, generator=generator) * (
+            50.0 if (step, layer) == (7, spiking) else 1.0
+        )
+
+    history = make_history(Log2Bins(), [f"block.{i}" for i in range(28)], 12, gradient)
+    for field in ("mean_abs", "mean"):
+        (legend,) = plot.curves(history, field, log=field == "mean_abs").legends
+        names = [text.get_text() for text in legend.get_texts()]
+        assert f"block.{spiking}" in names
+        assert names == sorted(names, key=lambda name: int(name[6:]))
+        assert (names[0], names[-1]) == ("block.0", "block.27")
+        assert 8 <= len(names) <= 12
+
+
+DRAWN = {
+    "update_ratio": ("update", History.update_ratio),
+    "dead_units": ("unit", History.dead_units),
+}
+
+
+@pytest.mark.parametrize("field", DRAWN)
+@pytest.mark.parametrize("given", [None, "names", "rows", "titles"])
+def test_curves_and_heatmap_draw_what_follows_from_several_kinds(
+    field: str, given: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, of = DRAWN[field]
+    history = make_history(Log2Bins(), ["a", "b", "c"], 5, kinds=KINDS)
+    shown = ["a", "b", "c"] if given is None else ["c", "a"]
+    layers = {
+        None: None,
+        "names": shown,
+        "rows": [f"{kind}/{name}" for name in shown],
+        "titles": {name: name.upper() for name in shown},
+    }[given]
+    expected = of(history)[:, ["abc".index(name) for name in shown]]
+    figure = plot.curves(history, field, layers=layers)
+    drawn = np.stack([line.get_ydata() for line in figure.axes[0].lines], 1)
+    if field == "update_ratio":  # on a logarithmic axis
+        expected = np.where(expected > 0, expected, np.nan)
+    np.testing.assert_array_equal(drawn, expected)
+    titles = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert titles == [name.upper() if given == "titles" else name for name in shown]
+    figure = plot.heatmap(history, field, layers=layers)
+    (mesh,) = figure.axes[0].collections
+    np.testing.assert_array_equal(np.ma.filled(mesh.get_array(), np.nan), drawn.T)
+    assert "dead" in figure.axes[-1].get_ylabel() or "update" in figure.axes[-1].get_ylabel()
+    assert_legible(figure, monkeypatch)
+
+
+def test_curves_says_what_a_field_of_other_kinds_needs() -> None:
+    message = (
+        "curves() needs a history of watch(what='update') for 'update_ratio'; history has grad"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        plot.curves(make_history(Log2Bins()), "update_ratio")
+    message = "heatmap() needs a history of watch(what='activation') for 'dead_units'"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plot.heatmap(make_history(Log2Bins()), "dead_units")
+    history = make_history(Log2Bins(), ["a", "b"], kinds=KINDS)
+    with pytest.raises(ValueError, match="layers has 'd'"):
+        plot.curves(history, "update_ratio", layers=["a", "d"])
+    with pytest.raises(TypeError, match="layers is 3"):
+        plot.curves(history, "update_ratio", layers=3)
