@@ -29,13 +29,21 @@ function colorAt(colors, x) {
 }
 
 // A canvas of a height in a parent, drawn by draw(context, width, height) now and whenever its
-// size or the colour scheme changes.
-function addCanvas(parent, height, draw) {
+// size or the colour scheme changes. What has no label shows nothing of its own to a screen reader.
+function addCanvas(parent, height, draw, label = "") {
   const canvas = document.createElement("canvas");
+  describe(canvas, label);
   parent.append(canvas);
   const drawing = { canvas, height, draw, redraw: () => paint(drawing) };
   drawings.push(drawing);
   return drawing;
+}
+
+function describe(canvas, label) {
+  canvas.setAttribute("role", label ? "img" : "presentation");
+  canvas.toggleAttribute("aria-hidden", false);
+  if (label) canvas.setAttribute("aria-label", label);
+  else canvas.setAttribute("aria-hidden", "true");
 }
 
 function paint({ canvas, height, draw }) {
@@ -83,6 +91,25 @@ function fitted(context, text, width) {
   return "\u2026" + text.slice(low);
 }
 
+// Short names that tell layers apart: the whole ones, or what they do not all begin or end with, or
+// the end of that; where even those are the same, with their number before them.
+function shortNames(context, names, width) {
+  if (names.every((name) => context.measureText(name).width <= width)) return names;
+  const parts = names.map((name) => name.split("."));
+  const shortest = Math.min(...parts.map((each) => each.length));
+  const alike = (at) => new Set(parts.map((each) => each.at(at))).size === 1;
+  let [before, after] = [0, 0];
+  while (before + 1 < shortest && alike(before)) before++;
+  while (before + after + 1 < shortest && alike(-1 - after)) after++;
+  const differing = parts.map((each) => each.slice(before, each.length - after).join("."));
+  const ends = differing.map((name) => fitted(context, name, width));
+  if (new Set(ends).size === names.length) return ends;
+  return differing.map((name, i) => {
+    const number = `${i + 1} `;
+    return number + fitted(context, name, width - context.measureText(number).width);
+  });
+}
+
 // Round numbers between two ends, about as many as asked, at least 1 apart if they are whole.
 function roundTicks(low, high, about, integers) {
   const raw = (high - low) / Math.max(1, about) || 1;
@@ -94,12 +121,15 @@ function roundTicks(low, high, about, integers) {
   return ticks;
 }
 
-// Axis of steps under a plot: `first` is the first step of each of its columns.
+// Axis of steps under a plot, with its name in the margin: `first` is the first step of each of
+// its columns.
 function stepAxis(context, first, left, width, top) {
+  type(context, 11, "right", "top");
+  context.fillText("step", left - 8, top + 6);
   type(context, 11, "center", "top");
   context.strokeStyle = css("--line");
   const last = first[first.length - 1];
-  let edge = -Infinity;
+  let edge = left - 14;
   for (const step of roundTicks(first[0], last, width / 55, true)) {
     let column = first.findIndex((each) => each >= step);
     if (column < 0) column = first.length - 1;

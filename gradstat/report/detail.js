@@ -9,16 +9,16 @@ const NAMES = [
 
 function buildDetail(select) {
   const curvePlot = byId("detail-curve");
-  const rms = addCanvas(curvePlot, 118, drawCurve);
-  const rmsOver = addCanvas(curvePlot, 118, (context, width, height) => {
+  const rms = addCanvas(curvePlot, 98, drawCurve);
+  const rmsOver = addCanvas(curvePlot, 98, (context, width, height) => {
     if (state.t !== null) mark(context, LEFT + ((state.t + 0.5) / T) * (width - LEFT), height - 22);
   });
   const plot = byId("detail-distribution");
-  const distribution = addCanvas(plot, 210, drawDistribution);
-  const over = addCanvas(plot, 210, (context, width, height) => {
+  const distribution = addCanvas(plot, 172, drawDistribution);
+  const over = addCanvas(plot, 172, (context, width, height) => {
     mark(context, LEFT + ((state.sample + 0.5) / K) * (width - LEFT), height - 22);
   });
-  const histogram = addCanvas(byId("detail-histogram"), 120, drawHistogram);
+  const histogram = addCanvas(byId("detail-histogram"), 96, drawHistogram);
   const holder = document.createElement("div");
   holder.style.width = "100%";
   byId("detail-legend").append(holder);
@@ -45,7 +45,7 @@ function buildDetail(select) {
       ...(row === null ? [] : rowLines(state.layer, sample, row)),
       ...outside(state.layer, sample),
     ]);
-  }, () => showSample(K - 1));
+  }, () => showSample(state.home));
   onHover(histogram.canvas, (event, x) => {
     const { low, high } = extent(state.layer);
     const value = low + ((x - LEFT) / (histogram.canvas.clientWidth - LEFT)) * (high - low);
@@ -58,8 +58,10 @@ function buildDetail(select) {
     state.sample = sample;
     over.redraw();
     histogram.redraw();
-    byId("detail-when").textContent = `Histogram at step ${whole(meta.sampleSteps[sample])}`;
+    const when = `Histogram at step ${whole(meta.sampleSteps[sample])}`;
+    byId("detail-when").textContent = when;
     byId("detail-outside").textContent = outside(state.layer, sample).join(", ");
+    describe(histogram.canvas, `${when}. ${byId("detail-outside").textContent}`);
   }
   const beside = (by) => state.view.layers[place[state.layer] + by];
   byId("previous").addEventListener("click", () => select(beside(-1), { from: "detail" }));
@@ -80,8 +82,10 @@ function buildDetail(select) {
       value.textContent = Number.isInteger(x) && isCount ? whole(x) : name === "dead" ? share(x ?? NaN) : number(x);
       return [term, value];
     }));
+    describe(rms.canvas, `rms of ${titleOf(state.layer)} by step`);
+    describe(distribution.canvas, `Distribution of ${titleOf(state.layer)} by step, as colour`);
     for (const drawing of [rms, rmsOver, distribution, legend]) drawing.redraw();
-    showSample(K - 1);
+    showSample(state.home);
   };
 }
 

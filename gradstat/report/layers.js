@@ -40,7 +40,7 @@ function buildLayers(select) {
     seen.unobserve(cell);
     if (cell.querySelector("canvas")) return;
     const layer = Number(cell.parentElement.dataset.layer);
-    addCanvas(cell.firstChild, 28, (context, width, height) => drawSpark(context, layer, width, height)).redraw();
+    addCanvas(cell.firstChild, 28, (context, width, height) => drawSpark(context, layer, width, height), `rms of ${meta.layers[layer]} by step`).redraw();
   };
   // On paper all rows are seen.
   window.addEventListener("beforeprint", () => body.querySelectorAll("td.spark").forEach(addSpark));

@@ -1,6 +1,16 @@
 // Puts the parts together; `state` is what is selected and what the pointer is on.
 
-const state = { view: null, layer: 0, cell: null, t: null, sample: K - 1 };
+// `home` is the sample that is shown while the pointer is on none: the newest, or that of a step.
+const state = { view: null, layer: 0, cell: null, t: null, sample: K - 1, home: K - 1 };
+
+// The sample nearest to the step of a finding, or within a column of records.
+function sampleNear(step) {
+  let nearest = 0;
+  for (let k = 1; k < K; k++) {
+    if (Math.abs(meta.sampleSteps[k] - step) < Math.abs(meta.sampleSteps[nearest] - step)) nearest = k;
+  }
+  return nearest;
+}
 
 function buildFindings(select) {
   const section = byId("findings");
@@ -29,7 +39,7 @@ function buildFindings(select) {
       span.textContent = text;
       item.append(span);
     }
-    item.addEventListener("click", () => select(finding.layer, { from: "findings" }));
+    item.addEventListener("click", () => select(finding.layer, { from: "findings", step: finding.at }));
     return item;
   });
   section.append(...items);
@@ -94,8 +104,12 @@ function start() {
     table.show();
   }
 
-  function select(layer, { from }) {
+  // With a step, or a column of records, that one is shown; otherwise the newest.
+  function select(layer, { from, step = null, t = null }) {
     if (layer === undefined) return;
+    if (step !== null) t = columnOf(step);
+    state.cell = t === null ? null : { layer, t };
+    state.home = step !== null ? sampleNear(step) : t !== null ? sampleNear(meta.steps[t][0]) : K - 1;
     const before = table.row(state.layer);
     before.classList.remove("selected");
     before.removeAttribute("aria-current");
@@ -112,9 +126,10 @@ function start() {
     if (!beside && !["start", "detail", "kind"].includes(from)) byId("detail").scrollIntoView({ block: "start" });
   }
 
-  show(0);
-  const found = meta.findings.find((finding) => meta.kinds[finding.layer] === 0);
-  select(found ? found.layer : byKind[0][0], { from: "start" });
+  const [found] = meta.findings;
+  state.layer = found ? found.layer : byKind[0][0];
+  show(meta.kinds[state.layer]);
+  select(state.layer, { from: "start", step: found ? found.at : null });
   redrawAll();
 }
 

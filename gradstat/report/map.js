@@ -49,13 +49,14 @@ function buildMap(select) {
   const main = addCanvas(plot, 0, (context, width) => {
     const { layers, rowHeight, top, bottom, nonfinite } = state.view;
     const L = layers.length;
-    const name = (i) => fitted(context, meta.layers[layers[i]], Math.min(240, width * 0.3));
     type(context, 12, "right", "middle");
+    const names = shortNames(context, layers.map((layer) => meta.layers[layer]), Math.min(240, width * 0.3));
     const every = Math.ceil(14 / rowHeight);
     let widest = 0;
-    for (let i = 0; i < L; i += every) widest = Math.max(widest, context.measureText(name(i)).width);
-    left = Math.ceil(widest) + 12;
-    for (let i = 0; i < L; i += every) context.fillText(name(i), left - 8, rowTop(i) + rowHeight / 2);
+    for (let i = 0; i < L; i += every) widest = Math.max(widest, context.measureText(names[i]).width);
+    // The names of the lines above it, such as a norm's, stand in the same margin.
+    left = Math.ceil(Math.max(widest + 12, Math.min(100, 0.25 * width)));
+    for (let i = 0; i < L; i += every) context.fillText(names[i], left - 8, rowTop(i) + rowHeight / 2);
     context.fillStyle = css("--sunken");
     context.fillRect(left, top, width - left, bottom - top);
     context.imageSmoothingEnabled = false;
@@ -74,7 +75,7 @@ function buildMap(select) {
       if (dx || dy) context.fillRect(x - dx, y - dy, cell + 2 * dx, rowHeight + 2 * dy);
     }
     stepAxis(context, meta.steps.map((each) => each[0]), left, width - left, bottom);
-  });
+  }, "Map: the rms of each layer, by step, as colour. The table of layers has the numbers.");
   const over = addCanvas(plot, 0, (context, width) => {
     const { rowHeight } = state.view;
     context.strokeStyle = css("--ink");
@@ -111,7 +112,7 @@ function buildMap(select) {
   main.canvas.addEventListener("click", (event) => {
     const box = main.canvas.getBoundingClientRect();
     const cell = cellAt(event.clientX - box.left, event.clientY - box.top);
-    if (cell) select(cell.layer, { from: "map" });
+    if (cell) select(cell.layer, { from: "map", t: cell.t >= 0 ? cell.t : null });
   });
   buildSeries(select, () => left);
   const showLegend = buildLegend();

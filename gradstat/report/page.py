@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import importlib.metadata
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from gradstat.history import History
 from gradstat.history.arguments import check_history
 from gradstat.kinds import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE
 from gradstat.report import thin
+from gradstat.version import __version__
 
 _SCRIPTS = ("data.js", "canvas.js", "series.js", "map.js", "layers.js", "detail.js", "main.js")
 _NUMBERS = ("numel", "mean", "std", "rms", "l2", "min", "max", "zeros", "nan", "posinf", "neginf")
@@ -108,7 +108,7 @@ def _contents(history: History) -> tuple[dict[str, Any], str]:
     layout, data = _pack(arrays)
     kinds = list(dict.fromkeys(history.kinds))
     meta = {
-        "version": importlib.metadata.version("gradstat"),
+        "version": __version__,
         "bins": repr(history.bins),
         "log2": log2,
         "layers": [escaped(row.name) for row in history.rows],
@@ -124,6 +124,7 @@ def _contents(history: History) -> tuple[dict[str, Any], str]:
                 "severity": finding.severity,
                 "layer": history.layers.index(finding.layer),
                 "steps": finding.steps,
+                "at": int(finding.numbers.get("first_step", finding.steps[0])),
                 "sentence": escaped(finding.sentence),
             }
             for finding in diagnose(history)
@@ -142,8 +143,11 @@ def _contents(history: History) -> tuple[dict[str, Any], str]:
 def _newest(history: History) -> dict[str, Any]:
     """Numbers of each row in the newest record, by name; of updates and activations one more."""
     kinds = np.array(history.kinds)
+    newest = {name: history[name][-1].astype(object) for name in _NUMBERS}
+    # Of no finite value there is no norm to speak of.
+    newest["l2"][history["finite"][-1] == 0] = math.nan
     found: dict[str, Any] = {
-        name: [_json(x) for x in history[name][-1].tolist()] for name in _NUMBERS
+        name: [_json(x) for x in values.tolist()] for name, values in newest.items()
     }
     if {UPDATE, PARAM} <= set(history.kinds):
         found["ratio"] = _by_row(kinds == UPDATE, history.update_ratio()[-1])

@@ -51,7 +51,7 @@ function buildSeries(select, leftOf) {
       context.lineTo(x + 5, bottom + 10);
       context.fill();
     }
-  });
+  }, `By step: ${meta.series.join(", ")}, and where findings begin`);
   const at = (x) => {
     const left = leftOf();
     const width = drawing.canvas.clientWidth - left;
@@ -71,8 +71,7 @@ function buildSeries(select, leftOf) {
     const box = drawing.canvas.getBoundingClientRect();
     const { near } = at(event.clientX - box.left);
     if (!near.length) return;
-    state.cell = { layer: near[0].finding.layer, t: near[0].t };
-    select(near[0].finding.layer, { from: "map" });
+    select(near[0].finding.layer, { from: "map", t: near[0].t });
   });
 }
 

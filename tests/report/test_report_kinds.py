@@ -118,8 +118,9 @@ def test_finding_of_another_kind_is_found(
     ]
     monkeypatch.setattr("gradstat.report.page.diagnose", lambda history: found)
     page = open_report(kinds_of_two_layers())
-    # Gradients first, whatever is worst.
-    assert detail(page) == "1.weight"
+    # The worst first, whatever it is about.
+    assert detail(page) == "1.weight\u00a0\u00b7 update"
+    page.locator(".finding").nth(1).click()
     page.locator(".finding").nth(0).click()
     assert detail(page) == "1.weight\u00a0\u00b7 update"
     assert page.locator("#kind").input_value() == "2"

@@ -151,7 +151,10 @@ def test_table_sorts_what_is_undefined_last(open_report: Open, column: str) -> N
         assert len(known) == (9 if column == "Elements" else 6)
 
 
-def test_distribution_tells_the_counts_of_a_record(open_report: Open) -> None:
+def test_distribution_tells_the_counts_of_a_record(
+    open_report: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradstat.report.page.diagnose", lambda history: [])
     h = make_history(LOG2, layers=1, steps=6, gradient=lambda step, layer: torch.ones(step + 1))
     page = open_report(h)
     # All of them are 1: one octave, over the whole height.
