@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias
 
 from gradstat.choices import one_of
 from gradstat.escaping import escaped
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
     from gradstat.history import History
 
 Progress: TypeAlias = Callable[[int], object]
-Target: TypeAlias = Callable[["History", Path, str, Progress], Path]
+Tags: TypeAlias = Literal["layer", "kind"]
+Target: TypeAlias = Callable[..., Path]
 
 SEVERE, FAILED = 1, 2  # exit codes
 
@@ -198,20 +200,24 @@ def _csv(history: History, folder: Path, name: str, progress: Progress) -> Path:
     return folder / f"{name}.csv"
 
 
-def _tensorboard(history: History, folder: Path, name: str, progress: Progress) -> Path:
+def _tensorboard(
+    history: History, folder: Path, name: str, progress: Progress, tags: Tags = "layer"
+) -> Path:
     from gradstat.integrations import tensorboard
 
     # Every point would be there twice.
     if list((folder / name).glob("events.out.tfevents.*")):
         raise ValueError(f"{folder / name} holds event files already")
-    tensorboard.write(history, folder / name, progress=progress)
+    tensorboard.write(history, folder / name, tags=tags, progress=progress)
     return folder / name
 
 
-def _wandb(history: History, folder: Path, name: str, progress: Progress) -> Path:
+def _wandb(
+    history: History, folder: Path, name: str, progress: Progress, tags: Tags = "layer"
+) -> Path:
     from gradstat.integrations import wandb
 
-    return wandb.write(history, folder, name, progress=progress)
+    return wandb.write(history, folder, name, tags=tags, progress=progress)
 
 
 # Each is given the history, the directory, the run's name and what to call with the number of
@@ -230,6 +236,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         "--to", required=True, choices=list(TARGETS), help="what to write; wandb: an offline run"
     )
     parser.add_argument(
+        "--tags",
+        choices=["layer", "kind"],
+        help="of tensorboard and wandb: kind names them as wandb.watch, gradients/LAYER",
+    )
+    parser.add_argument(
         "directory", metavar="DIR", type=Path, help="where to; made if it is not there"
     )
 
@@ -239,13 +250,18 @@ def _export(options: argparse.Namespace) -> int:
 
     from gradstat.cli.runs import check_output, load, run_name
 
+    write = TARGETS[options.to]
+    if options.tags is not None:
+        if options.to not in ("tensorboard", "wandb"):
+            raise ValueError(f"--tags needs --to tensorboard or wandb; --to is {options.to}")
+        write = functools.partial(write, tags=options.tags)
     name = run_name(options.run_path)
     check_output(options.run_path, options.directory / f"{name}.{options.to}")
     history = load(options.run_path)
     options.directory.mkdir(parents=True, exist_ok=True)
     # Silent where stderr is not a terminal.
     with tqdm(total=len(history), desc=options.to, unit="record", disable=None) as bar:
-        written = TARGETS[options.to](history, options.directory, name, bar.update)
+        written = write(history, options.directory, name, bar.update)
     print(escaped(written))
     return 0
 

@@ -10,7 +10,7 @@ import numpy as np
 from gradstat.arrays import Array, evenly_spread
 from gradstat.history import History
 from gradstat.history.arguments import check_count
-from gradstat.kinds import ACTIVATION, PARAM, UNIT, UPDATE, Row
+from gradstat.kinds import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE, Row
 from gradstat.results import Statistics
 
 
@@ -82,6 +82,17 @@ def derived(history: History) -> Iterator[tuple[str, str, list[str], Array]]:
     if UNIT in history.kinds:
         layers = list(layers_of(history, UNIT).values())
         yield ACTIVATION, "dead_units", layers, history.dead_units()
+
+
+def group(kind: str) -> str:
+    """What tags begin with that are sorted by kind, as those of ``wandb.watch``."""
+    return f"{NOUNS[kind]}s".replace(" ", "_")
+
+
+def check_tags(function: str, tags: str) -> None:
+    """Raise ValueError unless ``tags`` is one of two ways to name what is drawn."""
+    if tags not in ("layer", "kind"):
+        raise ValueError(f"{function}() needs tags 'layer' or 'kind'; tags is {tags!r}")
 
 
 def chosen_steps(function: str, history: History, max_records: int | None) -> list[int]:

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -15,9 +15,11 @@ from gradstat.history import History
 from gradstat.history.arguments import check_history
 from gradstat.integrations.buckets import (
     buckets,
+    check_tags,
     chosen_steps,
     counted,
     derived,
+    group,
     layers_of,
     rows,
     scalars,
@@ -36,6 +38,7 @@ def log(
     history: History,
     run: wandb.Run,
     *,
+    tags: Literal["layer", "kind"] = "layer",
     max_records: int | None = 100,
     progress: Callable[[int], object] | None = None,
 ) -> None:
@@ -50,6 +53,8 @@ def log(
     - ``scalars/NAME``: what was logged, such as the loss, against ``gradients/step``: all values,
       or 10,000 evenly spread; of several in one step the last.
 
+    With ``tags="kind"`` the histograms are named as by ``wandb.watch``: ``gradients/LAYER``.
+
     Rows of another kind have the same under its name: ``parameters``, ``updates``, ``activations``,
     ``unit_peaks`` or ``output_gradients``. Two more charts are ``updates/ratio``, log10 of
     `History.update_ratio`, and ``activations/dead_units``, `History.dead_units`.
@@ -60,6 +65,7 @@ def log(
     Args:
         history: with one record at least.
         run: what ``wandb.init()`` returned, online or offline; not finished here.
+        tags: ``"layer"`` or ``"kind"``: what the histograms are called.
         max_records: most records whose histograms are logged, evenly spread, the newest among them;
             ``None`` logs all.
         progress: called with the number of further records that are done or left out.
@@ -67,7 +73,7 @@ def log(
     Raises:
         ImportError: wandb is not installed.
         TypeError: an argument of another kind.
-        ValueError: no records, ``max_records`` < 1.
+        ValueError: no records, ``max_records`` < 1, other tags.
 
     Example:
         >>> import wandb  # doctest: +SKIP
@@ -76,6 +82,8 @@ def log(
         ...     viewer.log(w.history, run)
     """
     history = check_history("log", history)
+    check_tags("log", tags)
+    middle = "" if tags == "kind" else "histogram/"
     steps = chosen_steps("log", history, max_records)
     try:
         import wandb
@@ -86,7 +94,8 @@ def log(
         raise TypeError(f"log() needs a run of wandb.init(); run is {type(run).__name__}")
     run.define_metric("gradients/step", hidden=True)
     for kind in dict.fromkeys(history.kinds):
-        run.define_metric(f"{_group(kind)}/histogram/*", step_metric="gradients/step", hidden=True)
+        names = f"{group(kind)}/{middle}*"
+        run.define_metric(names, step_metric="gradients/step", hidden=tags == "layer")
     logged = _scalars(history)
     run.define_metric("scalars/*", step_metric="gradients/step")
     for step in counted(history, steps, progress):
@@ -96,14 +105,14 @@ def log(
         for (kind, layer), statistics, edges in rows(history, step):
             counts, ends = buckets(statistics, edges, _MAX_BUCKETS)
             if len(counts):
-                record[f"{_group(kind)}/histogram/{layer}"] = wandb.Histogram(
+                record[f"{group(kind)}/{middle}{layer}"] = wandb.Histogram(
                     np_histogram=(counts, ends)
                 )
         run.log(record)
     for later, numbers in logged.items():
         run.log({"gradients/step": later} | numbers)
     summary: dict[str, object] = {
-        f"{_group(kind)}/layers": wandb.Table(columns=list(_COLUMNS), data=table)
+        f"{group(kind)}/layers": wandb.Table(columns=list(_COLUMNS), data=table)
         for kind, table in _newest(history).items()
     }
     for name, title, layers, values in _charts(history):
@@ -118,6 +127,7 @@ def write(
     folder: str | os.PathLike[str],
     name: str,
     *,
+    tags: Literal["layer", "kind"] = "layer",
     progress: Callable[[int], object] | None = None,
 ) -> Path:
     """Write an offline run, which ``wandb sync`` sends.
@@ -126,6 +136,7 @@ def write(
         history: with one record at least.
         folder: where wandb makes its folder ``wandb``; made if it is not there.
         name: of the run, in the project ``gradstat``.
+        tags: as for `log`.
         progress: as for `log`.
 
     Returns:
@@ -133,9 +144,10 @@ def write(
 
     Raises:
         ImportError: wandb is not installed.
-        ValueError: no records, or another run is going on in this process: use `log`.
+        ValueError: no records, other tags, or another run is going on in this process: use `log`.
     """
     history = check_history("write", history)
+    check_tags("write", tags)
     try:
         import wandb
     except ImportError as error:
@@ -145,7 +157,7 @@ def write(
     Path(folder).mkdir(parents=True, exist_ok=True)
     settings = wandb.Settings(mode="offline", silent=True, console="off")
     with wandb.init(project="gradstat", name=name, dir=folder, settings=settings) as run:
-        log(history, run, progress=progress)
+        log(history, run, tags=tags, progress=progress)
         written = Path(run.dir).parent
     # Its other process may still be writing when the run is finished, not when it has ended.
     wandb.teardown()
@@ -163,23 +175,18 @@ def _scalars(history: History) -> dict[int, dict[str, object]]:
     return dict(sorted(found.items()))
 
 
-def _group(kind: str) -> str:
-    """What the names of a kind begin with."""
-    return f"{NOUNS[kind]}s".replace(" ", "_")
-
-
 def _charts(history: History) -> Iterator[tuple[str, str, list[str], Array]]:
     """Name, title, layers and values, ``(S, L)``, of each chart; NaN where there is nothing."""
     log_rms = _log10(history["rms"])
     for kind in dict.fromkeys(history.kinds):
         layers = layers_of(history, kind)
         title = f"log10 rms of each layer's {NOUNS[kind]}"
-        yield f"{_group(kind)}/rms", title, list(layers.values()), log_rms[:, list(layers)]
+        yield f"{group(kind)}/rms", title, list(layers.values()), log_rms[:, list(layers)]
     for kind, name, names, values in derived(history):
         title = "share of each layer's units that are dead"
         if kind == UPDATE:
             values, title = _log10(values), "log10 of each layer's update / parameter"
-        yield f"{_group(kind)}/{name}", title, names, values
+        yield f"{group(kind)}/{name}", title, names, values
 
 
 def _log10(x: Array) -> Array:

@@ -11,6 +11,7 @@ from histories import make_history
 
 import gradstat
 from gradstat import History
+from gradstat.cli import main
 from gradstat.integrations import tensorboard
 from gradstat.integrations.buckets import buckets
 
@@ -215,3 +216,43 @@ def test_write_keeps_what_was_logged(tmp_path: Path) -> None:
     events = read(tmp_path).Scalars("loss")
     assert [event.step for event in events] == [0, 1, 1, 7]
     np.testing.assert_array_equal([event.value for event in events], [v for _, v in logged])
+
+
+def test_write_gives_each_point_the_time_of_its_record(tmp_path: Path) -> None:
+    h = make_history(gradstat.Log2Bins(), layers=1, steps=4)
+    timed = History(h.rows, h.bins)
+    for step in range(4):
+        record = [x.numpy() for x in (h.record(step).integers, h.record(step).floats)]
+        counts = h.record(step).counts.numpy()
+        timed.append(10 * step, *record, counts, time_s=1e9 + 60.0 * step)
+    for step, value in ((0, 1.0), (5, 0.5), (30, 0.2)):
+        timed.add_scalar("loss", step, value)
+    tensorboard.write(timed, tmp_path)
+    events = read(tmp_path)
+    assert [e.wall_time for e in events.Histograms("0.weight/gradient")] == [
+        1e9 + 60.0 * step for step in range(4)
+    ]
+    assert [e.wall_time for e in events.Scalars("loss")] == [1e9, 1e9 + 30, 1e9 + 180]
+
+
+def test_write_names_tags_by_kind_as_wandb_watch(tmp_path: Path) -> None:
+    h = make_history(gradstat.Log2Bins(), ["a"], 2, kinds=("grad", "param", "update"))
+    options = ["--to", "tensorboard", "--tags", "kind"]
+    assert main(["export", str(saved(h, tmp_path)), *options, str(tmp_path)]) == 0
+    events = read(tmp_path / "run")
+    kinds = ("gradients", "parameters", "updates")
+    assert sorted(events.Tags()["histograms"]) == [f"{kind}/a" for kind in kinds]
+    assert {"gradients/a/rms", "updates/a/ratio"} <= set(events.Tags()["scalars"])
+    with pytest.raises(ValueError, match=r"^write\(\) needs tags 'layer' or 'kind'; tags is 'x'$"):
+        tensorboard.write(h, tmp_path / "x", tags="x")
+
+
+def test_export_refuses_tags_of_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = saved(make_history(gradstat.Log2Bins(), 1, 1), tmp_path)
+    assert main(["export", str(path), "--to", "csv", "--tags", "kind", str(tmp_path)]) == 2
+    assert "--tags needs --to tensorboard or wandb; --to is csv" in capsys.readouterr().err
+
+
+def saved(history: History, folder: Path) -> Path:
+    history.save(folder / "run.npz")
+    return folder / "run.npz"

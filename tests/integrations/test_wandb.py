@@ -248,3 +248,12 @@ def test_log_keeps_what_was_logged_at_its_steps(logged: Logged) -> None:
         if "scalars/loss" in row:
             found[row["gradients/step"]] = row["scalars/loss"]
     assert found == {0: 1.5, 2: 0.25, 4: 3.0}
+
+
+def test_log_names_histograms_as_wandb_watch(logged: Logged) -> None:
+    h = make_history(LOG2, ["a"], 2, kinds=("grad", "param"))
+    shown = {key for row in logged(h, tags="kind") for key in row}
+    assert {"gradients/a", "parameters/a", "gradients/step", "gradients/layers"} <= shown
+    assert "gradients/histogram/a" not in shown
+    with pytest.raises(ValueError, match="tags 'layer' or 'kind'; tags is 'x'"):
+        viewer.log(h, None, tags="x")
