@@ -25,6 +25,10 @@ _FORKED = (
 )
 
 
+MANY_BYTES = 1 << 30  # of records in memory, from which on a warning is given
+_LOOK = 64  # records from one look at the memory to the next
+
+
 class Delivery:
     """Records on their way to whoever is to have them, oldest first.
 
@@ -57,7 +61,7 @@ class Delivery:
         # Held by who does so, further out in the same thread. `_NOTHING` goes with each: an
         # interrupt just before the end of a single context would leave it locked.
         self._moving, self._handing_on = threading.Lock(), threading.Lock()
-        self._is_to_warn = False
+        self._is_to_warn = self._has_told_bytes = False
 
     def add(self, record: Record) -> None:
         """Take a record that may still be on its way from its device."""
@@ -120,6 +124,7 @@ class Delivery:
             self._newest_step = step
             rows = record.rows(self._outputs)
             self._history.append(step, *rows)
+            self._watch_memory()
             if self._journal is not None:
                 self._journal.append(step, *rows)
             if self._alerts is not None:
@@ -129,3 +134,15 @@ class Delivery:
             if self._is_to_warn:
                 self._is_to_warn = False
                 warn(_FORKED)
+
+    def _watch_memory(self) -> None:
+        """Say once that the records take a lot of memory."""
+        history = self._history
+        if self._has_told_bytes or len(history) % _LOOK or history.nbytes < MANY_BYTES:
+            return
+        self._has_told_bytes = True
+        warn(
+            f"watch() holds {history.nbytes / (1 << 30):.1f} GB of records in memory, "
+            f"{len(history)} of {len(history.layers)} rows: watch(capacity=) bounds them, every= "
+            f"makes fewer, and path= writes them all to disk"
+        )

@@ -1,7 +1,9 @@
 """Runs too long for memory: what is kept, what is handed on, what is on disk."""
 
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from watching import (
 import gradstat
 from gradstat import History, LinearBins, Log2Bins, Statistics
 from gradstat.bins import Bins
+from gradstat.recording import delivery
 
 
 @pytest.fixture(autouse=True)
@@ -182,3 +185,20 @@ def test_history_nbytes_is_what_its_arrays_take(generator: torch.Generator) -> N
     before = history.nbytes
     history.to_records()  # reading changes nothing
     assert history.nbytes == before
+
+
+def test_watch_tells_once_of_the_memory_that_its_records_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(delivery, "MANY_BYTES", 20_000)
+    monkeypatch.setattr(delivery, "_LOOK", 4)
+    model = make_model()
+    w = gradstat.watch(model)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(40):
+            backward(model)
+        assert len(w.history) == 40
+    (message,) = (str(each.message) for each in told)
+    assert re.match(r"watch\(\) holds 0\.0 GB of records in memory, \d+ of 3 rows: ", message)
+    w.close()
