@@ -17,7 +17,13 @@ from gradstat.diagnosis.saturation_underflow import find_saturation, find_scale,
 from gradstat.diagnosis.spikes import find_all_spikes
 from gradstat.diagnosis.stuck import find_stuck
 from gradstat.diagnosis.symptoms import put_in_order
-from gradstat.diagnosis.vanishing_exploding import find_dead, find_growth, find_low, find_trend
+from gradstat.diagnosis.vanishing_exploding import (
+    find_absent,
+    find_dead,
+    find_growth,
+    find_low,
+    find_trend,
+)
 from gradstat.history import History
 from gradstat.history.arguments import check_history
 from gradstat.kinds import ACTIVATION, GRAD, UNIT, UPDATE
@@ -34,6 +40,7 @@ _RULES: dict[str | None, tuple[_Rule, ...]] = {
         find_trend,
         find_low,
         find_dead,
+        find_absent,
         find_saturation,
         find_underflow,
         find_scale,

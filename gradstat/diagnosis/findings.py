@@ -16,6 +16,7 @@ FINDINGS = (
     "exploding",
     "vanishing",
     "dead",
+    "no gradient",
     "stuck",
     "dead units",
     "saturation",

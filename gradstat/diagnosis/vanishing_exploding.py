@@ -122,6 +122,21 @@ def find_dead(run: Run, thresholds: Thresholds) -> list[Finding]:
     return findings
 
 
+def find_absent(run: Run, thresholds: Thresholds) -> list[Finding]:
+    """Layers without a gradient in any record of a window or more: one note for all of them."""
+    never = np.flatnonzero((run["numel"] == 0).all(0)).tolist()
+    if not never or len(never) == len(run.layers) or len(run.steps) < thresholds.window:
+        return []
+    first, n = run.layers[never[0]], len(never) - 1
+    others = f", nor {'do' if n > 1 else 'does'} {n} other{'s' * (n > 1)}" if n else ""
+    sentence = (
+        f"{first} has no gradient in any of {len(run.steps)} records{others}: frozen, or the loss "
+        f"does not depend on it."
+    )
+    steps = int(run.steps[0]), int(run.steps[-1])
+    return [Finding("no gradient", "note", first, steps, {"layers": n + 1.0}, sentence)]
+
+
 def _power_of_ten(exponent: float) -> float:
     """10 to that power, or the nearest to it that float64 holds."""
     return float(10.0 ** min(max(exponent, -323.0), 308.0))
