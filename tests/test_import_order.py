@@ -30,7 +30,12 @@ ORDER = (
     ("cli", "__main__"),
 )
 # The one exception: methods of History that call a reader, which they import when they are called.
-READERS_OF_HISTORY = {"gradstat.diagnosis", "gradstat.tables", "gradstat.report"}
+READERS_OF_HISTORY = {
+    "gradstat.diagnosis",
+    "gradstat.tables",
+    "gradstat.report",
+    "gradstat.report.fragment",
+}
 
 
 class Import(NamedTuple):

@@ -116,6 +116,12 @@ class History:
         """Size and bins."""
         return f"History({len(self)} steps, {len(self.layers)} layers, {self.bins})"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: size, findings, the loss and a map of magnitudes."""
+        from gradstat.report.fragment import fragment
+
+        return fragment(self)
+
     def append(
         self,
         step: int,

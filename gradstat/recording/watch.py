@@ -288,6 +288,11 @@ class Watch:
         with self._recorder.lock:
             return self.history.record(-1)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: whether it is open, and its history."""
+        state = "closed" if self._recorder.is_closed else "open"
+        return f"<div>Watch, {state}</div>{self.history._repr_html_()}"
+
     def measure(self) -> None:
         """Make a record of the gradients as they are, for ``when="call"``.
 

@@ -1,0 +1,150 @@
+"""`fragment`: a run at a glance, as HTML that a notebook shows below a cell."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+import struct
+import zlib
+
+import numpy as np
+
+from gradstat.arrays import Array
+from gradstat.diagnosis import diagnose
+from gradstat.escaping import escaped
+from gradstat.history import History
+from gradstat.history.arguments import first_rows
+from gradstat.kinds import NOUNS
+from gradstat.report import thin
+
+_WIDTH, _LINE_HEIGHT = 420, 56  # pixels
+_MAX_FINDINGS, _MAX_ROWS = 3, 200
+_STOPS = np.array(
+    [[68, 1, 84], [62, 73, 137], [38, 130, 142], [53, 183, 121], [181, 222, 43], [253, 231, 37]]
+)
+_BROKEN, _ZERO = (229, 53, 43), (150, 157, 166)
+# The notebook's own colour, on its own ground, be they light or dark.
+_STYLE = "font: 13px/1.45 system-ui, sans-serif; color: inherit; max-width: 760px"
+_SEVERITIES = {"severe": "#d8392f", "warning": "#b87700", "note": "#7a8594"}
+
+
+def fragment(history: History) -> str:
+    """Size, the worst findings, the loss or the norm, and a map of magnitudes.
+
+    One element that loads nothing and runs nothing. It takes the colours around it.
+
+    Args:
+        history: with any number of records.
+
+    Returns:
+        HTML.
+    """
+    history = history.snapshot()
+    parts = [f"<b>{_text(_size(history))}</b>"]
+    if len(history) and history.layers:
+        parts += [_findings(history), _line(history), _map(history)]
+    return f'<div class="gradstat" style="{_STYLE}">{"".join(parts)}</div>'
+
+
+def _size(history: History) -> str:
+    n, layers = len(history), len(first_rows(history))
+    when = f", steps {history.steps[0]} to {history.steps[-1]}" if n else ""
+    kinds = ", ".join(f"{NOUNS[kind]}s" for kind in dict.fromkeys(history.kinds))
+    return f"{n} record{'s' * (n != 1)} of {layers} layer{'s' * (layers != 1)}{when}: {kinds}"
+
+
+def _findings(history: History) -> str:
+    found = diagnose(history)
+    lines = [
+        f'<div><span style="color: {_SEVERITIES[each.severity]}; font-weight: 600">'
+        f"{each.severity}</span> {_text(each.sentence)}</div>"
+        for each in found[:_MAX_FINDINGS]
+    ]
+    if len(found) > _MAX_FINDINGS:
+        lines.append(f"<div>and {len(found) - _MAX_FINDINGS} more: history.diagnose()</div>")
+    return "".join(lines) or "<div>Nothing stands out in this run.</div>"
+
+
+def _line(history: History) -> str:
+    """The first of the run's losses, or the norm, as a line; logarithmic where it spans much."""
+    columns = thin.columns(history)
+    name, series = next(iter(thin.series(history, columns).items()))
+    y = series.mean.astype(np.float64)
+    known = y[np.isfinite(y)]
+    if not len(known):
+        return ""
+    low, high = float(known.min()), float(known.max())
+    ends = f"{low:.3g} to {high:.3g}" if high > low else f"{low:.3g}"
+    if low > 0 and high > 30 * low:
+        y, low, high = np.log(np.where(y > 0, y, math.nan)), math.log(low), math.log(high)
+    span = high - low or 1.0
+    x = (np.arange(len(y)) + 0.5) / len(y) * _WIDTH
+    height = (1 - (y - low) / span) * (_LINE_HEIGHT - 4) + 2
+    # Broken where there is nothing.
+    unbroken = np.split(np.arange(len(y)), np.flatnonzero(~np.isfinite(y)))
+    drawn = "".join(
+        '<polyline fill="none" stroke="currentColor" stroke-width="1.3" points="'
+        + " ".join(f"{x[i]:.1f},{height[i]:.1f}" for i in part if np.isfinite(y[i]))
+        + '"/>'
+        for part in unbroken
+    )
+    label = _text(f"{name}, {ends}")
+    return (
+        f'<div style="margin-top: 6px">{label}</div><svg role="img" aria-label="{label}" '
+        f'width="{_WIDTH}" height="{_LINE_HEIGHT}">{drawn}</svg>'
+    )
+
+
+def _map(history: History) -> str:
+    """Rms of each layer and column of records as colour, the layer nearest to the input on top."""
+    columns = thin.columns(history)
+    names = first_rows(history)
+    rows = [history.layers.index(name) for name in names]
+    level, broken = columns.level[rows], columns.nonfinite[rows] > 0
+    known = level[np.isfinite(level)]
+    low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
+    share = np.nan_to_num((level - low) / (high - low or 1.0), posinf=1.0, neginf=0.0).clip(0, 1)
+    at = share * (len(_STOPS) - 1)
+    below = np.minimum(at.astype(np.int64), len(_STOPS) - 2)
+    part = (at - below)[..., None]
+    color = _STOPS[below] * (1 - part) + _STOPS[below + 1] * part
+    color = np.where((level == -math.inf)[..., None], _ZERO, color)
+    color = np.where(broken[..., None], _BROKEN, color)
+    alpha = np.where(np.isnan(level) & ~broken, 0, 255)[..., None]
+    image = _png(np.concatenate([color, alpha], -1).round().astype(np.uint8))
+    height = max(24, min(_MAX_ROWS, 14 * len(names)))
+    noun = NOUNS[history.kinds[0]]
+    label = _text(f"rms of each layer's {noun} by step, {2**low:.1e} (dark) to {2**high:.1e}")
+    ends = dict.fromkeys([names[0], names[-1]])
+    first, *last = [f"<span>{_text(name)}</span>" for name in ends]
+    return (
+        f'<div style="margin-top: 6px">{label}{", red: NaN or infinite" * bool(broken.any())}</div>'
+        f'<div style="display: flex; gap: 8px"><img alt="{label}" width="{_WIDTH}" '
+        f'height="{height}" style="image-rendering: pixelated" '
+        f'src="data:image/png;base64,{image}"><div style="display: flex; flex-direction: column; '
+        f'justify-content: space-between">{first}{"".join(last)}</div></div>'
+    )
+
+
+def _png(pixels: Array) -> str:
+    """An image in base64, from uint8 ``(height, width, 4)``."""
+    height, width, _ = pixels.shape
+    lines = np.zeros((height, 1 + 4 * width), np.uint8)  # each begins with its filter, none
+    lines[:, 1:] = pixels.reshape(height, -1)
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(name + data)
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", check)
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
+    parts = (
+        chunk(b"IHDR", head),
+        chunk(b"IDAT", zlib.compress(lines.tobytes())),
+        chunk(b"IEND", b""),
+    )
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(parts)).decode("ascii")
+
+
+def _text(text: str) -> str:
+    return html.escape(escaped(text))
