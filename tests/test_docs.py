@@ -50,6 +50,32 @@ def test_readme_begins_with_the_quick_start_and_what_it_prints(
     assert (tmp_path / "gradients.png").stat().st_size > 0
 
 
+SYMPTOMS = [
+    "loss-is-nan",
+    "loss-spiked",
+    "it-does-not-learn",
+    "narrow-types",
+    "coming-from",
+    "many-gpus",
+    "what-it-costs",
+]
+
+
+@pytest.mark.parametrize("name", SYMPTOMS)
+def test_page_of_a_symptom_is_short_and_begins_with_what_the_reader_has(name: str) -> None:
+    lines = (ROOT / "docs" / f"{name}.md").read_text().splitlines()
+    assert len(lines) <= 80
+    assert lines[0].startswith("# ")
+    assert lines[2].startswith(("You see ", "You have ", "You want "))
+
+
+def test_readme_is_short_and_leads_to_each_symptom_in_its_first_screen() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) < 200
+    first_screen = "\n".join(lines[:24])
+    assert [name for name in SYMPTOMS if f"](docs/{name}.md)" not in first_screen] == []
+
+
 def test_reference_is_that_of_the_docstrings() -> None:
     script = runpy.run_path(str(ROOT / "docs" / "make_reference.py"))
     assert (ROOT / "docs" / "reference.md").read_text() == script["render"]()
