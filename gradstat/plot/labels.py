@@ -77,15 +77,19 @@ def label_axes(figure: Figure, x: str, y: str) -> None:
     figure.supylabel(y, fontsize=9, color=INK)
 
 
-def add_key(figure: Figure, names: list[str], colors: list[Color], score: Array) -> None:
+def add_key(
+    figure: Figure, names: list[str], colors: list[Color], score: Array | None = None
+) -> None:
     """Name the lines, beside the panels; of many, those that stand out, and some evenly spread.
 
     Args:
         figure: of the panels.
         names: of N lines.
         colors: of them.
-        score: how much each stands out, ``(N,)``.
+        score: how much each stands out, ``(N,)``; by default all the same.
     """
+    if score is None:
+        score = np.zeros(len(names))
     marked = set(np.argsort(-score, kind="stable")[:_MAX_MARKED].tolist())
     n_spread = len(names) if len(names) <= _MAX_KEYS else _MAX_KEYS - len(marked)
     kept = sorted(marked | set(evenly_spread(len(names), n_spread).tolist()))

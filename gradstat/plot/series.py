@@ -59,7 +59,7 @@ def series_curves(
         _mark_findings(ax, each, steps_per_epoch)
     labels.label_axes(figure, "iteration" if steps_per_epoch is None else "epoch", field)
     if any(names):
-        labels.add_key(figure, names, colors, np.zeros(len(names)))
+        labels.add_key(figure, names, colors)
     labels.label_log(ax)
     return figure
 
