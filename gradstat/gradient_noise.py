@@ -66,8 +66,8 @@ def noise_scale(
     Raises:
         TypeError: what is no History, or no number.
         ValueError: histories without records, or with no gradients of a layer or no steps in
-            common; batches that are not positive, or of which the big one is not larger; a scale
-            that is not positive; a decay outside 0 to 1.
+            common; sparse gradients of other elements; batches that are not positive, or of which
+            the big one is not larger; a scale that is not positive; a decay outside 0 to 1.
 
     Example:
         >>> import torch, gradstat
@@ -83,22 +83,15 @@ def noise_scale(
         (['weight'], (1,))
     """
     small, big = (_gradients(name, each) for name, each in (("small", small), ("big", big)))
-    for name, value in (
-        ("small_batch", small_batch),
-        ("big_batch", big_batch),
-        ("scale", scale),
-        ("decay", decay),
-    ):
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise TypeError(f"noise_scale() needs a number; {name} is {value!r}")
-        if name != "decay" and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"noise_scale() needs a positive number; {name} is {value}")
+    small_batch = _positive("small_batch", small_batch)
+    big_batch, scale = _positive("big_batch", big_batch), _positive("scale", scale)
+    decay = _number("decay", decay)
     if not 0 <= decay < 1:
         raise ValueError(f"noise_scale() needs a decay from 0 to below 1; decay is {decay}")
     if not small_batch < big_batch:
         raise ValueError(
-            f"noise_scale() needs a small batch below the big one; small_batch is {small_batch}, "
-            f"big_batch {big_batch}"
+            f"noise_scale() needs a small batch below the big one; small_batch is "
+            f"{small_batch:g}, big_batch {big_batch:g}"
         )
     steps = np.intersect1d(small.steps, big.steps)
     layers = [layer for layer in big.layers if layer in set(small.layers)]
@@ -111,14 +104,21 @@ def noise_scale(
                 f"noise_scale() needs {what} that both histories have; small has {those[0][:3]} "
                 f"and so on, big {those[1][:3]}"
             )
-    numel = _at(big, "numel", steps, layers)
-    # Of several ranks together the mean square is that of one.
-    small_squares = numel * (scale * _mean_norm(small, steps, layers)) ** 2
-    big_squares = numel * _mean_norm(big, steps, layers) ** 2
-    signal = (big_batch * big_squares - small_batch * small_squares) / (big_batch - small_batch)
-    noise = (small_squares - big_squares) / (1 / small_batch - 1 / big_batch)
+    numel, small_numel = (_at(each, "numel", steps, layers) for each in (big, small))
+    if (differs := (numel > 0) & (small_numel % np.maximum(numel, 1) != 0)).any():
+        step, layer = (int(each) for each in np.argwhere(differs)[0])
+        raise ValueError(
+            f"noise_scale() needs the same elements of both, not those that a sparse gradient has; "
+            f"small has {small_numel[step, layer]} of {layers[layer]}, big {numel[step, layer]}"
+        )
+    with np.errstate(over="ignore", invalid="ignore"):  # no estimate, which is NaN
+        # Of several ranks together the mean square is that of one.
+        small_squares = numel * (scale * _mean_norm(small, steps, layers)) ** 2
+        big_squares = numel * _mean_norm(big, steps, layers) ** 2
+        signal = (big_batch * big_squares - small_batch * small_squares) / (big_batch - small_batch)
+        noise = (small_squares - big_squares) / (1 / small_batch - 1 / big_batch)
     # What is absent from both adds nothing to the whole.
-    is_there = (numel > 0) | (_at(small, "numel", steps, layers) > 0)
+    is_there = (numel > 0) | (small_numel > 0)
     total_noise, total_signal = (
         np.where(is_there, x, 0.0).sum(1, keepdims=True) for x in (noise, signal)
     )
@@ -135,6 +135,22 @@ def _gradients(name: str, history: History) -> History:
             f"noise_scale() needs gradients; {name} has {', '.join(dict.fromkeys(held.kinds))}"
         )
     return held.select(GRAD)
+
+
+def _number(name: str, value: object) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"noise_scale() needs a number; {name} is {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _positive(name: str, value: object) -> float:
+    number = _number(name, value)
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError(f"noise_scale() needs a positive number; {name} is {value}")
+    return number
 
 
 def _at(history: History, field: str, steps: Array, layers: list[str]) -> Array:

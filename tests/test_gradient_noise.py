@@ -157,6 +157,8 @@ OTHER = History(["c"], Log2Bins())
 record(OTHER, 0, [torch.ones(2)])
 LATER = History(["a"], Log2Bins())
 record(LATER, 7, [torch.ones(2)])
+SPARSE = History(["a"], Log2Bins())
+record(SPARSE, 0, [torch.ones(3)])
 WEIGHTS = History([Row("param", "a")], Log2Bins())
 record(WEIGHTS, 0, [torch.ones(2)])
 
@@ -170,6 +172,7 @@ record(WEIGHTS, 0, [torch.ones(2)])
         ((SMALL, BIG, 1, True), {}, TypeError, "a number; big_batch is True"),
         ((SMALL, BIG, 0, 2), {}, ValueError, "a positive number; small_batch is 0"),
         ((SMALL, BIG, 1, math.inf), {}, ValueError, "a positive number; big_batch is inf"),
+        ((SMALL, BIG, 1, 10**400), {}, ValueError, "a positive number; big_batch is 1"),
         ((SMALL, BIG, 1, 2), {"scale": -1}, ValueError, "a positive number; scale is -1"),
         ((SMALL, BIG, 1, 2), {"decay": 1}, ValueError, "a decay from 0 to below 1; decay is 1"),
         (
@@ -181,6 +184,7 @@ record(WEIGHTS, 0, [torch.ones(2)])
         ((SMALL, OTHER, 1, 2), {}, ValueError, "layers that both histories have; small has"),
         ((SMALL, LATER, 1, 2), {}, ValueError, "steps that both histories have; small has"),
         ((SMALL, WEIGHTS, 1, 2), {}, ValueError, "gradients; big has param"),
+        ((SMALL, SPARSE, 1, 2), {}, ValueError, "the same elements of both, not those that a"),
         ((SMALL, History(["a"], Log2Bins()), 1, 2), {}, ValueError, "a History with records"),
     ],
 )

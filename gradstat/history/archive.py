@@ -93,9 +93,21 @@ def newest(path: Path) -> Records:
     Raises:
         As `read`.
     """
-    files = segments(path) if path.is_dir() else []
-    file = files[-1] if files else path
-    return read(file) if file.is_dir() else _read_newest(file)
+    if not path.is_dir():
+        return _read_newest(path)
+    end: int | None = None
+    for file in reversed(_numbered(path)):
+        try:
+            found, (first_step, _) = _read_newest(file), _resumption(file)
+        except CutOffError:
+            continue
+        if end is not None:
+            found = found.before(end)
+        if found.steps:
+            return found
+        if first_step is not None:
+            end = first_step if end is None else min(first_step, end)
+    return read(path)
 
 
 def check_fits(path: Path, records: Records) -> None:
@@ -157,7 +169,8 @@ def _plan(path: Path) -> list[tuple[Path, bool, int | None]]:
     # The last first: it says how long those before it were when it was begun.
     lengths: dict[int, set[int]] = {}
     for number, file in reversed(list(enumerate(files))):
-        may_end_early = file is files[-1] or file.stat().st_size in lengths.get(number, ())
+        # What has no whole block was never the last file of a run.
+        may_end_early = not plan or file.stat().st_size in lengths.get(number, ())
         try:
             first_step, before = _resumption(file)
         except CutOffError:

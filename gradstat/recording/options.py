@@ -31,6 +31,8 @@ def check_integer(name: str, number: int, least: int) -> None:
         raise TypeError(f"watch() needs an integer; {name} is {number!r}")
     if number < least:
         raise ValueError(f"watch() needs a number of {least} or more; {name} is {number}")
+    if number >= 1 << 62:
+        raise ValueError(f"watch() needs a number below 2**62; {name} is {number}")
 
 
 def check_path(path: str | os.PathLike[str]) -> None:

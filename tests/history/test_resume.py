@@ -12,7 +12,7 @@ from watching import arrays, assert_record, assert_same, backward, make_history,
 
 import gradstat
 from gradstat import History, LinearBins, Log2Bins
-from gradstat.history import blocks
+from gradstat.history import blocks, rank_directories
 from gradstat.history.journal import Journal
 
 
@@ -124,6 +124,31 @@ def test_history_load_takes_a_run_that_was_resumed_after_a_torn_beginning(tmp_pa
         assert_same(History.load(tmp_path), expected)
 
 
+def test_history_load_takes_a_torn_end_before_a_file_that_never_had_a_block(tmp_path: Path) -> None:
+    first = train(tmp_path, 3)
+    file = segment(tmp_path, 0)
+    file.write_bytes(file.read_bytes()[:-1])
+    segment(tmp_path, 1).touch()
+    with pytest.warns(RuntimeWarning, match="leaves out the end of"):
+        loaded = History.load(tmp_path)
+    assert set(loaded.steps.tolist()) <= set(first.steps.tolist())
+    with pytest.warns(RuntimeWarning, match="leaves out the end of"):
+        assert History.load(tmp_path).layers == first.layers
+
+
+@pytest.mark.parametrize("damage", ["torn", "without a record"])
+def test_newest_is_of_the_file_before_where_the_last_has_no_record(
+    damage: str, tmp_path: Path
+) -> None:
+    train(tmp_path, 4)
+    train(tmp_path, 0, first_step=2)
+    if damage == "torn":
+        train(tmp_path, 1, first_step=3)
+        file = segment(tmp_path, 2)
+        file.write_bytes(file.read_bytes()[:50])
+    assert rank_directories.newest(tmp_path).steps[-1] == 1
+
+
 @pytest.mark.parametrize("first_step", [None, 2])
 def test_history_load_refuses_a_torn_file_that_was_whole_when_the_run_was_resumed(
     tmp_path: Path, first_step: int | None
@@ -161,6 +186,7 @@ def test_watch_first_step_refuses_another_run(tmp_path: Path) -> None:
         (-1, ValueError, "a number of 0 or more; first_step is -1"),
         (1.0, TypeError, "an integer; first_step is 1.0"),
         (True, TypeError, "an integer; first_step is True"),
+        (1 << 62, ValueError, f"a number below 2**62; first_step is {1 << 62}"),
     ],
 )
 def test_watch_refuses_what_is_no_first_step(
