@@ -17,6 +17,8 @@ from report import SCHEMES, Document, load
 COLORS = {
     "gradstat log2": "#08519c",
     "gradstat linear": "#4292c6",
+    "prototype log2": "#525252",
+    "prototype linear": "#969696",
     "gradstat.watch": "#08519c",
     "gradstat.watch, every kind": "#6baed6",
     "torch composite": "#e6550d",
@@ -34,7 +36,8 @@ COLORS = {
 def plot_tensors(document: Document) -> Figure:
     """Bandwidth by size, dtype and distribution."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 5.2), layout="constrained")
-    rows = [row for row in document["benchmarks"] if "elements" in row]
+    suites = ("sizes", "dtypes", "distributions")
+    rows = [row for row in document["benchmarks"] if row.get("suite") in suites]
     names = list(dict.fromkeys(row["contestant"] for row in rows))
     for name in names:
         mine = [row for row in rows if row["contestant"] == name and row["suite"] == "sizes"]
