@@ -196,7 +196,8 @@ def test_history_merge_has_the_layers_of_all_stages() -> None:
 
 
 def test_history_merge_takes_layers_that_some_ranks_lack_or_have_at_times() -> None:
-    ranks = [make_rank(0, steps=range(2)), History(ROWS[:1], Log2Bins())]
+    ranks = [make_rank(0, 2, steps=range(2)), History(ROWS[:1], Log2Bins())]
+    ranks[1].rank = 1
     ranks[1].append(0, *absent(Log2Bins()))
     ranks[1].append(1, *arrays(gradstat.statistics([values(1, 1, 0)])))
     merged = History.merge(ranks)
@@ -289,6 +290,50 @@ def test_history_load_takes_a_run_that_was_resumed_with_other_ranks(
         tensors = [
             torch.cat([values(rank, step, row) for rank in range(world)]) for row in range(2)
         ]
+        assert_close(loaded.record(step), gradstat.statistics(tensors, engine="reference"))
+
+
+def make_sharded(rank: int, parts: int, steps: Sequence[int]) -> History:
+    """Of four ranks one of a mesh that cuts into so many parts, and else has replicas."""
+    history = make_rank(rank % parts, 4, steps)
+    history.rank, history.origins[:] = rank, rank % parts
+    history.layout = Layout.unknown(len(ROWS))
+    for row in range(len(ROWS)):
+        history.layout.set(row, (rank % parts, parts), (80,))
+    return history
+
+
+@pytest.mark.parametrize("n_bytes", [1, 1 << 20])
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])
+def test_history_load_takes_a_run_that_was_resumed_on_another_mesh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int, n_bytes: int
+) -> None:
+    monkeypatch.setattr(merge_files, "_MOST_BYTES", n_bytes)
+    for rank in range(4):
+        write(tmp_path, make_sharded(rank, before, range(5)), 2 + rank)
+        write(tmp_path, make_sharded(rank, after, range(3, 7)), 2, first_step=3)
+    loaded = History.load(tmp_path)
+    assert loaded.steps.tolist() == list(range(7))
+    for step in range(7):
+        parts = before if step < 3 else after
+        tensors = [
+            torch.cat([values(rank, step, row) for rank in range(parts)]) for row in range(2)
+        ]
+        assert_close(loaded.record(step), gradstat.statistics(tensors, engine="reference"))
+
+
+@pytest.mark.parametrize("origins", [(SAME, None), (None, SAME)])
+def test_history_load_takes_a_run_that_was_resumed_with_gradients_of_another_moment(
+    tmp_path: Path, origins: tuple[int | None, int | None]
+) -> None:
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2, range(5), origin=origins[0]), 2)
+        write(tmp_path, make_rank(rank, 2, range(3, 7), origin=origins[1]), 2, first_step=3)
+    loaded = History.load(tmp_path)
+    assert loaded.steps.tolist() == list(range(7))
+    for step in range(7):
+        sources = [0, 1] if origins[step >= 3] is None else [0]
+        tensors = [torch.cat([values(rank, step, row) for rank in sources]) for row in range(2)]
         assert_close(loaded.record(step), gradstat.statistics(tensors, engine="reference"))
 
 
