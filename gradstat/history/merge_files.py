@@ -55,10 +55,14 @@ class RankRecords:
         rank: its number.
         first: some of its records.
         pieces: those that follow, in order.
+        is_journal: whether they are all that a rank wrote to its directory, so that they say which
+            attempts there were.
     """
 
-    def __init__(self, rank: int, first: Records, pieces: Iterator[Records]) -> None:
-        self.rank = rank
+    def __init__(
+        self, rank: int, first: Records, pieces: Iterator[Records], *, is_journal: bool = False
+    ) -> None:
+        self.rank, self.is_journal = rank, is_journal
         self.held = first  # those that come next, all of one attempt, with the same origins
         self.depth = first.depth
         self.scalars = Scalars()
@@ -138,6 +142,7 @@ def merge_files(
     windows, left_out = [with_rows(at_steps(ranks[0].held, []), rows, layers)], set[int]()
     n_bytes = bytes_at_a_time(len(ranks))
     leader = min(ranks, key=lambda rank: rank.rank)
+    superseded = set[int]()
     while True:
         for rank in ranks:
             rank.fill(n_bytes)
@@ -153,6 +158,9 @@ def merge_files(
         taken = [rank.take(until) for rank in ranks]
         taken = [each for each, rank in zip(taken, ranks, strict=True) if rank in going]
         some = set[int].union(*(set(each.steps) for each in taken))
+        if len({rank.attempt_at(start) for rank in going if rank.is_journal} - {None}) > 1:
+            superseded |= some
+            continue
         steps = sorted(set[int].intersection(*(set(each.steps) for each in taken)))
         left_out |= some - set(steps)
         if steps:
@@ -165,6 +173,11 @@ def merge_files(
         warn(
             f"{_FUNCTION} leaves out {len(left_out)} steps that not all ranks have: "
             f"{ranges_of(sorted(left_out))}"
+        )
+    if superseded and not quiet:
+        warn(
+            f"{_FUNCTION} leaves out {len(superseded)} steps that were superseded when the run was "
+            f"resumed, of which some ranks lack the new records: {ranges_of(sorted(superseded))}"
         )
     scalars = Scalars()
     for rank in ranks:

@@ -102,7 +102,8 @@ def merge_parts(parts: Sequence[Records | Path], replicated: bool | None) -> Rec
                 f"rank {rank}"
             )
         seen.add(rank)
-        ranks.append(RankRecords(rank, first, pieces))
+        is_journal = isinstance(part, Path) and part.is_dir()
+        ranks.append(RankRecords(rank, first, pieces, is_journal=is_journal))
     return merge_files(ranks, replicated)
 
 
@@ -129,7 +130,7 @@ def _read_ranks(path: Path, read: Read, replicated: bool | None, *, quiet: bool)
         except CutOffError:  # within its first block
             continue
         world = max(world, first.world or 0)
-        ranks.append(RankRecords(_number(folder), first, pieces))
+        ranks.append(RankRecords(_number(folder), first, pieces, is_journal=True))
     if not ranks:
         raise ValueError(
             f"History.load() needs a directory that watch() wrote; {path} has no records"

@@ -337,6 +337,52 @@ def test_history_load_takes_a_run_that_was_resumed_with_gradients_of_another_mom
         assert_close(loaded.record(step), gradstat.statistics(tensors, engine="reference"))
 
 
+@pytest.mark.parametrize("n_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("lacking", [0, 1])
+@pytest.mark.parametrize("n_times", [1, 2])
+def test_history_load_does_not_mix_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: int, n_bytes: int, n_times: int
+) -> None:
+    monkeypatch.setattr(merge_files, "_MOST_BYTES", n_bytes)
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2, range(6)), 2)
+        for _ in range(n_times):
+            write(tmp_path, make_rank(rank, 2, range(3, 5)), 2, first_step=3)
+    whole = History.load(tmp_path)
+    assert whole.steps.tolist() == list(range(5))
+    # Not copied yet.
+    (tmp_path / f"rank-{lacking}" / f"{n_times:08}.gradstat").unlink()
+    last = 6 if n_times == 1 else 5
+    message = (
+        f"History.merge() leaves out {last - 3} steps that were superseded when the run was "
+        f"resumed, of which some ranks lack the new records: 3 to {last - 1}"
+    )
+    with pytest.warns(RuntimeWarning, match=f"^{re.escape(message)}$"):
+        loaded = History.load(tmp_path)
+    assert loaded.steps.tolist() == [0, 1, 2]
+    assert_union(loaded, range(2))
+
+
+def test_history_load_does_not_mix_attempts_where_the_newest_is_torn(tmp_path: Path) -> None:
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2, range(6)), 2)
+        write(tmp_path, make_rank(rank, 2, range(3, 5)), 2, first_step=3)
+    file = tmp_path / "rank-1" / "00000001.gradstat"
+    file.write_bytes(file.read_bytes()[:30])
+    with (
+        pytest.warns(RuntimeWarning, match=f"leaves out the end of {file}"),
+        pytest.warns(RuntimeWarning, match="that were superseded when the run was resumed"),
+    ):
+        assert History.load(tmp_path).steps.tolist() == [0, 1, 2]
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2, range(4, 8)), 2, first_step=4)
+    with (
+        pytest.warns(RuntimeWarning, match=f"leaves out the end of {file}"),
+        pytest.warns(RuntimeWarning, match="1 steps that were superseded .*: 3$"),
+    ):
+        assert History.load(tmp_path).steps.tolist() == [0, 1, 2, 4, 5, 6, 7]
+
+
 @pytest.mark.usefixtures("small_windows")
 def test_history_load_takes_a_run_that_was_resumed_after_a_rank_had_died(tmp_path: Path) -> None:
     for rank in range(4):
