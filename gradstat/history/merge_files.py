@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -181,7 +183,7 @@ def merge_files(
         )
     scalars = Scalars()
     for rank in ranks:
-        scalars.extend(rank.scalars, f"rank{rank.rank}/")
+        scalars.extend(_in_force(rank, ranks), f"rank{rank.rank}/")
     return replace(
         concatenate(windows),
         origins=np.full(len(rows), SAME, np.int64),
@@ -202,6 +204,18 @@ def _are_alike(a: Records, b: Records) -> bool:
     else:
         has_same_layout = a.layout.equals(b.layout)
     return has_same_layout and np.array_equal(a.origins, b.origins)
+
+
+def _in_force(rank: RankRecords, ranks: Sequence[RankRecords]) -> Scalars:
+    """Scalars of a rank that no other rank has superseded, when the run was resumed."""
+    others = [other for other in ranks if other.is_journal] if rank.is_journal else []
+    starts = sorted({max(each.first_step, 0) for other in others for each in other.attempts})
+    kept = rank.scalars.before(starts[0]) if starts else rank.scalars
+    for start, end in pairwise([*starts, math.inf]):
+        mine = rank.attempt_at(int(start))
+        if all(other.attempt_at(int(start)) == mine for other in others if mine in other.attempts):
+            kept.extend(rank.scalars.before(end).since(int(start)))
+    return kept
 
 
 def _merge_window(ranks: Sequence[int], parts: Sequence[Records]) -> Records:

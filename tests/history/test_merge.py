@@ -361,6 +361,8 @@ def test_history_load_does_not_mix_attempts(
         loaded = History.load(tmp_path)
     assert loaded.steps.tolist() == [0, 1, 2]
     assert_union(loaded, range(2))
+    assert loaded.scalar(f"rank{lacking}/loss")[0].tolist() == [0, 1, 2]
+    assert loaded.scalar(f"rank{1 - lacking}/loss")[0].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_history_load_does_not_mix_attempts_where_the_newest_is_torn(tmp_path: Path) -> None:
@@ -381,6 +383,24 @@ def test_history_load_does_not_mix_attempts_where_the_newest_is_torn(tmp_path: P
         pytest.warns(RuntimeWarning, match="1 steps that were superseded .*: 3$"),
     ):
         assert History.load(tmp_path).steps.tolist() == [0, 1, 2, 4, 5, 6, 7]
+
+
+def test_history_load_drops_scalars_that_were_superseded_by_fewer_ranks(tmp_path: Path) -> None:
+    for rank in range(4):
+        write(tmp_path, make_rank(rank, 4, range(6)), 2)
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2, range(3, 5)), 2, first_step=3)
+    loaded = History.load(tmp_path)
+    for rank in range(4):
+        steps = loaded.scalar(f"rank{rank}/loss")[0].tolist()
+        assert steps == ([0, 1, 2, 3, 4] if rank < 2 else [0, 1, 2])
+    for rank in range(4):
+        write(tmp_path, make_rank(rank, 4, range(4, 7)), 2, first_step=4)
+    loaded = History.load(tmp_path)
+    assert loaded.steps.tolist() == list(range(7))
+    for rank in range(4):
+        steps = loaded.scalar(f"rank{rank}/loss")[0].tolist()
+        assert steps == ([0, 1, 2, 3, 4, 5, 6] if rank < 2 else [0, 1, 2, 4, 5, 6])
 
 
 @pytest.mark.usefixtures("small_windows")
