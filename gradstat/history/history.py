@@ -475,8 +475,9 @@ class History:
 
         Raises:
             TypeError: what is none of these.
-            ValueError: no parts, one rank twice, other bins, histograms over other ranges, a layer
-                that should be the same on several ranks and is not; a damaged file.
+            ValueError: no parts, one rank or path twice, a merged run beside a rank, other bins,
+                histograms over other ranges, a layer that should be the same on several ranks and
+                is not; a damaged file.
             OSError: a file that cannot be opened.
         """
         if isinstance(parts, str | os.PathLike | History) or not isinstance(parts, Iterable):

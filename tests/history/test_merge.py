@@ -429,6 +429,35 @@ def test_history_load_says_which_ranks_are_lacking(tmp_path: Path) -> None:
     assert_union(loaded, [0, 2])
 
 
+def test_history_merge_refuses_what_comes_twice(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for rank in range(2):
+        write(run, make_rank(rank, 2), 5)
+    one, whole = tmp_path / "one.npz", tmp_path / "whole.npz"
+    History.load(run / "rank-1").save(one)
+    History.load(run).save(whole)
+    rank_1 = run / "rank-1"
+    again = run.parent / "run" / ".." / "run" / "rank-1"
+    for parts, message in (
+        ([rank_1, again], f"each path once; {rank_1} is there twice"),
+        ([run, rank_1], f"each path once; {rank_1} is there twice"),
+        ([whole, whole], f"each path once; {whole} is there twice"),
+        ([run, one], f"each rank once; {one} is another one of rank 1"),
+        (
+            [whole, rank_1],
+            f"parts of which each is of a rank, or none; {whole} is of none, and {rank_1} of "
+            f"rank 1",
+        ),
+        (
+            [rank_1, whole],
+            f"parts of which each is of a rank, or none; {whole} is of none, and {rank_1} of "
+            f"rank 1",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(f'History.merge() needs {message}')}$"):
+            History.merge(parts)
+
+
 def test_history_load_takes_one_rank_as_it_is(tmp_path: Path) -> None:
     write(tmp_path, make_rank(0, 1), 5)
     loaded = History.load(tmp_path)
