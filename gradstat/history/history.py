@@ -462,7 +462,7 @@ class History:
 
         It needs no process group. Where the ranks hold different layers, as pipeline stages do, it
         has all of them. Where some were ended earlier, it has the steps that all have, with a
-        RuntimeWarning that says which are left out.
+        RuntimeWarning that says which are left out; another one says which ranks are lacking.
 
         Args:
             parts: of each rank its history, the file that `save` wrote, or the directory that

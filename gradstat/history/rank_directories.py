@@ -107,7 +107,10 @@ def merge_parts(parts: Sequence[Records | Path], replicated: bool | None) -> Rec
         _check_rank(names, first.rank, name)
         number = at if first.rank is None else first.rank
         ranks.append(RankRecords(number, first, pieces, is_journal=is_journal))
-    return merge_files(ranks, replicated)
+    merged = merge_files(ranks, replicated)
+    if None not in names:
+        _tell_lacking(f"{_MERGE} lacks {{}} of {{}} ranks", ranks, _worlds(ranks))
+    return merged
 
 
 def _check_rank(names: dict[int | None, str], rank: int | None, name: str) -> None:

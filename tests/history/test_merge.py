@@ -429,6 +429,26 @@ def test_history_load_says_which_ranks_are_lacking(tmp_path: Path) -> None:
     assert_union(loaded, [0, 2])
 
 
+def test_history_merge_says_which_ranks_are_lacking(tmp_path: Path) -> None:
+    message = "^History.merge\\(\\) lacks 2 of 4 ranks: 0, 2$"
+    ranks = [make_rank(rank, 4) for rank in (1, 3)]
+    with pytest.warns(RuntimeWarning, match=message):
+        merged = History.merge(ranks)
+    assert_union(merged, [1, 3])
+    for rank in ranks:
+        write(tmp_path, rank, 5)
+    with pytest.warns(RuntimeWarning, match=message):
+        assert_same(History.merge(sorted(tmp_path.iterdir())), merged)
+
+
+def test_history_load_says_which_ranks_are_lacking_of_a_run_that_has_grown(tmp_path: Path) -> None:
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2), 5)
+        write(tmp_path, make_rank(rank, 3, range(3, 5)), 5, first_step=3)
+    with pytest.warns(RuntimeWarning, match="lacks 1 of 3 ranks in .*: 2$"):
+        History.load(tmp_path)
+
+
 def test_history_merge_refuses_what_comes_twice(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for rank in range(2):
