@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from gradstat.files import CutOffError
@@ -93,20 +94,29 @@ def merge_parts(parts: Sequence[Records | Path], replicated: bool | None) -> Rec
         if isinstance(part, Records):
             found.append((f"number {at} of the parts", part))
         else:
-            found += [(str(each), each) for each in rank_directories(part) or [part]]
+            found += [(str(each), each) for each in _directories(part) or [part]]
     paths = [each.resolve() for _, each in found if isinstance(each, Path)]
     if twice := [path for at, path in enumerate(paths) if path in paths[:at]]:
         raise ValueError(f"{_MERGE} needs each path once; {twice[0]} is there twice")
     n_bytes = bytes_at_a_time(len(found))
     ranks: list[RankRecords] = []
     names: dict[int | None, str] = {}  # of the first part of each rank, and of none
+    error: CutOffError | None = None
     for at, (name, part) in enumerate(found):
         pieces = iter([part]) if isinstance(part, Records) else archive.pieces(part, n_bytes)
         is_journal = isinstance(part, Path) and part.is_dir()
-        first = next(pieces)
+        try:
+            first = next(pieces)
+        except CutOffError as cut_off:  # within its first block
+            if not (is_journal and _NAME.fullmatch(Path(name).name)):
+                raise
+            error = cut_off
+            continue
         _check_rank(names, first.rank, name)
         number = at if first.rank is None else first.rank
         ranks.append(RankRecords(number, first, pieces, is_journal=is_journal))
+    if error and not ranks:
+        raise error
     merged = merge_files(ranks, replicated)
     if None not in names:
         _tell_lacking(f"{_MERGE} lacks {{}} of {{}} ranks", ranks, _worlds(ranks))
@@ -133,7 +143,7 @@ def _check_rank(names: dict[int | None, str], rank: int | None, name: str) -> No
 
 
 def _read_ranks(path: Path, read: Read, replicated: bool | None, *, quiet: bool) -> Records:
-    folders = rank_directories(path)
+    folders = _directories(path)
     if not folders:
         return concatenate(list(read(path)))
     if archive.segments(path):
@@ -161,6 +171,18 @@ def _read_ranks(path: Path, read: Read, replicated: bool | None, *, quiet: bool)
     if not quiet:
         _tell_lacking(f"{_LOAD} lacks {{}} of {{}} ranks in {path}", ranks, worlds)
     return merged
+
+
+def _directories(path: Path) -> list[Path]:
+    """As `rank_directories`, of each rank one."""
+    folders = rank_directories(path)
+    for a, b in pairwise(folders):
+        if _number(a) == _number(b):
+            raise ValueError(
+                f"{_LOAD} needs one directory for each rank; {a} and {b} are both of rank "
+                f"{_number(a)}"
+            )
+    return folders
 
 
 def _number(folder: Path) -> int:

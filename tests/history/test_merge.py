@@ -449,6 +449,34 @@ def test_history_load_says_which_ranks_are_lacking_of_a_run_that_has_grown(tmp_p
         History.load(tmp_path)
 
 
+def test_history_merge_passes_over_a_rank_that_was_torn_in_its_first_block(tmp_path: Path) -> None:
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2), 5)
+    folders = sorted(tmp_path.iterdir())
+    file = folders[1] / "00000000.gradstat"
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.warns(RuntimeWarning, match="^History.load\\(\\) lacks 1 of 2 ranks in .*: 1$"):
+        loaded = History.load(tmp_path)
+    with pytest.warns(RuntimeWarning, match="^History.merge\\(\\) lacks 1 of 2 ranks: 1$"):
+        assert_same(History.merge(folders), loaded)
+    with pytest.raises(ValueError, match="ends within its first block"):
+        History.merge(folders[1:])
+
+
+def test_history_load_refuses_two_directories_of_a_rank(tmp_path: Path) -> None:
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2), 5)
+    shutil.copytree(tmp_path / "rank-1", tmp_path / "rank-01")
+    message = (
+        f"History.load() needs one directory for each rank; {tmp_path / 'rank-01'} and "
+        f"{tmp_path / 'rank-1'} are both of rank 1"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        History.load(tmp_path)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        History.merge([tmp_path])
+
+
 def test_history_merge_refuses_what_comes_twice(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for rank in range(2):
