@@ -462,7 +462,7 @@ class History:
 
         It needs no process group. Where the ranks hold different layers, as pipeline stages do, it
         has all of them. Where some were ended earlier, it has the steps that all have, with a
-        RuntimeWarning that says which are left out.
+        RuntimeWarning that says which are left out; another one says which ranks are lacking.
 
         Args:
             parts: of each rank its history, the file that `save` wrote, or the directory that
@@ -475,8 +475,9 @@ class History:
 
         Raises:
             TypeError: what is none of these.
-            ValueError: no parts, one rank twice, other bins, histograms over other ranges, a layer
-                that should be the same on several ranks and is not; a damaged file.
+            ValueError: no parts, one rank or path twice, a merged run beside a rank, other bins,
+                histograms over other ranges, a layer that should be the same on several ranks and
+                is not; a damaged file.
             OSError: a file that cannot be opened.
         """
         if isinstance(parts, str | os.PathLike | History) or not isinstance(parts, Iterable):

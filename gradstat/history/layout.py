@@ -36,6 +36,10 @@ class Layout:
         """Learn of a row."""
         self.parts[row], self.shapes[row] = part, shape
 
+    def equals(self, other: Layout) -> bool:
+        """Whether the same is known of the same rows."""
+        return np.array_equal(self.parts, other.parts) and self.shapes == other.shapes
+
     def copy(self) -> Layout:
         """The same, which stays as it is."""
         return Layout(self.parts.copy(), list(self.shapes))

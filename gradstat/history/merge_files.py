@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import SAME, Records, concatenate
 from gradstat.history.scalars import Scalars
 from gradstat.history.union_floats import check_ranges, extremes_of, terms, union_floats
+from gradstat.warning import warn
 
 _FUNCTION = "History.merge()"
 # Of each rank, and of all of them, that is held at a time.
@@ -34,6 +36,20 @@ def bytes_at_a_time(n_ranks: int) -> int:
     return min(_MOST_BYTES, _MOST_BYTES_OF_ALL // max(n_ranks, 1))
 
 
+class Attempt(NamedTuple):
+    """One time that a run was started or resumed, the same for all ranks that took part.
+
+    Args:
+        first_step: of a resumed run; -1 where it was not resumed.
+        world: how many ranks there were, if it is known.
+        number: of attempts of this first step and world, from 0.
+    """
+
+    first_step: int
+    world: int | None
+    number: int
+
+
 class RankRecords:
     """The records of one rank, a few at a time.
 
@@ -41,30 +57,41 @@ class RankRecords:
         rank: its number.
         first: some of its records.
         pieces: those that follow, in order.
+        is_journal: whether they are all that a rank wrote to its directory, so that they say which
+            attempts there were.
     """
 
-    def __init__(self, rank: int, first: Records, pieces: Iterator[Records]) -> None:
-        self.rank = rank
-        self.held = first  # those that come next
+    def __init__(
+        self, rank: int, first: Records, pieces: Iterator[Records], *, is_journal: bool = False
+    ) -> None:
+        self.rank, self.is_journal = rank, is_journal
+        self.held = first  # those that come next, all of one attempt, with the same origins
+        self.depth = first.depth
         self.scalars = Scalars()
-        # How many ranks there were, each number with the step that it begins with.
-        self._worlds: list[tuple[int, float]] = []
+        # Each supersedes those before it, from its first step on.
+        self.attempts: list[Attempt] = []
+        self._last: object = None  # world and resumption of the last one
         self._pieces = pieces
+        self._next: Records | None = None  # read already, and not like those that are held
         self._is_over = False
-        self._note(self.held)
+        self._note(first)
 
     def fill(self, n_bytes: int) -> None:
-        """Hold so much, if there is as much."""
+        """Hold so much, if there is as much of one attempt with the same origins."""
         parts = [self.held]
         n_held = self.held.nbytes
         while n_held < n_bytes and not self._is_over:
-            piece = next(self._pieces, None)
+            piece, self._next = self._next or self._read(), None
             if piece is None:
                 self._is_over = True
-            else:
-                self._note(piece)
+            elif not parts[-1].steps:
+                parts = [piece]
+            elif piece.steps and not _are_alike(parts[-1], piece):
+                self._next = piece
+                break
+            elif piece.steps:
                 parts.append(piece)
-                n_held += piece.nbytes
+            n_held = sum(part.nbytes for part in parts)
         self.held = concatenate(parts)
 
     def take(self, step: int) -> Records:
@@ -72,24 +99,25 @@ class RankRecords:
         taken, self.held = self.held.before(step + 1), self.held.since(step + 1)
         return taken
 
-    def world_at(self, step: int) -> tuple[float, float]:
-        """How many ranks there were in a step that is held, and from which step on another number.
+    def attempt_at(self, step: int) -> Attempt | None:
+        """The last one that this step is of."""
+        found = [each for each in self.attempts if each.first_step <= step]
+        return found[-1] if found else None
 
-        A run may have been resumed with fewer of them, or more.
-        """
-        found, end = math.inf, math.inf
-        for first, world in reversed(self._worlds):
-            found = world
-            if first <= step:
-                break
-            end = first
-        return found, end
+    def _read(self) -> Records | None:
+        piece = next(self._pieces, None)
+        if piece is not None:
+            self._note(piece)
+        return piece
 
     def _note(self, piece: Records) -> None:
         self.scalars.extend(piece.scalars)
-        world = math.inf if piece.world is None else piece.world
-        if piece.steps and (not self._worlds or self._worlds[-1][1] != world):
-            self._worlds.append((piece.steps[0], world))
+        self.depth = self.depth if piece.depth is None else piece.depth
+        if self._last != (piece.world, piece.resumption):
+            self._last = piece.world, piece.resumption
+            first_step = -1 if piece.resumption is None else piece.resumption[0]
+            number = sum(each[:2] == (first_step, piece.world) for each in self.attempts)
+            self.attempts.append(Attempt(first_step, piece.world, number))
 
 
 def merge_files(
@@ -116,19 +144,27 @@ def merge_files(
     windows, left_out = [with_rows(at_steps(ranks[0].held, []), rows, layers)], set[int]()
     n_bytes = bytes_at_a_time(len(ranks))
     leader = min(ranks, key=lambda rank: rank.rank)
+    superseded = set[int]()
     while True:
         for rank in ranks:
             rank.fill(n_bytes)
         holding = [rank for rank in ranks if rank.held.steps]
         if not holding:
             break
-        world, end = leader.world_at(min(rank.held.steps[0] for rank in holding))
-        going = [rank for rank in ranks if rank.rank < world] or list(ranks)
-        until = min(end - 1, *(rank.held.steps[-1] for rank in holding))
-        taken = [rank.take(int(until)) for rank in ranks]
+        start = min(rank.held.steps[0] for rank in holding)
+        world = (leader.attempt_at(start) or leader.attempts[0]).world
+        going = [rank for rank in ranks if world is None or rank.rank < world] or list(ranks)
+        ends = [each.first_step for rank in ranks for each in rank.attempts]
+        until = min(rank.held.steps[-1] for rank in holding)
+        until = min([until, *(end - 1 for end in ends if end > start)])
+        taken = [rank.take(until) for rank in ranks]
         taken = [each for each, rank in zip(taken, ranks, strict=True) if rank in going]
+        some = set[int].union(*(set(each.steps) for each in taken))
+        if len({rank.attempt_at(start) for rank in going if rank.is_journal} - {None}) > 1:
+            superseded |= some
+            continue
         steps = sorted(set[int].intersection(*(set(each.steps) for each in taken)))
-        left_out |= set[int].union(*(set(each.steps) for each in taken)) - set(steps)
+        left_out |= some - set(steps)
         if steps:
             parts = [with_rows(at_steps(each, steps), rows, layers) for each in taken]
             parts = [told_of_replicas(_FUNCTION, each, replicated) for each in parts]
@@ -136,24 +172,50 @@ def merge_files(
             del parts
         del taken  # before others come
     if left_out and not quiet:
-        warnings.warn(
+        warn(
             f"{_FUNCTION} leaves out {len(left_out)} steps that not all ranks have: "
-            f"{ranges_of(sorted(left_out))}",
-            RuntimeWarning,
-            stacklevel=5,
+            f"{ranges_of(sorted(left_out))}"
+        )
+    if superseded and not quiet:
+        warn(
+            f"{_FUNCTION} leaves out {len(superseded)} steps that were superseded when the run was "
+            f"resumed, of which some ranks lack the new records: {ranges_of(sorted(superseded))}"
         )
     scalars = Scalars()
     for rank in ranks:
-        scalars.extend(rank.scalars, f"rank{rank.rank}/")
+        scalars.extend(_in_force(rank, ranks), f"rank{rank.rank}/")
     return replace(
         concatenate(windows),
         origins=np.full(len(rows), SAME, np.int64),
         scalars=scalars,
-        depth=join_depths(rows, [(rank.held.rows, rank.held.depth) for rank in ranks]),
+        depth=join_depths(rows, [(rank.held.rows, rank.depth) for rank in ranks]),
         rank=None,
         world=None,
         layout=None,
     )
+
+
+def _are_alike(a: Records, b: Records) -> bool:
+    """Whether two pieces of a rank are of one attempt, with the same origins and layout."""
+    if (a.world, a.resumption) != (b.world, b.resumption):
+        return False
+    if a.layout is None or b.layout is None:
+        has_same_layout = a.layout is b.layout
+    else:
+        has_same_layout = a.layout.equals(b.layout)
+    return has_same_layout and np.array_equal(a.origins, b.origins)
+
+
+def _in_force(rank: RankRecords, ranks: Sequence[RankRecords]) -> Scalars:
+    """Scalars of a rank that no other rank has superseded, when the run was resumed."""
+    others = [other for other in ranks if other.is_journal] if rank.is_journal else []
+    starts = sorted({max(each.first_step, 0) for other in others for each in other.attempts})
+    kept = rank.scalars.before(starts[0]) if starts else rank.scalars
+    for start, end in pairwise([*starts, math.inf]):
+        mine = rank.attempt_at(int(start))
+        if all(other.attempt_at(int(start)) == mine for other in others if mine in other.attempts):
+            kept.extend(rank.scalars.before(end).since(int(start)))
+    return kept
 
 
 def _merge_window(ranks: Sequence[int], parts: Sequence[Records]) -> Records:

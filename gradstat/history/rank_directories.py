@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from gradstat.files import CutOffError
@@ -13,8 +13,11 @@ from gradstat.history import archive
 from gradstat.history.alignment import ranges_of
 from gradstat.history.merge_files import RankRecords, bytes_at_a_time, merge_files
 from gradstat.history.records import Records, concatenate
+from gradstat.warning import warn
 
 _NAME = re.compile(r"rank-(\d+)")
+
+_LOAD, _MERGE = "History.load()", "History.merge()"
 
 Read = Callable[[Path], Iterator[Records]]
 
@@ -81,63 +84,105 @@ def merge_parts(parts: Sequence[Records | Path], replicated: bool | None) -> Rec
     """Merge what several ranks measured; files are read one after the other.
 
     Raises:
-        As `read`, and ValueError for a rank that comes twice.
+        As `read`, and ValueError for a path or a rank that comes twice, and for parts of which only
+        some are of a rank.
     """
     if len(parts) == 1 and not isinstance(parts[0], Records) and rank_directories(parts[0]):
         return read(parts[0], replicated)
-    found: list[Records | Path] = []
-    for part in parts:
-        folders = [] if isinstance(part, Records) else rank_directories(part)
-        found += folders or [part]
+    found: list[tuple[str, Records | Path]] = []
+    for at, part in enumerate(parts):
+        if isinstance(part, Records):
+            found.append((f"number {at} of the parts", part))
+        else:
+            found += [(str(each), each) for each in _directories(part) or [part]]
+    paths = [each.resolve() for _, each in found if isinstance(each, Path)]
+    if twice := [path for at, path in enumerate(paths) if path in paths[:at]]:
+        raise ValueError(f"{_MERGE} needs each path once; {twice[0]} is there twice")
     n_bytes = bytes_at_a_time(len(found))
     ranks: list[RankRecords] = []
-    seen: set[int] = set()
-    for at, part in enumerate(found):
+    names: dict[int | None, str] = {}  # of the first part of each rank, and of none
+    error: CutOffError | None = None
+    for at, (name, part) in enumerate(found):
         pieces = iter([part]) if isinstance(part, Records) else archive.pieces(part, n_bytes)
-        first = next(pieces)
-        rank = at if first.rank is None else first.rank
-        if rank in seen:
-            raise ValueError(
-                f"History.merge() needs each rank once; number {at} of the parts is another one of "
-                f"rank {rank}"
-            )
-        seen.add(rank)
-        ranks.append(RankRecords(rank, first, pieces))
-    return merge_files(ranks, replicated)
+        is_journal = isinstance(part, Path) and part.is_dir()
+        try:
+            first = next(pieces)
+        except CutOffError as cut_off:  # within its first block
+            if not (is_journal and _NAME.fullmatch(Path(name).name)):
+                raise
+            error = cut_off
+            continue
+        _check_rank(names, first.rank, name)
+        number = at if first.rank is None else first.rank
+        ranks.append(RankRecords(number, first, pieces, is_journal=is_journal))
+    if error and not ranks:
+        raise error
+    merged = merge_files(ranks, replicated)
+    if None not in names:
+        _tell_lacking(f"{_MERGE} lacks {{}} of {{}} ranks", ranks, _worlds(ranks))
+    return merged
+
+
+def _check_rank(names: dict[int | None, str], rank: int | None, name: str) -> None:
+    """Refuse a part of a rank that others are of, and parts of which only some are of a rank.
+
+    Args:
+        names: of the parts before, by rank, to which this one's is added.
+        rank: of the part; ``None``: it is of none, such as a run that is merged already.
+        name: of the part.
+    """
+    if rank is not None and rank in names:
+        raise ValueError(f"{_MERGE} needs each rank once; {name} is another one of rank {rank}")
+    names.setdefault(rank, name)
+    if None in names and len(names) > 1:
+        of = next(each for each in names if each is not None)
+        raise ValueError(
+            f"{_MERGE} needs parts of which each is of a rank, or none; {names[None]} is of none, "
+            f"and {names[of]} of rank {of}"
+        )
 
 
 def _read_ranks(path: Path, read: Read, replicated: bool | None, *, quiet: bool) -> Records:
-    folders = rank_directories(path)
+    folders = _directories(path)
     if not folders:
         return concatenate(list(read(path)))
     if archive.segments(path):
         raise ValueError(
-            f"History.load() needs the files of one run; {path} has those of one process and of "
+            f"{_LOAD} needs the files of one run; {path} has those of one process and of "
             f"{len(folders)} ranks"
         )
-    if len(folders) == 1:
-        records = concatenate(list(read(folders[0])))
-        if not quiet:
-            _tell_lacking(path, {_number(folders[0])}, records.world or 0)
-        return records
     ranks: list[RankRecords] = []
-    world = 0
     for folder in folders:
         pieces = read(folder)
         try:
             first = next(pieces)
         except CutOffError:  # within its first block
+            if len(folders) == 1:
+                raise
             continue
-        world = max(world, first.world or 0)
-        ranks.append(RankRecords(_number(folder), first, pieces))
+        ranks.append(RankRecords(_number(folder), first, pieces, is_journal=True))
     if not ranks:
-        raise ValueError(
-            f"History.load() needs a directory that watch() wrote; {path} has no records"
-        )
-    merged = merge_files(ranks, replicated, quiet=quiet)
+        raise ValueError(f"{_LOAD} needs a directory that watch() wrote; {path} has no records")
+    if len(folders) == 1:
+        found = [first, *pieces]
+        merged, worlds = concatenate(found), [each.world for each in found]
+    else:
+        merged, worlds = merge_files(ranks, replicated, quiet=quiet), _worlds(ranks)
     if not quiet:
-        _tell_lacking(path, {rank.rank for rank in ranks}, world)
+        _tell_lacking(f"{_LOAD} lacks {{}} of {{}} ranks in {path}", ranks, worlds)
     return merged
+
+
+def _directories(path: Path) -> list[Path]:
+    """As `rank_directories`, of each rank one."""
+    folders = rank_directories(path)
+    for a, b in pairwise(folders):
+        if _number(a) == _number(b):
+            raise ValueError(
+                f"{_LOAD} needs one directory for each rank; {a} and {b} are both of rank "
+                f"{_number(a)}"
+            )
+    return folders
 
 
 def _number(folder: Path) -> int:
@@ -148,10 +193,11 @@ def _segments(path: Path) -> list[Path]:
     return archive.segments(path) if path.is_dir() else []
 
 
-def _tell_lacking(path: Path, seen: set[int], world: int) -> None:
-    if lacking := sorted(set(range(world)) - seen):
-        warnings.warn(
-            f"History.load() lacks {len(lacking)} of {world} ranks in {path}: {ranges_of(lacking)}",
-            RuntimeWarning,
-            stacklevel=5,
-        )
+def _worlds(ranks: Sequence[RankRecords]) -> list[int | None]:
+    return [each.world for rank in ranks for each in rank.attempts]
+
+
+def _tell_lacking(lacks: str, ranks: Sequence[RankRecords], worlds: Sequence[int | None]) -> None:
+    world = max(each or 0 for each in worlds)
+    if lacking := sorted(set(range(world)) - {rank.rank for rank in ranks}):
+        warn(f"{lacks.format(len(lacking), world)}: {ranges_of(lacking)}")

@@ -49,6 +49,7 @@ class Records:
         rank: of the process that recorded them in a distributed run, if it is known.
         world: how many ranks that run had.
         layout: what this rank holds of each layer, if that is known of any.
+        resumption: of a file of a resumed run: its first step, and how many files were there.
     """
 
     rows: list[Row]
@@ -66,6 +67,7 @@ class Records:
     rank: int | None = None
     world: int | None = None
     layout: Layout | None = None
+    resumption: tuple[int, int] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -116,6 +118,8 @@ def concatenate(parts: Sequence[Records]) -> Records:
         counts=SparseRows(*(np.concatenate(each) for each in counts)),
         origins=said[-1].origins,
         layout=said[-1].layout,
+        world=said[-1].world,
+        resumption=said[-1].resumption,
         scalars=scalars,
         depth=depths[-1] if depths else None,
         partial_step=said[-1].partial_step,

@@ -47,13 +47,22 @@ class Scalars:
             for step, value in zip(steps, values, strict=True):
                 self.add(prefix + name, step, value)
 
-    def before(self, step: int) -> Scalars:
+    def before(self, step: float) -> Scalars:
         """Those of lower steps."""
         kept = Scalars()
         for name, (steps, values) in self._series.items():
             n = bisect_left(steps, step)
             if n:
                 kept._series[name] = steps[:n], values[:n]
+        return kept
+
+    def since(self, step: int) -> Scalars:
+        """Those of this step and higher ones."""
+        kept = Scalars()
+        for name, (steps, values) in self._series.items():
+            n = bisect_left(steps, step)
+            if n < len(steps):
+                kept._series[name] = steps[n:], values[n:]
         return kept
 
     @classmethod

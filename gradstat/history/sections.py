@@ -239,6 +239,7 @@ def to_records(source: Source) -> Records:
         None if is_first else integer(source, "rank"),
         None if is_first else integer(source, "world"),
         None if is_first else _layout(source),
+        None if is_first else _resumption(source),
     )
 
 
@@ -252,6 +253,11 @@ def _layout(source: Source) -> Layout | None:
     if "parts" not in source.headers:
         return None
     return Layout.from_flat(*(integers(source, name) for name in _LAYOUT))
+
+
+def _resumption(source: Source) -> tuple[int, int] | None:
+    first_step, before = resumption(source)
+    return None if first_step is None else (first_step, len(before))
 
 
 def _partial_step(source: Source, steps: Array) -> int | None:

@@ -196,7 +196,8 @@ def test_history_merge_has_the_layers_of_all_stages() -> None:
 
 
 def test_history_merge_takes_layers_that_some_ranks_lack_or_have_at_times() -> None:
-    ranks = [make_rank(0, steps=range(2)), History(ROWS[:1], Log2Bins())]
+    ranks = [make_rank(0, 2, steps=range(2)), History(ROWS[:1], Log2Bins())]
+    ranks[1].rank = 1
     ranks[1].append(0, *absent(Log2Bins()))
     ranks[1].append(1, *arrays(gradstat.statistics([values(1, 1, 0)])))
     merged = History.merge(ranks)
@@ -292,6 +293,116 @@ def test_history_load_takes_a_run_that_was_resumed_with_other_ranks(
         assert_close(loaded.record(step), gradstat.statistics(tensors, engine="reference"))
 
 
+def make_sharded(rank: int, parts: int, steps: Sequence[int]) -> History:
+    """Of four ranks one of a mesh that cuts into so many parts, and else has replicas."""
+    history = make_rank(rank % parts, 4, steps)
+    history.rank, history.origins[:] = rank, rank % parts
+    history.layout = Layout.unknown(len(ROWS))
+    for row in range(len(ROWS)):
+        history.layout.set(row, (rank % parts, parts), (80,))
+    return history
+
+
+@pytest.mark.parametrize("n_bytes", [1, 1 << 20])
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])
+def test_history_load_takes_a_run_that_was_resumed_on_another_mesh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int, n_bytes: int
+) -> None:
+    monkeypatch.setattr(merge_files, "_MOST_BYTES", n_bytes)
+    for rank in range(4):
+        write(tmp_path, make_sharded(rank, before, range(5)), 2 + rank)
+        write(tmp_path, make_sharded(rank, after, range(3, 7)), 2, first_step=3)
+    loaded = History.load(tmp_path)
+    assert loaded.steps.tolist() == list(range(7))
+    for step in range(7):
+        parts = before if step < 3 else after
+        tensors = [
+            torch.cat([values(rank, step, row) for rank in range(parts)]) for row in range(2)
+        ]
+        assert_close(loaded.record(step), gradstat.statistics(tensors, engine="reference"))
+
+
+@pytest.mark.parametrize("origins", [(SAME, None), (None, SAME)])
+def test_history_load_takes_a_run_that_was_resumed_with_gradients_of_another_moment(
+    tmp_path: Path, origins: tuple[int | None, int | None]
+) -> None:
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2, range(5), origin=origins[0]), 2)
+        write(tmp_path, make_rank(rank, 2, range(3, 7), origin=origins[1]), 2, first_step=3)
+    loaded = History.load(tmp_path)
+    assert loaded.steps.tolist() == list(range(7))
+    for step in range(7):
+        sources = [0, 1] if origins[step >= 3] is None else [0]
+        tensors = [torch.cat([values(rank, step, row) for rank in sources]) for row in range(2)]
+        assert_close(loaded.record(step), gradstat.statistics(tensors, engine="reference"))
+
+
+@pytest.mark.parametrize("n_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("lacking", [0, 1])
+@pytest.mark.parametrize("n_times", [1, 2])
+def test_history_load_does_not_mix_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: int, n_bytes: int, n_times: int
+) -> None:
+    monkeypatch.setattr(merge_files, "_MOST_BYTES", n_bytes)
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2, range(6)), 2)
+        for _ in range(n_times):
+            write(tmp_path, make_rank(rank, 2, range(3, 5)), 2, first_step=3)
+    whole = History.load(tmp_path)
+    assert whole.steps.tolist() == list(range(5))
+    # Not copied yet.
+    (tmp_path / f"rank-{lacking}" / f"{n_times:08}.gradstat").unlink()
+    last = 6 if n_times == 1 else 5
+    message = (
+        f"History.merge() leaves out {last - 3} steps that were superseded when the run was "
+        f"resumed, of which some ranks lack the new records: 3 to {last - 1}"
+    )
+    with pytest.warns(RuntimeWarning, match=f"^{re.escape(message)}$"):
+        loaded = History.load(tmp_path)
+    assert loaded.steps.tolist() == [0, 1, 2]
+    assert_union(loaded, range(2))
+    assert loaded.scalar(f"rank{lacking}/loss")[0].tolist() == [0, 1, 2]
+    assert loaded.scalar(f"rank{1 - lacking}/loss")[0].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_history_load_does_not_mix_attempts_where_the_newest_is_torn(tmp_path: Path) -> None:
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2, range(6)), 2)
+        write(tmp_path, make_rank(rank, 2, range(3, 5)), 2, first_step=3)
+    file = tmp_path / "rank-1" / "00000001.gradstat"
+    file.write_bytes(file.read_bytes()[:30])
+    with (
+        pytest.warns(RuntimeWarning, match=f"leaves out the end of {file}"),
+        pytest.warns(RuntimeWarning, match="that were superseded when the run was resumed"),
+    ):
+        assert History.load(tmp_path).steps.tolist() == [0, 1, 2]
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2, range(4, 8)), 2, first_step=4)
+    with (
+        pytest.warns(RuntimeWarning, match=f"leaves out the end of {file}"),
+        pytest.warns(RuntimeWarning, match="1 steps that were superseded .*: 3$"),
+    ):
+        assert History.load(tmp_path).steps.tolist() == [0, 1, 2, 4, 5, 6, 7]
+
+
+def test_history_load_drops_scalars_that_were_superseded_by_fewer_ranks(tmp_path: Path) -> None:
+    for rank in range(4):
+        write(tmp_path, make_rank(rank, 4, range(6)), 2)
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2, range(3, 5)), 2, first_step=3)
+    loaded = History.load(tmp_path)
+    for rank in range(4):
+        steps = loaded.scalar(f"rank{rank}/loss")[0].tolist()
+        assert steps == ([0, 1, 2, 3, 4] if rank < 2 else [0, 1, 2])
+    for rank in range(4):
+        write(tmp_path, make_rank(rank, 4, range(4, 7)), 2, first_step=4)
+    loaded = History.load(tmp_path)
+    assert loaded.steps.tolist() == list(range(7))
+    for rank in range(4):
+        steps = loaded.scalar(f"rank{rank}/loss")[0].tolist()
+        assert steps == ([0, 1, 2, 3, 4, 5, 6] if rank < 2 else [0, 1, 2, 4, 5, 6])
+
+
 @pytest.mark.usefixtures("small_windows")
 def test_history_load_takes_a_run_that_was_resumed_after_a_rank_had_died(tmp_path: Path) -> None:
     for rank in range(4):
@@ -316,6 +427,83 @@ def test_history_load_says_which_ranks_are_lacking(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match=f"^{re.escape(message)}$"):
         loaded = History.load(tmp_path)
     assert_union(loaded, [0, 2])
+
+
+def test_history_merge_says_which_ranks_are_lacking(tmp_path: Path) -> None:
+    message = "^History.merge\\(\\) lacks 2 of 4 ranks: 0, 2$"
+    ranks = [make_rank(rank, 4) for rank in (1, 3)]
+    with pytest.warns(RuntimeWarning, match=message):
+        merged = History.merge(ranks)
+    assert_union(merged, [1, 3])
+    for rank in ranks:
+        write(tmp_path, rank, 5)
+    with pytest.warns(RuntimeWarning, match=message):
+        assert_same(History.merge(sorted(tmp_path.iterdir())), merged)
+
+
+def test_history_load_says_which_ranks_are_lacking_of_a_run_that_has_grown(tmp_path: Path) -> None:
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2), 5)
+        write(tmp_path, make_rank(rank, 3, range(3, 5)), 5, first_step=3)
+    with pytest.warns(RuntimeWarning, match="lacks 1 of 3 ranks in .*: 2$"):
+        History.load(tmp_path)
+
+
+def test_history_merge_passes_over_a_rank_that_was_torn_in_its_first_block(tmp_path: Path) -> None:
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2), 5)
+    folders = sorted(tmp_path.iterdir())
+    file = folders[1] / "00000000.gradstat"
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.warns(RuntimeWarning, match="^History.load\\(\\) lacks 1 of 2 ranks in .*: 1$"):
+        loaded = History.load(tmp_path)
+    with pytest.warns(RuntimeWarning, match="^History.merge\\(\\) lacks 1 of 2 ranks: 1$"):
+        assert_same(History.merge(folders), loaded)
+    with pytest.raises(ValueError, match="ends within its first block"):
+        History.merge(folders[1:])
+
+
+def test_history_load_refuses_two_directories_of_a_rank(tmp_path: Path) -> None:
+    for rank in range(2):
+        write(tmp_path, make_rank(rank, 2), 5)
+    shutil.copytree(tmp_path / "rank-1", tmp_path / "rank-01")
+    message = (
+        f"History.load() needs one directory for each rank; {tmp_path / 'rank-01'} and "
+        f"{tmp_path / 'rank-1'} are both of rank 1"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        History.load(tmp_path)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        History.merge([tmp_path])
+
+
+def test_history_merge_refuses_what_comes_twice(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for rank in range(2):
+        write(run, make_rank(rank, 2), 5)
+    one, whole = tmp_path / "one.npz", tmp_path / "whole.npz"
+    History.load(run / "rank-1").save(one)
+    History.load(run).save(whole)
+    rank_1 = run / "rank-1"
+    again = run.parent / "run" / ".." / "run" / "rank-1"
+    for parts, message in (
+        ([rank_1, again], f"each path once; {rank_1} is there twice"),
+        ([run, rank_1], f"each path once; {rank_1} is there twice"),
+        ([whole, whole], f"each path once; {whole} is there twice"),
+        ([run, one], f"each rank once; {one} is another one of rank 1"),
+        (
+            [whole, rank_1],
+            f"parts of which each is of a rank, or none; {whole} is of none, and {rank_1} of "
+            f"rank 1",
+        ),
+        (
+            [rank_1, whole],
+            f"parts of which each is of a rank, or none; {whole} is of none, and {rank_1} of "
+            f"rank 1",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(f'History.merge() needs {message}')}$"):
+            History.merge(parts)
 
 
 def test_history_load_takes_one_rank_as_it_is(tmp_path: Path) -> None:
