@@ -16,8 +16,6 @@ LARGE = "16 M float32 Gaussian"
 CALLS = {
     "gradstat log2": "**`gradstat.statistics(x)`**: all statistics, 2,048 bins",
     "gradstat linear": "**`gradstat.statistics(x, LinearBins(64, -1, 1))`**",
-    "prototype log2": "the prototype of this pass, 2,048 bins",
-    "prototype linear": "the prototype of this pass, 64 bins",
     "torch composite": "torch: aminmax, mean, std, norm, histc, count_nonzero, isfinite",
 }
 RATIOS = "Times are medians, ratios medians of pairs taken a moment apart."
@@ -64,9 +62,12 @@ def where(document: Document) -> str:
 
 
 def tensor_table(document: Document) -> str:
+    """A row for each contestant; the prototype is in `target_table`."""
     rows = []
     for row in sorted(group(document, LARGE), key=lambda row: float(row["median"])):
         name = row["contestant"]
+        if name.startswith("prototype"):
+            continue
         ratios = [f"{row['ratios'][scheme]:.2g}" if scheme != name else "1" for scheme in SCHEMES]
         speed = f"{row['bytes'] / row['median'] / 1e9:.1f}"
         rows.append([CALLS.get(name, name), duration(row["median"]), speed, *ratios])
@@ -218,7 +219,6 @@ def main() -> None:
     if tensors and lists:
         parts = (
             tensor_table(tensors),
-            histogram_table(tensors),
             list_table(lists),
             f"{where(tensors)} {RATIOS}",
         )
@@ -227,8 +227,9 @@ def main() -> None:
         sections["bench:training"] = f"{training_table(training)}\n\n{where(training)} {RATIOS}"
     for section in sections.values():
         print(f"{section}\n")
+    histograms = f"{histogram_table(tensors)}\n\n{where(tensors)}" if tensors else ""
     targets = target_table(tensors, lists, training)
-    print(targets)
+    print(f"{histograms}\n\n{targets}")
     if arguments.readme:
         text = arguments.readme.read_text()
         for marker, content in sections.items():
@@ -236,6 +237,9 @@ def main() -> None:
         arguments.readme.write_text(text)
         (arguments.folder / "targets.md").write_text(
             f"# What was asked for, and what was measured\n\n{targets}\n"
+        )
+        (arguments.folder / "histograms.md").write_text(
+            f"# Counts and edges of one tensor\n\n{histograms}\n"
         )
 
 
