@@ -36,11 +36,12 @@ function buildSeries(select, leftOf) {
       context.strokeStyle = css("--line");
       line(context, left, box.top + box.height, width, box.top + box.height);
       curve(context, box, ends, level, low, high, bad);
-      type(context, 10, "left", "top");
+      // In the margin, above and below the name, where no curve runs.
+      type(context, 10, "right", "top");
       const text = (value) => short(Number((isLog ? 10 ** value : value).toPrecision(3)));
-      context.fillText(text(ends[1]), left + 3, box.top - 3);
+      context.fillText(text(ends[1]), left - 8, box.top - 3);
       context.textBaseline = "bottom";
-      context.fillText(text(ends[0]), left + 3, box.top + box.height - 1);
+      context.fillText(text(ends[0]), left - 8, box.top + box.height + 1);
     });
     for (const { finding, t } of marks) {
       const x = left + ((t + 0.5) / T) * (width - left);
