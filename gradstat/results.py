@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gradstat.bins import LOG2_MAGNITUDES, Bins, LinearBins, Log2Bins
@@ -409,3 +411,8 @@ def mean_between_extremes(s: Statistics) -> Tensor:
     mean = torch.where(s.sum.isinf(), size.copysign(s.sum), s.mean)
     mean = torch.where(s.min == s.max, s.min, mean.clamp(s.min, s.max))
     return torch.where(s.finite > 0, mean, 0.0)
+
+
+def as_statistics(bins: Bins, rows: Iterable[NDArray[Any]]) -> Statistics:
+    """Integers, floats and counts on the host as Statistics, without a copy."""
+    return Statistics(bins, *(torch.from_numpy(each) for each in rows))

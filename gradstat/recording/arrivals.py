@@ -16,7 +16,7 @@ from gradstat.history import History
 from gradstat.recording.streams import Computed, take_over
 from gradstat.recording.torch_internals import multiplied
 from gradstat.recording.transfers import Transfer
-from gradstat.results import FLOATS, INTEGERS, Statistics
+from gradstat.results import FLOATS, INTEGERS, Statistics, as_statistics
 
 Rows = tuple[NDArray[Any], ...]  # integers, floats and counts of some layers
 
@@ -188,11 +188,6 @@ class Record(NamedTuple):
         rows = list(whole.indices)
         integers[rows], floats[rows], counts[rows] = whole.result.arrays()
         return integers, floats, counts
-
-
-def as_statistics(bins: Bins, rows: Rows) -> Statistics:
-    """The same without a copy."""
-    return Statistics(bins, *(torch.from_numpy(each) for each in rows))
 
 
 def _arrays(statistics: Statistics) -> Rows:

@@ -78,7 +78,7 @@ class Cadence:
     @property
     def step(self) -> int:
         """Number of the step that the pass belongs to."""
-        return (self.n_told + self._n_missed) // self._accumulation_steps
+        return self.step_of(self.n_passes)
 
     def step_of(self, number: int) -> int:
         """Number of the step that a pass belongs to, by its own number."""

@@ -10,9 +10,9 @@ from contextlib import nullcontext
 from gradstat.diagnosis.alerts import Alerts
 from gradstat.history import History
 from gradstat.history.journal import Journal
-from gradstat.recording.arrivals import Record, Rows, as_statistics
+from gradstat.recording.arrivals import Record, Rows
 from gradstat.recording.cuda_graphs import Cadence
-from gradstat.results import Statistics
+from gradstat.results import Statistics, as_statistics
 from gradstat.warning import warn
 
 _NOTHING = nullcontext()
@@ -83,8 +83,7 @@ class Delivery:
                 while self._arrived:
                     step, rows = self._arrived.popleft()
                     sink(step, as_statistics(self._history.bins, rows))
-        if self._alerts is not None:
-            self._alerts.tell()
+        self.tell_alerts()
 
     @property
     def is_pending(self) -> bool:

@@ -31,7 +31,7 @@ from gradstat.engines.cpu.work import (
 )
 from gradstat.engines.memory import merge_dims, no_storage
 from gradstat.float_mode import keeps_subnormals
-from gradstat.results import FLOATS, INTEGERS, Statistics
+from gradstat.results import FLOATS, INTEGERS, Statistics, as_statistics
 
 _ITEM = 1 << 16  # elements: enough to hide the taking of an item, few enough to share a tensor out
 _MAX_ITEMS = 2048  # of one tensor: its partials stay under 250 KB
@@ -48,7 +48,7 @@ def measure(
     tensors: Sequence[Tensor], bins: Bins, low: Tensor | None = None, high: Tensor | None = None
 ) -> Statistics:
     """Statistics of each tensor of a list on the CPU, as `reference.measure`."""
-    return _as_statistics(bins, measure_rows(tensors, bins, low, high))
+    return as_statistics(bins, measure_rows(tensors, bins, low, high))
 
 
 def measure_rows(
@@ -84,10 +84,6 @@ def measure_rows(
     return rows
 
 
-def _as_statistics(bins: Bins, rows: Rows) -> Statistics:
-    return Statistics(bins, *(torch.from_numpy(each) for each in rows))
-
-
 @keeps_subnormals
 def _nice_range(bins: LinearBins, floats: Array) -> tuple[Tensor, Tensor]:
     minimum, maximum = torch.from_numpy(floats[:, :2]).unbind(-1)  # the first of `FLOATS`
@@ -97,7 +93,7 @@ def _nice_range(bins: LinearBins, floats: Array) -> tuple[Tensor, Tensor]:
 
 def _measure_again_beyond_float32(tensors: Sequence[Tensor], bins: Bins, rows: Rows) -> None:
     """Measure rows that have no range in float32 by `reference`, which has one in float64."""
-    abs_max = _as_statistics(bins, rows).abs_max
+    abs_max = as_statistics(bins, rows).abs_max
     for row in (abs_max > FLOAT32_MAX).nonzero().flatten().tolist():
         again = reference.measure([tensors[row]], bins)
         for each, new in zip(rows, (again.integers, again.floats, again.counts), strict=True):
