@@ -1,4 +1,4 @@
-"""`log`, `write`: a History in a Weights & Biases run, or in a new one on disk."""
+"""`log`, `write`, `writer`: a run in Weights & Biases, afterwards or while it goes on."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from gradstat.integrations.buckets import (
     scalars,
 )
 from gradstat.kinds import NOUNS, UPDATE
+from gradstat.recording.run_writer import RunWriter
 
 if TYPE_CHECKING:
     import wandb
 
 _MAX_BUCKETS = 512  # wandb.Histogram takes no more
 _MAX_POINTS = 10_000  # of one custom chart
+_STEP = "gradients/step"  # what the run's values are drawn against
 _COLUMNS = ("layer", "numel", "mean", "std", "rms", "l2", "zero_fraction", "nonfinite")
 
 
@@ -83,43 +85,90 @@ def log(
     """
     history = check_history("log", history)
     check_tags("log", tags)
-    middle = "" if tags == "kind" else "histogram/"
     steps = chosen_steps("log", history, max_records)
-    try:
-        import wandb
-        from wandb.sdk.wandb_run import Run  # older ones have no wandb.Run
-    except ImportError as error:
-        raise ImportError("log() needs Weights & Biases: pip install wandb") from error
-    if not isinstance(run, Run):
-        raise TypeError(f"log() needs a run of wandb.init(); run is {type(run).__name__}")
-    run.define_metric("gradients/step", hidden=True)
-    for kind in dict.fromkeys(history.kinds):
-        names = f"{group(kind)}/{middle}*"
-        run.define_metric(names, step_metric="gradients/step", hidden=tags == "layer")
+    _check_run("log", run)
+    _define_metrics(run, history.kinds, tags)
     logged = _scalars(history)
-    run.define_metric("scalars/*", step_metric="gradients/step")
     for step in counted(history, steps, progress):
         for earlier in [each for each in logged if each < step]:
-            run.log({"gradients/step": earlier} | logged.pop(earlier))
-        record: dict[str, object] = {"gradients/step": step} | logged.pop(step, {})
-        for (kind, layer), statistics, edges in rows(history, step):
-            counts, ends = buckets(statistics, edges, _MAX_BUCKETS)
-            if len(counts):
-                record[f"{group(kind)}/{middle}{layer}"] = wandb.Histogram(
-                    np_histogram=(counts, ends)
-                )
-        run.log(record)
+            run.log({_STEP: earlier} | logged.pop(earlier))
+        run.log({_STEP: step} | logged.pop(step, {}) | _histograms(history, step, tags))
     for later, numbers in logged.items():
-        run.log({"gradients/step": later} | numbers)
-    summary: dict[str, object] = {
-        f"{group(kind)}/layers": wandb.Table(columns=list(_COLUMNS), data=table)
-        for kind, table in _newest(history).items()
-    }
-    for name, title, layers, values in _charts(history):
-        xs, ys, keys = _lines(history, layers, values)
-        if keys:
-            summary[name] = wandb.plot.line_series(xs, ys, keys, title, "step")
-    run.log(summary)
+        run.log({_STEP: later} | numbers)
+    run.log(_summary(history))
+
+
+def writer(
+    run: wandb.Run, *, tags: Literal["layer", "kind"] = "layer", commit: bool = True
+) -> RunWriter:
+    """A sink that logs to a run of Weights & Biases while it goes on.
+
+    Each record's histograms and each logged value are logged under the names that `log` gives them,
+    what belongs to one step together, once a later one begins; the charts and tables follow when
+    the watch is closed, which must be before the run is finished. Should logging fail, a warning
+    says so and the training goes on. In a distributed run give it to one rank.
+
+    Args:
+        run: what ``wandb.init()`` returned, online or offline; not finished here.
+        tags: ``"layer"`` or ``"kind"``, as for `log`.
+        commit: whether each step is a row of its own, by which the run's own step goes up. With
+            ``False`` it becomes part of the row that the next ``run.log()`` of yours makes, as
+            ``wandb.watch`` does: for those who number their rows by ``run.log(..., step=n)``.
+
+    Returns:
+        What `gradstat.watch` takes as ``sink``, once.
+
+    Raises:
+        ImportError: wandb is not installed.
+        TypeError: an argument of another kind.
+        ValueError: other tags.
+
+    Example:
+        >>> import wandb  # doctest: +SKIP
+        >>> from gradstat.integrations import wandb as viewer
+        >>> with wandb.init(mode="offline") as run:  # doctest: +SKIP
+        ...     with gradstat.watch(model, sink=viewer.writer(run)) as w:
+        ...         train(model)
+    """
+    check_tags("writer", tags)
+    _check_run("writer", run)
+    if not isinstance(commit, bool):
+        raise TypeError(f"writer() needs True or False; commit is {commit!r}")
+    return _Writer(run, tags, commit)
+
+
+class _Writer(RunWriter):
+    """What `writer` returns; arguments as for it."""
+
+    def __init__(self, run: wandb.Run, tags: str, commit: bool) -> None:
+        super().__init__("wandb.writer()")
+        self._run, self._tags, self._commit = run, tags, commit
+        self._row: dict[str, object] = {}  # of the newest step, to which more may come
+
+    def start(self, history: History) -> None:
+        _define_metrics(self._run, history.kinds, self._tags)
+
+    def write_record(self, record: History, step: int) -> None:
+        self._add(step, _histograms(record, step, self._tags))
+
+    def write_scalar(self, name: str, step: int, value: float) -> None:
+        self._add(step, {f"scalars/{name}": value})
+
+    def end(self, history: History) -> None:
+        self._log_row()
+        if len(history):
+            self._run.log(_summary(history.snapshot()), commit=self._commit)
+
+    def _add(self, step: int, values: dict[str, object]) -> None:
+        if self._row.get(_STEP) != step:
+            self._log_row()
+            self._row = {_STEP: step}
+        self._row |= values
+
+    def _log_row(self) -> None:
+        row, self._row = self._row, {}
+        if row:
+            self._run.log(row, commit=self._commit)
 
 
 def write(
@@ -162,6 +211,58 @@ def write(
     # Its other process may still be writing when the run is finished, not when it has ended.
     wandb.teardown()
     return written
+
+
+def _check_run(function: str, run: object) -> None:
+    """Raise unless it is a run of wandb, which is installed."""
+    try:
+        from wandb.sdk.wandb_run import Run  # older ones have no wandb.Run
+    except ImportError as error:
+        raise ImportError(f"{function}() needs Weights & Biases: pip install wandb") from error
+    if not isinstance(run, Run):
+        raise TypeError(f"{function}() needs a run of wandb.init(); run is {type(run).__name__}")
+
+
+def _define_metrics(run: wandb.Run, kinds: list[str], tags: str) -> None:
+    """Say what is drawn against which step."""
+    run.define_metric(_STEP, hidden=True)
+    for kind in dict.fromkeys(kinds):
+        names = f"{_histogram_name(kind, tags)}*"
+        run.define_metric(names, step_metric=_STEP, hidden=tags == "layer")
+    run.define_metric("scalars/*", step_metric=_STEP)
+
+
+def _histogram_name(kind: str, tags: str) -> str:
+    """What the names of a kind's histograms begin with."""
+    return f"{group(kind)}/" + ("" if tags == "kind" else "histogram/")
+
+
+def _histograms(history: History, step: int, tags: str) -> dict[str, object]:
+    """Those of a record, by name."""
+    import wandb
+
+    found: dict[str, object] = {}
+    for (kind, layer), statistics, edges in rows(history, step):
+        counts, ends = buckets(statistics, edges, _MAX_BUCKETS)
+        if len(counts):
+            histogram = wandb.Histogram(np_histogram=(counts, ends))
+            found[_histogram_name(kind, tags) + layer] = histogram
+    return found
+
+
+def _summary(history: History) -> dict[str, object]:
+    """Tables of the newest record and charts of the whole run, by name."""
+    import wandb
+
+    summary: dict[str, object] = {
+        f"{group(kind)}/layers": wandb.Table(columns=list(_COLUMNS), data=table)
+        for kind, table in _newest(history).items()
+    }
+    for name, title, layers, values in _charts(history):
+        xs, ys, keys = _lines(history, layers, values)
+        if keys:
+            summary[name] = wandb.plot.line_series(xs, ys, keys, title, "step")
+    return summary
 
 
 def _scalars(history: History) -> dict[int, dict[str, object]]:

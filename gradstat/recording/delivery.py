@@ -12,6 +12,7 @@ from gradstat.history import History
 from gradstat.history.journal import Journal
 from gradstat.recording.arrivals import Record, Rows
 from gradstat.recording.cuda_graphs import Cadence
+from gradstat.recording.run_writer import RunWriter
 from gradstat.results import Statistics, as_statistics
 from gradstat.warning import warn
 
@@ -102,6 +103,8 @@ class Delivery:
         if self._journal is not None:
             self._journal.flush()
             self._journal.warn_of_unwritten()
+        if isinstance(self._sink, RunWriter):
+            self._sink.finish()
 
     def forget_other_threads(self) -> None:
         """In a forked process: keep later records in the history alone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -25,6 +26,7 @@ from gradstat.ops import check_bins, check_engine
 from gradstat.recording import open_watches
 from gradstat.recording.cuda_graphs import Cadence
 from gradstat.recording.delivery import Sink
+from gradstat.recording.live_view import LiveView
 from gradstat.recording.logged import LearningRates, Logged
 from gradstat.recording.module_hooks import OutputHooks
 from gradstat.recording.options import (
@@ -36,6 +38,7 @@ from gradstat.recording.options import (
 )
 from gradstat.recording.parameter_hooks import BackwardHooks, StepHook
 from gradstat.recording.recorder import Recorder
+from gradstat.recording.run_writer import RunWriter
 from gradstat.recording.selection import (
     ModuleSelector,
     ParameterSelector,
@@ -134,7 +137,8 @@ def watch(
             every so many, evenly.
         sink: a function of a step's number and its record, Statistics on the CPU that it must not
             change. It is called in order, in the thread that trains, and what it raises is raised
-            there.
+            there. `integrations.tensorboard.writer` and `integrations.wandb.writer` make sinks
+            that show the run while it goes on.
         path: a directory to which all records are written as the run goes on, every 5 seconds and
             at the end, for `History.load` to read at any time, also after the process was killed.
             Where that fails one warning is given, and training goes on. Where there is a process
@@ -184,6 +188,9 @@ def watch(
         check_integer("first_step", first_step, 0)
     if sink is not None and not callable(sink):
         raise TypeError(f"watch() needs a function; sink is {sink!r}")
+    writer = sink if isinstance(sink, RunWriter) else None
+    if writer is not None:
+        writer.check_new()
     if alert is not None and not callable(alert):
         raise TypeError(f"watch() needs a function; alert is {alert!r}")
     if path is not None:
@@ -221,11 +228,13 @@ def watch(
     alerts = None
     if alert is not None:
         alerts = Alerts(history, alert, is_scaled=scaler is not None)
-    logged = Logged(cadence, _keeper(history, journal, alerts))
+    logged = Logged(cadence, _keeper(history, journal, alerts, writer))
     recorder = Recorder(history, cadence, logged, bucket_bytes, engine, sink, journal, side, alerts)
     # Parameters by themselves: others may have taken their places since.
     of = tuple(map(id, selected.values()))
     measures = (*rows, of, scheme, every, when, accumulation_steps, capacity, stream, engine)
+    if writer is not None:
+        writer.begin(history)
     open_watches.make_room(model, name, measures)
     hooks: BackwardHooks | StepHook
     stepping = optimizer if when == "step" else None
@@ -264,6 +273,7 @@ class Watch:
         others: list[OutputHooks | LearningRates],
     ) -> None:
         self._recorder, self._hooks, self._others = recorder, hooks, others
+        self._views: list[LiveView] = []
         # A run that ends without close() loses nothing either: hooks live as long as the model.
         self._finish = weakref.finalize(hooks, recorder.finish)
 
@@ -290,8 +300,44 @@ class Watch:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: whether it is open, and its history."""
-        state = "closed" if self._recorder.is_closed else "open"
-        return f"<div>Watch, {state}</div>{self.history._repr_html_()}"
+        return _html(self.history, is_open=not self._recorder.is_closed)
+
+    def live(self, every_s: float = 3.0) -> None:
+        """Show the run below a notebook's cell, and draw it again as the training goes on.
+
+        Size, findings, the loss and a map, as for the watch as a cell's last line; call it in the
+        cell that trains, or in one before it. It is drawn in a thread of its own, which takes a
+        twentieth of the time at most, and once more when the watch is closed. It needs no server.
+
+        Args:
+            every_s: seconds from one drawing to the next, 0.1 or more.
+
+        Raises:
+            TypeError: no number.
+            ValueError: fewer seconds.
+            RuntimeError: outside a notebook, or the watch is closed.
+        """
+        if not isinstance(every_s, Real) or isinstance(every_s, bool):
+            raise TypeError(f"live() needs a number of seconds; every_s is {every_s!r}")
+        if not every_s >= 0.1:
+            raise ValueError(f"live() needs 0.1 seconds or more; every_s is {every_s}")
+        self._check_open("live()")
+        recorder, hooks = self._recorder, weakref.ref(self._hooks)
+        history = recorder.history
+
+        def state() -> object:
+            sizes = [len(history.scalar(name)[0]) for name in history.scalars]
+            return history.steps[-1:].tolist(), sizes
+
+        self._views.append(
+            LiveView(
+                # Whatever refers to the watch would keep it open.
+                lambda: _html(history, is_open=not recorder.is_closed),
+                state,
+                lambda: not recorder.is_closed and hooks() is not None,
+                float(every_s),
+            )
+        )
 
     def measure(self) -> None:
         """Make a record of the gradients as they are, for ``when="call"``.
@@ -381,6 +427,8 @@ class Watch:
         with self._recorder.lock:
             open_watches.close(self._recorder, self._hooks, self._others)
             self._finish.detach()
+        for view in self._views:
+            view.finish()
 
     def __enter__(self) -> Watch:
         """The watch itself.
@@ -405,17 +453,22 @@ class Watch:
             raise RuntimeError(f"{function} needs a watch that is not closed; watch() again")
 
 
+def _html(history: History, *, is_open: bool) -> str:
+    return f"<div>Watch, {'open' if is_open else 'closed'}</div>{history._repr_html_()}"
+
+
 def _keeper(
-    history: History, journal: Journal | None, alerts: Alerts | None
+    history: History, journal: Journal | None, alerts: Alerts | None, writer: RunWriter | None
 ) -> Callable[[str, int, float], None]:
     """What is given each logged value."""
-    if journal is None and alerts is None:
+    others = [each.add_scalar for each in (journal, writer) if each is not None]
+    if alerts is None and not others:
         return history.add_scalar
 
     def keep(name: str, step: int, value: float) -> None:
         history.add_scalar(name, step, value)
-        if journal is not None:
-            journal.add_scalar(name, step, value)
+        for add_scalar in others:
+            add_scalar(name, step, value)
         if alerts is not None:
             alerts.see_scalar(name, value)
 

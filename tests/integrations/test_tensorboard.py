@@ -1,6 +1,7 @@
 """Event files, read back with TensorBoard's own reader."""
 
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -174,8 +175,11 @@ def test_the_line_of_the_documentation_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"^```py\n([^`]*tensorboard[^`]*)^```$", VIEWERS.read_text(), re.M)
-    exec(code, {"history": make_history(gradstat.Log2Bins())})
+    model = torch.nn.Linear(2, 1)
+    names = {"gradstat": gradstat, "model": model, "history": make_history(gradstat.Log2Bins())}
+    exec(code, names | {"train": lambda model: model(torch.ones(1, 2)).sum().backward()})
     assert read(tmp_path / "runs" / "sigmoid").Tags()["histograms"]
+    assert read(tmp_path / "runs" / "live").Tags()["histograms"] == ["weight/gradient"]
 
 
 def test_buckets_are_few_where_bins_are_empty() -> None:
@@ -256,3 +260,67 @@ def test_export_refuses_tags_of_tables(tmp_path: Path, capsys: pytest.CaptureFix
 def saved(history: History, folder: Path) -> Path:
     history.save(folder / "run.npz")
     return folder / "run.npz"
+
+
+def train(model: torch.nn.Module, w: gradstat.Watch, steps: int) -> None:
+    for step in range(steps):
+        model.zero_grad()
+        loss = model(torch.full((2, 4), 1.0 + step)).square().mean()
+        loss.backward()
+        w.log(loss=loss)
+
+
+def points(folder: Path) -> dict[str, list[tuple[int, object]]]:
+    """Step and value of every point, by tag."""
+    events = read(folder)
+    found: dict[str, list[tuple[int, object]]] = {}
+    for tag in events.Tags()["scalars"]:
+        found[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    for tag in events.Tags()["histograms"]:
+        found[tag] = [(event.step, str(event.histogram_value)) for event in events.Histograms(tag)]
+    return found
+
+
+@pytest.mark.parametrize("tags", ["layer", "kind"])
+def test_writer_writes_what_write_does(tmp_path: Path, tags: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sink = tensorboard.writer(tmp_path / "live", tags=tags)
+    options = {"what": "all", "when": "step", "optimizer": optimizer}
+    with gradstat.watch(model, sink=sink, **options) as w:
+        for step in range(3):
+            loss = model(torch.full((2, 4), 1.0 + step)).square().mean()
+            loss.backward()
+            w.log(loss=loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    tensorboard.write(w.history, tmp_path / "afterwards", tags=tags)
+    live, afterwards = points(tmp_path / "live"), points(tmp_path / "afterwards")
+    assert {"loss", "lr"} <= set(live)
+    assert any("ratio" in tag for tag in live)
+    assert live == afterwards
+
+
+@pytest.mark.host("its seconds are those of a computer, not of a device in software")
+def test_writer_shows_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorboard, "_FLUSH_S", 0.1)
+    model = torch.nn.Linear(4, 1)
+    with gradstat.watch(model, sink=tensorboard.writer(tmp_path)) as w:
+        train(model, w, 3)
+        until = time.monotonic() + 20
+        while len(points(tmp_path).get("weight/gradient", [])) < 3:
+            assert time.monotonic() < until, points(tmp_path)
+            time.sleep(0.05)
+        assert [step for step, _ in points(tmp_path)["loss"]] == [0, 1, 2]
+        train(model, w, 1)
+    assert [step for step, _ in points(tmp_path)["weight/rms"]] == [0, 1, 2, 3]
+
+
+def test_writer_refuses_by_name(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"writer\(\) needs a folder's path; log_dir is None"):
+        tensorboard.writer(None)
+    with pytest.raises(ValueError, match="tags 'layer' or 'kind'; tags is 'x'"):
+        tensorboard.writer(tmp_path, tags="x")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        gradstat.watch(torch.nn.Linear(2, 1), sink=tensorboard.writer(tmp_path / "file"))

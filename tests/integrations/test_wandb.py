@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,9 +53,12 @@ def logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Logged:
     monkeypatch.setenv("WANDB_MODE", "offline")
 
     def log(history: History, **options: Any) -> list[dict[str, Any]]:
+        return run(lambda run: viewer.log(history, run, **options))
+
+    def run(use: Callable[[Any], object]) -> list[dict[str, Any]]:
         settings = wandb.Settings(silent=True, console="off", x_disable_stats=True)
         with wandb.init(project="test", dir=tmp_path, settings=settings) as run:
-            viewer.log(history, run, **options)
+            use(run)
         # Its other process may still be writing when the run is finished, not when it has ended.
         wandb.teardown()
         (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
@@ -77,6 +81,7 @@ def logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Logged:
         return rows
 
     logged = log
+    logged.run = run
     return log
 
 
@@ -214,10 +219,12 @@ def test_the_lines_of_the_documentation_run(
     monkeypatch.setenv("WANDB_CONSOLE", "off")
     page = (ROOT / "docs" / "viewers.md").read_text()
     (code,) = re.findall(r"^```py\n([^`]*wandb[^`]*)^```$", page, re.MULTILINE)
-    exec(code, {"history": make_history(LOG2)})
+    model = torch.nn.Linear(2, 1)
+    names = {"gradstat": gradstat, "model": model, "history": make_history(LOG2)}
+    exec(code, names | {"train": lambda model: model(torch.ones(1, 2)).sum().backward()})
     wandb.teardown()
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    assert sum(each.WhichOneof("record_type") == "history" for each in records(path)) == 4
+    assert sum(each.WhichOneof("record_type") == "history" for each in records(path)) == 4 + 2
 
 
 def test_write_leaves_a_run_that_is_going_on_alone(tmp_path: Path) -> None:
@@ -257,3 +264,66 @@ def test_log_names_histograms_as_wandb_watch(logged: Logged) -> None:
     assert "gradients/histogram/a" not in shown
     with pytest.raises(ValueError, match="tags 'layer' or 'kind'; tags is 'x'"):
         viewer.log(h, None, tags="x")
+
+
+def train(run: Any, **options: Any) -> History:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 1))
+    with gradstat.watch(model, sink=viewer.writer(run, **options)) as w:
+        for step in range(3):
+            model.zero_grad()
+            loss = model(torch.full((2, 4), 1.0 + step)).square().mean()
+            loss.backward()
+            w.log(loss=loss, tokens=step)
+            if not options.get("commit", True):
+                run.log({"mine": step}, step=step)
+    return w.history
+
+
+def comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without times and the names of files."""
+    return [
+        {key: value for key, value in row.items() if key[0] != "_" and not isinstance(value, dict)}
+        | {key: value["values"] for key, value in row.items() if "histogram/" in key}
+        | {key: ... for key in row if key.endswith(("/layers", "_table"))}
+        for row in rows
+    ]
+
+
+def test_writer_logs_what_log_does(logged: Logged, tmp_path: Path) -> None:
+    found: list[History] = []
+    live = logged.run(lambda run: found.append(train(run)))
+    hidden = {metric.glob_name or metric.name for metric in logged.metrics if metric.options.hidden}
+    assert {"gradients/step", "gradients/histogram/*"} <= hidden
+    shutil.rmtree(tmp_path / "wandb")
+    assert comparable(live) == comparable(logged(found[0]))
+    assert [row.get("scalars/tokens") for row in live] == [0, 1, 2, None]
+
+
+def test_writer_adds_to_the_rows_of_others(logged: Logged) -> None:
+    rows = logged.run(lambda run: train(run, commit=False))
+    assert [(row["mine"], row["gradients/step"]) for row in rows] == [(0, 0), (1, 1), (2, 2)]
+    assert all(row["scalars/loss"] > 0 for row in rows)
+
+
+def test_writer_does_not_stop_a_training_whose_run_is_finished(logged: Logged) -> None:
+    model, found = torch.nn.Linear(4, 1), []
+
+    def use(run: Any) -> None:
+        with gradstat.watch(model, sink=viewer.writer(run)) as w:
+            for step in range(5):
+                model(torch.ones(2, 4)).sum().backward()
+                if step == 2:
+                    run.finish()
+        found.append(w.history)
+
+    with pytest.warns(RuntimeWarning, match=r"wandb.writer\(\) has stopped writing") as caught:
+        logged.run(use)
+    assert len([each for each in caught if "stopped writing" in str(each.message)]) == 1
+    assert len(found[0]) == 5
+
+
+def test_writer_refuses_by_name() -> None:
+    with pytest.raises(TypeError, match=r"writer\(\) needs a run of wandb.init\(\); run is None"):
+        viewer.writer(None)
+    with pytest.raises(ValueError, match="tags 'layer' or 'kind'; tags is 'x'"):
+        viewer.writer(None, tags="x")

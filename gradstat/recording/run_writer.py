@@ -1,0 +1,106 @@
+"""`RunWriter`: a sink that writes a run for a viewer while the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gradstat.forks import call_after_fork
+from gradstat.history import History
+from gradstat.results import Statistics
+from gradstat.warning import warn
+
+
+class RunWriter:
+    """Takes what a watch records and what is logged in it; never stops a training.
+
+    The first exception becomes a RuntimeWarning, and nothing more is written. A forked process
+    writes nothing.
+
+    Args:
+        name: of the function that made it, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._history: History | None = None
+        self._is_writing = False
+        call_after_fork(self)
+
+    def check_new(self) -> None:
+        """Raise ValueError if it writes another run already."""
+        if self._history is not None:
+            raise ValueError(
+                f"watch() needs a sink of its own; sink is a {self._name} that has another run"
+            )
+
+    def begin(self, history: History) -> None:
+        """Take the run that is to be written.
+
+        Args:
+            history: to which its records are added.
+
+        Raises:
+            OSError: what it writes to cannot be opened.
+        """
+        self.start(history)
+        self._history, self._is_writing = history, True
+
+    def __call__(self, step: int, statistics: Statistics) -> None:
+        """Write a record.
+
+        Args:
+            step: its number.
+            statistics: shape ``(L,)``, on the CPU.
+        """
+        history = self._history
+        if history is None:
+            raise RuntimeError(f"{self._name} needs a watch, as in watch(model, sink=...)")
+        if not self._is_writing:
+            return
+        record = History(history.rows, history.bins)
+        arrays = statistics.integers, statistics.floats, statistics.counts
+        record.append(step, *(x.numpy() for x in arrays))
+        self._try(lambda: self.write_record(record, step))
+
+    def add_scalar(self, name: str, step: int, value: float) -> None:
+        """Write a logged value; arguments as of `History.add_scalar`."""
+        self._try(lambda: self.write_scalar(name, step, value))
+
+    def finish(self) -> None:
+        """Write what is left; the run has ended."""
+        history = self._history
+        if history is not None:
+            self._try(lambda: self.end(history))
+        self._is_writing = False
+
+    def forget_other_threads(self) -> None:
+        """In a forked process: write nothing, which is for the other one to do."""
+        self._is_writing = False
+
+    def start(self, history: History) -> None:
+        """Open what is written to; of each viewer."""
+        raise NotImplementedError
+
+    def write_record(self, record: History, step: int) -> None:
+        """Write the one record of a history; of each viewer."""
+        raise NotImplementedError
+
+    def write_scalar(self, name: str, step: int, value: float) -> None:
+        """Write a logged value; of each viewer."""
+        raise NotImplementedError
+
+    def end(self, history: History) -> None:
+        """Write what is left, and close; of each viewer."""
+        raise NotImplementedError
+
+    def _try(self, write: Callable[[], object]) -> None:
+        if not self._is_writing:
+            return
+        try:
+            write()
+        except Exception as error:
+            self._is_writing = False
+            warn(
+                f"{self._name} has stopped writing, the training and its record go on: "
+                f"{type(error).__name__}: {error}"
+            )
