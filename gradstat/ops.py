@@ -57,7 +57,7 @@ def statistics(
         >>> s.l2.tolist(), s.zeros.tolist(), s.posinf.tolist()
         ([2.0, 0.0], [0, 1], [0, 1])
     """
-    tensors = _listed(x)
+    tensors = listed("statistics", x)
     scheme = check_bins("statistics", Log2Bins() if bins is None else bins)
     low, high = _check("statistics", tensors, scheme, engine)
     result = measure(tensors, scheme, low, high, engine)
@@ -102,7 +102,7 @@ def histogram(
         counts, edges = _count(x, bins)
     elif isinstance(bins, (list, tuple, Tensor, np.ndarray)):
         _check_no_range(range, "edges")
-        _check_tensors("histogram", [x])
+        check_tensors("histogram", [x])
         counts, edges = _count_between(x, _check_edges(bins, x.device))
     else:
         counts, edges = _count(x, LinearBins(cast("int", bins), *_check_range(range)))
@@ -151,7 +151,7 @@ def _check(
     function: str, tensors: Sequence[Tensor], bins: Bins, engine: str | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check what a function was given, and return its `known_range`."""
-    _check_tensors(function, tensors)
+    check_tensors(function, tensors)
     check_engine(function, engine)
     return known_range(bins, tensors[0].device, len(tensors))
 
@@ -231,10 +231,13 @@ def is_measurable(x: Tensor) -> bool:
 
 def choose_engine(engine: str | None, x: Tensor) -> ModuleType:
     """The engine of that name, by default the fastest one for the tensor's device."""
+    return _import_engine(engine_name(engine, x))
+
+
+def engine_name(engine: str | None, x: Tensor) -> str:
+    """Its name."""
     name = engine or os.environ.get(ENGINE_VARIABLE)
-    if not name:
-        name = {"cuda": "triton", "cpu": "cpu"}.get(x.device.type, "reference")
-    return _import_engine(name)
+    return name or {"cuda": "triton", "cpu": "cpu"}.get(x.device.type, "reference")
 
 
 @functools.cache
@@ -273,7 +276,7 @@ def _check_range(range: tuple[float, float] | None) -> tuple[float | None, float
     return range[0], range[1]
 
 
-def _listed(x: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> Sequence[Tensor]:
+def listed(function: str, x: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> Sequence[Tensor]:
     """One tensor or several as a sequence; what each of them is, is checked later."""
     if isinstance(x, Tensor):
         return [x]
@@ -283,10 +286,11 @@ def _listed(x: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> Sequence[Ten
         return list(x.values())
     if isinstance(x, Iterable) and not isinstance(x, (str, bytes, np.ndarray)):
         return list(x)
-    raise TypeError(f"statistics() needs a tensor or several; x is {type(x).__name__}")
+    raise TypeError(f"{function}() needs a tensor or several; x is {type(x).__name__}")
 
 
-def _check_tensors(function: str, tensors: Sequence[Tensor]) -> None:
+def check_tensors(function: str, tensors: Sequence[Tensor]) -> None:
+    """Raise unless there are tensors, all measurable and on one device."""
     if not tensors:
         raise ValueError(f"{function}() needs at least one tensor; x is empty")
     for i, x in enumerate(tensors):

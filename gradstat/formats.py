@@ -1,0 +1,192 @@
+"""Narrow number formats, each defined once from its source, and their names.
+
+Sources:
+    IEEE: float16 is binary16 of IEEE 754-2019; bfloat16 has the exponents of binary32.
+    FP8: Micikevicius et al., "FP8 Formats for Deep Learning" (2022), arXiv 2209.05433: both float8.
+    MX: "OCP Microscaling Formats (MX) Specification" 1.0 (2023), sections 5.2, 5.3 and 6.3.
+    NVFP4: NVIDIA, "Pretraining Large Language Models with NVFP4" (2025), arXiv 2509.25149,
+        appendix on quantization.
+    DeepSeek: "DeepSeek-V3 Technical Report" (2024), arXiv 2412.19437, section 3.3.2: 1 x 128 and
+        128 x 128 blocks of float8.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from gradstat.choices import one_of
+
+Scaling = Literal["none", "given", "amax", "block", "e8m0", "nvfp4"]
+
+_GIVEN = "_scale_"
+_LEAST, _MOST = 2.0**-126, 2.0**126  # of a scale: its reciprocal is a normal float32 too
+_SCALE_BITS = {"block": 32, "e8m0": 8, "nvfp4": 8}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: its elements, which values share a scale, and how the scale is found.
+
+    A value is a scale times an element. Elements are rounded to nearest, ties to even; magnitudes
+    that round beyond the largest become the largest.
+
+    Args:
+        name: as `gradstat.quantization` takes it.
+        exponent_bits: of an element, with a bias of ``2**(exponent_bits - 1) - 1``.
+        mantissa_bits: of an element.
+        largest: largest finite magnitude of an element.
+        scaling: ``"none"``; ``"given"``, the float32 `scale`; ``"amax"``, one float32 that takes
+            the tensor's largest magnitude to `largest`; ``"block"``, such a one for each block;
+            ``"e8m0"``, a power of two for each block; ``"nvfp4"``, an e4m3 for each block under a
+            float32 for the tensor.
+        block: rows and columns of a block; ``None`` where there are none.
+        scale: that is given.
+
+    Example:
+        >>> from gradstat.formats import FORMATS
+        >>> nvfp4 = FORMATS["nvfp4"]
+        >>> nvfp4.largest, nvfp4.block, nvfp4.bits
+        (6.0, (1, 16), 4.5)
+        >>> FORMATS["float8_e5m2"].with_scale(0.25).name
+        'float8_e5m2_scale_0.25'
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    largest: float
+    scaling: Scaling = "none"
+    block: tuple[int, int] | None = None
+    scale: float = 1.0
+
+    @property
+    def min_exponent(self) -> int:
+        """Exponent of the smallest normal element."""
+        return 2 - (1 << (self.exponent_bits - 1))
+
+    @property
+    def max_exponent(self) -> int:
+        """Exponent of the largest element."""
+        return math.frexp(self.largest)[1] - 1
+
+    @property
+    def bits(self) -> float:
+        """Bits of a value, with its share of the block's scale."""
+        element = 1 + self.exponent_bits + self.mantissa_bits
+        return element + (_SCALE_BITS[self.scaling] / math.prod(self.block) if self.block else 0)
+
+    def with_scale(self, scale: float) -> Format:
+        """The same elements under one scale for the tensor that is known before.
+
+        Args:
+            scale: what elements are multiplied by to give values back; a float32 number.
+
+        Raises:
+            TypeError: no number.
+            ValueError: a format that has a scale, or a scale that is no float32 number between
+                2**-126 and 2**126.
+        """
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"with_scale() needs a number; scale is {scale!r}")
+        if self.scaling != "none":
+            raise ValueError(f"with_scale() needs a format without a scale; this is {self.name}")
+        # Compared first: a number beyond float32 would warn.
+        if not _LEAST <= scale <= _MOST or float(np.float32(scale)) != scale:
+            raise ValueError(
+                "with_scale() needs a scale that is a float32 number between 2**-126 and 2**126; "
+                f"scale is {scale!r}"
+            )
+        scale = float(scale)
+        return replace(self, name=f"{self.name}{_GIVEN}{scale!r}", scaling="given", scale=scale)
+
+
+def _float8(name: str, exponent_bits: int, mantissa_bits: int, largest: float) -> list[Format]:
+    plain = Format(name, exponent_bits, mantissa_bits, largest)
+    return [
+        plain,
+        replace(plain, name=f"{name}_amax", scaling="amax"),
+        replace(plain, name=f"{name}_1x128", scaling="block", block=(1, 128)),
+        replace(plain, name=f"{name}_128x128", scaling="block", block=(128, 128)),
+    ]
+
+
+_ALL = [
+    Format("float16", 5, 10, 65504.0),
+    Format("bfloat16", 8, 7, (2 - 2.0**-7) * 2.0**127),
+    *_float8("float8_e4m3fn", 4, 3, 448.0),
+    *_float8("float8_e5m2", 5, 2, 57344.0),
+    Format("mxfp8_e4m3", 4, 3, 448.0, "e8m0", (1, 32)),
+    Format("mxfp8_e5m2", 5, 2, 57344.0, "e8m0", (1, 32)),
+    Format("mxfp6_e2m3", 2, 3, 7.5, "e8m0", (1, 32)),
+    Format("mxfp6_e3m2", 3, 2, 28.0, "e8m0", (1, 32)),
+    Format("mxfp4_e2m1", 2, 1, 6.0, "e8m0", (1, 32)),
+    Format("nvfp4", 2, 1, 6.0, "nvfp4", (1, 16)),
+]
+FORMATS = {each.name: each for each in _ALL}
+
+
+def parse_format(function: str, form: str | Format) -> Format:
+    """The format of a name, such as ``"mxfp4_e2m1"`` or ``"float8_e4m3fn_scale_0.25"``.
+
+    Args:
+        function: that was called, for the message.
+        form: name or format.
+
+    Raises:
+        TypeError: neither a name nor a format.
+        ValueError: an unknown name.
+
+    Example:
+        >>> parse_format("quantization", "mxfp4_e2m1").block
+        (1, 32)
+        >>> parse_format("quantization", "float8_e5m2_scale_0.5").scale
+        0.5
+    """
+    if isinstance(form, Format):
+        if parse_format(function, form.name) != form:
+            raise ValueError(f"{function}() needs formats of gradstat.formats; one is {form!r}")
+        return form
+    if not isinstance(form, str):
+        raise TypeError(
+            f"{function}() needs formats, each a name or a Format; formats has {form!r}"
+        )
+    if form in FORMATS:
+        return FORMATS[form]
+    base, is_given, scale = form.partition(_GIVEN)
+    if is_given and base in FORMATS:
+        try:
+            return FORMATS[base].with_scale(float(scale))
+        except ValueError as error:
+            raise ValueError(f"{function}() got formats with {form!r}: {error}") from None
+    names = list(FORMATS)
+    raise ValueError(f"{function}() needs formats, each {one_of(form, names)}; one is {form!r}")
+
+
+def check_formats(function: str, formats: str | Format | Iterable[str | Format]) -> list[Format]:
+    """One format or several, checked.
+
+    Args:
+        function: that was called, for the message.
+        formats: a name or a format, or several.
+
+    Raises:
+        TypeError: something else.
+        ValueError: none, an unknown name, or one twice.
+    """
+    if isinstance(formats, (str, Format)):
+        return [parse_format(function, formats)]
+    if not isinstance(formats, Iterable):
+        raise TypeError(f"{function}() needs a format or several; formats is {formats!r}")
+    parsed = [parse_format(function, each) for each in formats]
+    names = [each.name for each in parsed]
+    if not names:
+        raise ValueError(f"{function}() needs at least one format; formats is empty")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{function}() needs each format once; formats has {twice!r} twice")
+    return parsed
