@@ -17,7 +17,7 @@ from playwright.sync_api import sync_playwright
 
 from gradstat import History, Log2Bins
 from gradstat.history.packed_counts import SparseRows
-from gradstat.history.records import OWN, Records
+from gradstat.history.records import OWN, Records, no_formats
 from gradstat.kinds import GRAD, Row
 from gradstat.results import FLOATS, INTEGERS
 
@@ -59,6 +59,7 @@ def make_up(layers: int, steps: int) -> History:
         times=np.arange(float(steps)),
         integers=integers,
         floats=floats,
+        quantized=no_formats(steps, layers),
         counts=packed,
         origins=np.full(layers, OWN),
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -18,8 +18,17 @@ QUANTIZATION_INTEGERS = (
     *("blocks", "empty_blocks", "scale_min", "scale_max"),
 )
 QUANTIZATION_FLOATS = ("norm", "error_norm")
+# Both together, as records hold them: float64, NaN where there is no tensor.
+PACKED = QUANTIZATION_INTEGERS + QUANTIZATION_FLOATS
+# What a History has of each format.
+QUANTIZATION_COUNTS = ("nonzero", "nonfinite", "blocks", "empty_blocks")
+QUANTIZATION_FIELDS = (
+    *("underflow", "saturated", "snr", "error", "scale_min", "scale_max"),
+    *QUANTIZATION_COUNTS,
+)
 # Exponents of scales where there is none: merging takes the least and the greatest.
 NO_SCALE_MIN, NO_SCALE_MAX = 1 << 15, -(1 << 15)
+_ABSENT = np.array([0.0] * 6 + [NO_SCALE_MIN, NO_SCALE_MAX] + [0.0] * 2)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -174,8 +183,27 @@ def _exponents(stored: Tensor, none: int) -> Tensor:
     return torch.where(stored == none, math.nan, stored.double())
 
 
-def as_quantization(
-    form: Format, integers: NDArray[Any] | Tensor, floats: NDArray[Any] | Tensor
-) -> Quantization:
-    """Integers ``(..., 8)`` and floats ``(..., 2)``, arrays or tensors, as a `Quantization`."""
-    return Quantization(form, torch.as_tensor(integers), torch.as_tensor(floats))
+def packed(integers: Tensor, floats: Tensor) -> Tensor:
+    """The fields of F formats and L tensors as records hold them.
+
+    Args:
+        integers: int64 ``(F, L, 8)``.
+        floats: float64 ``(F, L, 2)``.
+
+    Returns:
+        float64 ``(L, F, 10)``, the fields of `PACKED`.
+    """
+    return torch.cat([integers.double(), floats], -1).transpose(0, 1).contiguous()
+
+
+def unpacked(form: Format, fields: NDArray[np.float64]) -> Quantization:
+    """Fields of `PACKED` as a Quantization, all zero where there is no tensor.
+
+    Args:
+        form: the format.
+        fields: float64 ``(..., 10)``.
+    """
+    n = len(QUANTIZATION_INTEGERS)
+    present = np.where(np.isnan(fields[..., -1:]), _ABSENT, fields)
+    integers, floats = present[..., :n].astype(np.int64), present[..., n:]
+    return Quantization(form, torch.from_numpy(integers), torch.from_numpy(floats))

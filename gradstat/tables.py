@@ -5,7 +5,8 @@ and the histogram as three lists of one length, of the bins that are not empty: 
 ``bin_high`` and ``bin_count``. The kind is ``"grad"`` for gradients, or another one that `watch`
 was told to record; the layer a parameter's or a module's name. What was logged comes after all
 records: a row for each value, of kind ``"scalar"`` and with its name as the layer, the statistics
-being those of one element. A layer without a gradient has a row
+being those of one element. Where narrow formats were measured, each has the columns of
+`QUANTIZATION_FIELDS` before the lists, such as ``nvfp4_snr``. A layer without a gradient has a row
 of zero counts, NaN (null in Parquet) and empty lists. In CSV lists are JSON, and NaN and infinities
 empty cells (null within a list).
 """
@@ -17,7 +18,7 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,13 +28,15 @@ import numpy as np
 from gradstat.arrays import Array
 from gradstat.files import replacing
 from gradstat.history import FIELDS, History
+from gradstat.quantized import QUANTIZATION_COUNTS, QUANTIZATION_FIELDS
 
 if TYPE_CHECKING:
     import pandas
 
 LISTS = ("bin_low", "bin_high", "bin_count")
 TEXTS = ("kind", "layer")
-COLUMNS = ("step", *TEXTS, *FIELDS, *LISTS)
+COLUMNS = ("step", *TEXTS, *FIELDS, *LISTS)  # where no formats were measured
+_COUNTS = tuple(f"_{name}" for name in QUANTIZATION_FIELDS if name in QUANTIZATION_COUNTS)
 _BATCH = 64  # records turned into rows at a time
 
 Progress = Callable[[int], object]
@@ -73,7 +76,7 @@ def to_pandas(history: History, *, progress: Progress | None = None) -> pandas.D
         name: np.concatenate([part.columns[name] for part in parts])
         if parts
         else np.empty(0, _dtype(name))
-        for name in COLUMNS[:-3]
+        for name in _plain(history)
     }
     data |= {name: [cell for part in parts for cell in _cells(part, name)] for name in LISTS}
     return pandas.DataFrame(data)
@@ -96,18 +99,17 @@ def to_parquet(
     pa, parquet = _import("to_parquet", "pyarrow"), _import("to_parquet", "pyarrow.parquet")
     plain = {
         name: pa.string() if name in TEXTS else pa.from_numpy_dtype(_dtype(name))
-        for name in COLUMNS[:-3]
+        for name in _plain(history)
     }
     lists = {"bin_low": pa.float64(), "bin_high": pa.float64(), "bin_count": pa.int64()}
     types = plain | {name: pa.list_(each) for name, each in lists.items()}
-    schema = pa.schema(
-        [(name, types[name]) for name in COLUMNS], metadata={"gradstat_bins": history.bins.spec}
-    )
+    schema = pa.schema(list(types.items()), metadata={"gradstat_bins": history.bins.spec})
     with replacing(Path(path)) as unfinished, parquet.ParquetWriter(unfinished, schema) as writer:
         for part in rows(history, progress):
             offsets = np.concatenate([[0], np.cumsum(part.sizes)]).astype(np.int32)
             arrays = [
-                pa.array(part.columns[name], plain[name], from_pandas=True) for name in COLUMNS[:-3]
+                pa.array(part.columns[name], type_, from_pandas=True)
+                for name, type_ in plain.items()
             ]
             arrays += [pa.ListArray.from_arrays(offsets, part.lists[name]) for name in LISTS]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
@@ -131,9 +133,10 @@ def to_csv(
         unfinished.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.writer(file)
-        writer.writerow(COLUMNS)
+        names = _plain(history)
+        writer.writerow([*names, *LISTS])
         for part in rows(history, progress):
-            plain = [_texts(part.columns[name]) for name in COLUMNS[:-3]]
+            plain = [_texts(part.columns[name]) for name in names]
             lists = [[_json(cell) for cell in _cells(part, name)] for name in LISTS]
             writer.writerows(zip(*plain, *lists, strict=True))
 
@@ -150,7 +153,11 @@ def rows(history: History, progress: Progress | None = None) -> Iterator[Rows]:
     """
     history = history.snapshot()
     n_layers, steps = len(history.layers), history.steps
-    fields = {name: history[name] for name in FIELDS}
+    fields = {name: history[name] for name in FIELDS} | {
+        f"{form}_{name}": values
+        for form in history.formats
+        for name, values in history.quantization(form).items()
+    }
     layers = np.array([row.name for row in history.rows], dtype=object)
     kinds = np.array(history.kinds, dtype=object)
     for start in range(0, len(steps), _BATCH):
@@ -172,10 +179,16 @@ def rows(history: History, progress: Progress | None = None) -> Iterator[Rows]:
         if progress is not None:
             progress(len(numbers))
     for name in history.scalars:
-        yield _scalar_rows(name, *history.scalar(name))
+        yield _scalar_rows(name, *history.scalar(name), _plain(history))
 
 
-def _scalar_rows(name: str, steps: Array, values: Array) -> Rows:
+def _plain(history: History) -> list[str]:
+    """Names of the columns that are no lists."""
+    of_formats = [f"{form}_{name}" for form in history.formats for name in QUANTIZATION_FIELDS]
+    return [*COLUMNS[: -len(LISTS)], *of_formats]
+
+
+def _scalar_rows(name: str, steps: Array, values: Array, names: Sequence[str]) -> Rows:
     """A row for each value."""
     finite = np.isfinite(values)
     known = np.where(finite, values, math.nan)
@@ -184,10 +197,13 @@ def _scalar_rows(name: str, steps: Array, values: Array) -> Rows:
     plain = dict.fromkeys(("min", "max", "sum", "mean"), known)
     sizes = dict.fromkeys(("l1", "l2", "rms", "abs_max"), abs(known))
     columns = {
-        field: (ones | plain | sizes).get(field, np.full(len(steps), math.nan)) for field in FIELDS
+        field: (ones | plain | sizes).get(field, np.full(len(steps), math.nan))
+        for field in names[1 + len(TEXTS) :]
     }
-    # No histogram, nor anything outside one.
-    columns |= {field: np.zeros(len(steps)) for field in ("below", "above")}
+    # No histogram, nor anything outside one, nor any format.
+    for field in columns:
+        if field in ("below", "above") or (field not in FIELDS and _dtype(field).kind == "i"):
+            columns[field] = np.zeros(len(steps))
     texts = {
         "kind": np.full(len(steps), "scalar", object),
         "layer": np.full(len(steps), name, object),
@@ -220,7 +236,7 @@ def _json(cell: Array) -> str:
 def _dtype(name: str) -> np.dtype[Any]:
     if name in TEXTS:
         return np.dtype(object)
-    integer = name == "step" or name in FIELDS[:8]
+    integer = name == "step" or name in FIELDS[:8] or name.endswith(_COUNTS)
     return np.dtype(np.int64 if integer else np.float64)
 
 

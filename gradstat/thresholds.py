@@ -9,6 +9,7 @@ _SHARES = (
     "nonfinite_share",
     "saturation_share",
     "underflow_share",
+    "clipped_share",
     "stuck_ratio",
     "stuck_pace",
     "dead_units_share",
@@ -57,6 +58,9 @@ class Thresholds:
         dead_units_severe: the share from which that is severe.
         outliers_growth: from which growth of an activation's kurtosis over the run it is noted.
         underflow_share: largest share of a layer's values that float16 may flush to zero.
+        clipped_share: largest share of a layer's values that a format of ``watch(formats=...)`` may
+            clip.
+        format_snr: smallest signal-to-noise ratio, in dB, that a format may leave of a layer.
         float16_headroom: how many times larger the largest gradient must be able to grow before
             float16 overflows.
         float16_floor: smallest size of a record's largest gradient.
@@ -95,6 +99,8 @@ class Thresholds:
     dead_units_severe: float = 0.9
     outliers_growth: float = 4.0
     underflow_share: float = 0.5
+    clipped_share: float = 1e-3
+    format_snr: float = 20.0
     float16_headroom: float = 2.0
     float16_floor: float = 2.0**-14
 

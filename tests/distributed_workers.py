@@ -165,6 +165,7 @@ def edge_tensors(world: int) -> dict[str, list[Tensor]]:
     }
 
 
+FORMATS = ("float8_e5m2", "nvfp4")
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "barrier")
 
 
@@ -333,7 +334,9 @@ class Rank:
             model = DistributedDataParallel(Model(reentrant=name == "ddp_reentrant"), **options)
             optimizer = make_optimizer(model)
             with (
-                gradstat.watch(model, path=self.directory / f"{name}_run") as local,
+                gradstat.watch(
+                    model, path=self.directory / f"{name}_run", formats=FORMATS
+                ) as local,
                 gradstat.watch(model, when="step", optimizer=optimizer) as averaged,
                 gradstat.watch(model, FIXED) as linear,
                 gradstat.watch(model, what=EVERYTHING, when="step", optimizer=optimizer) as all_,

@@ -11,7 +11,7 @@ import pytest
 from gradstat import History, LinearBins, Statistics
 from gradstat.cli import main
 from gradstat.history.packed_counts import SparseRows
-from gradstat.history.records import OWN, Records
+from gradstat.history.records import OWN, Records, no_formats
 from gradstat.history.snapshot import Snapshot
 from gradstat.kinds import Row
 from gradstat.results import FLOATS, INTEGERS
@@ -42,6 +42,7 @@ def made_up(n_layers: int) -> History:
             times=np.zeros(1),
             integers=integers,
             floats=floats.copy(),
+            quantized=no_formats(1, n_layers),
             counts=counts,
             origins=np.full(n_layers, OWN),
         )

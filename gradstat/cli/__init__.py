@@ -182,6 +182,32 @@ def _diagnose(options: argparse.Namespace) -> int:
     return SEVERE if _any_severe(findings) else 0
 
 
+def _add_formats(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser)
+    parser.add_argument(
+        "--snr",
+        type=float,
+        default=Thresholds().format_snr,
+        metavar="DB",
+        help="signal-to-noise ratio to keep, by default %(default)g dB",
+    )
+    parser.add_argument("--all", action="store_true", help="every layer of a deep network")
+
+
+def _formats(options: argparse.Namespace) -> int:
+    from gradstat.cli import text
+    from gradstat.cli.runs import load
+
+    history = load(options.run_path)
+    if not history.formats:
+        raise ValueError(
+            f"formats needs a run of watch(formats=...); {options.run_path} has measured none"
+        )
+    print(text.heading(str(options.run_path), history))
+    print(text.formats(history, options.snr, every_layer=options.all))
+    return 0
+
+
 def _any_severe(findings: Sequence[Finding]) -> bool:
     return any(finding.severity == "severe" for finding in findings)
 
@@ -383,6 +409,11 @@ COMMANDS = {
         "say what is wrong with a run's gradients; exit code 1 for something severe",
         _add_diagnose,
         _diagnose,
+    ),
+    "formats": Command(
+        "say what narrow number formats would do to each layer, and which one fits",
+        _add_formats,
+        _formats,
     ),
     "export": Command("write a run for other programs", _add_export, _export),
     "report": Command("write a run as an HTML page to look around in", _add_report, _report),

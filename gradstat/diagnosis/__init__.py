@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from gradstat.diagnosis.dead_units import find_dead_units
 from gradstat.diagnosis.findings import FINDINGS, SEVERITIES, Finding, Severity
+from gradstat.diagnosis.narrow_formats import find_clipped, find_narrowest, find_starved
 from gradstat.diagnosis.nonfinite import find_nonfinite
 from gradstat.diagnosis.outliers import find_outliers
 from gradstat.diagnosis.run import Run
@@ -34,7 +35,7 @@ __all__ = ["FINDINGS", "SEVERITIES", "Finding", "Severity", "Thresholds", "diagn
 _Rule: TypeAlias = Callable[[Run, Thresholds], list[Finding]]
 # By the kind of the rows that a rule reads; ``None``: all rows.
 _RULES: dict[str | None, tuple[_Rule, ...]] = {
-    None: (find_nonfinite, find_all_spikes),
+    None: (find_nonfinite, find_all_spikes, find_starved, find_clipped, find_narrowest),
     GRAD: (
         find_growth,
         find_trend,

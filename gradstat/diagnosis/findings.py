@@ -23,6 +23,9 @@ FINDINGS = (
     "underflow",
     "scale",
     "outliers",
+    "starved",
+    "clipped",
+    "narrowest format",
 )
 
 

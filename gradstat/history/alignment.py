@@ -70,9 +70,13 @@ def with_rows(records: Records, rows: Sequence[Row], layers: Sequence[str]) -> R
     n_steps = len(records.steps)
     integers = np.zeros((n_steps, len(rows), len(INTEGERS)), np.int64)
     floats = np.full((n_steps, len(rows), len(FLOATS)), np.nan)
-    integers[:, has], floats[:, has] = (
-        x[:, column[has]] for x in (records.integers, records.floats)
-    )
+    quantized = np.full((n_steps, len(rows), *records.quantized.shape[2:]), np.nan)
+    for wider, x in (
+        (integers, records.integers),
+        (floats, records.floats),
+        (quantized, records.quantized),
+    ):
+        wider[:, has] = x[:, column[has]]
     source = np.where(has, np.arange(n_steps)[:, None] * len(records.rows) + column, -1)
     origins = np.full(len(rows), OWN, np.int64)
     origins[has] = records.origins[column[has]]
@@ -82,6 +86,7 @@ def with_rows(records: Records, rows: Sequence[Row], layers: Sequence[str]) -> R
         layers=list(layers),
         integers=integers,
         floats=floats,
+        quantized=quantized,
         counts=records.counts.rearranged(source.ravel()),
         origins=origins,
         layout=None if records.layout is None else records.layout.rows(column.tolist()),
@@ -102,6 +107,7 @@ def at_steps(records: Records, steps: Sequence[int]) -> Records:
         times=records.times[at],
         integers=records.integers[at],
         floats=records.floats[at],
+        quantized=records.quantized[at],
         counts=records.counts.keep(rows.ravel()),
         partial_step=partial if partial in steps else None,
     )

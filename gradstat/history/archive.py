@@ -127,6 +127,12 @@ def check_fits(path: Path, records: Records) -> None:
                 f"{path}, which has {len(found.rows)} rows over {found.bins}, and there are "
                 f"{len(records.rows)} over {records.bins}"
             )
+        if found.formats != records.formats:
+            raise ValueError(
+                f"watch() needs the formats of the run that it goes on with; path is {path}, which "
+                f"has {', '.join(found.formats) or 'none'}, and there are "
+                f"{', '.join(records.formats) or 'none'}"
+            )
         return
 
 

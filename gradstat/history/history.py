@@ -17,6 +17,7 @@ from torch import distributed as dist
 from gradstat.arrays import Array
 from gradstat.bins import Bins
 from gradstat.choices import one_of
+from gradstat.formats import parse_format
 from gradstat.history import archive, merge, rank_directories
 from gradstat.history.copies import told_of_replicas
 from gradstat.history.layout import Layout
@@ -25,6 +26,7 @@ from gradstat.history.scalars import Scalars
 from gradstat.history.shapes import kurtosis_of
 from gradstat.history.snapshot import DENSE_BYTES, Record, Snapshot
 from gradstat.kinds import FROM_THE_END, GRAD, PARAM, UNIT, UPDATE, Row
+from gradstat.quantized import PACKED, QUANTIZATION_FIELDS, unpacked
 from gradstat.results import DERIVED, FLOATS, INTEGERS, SHAPES, Statistics
 
 if TYPE_CHECKING:
@@ -47,8 +49,10 @@ class History:
         capacity: most records to keep, 2 or more: the first, the last, and between them every so
             many, evenly. Whenever it is full every other one is dropped.
         kinds: of what each layer is, by default gradients; see ``what`` of `gradstat.watch`.
+        formats: names of narrow formats that are measured; see ``formats`` of `gradstat.watch`.
 
     Attributes:
+        formats: their names.
         depth: int64 ``(L,)``, the place of each layer among those of its kind, from the input on,
             as the first record has shown it; ``None`` where no order was seen, as of compiled
             models: then layers are taken in the order in which they are registered.
@@ -73,6 +77,7 @@ class History:
         *,
         capacity: int | None = None,
         kinds: Sequence[str] | None = None,
+        formats: Sequence[str] = (),
     ) -> None:
         if kinds is None:
             kinds = [each.kind if isinstance(each, Row) else GRAD for each in layers]
@@ -83,14 +88,16 @@ class History:
         self.layers = [str(row) for row in self.rows]
         self.kinds = [row.kind for row in self.rows]
         self.bins = bins
+        self.formats = list(formats)
         # Which ranks of a distributed run hold the same values of a layer, as in `Records`.
         self.origins = np.full(len(self.layers), OWN)
         self.layout: Layout | None = None
         self._capacity = capacity
         n_layers = len(self.layers)
         self._shapes = (n_layers, len(INTEGERS)), (n_layers, len(FLOATS)), (n_layers, bins.bins)
+        self._no_formats = np.full((n_layers, len(self.formats), len(PACKED)), np.nan)
         # Each record replaces it as a whole: who reads meanwhile sees the one or the other.
-        self._now = Snapshot.empty(n_layers)
+        self._now = Snapshot.empty(n_layers, len(self.formats))
         self._scalars = Scalars()
         # Place of each layer among those of its kind, from the input on, where it was seen.
         self.depth: Array | None = None
@@ -128,6 +135,7 @@ class History:
         integers: Array,
         floats: Array,
         counts: Array,
+        quantized: Array | None = None,
         *,
         time_s: float | None = None,
     ) -> None:
@@ -138,6 +146,8 @@ class History:
             integers: int64 ``(L, 8)``, fields as in `Statistics`; kept for a while, not copied.
             floats: float64 ``(L, 8)``; so are they.
             counts: int64 ``(L, bins)``; so are they.
+            quantized: float64 ``(L, F, 10)``, what the F formats would do to each layer, the fields
+                of `gradstat.quantized.PACKED`; by default of none.
             time_s: when it was recorded, in seconds since 1970; by default now.
 
         Raises:
@@ -152,7 +162,14 @@ class History:
                 f"append() needs arrays of shapes {self._shapes}; integers, floats and counts have "
                 f"{shapes}"
             )
-        record = Record(step, time.time() if time_s is None else time_s, integers, floats, counts)
+        quantized = self._no_formats if quantized is None else quantized
+        if quantized.shape != self._no_formats.shape:
+            raise ValueError(
+                f"append() needs formats of shape {self._no_formats.shape}; quantized has "
+                f"{quantized.shape}"
+            )
+        time_s = time.time() if time_s is None else time_s
+        record = Record(step, time_s, integers, floats, counts, quantized)
         self._now = now.followed_by(record, self._capacity)
 
     def __getitem__(self, field: str) -> Array:
@@ -351,6 +368,7 @@ class History:
             layers=[self.rows[column].name for column in columns],
             integers=records.integers[:, columns],
             floats=records.floats[:, columns],
+            quantized=records.quantized[:, columns],
             counts=records.counts.keep(at.ravel()),
             origins=records.origins[columns],
             layout=None if records.layout is None else records.layout.rows(columns.tolist()),
@@ -390,6 +408,43 @@ class History:
         with np.errstate(invalid="ignore"):
             share: Array = zeros / numel
         return share
+
+    def quantization(self, name: str) -> dict[str, Array]:
+        """What a narrow format would have done to each row, where ``watch(formats=...)`` asked.
+
+        Args:
+            name: one of `formats`.
+
+        Returns:
+            By the names of `QUANTIZATION_FIELDS`, each ``(S, L)``, as `gradstat.Quantization` has
+            them: int64 for counts, 0 where a layer had no gradient; float64 for the others, NaN
+            there, and for the peaks of units.
+
+        Raises:
+            KeyError: a format that was not measured.
+
+        Example:
+            >>> import torch, gradstat
+            >>> model = torch.nn.Linear(64, 2)
+            >>> with gradstat.watch(model, formats="mxfp4_e2m1") as w:
+            ...     model(torch.ones(1, 64)).sum().backward()
+            >>> w.history.quantization("mxfp4_e2m1")["error"]
+            array([[0.]])
+        """
+        if name not in self.formats:
+            raise KeyError(
+                f"quantization() needs a format that was measured, one of "
+                f"{', '.join(self.formats) or 'none'}; name is {name!r}"
+            )
+        fields = self._now.all_quantized()[:, :, self.formats.index(name)]
+        is_absent = np.isnan(fields[..., -1])
+        found: dict[str, Array] = {}
+        values = unpacked(parse_format("quantization", name), fields)
+        for field in QUANTIZATION_FIELDS:
+            found[field] = getattr(values, field).numpy().copy()
+            if found[field].dtype == np.float64:
+                found[field][is_absent] = np.nan
+        return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the whole record to a NumPy ``.npz`` file, which appears whole or not at all.
@@ -523,6 +578,7 @@ class History:
             np.array(now.all_times, dtype=np.float64),
             integers,
             floats,
+            now.all_quantized(),
             now.all_counts(),
             self.origins.copy(),
             self._scalars,
@@ -531,12 +587,13 @@ class History:
             self.rank,
             self.world,
             None if self.layout is None else self.layout.copy(),
+            formats=self.formats,
         )
 
     @classmethod
     def from_records(cls, records: Records) -> History:
         """A History of such arrays, which it keeps."""
-        history = cls(records.rows, records.bins)
+        history = cls(records.rows, records.bins, formats=records.formats)
         history.layers = records.layers
         history.origins = records.origins
         history._now = Snapshot.of(
@@ -544,6 +601,7 @@ class History:
             records.times.tolist(),
             records.integers,
             records.floats,
+            records.quantized,
             records.counts,
         )
         history._scalars, history.depth = records.scalars, records.depth

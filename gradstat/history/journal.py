@@ -20,14 +20,14 @@ from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import Records, concatenate
 from gradstat.history.scalars import Scalars
 from gradstat.history.snapshot import DENSE_BYTES as _DENSE_BYTES
+from gradstat.history.snapshot import Record
+from gradstat.quantized import PACKED
 from gradstat.warning import warn
 
 _INTERVAL_S = 5.0
 _MOST_BYTES = 64 << 20  # kept for a disk that cannot be written
 _MOST_WAITING_BYTES = 32 << 20  # that are left to the timer
 
-# Step, time, integers, floats and counts, as `History.append` takes them.
-_Record = tuple[int, float, Array, Array, Array]
 _Scalar = tuple[str, int, float]  # name, step, value
 
 
@@ -44,11 +44,11 @@ class _State(NamedTuple):
         link: where its last block ends.
     """
 
-    waiting: list[_Record]
+    waiting: list[Record]
     packed: list[Records]
     nbytes: int
     scalars: list[_Scalar]
-    leaving: tuple[list[_Record], list[Records], list[_Scalar]]
+    leaving: tuple[list[Record], list[Records], list[_Scalar]]
     end: int
     link: Link
 
@@ -72,6 +72,7 @@ class Journal:
         # Where it is now, whatever directory the process changes to.
         self._path = path.absolute()
         self._like = like
+        self._no_formats = np.empty((len(like.rows), 0, len(PACKED)))
         self._state = _State([], [], 0, [], ([], [], []), 0, Link())
         self._newest_step = -1
         self._is_created = False
@@ -119,6 +120,7 @@ class Journal:
         integers: Array,
         floats: Array,
         counts: Array,
+        quantized: Array | None = None,
         *,
         time_s: float | None = None,
     ) -> None:
@@ -131,7 +133,9 @@ class Journal:
             return
         if step <= self._newest_step:
             raise ValueError(f"append() needs a step after {self._newest_step}; step is {step}")
-        record = (step, time.time() if time_s is None else time_s, integers, floats, counts)
+        time_s = time.time() if time_s is None else time_s
+        quantized = self._no_formats if quantized is None else quantized
+        record = Record(step, time_s, integers, floats, counts, quantized)
         with self._lock:
             waiting = self._state.waiting
             waiting.append(record)
@@ -189,12 +193,12 @@ class Journal:
         if self._state.nbytes >= _MOST_WAITING_BYTES:
             self.flush()
 
-    def _pack(self, records: Sequence[_Record]) -> Records:
+    def _pack(self, records: Sequence[Record]) -> Records:
         like = self._like
         if not records:
-            none = History(like.rows, like.bins).to_records()
+            none = History(like.rows, like.bins, formats=like.formats).to_records()
             return replace(none, origins=like.origins.copy())
-        steps, times, integers, floats, dense = zip(*records, strict=True)
+        steps, times, integers, floats, dense, quantized = zip(*records, strict=True)
         rows = dense[0] if len(dense) == 1 else np.concatenate(dense)
         return Records(
             rows=like.rows,
@@ -206,6 +210,8 @@ class Journal:
             floats=np.stack(floats),
             counts=SparseRows.empty().followed_by(rows),
             origins=like.origins.copy(),
+            formats=like.formats,
+            quantized=np.stack(quantized),
         )
 
     def _start_timer(self) -> None:
@@ -285,5 +291,5 @@ class Journal:
             warn(f"{message}: {error}")
 
 
-def _n_records(waiting: Sequence[_Record], packed: Sequence[Records]) -> int:
+def _n_records(waiting: Sequence[Record], packed: Sequence[Records]) -> int:
     return len(waiting) + sum(len(each.steps) for each in packed)

@@ -10,6 +10,7 @@ import torch
 from torch import distributed as dist
 
 from gradstat.arrays import Array
+from gradstat.history import union_quantized
 from gradstat.history.alignment import join_depths, names_of, union, with_rows
 from gradstat.history.copies import Copies, Holding
 from gradstat.history.packed_counts import SparseRows
@@ -41,21 +42,27 @@ def merge(mine: Records, group: dist.ProcessGroup | None) -> Records:
 
     stretches = _Stretches(mine)
     values = extremes_of(mine.bins, mine.integers, mine.floats)
-    ends = stretches.ends()
-    least, greatest = ranks.extremes(np.concatenate([values.ravel(), ends.ravel()]))
-    first, last = (x[values.size :].reshape(ends.shape) for x in (least, greatest))
-    stretches.widen(first[0], last[1])
-    least, greatest = (x[: values.size].reshape(values.shape) for x in (least, greatest))
+    ends, scales = stretches.ends(), union_quantized.extremes_of(mine.quantized)
+    found = [
+        _split(each, values, ends, scales) for each in ranks.extremes(_flat(values, ends, scales))
+    ]
+    (least, (first, _), least_scale), (greatest, (_, last), greatest_scale) = found
+    stretches.widen(first, last)
     check_ranges(_FUNCTION, mine, least, greatest)
 
     # Sums of int64 are exact: counts are right to the last one.
     integers = np.where(sends[:, None], mine.integers, 0)
     sums = ranks.sum(np.concatenate([integers.ravel(), stretches.dense(sends)]))
     integers = sums[: integers.size].reshape(integers.shape)
-    parts = terms(mine.bins, mine.integers, mine.floats, least, greatest)
-    floats = union_floats(
-        integers[..., 1], ranks.sum(np.where(sends[:, None], parts, 0.0)), least, greatest
+    parts = np.where(
+        sends[:, None], terms(mine.bins, mine.integers, mine.floats, least, greatest), 0.0
     )
+    narrow = np.where(
+        sends[:, None, None], union_quantized.terms(mine.quantized, greatest_scale), 0.0
+    )
+    parts, narrow = _split(ranks.sum(_flat(parts, narrow)), parts, narrow)
+    floats = union_floats(integers[..., 1], parts, least, greatest)
+    quantized = union_quantized.union_quantized(narrow, least_scale, greatest_scale)
     counts = stretches.pack(sums[integers.size :])
     origins = np.full(len(mine.rows), SAME, np.int64)
     return replace(
@@ -63,6 +70,7 @@ def merge(mine: Records, group: dist.ProcessGroup | None) -> Records:
         times=times,
         integers=integers,
         floats=floats,
+        quantized=quantized,
         counts=counts,
         origins=origins,
         scalars=scalars,
@@ -70,6 +78,16 @@ def merge(mine: Records, group: dist.ProcessGroup | None) -> Records:
         world=None,
         layout=None,
     )
+
+
+def _flat(*arrays: Array) -> Array:
+    return np.concatenate([x.ravel() for x in arrays])
+
+
+def _split(flat: Array, *like: Array) -> list[Array]:
+    """What `_flat` has put together."""
+    ends = np.cumsum([x.size for x in like])[:-1]
+    return [x.reshape(y.shape) for x, y in zip(np.split(flat, ends), like, strict=True)]
 
 
 class _Ranks:
@@ -114,7 +132,7 @@ def _agree(mine: Records, ranks: _Ranks) -> tuple[Records, Array, Array, Scalars
         those that hold the same, bool ``(L,)``; times on the first rank, float64 ``(S,)``; and the
         scalars of all, by rank: ``rank0/loss``, ``rank1/loss`` and so on.
     """
-    run = {"bins": mine.bins.spec, "steps": mine.steps}
+    run = {"bins": mine.bins.spec, "formats": mine.formats, "steps": mine.steps}
     gathered = ranks.gather((run, Holding.of(mine), mine.times, mine.scalars))
     for rank, (theirs, *_) in enumerate(gathered):
         for what, first in gathered[0][0].items():

@@ -24,6 +24,7 @@ from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import SAME, Records, concatenate
 from gradstat.history.scalars import Scalars
 from gradstat.history.union_floats import check_ranges, extremes_of, terms, union_floats
+from gradstat.history.union_quantized import union_of
 from gradstat.warning import warn
 
 _FUNCTION = "History.merge()"
@@ -137,7 +138,7 @@ def merge_files(
     Raises:
         ValueError: other bins, other ranges, or copies that are not equal.
     """
-    _check_bins(ranks)
+    _check_alike(ranks)
     rows = union([rank.held.rows for rank in ranks])
     names = names_of([(rank.held.rows, rank.held.layers) for rank in ranks])
     layers = [names[row] for row in rows]
@@ -235,11 +236,14 @@ def _merge_window(ranks: Sequence[int], parts: Sequence[Records]) -> Records:
     check_ranges(_FUNCTION, first, least, greatest)
     with np.errstate(over="ignore", invalid="ignore"):
         sums = terms(bins, integers, floats, least, greatest).sum(0)
+    quantized = np.stack([part.quantized for part in parts])
+    quantized = np.where(is_first[..., None], quantized, np.nan)
     partial = [part.partial_step for part in parts if part.partial_step is not None]
     return replace(
         first,
         integers=integers.sum(0),
         floats=union_floats(integers[..., 1].sum(0), sums, least, greatest),
+        quantized=union_of(quantized),
         counts=SparseRows.sum(
             [_only(part, rows) for part, rows in zip(parts, firsts, strict=True)],
             bins.bins,
@@ -257,10 +261,12 @@ def _only(part: Records, rows: Array) -> SparseRows:
     return part.counts.rearranged(np.where(rows, source, -1).ravel())
 
 
-def _check_bins(ranks: Sequence[RankRecords]) -> None:
+def _check_alike(ranks: Sequence[RankRecords]) -> None:
     for rank in ranks:
-        if rank.held.bins != ranks[0].held.bins:
-            raise ValueError(
-                f"{_FUNCTION} needs the same bins on each rank; bins on rank {rank.rank} is "
-                f"{rank.held.bins}, on rank {ranks[0].rank} {ranks[0].held.bins}"
-            )
+        for what in ("bins", "formats"):
+            theirs, first = (getattr(each.held, what) for each in (rank, ranks[0]))
+            if theirs != first:
+                raise ValueError(
+                    f"{_FUNCTION} needs the same {what} on each rank; {what} on rank {rank.rank} "
+                    f"is {theirs}, on rank {ranks[0].rank} {first}"
+                )

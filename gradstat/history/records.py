@@ -11,16 +11,19 @@ import numpy as np
 
 from gradstat.arrays import Array
 from gradstat.bins import Bins
+from gradstat.formats import parse_format
 from gradstat.history.layout import Layout
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.scalars import Scalars
 from gradstat.kinds import KINDS, Row
+from gradstat.quantized import PACKED
 from gradstat.results import FLOATS, INTEGERS
 
 # In place of a rank as a layer's origin: values of this rank alone, or the same ones on each rank.
 OWN, SAME = -1, -2
 
 _MOST_RANKS = 1 << 31
+_N_COUNTS = PACKED.index("scale_min")
 _MOST_ELEMENTS = 1 << 60  # no sum of a row's numbers overflows
 # A device may count what is smaller as zero: float16's smallest normal number.
 _FLUSHED = 2.0**-14
@@ -40,6 +43,8 @@ class Records:
         times: when each was recorded, in seconds since 1970: float64 ``(S,)``; NaN where unknown.
         integers: int64 ``(S, L, 8)``.
         floats: float64 ``(S, L, 8)``.
+        quantized: float64 ``(S, L, F, 10)``, the fields of `gradstat.quantized.PACKED`; NaN where a
+            layer is absent.
         counts: S times L histograms.
         origins: int64 ``(L,)``: the first rank of a distributed run that holds the same values of
             a layer, `OWN` or `SAME`.
@@ -50,6 +55,7 @@ class Records:
         world: how many ranks that run had.
         layout: what this rank holds of each layer, if that is known of any.
         resumption: of a file of a resumed run: its first step, and how many files were there.
+        formats: names of F narrow formats that were measured.
     """
 
     rows: list[Row]
@@ -59,6 +65,7 @@ class Records:
     times: Array
     integers: Array
     floats: Array
+    quantized: Array
     counts: SparseRows
     origins: Array
     scalars: Scalars = field(default_factory=Scalars)
@@ -68,11 +75,13 @@ class Records:
     world: int | None = None
     layout: Layout | None = None
     resumption: tuple[int, int] | None = None
+    formats: list[str] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
-        return self.integers.nbytes + self.floats.nbytes + self.counts.nbytes
+        numbers = self.integers.nbytes + self.floats.nbytes + self.quantized.nbytes
+        return numbers + self.counts.nbytes
 
     def before(self, step: int) -> Records:
         """Those of lower steps, their scalars too."""
@@ -93,9 +102,15 @@ class Records:
             times=self.times[part],
             integers=self.integers[part],
             floats=self.floats[part],
+            quantized=self.quantized[part],
             counts=self.counts.part(part.start * n_rows, part.stop * n_rows),
             partial_step=self.partial_step if self.partial_step in steps else None,
         )
+
+
+def no_formats(n_steps: int, n_layers: int) -> Array:
+    """What `Records` has as ``quantized`` where no formats were measured."""
+    return np.empty((n_steps, n_layers, 0, len(PACKED)))
 
 
 def concatenate(parts: Sequence[Records]) -> Records:
@@ -115,6 +130,7 @@ def concatenate(parts: Sequence[Records]) -> Records:
         times=np.concatenate([part.times for part in parts]),
         integers=np.concatenate([part.integers for part in parts]),
         floats=np.concatenate([part.floats for part in parts]),
+        quantized=np.concatenate([part.quantized for part in parts]),
         counts=SparseRows(*(np.concatenate(each) for each in counts)),
         origins=said[-1].origins,
         layout=said[-1].layout,
@@ -145,6 +161,7 @@ def check(records: Records) -> None:
     origins = records.origins
     if len(bad := origins[(origins < SAME) | (origins >= _MOST_RANKS)]):
         raise ValueError(f"its origins hold {bad[0]}, which is no rank")
+    _check_formats(records)
     if records.depth is not None and (abs(records.depth) > len(records.rows)).any():
         raise ValueError("its order is none of its rows")
     sizes, indices, values = records.counts.arrays()
@@ -170,6 +187,27 @@ def check(records: Records) -> None:
                 step, column = divmod(rows.start + int(mask.argmax()), len(records.rows))
                 layer = f"{records.layers[column]!r:.80}"
                 raise ValueError(f"its {what}, in step {steps[step]} of {layer}")
+
+
+def _check_formats(records: Records) -> None:
+    for name in records.formats:
+        parse_format("History.load", name)
+    if len(set(records.formats)) < len(records.formats):
+        raise ValueError("its formats are not all different")
+    nonzero, underflowed, saturated, *_ = np.moveaxis(records.quantized, -1, 0)
+    with np.errstate(invalid="ignore"):
+        wrong = (
+            (np.maximum(underflowed, saturated) > nonzero)
+            | (records.quantized[..., :_N_COUNTS] < 0).any(-1)
+            | (abs(records.quantized[..., :_N_COUNTS]) > _MOST_ELEMENTS).any(-1)
+            | (records.quantized[..., _N_COUNTS + 2 :] < 0).any(-1)
+            | (np.isnan(records.quantized).any(-1) != np.isnan(records.quantized).all(-1))
+        )
+    for step, column, at in np.argwhere(wrong)[:1]:
+        raise ValueError(
+            f"its {records.formats[at]} is none of a tensor, in step {records.steps[step]} of "
+            f"{records.layers[column]!r:.80}"
+        )
 
 
 def _portions(ends: Array) -> Iterator[slice]:

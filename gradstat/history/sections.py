@@ -12,10 +12,11 @@ from gradstat.bins import parse_bins
 from gradstat.history.blocks import Sections
 from gradstat.history.layout import Layout
 from gradstat.history.packed_counts import SparseRows
-from gradstat.history.records import OWN, Records
+from gradstat.history.records import OWN, Records, no_formats
 from gradstat.history.scalars import Scalars
 from gradstat.history.source import Shaped, Source, encoded, floats, integer, integers, names_of
 from gradstat.kinds import GRAD, Row
+from gradstat.quantized import PACKED
 from gradstat.results import FLOATS, INTEGERS
 
 FORMAT = "gradstat history 2"
@@ -58,8 +59,11 @@ _OPTIONAL = {
     "world": ("i", ""),
     "first_step": ("i", ""),
     "bytes_before": ("i", "K"),
+    "narrow_formats": ("U", "Q"),
+    "narrow": ("f", "SLQY"),
 }
 _LAYOUT = ("parts", "shapes", "shape_ends")
+_QUANTIZED = ("narrow_formats", "narrow")
 _SCALARS = tuple(name for name in _OPTIONAL if name.startswith("scalar"))
 # The last version's; its first files lack some of them.
 _SECTIONS_1 = {
@@ -73,9 +77,11 @@ _DEFAULTS_1 = ("kinds", "origins")
 def head(records: Records) -> Sections:
     """What all records of a run have in common."""
     names, ends = encoded([row.name for row in records.rows])
+    formats = {"narrow_formats": np.array(records.formats, np.str_)} if records.formats else {}
     place = {"rank": records.rank, "world": records.world}
     return {
         **{name: np.array(x, np.int64) for name, x in place.items() if x is not None},
+        **formats,
         "format": np.array(FORMAT),
         "bins": np.array(records.bins.spec),
         "names": names,
@@ -126,6 +132,8 @@ def _optional(records: Records) -> Sections:
         found |= dict(zip(_LAYOUT, records.layout.flat(), strict=True))
     if records.depth is not None:
         found["order"] = records.depth.astype(np.int32)
+    if records.formats:
+        found["narrow"] = records.quantized
     if records.partial_step is not None:
         found["partial"] = np.array(records.steps, dtype=np.int64) == records.partial_step
     return found
@@ -159,6 +167,8 @@ def join(parts: Sequence[Sections]) -> Source:
         joined["partial"] = np.concatenate(
             [part.get("partial", np.zeros(len(part["steps"]), bool)) for part in parts]
         )
+    if all("narrow" in part for part in parts):
+        joined["narrow"] = np.concatenate([part["narrow"] for part in parts])
     for name in ("order", *_LAYOUT):
         said = [part[name] for part in parts if name in part]
         joined |= {name: said[-1]} if said else {}
@@ -203,6 +213,8 @@ def to_records(source: Source) -> Records:
         needed |= set(_SCALARS)
     if not is_first and any(name in headers for name in _LAYOUT):
         needed |= set(_LAYOUT)
+    if not is_first and any(name in headers for name in _QUANTIZED):
+        needed |= set(_QUANTIZED)
     if missing := [name for name in known if name in needed and name not in headers]:
         raise ValueError(f"it lacks {', '.join(missing)}")
     if is_first and (unknown := set(headers) - set(known)):
@@ -223,6 +235,7 @@ def to_records(source: Source) -> Records:
         has_kinds = bool(source.read("has_kinds"))
         layers = [str(row) if has_kinds else row.name for row in rows]
     steps = integers(source, "steps")
+    has_formats = not is_first and "narrow_formats" in headers
     return Records(
         rows,
         layers,
@@ -231,6 +244,7 @@ def to_records(source: Source) -> Records:
         floats(source, "times") if "times" in headers else np.full(len(steps), np.nan),
         integers(source, "integers"),
         floats(source, "floats"),
+        floats(source, "narrow") if has_formats else no_formats(len(steps), n_layers),
         SparseRows(sizes, source.read("indices"), source.read("values")),
         integers(source, "origins") if "origins" in headers else np.full(n_layers, OWN),
         Scalars() if is_first or "scalar_ids" not in headers else _scalars(source),
@@ -240,6 +254,7 @@ def to_records(source: Source) -> Records:
         None if is_first else integer(source, "world"),
         None if is_first else _layout(source),
         None if is_first else _resumption(source),
+        source.texts("narrow_formats") if has_formats else [],
     )
 
 
@@ -267,7 +282,7 @@ def _partial_step(source: Source, steps: Array) -> int | None:
 
 def _check_shapes(headers: Mapping[str, Shaped], known: Mapping[str, tuple[str, str]]) -> int:
     """Refuse types and shapes that do not fit each other; gives the number of layers."""
-    lengths = {"I": len(INTEGERS), "F": len(FLOATS), "T": 2}
+    lengths = {"I": len(INTEGERS), "F": len(FLOATS), "T": 2, "Y": len(PACKED)}
     for name, header in ((name, headers[name]) for name in known if name in headers):
         kinds, dims = known[name]
         if header.dtype.kind not in kinds:

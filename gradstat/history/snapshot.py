@@ -9,6 +9,7 @@ import numpy as np
 
 from gradstat.arrays import Array
 from gradstat.history.packed_counts import SparseRows
+from gradstat.quantized import PACKED
 from gradstat.results import FLOATS, INTEGERS
 
 DENSE_BYTES = 4 << 20  # of histograms that wait to be packed together
@@ -24,6 +25,7 @@ class Record(NamedTuple):
         integers: int64 ``(L, 8)``.
         floats: float64 ``(L, 8)``.
         counts: int64 ``(L, bins)``.
+        quantized: float64 ``(L, F, 10)``, the fields of `gradstat.quantized.PACKED`.
     """
 
     step: int
@@ -31,6 +33,7 @@ class Record(NamedTuple):
     integers: Array
     floats: Array
     counts: Array
+    quantized: Array
 
 
 class Snapshot(NamedTuple):
@@ -45,6 +48,7 @@ class Snapshot(NamedTuple):
         times: when each was recorded, in seconds since 1970.
         integers: int64, ``(n, L, 8)`` or longer.
         floats: float64, as long.
+        quantized: float64 ``(n, L, F, 10)``, as long.
         packed: histograms of the first of them, row by row of each record.
         dense: those of the others, ``(L, bins)`` each.
         newest: after them; ``None`` if there is none, or if it is one of them.
@@ -57,6 +61,7 @@ class Snapshot(NamedTuple):
     times: list[float]
     integers: Array
     floats: Array
+    quantized: Array
     packed: SparseRows
     dense: tuple[Array, ...]
     newest: Record | None
@@ -64,11 +69,12 @@ class Snapshot(NamedTuple):
     stride: int
 
     @classmethod
-    def empty(cls, n_layers: int) -> Snapshot:
+    def empty(cls, n_layers: int, n_formats: int) -> Snapshot:
         """No records."""
         integers = np.empty((0, n_layers, len(INTEGERS)), dtype=np.int64)
         floats = np.empty((0, n_layers, len(FLOATS)))
-        return cls.of([], [], integers, floats, SparseRows.empty())
+        quantized = np.empty((0, n_layers, n_formats, len(PACKED)))
+        return cls.of([], [], integers, floats, quantized, SparseRows.empty())
 
     @classmethod
     def of(
@@ -77,11 +83,12 @@ class Snapshot(NamedTuple):
         times: list[float],
         integers: Array,
         floats: Array,
+        quantized: Array,
         packed: SparseRows,
     ) -> Snapshot:
         """Records of such lists and arrays, which it keeps."""
         n = len(steps)
-        return cls(n, steps, times, integers, floats, packed, (), None, n, 1)
+        return cls(n, steps, times, integers, floats, quantized, packed, (), None, n, 1)
 
     @property
     def size(self) -> int:
@@ -111,7 +118,8 @@ class Snapshot(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of memory."""
         newest = () if self.newest is None else self.newest[2:]
-        arrays: tuple[Array, ...] = (self.integers, self.floats, *self.dense, *newest)
+        numbers = self.integers, self.floats, self.quantized
+        arrays: tuple[Array, ...] = (*numbers, *self.dense, *newest)
         return self.packed.nbytes + sum(array.nbytes for array in arrays)
 
     def followed_by(self, record: Record, capacity: int | None) -> Snapshot:
@@ -136,6 +144,7 @@ class Snapshot(NamedTuple):
             times=self.times[:n],
             integers=self.integers[:n],
             floats=self.floats[:n],
+            quantized=self.quantized[:n],
         )
 
     def find(self, step: int) -> int | None:
@@ -147,13 +156,16 @@ class Snapshot(NamedTuple):
 
     def numbers(self) -> tuple[Array, Array]:
         """Integers and floats of all records, each ``(S, L, 8)``: not to be changed."""
-        integers, floats = self.integers[: self.n], self.floats[: self.n]
-        if self.newest is None:
-            return integers, floats
+        newest = self.newest
         return (
-            np.concatenate([integers, self.newest.integers[None]]),
-            np.concatenate([floats, self.newest.floats[None]]),
+            _joined_with(self.integers[: self.n], None if newest is None else newest.integers),
+            _joined_with(self.floats[: self.n], None if newest is None else newest.floats),
         )
+
+    def all_quantized(self) -> Array:
+        """Those of all records, ``(S, L, F, 10)``: not to be changed."""
+        newest = self.newest
+        return _joined_with(self.quantized[: self.n], None if newest is None else newest.quantized)
 
     def row(self, at: int) -> tuple[Array, Array]:
         """Integers and floats of the record at a position, each ``(L, 8)``: not a copy."""
@@ -194,6 +206,7 @@ class Snapshot(NamedTuple):
             times=kept.times[:n:2],
             integers=kept.integers[:n:2],
             floats=kept.floats[:n:2],
+            quantized=kept.quantized[:n:2],
             packed=kept.all_counts().keep(rows.reshape(n, -1)[::2].ravel()),
             dense=(),
             stride=2 * kept.stride,
@@ -201,11 +214,12 @@ class Snapshot(NamedTuple):
 
     def _filed(self, record: Record | None, newest: Record | None) -> Snapshot:
         """The records in the arrays, another one there with them, and the newest by itself."""
-        n, steps, times, integers, floats, packed, dense, _, n_appended, stride = self
+        n, steps, times, integers, floats, quantized, packed, dense, _, n_appended, stride = self
         if record is not None:
             if n == len(integers):
                 integers, floats = _with_room(integers), _with_room(floats)
-            step, time_s, integers[n], floats[n], counts = record
+                quantized = _with_room(quantized)
+            step, time_s, integers[n], floats[n], counts, quantized[n] = record
             # There may be those of a record that an interrupt has kept from following.
             steps[n:], times[n:] = [step], [time_s]
             dense = (*dense, counts)
@@ -214,8 +228,12 @@ class Snapshot(NamedTuple):
             n += 1
         n_appended += newest is not None
         return Snapshot(
-            n, steps, times, integers, floats, packed, dense, newest, n_appended, stride
+            n, steps, times, integers, floats, quantized, packed, dense, newest, n_appended, stride
         )
+
+
+def _joined_with(rows: Array, newest: Array | None) -> Array:
+    return rows if newest is None else np.concatenate([rows, newest[None]])
 
 
 def _joined(dense: tuple[Array, ...]) -> Array:

@@ -13,12 +13,16 @@ from torch import Tensor
 
 from gradstat.bins import Bins, LinearBins, widen
 from gradstat.history import History
+from gradstat.history.union_quantized import union_of
+from gradstat.kinds import UNIT
+from gradstat.quantized import PACKED
 from gradstat.recording.streams import Computed, take_over
 from gradstat.recording.torch_internals import multiplied
 from gradstat.recording.transfers import Transfer
 from gradstat.results import FLOATS, INTEGERS, Statistics, as_statistics
 
-Rows = tuple[NDArray[Any], ...]  # integers, floats and counts of some layers
+# Integers, floats and counts of some layers; where formats are measured, what they would do too.
+Rows = tuple[NDArray[Any], ...]
 
 
 class Launch(NamedTuple):
@@ -26,8 +30,7 @@ class Launch(NamedTuple):
 
     Args:
         indices: the layer of each row.
-        rows: integers, floats and counts on their device; on the host arrays, if the engine makes
-            these.
+        rows: of `Rows`, on their device; on the host arrays, if the engine makes these.
         stream: which computes them.
         scales: what the values of a kind are still to be divided by.
     """
@@ -43,7 +46,7 @@ class Part(NamedTuple):
 
     Args:
         indices: the layer of each row.
-        result: integers, floats and counts.
+        result: `Rows`.
         is_one_launch: in which each layer comes once, in order.
         scales: what the values of a kind are still to be divided by.
     """
@@ -100,7 +103,7 @@ def combine(parts: Sequence[Part], history: History, outputs: frozenset[int]) ->
         return parts[0]
     bins = history.bins
     layers = sorted({layer for part in parts for layer in part.indices})
-    integers, floats, counts = _absent(len(layers), bins)
+    whole = _absent(len(layers), history)
     row_of = {layer: row for row, layer in enumerate(layers)}
     seen: Counter[int] = Counter()
     for part in parts:
@@ -109,10 +112,17 @@ def combine(parts: Sequence[Part], history: History, outputs: frozenset[int]) ->
             rows = [row_of[part.indices[i]] for i in at]
             new: Rows = tuple(each[at] for each in arrays)
             if joins:
-                before = integers[rows], floats[rows], counts[rows]
-                new = _arrays(as_statistics(bins, before).merge(as_statistics(bins, new)))
-            integers[rows], floats[rows], counts[rows] = new
-    return Part(tuple(layers), Transfer((integers, floats, counts)), True, {})
+                new = _joined(bins, tuple(each[rows] for each in whole), new)
+            for each, values in zip(whole, new, strict=True):
+                each[rows] = values
+    return Part(tuple(layers), Transfer(whole), True, {})
+
+
+def _joined(bins: Bins, before: Rows, new: Rows) -> Rows:
+    """Rows of the same layers, counted together."""
+    a, b = (as_statistics(bins, rows[:3]) for rows in (before, new))
+    quantized = [union_of(np.stack(each)) for each in zip(before[3:], new[3:], strict=True)]
+    return *_arrays(a.merge(b)), *quantized
 
 
 def _unscaled(part: Part, history: History) -> Rows:
@@ -122,10 +132,10 @@ def _unscaled(part: Part, history: History) -> Rows:
     for kind, scale in part.scales.items():
         rows = [at for at, layer in enumerate(part.indices) if history.kinds[layer] == kind]
         if rows:
-            scaled = as_statistics(history.bins, tuple(each[rows] for each in arrays))
+            scaled = as_statistics(history.bins, tuple(each[rows] for each in arrays[:3]))
             unscaled = scaled.unscale(torch.from_numpy(scale.arrays()[0]).double())
             arrays = tuple(each.copy() for each in arrays)
-            for each, new in zip(arrays, _arrays(unscaled), strict=True):
+            for each, new in zip(arrays, _arrays(unscaled), strict=False):
                 each[rows] = new
     return arrays
 
@@ -175,19 +185,24 @@ class Record(NamedTuple):
         return all(part.has_arrived(wait) for part in self.parts)
 
     def rows(self, outputs: frozenset[int]) -> Rows:
-        """Integers ``(L, 8)``, floats ``(L, 8)``, counts ``(L, bins)`` of all layers in order.
+        """`Rows` of all layers in order.
 
         Args:
             outputs: as for `combine`.
         """
         n_layers = len(self.history.layers)
         whole = combine(self.parts, self.history, outputs)
-        if len(whole.indices) == n_layers:
-            return whole.result.arrays()
-        integers, floats, counts = _absent(n_layers, self.history.bins)
-        rows = list(whole.indices)
-        integers[rows], floats[rows], counts[rows] = whole.result.arrays()
-        return integers, floats, counts
+        found = whole.result.arrays()
+        if len(whole.indices) < n_layers:
+            absent, rows = _absent(n_layers, self.history), list(whole.indices)
+            for each, values in zip(absent, found, strict=True):
+                each[rows] = values
+            found = absent
+        if self.history.formats and UNIT in self.history.kinds:
+            # A peak is no tensor that would be cast.
+            found = *found[:3], found[3].copy()
+            found[3][np.array(self.history.kinds) == UNIT] = np.nan
+        return found
 
 
 def _arrays(statistics: Statistics) -> Rows:
@@ -195,12 +210,14 @@ def _arrays(statistics: Statistics) -> Rows:
     return tuple(each.numpy() for each in fields)
 
 
-def _absent(n_layers: int, bins: Bins) -> Rows:
+def _absent(n_layers: int, history: History) -> Rows:
     """Rows of layers without values."""
+    n_formats = len(history.formats)
     return (
         np.zeros((n_layers, len(INTEGERS)), dtype=np.int64),
         np.full((n_layers, len(FLOATS)), np.nan),
-        np.zeros((n_layers, bins.bins), dtype=np.int64),
+        np.zeros((n_layers, history.bins.bins), dtype=np.int64),
+        *([np.full((n_layers, n_formats, len(PACKED)), np.nan)] if n_formats else ()),
     )
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
 from gradstat.bins import Bins, LinearBins
+from gradstat.format_ops import measure_formats
+from gradstat.formats import Format
 from gradstat.ops import choose_engine, known_range
+from gradstat.quantized import packed
 from gradstat.recording.arrivals import Launch, divide
 from gradstat.recording.cuda_graphs import Cadence
 from gradstat.recording.streams import Computed, stream_of
@@ -22,10 +26,18 @@ class Launcher:
         kinds: of all layers.
         engine: name, or ``None``.
         cadence: which replays of a captured launch measure.
+        formats: F narrow formats that are measured too; in each replay, of what it computes.
     """
 
-    def __init__(self, bins: Bins, kinds: list[str], engine: str | None, cadence: Cadence) -> None:
-        self._cadence = cadence
+    def __init__(
+        self,
+        bins: Bins,
+        kinds: list[str],
+        engine: str | None,
+        cadence: Cadence,
+        formats: list[Format],
+    ) -> None:
+        self._cadence, self._formats = cadence, formats
         self._bins, self._kinds, self._engine = bins, kinds, engine
         self._is_linear = isinstance(bins, LinearBins)
         self._engines: dict[str, ModuleType] = {}  # by device type
@@ -38,6 +50,8 @@ class Launcher:
             scales: of each kind that has one; `Log2Bins` need them only in the end.
         """
         low = high = None
+        # What would be cast: values as the loss scale has made them.
+        quantized = self._quantized(list(tensors.values())) if self._formats else ()
         if self._is_linear:
             for kind, scale in scales.items():
                 scaled = [i for i in tensors if self._kinds[i] == kind]
@@ -54,9 +68,14 @@ class Launcher:
             engine = self._engines[device.type] = choose_engine(self._engine, listed[0])
         if hasattr(engine, "measure_rows"):
             rows = engine.measure_rows(listed, self._bins, low, high)
-            return Launch(tuple(tensors), rows, None, scales)
+            return Launch(tuple(tensors), (*rows, *quantized), None, scales)
         due = self._cadence.flag(device)
         options = {} if due is None else {"due": due}
         result = engine.measure(listed, self._bins, low, high, **options)
-        rows = result.integers, result.floats, result.counts
+        rows = result.integers, result.floats, result.counts, *quantized
         return Launch(tuple(tensors), rows, stream_of(device), scales)
+
+    def _quantized(self, tensors: list[Tensor]) -> tuple[Any]:
+        """What the formats would do to the tensors, ``(L, F, 10)``: on the host an array."""
+        fields = packed(*measure_formats(tensors, self._formats, engine=self._engine))
+        return (fields.numpy() if fields.is_cpu else fields,)

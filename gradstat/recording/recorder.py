@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradstat.diagnosis.alerts import Alerts
 from gradstat.forks import call_after_fork
+from gradstat.formats import parse_format
 from gradstat.history import History
 from gradstat.history.journal import Journal
 from gradstat.kinds import GRAD, OF_OUTPUTS
@@ -80,7 +81,8 @@ class Recorder:
         self.history = history
         self.lock, self.is_closed = threading.RLock(), False
         self._cadence, self.logged, self.order = cadence, logged, Order(history)
-        self._launcher = Launcher(history.bins, history.kinds, engine, cadence)
+        formats = [parse_format("watch", name) for name in history.formats]
+        self._launcher = Launcher(history.bins, history.kinds, engine, cadence, formats)
         self._bucket_bytes, self._side = bucket_bytes, side
         self._outputs = frozenset(i for i, kind in enumerate(history.kinds) if kind in OF_OUTPUTS)
         self._has_outputs = False

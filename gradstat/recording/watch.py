@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from gradstat.bins import Bins, Log2Bins
 from gradstat.diagnosis.alerts import Alert, Alerts
+from gradstat.formats import Format, check_formats
 from gradstat.history import History
 from gradstat.history.journal import Journal
 from gradstat.history.rank_directories import own_directory
@@ -64,6 +65,7 @@ def watch(
     every: int = 1,
     *,
     what: What = "grad",
+    formats: str | Format | Sequence[str | Format] = (),
     parameters: ParameterSelector | None = None,
     modules: ModuleSelector | None = None,
     accumulation_steps: int = 1,
@@ -113,6 +115,10 @@ def watch(
             `History.dead_units`. ``"grad_output"``: the gradients with
             respect to that. What a module returns several times before a record is counted
             together, and what is large measured in a launch of its own.
+        formats: narrow number formats, such as ``"mxfp8_e4m3"``, and what each would do to every
+            tensor that is recorded: `History.quantization`, a finding, and ``gradstat formats``;
+            names as for `quantization`, blocks along the last dimension. With a scaler they are
+            given the scaled gradients, as a cast would be; of a sharded tensor each rank's part.
         parameters: which parameters: a regular expression searched for in their names, or a
             function of name and parameter. By default all but biases.
         modules: which modules return activations, as for ``parameters``. By default those that have
@@ -200,6 +206,7 @@ def watch(
     if stream not in ("current", "side"):
         raise ValueError(f"watch() needs one of current, side; stream is {stream!r}")
     check_engine("watch", engine)
+    parsed = [] if formats in ((), []) else check_formats("watch", formats)
     if not isinstance(scaler, GradScaler | None):
         raise TypeError(f"watch() needs a torch.amp.GradScaler; scaler is {type(scaler).__name__}")
     kinds = check_what(what, when, optimizer, scheme, modules)
@@ -215,7 +222,7 @@ def watch(
         if kind in kinds
         for name in (seen if kind in OF_OUTPUTS else selected)
     ]
-    history = History(rows, scheme, capacity=capacity)
+    history = History(rows, scheme, capacity=capacity, formats=[each.name for each in parsed])
     beside = origin_beside_tensor_parallelism(model)
     history.origins[:] = [usual_origin(row.kind, when, beside) for row in rows]
     first_rows = {kind: history.kinds.index(kind) for kind in dict.fromkeys(history.kinds)}
@@ -232,7 +239,18 @@ def watch(
     recorder = Recorder(history, cadence, logged, bucket_bytes, engine, sink, journal, side, alerts)
     # Parameters by themselves: others may have taken their places since.
     of = tuple(map(id, selected.values()))
-    measures = (*rows, of, scheme, every, when, accumulation_steps, capacity, stream, engine)
+    measures = (
+        *rows,
+        *history.formats,
+        of,
+        scheme,
+        every,
+        when,
+        accumulation_steps,
+        capacity,
+        stream,
+        engine,
+    )
     if writer is not None:
         writer.begin(history)
     open_watches.make_room(model, name, measures)

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT
 from distributed_workers import (
     FIXED,
+    FORMATS,
     LEARNING_RATE,
     N_STEPS,
     Experts,
@@ -30,6 +31,7 @@ from watching import assert_same, is_absent
 import gradstat
 from gradstat import History, Log2Bins, Statistics
 from gradstat.bins import Bins
+from gradstat.quantized import QUANTIZATION_COUNTS
 
 pytestmark = [
     pytest.mark.distributed,
@@ -245,6 +247,16 @@ def test_history_load_merges_what_the_ranks_wrote_as_reduce_does(run: Run, name:
         assert_close(loaded.record(step), merged.record(step))
     for got in (History.merge(run.histories(name)), loaded):
         assert got.steps.tolist() == merged.steps.tolist()
+    assert loaded.formats == merged.formats == (list(FORMATS) if name.startswith("ddp") else [])
+    for form in loaded.formats:
+        found, expected = loaded.quantization(form), merged.quantization(form)
+        each = [history.quantization(form) for history in run.histories(name)]
+        for field in QUANTIZATION_COUNTS:
+            total = sum(part[field] for part in each)
+            np.testing.assert_array_equal(found[field], total)
+            np.testing.assert_array_equal(expected[field], total)
+        for field, values in expected.items():
+            np.testing.assert_allclose(found[field], values, rtol=1e-9)
     own = History.load(folder / "rank-1")
     assert (own.rank, own.world) == (1, run.world)
 

@@ -1,0 +1,142 @@
+"""Findings about narrow formats, and ``gradstat formats``."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gradstat
+from gradstat import History, Log2Bins
+from gradstat.cli import main
+from gradstat.diagnosis.narrow_formats import layer_fits
+from gradstat.kinds import Row
+from gradstat.quantized import PACKED, packed
+
+FORMATS = ("float8_e5m2", "mxfp8_e4m3", "mxfp4_e2m1")
+
+
+def recorded(
+    tensors: list[list[torch.Tensor]], rows: list[Row], formats: tuple[str, ...] = FORMATS
+) -> History:
+    """A history of these tensors, one list for each step."""
+    history = History(rows, Log2Bins(), formats=formats)
+    for step, each in enumerate(tensors):
+        s = gradstat.statistics(each)
+        fields = torch.empty(len(each), 0, len(PACKED))
+        if formats:
+            q = gradstat.quantization(each, formats).values()
+            parts = ("integers", "floats")
+            fields = packed(*(torch.stack([getattr(one, part) for one in q]) for part in parts))
+        arrays = s.integers, s.floats, s.counts, fields
+        history.append(step, *(x.numpy() for x in arrays))
+    return history
+
+
+def normal(step: int, scale: float, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 * seed + step)
+    return torch.randn(64, 64, generator=generator) * scale
+
+
+ROWS = [Row("grad", "a"), Row("grad", "b"), Row("param", "a")]
+
+
+@pytest.fixture
+def run() -> History:
+    steps = [[normal(i, 1.0), normal(i, 1e-7, 1), normal(i, 1.0, 2)] for i in range(60)]
+    return recorded(steps, ROWS)
+
+
+def test_starved_names_the_format_and_the_layer(run: History) -> None:
+    found = [each for each in run.diagnose() if each.kind == "starved"]
+    assert [each.layer for each in found] == ["b"]
+    assert found[0].severity == "warning"
+    assert found[0].steps == (0, 59)
+    assert found[0].numbers == {"share": 1.0, "layers": 1.0}
+    assert found[0].sentence == "float8_e5m2 would flush 100% of b's gradient to zero."
+
+
+def test_starved_says_when() -> None:
+    steps = [[normal(i, 1.0 if i < 30 else 1e-7)] for i in range(60)]
+    found = recorded(steps, ROWS[:1], ("float8_e5m2",)).diagnose(gradstat.Thresholds(window=5))
+    (starved,) = [each for each in found if each.kind == "starved"]
+    assert starved.steps == (30, 59)
+
+
+def test_clipped_is_about_formats_whose_scale_does_not_follow() -> None:
+    steps = [[normal(i, 1e6), normal(i, 1e6, 1), normal(i, 1.0)] for i in range(20)]
+    found = [each for each in recorded(steps, ROWS).diagnose() if each.kind == "clipped"]
+    assert [each.layer for each in found] == ["b"] or [each.layer for each in found] == ["a"]
+    assert found[0].numbers["layers"] == 2
+    assert found[0].sentence.startswith("float8_e5m2 is too narrow for 9")
+    assert found[0].sentence.endswith("which would be clipped, and over 0.1% in 1 other row.")
+
+
+def test_narrowest_format_is_recommended(run: History) -> None:
+    (note,) = [each for each in run.diagnose() if each.kind == "narrowest format"]
+    assert note.severity == "note"
+    assert note.layer == "b"
+    assert set(note.numbers) == set(FORMATS)
+    expected = "mxfp8_e4m3 for all gradients; float8_e5m2 for all parameters."
+    assert note.sentence == f"To keep 20 dB of each layer: {expected}"
+    lower = run.diagnose(gradstat.Thresholds(format_snr=15.0))
+    (note,) = [each for each in lower if each.kind == "narrowest format"]
+    assert "mxfp4_e2m1 for all gradients; mxfp4_e2m1 for all parameters" in note.sentence
+
+
+def test_narrowest_format_has_exceptions() -> None:
+    rows = [Row("grad", name) for name in "abc"]
+    steps = [[normal(i, 1.0), normal(i, 1.0, 1), normal(i, 1e-7, 2)] for i in range(20)]
+    found = recorded(steps, rows, ("float8_e5m2", "bfloat16")).diagnose()
+    (note,) = [each for each in found if each.kind == "narrowest format"]
+    assert "float8_e5m2 for the gradients but c, bfloat16 for these" in note.sentence
+    found = recorded(steps, rows, ("float8_e5m2",)).diagnose()
+    (note,) = [each for each in found if each.kind == "narrowest format"]
+    assert "float8_e5m2 for the gradients but c, no format for these" in note.sentence
+
+
+def test_layer_fits_are_those_of_the_worst_window() -> None:
+    # One bad record in a window says nothing, a bad window does.
+    scales = [1.0] * 40
+    scales[3] = 1e-9
+    scales[25:40] = [1e-9] * 15
+    steps = [[normal(i, scale)] for i, scale in enumerate(scales)]
+    (early,) = layer_fits(recorded(steps[:20], ROWS[:1]), 20)
+    assert early.fits["float8_e5m2"].underflow < 0.01
+    (whole,) = layer_fits(recorded(steps, ROWS[:1]), 20)
+    assert whole.fits["float8_e5m2"].underflow == 1.0
+    assert whole.fits["mxfp8_e4m3"].snr > 20
+    assert whole.fits["mxfp8_e4m3"].scales[0] < -30
+
+
+def test_run_without_formats_or_values_has_no_such_finding() -> None:
+    kinds = {"starved", "clipped", "narrowest format"}
+    steps = [[torch.zeros(4, 4)] * 3, [torch.full((4, 4), np.nan)] * 3]
+    assert not kinds & {each.kind for each in recorded(steps, ROWS, ()).diagnose()} - {"starved"}
+    found = {each.kind for each in recorded(steps, ROWS).diagnose()} & kinds
+    assert found == {"narrowest format"}
+
+
+def test_formats_prints_each_layer_the_worst_first(
+    run: History, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.save(tmp_path / "run.npz")
+    assert main(["formats", str(tmp_path / "run.npz")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["gradient", "narrowest", *FORMATS]
+    assert lines[3].split()[:4] == ["b", "mxfp8_e4m3", "0.0", "dB,"]
+    assert "100% to 0" in lines[3]
+    # A scale for each block takes a quarter of a bit more.
+    assert lines[4].split()[:2] == ["a", "float8_e5m2"]
+    assert lines[6].split()[0] == "parameter"
+    assert " ".join(lines[9:]).startswith("To keep 20 dB of each layer: mxfp8_e4m3 for all")
+    assert main(["formats", "--snr", "15", str(tmp_path / "run.npz")]) == 0
+    assert "To keep 15 dB of each layer: mxfp4_e2m1 for all" in capsys.readouterr().out
+
+
+def test_formats_says_where_there_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded([[normal(0, 1.0)]], ROWS[:1], ()).save(tmp_path / "run.npz")
+    assert main(["formats", str(tmp_path / "run.npz")]) == 2
+    assert "needs a run of watch(formats=...)" in capsys.readouterr().err
