@@ -60,7 +60,9 @@ def test_run_writer_that_fails_warns_once_and_stops_no_training() -> None:
     assert "OSError: no space left" in str(caught[0].message)
     assert len(caught) == 1
     assert len(h) == 5
-    assert all(each[0] in ("start", 0) for each in writer.said)
+    # On a device a record arrives after what was logged with it.
+    assert all(each[0] in ("start", 0) for each in writer.said if len(each) == 2)
+    assert len(writer.said) < 1 + 5 + 5
 
 
 def test_run_writer_is_for_one_run_and_needs_one() -> None:
