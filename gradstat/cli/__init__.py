@@ -195,7 +195,7 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
 
 
 def _formats(options: argparse.Namespace) -> int:
-    from gradstat.cli import text
+    from gradstat.cli import narrow_formats, text
     from gradstat.cli.runs import load
 
     history = load(options.run_path)
@@ -204,7 +204,7 @@ def _formats(options: argparse.Namespace) -> int:
             f"formats needs a run of watch(formats=...); {options.run_path} has measured none"
         )
     print(text.heading(str(options.run_path), history))
-    print(text.formats(history, options.snr, every_layer=options.all))
+    print(narrow_formats.formats(history, options.snr, every_layer=options.all))
     return 0
 
 
@@ -324,7 +324,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from gradstat.cli import text
+    from gradstat.cli import comparison
     from gradstat.cli.runs import check_output, load, run_name
 
     paths = (options.run_path, options.other)
@@ -337,9 +337,9 @@ def _compare(options: argparse.Namespace) -> int:
         for path in paths:
             check_output(path, options.output)
     runs = {name: load(path) for name, path in zip(names, paths, strict=True)}
-    print(text.compare(runs, every_layer=options.all))
+    print(comparison.compare(runs, every_layer=options.all))
     if options.output:
-        text.draw(runs, options.output)
+        comparison.draw(runs, options.output)
         print(f"\n{escaped(options.output)}")
     return 0
 
@@ -353,10 +353,10 @@ def _add_tail(parser: argparse.ArgumentParser) -> None:
 def _tail(options: argparse.Namespace) -> int:
     if not options.interval > 0:
         raise ValueError(f"--interval needs a number of seconds above 0; it is {options.interval}")
-    from gradstat.cli import text
+    from gradstat.cli import newest
 
     try:
-        text.tail(options.run_path, options.interval, options.updates)
+        newest.tail(options.run_path, options.interval, options.updates)
     except KeyboardInterrupt:
         print()
     return 0

@@ -1,35 +1,28 @@
-"""What the commands of `cli` print: tables of text that fit a screen."""
+"""What several commands of `cli` print: headings, findings, tables of text that fit a screen."""
 
 from __future__ import annotations
 
 import math
 import shutil
-import sys
 import textwrap
-import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
 
 from gradstat.arrays import Array, evenly_spread
-from gradstat.cli.runs import read_newest, state
 from gradstat.diagnosis import Finding
-from gradstat.diagnosis.narrow_formats import Fit, layer_fits, recommendation
 from gradstat.diagnosis.run import median
 from gradstat.escaping import escaped
-from gradstat.files import replacing
 from gradstat.history import History
-from gradstat.history.arguments import check_history, first_rows
-from gradstat.kinds import GRAD, NOUNS, PARAM, UNIT, UPDATE
-from gradstat.thresholds import Thresholds
+from gradstat.history.arguments import first_rows
+from gradstat.kinds import GRAD, NOUNS
 
 Item = TypeVar("Item")
 
 _NEWEST = ("rms", "abs_max", "numel", "finite", "zeros")  # fields that `newest` shows
-_MOST_LAYERS = 24
+MOST_LAYERS = 24
 _BAR = 12  # characters
 _LATE = 20  # values whose median says where a series is now
 _MOST_LINES = 10  # layers that a figure's key has room for
@@ -39,10 +32,10 @@ def heading(name: str, history: History) -> str:
     """A run in one line: its layers are those of its first kind."""
     steps = history.steps
     kinds = ", ".join(dict.fromkeys(history.kinds))
-    layers = _count(len(first_rows(history)), "layer")
+    layers = count(len(first_rows(history)), "layer")
     layers += f" ({escaped(kinds)})" if kinds != GRAD else ""
     return (
-        f"{escaped(name)}: {_count(len(history), 'record')} of {layers}, "
+        f"{escaped(name)}: {count(len(history), 'record')} of {layers}, "
         f"steps {steps[0]} to {steps[-1]}, {history.bins}"
     )
 
@@ -50,20 +43,20 @@ def heading(name: str, history: History) -> str:
 def scalars(history: History) -> str:
     """What was logged, and the norm of the whole gradient: a line for each."""
     rows: list[tuple[str, ...]] = [("", "values", "first", "lately", "least", "most")]
-    for name, values in _series(history).items():
-        numbers = (values[0], _late(values), *_extremes(values))
-        rows.append((escaped(name), str(len(values)), *map(_plain, numbers)))
-    return "\n".join(_table(rows))
+    for name, values in series_of(history).items():
+        numbers = (values[0], late(values), *_extremes(values))
+        rows.append((escaped(name), str(len(values)), *map(plain, numbers)))
+    return "\n".join(table(rows))
 
 
-def _series(history: History) -> dict[str, Array]:
+def series_of(history: History) -> dict[str, Array]:
     """Values of each scalar, and the norm of the records' first kind."""
     series = {name: history.scalar(name)[1] for name in history.scalars}
     kind = history.kinds[0]
     return series | {f"{NOUNS[kind]} norm": history.norm(kind)}
 
 
-def _late(values: Array) -> float:
+def late(values: Array) -> float:
     """Median of the newest values, which says where a series is now."""
     return float(median(values[-_LATE:]))
 
@@ -73,7 +66,8 @@ def _extremes(values: Array) -> tuple[float, float]:
     return (float(known.min()), float(known.max())) if len(known) else (math.nan, math.nan)
 
 
-def _plain(value: float) -> str:
+def plain(value: float) -> str:
+    """A number of any kind, four digits."""
     return f"{value:.4g}"
 
 
@@ -95,229 +89,19 @@ def findings(found: Sequence[Finding], most: int | None = 3, indent: str = "") -
         group = each.severity, each.kind
         shown[group] += 1
         if most is None or shown[group] <= most:
-            lines.append(textwrap.fill(escaped(each), _width(), subsequent_indent="  "))
+            lines.append(textwrap.fill(escaped(each), width(), subsequent_indent="  "))
         elif shown[group] == total[group]:
             lines.append(f"  and {total[group] - most} more like it (--all shows them)")
     lines = textwrap.indent("\n".join(lines), indent).splitlines()
     return "\n".join(lines) if lines else f"{indent}nothing found"
 
 
-def formats(history: History, snr: float, *, every_layer: bool = False) -> str:
-    """What narrow formats would do to each layer, the worst first, and what is recommended.
-
-    Args:
-        history: with one record at least, of some formats.
-        snr: signal-to-noise ratio to keep, in dB.
-        every_layer: also where a network has more layers than a screen has lines.
-
-    Returns:
-        Text.
-    """
-    layers = layer_fits(history, Thresholds().window)
-    if not layers:
-        return "\nno layer has values"
-    lines = []
-    for kind in dict.fromkeys(each.row.kind for each in layers):
-        of_kind = sorted((x for x in layers if x.row.kind == kind), key=lambda x: x.worst)
-        shown = of_kind if every_layer else of_kind[:_MOST_LAYERS]
-        rows: list[tuple[str, ...]] = [(NOUNS[kind], "narrowest", *history.formats)]
-        rows += [
-            (escaped(each.row.name), each.narrowest(snr) or "none", *map(_fit, each.fits.values()))
-            for each in shown
-        ]
-        lines += ["", *_table(rows)]
-        if len(of_kind) > len(shown):
-            lines.append(f"and {len(of_kind) - len(shown)} better ones (--all shows them)")
-    sentence = escaped(recommendation(layers, history.formats, snr))
-    return "\n".join([*lines, "", textwrap.fill(sentence, _width())])
-
-
-def _fit(fit: Fit) -> str:
-    """SNR, and what share is lost if any is."""
-    text = "exact" if fit.snr == math.inf else f"{round(fit.snr, 1) + 0.0:.1f} dB"
-    for share, what in ((fit.underflow, "to 0"), (fit.saturated, "clipped")):
-        if share:
-            text += f", {_share(share)} {what}"
-    return text
-
-
-def _share(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.005 else "<1%"
-
-
-def compare(runs: Mapping[str, History], *, every_layer: bool = False) -> str:
-    """Two runs layer by layer: rms of each, their ratio, first over last layer, and findings.
-
-    Of several kinds of rows the first that both have is compared, and what there is in both runs of
-    update ratios and dead units.
-
-    Args:
-        runs: two histories with records, by name.
-        every_layer: also where a network has more layers than a screen has lines.
-
-    Returns:
-        Text.
-
-    Raises:
-        ValueError: a history without records or layers.
-    """
-    for history in runs.values():
-        check_history("compare", history)
-    one, other = runs
-    common = next((kind for kind in runs[one].kinds if kind in runs[other].kinds), None)
-    typical = {
-        name: _typical(
-            history.select(common) if common not in (None, history.kinds[0]) else history
-        )
-        for name, history in runs.items()
-    }
-    layers = list(dict.fromkeys(layer for values in typical.values() for layer in values))
-    shown = layers if every_layer else _some(layers, _MOST_LAYERS)
-    ends = _ends([x for values in typical.values() for x in values.values()])
-    rows: list[tuple[str, ...]] = [("rms, median of all records", "A", "", "B", "", "B / A")]
-    for layer in shown:
-        a, b = (typical[name].get(layer, math.nan) for name in (one, other))
-        rows.append(
-            (escaped(layer), _number(a), _bar(a, *ends), _number(b), _bar(b, *ends), _ratio(b, a))
-        )
-    shares = [_first_over_last(list(values.values())) for values in typical.values()]
-    rows.append(
-        ("first layer / last layer", _ratio(shares[0], 1), "", _ratio(shares[1], 1), "", "")
-    )
-    rows += _derived(list(runs.values()))
-    a_series, b_series = (_series(history) for history in runs.values())
-    for series in a_series:
-        if series in b_series:
-            a, b = _late(a_series[series]), _late(b_series[series])
-            what = f"{escaped(series)}, lately"
-            rows.append((what, _plain(a), "", _plain(b), "", _ratio(b, a)))
-    lines = [f"A  {heading(one, runs[one])}", f"B  {heading(other, runs[other])}", ""]
-    lines += _table(rows)
-    if not set(typical[one]) & set(typical[other]):
-        lines.append("A and B have no layer in common")
-    if len(shown) < len(layers):
-        lines.append(f"{len(layers) - len(shown)} layers between them are left out (--all)")
-    for name, history in runs.items():
-        found = [each for each in history.diagnose() if each.severity != "note"]
-        lines += ["", f"{'A' if name == one else 'B'}  {escaped(name)}:"]
-        lines.append(findings(found, most=2, indent="   "))
-    return "\n".join(lines)
-
-
-def draw(runs: Mapping[str, History], path: Path) -> None:
-    """Write the curves of several runs: mean |gradient| of some of the layers against time.
-
-    Args:
-        runs: histories with records, by name.
-        path: of the file, which appears whole or not at all; its suffix is the format.
-
-    Raises:
-        OSError: it cannot be written.
-        ValueError: an unknown format.
-    """
-    from gradstat import plot
-    from gradstat.plot.arguments import literal
-
-    layers = list(dict.fromkeys(row for history in runs.values() for row in first_rows(history)))
-    average = max(1, max(len(history) for history in runs.values()) // 100)
-    figure = plot.curves(
-        {literal(name): history for name, history in runs.items()},
-        split="history",
-        layers=_some(layers, _MOST_LINES),
-        average=average,
-    )
-    with replacing(path) as unfinished:
-        figure.savefig(unfinished, format=path.suffix[1:] or "png")
-
-
-def newest(name: str, history: History) -> str:
-    """The newest record as a table of the layers of the first kind, and the worst findings."""
-    numbers = {name: history[name][-1].tolist() for name in _NEWEST}
-    rms = numbers["rms"]
-    shown = [history.layers.index(row) for row in first_rows(history)]
-    ends = _ends([rms[at] for at in shown])
-    rows = [("layer", "rms", "", "largest", "zeros", "NaN, infinite")]
-    for at in shown:
-        numel, finite, zeros = (numbers[name][at] for name in ("numel", "finite", "zeros"))
-        rows.append(
-            (
-                escaped(history.layers[at]),
-                _number(rms[at]),
-                _bar(rms[at], *ends),
-                _number(numbers["abs_max"][at]),
-                _percent(zeros / finite if finite else math.nan),
-                str(numel - finite) if numel else f"no {NOUNS[history.kinds[0]]}",
-            )
-        )
-    found = [each for each in history.diagnose() if each.severity != "note"]
-    lines = [f"{escaped(name)}: step {history.steps[-1]}", ""]
-    lines += _table([rows[0], *_some(rows[1:], _MOST_LAYERS)])
-    return "\n".join([*lines, "", findings(found, most=2)])
-
-
-def tail(path: Path, interval_s: float, updates: int | None = None) -> None:
-    """Print the newest record of a run whenever there is another one; for ever, or so many times.
-
-    Waits for a run that is not there yet. Of a directory only what was written last is read,
-    however long the run is.
-
-    Args:
-        path: file or directory.
-        interval_s: seconds from one look to the next.
-        updates: tables to print; by default until interrupted.
-
-    Raises:
-        OSError: it cannot be opened.
-        ValueError: it is damaged or another kind of file.
-    """
-    seen: object = ()  # nothing has been looked at
-    printed = 0
-    while updates is None or printed < updates:
-        found = state(path)
-        if found != seen:
-            seen = found
-            history = None if found is None else read_newest(path)
-            if history:
-                clear = "\x1b[H\x1b[2J" if sys.stdout.isatty() else "\n" if printed else ""
-                print(clear + newest(str(path), history), flush=True)
-                printed += 1
-                continue
-            if not printed:
-                what = "is not there yet" if found is None else "has no records yet"
-                print(f"{escaped(path)} {what}", flush=True)
-        time.sleep(interval_s)
-
-
-def _typical(history: History) -> dict[str, float]:
-    """Median rms of each layer of the first kind over all records."""
-    rms: Array = median(history["rms"])
-    typical = dict(zip(history.layers, rms.tolist(), strict=True))
-    return {row: typical[row] for row in first_rows(history)}
-
-
-def _first_over_last(typical: Sequence[float]) -> float:
-    present = [rms for rms in typical if rms > 0]
-    return present[0] / present[-1] if present else math.nan
-
-
-def _derived(runs: Sequence[History]) -> list[tuple[str, ...]]:
-    """Lines on two runs' updates and units, medians over all records, where both have them."""
-    rows: list[tuple[str, ...]] = []
-    if all({UPDATE, PARAM} <= set(run.kinds) for run in runs):
-        a, b = (float(median(median(run.update_ratio()))) for run in runs)
-        rows.append(("update / parameter, median", _number(a), "", _number(b), "", _ratio(b, a)))
-    if all(UNIT in run.kinds for run in runs):
-        a, b = (float(np.fmax.reduce(median(run.dead_units()))) for run in runs)
-        rows.append(("dead units, most in a layer", _percent(a), "", _percent(b), "", ""))
-    return rows
-
-
-def _some(items: Sequence[Item], most: int) -> list[Item]:
+def some(items: Sequence[Item], most: int) -> list[Item]:
     """At most so many, evenly spread, the first and the last among them."""
     return [items[i] for i in evenly_spread(len(items), most)]
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns side by side, the first and those that are bars to the left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     left = {0} | {i for i in range(len(widths)) if any(row[i].startswith("#") for row in rows)}
@@ -331,13 +115,13 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 
-def _ends(values: Sequence[float]) -> tuple[float, float]:
+def ends_of(values: Sequence[float]) -> tuple[float, float]:
     """Smallest and largest of the values that a bar shows."""
     known = [x for x in values if x > 0 and math.isfinite(x)]
     return (min(known), max(known)) if known else (1.0, 1.0)
 
 
-def _bar(value: float, low: float, high: float) -> str:
+def bar(value: float, low: float, high: float) -> str:
     """A bar on a log scale from the smallest value, one character long, to the largest."""
     if not (value > 0 and math.isfinite(value)):
         return ""
@@ -347,21 +131,26 @@ def _bar(value: float, low: float, high: float) -> str:
     return "#" * (1 + round(share * (_BAR - 1)))
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """A magnitude: two digits and its exponent; a dash for NaN."""
     return "-" if math.isnan(value) else f"{value:.1e}" if value else "0"
 
 
-def _ratio(value: float, by: float) -> str:
+def ratio(value: float, by: float) -> str:
+    """A quotient; a dash where there is none."""
     return f"{value / by:.2g}" if by > 0 and not math.isnan(value) else "-"
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A share; a dash for NaN."""
     return "-" if math.isnan(value) else f"{value:.0%}"
 
 
-def _count(number: int, what: str) -> str:
+def count(number: int, what: str) -> str:
+    """So many of something."""
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def _width() -> int:
+def width() -> int:
+    """Characters of a line."""
     return max(60, min(shutil.get_terminal_size().columns, 100))

@@ -1,7 +1,5 @@
 import math
 import re
-import threading
-import time
 from pathlib import Path
 
 import matplotlib.image
@@ -10,32 +8,21 @@ import torch
 from findings import noise
 from histories import make_history
 from matplotlib.figure import Figure
+from tables_of_text import rows
 from torch import Tensor
 
-from gradstat import History, Log2Bins
-from gradstat.cli import main
-from gradstat.cli import text as cli_text
-from gradstat.history.journal import Journal
+from gradstat import Log2Bins
+from gradstat.cli import comparison, main, newest, text
 
 
 def shrinking(step: int, layer: int) -> Tensor:
     return noise(step, layer, 10.0 ** (layer - 4))
 
 
-def rows(text: str) -> dict[str, list[str]]:
-    """Cells of each line that starts with a layer's name, bars left out."""
-    split = (line.split() for line in text.splitlines())
-    return {
-        cells[0]: [cell for cell in cells[1:] if "#" not in cell]
-        for cells in split
-        if cells and cells[0].endswith("weight")
-    }
-
-
 def test_compare_tells_both_runs_apart_layer_by_layer() -> None:
     one = make_history(Log2Bins(), 3, 25, noise)
     other = make_history(Log2Bins(), 3, 25, shrinking)
-    text = cli_text.compare({"healthy": one, "ill": other})
+    text = comparison.compare({"healthy": one, "ill": other})
     lines = text.splitlines()
     assert lines[0] == "A  healthy: 25 records of 3 layers, steps 0 to 24, Log2Bins()"
     assert lines[1] == "B  ill: 25 records of 3 layers, steps 0 to 24, Log2Bins()"
@@ -58,7 +45,7 @@ def test_compare_tells_both_runs_apart_layer_by_layer() -> None:
 def test_compare_draws_bars_on_one_log_scale() -> None:
     one = make_history(Log2Bins(), 2, 1, lambda step, layer: torch.full((4,), 10.0 ** (11 * layer)))
     other = make_history(Log2Bins(), 1, 1, lambda step, layer: torch.full((4,), 1e4))
-    text = cli_text.compare({"one": one, "other": other})
+    text = comparison.compare({"one": one, "other": other})
     assert re.findall("#+", text) == ["#", "#" * 5, "#" * 12]
     assert rows(text)["1.weight"][1:] == ["-", "-"]
     assert "no layer in common" not in text
@@ -68,28 +55,28 @@ def test_compare_says_that_no_layer_is_in_both_runs() -> None:
     one = make_history(Log2Bins(), 2, 5, noise)
     other = make_history(Log2Bins(), 2, 5, noise)
     other.layers = [f"other.{layer}" for layer in one.layers]
-    text = cli_text.compare({"one": one, "other": other})
+    text = comparison.compare({"one": one, "other": other})
     assert "\nA and B have no layer in common\n" in text
 
 
 def test_compare_fits_a_deep_network_on_a_screen() -> None:
     deep = make_history(Log2Bins(), 60, 2, noise)
-    text = cli_text.compare({"one": deep, "other": deep})
+    text = comparison.compare({"one": deep, "other": deep})
     table = rows(text)
     assert len(table) == 24
     assert [next(iter(table)), next(reversed(table))] == ["0.weight", "59.weight"]
     assert "36 layers between them are left out (--all)" in text
-    assert len(rows(cli_text.compare({"one": deep, "other": deep}, every_layer=True))) == 60
+    assert len(rows(comparison.compare({"one": deep, "other": deep}, every_layer=True))) == 60
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan])
 def test_compare_and_tail_get_through_runs_of_nothing_but(value: float) -> None:
     history = make_history(Log2Bins(), 2, 3, lambda step, layer: torch.full((4,), value))
-    table = rows(cli_text.compare({"one": history, "other": history}))
+    table = rows(comparison.compare({"one": history, "other": history}))
     cell = "0" if value == 0 else "-"
     assert table == {"0.weight": [cell, cell, "-"], "1.weight": [cell, cell, "-"]}
     finding = "warning: dead" if value == 0 else "severe: non-finite"
-    assert finding in cli_text.newest("run", history)
+    assert finding in newest.newest("run", history)
 
 
 def test_compare_command_names_runs_and_draws_their_curves(
@@ -118,136 +105,6 @@ def test_compare_command_names_runs_and_draws_their_curves(
     assert error.count("\n") == 1
 
 
-def test_newest_shows_the_last_record_with_zeros_and_what_is_not_finite() -> None:
-    def gradient(step: int, layer: int) -> Tensor:
-        x = noise(step, layer)
-        if step == 2 and layer == 0:
-            x[:100] = 0
-            x[100:103] = torch.tensor([math.nan, math.inf, -math.inf])
-        return x
-
-    history = make_history(Log2Bins(), 3, 3, gradient, absent=[(2, 2)])
-    text = cli_text.newest("run", history)
-    assert text.startswith("run: step 2\n")
-    record, table = history.record(), rows(text)
-    for at, layer in enumerate(("0.weight", "1.weight")):
-        assert float(table[layer][0]) == pytest.approx(float(record.rms[at]), rel=0.05)
-        assert float(table[layer][1]) == pytest.approx(float(record.abs_max[at]), rel=0.05)
-    assert table["0.weight"][2:] == ["25%", "3"]
-    assert table["1.weight"][2:] == ["0%", "0"]
-    assert table["2.weight"] == ["-", "-", "-", "no", "gradient"]
-    assert "severe: non-finite, step 2" in text
-
-
-def test_tail_prints_each_new_record_of_a_file_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "run.npz"
-    History(["0.weight"], Log2Bins()).save(path)
-
-    def train() -> None:
-        for steps in (1, 2):
-            time.sleep(0.3)
-            make_history(Log2Bins(), 1, steps, noise).save(path)
-
-    trainer = threading.Thread(target=train)
-    trainer.start()
-    cli_text.tail(path, 0.02, updates=2)
-    trainer.join()
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"{path} has no records yet\n")
-    assert re.findall(r": step (\d+)$", shown, re.M) == ["0", "1"]
-
-
-def test_tail_reads_only_what_was_written_last(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    history = make_history(Log2Bins(), 1, 3, noise)
-    journal = Journal(tmp_path, history)
-    ends = []
-    for step in range(3):
-        record = history.record(step)
-        journal.append(step, *(x.numpy() for x in (record.integers, record.floats, record.counts)))
-        journal.flush()
-        ends.append((tmp_path / "00000000.gradstat").stat().st_size)
-    with (tmp_path / "00000000.gradstat").open("r+b") as file:
-        file.seek(ends[0] + 500)
-        file.write(b"not read")
-    cli_text.tail(tmp_path, 0.02, updates=1)
-    assert f"{tmp_path}: step 2" in capsys.readouterr().out
-    # The last one alone is cut off.
-    with (tmp_path / "00000000.gradstat").open("r+b") as file:
-        file.truncate(ends[2] - 1)
-    with pytest.raises(ValueError, match="block 2 has another checksum"):
-        cli_text.tail(tmp_path, 0.02, updates=1)
-
-
-@pytest.mark.parametrize("name", ["run", "run.npz"])
-def test_tail_waits_for_a_run_that_is_not_there_yet(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / name
-    history = make_history(Log2Bins(), 1, 1, noise)
-
-    def train() -> None:
-        time.sleep(0.3)
-        if path.suffix:
-            history.save(path)
-        else:
-            path.mkdir()
-            time.sleep(0.1)
-            history.save(path / "00000000.npz")
-
-    trainer = threading.Thread(target=train)
-    trainer.start()
-    cli_text.tail(path, 0.02, updates=1)
-    trainer.join()
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"{path} is not there yet\n")
-    assert f"\n{path}: step 0\n" in shown
-
-
-def test_tail_waits_for_a_directory_that_is_only_begun(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "00000000.gradstat").write_bytes(b"")
-
-    def train() -> None:
-        time.sleep(0.3)
-        make_history(Log2Bins(), 1, 1, noise).save(tmp_path / "00000001.npz")
-
-    trainer = threading.Thread(target=train)
-    trainer.start()
-    cli_text.tail(tmp_path, 0.02, updates=1)
-    trainer.join()
-    assert capsys.readouterr().out.startswith(f"{tmp_path} has no records yet\n{tmp_path}: step 0")
-
-
-def test_tail_waits_for_a_directory_to_have_records(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def train() -> None:
-        time.sleep(0.3)
-        make_history(Log2Bins(), 1, 1, noise).save(tmp_path / "00000001.npz")
-
-    History(["0.weight"], Log2Bins()).save(tmp_path / "00000000.npz")
-
-    trainer = threading.Thread(target=train)
-    trainer.start()
-    cli_text.tail(tmp_path, 0.02, updates=1)
-    trainer.join()
-    assert capsys.readouterr().out.startswith(f"{tmp_path} has no records yet\n{tmp_path}: step 0")
-
-
-def test_tail_redraws_in_place_on_a_terminal(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_history(Log2Bins(), 1, 1, noise).save(tmp_path / "run.npz")
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    cli_text.tail(tmp_path / "run.npz", 0.02, updates=1)
-    assert capsys.readouterr().out.startswith(f"\x1b[H\x1b[2J{tmp_path / 'run.npz'}: step 0")
-
-
 KINDS = ("grad", "param", "update", "activation", "unit")
 
 
@@ -259,7 +116,7 @@ def values_of_kinds(step: int, row: int) -> Tensor:
 def test_screens_speak_of_the_first_kind() -> None:
     history = make_history(Log2Bins(), 2, 5, values_of_kinds, absent=[(4, 1)], kinds=KINDS)
     gradients = history.select("grad")
-    text = cli_text.compare({"one": history, "other": gradients})
+    text = comparison.compare({"one": history, "other": gradients})
     assert text.splitlines()[0] == (
         "A  one: 5 records of 2 layers (grad, param, update, activation, unit), steps 0 to 4, "
         "Log2Bins()"
@@ -267,11 +124,11 @@ def test_screens_speak_of_the_first_kind() -> None:
     assert list(rows(text)) == gradients.layers
     assert "update / parameter" not in text
     assert "dead units" not in text
-    table = rows(cli_text.newest("run", history))
+    table = rows(newest.newest("run", history))
     assert list(table) == gradients.layers
     assert table["1.weight"][-2:] == ["no", "gradient"]
     updates = make_history(Log2Bins(), 2, 5, absent=[(4, 1)], kinds=("update", "activation"))
-    table = rows(cli_text.newest("run", updates))
+    table = rows(newest.newest("run", updates))
     assert list(table) == ["update/0.weight", "update/1.weight"]
     assert table["update/1.weight"][-2:] == ["no", "update"]
 
@@ -280,7 +137,7 @@ def test_bars_of_a_screen_span_the_first_kind() -> None:
     history = make_history(
         Log2Bins(), 2, 1, lambda step, row: torch.full((4,), 10.0**row), (), KINDS
     )
-    assert re.findall("#+", cli_text.newest("run", history)) == ["#", "#" * 12]
+    assert re.findall("#+", newest.newest("run", history)) == ["#", "#" * 12]
 
 
 def test_compare_tells_update_ratios_and_dead_units_where_both_runs_have_them() -> None:
@@ -292,7 +149,7 @@ def test_compare_tells_update_ratios_and_dead_units_where_both_runs_have_them() 
         lambda step, row: values_of_kinds(step, row) * (10.0 if row // 2 == 2 else 1.0),
         kinds=KINDS,
     )
-    text = cli_text.compare({"one": one, "other": other})
+    text = comparison.compare({"one": one, "other": other})
     a, b, ratio = re.search(
         r"^update / parameter, median +(\S+) +(\S+) +(\S+)$", text, re.M
     ).groups()
@@ -300,14 +157,14 @@ def test_compare_tells_update_ratios_and_dead_units_where_both_runs_have_them() 
     assert float(b) == pytest.approx(0.1, rel=0.1)
     assert float(ratio) == pytest.approx(10, rel=0.1)
     assert re.search(r"^dead units, most in a layer +25% +25%$", text, re.M)
-    updates = cli_text.compare({"one": one.select("update"), "other": other})
+    updates = comparison.compare({"one": one.select("update"), "other": other})
     assert "update / parameter" not in updates
 
 
 def test_compare_compares_the_first_kind_that_both_runs_have() -> None:
     history = make_history(Log2Bins(), 2, 5, values_of_kinds, kinds=KINDS)
     for one, other in ((history.select("update"), history), (history, history.select("update"))):
-        text = cli_text.compare({"one": one, "other": other})
+        text = comparison.compare({"one": one, "other": other})
         assert re.findall(r"^\d\.weight .* (\S+)$", text, re.M) == ["1", "1"]
 
 
@@ -328,7 +185,7 @@ def test_draw_writes_the_curves_of_the_first_kind_whole_or_not_at_all(
     with monkeypatch.context() as patch:
         patch.setattr(Figure, "savefig", fails)
         with pytest.raises(OSError, match="disk full"):
-            cli_text.draw({"run": history}, path)
+            comparison.draw({"run": history}, path)
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
     assert len(drawn[0].axes[0].lines) == 2
@@ -337,7 +194,7 @@ def test_draw_writes_the_curves_of_the_first_kind_whole_or_not_at_all(
         ("curves.svg", b"<?xml"),
         ("x", b"\x89PNG"),
     ):
-        cli_text.draw({"run": history}, tmp_path / name)
+        comparison.draw({"run": history}, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(beginning)
 
 
@@ -345,7 +202,7 @@ def test_scalars_lists_what_was_logged_and_the_norm() -> None:
     history = make_history(Log2Bins(), 2, 25, noise)
     for step in range(50):
         history.add_scalar("loss", step, math.nan if step == 3 else 5.0 - step / 10)
-    lines = [line.split() for line in cli_text.scalars(history).splitlines()]
+    lines = [line.split() for line in text.scalars(history).splitlines()]
     assert lines[1] == ["loss", "50", "5", "1", "0.1", "5"]
     norm = history.norm()
     assert lines[2][:3] == ["gradient", "norm", "25"]
@@ -358,7 +215,7 @@ def test_compare_tells_the_losses_and_norms_of_both_apart() -> None:
         for step in range(25):
             history.add_scalar("loss", step, 2.0 if name == "one" else 3.0)
     runs["one"].add_scalar("lr", 0, 0.1)
-    shown = cli_text.compare(runs)
+    shown = comparison.compare(runs)
     assert re.search(r"^loss, lately +2 +3 +1.5$", shown, re.M)
     assert re.search(r"^gradient norm, lately +\S+ +\S+ +1$", shown, re.M)
     assert "lr" not in shown

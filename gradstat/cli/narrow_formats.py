@@ -1,0 +1,56 @@
+"""What ``gradstat formats`` prints."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+
+from gradstat.cli.text import MOST_LAYERS, table, width
+from gradstat.diagnosis.narrow_formats import Fit, layer_fits, recommendation
+from gradstat.escaping import escaped
+from gradstat.history import History
+from gradstat.kinds import NOUNS
+from gradstat.thresholds import Thresholds
+
+
+def formats(history: History, snr: float, *, every_layer: bool = False) -> str:
+    """What narrow formats would do to each layer, the worst first, and what is recommended.
+
+    Args:
+        history: with one record at least, of some formats.
+        snr: signal-to-noise ratio to keep, in dB.
+        every_layer: also where a network has more layers than a screen has lines.
+
+    Returns:
+        Text.
+    """
+    layers = layer_fits(history, Thresholds().window)
+    if not layers:
+        return "\nno layer has values"
+    lines = []
+    for kind in dict.fromkeys(each.row.kind for each in layers):
+        of_kind = sorted((x for x in layers if x.row.kind == kind), key=lambda x: x.worst)
+        shown = of_kind if every_layer else of_kind[:MOST_LAYERS]
+        rows: list[tuple[str, ...]] = [(NOUNS[kind], "narrowest", *history.formats)]
+        rows += [
+            (escaped(each.row.name), each.narrowest(snr) or "none", *map(_fit, each.fits.values()))
+            for each in shown
+        ]
+        lines += ["", *table(rows)]
+        if len(of_kind) > len(shown):
+            lines.append(f"and {len(of_kind) - len(shown)} better ones (--all shows them)")
+    sentence = escaped(recommendation(layers, history.formats, snr))
+    return "\n".join([*lines, "", textwrap.fill(sentence, width())])
+
+
+def _fit(fit: Fit) -> str:
+    """SNR, and what share is lost if any is."""
+    text = "exact" if fit.snr == math.inf else f"{round(fit.snr, 1) + 0.0:.1f} dB"
+    for share, what in ((fit.underflow, "to 0"), (fit.saturated, "clipped")):
+        if share:
+            text += f", {_share(share)} {what}"
+    return text
+
+
+def _share(share: float) -> str:
+    return f"{share:.0%}" if share >= 0.005 else "<1%"
