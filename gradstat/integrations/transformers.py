@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from gradstat.integrations.callbacks import Watching
 
@@ -20,8 +23,13 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
     """Record the gradients of each optimizer step of a Trainer.
 
     They are measured as they are applied: whole, averaged over the ranks, unscaled and clipped. The
-    learning rate is kept at each step, and so is what the Trainer logs, at its own steps: the loss
-    every ``logging_steps``, evaluations, and what your own ``log()`` reports.
+    loss and the learning rate are kept at each step, and what the Trainer logs, at its own steps:
+    evaluations, and what your own ``log()`` reports.
+
+    ``loss`` is what the model's forward pass returns as such, put together as the Trainer does, on
+    this rank. Where the Trainer's own, every ``logging_steps``, differs from its mean, as with a
+    ``compute_loss`` of yours or several ranks, it is kept as ``trainer_loss``; where a model
+    returns none, or is compiled by the Trainer, ``loss`` is the Trainer's own.
 
     Args:
         **options: as `gradstat.watch`, but ``model``, ``when``, ``optimizer``, ``scaler``,
@@ -33,6 +41,8 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
         >>> Trainer(model, arguments, callbacks=[gradients], ...).train()  # doctest: +SKIP
         >>> gradients.history  # doctest: +SKIP
     """
+
+    _handle: RemovableHandle | None = None  # of the hook that sees the losses
 
     def on_train_begin(
         self,
@@ -49,18 +59,73 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
         inner = getattr(optimizer, "optimizer", optimizer)
         scaler = getattr(optimizer, "scaler", None)
         self._start(model, scaler, state.global_step, when="step", optimizer=inner)
+        self._forget_losses()
+        self._n_logged, self._has_losses = state.global_step, False
+        if not getattr(args, "torch_compile", False):
+            self._handle = model.register_forward_hook(self._on_forward, with_kwargs=True)
+
+    def on_step_end(
+        self,
+        args: Any,  # noqa: ANN401
+        state: Any,  # noqa: ANN401
+        control: Any,  # noqa: ANN401
+        **_: Any,  # noqa: ANN401
+    ) -> None:
+        """Keep the loss of the step."""
+        if self._losses:
+            loss = torch.stack(self._losses).sum()
+            self._log({"loss": loss if self._are_parts else loss / len(self._losses)})
+            self._forget_losses()
+            self._has_losses = True
 
     def on_log(
         self,
         args: Any,  # noqa: ANN401
         state: Any,  # noqa: ANN401
         control: Any,  # noqa: ANN401
-        logs: Mapping[str, object] | None = None,
+        logs: Mapping[str, Any] | None = None,
         **_: Any,  # noqa: ANN401
     ) -> None:
         """Keep what is logged."""
-        self._log(logs or {})
+        logged = dict(logs or {})
+        if "loss" in logged:
+            if self._has_losses:
+                loss = float(logged.pop("loss"))
+                steps, values = self.history.scalar("loss")
+                mean = values[steps >= self._n_logged].mean()
+                # The Trainer may round it.
+                if not np.isclose(loss, mean, rtol=1e-2, atol=1e-4, equal_nan=True):
+                    logged["trainer_loss"] = loss
+            self._n_logged = state.global_step
+        self._log(logged)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
         """Close the watch."""
         self._stop()
+
+    def _stop(self) -> None:
+        super()._stop()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _forget_losses(self) -> None:
+        self._losses: list[Tensor] = []  # of the batches of a step
+        self._are_parts = False  # of the step's loss, or means of their own
+
+    def _on_forward(
+        self,
+        model: nn.Module,
+        arguments: tuple[Any, ...],
+        options: Mapping[str, Any],
+        outputs: Any,  # noqa: ANN401
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if model.training and torch.is_grad_enabled() and _is_loss(loss):
+            # Not a copy: the Trainer scales it in place for the number of ranks.
+            self._losses.append(loss.detach())
+            self._are_parts = options.get("num_items_in_batch") is not None
+
+
+def _is_loss(x: object) -> TypeGuard[Tensor]:
+    return isinstance(x, Tensor) and x.dim() == 0 and x.is_floating_point()

@@ -339,12 +339,52 @@ def test_transformers_callback_keeps_what_the_trainer_logs(
     history = callback.history
     logged = [each for each in trainer.state.log_history if "loss" in each]
     steps, losses = history.scalar("loss")
-    assert steps.tolist() == [each["step"] - 1 for each in logged]
-    assert losses.tolist() == pytest.approx([each["loss"] for each in logged])
+    assert steps.tolist() == list(range(6))
+    # The Trainer has the mean of two steps.
+    assert losses.reshape(3, 2).mean(1).tolist() == pytest.approx([each["loss"] for each in logged])
+    assert "trainer_loss" not in history.scalars
     assert history.scalar("lr/0")[0].tolist() == history.steps.tolist()
     # Two batches of each step.
     steps, mine = history.scalar("mine")
     assert mine.tolist() == steps.tolist() == [step for step in range(6) for _ in range(2)]
+
+
+@pytest.mark.parametrize("how", ["another loss", "no loss", "means"])
+def test_transformers_callback_says_whose_loss_it_keeps(
+    transformers: Any, tmp_path: Path, how: str
+) -> None:
+    from gradstat.integrations.transformers import WatchCallback
+
+    class Other(transformers.Trainer):
+        def compute_loss(
+            self, model: nn.Module, inputs: dict[str, Tensor], *arguments: Any, **options: Any
+        ) -> Tensor:
+            if how == "means":
+                return model(**inputs).loss
+            labels = inputs.pop("labels") if how == "no loss" else inputs["labels"]
+            logits = model(**inputs).logits
+            return 3 * nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    arguments = make_arguments(transformers, tmp_path)
+    arguments.logging_strategy, arguments.logging_steps = "steps", 2
+    callback, model = WatchCallback(), make_gpt(transformers)
+    trainer = Other(model, arguments, train_dataset=make_rows(), callbacks=[callback])
+    if how == "means":
+        trainer.model_accepts_loss_kwargs = False
+    trainer.train()
+    h = callback.history
+    logged = [each["loss"] for each in trainer.state.log_history if "loss" in each]
+    if how == "no loss":
+        assert h.scalar("loss")[1].tolist() == pytest.approx(logged)
+        return
+    assert h.scalar("loss")[0].tolist() == list(range(6))
+    means = h.scalar("loss")[1].reshape(3, 2).mean(1)
+    assert ("trainer_loss" in h.scalars) == (how == "another loss")
+    if how == "means":
+        assert means.tolist() == pytest.approx(logged, rel=1e-3)
+    else:
+        assert h.scalar("trainer_loss")[1].tolist() == pytest.approx(logged)
+    assert n_hooks(model) == 0
 
 
 def test_transformers_callback_goes_on_where_a_checkpoint_was_made(
