@@ -57,7 +57,8 @@ class Thresholds:
         dead_units_share: largest share of a module's units that may be zero for a whole batch.
         dead_units_severe: the share from which that is severe.
         outliers_growth: from which growth of an activation's kurtosis over the run it is noted.
-        underflow_share: largest share of a layer's values that float16 may flush to zero.
+        underflow_share: largest share of a layer's values that float16, or a format of
+            ``watch(formats=...)``, may flush to zero.
         clipped_share: largest share of a layer's values that a format of ``watch(formats=...)`` may
             clip.
         format_snr: smallest signal-to-noise ratio, in dB, that a format may leave of a layer.

@@ -192,19 +192,26 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
         help="signal-to-noise ratio to keep, by default %(default)g dB",
     )
     parser.add_argument("--all", action="store_true", help="every layer of a deep network")
+    parser.add_argument(
+        "--scales", action="store_true", help="exponents of the smallest and the largest scale too"
+    )
 
 
 def _formats(options: argparse.Namespace) -> int:
     from gradstat.cli import narrow_formats, text
     from gradstat.cli.runs import load
 
+    thresholds = Thresholds(format_snr=options.snr)
     history = load(options.run_path)
     if not history.formats:
         raise ValueError(
             f"formats needs a run of watch(formats=...); {options.run_path} has measured none"
         )
     print(text.heading(str(options.run_path), history))
-    print(narrow_formats.formats(history, options.snr, every_layer=options.all))
+    shown = narrow_formats.formats(
+        history, thresholds, every_layer=options.all, scales=options.scales
+    )
+    print(shown)
     return 0
 
 

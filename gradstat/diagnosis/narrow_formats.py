@@ -14,6 +14,7 @@ from gradstat.diagnosis.run import Run, median
 from gradstat.formats import parse_format
 from gradstat.history import History
 from gradstat.kinds import NOUNS, Row
+from gradstat.quantized import QUANTIZATION_COUNTS
 from gradstat.thresholds import Thresholds
 
 
@@ -33,6 +34,10 @@ class Fit:
     saturated: float
     scales: tuple[float, float]
 
+    def keeps(self, thresholds: Thresholds) -> bool:
+        """Whether a format leaves enough: of the sum of squares, and of the small values too."""
+        return self.snr >= thresholds.format_snr and self.underflow <= thresholds.underflow_share
+
 
 @dataclass(frozen=True)
 class LayerFits:
@@ -48,9 +53,9 @@ class LayerFits:
     layer: str
     fits: dict[str, Fit]
 
-    def narrowest(self, snr: float) -> str | None:
-        """The format of the fewest bits that keeps the layer at an SNR or above; ``None``: none."""
-        kept = [name for name, fit in self.fits.items() if fit.snr >= snr]
+    def narrowest(self, thresholds: Thresholds) -> str | None:
+        """The format of the fewest bits that keeps the layer; ``None``: none does."""
+        kept = [name for name, fit in self.fits.items() if fit.keeps(thresholds)]
         return min(kept, key=lambda name: parse_format("formats", name).bits, default=None)
 
     @property
@@ -60,7 +65,7 @@ class LayerFits:
 
 
 def layer_fits(history: History, window: int) -> list[LayerFits]:
-    """Of each row that had values, what each format would have done at its worst.
+    """Of each row that had values other than zero, what each format would have done at its worst.
 
     Args:
         history: with one record at least.
@@ -72,7 +77,7 @@ def layer_fits(history: History, window: int) -> list[LayerFits]:
     blocks = Run(history, window, None).blocks
     found: list[dict[str, Fit]] = [{} for _ in history.rows]
     for name in history.formats:
-        fields = history.quantization(name)
+        fields = _of_values(history, name)
         snr = _over_blocks(fields["snr"], blocks).min(0)
         underflow, saturated = (
             _over_blocks(fields[each], blocks).max(0) for each in ("underflow", "saturated")
@@ -90,20 +95,33 @@ def layer_fits(history: History, window: int) -> list[LayerFits]:
     ]
 
 
-def recommendation(layers: Sequence[LayerFits], formats: Sequence[str], snr: float) -> str:
+def _of_values(history: History, name: str) -> dict[str, Array]:
+    """What `History.quantization` has, NaN where there was nothing but zeros to keep."""
+    fields = history.quantization(name)
+    has_values = fields["nonzero"] > 0
+    return {
+        field: np.where(has_values, x, math.nan)
+        for field, x in fields.items()
+        if field not in QUANTIZATION_COUNTS
+    }
+
+
+def recommendation(
+    layers: Sequence[LayerFits], formats: Sequence[str], thresholds: Thresholds
+) -> str:
     """In one sentence, the narrowest format for the layers of each kind, and what it is not for."""
     parts = []
     for kind in dict.fromkeys(each.row.kind for each in layers):
         of_kind = [each for each in layers if each.row.kind == kind]
-        parts.append(f"{_for_kind(of_kind, formats, snr)}")
-    return f"To keep {snr:g} dB of each layer: {'; '.join(parts)}."
+        parts.append(_for_kind(of_kind, formats, thresholds))
+    return f"To keep {thresholds.format_snr:g} dB of each layer: {'; '.join(parts)}."
 
 
-def _for_kind(layers: Sequence[LayerFits], formats: Sequence[str], snr: float) -> str:
+def _for_kind(layers: Sequence[LayerFits], formats: Sequence[str], thresholds: Thresholds) -> str:
     nouns = f"{NOUNS[layers[0].row.kind]}s"
     by_bits = sorted(formats, key=lambda name: parse_format("formats", name).bits)
     lacking = {
-        name: [each for each in layers if not each.fits[name].snr >= snr] for name in by_bits
+        name: [each for each in layers if not each.fits[name].keeps(thresholds)] for name in by_bits
     }
     whole = next((name for name in by_bits if not lacking[name]), None)
     # Narrower ones that would do for most of them.
@@ -142,9 +160,10 @@ def find_narrowest(run: Run, thresholds: Thresholds) -> list[Finding]:
     if not layers:
         return []
     worst = min(layers, key=lambda each: each.worst)
-    numbers = {name: fit.snr for name, fit in worst.fits.items()}
+    # Of a format that keeps all there is no number.
+    numbers = {name: fit.snr for name, fit in worst.fits.items() if math.isfinite(fit.snr)}
     steps = int(run.steps[0]), int(run.steps[-1])
-    sentence = recommendation(layers, history.formats, thresholds.format_snr)
+    sentence = recommendation(layers, history.formats, thresholds)
     return [Finding("narrowest format", "note", worst.layer, steps, numbers, sentence)]
 
 
@@ -154,7 +173,7 @@ def _exceeding(run: Run, kind: str, field: str, limit: float, said: str) -> list
     for name in history.formats:
         if field == "saturated" and parse_format("diagnose", name).block:
             continue
-        shares = history.quantization(name)[field][:, run.columns]
+        shares = _of_values(history, name)[field][:, run.columns]
         by_block = np.nan_to_num(_over_blocks(shares, run.blocks))
         worst = by_block.max(0, initial=0.0)
         above = np.flatnonzero(worst > limit)

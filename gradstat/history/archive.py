@@ -76,9 +76,9 @@ def pieces(path: Path, n_bytes: float = math.inf) -> Iterator[Records]:
     run, last_step = None, -1
     for file, may_end_early, end in _plan(path):
         for records in _read_file(file, n_bytes, may_end_early=may_end_early, end=end):
-            run = run or (records.rows, records.layers, records.bins)
-            fits = (records.rows, records.layers, records.bins) == run
-            if not fits or any(step <= last_step for step in records.steps[:1]):
+            found = records.rows, records.layers, records.bins, records.formats
+            run = run or found
+            if found != run or any(step <= last_step for step in records.steps[:1]):
                 raise ValueError(
                     f"History.load() needs the files of one run; {path} has those of several"
                 )

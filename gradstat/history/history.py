@@ -17,7 +17,7 @@ from torch import distributed as dist
 from gradstat.arrays import Array
 from gradstat.bins import Bins
 from gradstat.choices import one_of
-from gradstat.formats import parse_format
+from gradstat.formats import Format, check_formats, parse_format
 from gradstat.history import archive, merge, rank_directories
 from gradstat.history.copies import told_of_replicas
 from gradstat.history.layout import Layout
@@ -77,7 +77,7 @@ class History:
         *,
         capacity: int | None = None,
         kinds: Sequence[str] | None = None,
-        formats: Sequence[str] = (),
+        formats: str | Format | Sequence[str | Format] = (),
     ) -> None:
         if kinds is None:
             kinds = [each.kind if isinstance(each, Row) else GRAD for each in layers]
@@ -88,7 +88,8 @@ class History:
         self.layers = [str(row) for row in self.rows]
         self.kinds = [row.kind for row in self.rows]
         self.bins = bins
-        self.formats = list(formats)
+        has_none = isinstance(formats, tuple | list) and not formats
+        self.formats = [] if has_none else [x.name for x in check_formats("History", formats)]
         # Which ranks of a distributed run hold the same values of a layer, as in `Records`.
         self.origins = np.full(len(self.layers), OWN)
         self.layout: Layout | None = None

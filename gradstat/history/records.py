@@ -15,8 +15,8 @@ from gradstat.formats import parse_format
 from gradstat.history.layout import Layout
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.scalars import Scalars
-from gradstat.kinds import KINDS, Row
-from gradstat.quantized import PACKED
+from gradstat.kinds import KINDS, UNIT, Row
+from gradstat.quantized import NO_SCALE_MAX, NO_SCALE_MIN, PACKED
 from gradstat.results import FLOATS, INTEGERS
 
 # In place of a rank as a layer's origin: values of this rank alone, or the same ones on each rank.
@@ -24,6 +24,8 @@ OWN, SAME = -1, -2
 
 _MOST_RANKS = 1 << 31
 _N_COUNTS = PACKED.index("scale_min")
+_MOST_CHARACTERS = 80  # of a format's name
+_MOST_ERROR = 1 + 1e-6  # of a norm: rounding takes nothing further away than zero
 _MOST_ELEMENTS = 1 << 60  # no sum of a row's numbers overflows
 # A device may count what is smaller as zero: float16's smallest normal number.
 _FLUSHED = 2.0**-14
@@ -161,7 +163,11 @@ def check(records: Records) -> None:
     origins = records.origins
     if len(bad := origins[(origins < SAME) | (origins >= _MOST_RANKS)]):
         raise ValueError(f"its origins hold {bad[0]}, which is no rank")
-    _check_formats(records)
+    for name in records.formats:
+        if len(name) > _MOST_CHARACTERS or parse_format("History.load", name).name != name:
+            raise ValueError(f"its formats hold {name!r:.80}, which is none")
+    if len(set(records.formats)) < len(records.formats):
+        raise ValueError("its formats are not all different")
     if records.depth is not None and (abs(records.depth) > len(records.rows)).any():
         raise ValueError("its order is none of its rows")
     sizes, indices, values = records.counts.arrays()
@@ -172,12 +178,15 @@ def check(records: Records) -> None:
         raise ValueError(f"its sizes do not sum to its {len(indices)} indices")
     integers = records.integers.reshape(-1, len(INTEGERS))
     floats = records.floats.reshape(-1, len(FLOATS))
+    quantized = records.quantized.reshape(len(integers), len(records.formats), len(PACKED))
+    is_cast = np.tile(np.array([row.kind != UNIT for row in records.rows], bool), len(steps))
     for rows in _portions(ends):
         first = int(ends[rows.start - 1]) if rows.start else 0
         part = slice(first, int(ends[rows.stop - 1]))
         wrong = [
             *_wrong_integers(integers[rows]),
             *_wrong_floats(integers[rows], floats[rows]),
+            *_wrong_formats(integers[rows], quantized[rows], is_cast[rows]),
             *_wrong_counts(
                 integers[rows], sizes[rows], indices[part], values[part], records.bins.bins
             ),
@@ -187,27 +196,6 @@ def check(records: Records) -> None:
                 step, column = divmod(rows.start + int(mask.argmax()), len(records.rows))
                 layer = f"{records.layers[column]!r:.80}"
                 raise ValueError(f"its {what}, in step {steps[step]} of {layer}")
-
-
-def _check_formats(records: Records) -> None:
-    for name in records.formats:
-        parse_format("History.load", name)
-    if len(set(records.formats)) < len(records.formats):
-        raise ValueError("its formats are not all different")
-    nonzero, underflowed, saturated, *_ = np.moveaxis(records.quantized, -1, 0)
-    with np.errstate(invalid="ignore"):
-        wrong = (
-            (np.maximum(underflowed, saturated) > nonzero)
-            | (records.quantized[..., :_N_COUNTS] < 0).any(-1)
-            | (abs(records.quantized[..., :_N_COUNTS]) > _MOST_ELEMENTS).any(-1)
-            | (records.quantized[..., _N_COUNTS + 2 :] < 0).any(-1)
-            | (np.isnan(records.quantized).any(-1) != np.isnan(records.quantized).all(-1))
-        )
-    for step, column, at in np.argwhere(wrong)[:1]:
-        raise ValueError(
-            f"its {records.formats[at]} is none of a tensor, in step {records.steps[step]} of "
-            f"{records.layers[column]!r:.80}"
-        )
 
 
 def _portions(ends: Array) -> Iterator[slice]:
@@ -245,6 +233,34 @@ def _wrong_floats(integers: Array, floats: Array) -> list[_Wrong]:
         ((std < 0) | (l1 < 0) | (l2 < 0), "std and norms are negative"),
         (low > high, "range ends below where it begins"),
     ]
+
+
+def _wrong_formats(integers: Array, quantized: Array, is_cast: Array) -> list[_Wrong]:
+    """What is wrong with what formats would do to N rows, ``(N, F, 10)``."""
+    numel = integers[:, :1]
+    counts, scales, norms = np.split(quantized, [_N_COUNTS, _N_COUNTS + 2], -1)
+    nonzero, underflowed, saturated, nonfinite, blocks, empty_blocks = np.moveaxis(counts, -1, 0)
+    is_there = ~np.isnan(quantized)
+    expected = ((numel[:, 0] > 0) & is_cast)[:, None, None]
+    # An empty tensor may have been measured.
+    absent = (is_there != expected) & ((numel[:, 0] > 0) | ~is_cast)[:, None, None]
+    least, most = np.moveaxis(scales, -1, 0)
+    norm, error = np.moveaxis(norms, -1, 0)
+    with np.errstate(invalid="ignore"):
+        wrong = [
+            ((counts < 0).any(-1) | (np.maximum(nonzero, nonfinite) > numel), "elements"),
+            (underflowed + saturated > nonzero, "lost elements"),
+            ((blocks > numel) | (empty_blocks > blocks), "blocks"),
+            ((abs(scales) > NO_SCALE_MIN).any(-1), "scales"),
+            ((least > most) & ((least < NO_SCALE_MIN) | (most > NO_SCALE_MAX)), "scales"),
+            ((norms < 0).any(-1) | (error > norm * _MOST_ERROR), "norms"),
+            ((nonzero == 0) & (norm > 0), "norms"),
+            ((np.floor(quantized) != quantized)[..., : _N_COUNTS + 2].any(-1), "counts"),
+        ]
+        # Comparisons with NaN say that it differs from itself.
+        wrong[-1] = (wrong[-1][0] & is_there.all(-1), wrong[-1][1])
+    found = [(mask.any(1), f"formats have {what} that no tensor has") for mask, what in wrong]
+    return [(absent.any((1, 2)), "formats are not of the rows that have values"), *found]
 
 
 def _wrong_counts(

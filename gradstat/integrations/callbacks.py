@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from gradstat.choices import one_of
+from gradstat.formats import check_formats
 from gradstat.history import History
 from gradstat.kinds import GRAD, GRAD_OUTPUT
 from gradstat.recording.options import EVERYTHING
@@ -44,6 +45,10 @@ class Watching:
                     f"WatchCallback() needs options of watch(), {one_of(name, _OPTIONS)}; got "
                     f"{name}={options[name]!r}"
                 )
+        if "formats" in options and options["formats"] not in ((), []):
+            check_formats("WatchCallback", options["formats"])
+        if options.get("sink") is not None and not callable(options["sink"]):
+            raise TypeError(f"WatchCallback() needs a function; sink is {options['sink']!r}")
         self._options = options
         self._watch: Watch | None = None
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import socket
+import time
 from collections.abc import Callable, Mapping
 from math import isfinite
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,10 +27,11 @@ from gradstat.integrations.buckets import (
     scalars,
 )
 from gradstat.kinds import GRAD, Row
+from gradstat.recording.options import check_directory
 from gradstat.recording.run_writer import RunWriter
 
 _HISTOGRAM = {GRAD: "gradient"}  # others: "histogram"
-_FLUSH_S = 5  # seconds from one write to the disk to the next
+_NUMBERS = itertools.count()  # of files of this process
 
 
 def write(
@@ -97,20 +102,22 @@ def writer(
     """A sink that writes a run for TensorBoard while it goes on.
 
     Each record is written as it arrives, and each value as it is logged, under the tags of `write`;
-    TensorBoard shows them within its own reload interval. Should writing fail, a warning says so
-    and the training goes on. In a distributed run give it to one rank, or each its own folder.
+    TensorBoard shows them within its own reload interval. It is written in the thread that trains,
+    which waits for the disk. Should that fail, a warning says so and the training goes on. In a
+    distributed run give it to one rank, or each its own folder. A run that is resumed, by
+    ``first_step``, supersedes what the folder has from that step on: let nothing else write there.
 
     Args:
         log_dir: folder of the run; made if it is not there. Files in it stay.
         tags: ``"layer"`` or ``"kind"``, as for `write`.
 
     Returns:
-        What `gradstat.watch` takes as ``sink``, once.
+        What `gradstat.watch` takes as ``sink``, for one run at a time.
 
     Raises:
         ImportError: TensorBoard is not installed.
         TypeError: a folder that is no path.
-        ValueError: other tags.
+        ValueError: no folder's path but a file's or an empty one, other tags.
 
     Example:
         >>> from gradstat.integrations import tensorboard
@@ -119,21 +126,22 @@ def writer(
         ...     train(model)
     """
     check_tags("writer", tags)
-    if not isinstance(log_dir, str | os.PathLike):
-        raise TypeError(f"writer() needs a folder's path; log_dir is {log_dir!r}")
+    check_directory("writer", "log_dir", log_dir)
     _Api.found("writer")
-    return _Writer(log_dir, by_kind=tags == "kind")
+    return _Writer(_absolute(log_dir), by_kind=tags == "kind")
 
 
 class _Writer(RunWriter):
     """What `writer` returns; arguments as of `_Events`."""
 
-    def __init__(self, log_dir: str | os.PathLike[str], *, by_kind: bool) -> None:
+    def __init__(self, log_dir: str, *, by_kind: bool) -> None:
         super().__init__("tensorboard.writer()")
         self._log_dir, self._by_kind = log_dir, by_kind
 
-    def start(self, history: History) -> None:
+    def start(self, history: History, first_step: int | None) -> None:
         self._events = _Events("writer", self._log_dir, by_kind=self._by_kind)
+        if first_step is not None:
+            self._events.supersede(first_step)
 
     def write_record(self, record: History, step: int) -> None:
         self._events.add_record(record, step, _of_several_kinds(record))
@@ -148,7 +156,10 @@ class _Writer(RunWriter):
 class _Api(NamedTuple):
     """What is used of TensorBoard's."""
 
-    FileWriter: Any
+    gfile: Any
+    RecordWriter: Any
+    Event: Any
+    SessionLog: Any
     Summary: Any
     histogram_raw: Callable[..., Any]
     scalar: Callable[..., Any]
@@ -157,12 +168,15 @@ class _Api(NamedTuple):
     def found(cls, function: str) -> _Api:
         """Import it; ImportError names the function that needs it."""
         try:
+            from tensorboard.compat import tf
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
             from tensorboard.compat.proto.summary_pb2 import Summary
-            from torch.utils.tensorboard import FileWriter
+            from tensorboard.summary.writer.record_writer import RecordWriter
             from torch.utils.tensorboard.summary import histogram_raw, scalar
         except ImportError as error:
             raise ImportError(f"{function}() needs TensorBoard: pip install tensorboard") from error
-        return cls(FileWriter, Summary, histogram_raw, scalar)
+        gfile = tf.io.gfile
+        return cls(gfile, RecordWriter, Event, SessionLog, Summary, histogram_raw, scalar)
 
 
 class _Events:
@@ -175,9 +189,14 @@ class _Events:
     """
 
     def __init__(self, function: str, log_dir: str | os.PathLike[str], *, by_kind: bool) -> None:
-        self._api = _Api.found(function)
-        self._by_kind = by_kind
-        self._file = self._api.FileWriter(os.fspath(log_dir), flush_secs=_FLUSH_S)
+        self._api, self._by_kind = _Api.found(function), by_kind
+        gfile, folder = self._api.gfile, _absolute(log_dir)
+        gfile.makedirs(folder)
+        name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}"
+        # TensorBoard's own class for this writes in a thread, which tells of no error at the end.
+        file = gfile.GFile(f"{folder}/{name}.{next(_NUMBERS)}", "wb")
+        self._file = self._api.RecordWriter(file)
+        self._add(self._api.Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def add_record(
         self,
@@ -192,8 +211,7 @@ class _Events:
         for row, (name, column) in of_several_kinds.items():
             if isfinite(column[at]):
                 points[f"{self._prefix(row)}/{name}"] = column[at]
-        # One event a step: each costs the writer's thread a turn.
-        event = self._api.Summary()
+        summary = self._api.Summary()
         for row, statistics, edges in rows(history, step):
             prefix = self._prefix(row)
             points |= {f"{prefix}/{name}": value for name, value in scalars(statistics).items()}
@@ -212,21 +230,45 @@ class _Events:
                     bucket_limits=ends.tolist(),
                     bucket_counts=[0, *counts.tolist()],
                 )
-                event.MergeFrom(histogram)
+                summary.MergeFrom(histogram)
         for tag, value in points.items():
-            event.MergeFrom(self._api.scalar(tag, value))
-        self._file.add_summary(event, step, time_s)
+            summary.MergeFrom(self._api.scalar(tag, value))
+        self._add_summary(summary, step, time_s)
 
     def add_scalar(self, name: str, step: int, value: float, time_s: float | None = None) -> None:
         """Write a logged value."""
-        self._file.add_summary(self._api.scalar(name, value), step, time_s)
+        self._add_summary(self._api.scalar(_text(name), value), step, time_s)
 
     def close(self) -> None:
         """Write all of it."""
         self._file.close()
 
+    def supersede(self, first_step: int) -> None:
+        """Let TensorBoard forget what the folder has of a step and later ones."""
+        start = self._api.SessionLog(status=self._api.SessionLog.START)
+        self._add(self._api.Event(wall_time=time.time(), step=first_step, session_log=start))
+
+    def _add_summary(self, summary: Any, step: int, time_s: float | None) -> None:  # noqa: ANN401
+        wall_time = time.time() if time_s is None else time_s
+        self._add(self._api.Event(wall_time=wall_time, step=step, summary=summary))
+
+    def _add(self, event: Any) -> None:  # noqa: ANN401 (a message of TensorBoard's)
+        self._file.write(event.SerializeToString())
+        self._file.flush()
+
     def _prefix(self, row: Row) -> str:
-        return f"{group(row.kind)}/{row.name}" if self._by_kind else str(row)
+        return _text(f"{group(row.kind)}/{row.name}" if self._by_kind else str(row))
+
+
+def _absolute(log_dir: str | os.PathLike[str]) -> str:
+    """Where a folder is, whatever directory the process changes to; elsewhere, as ``gs://``."""
+    folder = os.fspath(log_dir)
+    return folder if "://" in folder else str(Path(folder).absolute())
+
+
+def _text(name: str) -> str:
+    """A name that UTF-8 has."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _of_several_kinds(history: History) -> dict[Row, tuple[str, Array]]:

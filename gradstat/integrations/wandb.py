@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -113,10 +114,11 @@ def writer(
         tags: ``"layer"`` or ``"kind"``, as for `log`.
         commit: whether each step is a row of its own, by which the run's own step goes up. With
             ``False`` it becomes part of the row that the next ``run.log()`` of yours makes, as
-            ``wandb.watch`` does: for those who number their rows by ``run.log(..., step=n)``.
+            ``wandb.watch`` does: for those who number their rows by ``run.log(..., step=n)``, and
+            log at each step, since what comes before a row of yours is made replaces what waits.
 
     Returns:
-        What `gradstat.watch` takes as ``sink``, once.
+        What `gradstat.watch` takes as ``sink``, for one run at a time.
 
     Raises:
         ImportError: wandb is not installed.
@@ -145,8 +147,10 @@ class _Writer(RunWriter):
         self._run, self._tags, self._commit = run, tags, commit
         self._row: dict[str, object] = {}  # of the newest step, to which more may come
 
-    def start(self, history: History) -> None:
+    def start(self, history: History, first_step: int | None) -> None:
         _define_metrics(self._run, history.kinds, self._tags)
+        # Before wandb finishes the run, which it does in a function that was registered earlier.
+        atexit.register(self.end_run)
 
     def write_record(self, record: History, step: int) -> None:
         self._add(step, _histograms(record, step, self._tags))
@@ -155,6 +159,7 @@ class _Writer(RunWriter):
         self._add(step, {f"scalars/{name}": value})
 
     def end(self, history: History) -> None:
+        atexit.unregister(self.end_run)
         self._log_row()
         if len(history):
             self._run.log(_summary(history.snapshot()), commit=self._commit)

@@ -14,7 +14,6 @@ from torch import Tensor
 from gradstat.bins import Bins, LinearBins, widen
 from gradstat.history import History
 from gradstat.history.union_quantized import union_of
-from gradstat.kinds import UNIT
 from gradstat.quantized import PACKED
 from gradstat.recording.streams import Computed, take_over
 from gradstat.recording.torch_internals import multiplied
@@ -198,10 +197,6 @@ class Record(NamedTuple):
             for each, values in zip(absent, found, strict=True):
                 each[rows] = values
             found = absent
-        if self.history.formats and UNIT in self.history.kinds:
-            # A peak is no tensor that would be cast.
-            found = *found[:3], found[3].copy()
-            found[3][np.array(self.history.kinds) == UNIT] = np.nan
         return found
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradstat.bins import Bins, LinearBins
 from gradstat.format_ops import measure_formats
 from gradstat.formats import Format
+from gradstat.kinds import UNIT
 from gradstat.ops import choose_engine, known_range
-from gradstat.quantized import packed
+from gradstat.quantized import PACKED, packed
 from gradstat.recording.arrivals import Launch, divide
 from gradstat.recording.cuda_graphs import Cadence
 from gradstat.recording.streams import Computed, stream_of
@@ -51,7 +53,7 @@ class Launcher:
         """
         low = high = None
         # What would be cast: values as the loss scale has made them.
-        quantized = self._quantized(list(tensors.values())) if self._formats else ()
+        quantized = self._quantized(tensors) if self._formats else ()
         if self._is_linear:
             for kind, scale in scales.items():
                 scaled = [i for i in tensors if self._kinds[i] == kind]
@@ -68,14 +70,25 @@ class Launcher:
             engine = self._engines[device.type] = choose_engine(self._engine, listed[0])
         if hasattr(engine, "measure_rows"):
             rows = engine.measure_rows(listed, self._bins, low, high)
-            return Launch(tuple(tensors), (*rows, *quantized), None, scales)
+            return Launch(tuple(tensors), (*rows, *(x.numpy() for x in quantized)), None, scales)
         due = self._cadence.flag(device)
         options = {} if due is None else {"due": due}
         result = engine.measure(listed, self._bins, low, high, **options)
         rows = result.integers, result.floats, result.counts, *quantized
         return Launch(tuple(tensors), rows, stream_of(device), scales)
 
-    def _quantized(self, tensors: list[Tensor]) -> tuple[Any]:
-        """What the formats would do to the tensors, ``(L, F, 10)``: on the host an array."""
-        fields = packed(*measure_formats(tensors, self._formats, engine=self._engine))
-        return (fields.numpy() if fields.is_cpu else fields,)
+    def _quantized(self, tensors: Mapping[int, Tensor]) -> tuple[Tensor]:
+        """What the formats would do to the tensors, ``(L, F, 10)``; NaN for peaks of units.
+
+        A peak is no tensor that would be cast. They come together, as rows of a kind do.
+        """
+        cast = [x for i, x in tensors.items() if self._kinds[i] != UNIT]
+        if not cast:
+            shape = len(tensors), len(self._formats), len(PACKED)
+            return (next(iter(tensors.values())).new_full(shape, math.nan, dtype=torch.float64),)
+        fields = packed(*measure_formats(cast, self._formats, engine=self._engine))
+        if n_peaks := len(tensors) - len(cast):
+            first = [self._kinds[i] for i in tensors].index(UNIT)
+            peaks = fields.new_full((n_peaks, *fields.shape[1:]), math.nan)
+            fields = torch.cat([fields[:first], peaks, fields[first:]])
+        return (fields,)

@@ -8,9 +8,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+from gradstat.forks import call_after_fork
+
 _MOST_OF_THE_TIME = 0.05  # that is spent drawing
+_PATIENCE_S = 1.0  # with a drawing that goes on when the watch is closed
 _LOOK_S = 0.1  # from one look at whether the run has ended to the next
 
 
@@ -41,37 +45,60 @@ class LiveView:
             )
         api: Any = importlib.import_module("IPython.display")
         self._draw, self._state, self._is_open, self._every_s = draw, state, is_open, every_s
-        self._as_output = api.HTML
-        self._lock, self._has_ended, self._drawn = threading.Lock(), False, state()
-        self._output: Any = api.display(api.HTML(draw()), display_id=True)
+        self._as_output, self._drawn = api.HTML, state()
+        # Held by who draws; a signal's handler may close the watch within a drawing.
+        self._lock, self._has_ended = threading.RLock(), False
+        self._output: Any = api.display(api.HTML(self._text()), display_id=True)
+        call_after_fork(self)
         threading.Thread(target=self._follow, name="gradstat-live", daemon=True).start()
 
     def finish(self) -> None:
-        """Draw the end of the run, and no more."""
-        self._update(is_last=True)
+        """Draw the end of the run, and no more; what a slow viewer holds up is left to the thread.
+
+        The thread comes here too when the run has ended, so that it is drawn in any case.
+        """
+        self._is_open = _never
+        if self._lock.acquire(timeout=_PATIENCE_S):
+            try:
+                if not self._has_ended:
+                    self._has_ended = True
+                    self._update()
+            finally:
+                self._lock.release()
+
+    def forget_other_threads(self) -> None:
+        """In a forked process: draw nothing."""
+        self._lock, self._has_ended, self._is_open = threading.RLock(), True, _never
 
     def _follow(self) -> None:
         due = time.monotonic() + self._every_s
-        while self._is_open() and not self._has_ended:
+        while self._is_open():
             time.sleep(_LOOK_S)
             begun = time.monotonic()
-            if begun >= due:
-                self._update()
-                ended = time.monotonic()
-                due = ended + max(self._every_s, (ended - begun) / _MOST_OF_THE_TIME)
+            if begun < due:
+                continue
+            with self._lock:
+                if not self._has_ended and self._state() != self._drawn:
+                    self._update()
+            ended = time.monotonic()
+            due = ended + max(self._every_s, (ended - begun) / _MOST_OF_THE_TIME)
         self.finish()
 
-    def _update(self, is_last: bool = False) -> None:
-        with self._lock:
-            state = self._state()
-            if self._has_ended or (state == self._drawn and not is_last):
-                return
-            self._has_ended, self._drawn = is_last, state
-            try:
-                text = self._draw()
-            except Exception as error:  # the training is not to know
-                text = html.escape(f"live() cannot draw: {type(error).__name__}: {error}")
-            self._output.update(self._as_output(text))
+    def _update(self) -> None:
+        self._drawn = self._state()
+        # A front end that is gone is nothing to the training, nor to those that are there.
+        with suppress(Exception):
+            self._output.update(self._as_output(self._text()))
+
+    def _text(self) -> str:
+        try:
+            return self._draw()
+        except Exception as error:  # the training is not to know
+            return html.escape(f"live() cannot draw: {type(error).__name__}: {error}")
+
+
+def _never() -> bool:
+    return False
 
 
 def _is_notebook() -> bool:

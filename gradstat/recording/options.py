@@ -35,14 +35,16 @@ def check_integer(name: str, number: int, least: int) -> None:
         raise ValueError(f"watch() needs a number below 2**62; {name} is {number}")
 
 
-def check_path(path: str | os.PathLike[str]) -> None:
+def check_directory(function: str, name: str, path: str | os.PathLike[str]) -> None:
     """Raise unless a path may be that of a directory to write into."""
     if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"watch() needs a directory's path; path is {path!r}")
+        raise TypeError(f"{function}() needs a directory's path; {name} is {path!r}")
     if not os.fspath(path):
-        raise ValueError(f"watch() needs a directory's path; path is {path!r}")
+        raise ValueError(f"{function}() needs a directory's path; {name} is {path!r}")
     if Path(path).exists() and not Path(path).is_dir():
-        raise ValueError(f"watch() needs a directory; path is {os.fspath(path)!r}, another file")
+        raise ValueError(
+            f"{function}() needs a directory; {name} is {os.fspath(path)!r}, another file"
+        )
 
 
 def check_what(

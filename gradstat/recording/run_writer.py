@@ -14,7 +14,7 @@ class RunWriter:
     """Takes what a watch records and what is logged in it; never stops a training.
 
     The first exception becomes a RuntimeWarning, and nothing more is written. A forked process
-    writes nothing.
+    writes nothing. When one run has ended, the writer takes another one.
 
     Args:
         name: of the function that made it, for messages.
@@ -27,23 +27,22 @@ class RunWriter:
         call_after_fork(self)
 
     def check_new(self) -> None:
-        """Raise ValueError if it writes another run already."""
-        if self._history is not None:
+        """Raise ValueError if it writes another run, which has not ended."""
+        if self._is_writing:
             raise ValueError(
-                f"watch() needs a sink of its own; sink is a {self._name} that has another run"
+                f"watch() needs a sink of its own; sink is a {self._name} that writes another run"
             )
 
-    def begin(self, history: History) -> None:
+    def begin(self, history: History, first_step: int | None, collect: Callable[[], None]) -> None:
         """Take the run that is to be written.
 
         Args:
             history: to which its records are added.
-
-        Raises:
-            OSError: what it writes to cannot be opened.
+            first_step: of a run that is resumed: those from there on are superseded.
+            collect: waits for all of its records and ends it; for viewers that end before it.
         """
-        self.start(history)
-        self._history, self._is_writing = history, True
+        self._history, self._collect, self._is_writing = history, collect, True
+        self._try(lambda: self.start(history, first_step))
 
     def __call__(self, step: int, statistics: Statistics) -> None:
         """Write a record.
@@ -77,7 +76,12 @@ class RunWriter:
         """In a forked process: write nothing, which is for the other one to do."""
         self._is_writing = False
 
-    def start(self, history: History) -> None:
+    def end_run(self) -> None:
+        """End the run that is written, before its watch does."""
+        if self._is_writing:
+            self._collect()
+
+    def start(self, history: History, first_step: int | None) -> None:
         """Open what is written to; of each viewer."""
         raise NotImplementedError
 

@@ -31,9 +31,9 @@ from gradstat.recording.live_view import LiveView
 from gradstat.recording.logged import LearningRates, Logged
 from gradstat.recording.module_hooks import OutputHooks
 from gradstat.recording.options import (
+    check_directory,
     check_holds,
     check_integer,
-    check_path,
     check_what,
     check_when,
 )
@@ -200,13 +200,14 @@ def watch(
     if alert is not None and not callable(alert):
         raise TypeError(f"watch() needs a function; alert is {alert!r}")
     if path is not None:
-        check_path(path)
+        check_directory("watch", "path", path)
     if name is not None and not isinstance(name, str):
         raise TypeError(f"watch() needs a string; name is {name!r}")
     if stream not in ("current", "side"):
         raise ValueError(f"watch() needs one of current, side; stream is {stream!r}")
     check_engine("watch", engine)
-    parsed = [] if formats in ((), []) else check_formats("watch", formats)
+    has_none = isinstance(formats, tuple | list) and not formats
+    parsed = [] if has_none else check_formats("watch", formats)
     if not isinstance(scaler, GradScaler | None):
         raise TypeError(f"watch() needs a torch.amp.GradScaler; scaler is {type(scaler).__name__}")
     kinds = check_what(what, when, optimizer, scheme, modules)
@@ -251,9 +252,9 @@ def watch(
         stream,
         engine,
     )
-    if writer is not None:
-        writer.begin(history)
     open_watches.make_room(model, name, measures)
+    if writer is not None:
+        writer.begin(history, first_step, recorder.finish)
     hooks: BackwardHooks | StepHook
     stepping = optimizer if when == "step" else None
     if when == "backward":
@@ -328,17 +329,17 @@ class Watch:
         twentieth of the time at most, and once more when the watch is closed. It needs no server.
 
         Args:
-            every_s: seconds from one drawing to the next, 0.1 or more.
+            every_s: seconds from one drawing to the next, 0.1 to 86,400.
 
         Raises:
             TypeError: no number.
-            ValueError: fewer seconds.
+            ValueError: fewer seconds, or more.
             RuntimeError: outside a notebook, or the watch is closed.
         """
         if not isinstance(every_s, Real) or isinstance(every_s, bool):
             raise TypeError(f"live() needs a number of seconds; every_s is {every_s!r}")
-        if not every_s >= 0.1:
-            raise ValueError(f"live() needs 0.1 seconds or more; every_s is {every_s}")
+        if not 0.1 <= every_s <= 86_400:
+            raise ValueError(f"live() needs 0.1 to 86,400 seconds; every_s is {every_s}")
         self._check_open("live()")
         recorder, hooks = self._recorder, weakref.ref(self._hooks)
         history = recorder.history

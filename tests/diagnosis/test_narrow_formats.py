@@ -1,5 +1,7 @@
 """Findings about narrow formats, and ``gradstat formats``."""
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -112,9 +114,47 @@ def test_layer_fits_are_those_of_the_worst_window() -> None:
 def test_run_without_formats_or_values_has_no_such_finding() -> None:
     kinds = {"starved", "clipped", "narrowest format"}
     steps = [[torch.zeros(4, 4)] * 3, [torch.full((4, 4), np.nan)] * 3]
-    assert not kinds & {each.kind for each in recorded(steps, ROWS, ()).diagnose()} - {"starved"}
-    found = {each.kind for each in recorded(steps, ROWS).diagnose()} & kinds
-    assert found == {"narrowest format"}
+    for formats in ((), FORMATS):
+        assert not kinds & {each.kind for each in recorded(steps, ROWS, formats).diagnose()}
+
+
+def test_layers_without_values_say_nothing_of_a_format(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [Row("grad", name) for name in "abcde"]
+    steps = [[normal(i, 1.0), *[torch.zeros(8)] * 3, torch.ones(0)] for i in range(3)]
+    # A record of zeros among others is none either.
+    steps[1][0] = torch.zeros(64, 64)
+    h = recorded(steps, rows)
+    (note,) = [each for each in h.diagnose() if each.kind == "narrowest format"]
+    assert note.sentence == "To keep 20 dB of each layer: float8_e5m2 for all gradients."
+    assert [each.layer for each in layer_fits(h, 1)] == ["a"]
+    h.save(tmp_path / "run.npz")
+    assert main(["formats", "--scales", str(tmp_path / "run.npz")]) == 0
+    text = capsys.readouterr().out
+    assert "4 rows without values other than zero left out" in text
+    assert re.search(r"mxfp8_e4m3.*\n.* dB.*, 2\^-[0-9]+\.\.-[0-9]+", text)
+
+
+def test_format_that_starves_a_layer_is_not_recommended() -> None:
+    # Every other value is small, and shares its block with a large one.
+    x = normal(0, 1.0)
+    x[:, ::2] *= 1e-4
+    found = recorded([[x]] * 5, ROWS[:1], ("float8_e4m3fn_amax", "nvfp4", "bfloat16")).diagnose()
+    starved = [each.sentence for each in found if each.kind == "starved"]
+    assert starved[0].startswith("nvfp4 would flush 5")
+    (note,) = [each for each in found if each.kind == "narrowest format"]
+    assert note.numbers["nvfp4"] > 20
+    assert "nvfp4" not in note.sentence
+
+
+def test_findings_are_json_where_a_format_keeps_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded([[torch.ones(8)]] * 3, ROWS[:1], ("bfloat16",)).save(tmp_path / "run.npz")
+    main(["diagnose", "--json", str(tmp_path / "run.npz")])
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert {"narrowest format"} <= {each["kind"] for each in found}
 
 
 def test_formats_prints_each_layer_the_worst_first(
@@ -131,7 +171,10 @@ def test_formats_prints_each_layer_the_worst_first(
     assert lines[6].split()[0] == "parameter"
     assert " ".join(lines[9:]).startswith("To keep 20 dB of each layer: mxfp8_e4m3 for all")
     assert main(["formats", "--snr", "15", str(tmp_path / "run.npz")]) == 0
-    assert "To keep 15 dB of each layer: mxfp4_e2m1 for all" in capsys.readouterr().out
+    assert main(["formats", "--snr", "nan", str(tmp_path / "run.npz")]) == 2
+    printed = capsys.readouterr()
+    assert "format_snr" in printed.err
+    assert "To keep 15 dB of each layer: mxfp4_e2m1 for all" in printed.out
 
 
 def test_formats_says_where_there_are_none(

@@ -451,3 +451,90 @@ def test_history_load_does_not_read_a_block_that_is_larger_than_its_file(
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4_000_000
+
+
+FORMAT_NAMES = ["mxfp8_e4m3", "nvfp4"]
+NONZERO, UNDERFLOWED, SATURATED, NONFINITE, BLOCKS, EMPTY, LEAST, MOST, NORM, ERROR = range(10)
+
+
+def with_formats(tmp_path: Path) -> Data:
+    """What a run with two formats wrote: a weight's gradient, and peaks of units."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(64, 8)
+    with gradstat.watch(model, what=("grad", "activation"), formats=FORMAT_NAMES) as w:
+        for _ in range(2):
+            model(torch.randn(4, 64)).square().sum().backward()
+    w.history.save(tmp_path / "whole.npz")
+    with np.load(tmp_path / "whole.npz") as file:
+        return {name: file[name] for name in file.files}
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        ((0, 0, 0), np.nan, "formats are not of the rows that have values"),
+        ((0, -1, 0), 1.0, "formats are not of the rows that have values"),
+        ((1, 0, 1, NONZERO), np.nan, "formats are not of the rows that have values"),
+        ((1, 0, 1, NONZERO), -1.0, "formats have elements that no tensor has"),
+        ((1, 0, 1, NONZERO), 1e15, "formats have elements that no tensor has"),
+        ((1, 0, 1, NONFINITE), 1e15, "formats have elements that no tensor has"),
+        ((1, 0, 1, UNDERFLOWED), 513.0, "formats have lost elements that no tensor has"),
+        ((1, 0, 1, SATURATED), 513.0, "formats have lost elements that no tensor has"),
+        ((1, 0, 1, SATURATED), 0.5, "formats have counts that no tensor has"),
+        ((1, 0, 1, BLOCKS), 1e6, "formats have blocks that no tensor has"),
+        ((1, 0, 1, EMPTY), 1e3, "formats have blocks that no tensor has"),
+        ((1, 0, 1, LEAST), 1e300, "formats have scales that no tensor has"),
+        ((1, 0, 1, LEAST), np.inf, "formats have scales that no tensor has"),
+        ((1, 0, 1, LEAST), 0.5, "formats have counts that no tensor has"),
+        ((1, 0, 1, LEAST), 300.0, "formats have scales that no tensor has"),
+        ((1, 0, 1, NORM), -1.0, "formats have norms that no tensor has"),
+        ((1, 0, 1, ERROR), 1e300, "formats have norms that no tensor has"),
+    ],
+)
+def test_history_load_refuses_what_no_format_does(
+    place: tuple[int, ...], value: float, reason: str, tmp_path: Path
+) -> None:
+    data = with_formats(tmp_path)
+    data["narrow"][place] = value
+    write(tmp_path / "run.npz", data)
+    assert_load_refuses(tmp_path / "run.npz", f"its {reason}, in step {place[0]} of ")
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["nvfp4", "nvfp4"], "its formats are not all different"),
+        (["nvfp4", "x" * 1000], ""),
+        (["nvfp4", "float8_e4m3fn_scale_10"], "its formats hold 'float8_e4m3fn_scale_10'"),
+        (["nvfp4"], "its narrow, of shape (2, 3, 2, 10), do not fit its other arrays"),
+    ],
+)
+def test_history_load_refuses_names_of_no_formats(
+    names: list[str], reason: str, tmp_path: Path
+) -> None:
+    data = with_formats(tmp_path)
+    data["narrow_formats"] = np.array(names)
+    write(tmp_path / "run.npz", data)
+    assert_load_refuses(tmp_path / "run.npz", reason)
+
+
+@pytest.mark.parametrize("lacking", ["narrow", "narrow_formats"])
+def test_history_load_refuses_half_of_what_formats_do(lacking: str, tmp_path: Path) -> None:
+    data = with_formats(tmp_path)
+    del data[lacking]
+    write(tmp_path / "run.npz", data)
+    assert_load_refuses(tmp_path / "run.npz", f"it lacks {lacking}")
+
+
+def test_history_load_refuses_a_directory_of_several_lists_of_formats(tmp_path: Path) -> None:
+    model = torch.nn.Linear(8, 2)
+    for name, formats in (("a", FORMAT_NAMES), ("b", FORMAT_NAMES[::-1])):
+        for first_step in (0, 3):
+            path = tmp_path / name
+            with gradstat.watch(model, formats=formats, path=path, first_step=first_step):
+                for _ in range(3):
+                    model(torch.ones(1, 8)).sum().backward()
+    newest = "00000001.gradstat"
+    (tmp_path / "a" / newest).write_bytes((tmp_path / "b" / newest).read_bytes())
+    with pytest.raises(ValueError, match="needs the files of one run"):
+        History.load(tmp_path / "a")

@@ -91,7 +91,7 @@ def test_live_refuses_by_name() -> None:
             w.live()
         with pytest.raises(TypeError, match="needs a number of seconds; every_s is '3'"):
             w.live("3")
-        with pytest.raises(ValueError, match=r"needs 0.1 seconds or more; every_s is 0"):
+        with pytest.raises(ValueError, match=r"needs 0.1 to 86,400 seconds; every_s is 0"):
             w.live(0)
     with pytest.raises(RuntimeError, match="needs a watch that is not closed"):
         w.live()

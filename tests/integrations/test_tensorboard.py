@@ -1,7 +1,8 @@
 """Event files, read back with TensorBoard's own reader."""
 
 import re
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -301,26 +302,75 @@ def test_writer_writes_what_write_does(tmp_path: Path, tags: str) -> None:
     assert live == afterwards
 
 
-@pytest.mark.host("its seconds are those of a computer, not of a device in software")
 def test_writer_shows_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensorboard, "_FLUSH_S", 0.1)
     model = torch.nn.Linear(4, 1)
-    with gradstat.watch(model, sink=tensorboard.writer(tmp_path)) as w:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with gradstat.watch(model, sink=tensorboard.writer("runs")) as w:
         train(model, w, 3)
-        until = time.monotonic() + 20
-        while len(points(tmp_path).get("weight/gradient", [])) < 3:
-            assert time.monotonic() < until, points(tmp_path)
-            time.sleep(0.05)
-        assert [step for step, _ in points(tmp_path)["loss"]] == [0, 1, 2]
+        len(w.history)  # waits for a device
+        found = points(tmp_path / "runs")
+        assert [step for step, _ in found["weight/gradient"]] == [0, 1, 2]
+        assert [step for step, _ in found["loss"]] == [0, 1, 2]
+        monkeypatch.chdir(tmp_path / "elsewhere")
         train(model, w, 1)
-    assert [step for step, _ in points(tmp_path)["weight/rms"]] == [0, 1, 2, 3]
+    assert [step for step, _ in points(tmp_path / "runs")["weight/rms"]] == [0, 1, 2, 3]
+
+
+def test_writer_supersedes_what_a_resumed_run_does_again(tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 1)
+    for first_step, steps in ((None, 6), (3, 6)):
+        sink = tensorboard.writer(tmp_path)
+        with gradstat.watch(model, sink=sink, first_step=first_step) as w:
+            train(model, w, steps)
+    found = points(tmp_path)
+    assert [step for step, _ in found["weight/rms"]] == list(range(9))
+    assert [step for step, _ in found["loss"]] == list(range(9))
+
+
+@pytest.mark.parametrize("limit", [0, 1500])
+def test_writer_on_a_full_disk_warns_and_stops_no_training(tmp_path: Path, limit: int) -> None:
+    script = """
+import resource, signal, sys, warnings
+import torch, gradstat
+from gradstat.integrations import tensorboard
+warnings.simplefilter("always")
+model, sink = torch.nn.Linear(64, 8), tensorboard.writer(sys.argv[1])
+with gradstat.watch(model) as w:  # what is written when it is first used is there
+    model(torch.randn(1, 64)).sum().backward()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
+with gradstat.watch(model, sink=sink) as w:
+    for _ in range(3):
+        model(torch.randn(1, 64)).sum().backward()
+resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+print(len(w.history))
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "run"), str(limit)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert out.stdout == "3\n"
+    assert out.stderr.count("RuntimeWarning") == 1
+    assert "tensorboard.writer() has stopped writing" in out.stderr
+    assert "Traceback" not in out.stderr
+
+
+def test_writer_takes_any_name(tmp_path: Path) -> None:
+    with gradstat.watch(torch.nn.Linear(4, 1), sink=tensorboard.writer(tmp_path)) as w:
+        w.log(**{"a b/\udcff": 1.0, "": 2.0})
+    assert set(points(tmp_path)) == {"a b/\\udcff", ""}
 
 
 def test_writer_refuses_by_name(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"writer\(\) needs a folder's path; log_dir is None"):
+    with pytest.raises(TypeError, match=r"writer\(\) needs a directory.s path; log_dir is None"):
         tensorboard.writer(None)
     with pytest.raises(ValueError, match="tags 'layer' or 'kind'; tags is 'x'"):
         tensorboard.writer(tmp_path, tags="x")
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file"):
-        gradstat.watch(torch.nn.Linear(2, 1), sink=tensorboard.writer(tmp_path / "file"))
+    with pytest.raises(ValueError, match=r"needs a directory; log_dir is '.*file', another file"):
+        tensorboard.writer(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"needs a directory's path; log_dir is ''"):
+        tensorboard.writer("")

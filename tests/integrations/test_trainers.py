@@ -188,6 +188,10 @@ def test_callback_refuses_a_misspelt_option_when_it_is_made(
     message = r"WatchCallback\(\) needs options of watch\(\), .*did you mean 'every'.*; got evry=3"
     with pytest.raises(TypeError, match=message):
         module.WatchCallback(evry=3)
+    with pytest.raises(ValueError, match=r"WatchCallback\(\) needs formats, each .*; one is 'fp4'"):
+        module.WatchCallback(formats="fp4")
+    with pytest.raises(TypeError, match=r"WatchCallback\(\) needs a function; sink is 5"):
+        module.WatchCallback(sink=5)
 
 
 def test_lightning_callback_leaves_training_bit_identical(lightning: Any) -> None:
@@ -385,6 +389,19 @@ def test_transformers_callback_says_whose_loss_it_keeps(
     else:
         assert h.scalar("trainer_loss")[1].tolist() == pytest.approx(logged)
     assert n_hooks(model) == 0
+
+
+def test_transformers_callback_writes_each_training_for_its_viewer(
+    transformers: Any, tmp_path: Path
+) -> None:
+    tensorboard = pytest.importorskip("gradstat.integrations.tensorboard")
+    pytest.importorskip("tensorboard")
+    from gradstat.integrations.transformers import WatchCallback
+
+    callback = WatchCallback(sink=tensorboard.writer(tmp_path / "runs"))
+    for _ in range(2):
+        train_gpt(transformers, make_gpt(transformers), callback, tmp_path / "out")
+    assert len(list((tmp_path / "runs").glob("events.out.tfevents.*"))) == 2
 
 
 def test_transformers_callback_goes_on_where_a_checkpoint_was_made(

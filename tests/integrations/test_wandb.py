@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -320,6 +322,31 @@ def test_writer_does_not_stop_a_training_whose_run_is_finished(logged: Logged) -
         logged.run(use)
     assert len([each for each in caught if "stopped writing" in str(each.message)]) == 1
     assert len(found[0]) == 5
+
+
+def test_writer_logs_all_of_a_watch_that_is_never_closed(tmp_path: Path) -> None:
+    script = """
+import sys, torch, wandb, gradstat
+from gradstat.integrations import wandb as viewer
+settings = wandb.Settings(mode="offline", silent=True, console="off", x_disable_stats=True)
+run = wandb.init(project="test", dir=sys.argv[1], settings=settings)
+model = torch.nn.Linear(4, 1)
+w = gradstat.watch(model, sink=viewer.writer(run))
+for step in range(3):
+    model(torch.ones(2, 4)).sum().backward()
+"""
+    subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", script, str(tmp_path)], check=True
+    )
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    steps, keys = [], set()
+    for record in records(path):
+        if record.WhichOneof("record_type") == "history":
+            row = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+            keys |= set(row)
+            steps.append(row.get("gradients/step"))
+    assert steps == ["0", "1", "2", None]
+    assert {"gradients/layers", "gradients/rms_table"} <= keys
 
 
 def test_writer_refuses_by_name() -> None:

@@ -18,7 +18,7 @@ class Kept(RunWriter):
         super().__init__("kept.writer()")
         self.fails_from, self.said = fails_from, []
 
-    def start(self, history: History) -> None:
+    def start(self, history: History, first_step: int | None) -> None:
         self.said.append(("start", tuple(history.layers)))
 
     def write_record(self, record: History, step: int) -> None:
@@ -69,9 +69,24 @@ def test_run_writer_is_for_one_run_and_needs_one() -> None:
     writer = Kept()
     with pytest.raises(RuntimeError, match="needs a watch, as in watch"):
         writer(0, gradstat.statistics([torch.ones(2)]))
+    with gradstat.watch(torch.nn.Linear(2, 1), sink=writer, when="call"):
+        message = r"a sink of its own; sink is a kept.writer\(\) that writes another run"
+        with pytest.raises(ValueError, match=message):
+            train(writer)
     train(writer)
-    with pytest.raises(ValueError, match=r"a sink of its own; sink is a kept.writer\(\) that has"):
-        train(writer)
+    assert [each[0] for each in writer.said].count("end") == 2
+
+
+def test_run_writer_that_cannot_begin_warns_and_stops_no_training() -> None:
+    class Closed(Kept):
+        def start(self, history: History, first_step: int | None) -> None:
+            raise OSError("no such place")
+
+    writer = Closed()
+    with pytest.warns(RuntimeWarning, match="stopped writing.*OSError: no such place"):
+        h = train(writer)
+    assert len(h) == 3
+    assert writer.said == []
 
 
 @pytest.mark.host("it forks")

@@ -56,6 +56,18 @@ def test_watch_measures_what_quantization_does() -> None:
         h.quantization("fp4")
 
 
+@pytest.mark.host("it names the engines of a computer")
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+@pytest.mark.parametrize("what", ["grad", "activation", "all"])
+def test_watch_measures_the_same_on_each_engine(engine: str, what: str) -> None:
+    model = small()
+    with gradstat.watch(model, what=what, formats=NAMES, engine=engine) as w:
+        train(model, w, 2)
+    assert len(w.history) == 2
+    for row, snr in zip(w.history.rows, w.history.quantization("nvfp4")["snr"].T, strict=True):
+        assert np.isnan(snr).all() == (row.kind == "unit")
+
+
 def test_watch_counts_outputs_of_one_record_together() -> None:
     model = small()
     outputs: list[torch.Tensor] = []
