@@ -90,5 +90,6 @@ class Launcher:
         if n_peaks := len(tensors) - len(cast):
             first = [self._kinds[i] for i in tensors].index(UNIT)
             peaks = fields.new_full((n_peaks, *fields.shape[1:]), math.nan)
-            fields = torch.cat([fields[:first], peaks, fields[first:]])
+            parts = fields[:first], peaks, fields[first:]
+            fields = torch.cat([part for part in parts if len(part)])
         return (fields,)
