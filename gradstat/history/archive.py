@@ -6,15 +6,13 @@ Both hold the same sections, arrays by name. docs/format.md has the layout.
 from __future__ import annotations
 
 import math
-import os
-import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from gradstat.files import CutOffError, replacing
 from gradstat.history import blocks, npz, sections
+from gradstat.history.opening import damage_of, opened
 from gradstat.history.records import Records, check, concatenate
 from gradstat.history.source import Source
 from gradstat.warning import warn
@@ -70,12 +68,36 @@ def pieces(path: Path, n_bytes: float = math.inf) -> Iterator[Records]:
     Raises:
         As `read`.
     """
+    # None of them is kept here: who reads may have let go of it.
+    yield from filter(None, _pieces(path, n_bytes))
+
+
+def followed(path: Path, n_bytes: float) -> Iterator[Records | None]:
+    """Read as `pieces`, and go on for ever with a directory's last file, which a run writes.
+
+    What is cut off there is taken to be written still.
+
+    Yields:
+        As `pieces`; ``None`` when there is nothing new yet.
+
+    Raises:
+        As `read`.
+    """
+    yield from _pieces(path, n_bytes, goes_on=True)
+
+
+def _pieces(path: Path, n_bytes: float, *, goes_on: bool = False) -> Iterator[Records | None]:
     if not path.is_dir():
         yield from _read_file(path, n_bytes)
         return
     run, last_step = None, -1
-    for file, may_end_early, end in _plan(path):
-        for records in _read_file(file, n_bytes, may_end_early=may_end_early, end=end):
+    plan = _plan(path)
+    for file, may_end_early, end in plan:
+        is_last = file == plan[-1][0]
+        for records in _read_file(file, n_bytes, may_end_early, end, goes_on=goes_on and is_last):
+            if records is None:
+                yield None
+                continue
             found = records.rows, records.layers, records.bins, records.formats
             run = run or found
             if found != run or any(step <= last_step for step in records.steps[:1]):
@@ -192,34 +214,6 @@ def _plan(path: Path) -> list[tuple[Path, bool, int | None]]:
     return plan
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a regular file; any other, such as a pipe, is refused rather than waited for."""
-
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))
-
-    with open(path, "rb", opener=opener) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError(f"History.load() needs a regular file; {path} is none")
-        yield file
-
-
-@contextmanager
-def _damage_of(path: Path) -> Iterator[None]:
-    """Name the file in whatever is wrong with it."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # zipfile, zlib and NumPy meet damage with a dozen kinds
-        kind = CutOffError if isinstance(error, CutOffError) else ValueError
-        raise kind(
-            f"History.load() needs a file that History.save() or watch() wrote; {path} is "
-            f"damaged or another kind: {error}"
-        ) from error
-
-
 def _is_journal(file: IO[bytes], path: Path) -> bool:
     return file.read(len(blocks.MAGIC)) == blocks.MAGIC or path.suffix == SUFFIX
 
@@ -232,7 +226,7 @@ def _records(source: Source) -> Records:
 
 def _resumption(path: Path) -> tuple[int | None, list[int]]:
     """As `sections.resumption`, of the first block of a file, which must be whole."""
-    with _opened(path) as file, _damage_of(path):
+    with opened(path) as file, damage_of(path):
         if not _is_journal(file, path):
             npz.Members(file)
             return None, []
@@ -243,29 +237,37 @@ def _resumption(path: Path) -> tuple[int | None, list[int]]:
 
 
 def _read_newest(path: Path) -> Records:
-    with _opened(path) as file, _damage_of(path):
+    with opened(path) as file, damage_of(path):
         if not _is_journal(file, path):
             return _records(npz.Members(file))
         return _records(_joined(blocks.Reader(file).last()))
 
 
 def _read_file(
-    path: Path, n_bytes: float = math.inf, *, may_end_early: bool = True, end: int | None = None
-) -> Iterator[Records]:
-    """Records of a file before a step, all or some at a time; it is not kept open in between."""
+    path: Path,
+    n_bytes: float = math.inf,
+    may_end_early: bool = True,
+    end: int | None = None,
+    *,
+    goes_on: bool = False,
+) -> Iterator[Records | None]:
+    """Records of a file before a step, all or some at a time; it is not kept open in between.
+
+    One that goes on has no end: ``None`` stands for nothing new.
+    """
     head: blocks.Sections = {}
     reader, last_step, is_over = None, -1, False
-    while not is_over:
+    while goes_on or not is_over:
         records, lost = None, ""
-        with _opened(path) as file, _damage_of(path):
+        with opened(path) as file, damage_of(path):
             if reader is None and not _is_journal(file, path):
-                records, is_over = _records(npz.Members(file)), True
+                records, is_over, goes_on = _records(npz.Members(file)), True, False
             else:
                 reader = blocks.Reader(file) if reader is None else reader.reopened(file)
                 found, is_over = reader.some(n_bytes)
-                while is_over and reader.grows():
+                while is_over and not goes_on and reader.grows():
                     found += reader.blocks()
-                if is_over and reader.is_cut_off:
+                if is_over and not goes_on and reader.is_cut_off:
                     n = reader.n_lost
                     lost = "an unknown number of records" if n is None else f"at most {n} records"
                     if not may_end_early:
@@ -284,6 +286,8 @@ def _read_file(
                 records = records.before(end)
             yield records
             del records
+        elif goes_on:
+            yield None
 
 
 def _warn(path: Path, lost: str) -> None:

@@ -95,6 +95,10 @@ class RankRecords:
             n_held = sum(part.nbytes for part in parts)
         self.held = concatenate(parts)
 
+    def go_on(self, pieces: Sequence[Records]) -> None:
+        """Take pieces that were not there before, when all others are merged."""
+        self._pieces, self._is_over, self.scalars = iter(pieces), False, Scalars()
+
     def take(self, step: int) -> Records:
         """Those up to a step, which are then no longer held."""
         taken, self.held = self.held.before(step + 1), self.held.since(step + 1)

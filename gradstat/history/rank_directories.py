@@ -94,7 +94,7 @@ def merge_parts(parts: Sequence[Records | Path], replicated: bool | None) -> Rec
         if isinstance(part, Records):
             found.append((f"number {at} of the parts", part))
         else:
-            found += [(str(each), each) for each in _directories(part) or [part]]
+            found += [(str(each), each) for each in directories(part) or [part]]
     paths = [each.resolve() for _, each in found if isinstance(each, Path)]
     if twice := [path for at, path in enumerate(paths) if path in paths[:at]]:
         raise ValueError(f"{_MERGE} needs each path once; {twice[0]} is there twice")
@@ -143,7 +143,7 @@ def _check_rank(names: dict[int | None, str], rank: int | None, name: str) -> No
 
 
 def _read_ranks(path: Path, read: Read, replicated: bool | None, *, quiet: bool) -> Records:
-    folders = _directories(path)
+    folders = directories(path)
     if not folders:
         return concatenate(list(read(path)))
     if archive.segments(path):
@@ -160,7 +160,7 @@ def _read_ranks(path: Path, read: Read, replicated: bool | None, *, quiet: bool)
             if len(folders) == 1:
                 raise
             continue
-        ranks.append(RankRecords(_number(folder), first, pieces, is_journal=True))
+        ranks.append(RankRecords(number_of(folder), first, pieces, is_journal=True))
     if not ranks:
         raise ValueError(f"{_LOAD} needs a directory that watch() wrote; {path} has no records")
     if len(folders) == 1:
@@ -173,19 +173,20 @@ def _read_ranks(path: Path, read: Read, replicated: bool | None, *, quiet: bool)
     return merged
 
 
-def _directories(path: Path) -> list[Path]:
+def directories(path: Path) -> list[Path]:
     """As `rank_directories`, of each rank one."""
     folders = rank_directories(path)
     for a, b in pairwise(folders):
-        if _number(a) == _number(b):
+        if number_of(a) == number_of(b):
             raise ValueError(
                 f"{_LOAD} needs one directory for each rank; {a} and {b} are both of rank "
-                f"{_number(a)}"
+                f"{number_of(a)}"
             )
     return folders
 
 
-def _number(folder: Path) -> int:
+def number_of(folder: Path) -> int:
+    """Rank of a directory of one."""
     return int(folder.name.partition("-")[2])
 
 
