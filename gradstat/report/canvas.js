@@ -39,9 +39,14 @@ function addCanvas(parent, height, draw, label = "") {
   return drawing;
 }
 
+function removeCanvas(drawing) {
+  drawing.canvas.remove();
+  drawings.splice(drawings.indexOf(drawing), 1);
+}
+
 function describe(canvas, label) {
-  canvas.setAttribute("role", label ? "img" : "presentation");
-  canvas.toggleAttribute("aria-hidden", false);
+  if (canvas.getAttribute("role") !== "slider") canvas.setAttribute("role", label ? "img" : "presentation");
+  canvas.removeAttribute("aria-hidden");
   if (label) canvas.setAttribute("aria-label", label);
   else canvas.setAttribute("aria-hidden", "true");
 }
@@ -201,37 +206,4 @@ function spread(values, least) {
   if (low > high) return [-1, 0];
   const missing = Math.max(0, least - (high - low)) / 2;
   return [low - missing, high + missing];
-}
-
-const tip = byId("tip");
-
-function showTip(event, title, lines) {
-  const head = document.createElement("b");
-  head.textContent = title;
-  tip.replaceChildren(head, ...lines.map((text) => {
-    const row = document.createElement("div");
-    row.textContent = text;
-    return row;
-  }));
-  tip.hidden = false;
-  const box = tip.getBoundingClientRect();
-  const right = event.clientX + 16 + box.width > window.innerWidth - 8;
-  tip.style.left = `${Math.max(8, right ? event.clientX - 16 - box.width : event.clientX + 16)}px`;
-  tip.style.top = `${Math.max(8, Math.min(event.clientY + 14, window.innerHeight - box.height - 8))}px`;
-}
-
-function hideTip() {
-  tip.hidden = true;
-}
-
-// Calls move(event, x, y) in CSS pixels, and leave() when the pointer goes.
-function onHover(canvas, move, leave) {
-  canvas.addEventListener("pointermove", (event) => {
-    const box = canvas.getBoundingClientRect();
-    move(event, event.clientX - box.left, event.clientY - box.top);
-  });
-  canvas.addEventListener("pointerleave", () => {
-    hideTip();
-    leave();
-  });
 }

@@ -1,28 +1,116 @@
-// What the page holds: `meta` in JSON, arrays in base64 that `meta.arrays` describes, and how
-// numbers are written. T columns of records, K sampled records; a layer is the index of a row, and
-// each row is of a kind.
+// What the page holds of a run, and how what comes later is added: `meta`, arrays of T columns of
+// records, K sampled records. A layer is the index of a row, and each row is of a kind.
 
 const byId = (id) => document.getElementById(id);
-const meta = JSON.parse(byId("meta").textContent);
-const T = meta.steps.length;
-const K = meta.sampleSteps.length;
+const meta = { layers: [], nouns: [], kinds: [], order: [], series: [], steps: [], sizes: [], records: 0, findings: null };
+const arrays = {};
+let samples = [];
+let [T, K, capacity] = [0, 0, 0];  // capacity: columns that there is room for, in each row of an array
+let [byKind, place] = [[], []];  // the layers of each kind, and which of its kind a layer is
 
-const arrays = (() => {
-  const text = atob(byId("data").textContent.trim());
+const TYPES = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array, f8: Float64Array };
+const BY_LAYER = { level: Float32Array, least: Float32Array, most: Float32Array, zeros: Float32Array, nonfinite: Float64Array };
+const BY_SERIES = { seriesMean: Float32Array, seriesLeast: Float32Array, seriesMost: Float32Array, seriesNonfinite: Float64Array };
+
+function unpack(layout, data) {
+  const text = atob(data.trim());
   const bytes = new Uint8Array(text.length);
   for (let i = 0; i < text.length; i++) bytes[i] = text.charCodeAt(i);
-  const types = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array, f8: Float64Array };
   const found = {};
-  for (const [name, [type, offset, length]] of Object.entries(meta.arrays)) {
-    found[name] = new types[type](bytes.buffer, offset, length);
+  for (const [name, [type, offset, length]] of Object.entries(layout)) {
+    found[name] = new TYPES[type](bytes.buffer, offset, length);
   }
   return found;
-})();
+}
 
-// The layers of each kind, and which of its kind a layer is.
-const byKind = meta.nouns.map((_, kind) => meta.order.filter((layer) => meta.kinds[layer] === kind));
-const place = [];
-for (const layers of byKind) layers.forEach((layer, i) => { place[layer] = i; });
+// Takes a whole run, or what is new of it.
+function receive(told, data) {
+  const fresh = unpack(told.arrays, data);
+  if (told.head) begin(told);
+  meta.steps = meta.steps.slice(0, told.from).concat(told.steps);
+  meta.sizes = meta.sizes.slice(0, told.from).concat(told.sizes);
+  meta.records = told.records;
+  if (told.findings !== undefined) Object.assign(meta, { findings: told.findings, findingsOf: told.findingsOf ?? told.records });
+  addColumns(BY_LAYER, meta.layers.length, told, fresh);
+  addColumns(BY_SERIES, meta.series.length, told, fresh);
+  addSamples(told, fresh);
+  for (const name of Object.keys(fresh).filter((each) => each.startsWith("newest"))) arrays[name] = fresh[name];
+  [T, K] = [meta.steps.length, samples.length];
+}
+
+function begin(told) {
+  Object.assign(meta, told.head, { series: told.series, steps: [], sizes: [] });
+  capacity = told.capacity;
+  samples = [];
+  for (const name of Object.keys(arrays)) delete arrays[name];
+  for (const [types, rows] of [[BY_LAYER, meta.layers.length], [BY_SERIES, meta.series.length]]) {
+    for (const [name, type] of Object.entries(types)) arrays[name] = new type(rows * capacity);
+  }
+  byKind = meta.nouns.map((_, kind) => meta.order.filter((layer) => meta.kinds[layer] === kind));
+  place = [];
+  for (const layers of byKind) layers.forEach((layer, i) => { place[layer] = i; });
+}
+
+function addColumns(types, rows, { from, steps }, fresh) {
+  const n = steps.length;
+  for (const name of Object.keys(types)) {
+    for (let i = 0; i < rows; i++) arrays[name].set(fresh[name].subarray(i * n, (i + 1) * n), i * capacity + from);
+  }
+}
+
+function addSamples(told, fresh) {
+  const L = meta.layers.length;
+  const known = new Map(samples.map((each) => [each.step, each]));
+  let start = 0;
+  told.samples.forEach((step, k) => {
+    const [part, own] = [(name) => fresh[name].slice(k * L, (k + 1) * L), { step, starts: new Uint32Array(L + 1) }];
+    for (const name of ["First", "Rows", "Finite", "Zeros", "Nonfinite"]) own[name.toLowerCase()] = part(`sample${name}`);
+    own.rows.forEach((n, layer) => { own.starts[layer + 1] = own.starts[layer] + n; });
+    own.counts = fresh.sampleCounts.slice(start, start + own.starts[L]);
+    own.edges = fresh.sampleEdges?.slice(2 * k * L, 2 * (k + 1) * L);
+    start += own.starts[L];
+    known.set(step, own);
+  });
+  samples = told.kept.map((step) => known.get(step));
+}
+
+// The columns of one layer or series.
+const wholePart = (array, i) => array.subarray(i * capacity, i * capacity + T);
+
+const newest = (name, layer) => arrays[`newest${name[0].toUpperCase()}${name.slice(1)}`]?.[layer];
+
+function countAt(layer, k, row) {
+  const { first, rows, starts, counts } = samples[k];
+  const at = row - first[layer];
+  return at >= 0 && at < rows[layer] ? counts[starts[layer] + at] : 0;
+}
+
+// Lower and upper end of a row of a sample's histogram: log2 |value|, or value.
+function rowEnds(layer, k, row) {
+  if (meta.log2) return [row - 127, row - 126];
+  const { edges, rows } = samples[k];
+  const [low, high] = edges.subarray(2 * layer, 2 * layer + 2);
+  return [row, row + 1].map((at) => low + ((high - low) * at) / rows[layer]);
+}
+
+// The row that a value is in, or null.
+function rowAt(layer, k, value) {
+  const { first, rows } = samples[k];
+  for (let row = first[layer]; row < first[layer] + rows[layer]; row++) {
+    const [low, high] = rowEnds(layer, k, row);
+    if (value >= low && value < high) return row;
+  }
+  return meta.log2 && value >= -127 && value < 128 ? Math.floor(value) + 127 : null;
+}
+
+// The ends of each filled row of a layer's distribution in one sample, and its share.
+function* filledRows(layer, k) {
+  const { first, rows, finite } = samples[k];
+  for (let row = first[layer]; row < first[layer] + rows[layer]; row++) {
+    const count = countAt(layer, k, row);
+    if (count) yield [...rowEnds(layer, k, row), count / finite[layer], count];
+  }
+}
 
 // Text around a name that is written from right to left keeps its own direction.
 const rightToLeft = /[\p{Script=Hebrew}\p{Script=Arabic}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}]/u;
@@ -37,65 +125,29 @@ function isolateNames(text) {
 const nounOf = (layer) => meta.nouns[meta.kinds[layer]];
 const titleOf = (layer) => isolated(meta.layers[layer]) + (nounOf(layer) === "gradient" ? "" : `\u00a0\u00b7 ${nounOf(layer)}`);
 
-// Where each layer's histograms begin in `arrays.counts`.
-const countStarts = [0];
-for (const rows of meta.rows) countStarts.push(countStarts[countStarts.length - 1] + K * rows);
-
-function countAt(layer, sample, row) {
-  return arrays.counts[countStarts[layer] + sample * meta.rows[layer] + row];
-}
-
-// Lower and upper end of a row of a sample's histogram: log2 |value|, or value.
-function rowEnds(layer, sample, row) {
-  if (meta.log2) return [meta.first[layer] + row - 127, meta.first[layer] + row - 126];
-  const at = 2 * (layer * K + sample);
-  const [low, high] = [arrays.sampleEdges[at], arrays.sampleEdges[at + 1]];
-  return [low + ((high - low) * row) / meta.rows[layer], low + ((high - low) * (row + 1)) / meta.rows[layer]];
-}
-
-function number(x) {
-  if (x === null || Number.isNaN(x)) return "\u2013";
-  if (x === 0) return "0";
-  const size = Math.abs(x);
-  const text = size >= 1e-3 && size < 1e4 ? x.toPrecision(3) : x.toExponential(2);
-  return text.replace("-", "\u2212").replace("e-", "e\u2212").replace("e+", "e");
-}
-
-// Of a round number, no more digits than it has.
-function short(x) {
-  const [rounded, size] = [Number(x.toPrecision(6)), Math.abs(x)];
-  const text = x === 0 || (size >= 1e-3 && size < 1e5) ? String(rounded) : rounded.toExponential();
-  return text.replaceAll("-", "\u2212").replace("e+", "e");
-}
-
-const whole = (n) => n.toLocaleString("en-US");
-
-function share(x) {
-  if (Number.isNaN(x)) return "\u2013";
-  const percent = 100 * x;
-  if (percent === 0 || percent === 100) return `${percent} %`;
-  if (percent < 0.01) return "< 0.01 %";
-  if (percent > 99.9) return "> 99.9 %";
-  return `${percent.toPrecision(percent < 1 ? 1 : percent < 10 ? 2 : 3)} %`;
-}
-
-const plural = (n, what) => `${whole(n)} ${what}${n === 1 ? "" : "s"}`;
-
-function powerOfTwo(k) {
-  const digits = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079";
-  return "2" + String(k).replace(/\d/g, (d) => digits[d]).replace("-", "\u207b");
-}
-
-// A magnitude that is known by its log2.
-function magnitude(level) {
-  if (Number.isNaN(level)) return "\u2013";
-  if (level === -Infinity) return "0";
-  return `${number(2 ** level)} (2^${level.toFixed(1).replace("-", "\u2212")})`;
-}
-
 function stepsOf(column) {
   const [first, last] = meta.steps[column];
   return first === last
     ? `step ${whole(first)}`
     : `steps ${whole(first)} to ${whole(last)}, ${plural(meta.sizes[column], "record")} together`;
+}
+
+// The column of records that a step belongs to.
+function columnOf(step) {
+  let [low, high] = [0, T - 1];
+  while (low < high) {
+    const middle = (low + high + 1) >> 1;
+    if (meta.steps[middle][0] <= step) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
+// The sample nearest to a step.
+function sampleNear(step) {
+  let nearest = 0;
+  for (let k = 1; k < K; k++) {
+    if (Math.abs(samples[k].step - step) < Math.abs(samples[nearest].step - step)) nearest = k;
+  }
+  return nearest;
 }

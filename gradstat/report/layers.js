@@ -1,17 +1,17 @@
 // The table: a row for each layer of a kind with the line of its rms, in any order, filtered by name.
 
 const COLUMNS = [
-  { name: "#", width: "52px", wide: "wider", order: (i) => i, text: (i) => String(place[i] + 1) },
+  { name: "#", width: "52px", wide: "wider", order: (i) => place[i], text: (i) => String(place[i] + 1) },
   { name: "Layer", left: true, order: (i) => meta.layers[i], text: (i) => meta.layers[i] },
-  { name: "Elements", width: "100px", wide: "wider", order: (i) => meta.newest.numel[i], text: (i) => whole(meta.newest.numel[i]) },
+  { name: "Elements", width: "100px", wide: "wider", order: (i) => newest("numel", i), text: (i) => whole(newest("numel", i)) },
   { name: "rms by step, own log scale", width: "28%", left: true, spark: true },
-  { name: "rms, newest", width: "104px", order: (i) => meta.newest.rms[i] ?? NaN, text: (i) => number(meta.newest.rms[i]) },
+  { name: "rms, newest", width: "104px", order: (i) => newest("rms", i), text: (i) => number(newest("rms", i)) },
   { name: "Zeros", width: "78px", wide: "wide", order: (i) => zeroShare(i), text: (i) => share(zeroShare(i)) },
-  { name: "NaN, inf", width: "84px", wide: "wide", order: (i) => broken[i], text: (i) => whole(broken[i]), bad: (i) => broken[i] > 0 },
+  { name: "NaN, inf", width: "84px", wide: "wide", order: (i) => broken(i), text: (i) => whole(broken(i)), bad: (i) => broken(i) > 0 },
 ];
 
 // Of the whole run.
-const broken = meta.layers.map((_, i) => part(arrays.nonfinite, i).reduce((a, b) => a + b, 0));
+const broken = (layer) => wholePart(arrays.nonfinite, layer).reduce((a, b) => a + b, 0);
 
 // What is undefined comes last, whichever way the others go.
 function compare(a, b, sign) {
@@ -20,78 +20,88 @@ function compare(a, b, sign) {
   return sign * (a < b ? -1 : a > b ? 1 : 0);
 }
 
-function part(array, layer) {
-  return array.subarray(layer * T, (layer + 1) * T);
-}
-
 function zeroShare(layer) {
-  const at = layer * K + K - 1;
-  return arrays.sampleFinite[at] ? arrays.sampleZeros[at] / arrays.sampleFinite[at] : NaN;
+  const { finite, zeros } = samples[K - 1];
+  return finite[layer] ? zeros[layer] / finite[layer] : NaN;
 }
 
 function buildLayers(select) {
   const body = byId("rows");
-  const seen = new IntersectionObserver((entries) => {
+  const sparks = new Map();  // drawings by layer, of rows that have been seen
+  let rows = [];  // by layer, those that have been shown
+  let sorting = null;  // name of a column, and sign
+  const observer = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       if (entry.isIntersecting) addSpark(entry.target);
     }
   }, { rootMargin: "1500px" });
   const addSpark = (cell) => {
-    seen.unobserve(cell);
+    observer.unobserve(cell);
     if (cell.querySelector("canvas")) return;
     const layer = Number(cell.parentElement.dataset.layer);
-    addCanvas(cell.firstChild, 28, (context, width, height) => drawSpark(context, layer, width, height), `rms of ${meta.layers[layer]} by step`).redraw();
+    const spark = addCanvas(cell.firstChild, 28, (context, width, height) => drawSpark(context, layer, width, height), `rms of ${meta.layers[layer]} by step`);
+    sparks.set(layer, spark);
+    spark.redraw();
   };
   // On paper all rows are seen.
   window.addEventListener("beforeprint", () => body.querySelectorAll("td.spark").forEach(addSpark));
   const makeRow = (i) => {
     const row = document.createElement("tr");
     row.dataset.layer = String(i);
-    row.tabIndex = 0;
+    row.tabIndex = -1;
     for (const column of COLUMNS) {
       const cell = row.insertCell();
-      cell.className = [column.left && "text", column.wide, column.bad?.(i) && "bad"].filter(Boolean).join(" ");
       if (column.spark) {
         cell.className = "spark";
         const holder = document.createElement("div");
         cell.append(holder);
         holder.style.height = "28px";
-        seen.observe(cell);
+        observer.observe(cell);
       } else {
-        const text = document.createElement("bdi");
-        text.textContent = column.text(i);
-        cell.append(text);
+        cell.append(document.createElement("bdi"));
         if (column.left) cell.title = column.text(i);
       }
     }
     row.addEventListener("click", () => select(i, { from: "table" }));
+    fill(row, i);
     return row;
   };
+  const fill = (row, i) => COLUMNS.forEach((column, at) => {
+    if (column.spark) return;
+    const [cell, text] = [row.cells[at], column.text(i)];
+    const name = [column.left && "text", column.wide, column.bad?.(i) && "bad"].filter(Boolean).join(" ");
+    if (cell.className !== name) cell.className = name;
+    if (cell.firstChild.textContent !== text) cell.firstChild.textContent = text;
+  });
   body.addEventListener("keydown", (event) => {
     const row = event.target.closest("tr");
-    const move = { ArrowDown: "nextElementSibling", ArrowUp: "previousElementSibling" }[event.key];
+    const all = [...body.rows].filter((each) => !each.hidden);
+    const to = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10, Home: -Infinity, End: Infinity }[event.key];
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "Enter" || event.key === " ") select(Number(row.dataset.layer), { from: "table" });
-    else if (move) {
-      let to = row[move];
-      while (to && to.hidden) to = to[move];
-      to?.focus();
-    } else return;
+    else if (to) focus(all[Math.max(0, Math.min(all.length - 1, all.indexOf(row) + to))]);
+    else return;
     event.preventDefault();
   });
-  const hover = (event) => {
-    const cell = event.target.closest("td.spark");
-    if (!cell) return hideTip();
-    const layer = Number(cell.parentElement.dataset.layer);
-    const canvas = cell.querySelector("canvas");
-    if (!canvas) return;
-    const box = canvas.getBoundingClientRect();
-    const t = Math.floor(((event.clientX - box.left) / box.width) * T);
-    if (t >= 0 && t < T) showTip(event, titleOf(layer), cellLines(layer, t));
+  // Tab comes to one row of the table, arrow keys to the others.
+  const focus = (row, move = true) => {
+    for (const other of body.querySelectorAll("tr[tabindex='0']")) other.tabIndex = -1;
+    row.tabIndex = 0;
+    if (move) row.focus();
   };
-  body.addEventListener("pointermove", hover);
+  const reachable = () => {
+    const [row] = [...body.querySelectorAll("tr[tabindex='0']:not([hidden])"), ...body.querySelectorAll("tr.selected:not([hidden])"), ...body.querySelectorAll("tr:not([hidden])")];
+    if (row) focus(row, false);
+  };
+  body.addEventListener("pointermove", (event) => {
+    const cell = event.target.closest("td.spark");
+    const canvas = cell?.querySelector("canvas");
+    if (!canvas) return hideTip();
+    const layer = Number(cell.parentElement.dataset.layer);
+    const t = columnAt(event.clientX - canvas.getBoundingClientRect().left, 0, canvas.clientWidth);
+    if (t !== null) showTip(event.clientX, event.clientY, titleOf(layer), cellLines(layer, t));
+  });
   body.addEventListener("pointerleave", hideTip);
-  const rows = [];  // by layer, those that have been shown
-  let sorting = null;
   const filter = () => {
     const wanted = byId("filter").value.trim().toLowerCase();
     let shown = 0;
@@ -100,50 +110,93 @@ function buildLayers(select) {
       shown += !rows[layer].hidden;
     }
     byId("none").hidden = shown > 0;
+    reachable();
   };
   const show = () => {
     const shown = state.view.layers.map((layer) => (rows[layer] ??= makeRow(layer)));
     if (sorting) {
-      const key = (row) => sorting.order(Number(row.dataset.layer));
+      const { order } = COLUMNS.find((each) => each.name === sorting.name);
+      const key = (row) => order(Number(row.dataset.layer));
       shown.sort((a, b) => compare(key(a), key(b), sorting.sign));
     }
     body.replaceChildren(...shown);
     filter();
   };
-  buildHead((order, sign) => {
-    sorting = { order, sign };
+  const head = buildHead((name, sign) => {
+    sorting = { name, sign };
     show();
+    linkChanged();
   });
-  byId("filter").addEventListener("input", filter);
-  return { show, row: (layer) => rows[layer] };
+  byId("filter").addEventListener("input", () => {
+    filter();
+    linkChanged();
+  });
+  byId("filter").addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || !byId("filter").value) return;
+    byId("filter").value = "";
+    filter();
+    linkChanged();
+    event.stopPropagation();
+  });
+  return {
+    show,
+    // Numbers that have changed; rows stay where they are.
+    update() {
+      for (const layer of state.view.layers) fill(rows[layer], layer);
+    },
+    // Rows are of other layers.
+    begin() {
+      for (const spark of sparks.values()) removeCanvas(spark);
+      sparks.clear();
+      rows = [];
+    },
+    select(layer) {
+      for (const row of body.querySelectorAll("tr.selected")) {
+        row.classList.remove("selected");
+        row.removeAttribute("aria-current");
+      }
+      rows[layer].classList.add("selected");
+      rows[layer].setAttribute("aria-current", "true");
+      if (!body.contains(document.activeElement) && !rows[layer].hidden) focus(rows[layer], false);
+    },
+    sorting: () => sorting,
+    sort(name, sign) {
+      if (COLUMNS.some((each) => each.order && each.name === name)) head(name, sign);
+    },
+    filter(text) {
+      byId("filter").value = text;
+      filter();
+    },
+    rows: () => [...body.rows].filter((row) => !row.hidden).map((row) => Number(row.dataset.layer)),
+  };
 }
 
 function buildHead(sort) {
   const heads = COLUMNS.map((column) => {
     const head = document.createElement("th");
+    head.scope = "col";
     head.className = [column.left && "text", column.wide].filter(Boolean).join(" ");
     if (column.width) head.style.width = column.width;
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = column.name;
-    button.title = column.name;
-    button.style.overflow = "hidden";
-    button.style.textOverflow = "ellipsis";
-    head.append(button);
-    if (!column.order) button.disabled = true;
-    button.addEventListener("click", () => {
-      const down = head.getAttribute("aria-sort") === "descending";
-      for (const other of heads) {
-        other.removeAttribute("aria-sort");
-        other.classList.remove("sorted");
-      }
-      head.setAttribute("aria-sort", down ? "ascending" : "descending");
-      head.classList.add("sorted");
-      sort(column.order, down ? 1 : -1);
+    const label = document.createElement(column.order ? "button" : "span");
+    if (column.order) label.type = "button";
+    label.textContent = column.name;
+    label.title = column.name;
+    head.append(label);
+    label.addEventListener("click", () => {
+      if (column.order) by(column.name, head.getAttribute("aria-sort") === "descending" ? 1 : -1);
     });
     return head;
   });
+  const by = (name, sign) => {
+    COLUMNS.forEach((column, at) => {
+      heads[at].classList.toggle("sorted", column.name === name);
+      if (column.name === name) heads[at].setAttribute("aria-sort", sign < 0 ? "descending" : "ascending");
+      else heads[at].removeAttribute("aria-sort");
+    });
+    sort(name, sign);
+  };
   byId("columns").append(...heads);
+  return by;
 }
 
 function drawSpark(context, layer, width, height) {
@@ -151,4 +204,15 @@ function drawSpark(context, layer, width, height) {
   const ends = spread([level, least, most], 2);
   const box = { left: 0, top: 3, width, height: height - 6 };
   curve(context, box, ends, level, least, most, part(arrays.nonfinite, layer));
+}
+
+// The newest numbers of the rows that are shown, in their order.
+function layersTable(layers) {
+  const names = NAMES.filter(([name]) => newest(name, 0) !== undefined);
+  const rows = [["layer", "kind", "step", ...names.map((each) => each[1]), "NaN or infinite in all records"]];
+  for (const layer of layers) {
+    const values = names.map(([name, , noun]) => (noun && noun !== nounOf(layer) ? NaN : newest(name, layer)));
+    rows.push([meta.layers[layer], nounOf(layer), samples[K - 1].step, ...values, broken(layer)]);
+  }
+  return rows;
 }

@@ -1,136 +1,156 @@
 // Puts the parts together; `state` is what is selected and what the pointer is on.
 
-// `home` is the sample that is shown while the pointer is on none: the newest, or that of a step.
-const state = { view: null, layer: 0, cell: null, t: null, sample: K - 1, home: K - 1 };
+// `step` is the one that is looked at, null for the newest; `home` is its sample, which is shown
+// while the pointer is on none. Columns: `cell` of the map, `t` of the rms, `seriesAt` of the lines.
+const state = { view: null, layer: 0, step: null, home: 0, sample: 0, cell: null, t: null, seriesAt: null };
+let isTouched = false;  // whether the reader, or a link, has chosen what to see
+let hearSelected = () => {};  // called when the reader has selected another layer or step
 
-// The sample nearest to the step of a finding, or within a column of records.
-function sampleNear(step) {
-  let nearest = 0;
-  for (let k = 1; k < K; k++) {
-    if (Math.abs(meta.sampleSteps[k] - step) < Math.abs(meta.sampleSteps[nearest] - step)) nearest = k;
-  }
-  return nearest;
-}
+const map = buildMap(select);
+const table = buildLayers(select);
+const detail = buildDetail(select);
+const zoomBar = buildZoom(() => {
+  changed();
+  showAll();
+});
 
-function buildFindings(select) {
-  const section = byId("findings");
-  if (!meta.findings.length) {
-    const none = document.createElement("p");
-    none.className = "hint";
-    none.textContent = "Nothing stands out in this run.";
-    section.append(none);
-    return;
-  }
-  const shown = 6;
-  const items = meta.findings.map((finding, i) => {
-    const item = document.createElement("button");
-    item.type = "button";
-    item.className = `finding ${finding.severity}`;
-    item.classList.toggle("later", i >= shown);
-    const [first, last] = finding.steps;
-    const texts = [
-      ["badge", finding.severity],
-      ["what", isolateNames(finding.sentence)],
-      ["when", `${finding.kind} \u00b7 ${first === last ? `step ${whole(first)}` : `steps ${whole(first)} to ${whole(last)}`}`],
-    ];
-    for (const [kind, text] of texts) {
-      const span = document.createElement("span");
-      span.className = kind;
-      span.textContent = text;
-      item.append(span);
-    }
-    item.addEventListener("click", () => select(finding.layer, { from: "findings", step: finding.at }));
-    return item;
-  });
-  section.append(...items);
-  if (items.length > shown) {
-    const more = document.createElement("button");
-    more.type = "button";
-    more.className = "more";
-    more.textContent = `Show ${items.length - shown} more`;
-    more.addEventListener("click", () => {
-      for (const item of items) item.classList.remove("later");
-      more.remove();
-      redrawSoon();
-    });
-    section.append(more);
-  }
+function zoomTo(first, last) {
+  zoomBar.to(first, last);
 }
 
 // A control for which kind is shown, where there are several.
-function buildKinds(select) {
+function showKinds() {
   const control = byId("kind");
-  control.hidden = byKind.length === 1;
-  control.append(...meta.nouns.map((noun, kind) => new Option(`${noun[0].toUpperCase()}${noun.slice(1)}s`, kind)));
-  control.addEventListener("change", () => {
-    // The same layer, or another one of its module.
-    const [name, layers] = [meta.layers[state.layer], byKind[control.value]];
-    const related = (i) => name.startsWith(`${meta.layers[i]}.`) || meta.layers[i].startsWith(`${name}.`);
-    select(layers.find((i) => meta.layers[i] === name) ?? layers.find(related) ?? layers[0], { from: "kind" });
-  });
+  control.parentElement.hidden = byKind.length < 2;
+  control.replaceChildren(...meta.nouns.map((noun, kind) => new Option(`${noun[0].toUpperCase()}${noun.slice(1)}s`, kind)));
 }
 
+byId("kind").addEventListener("change", () => {
+  // The same layer, or another one of its module.
+  const [name, layers] = [meta.layers[state.layer], byKind[byId("kind").value]];
+  const related = (i) => name.startsWith(`${meta.layers[i]}.`) || meta.layers[i].startsWith(`${name}.`);
+  select(layers.find((i) => meta.layers[i] === name) ?? layers.find(related) ?? layers[0], { from: "kind", step: state.step });
+});
+
 function showFacts() {
-  const first = meta.steps[0][0];
-  const last = meta.steps[T - 1][1];
+  const [first, last] = [meta.steps[0][0], meta.steps[T - 1][1]];
   byId("facts").textContent = [
     plural(state.view.layers.length, "layer"),
     `${plural(meta.records, "record")}, ${first === last ? "step" : "steps"} ${first === last ? whole(first) : `${whole(first)} to ${whole(last)}`}`,
     meta.bins,
   ].join(" \u00b7 ");
   const [few, many] = [Math.min(...meta.sizes), Math.max(...meta.sizes)];
-  const size = few === many ? plural(many, "record") : `${whole(few)} or ${plural(many, "record")}`;
-  byId("map-hint").textContent = many === 1
-    ? `Colour is the rms of a layer's ${meta.nouns[state.view.kind]} in one record. The first layer is on top. Click a row to see its distribution.`
-    : `Thinned: a column is ${size} together, its colour the rms of all their elements. The first layer is on top. Click a row to see its distribution.`;
+  const size = few === many ? plural(many, "record") : many - few === 1 ? `${whole(few)} or ${plural(many, "record")}` : `up to ${plural(many, "record")}`;
+  const noun = meta.nouns[state.view.kind];
+  const colour = many === 1 ? `Colour is the rms of a layer's ${noun} in one record.` : `Thinned: a column is ${size} together, its colour the rms of all their elements.`;
+  byId("map-hint").textContent = `${colour} The first layer is on top. Click a row to see its distribution; drag to see fewer steps.`;
   const notes = [`Made by gradstat ${meta.version}.`];
   if (many > 1) notes.push(`Lines are the rms of ${size} together, their band the smallest and the largest rms of one record.`);
   if (K < meta.records) notes.push(`Distributions are those of ${whole(K)} of ${plural(meta.records, "record")}, evenly spread, the newest among them.`);
   byId("footer").textContent = notes.join(" ");
 }
 
-function start() {
-  buildFindings(select);
-  buildKinds(select);
-  const map = buildMap(select);
-  const table = buildLayers(select);
-  const showDetail = buildDetail(select);
-
-  function show(kind) {
-    state.view = viewOf(kind);
-    byId("kind").value = kind;
-    showFacts();
-    map.show();
-    table.show();
-  }
-
-  // With a step, or a column of records, that one is shown; otherwise the newest.
-  function select(layer, { from, step = null, t = null }) {
-    if (layer === undefined) return;
-    if (step !== null) t = columnOf(step);
-    state.cell = t === null ? null : { layer, t };
-    state.home = step !== null ? sampleNear(step) : t !== null ? sampleNear(meta.steps[t][0]) : K - 1;
-    const before = table.row(state.layer);
-    before.classList.remove("selected");
-    before.removeAttribute("aria-current");
-    const other = meta.kinds[layer] !== state.view.kind;
-    if (other) show(meta.kinds[layer]);
-    state.layer = layer;
-    table.row(layer).classList.add("selected");
-    table.row(layer).setAttribute("aria-current", "true");
-    map.mark();
-    showDetail();
-    if (other) redrawAll();
-    // Beside the rest on a wide page, and in view; above the table on a narrow one.
-    const beside = getComputedStyle(byId("detail")).position === "sticky";
-    if (!beside && !["start", "detail", "kind"].includes(from)) byId("detail").scrollIntoView({ block: "start" });
-  }
-
-  const [found] = meta.findings;
-  state.layer = found ? found.layer : byKind[0][0];
-  show(meta.kinds[state.layer]);
-  select(state.layer, { from: "start", step: found ? found.at : null });
+// Everything that depends on the steps that are seen, the kind, or the numbers.
+function showAll() {
+  see();
+  state.view = viewOf(state.view ? state.view.kind : meta.kinds[state.layer]);
+  byId("kind").value = state.view.kind;
+  showFacts();
+  zoomBar.show();
+  map.show();
+  detail.show(state.sample);
   redrawAll();
 }
 
-start();
+// With a step that one is shown; otherwise the newest.
+function select(layer, { from, step = null }) {
+  if (layer === undefined) return;
+  const isOther = meta.kinds[layer] !== state.view.kind;
+  Object.assign(state, { layer, step, cell: null });
+  state.sample = state.home = step === null ? K - 1 : sampleNear(step);
+  if (isOther) {
+    state.view = viewOf(meta.kinds[layer]);
+    table.show();
+    showAll();
+  }
+  table.select(layer);
+  map.mark();
+  if (!isOther) detail.show(state.home);
+  if (from === "start") return;
+  changed();
+  if (from === "beside") return;
+  hearSelected();
+  // Beside the rest on a wide page, and in view; above the table on a narrow one.
+  const beside = getComputedStyle(byId("detail")).position === "sticky";
+  if (!beside && !["detail", "kind"].includes(from)) byId("detail").scrollIntoView({ block: "start" });
+}
+
+function changed() {
+  isTouched = true;
+  linkChanged();
+}
+
+// What a link asks for; otherwise the first finding, or the first layer.
+function openView() {
+  const asked = readLink();
+  const [found] = meta.findings ?? [];
+  isTouched ||= asked.layer !== undefined;
+  [zoom.first, zoom.last] = [asked.first, asked.last];
+  state.layer = asked.layer ?? found?.layer ?? byKind[0][0];
+  const step = asked.layer === undefined ? found?.at ?? null : asked.step;
+  see();
+  state.view = viewOf(meta.kinds[state.layer]);
+  state.sample = state.home = 0;
+  table.show();
+  select(state.layer, { from: "start", step });
+  showAll();
+  table.filter(asked.filter);
+  if (asked.sort) table.sort(...asked.sort);
+}
+
+window.addEventListener("hashchange", openView);
+
+// Takes a whole run, or what is new of it; the reader's place stays.
+function take(told, data) {
+  const before = T ? { layer: meta.layers[state.layer], noun: nounOf(state.layer), sample: state.sample === state.home ? null : samples[state.sample].step } : null;
+  receive(told, data);
+  byId("empty").hidden = T > 0;
+  document.querySelector("main").hidden = T === 0;
+  if (!T) return;
+  if (told.head) {
+    table.begin();
+    showKinds();
+    forgetPlaces();
+    Object.assign(state, { cell: null, t: null, seriesAt: null });
+  }
+  if (told.findings !== undefined || told.head) showFindings(select);
+  const layer = before ? layerNamed(before.layer, before.noun) : undefined;
+  if (layer === undefined || (!isTouched && told.findings)) return openView();
+  state.layer = layer;
+  state.home = state.step === null ? K - 1 : sampleNear(state.step);
+  state.sample = before.sample === null ? state.home : sampleNear(before.sample);
+  if (told.head) {
+    see();
+    state.view = viewOf(meta.kinds[layer]);
+    table.show();
+    table.select(layer);
+  } else table.update();
+  showAll();
+}
+
+// Escape goes back: from a stretch of steps to all of them.
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && T && isZoomed()) zoomTo(null, null);
+});
+
+buildSave("save-map", { name: "map", title: () => `${document.title}: rms of each ${meta.nouns[state.view.kind]}`, drawings: map.drawings, table: () => cellsTable(state.view.layers) });
+buildSave("save-series", { name: "series", title: () => document.title, drawings: [map.drawings[0]], table: seriesTable });
+const ofLayer = (what) => () => `${titleOf(state.layer)}: ${what()}`;
+const { rms, distribution, legend, histogram } = detail.drawings;
+buildSave("save-rms", { name: "rms", title: ofLayer(() => "rms by step"), drawings: [rms], table: () => cellsTable([state.layer]) });
+buildSave("save-distribution", { name: "distribution", title: ofLayer(() => "distribution by step"), drawings: [distribution, legend], table: () => countsTable(state.layer, seen.samples) });
+buildSave("save-histogram", { name: "histogram", title: ofLayer(() => `histogram at step ${whole(samples[state.sample].step)}`), drawings: [histogram], table: () => countsTable(state.layer, [state.sample]) });
+buildSave("save-layers", { name: "layers", title: () => "", table: () => layersTable(table.rows()) });
+
+const contents = JSON.parse(byId("meta").textContent);
+if (!contents.live) take(contents, byId("data").textContent);

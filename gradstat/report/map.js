@@ -7,9 +7,18 @@ function viewOf(kind) {
   const layers = byKind[kind];
   const rowHeight = layers.length <= 36 ? 20 : Math.max(1, Math.floor(720 / layers.length));
   const top = rowHeight < 12 ? 7 : 0;
-  const level = Float32Array.from(layers.flatMap((layer) => [...part(arrays.level, layer)]));
-  const nonfinite = layers.flatMap((layer) => [...part(arrays.nonfinite, layer)]);
-  return { kind, layers, rowHeight, top, bottom: top + layers.length * rowHeight, level, nonfinite, scale: scaleOf(level) };
+  return { kind, layers, rowHeight, top, bottom: top + layers.length * rowHeight, ...cellsOf(layers) };
+}
+
+// Levels of the columns that are seen, row by row, what is not finite there, and the colour scale.
+function cellsOf(layers) {
+  const n = seen.to - seen.from;
+  const [level, nonfinite] = [new Float32Array(n * layers.length), new Float64Array(n * layers.length)];
+  layers.forEach((layer, i) => {
+    level.set(part(arrays.level, layer), i * n);
+    nonfinite.set(part(arrays.nonfinite, layer), i * n);
+  });
+  return { n, level, nonfinite, scale: scaleOf(level) };
 }
 
 const rowTop = (row) => state.view.top + row * state.view.rowHeight;
@@ -25,12 +34,12 @@ function scaleOf(level) {
 }
 
 // A pixel for each cell; enlarged when it is drawn.
-function mapImage({ layers, level, nonfinite, scale }) {
+function mapImage({ layers, n, level, nonfinite, scale }) {
   const image = document.createElement("canvas");
-  image.width = T;
+  image.width = n;
   image.height = layers.length;
   const context = image.getContext("2d");
-  const pixels = context.createImageData(T, layers.length);
+  const pixels = context.createImageData(n, layers.length);
   const [broken, zero] = [rgb(css("--broken")), rgb(css("--zero"))];
   for (let i = 0; i < level.length; i++) {
     let color = null;
@@ -43,90 +52,102 @@ function mapImage({ layers, level, nonfinite, scale }) {
   return image;
 }
 
+function drawMap(context, width, left, names) {
+  const { layers, rowHeight, top, bottom, n, nonfinite } = state.view;
+  const L = layers.length;
+  const every = Math.ceil(14 / rowHeight);
+  for (let i = 0; i < L; i += every) context.fillText(names[i], left - 8, rowTop(i) + rowHeight / 2);
+  context.fillStyle = css("--sunken");
+  context.fillRect(left, top, width - left, bottom - top);
+  context.imageSmoothingEnabled = false;
+  context.drawImage(mapImage(state.view), left, top, width - left, bottom - top);
+  if (rowHeight >= 12) {
+    context.fillStyle = css("--surface");
+    for (let i = 1; i < L; i++) context.fillRect(left, rowTop(i) - 1, width - left, 1);
+  }
+  // However small its cell is, what is not finite can be seen.
+  context.fillStyle = css("--broken");
+  const cell = (width - left) / n;
+  for (let i = 0; i < L * n; i++) {
+    if (!nonfinite[i]) continue;
+    const [x, y] = [left + (i % n) * cell, rowTop(Math.floor(i / n))];
+    const [dx, dy] = [Math.max(0, 3 - cell) / 2, Math.max(0, 3 - rowHeight) / 2];
+    if (dx || dy) context.fillRect(x - dx, y - dy, cell + 2 * dx, rowHeight + 2 * dy);
+  }
+  stepAxis(context, firstSteps(), left, width - left, bottom);
+}
+
+// Marks the row of the selected layer, and a cell.
+function drawMapMarks(context, width, left) {
+  const { rowHeight, n } = state.view;
+  context.strokeStyle = css("--ink");
+  context.lineWidth = 1.5;
+  const y = rowTop(place[state.layer]);
+  // Around a row that is high enough to be seen inside it.
+  if (rowHeight >= 6) context.strokeRect(left + 0.75, y + 0.25, width - left - 1.5, rowHeight - 1);
+  context.fillStyle = css("--ink");
+  context.beginPath();
+  context.moveTo(left, y + rowHeight / 2);
+  context.lineTo(left - 7, y + rowHeight / 2 - 5);
+  context.lineTo(left - 7, y + rowHeight / 2 + 5);
+  context.fill();
+  const marked = state.cell ?? (state.step === null ? null : { layer: state.layer, t: columnOf(state.step) });
+  if (!marked || marked.t < seen.from || marked.t >= seen.to) return;
+  const cell = (width - left) / n;
+  context.strokeRect(left + (marked.t - seen.from) * cell, rowTop(place[marked.layer]), Math.max(2, cell), Math.max(2, rowHeight - 1));
+}
+
 function buildMap(select) {
   const plot = byId("map-plot");
   let left = 0;
   const main = addCanvas(plot, 0, (context, width) => {
-    const { layers, rowHeight, top, bottom, nonfinite } = state.view;
-    const L = layers.length;
+    const { layers, rowHeight } = state.view;
     type(context, 12, "right", "middle");
     const names = shortNames(context, layers.map((layer) => meta.layers[layer]), Math.min(240, width * 0.3));
-    const every = Math.ceil(14 / rowHeight);
     let widest = 0;
-    for (let i = 0; i < L; i += every) widest = Math.max(widest, context.measureText(names[i]).width);
+    for (let i = 0; i < layers.length; i += Math.ceil(14 / rowHeight)) widest = Math.max(widest, context.measureText(names[i]).width);
     // The names of the lines above it, such as a norm's, stand in the same margin.
     left = Math.ceil(Math.max(widest + 12, Math.min(100, 0.25 * width)));
-    for (let i = 0; i < L; i += every) context.fillText(names[i], left - 8, rowTop(i) + rowHeight / 2);
-    context.fillStyle = css("--sunken");
-    context.fillRect(left, top, width - left, bottom - top);
-    context.imageSmoothingEnabled = false;
-    context.drawImage(mapImage(state.view), left, top, width - left, bottom - top);
-    if (rowHeight >= 12) {
-      context.fillStyle = css("--surface");
-      for (let i = 1; i < L; i++) context.fillRect(left, rowTop(i) - 1, width - left, 1);
-    }
-    // However small its cell is, what is not finite can be seen.
-    context.fillStyle = css("--broken");
-    const cell = (width - left) / T;
-    for (let i = 0; i < L * T; i++) {
-      if (!nonfinite[i]) continue;
-      const [x, y] = [left + (i % T) * cell, rowTop(Math.floor(i / T))];
-      const [dx, dy] = [Math.max(0, 3 - cell) / 2, Math.max(0, 3 - rowHeight) / 2];
-      if (dx || dy) context.fillRect(x - dx, y - dy, cell + 2 * dx, rowHeight + 2 * dy);
-    }
-    stepAxis(context, meta.steps.map((each) => each[0]), left, width - left, bottom);
-  }, "Map: the rms of each layer, by step, as colour. The table of layers has the numbers.");
-  const over = addCanvas(plot, 0, (context, width) => {
-    const { rowHeight } = state.view;
-    context.strokeStyle = css("--ink");
-    context.lineWidth = 1.5;
-    const y = rowTop(place[state.layer]);
-    // Around a row that is high enough to be seen inside it.
-    if (rowHeight >= 6) context.strokeRect(left + 0.75, y + 0.25, width - left - 1.5, rowHeight - 1);
-    context.fillStyle = css("--ink");
-    context.beginPath();
-    context.moveTo(left, y + rowHeight / 2);
-    context.lineTo(left - 7, y + rowHeight / 2 - 5);
-    context.lineTo(left - 7, y + rowHeight / 2 + 5);
-    context.fill();
-    if (!state.cell) return;
-    const cell = (width - left) / T;
-    context.strokeRect(left + state.cell.t * cell, rowTop(place[state.cell.layer]), Math.max(2, cell), Math.max(2, rowHeight - 1));
+    drawMap(context, width, left, names);
+  }, "Map");
+  const over = addCanvas(plot, 0, (context, width) => drawMapMarks(context, width, left));
+  addFigure(main.canvas, {
+    at(x, y) {
+      const layer = state.view.layers[Math.floor((y - state.view.top) / state.view.rowHeight)];
+      return layer === undefined ? null : { layer, t: columnAt(x, left, main.canvas.clientWidth) };
+    },
+    show(cell) {
+      state.cell = cell && cell.t !== null ? cell : null;
+      over.redraw();
+      return cell && [titleOf(cell.layer), state.cell ? cellLines(cell.layer, cell.t) : []];
+    },
+    move(cell, dx, dy) {
+      const { layers } = state.view;
+      if (!cell) return { layer: state.layer, t: state.step === null ? seen.to - 1 : Math.max(seen.from, Math.min(seen.to - 1, columnOf(state.step))) };
+      const row = Math.max(0, Math.min(layers.length - 1, place[cell.layer] + dy));
+      return { layer: layers[row], t: Math.max(seen.from, Math.min(seen.to - 1, cell.t + dx)) };
+    },
+    where: ({ layer, t }) => [columnMiddle(t, left, main.canvas.clientWidth), rowTop(place[layer]) + state.view.rowHeight],
+    choose: ({ layer, t }) => select(layer, { from: "map", step: t === null ? null : meta.steps[t][0] }),
+    between: (x0, x1) => columnSteps(x0, x1, left, main.canvas.clientWidth),
+    column: ({ t }) => t,
   });
-  const cellAt = (x, y) => {
-    const width = main.canvas.clientWidth;
-    const t = Math.floor(((x - left) / (width - left)) * T);
-    const layer = state.view.layers[Math.floor((y - state.view.top) / state.view.rowHeight)];
-    return layer === undefined ? null : { layer, t: Math.min(t, T - 1) };
-  };
-  onHover(main.canvas, (event, x, y) => {
-    const cell = cellAt(x, y);
-    state.cell = cell && cell.t >= 0 ? cell : null;
-    over.redraw();
-    if (cell) showTip(event, titleOf(cell.layer), state.cell ? cellLines(cell.layer, cell.t) : []);
-    else hideTip();
-  }, () => {
-    state.cell = null;
-    over.redraw();
-  });
-  main.canvas.addEventListener("click", (event) => {
-    const box = main.canvas.getBoundingClientRect();
-    const cell = cellAt(event.clientX - box.left, event.clientY - box.top);
-    if (cell) select(cell.layer, { from: "map", t: cell.t >= 0 ? cell.t : null });
-  });
-  buildSeries(select, () => left);
-  const showLegend = buildLegend();
+  const series = buildSeries(select, () => left);
+  const legend = buildLegend();
   return {
+    drawings: [series.drawing, main, legend.drawing],
     show() {
       for (const drawing of [main, over]) drawing.height = state.view.bottom + MAP_BOTTOM;
-      showLegend();
+      describe(main.canvas, `Map: the rms of each layer's ${meta.nouns[state.view.kind]}, by step, as colour. Arrow keys move from cell to cell, Enter selects. The table of layers has the numbers.`);
+      series.show();
+      legend.show();
     },
     mark: over.redraw,
   };
 }
 
 function cellLines(layer, t) {
-  const at = layer * T + t;
+  const at = layer * capacity + t;
   const lines = [stepsOf(t)];
   if (Number.isNaN(arrays.level[at]) && !arrays.nonfinite[at]) return [...lines, `no ${nounOf(layer)}`];
   lines.push(`rms ${magnitude(arrays.level[at])}`);
@@ -136,38 +157,15 @@ function cellLines(layer, t) {
   return lines;
 }
 
-function buildLegend() {
-  const holder = document.createElement("div");
-  holder.style.width = "min(340px, 100%)";
-  byId("map-legend").append(holder);
-  addCanvas(holder, 30, (context, width) => {
-    const { scale } = state.view;
-    const inner = width - 40;
-    for (let x = 0; x < inner; x++) {
-      context.fillStyle = `rgb(${colorAt(viridis, x / (inner - 1)).join()})`;
-      context.fillRect(20 + x, 0, 1, 10);
+// The numbers of some layers in the columns that are seen.
+function cellsTable(layers) {
+  const rows = [["layer", "kind", "first step", "last step", "records", "rms", "least rms of a record", "most rms of a record", "share of zeros", "NaN or infinite"]];
+  for (const layer of layers) {
+    for (let t = seen.from; t < seen.to; t++) {
+      const at = layer * capacity + t;
+      const sizes = [arrays.level, arrays.least, arrays.most].map((array) => 2 ** array[at]);
+      rows.push([meta.layers[layer], nounOf(layer), ...meta.steps[t], meta.sizes[t], ...sizes, arrays.zeros[at], arrays.nonfinite[at]]);
     }
-    type(context, 11, "center", "top");
-    const ticks = roundTicks(scale.low, scale.high, 5, true);
-    for (const k of ticks) {
-      const x = 20 + ((k - scale.low) / (scale.high - scale.low)) * inner;
-      const sign = scale.below && k === scale.low ? "\u2264 " : scale.above && k === scale.high ? "\u2265 " : "";
-      context.fillText(sign + powerOfTwo(k), x, 15);
-    }
-  });
-  return () => {
-    const { kind, level, nonfinite } = state.view;
-    const swatches = [
-      ["NaN or infinity", "--broken", nonfinite.some((n) => n > 0)],
-      ["all zero", "--zero", level.includes(-Infinity)],
-      [`no ${meta.nouns[kind]}`, "--sunken", level.some((x, i) => Number.isNaN(x) && !nonfinite[i])],
-    ].filter((each) => each[2]).map(([text, color]) => {
-      const swatch = document.createElement("span");
-      swatch.className = "swatch";
-      swatch.style.setProperty("--of", `var(${color})`);
-      swatch.textContent = text;
-      return swatch;
-    });
-    byId("map-legend").replaceChildren(holder, ...swatches);
-  };
+  }
+  return rows;
 }

@@ -6,7 +6,9 @@ sample is one record as it was measured.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TypeAlias
 
 import numpy as np
 
@@ -16,6 +18,8 @@ from gradstat.diagnosis.run import is_loss
 from gradstat.history import History
 from gradstat.kinds import NOUNS
 from gradstat.results import Statistics
+
+Numbers: TypeAlias = tuple[Array, Array]  # steps, which do not fall, and a value at each
 
 _MAX_COLUMNS, _MAX_CELLS = 600, 120_000
 _MAX_SAMPLES, _MAX_HISTOGRAMS = 120, 24_000
@@ -52,61 +56,115 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Histograms of K of the records, of each layer over the rows that it fills in any of them.
+class Sums:
+    """What columns add up to, so that some of them can be put together: T columns of L layers.
+
+    Args:
+        steps: first and last step of each column, int64 ``(T, 2)``.
+        records: how many each holds, int64 ``(T,)``.
+        power: log2 of the sum of the squares of its finite elements, float64 ``(T, L)``.
+        least: log2 of the smallest rms of a record in it, float64 ``(T, L)``.
+        most: log2 of the largest.
+        finite: finite elements, int64 ``(T, L)``.
+        zeros: of them.
+        nonfinite: the others.
+    """
+
+    steps: Array
+    records: Array
+    power: Array
+    least: Array
+    most: Array
+    finite: Array
+    zeros: Array
+    nonfinite: Array
+
+    @classmethod
+    def of(cls, history: History) -> Sums:
+        """A column for each record."""
+        finite = history["finite"]
+        rms = _log2(np.minimum(history["rms"], _LARGEST))
+        # In logarithms, so that no square overflows or underflows.
+        power = np.where(finite > 0, 2 * rms + _log2(finite), -np.inf)
+        steps, ones = np.stack([history.steps] * 2, 1), np.ones(len(history), np.int64)
+        nonfinite = history["numel"] - finite
+        return cls(steps, ones, power, rms, rms, finite, history["zeros"], nonfinite)
+
+    def together(self, starts: Array) -> Sums:
+        """Fewer columns: each from one of the starts, which rise from 0, to before the next one."""
+        last = np.append(starts[1:], len(self.records)) - 1
+        added = (np.add.reduceat(x, starts) for x in (self.finite, self.zeros, self.nonfinite))
+        return Sums(
+            np.stack([self.steps[starts, 0], self.steps[last, 1]], 1),
+            np.add.reduceat(self.records, starts),
+            np.logaddexp2.reduceat(self.power, starts),
+            np.fmin.reduceat(self.least, starts),
+            np.fmax.reduceat(self.most, starts),
+            *added,
+        )
+
+    def part(self, part: slice) -> Sums:
+        """Some of the columns."""
+        return Sums(*(getattr(self, each.name)[part] for each in fields(self)))
+
+    def followed_by(self, other: Sums) -> Sums:
+        """These columns and others after them."""
+        names = [each.name for each in fields(self)]
+        return Sums(*(np.concatenate([getattr(x, name) for x in (self, other)]) for name in names))
+
+    def columns(self) -> Columns:
+        """What is drawn of them."""
+        with np.errstate(invalid="ignore"):
+            rms = np.where(self.finite > 0, self.power - _log2(self.finite), np.nan) / 2
+        numbers = (rms, self.least, self.most, divide(self.zeros, self.finite))
+        level, least, most, zeros = (x.T.astype(np.float32) for x in numbers)
+        return Columns(self.steps, self.records, level, least, most, zeros, self.nonfinite.T)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Histograms of one record, of each layer over the rows from its first filled one to its last.
 
     Over `Log2Bins` a row is an octave of magnitudes: row r holds 2**(r - 127) up to 2**(r - 126),
     row 0 all that is smaller and not zero. Over `LinearBins` a row is a bin or, of more than 64,
     some neighbours.
 
     Args:
-        steps: of each record, int64 ``(K,)``.
+        step: of the record.
         first: first row of each layer, int64 ``(L,)``.
         rows: number of rows of each layer, int64 ``(L,)``.
-        counts: int64, layer by layer ``(K, rows)``, one after the other.
-        finite: finite elements, int64 ``(L, K)``.
-        zeros: of them, int64 ``(L, K)``.
-        nonfinite: the others, int64 ``(L, K)``.
-        edges: lowest and highest edge of the rows, float64 ``(L, K, 2)``; ``None`` over `Log2Bins`.
+        counts: int64, layer by layer, one after the other.
+        finite: finite elements, int64 ``(L,)``.
+        zeros: of them, int64 ``(L,)``.
+        nonfinite: the others, int64 ``(L,)``.
+        edges: lowest and highest edge of all rows, float64 ``(L, 2)``; NaN over `Log2Bins`.
     """
 
-    steps: Array
+    step: int
     first: Array
     rows: Array
     counts: Array
     finite: Array
     zeros: Array
     nonfinite: Array
-    edges: Array | None
+    edges: Array
 
 
 def columns(history: History) -> Columns:
     """Put the records of a history in columns of nearly equal size."""
-    n_records, n_layers = len(history), len(history.layers)
-    count = min(n_records, _MAX_COLUMNS, max(_MIN_COLUMNS, _MAX_CELLS // n_layers))
-    starts = np.arange(count) * n_records // count
-    ends = np.append(starts[1:], n_records)
-    steps = np.stack([history.steps[starts], history.steps[ends - 1]], 1)
-    finite = history["finite"]
-    total = np.add.reduceat(finite, starts, axis=0)
-    nonfinite = np.add.reduceat(history["numel"] - finite, starts, axis=0)
-    zeros = np.add.reduceat(history["zeros"], starts, axis=0)
-    l2 = np.where(finite > 0, np.minimum(history["l2"], _LARGEST), 0.0)
-    # Scaled by the largest norm of the column, so that no square overflows or underflows.
-    scale = np.maximum.reduceat(l2, starts, axis=0)
-    scale[scale == 0] = 1.0
-    squares = (l2 / np.repeat(scale, ends - starts, axis=0)) ** 2
-    rms = scale * np.sqrt(divide(np.add.reduceat(squares, starts, axis=0), total))
-    own = np.minimum(history["rms"], _LARGEST)
-    return Columns(
-        steps,
-        ends - starts,
-        _log2(rms).T,
-        _log2(np.fmin.reduceat(own, starts, axis=0)).T,
-        _log2(np.fmax.reduceat(own, starts, axis=0)).T,
-        divide(zeros, total).T.astype(np.float32),
-        nonfinite.T,
-    )
+    n_records = len(history)
+    count = min(n_records, most_columns(len(history.layers)))
+    return Sums.of(history).together(np.arange(count) * n_records // count).columns()
+
+
+def most_columns(n_layers: int) -> int:
+    """How many columns a page has room for."""
+    return min(_MAX_COLUMNS, max(_MIN_COLUMNS, _MAX_CELLS // max(1, n_layers)))
+
+
+def most_samples(n_layers: int) -> int:
+    """How many samples a page has room for."""
+    return min(_MAX_SAMPLES, max(_MIN_SAMPLES, _MAX_HISTOGRAMS // max(1, n_layers)))
 
 
 @dataclass(frozen=True)
@@ -128,15 +186,33 @@ class Series:
 
 def series(history: History, columns: Columns) -> dict[str, Series]:
     """Losses, the norm of the first kind and learning rates, a few of each, by name."""
-    losses = [name for name in history.scalars if is_loss(name)]
-    rates = [name for name in history.scalars if name == "lr" or name.startswith("lr/")]
-    # Of many groups those that change.
-    rates = [name for name in rates if np.ptp(history.scalar(name)[1]) > 0] or rates[:1]
+    named = {name: history.scalar(name) for name in history.scalars}
     kind = history.kinds[0]
-    named = {name: history.scalar(name) for name in losses[:_MAX_SERIES]}
-    named[f"{NOUNS[kind]} norm"] = history.steps, history.norm(kind)
-    named |= {name: history.scalar(name) for name in rates[:_MAX_SERIES]}
-    return {name: _in_columns(*values, columns.steps[:, 0]) for name, values in named.items()}
+    return series_of(named, kind, (history.steps, history.norm(kind)), columns.steps[:, 0])
+
+
+def series_of(
+    scalars: Mapping[str, Numbers], kind: str, norm: Numbers, first: Array
+) -> dict[str, Series]:
+    """As `series`.
+
+    Args:
+        scalars: steps and values of each, by name.
+        kind: whose norm it is.
+        norm: its steps and values.
+        first: first step of each column.
+
+    Returns:
+        What is drawn of each, by name.
+    """
+    losses = [name for name in scalars if is_loss(name)]
+    rates = [name for name in scalars if name == "lr" or name.startswith("lr/")]
+    # Of many groups those that change.
+    rates = [name for name in rates if np.ptp(scalars[name][1]) > 0] or rates[:1]
+    named = {name: scalars[name] for name in losses[:_MAX_SERIES]}
+    named[f"{NOUNS[kind]} norm"] = norm
+    named |= {name: scalars[name] for name in rates[:_MAX_SERIES]}
+    return {name: _in_columns(*values, first) for name, values in named.items()}
 
 
 def _in_columns(steps: Array, values: Array, first: Array) -> Series:
@@ -153,31 +229,38 @@ def _in_columns(steps: Array, values: Array, first: Array) -> Series:
     return Series(mean, least, most, np.bincount(broken, minlength=len(first)))
 
 
-def samples(history: History) -> Samples:
+def samples(history: History) -> list[Sample]:
     """Take histograms of some records, evenly spread, the newest among them."""
-    n_layers = len(history.layers)
-    most = min(_MAX_SAMPLES, max(_MIN_SAMPLES, _MAX_HISTOGRAMS // n_layers))
-    at = evenly_spread(len(history), most)
-    steps = history.steps[at]
+    at = evenly_spread(len(history), most_samples(len(history.layers)))
+    return [sample(history, each) for each in at.tolist()]
+
+
+def sample(history: History, at: int) -> Sample:
+    """Take the histograms of the record at a position."""
     log2 = isinstance(history.bins, Log2Bins)
-    finite, zeros = (history[name][at].T for name in ("finite", "zeros"))
-    nonfinite = history["numel"][at].T - finite
-    counts = [
-        np.concatenate([_rows(part, log2) for _, part in history.parts(step)])
-        for step in steps.tolist()
-    ]
-    stacked = np.stack(counts, 1)
-    filled: Array = stacked.max(1) > 0
-    if not log2:
-        filled[:] = True
-    first = filled.argmax(1)
-    rows = np.where(filled.any(1), filled.shape[1] - filled[:, ::-1].argmax(1) - first, 0)
-    parts = [
-        stacked[i, :, a : a + n].ravel() for i, (a, n) in enumerate(zip(first, rows, strict=True))
-    ]
-    ends = np.stack([history[name][at].T for name in ("low", "high")], -1)
-    edges = None if log2 else ends.clip(-_LARGEST / 2, _LARGEST / 2)
-    return Samples(steps, first, rows, np.concatenate(parts), finite, zeros, nonfinite, edges)
+    step = int(history.steps[at])
+    parts = [part for _, part in history.parts(step)]
+    integers = {
+        name: np.concatenate([getattr(part, name).numpy() for part in parts])
+        for name in ("numel", "finite", "zeros")
+    }
+    counts = np.concatenate([_rows(part, log2) for part in parts])
+    filled: Array = counts > 0 if log2 else np.ones(counts.shape, bool)
+    first, n_rows = filled.argmax(1), counts.shape[1]
+    rows = np.where(filled.any(1), n_rows - filled[:, ::-1].argmax(1) - first, 0)
+    row = np.arange(n_rows)
+    kept = (row >= first[:, None]) & (row < (first + rows)[:, None])
+    edges = np.concatenate([np.stack([part.low.numpy(), part.high.numpy()], -1) for part in parts])
+    return Sample(
+        step,
+        first,
+        rows,
+        counts[kept],
+        integers["finite"],
+        integers["zeros"],
+        integers["numel"] - integers["finite"],
+        np.full_like(edges, np.nan) if log2 else edges.clip(-_LARGEST / 2, _LARGEST / 2),
+    )
 
 
 def _rows(part: Statistics, log2: bool) -> Array:
@@ -192,5 +275,5 @@ def _rows(part: Statistics, log2: bool) -> Array:
 
 def _log2(x: Array) -> Array:
     with np.errstate(divide="ignore"):
-        logarithm: Array = np.log2(x).astype(np.float32)
+        logarithm: Array = np.log2(x)
     return logarithm

@@ -103,9 +103,9 @@ def test_canvases_have_a_role_and_a_label(open_report: Open) -> None:
         "(all) => all.map((c) => [c.getAttribute('role'), c.getAttribute('aria-label'),"
         " c.getAttribute('aria-hidden')])"
     )
-    named = [label for role, label, hidden in canvases if role == "img" and not hidden]
+    named = [label for role, label, hidden in canvases if role in ("img", "slider") and not hidden]
     assert all(named)
     assert "Distribution of 2.weight by step, as colour" in named
     assert "Histogram at step 7. 9 NaN or infinite" in named
-    others = [each for each in canvases if each[0] != "img"]
+    others = [each for each in canvases if each[0] not in ("img", "slider")]
     assert all(role == "presentation" and hidden == "true" for role, _, hidden in others)

@@ -1,0 +1,48 @@
+// What the colours of the map mean in numbers.
+
+function buildLegend() {
+  const holder = document.createElement("div");
+  holder.style.width = "min(420px, 100%)";
+  byId("map-legend").append(holder);
+  const drawing = addCanvas(holder, 42, drawScale, "Colour scale");
+  return {
+    drawing,
+    show() {
+      const { kind, level, nonfinite, scale } = state.view;
+      describe(drawing.canvas, `Colours from dark to light: an rms of ${number(2 ** scale.low)} to ${number(2 ** scale.high)}`);
+      const swatches = [
+        ["NaN or infinity", "--broken", nonfinite.some((n) => n > 0)],
+        ["all zero", "--zero", level.includes(-Infinity)],
+        [`no ${meta.nouns[kind]}`, "--sunken", level.some((x, i) => Number.isNaN(x) && !nonfinite[i])],
+      ].filter((each) => each[2]).map(([text, color]) => {
+        const swatch = document.createElement("span");
+        swatch.className = "swatch";
+        swatch.style.setProperty("--of", `var(${color})`);
+        swatch.textContent = text;
+        return swatch;
+      });
+      byId("map-legend").replaceChildren(holder, ...swatches);
+    },
+  };
+}
+
+// Powers of two under the colours, and the same in decimals where there is room.
+function drawScale(context, width) {
+  const { scale } = state.view;
+  const inner = width - 60;
+  for (let x = 0; x < inner; x++) {
+    context.fillStyle = `rgb(${colorAt(viridis, x / (inner - 1)).join()})`;
+    context.fillRect(30 + x, 0, 1, 10);
+  }
+  type(context, 11, "center", "top");
+  let edge = -Infinity;
+  for (const k of roundTicks(scale.low, scale.high, 5, true)) {
+    const x = 30 + ((k - scale.low) / (scale.high - scale.low)) * inner;
+    const sign = scale.below && k === scale.low ? "\u2264 " : scale.above && k === scale.high ? "\u2265 " : "";
+    context.fillText(sign + powerOfTwo(k), x, 14);
+    const half = context.measureText(number(2 ** k)).width / 2;
+    if (x - half < edge + 6) continue;
+    edge = x + half;
+    context.fillText(number(2 ** k), x, 28);
+  }
+}

@@ -1,0 +1,93 @@
+// The list of runs, which follows the directory that they are in, and those side by side.
+
+const POLL_MS = 2000;
+const byId = (id) => document.getElementById(id);
+const rows = new Map();  // by number
+const frames = new Map();
+
+// The runs side by side are in the page's address, so that a link has them.
+const chosen = () => [...new Set((/^#show=([\d,]*)$/.exec(location.hash)?.[1] ?? "").split(",").filter(Boolean).map(Number))];
+
+function choose(number, isChosen) {
+  const others = chosen().filter((each) => each !== number);
+  history.replaceState(null, "", `#show=${[...others, ...(isChosen ? [number] : [])].join()}`);
+  showFrames();
+}
+
+function showFrames() {
+  const wanted = chosen().filter((number) => rows.has(number));
+  for (const [number, frame] of frames) {
+    if (wanted.includes(number)) continue;
+    frame.remove();
+    frames.delete(number);
+  }
+  for (const number of wanted) {
+    rows.get(number).querySelector("input").checked = true;
+    if (frames.has(number)) continue;
+    const frame = document.createElement("iframe");
+    frame.src = `/run/${number}/`;
+    frame.title = rows.get(number).querySelector("a").textContent;
+    frames.set(number, frame);
+    byId("frames").append(frame);
+  }
+  for (const [number, row] of rows) row.querySelector("input").checked = wanted.includes(number);
+}
+
+function makeRow({ number, name }) {
+  const row = document.createElement("tr");
+  const [box, link] = [document.createElement("input"), document.createElement("a")];
+  box.type = "checkbox";
+  box.setAttribute("aria-label", `${name} side by side`);
+  box.addEventListener("change", () => choose(number, box.checked));
+  link.href = `/run/${number}/`;
+  link.textContent = name;
+  const cells = [0, 1, 2, 3].map(() => row.insertCell());
+  cells[0].className = cells[1].className = "text";
+  cells[0].append(box);
+  cells[1].append(document.createElement("bdi"));
+  cells[1].firstChild.append(link);
+  return row;
+}
+
+function size(bytes) {
+  return bytes < 1e6 ? `${Math.ceil(bytes / 1e3)} kB` : `${(bytes / 1e6).toPrecision(3)} MB`;
+}
+
+function show(runs) {
+  for (const number of rows.keys()) {
+    if (!runs.some((run) => run.number === number)) rows.delete(number);
+  }
+  const order = runs.map((run) => {
+    if (!rows.has(run.number)) rows.set(run.number, makeRow(run));
+    const row = rows.get(run.number);
+    row.querySelector("a").textContent = run.name;
+    row.cells[2].textContent = run.quiet === null ? "not yet" : `${ago(run.quiet)} ago`;
+    row.cells[3].textContent = size(run.bytes);
+    return row;
+  });
+  // Nothing is moved that is in its place: the focus stays.
+  order.forEach((row, i) => {
+    if (byId("runs").rows[i] !== row) byId("runs").insertBefore(row, byId("runs").rows[i] ?? null);
+  });
+  while (byId("runs").rows.length > order.length) byId("runs").lastElementChild.remove();
+  byId("none").hidden = runs.length > 0;
+  byId("facts").textContent = `${runs.length} run${runs.length === 1 ? "" : "s"}. A click on one opens it; two or more that are ticked are shown side by side, and what is selected in one is in the others.`;
+  showFrames();
+}
+
+async function poll() {
+  let told = null;
+  try {
+    const reply = await fetch("/list", { cache: "no-store" });
+    if (reply.ok) told = await reply.json();
+  } catch {
+    // The server has ended.
+  }
+  setTimeout(poll, POLL_MS);
+  byId("stopped").hidden = told !== null;
+  if (told?.single) location.reload();
+  else if (told) show(told.runs);
+}
+
+window.addEventListener("hashchange", showFrames);
+poll();

@@ -1,0 +1,57 @@
+// The page of a run that is written: asks the server each second for what is new.
+
+const POLL_MS = 1000;
+const QUIET_S = 30;
+
+// Calls take(told) with each answer that holds something new.
+function follow(address, take) {
+  let version = 0;
+  const poll = async () => {
+    let told = null;
+    try {
+      const reply = await fetch(`${address}?since=${version}`, { cache: "no-store" });
+      if (reply.ok) told = await reply.json();
+    } catch {
+      // The server has ended, or has not begun again.
+    }
+    if (told && !told.single && location.pathname === "/") location.reload();
+    setTimeout(poll, told?.behind ? 0 : told ? POLL_MS : 2 * POLL_MS);
+    if (!told) return showLive("stopped", "The server has stopped; this is what it had.");
+    if (told.arrays) take(told);
+    version = told.version;
+    showLive(...liveState(told));
+  };
+  poll();
+}
+
+function liveState({ state, behind, quiet }) {
+  const last = T ? `, step ${whole(meta.steps[T - 1][1])}` : "";
+  if (state === "waiting") return ["waiting", "Waiting for the run: it is not there yet."];
+  if (state === "gone") return ["stopped", "The run is no longer there; this is what it had."];
+  if (state !== "there") return ["stopped", `The run ${state}`];
+  if (behind) return ["waiting", `Reading${last} \u2026`];
+  if (!meta.records) return ["waiting", "Waiting for the run's first record."];
+  return [quiet < QUIET_S ? "live" : "quiet", `${quiet < QUIET_S ? "Live" : "Quiet"}${last}, ${ago(quiet)} ago`];
+}
+
+function showLive(state, text) {
+  const line = byId("live");
+  line.hidden = false;
+  line.querySelector("span").textContent = text;
+  if (line.className === state) return;
+  line.className = state;
+  // Read out when the state changes, not each second.
+  byId("live-state").textContent = text;
+}
+
+// Pages side by side show the same layer and step, where they have it.
+if (window.parent !== window) {
+  const besides = new BroadcastChannel("gradstat");
+  hearSelected = () => besides.postMessage({ layer: meta.layers[state.layer], noun: nounOf(state.layer), step: state.step });
+  besides.addEventListener("message", ({ data: { layer, noun, step } }) => {
+    const found = T ? layerNamed(layer, noun) : undefined;
+    if (found !== undefined) select(found, { from: "beside", step });
+  });
+}
+
+follow(contents.live, (told) => take(told, told.data));

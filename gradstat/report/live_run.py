@@ -1,0 +1,147 @@
+"""`LiveRun`: a run that is read as it is written, for any number of pages that look at it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from gradstat.diagnosis import diagnose
+from gradstat.escaping import escaped
+from gradstat.history import History
+from gradstat.history.follow import Follower
+from gradstat.history.records import Records, concatenate
+from gradstat.report import package
+from gradstat.report.growing import Growing
+
+_LOOK_S = 0.5  # between two looks at the files
+_READ_S = 0.5  # that a look may take to read a long run, some of it at a time
+# Findings take all records: they are looked for anew after so long, and at most in such a share of
+# the time.
+_FINDINGS_S, _FINDINGS_SHARE = 2.0, 1 / 20
+
+
+class LiveRun:
+    """What pages are told of a run. Nothing is read but when one asks.
+
+    Args:
+        path: file or directory, which need not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._follower = Follower(path)
+        self._lock = threading.Lock()
+        self._growing: Growing | None = None
+        self._looked_s = -_LOOK_S
+        # Rises with each change; greater than any of a server before.
+        self._version = self._began = time.time_ns() // 1_000_000
+        self._state, self._is_behind = "waiting", False
+        self._changed_s = time.monotonic()
+        self._findings: list[dict[str, Any]] | None = None
+        self._findings_version, self._findings_of = 0, 0  # and how many records they are of
+        self._findings_due_s = 0.0
+        self._is_diagnosing = False
+
+    def since(self, version: int) -> dict[str, Any]:
+        """What a page lacks that has seen everything up to a version.
+
+        Args:
+            version: what the page was told last; 0 for a new one.
+
+        Returns:
+            For JSON: the version, what state the run is in, seconds since it changed; and what is
+            new, if anything is.
+        """
+        with self._lock:
+            if time.monotonic() - self._looked_s >= _LOOK_S or self._is_behind:
+                self._look()
+            told: dict[str, Any] = {
+                "version": self._version,
+                "state": self._state,
+                "behind": self._is_behind,
+                "quiet": round(time.monotonic() - self._changed_s, 1),
+            }
+            growing = self._growing
+            if growing is not None and version != self._version:
+                # Of a run that has begun anew, or of another server, a page has seen nothing.
+                is_known = self._began <= version <= self._version
+                told |= growing.since(version if is_known else 0)
+                if "head" in told or self._findings_version > version:
+                    told |= {"findings": self._findings, "findingsOf": self._findings_of}
+            self._diagnose_soon()
+            return told
+
+    def _look(self) -> None:
+        began_s = time.monotonic()
+        self._is_behind = True
+        try:
+            while self._is_behind and time.monotonic() - began_s < _READ_S:
+                look = self._follower.look()
+                if look is None:
+                    self._state = "waiting" if self._growing is None else "gone"
+                    self._is_behind = False
+                    break
+                self._state, self._is_behind = "there", not look.is_all
+                if look.records is not None:
+                    self._take(look.records, is_anew=look.is_anew)
+        except (OSError, ValueError) as error:
+            self._is_behind = False
+            said = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else error
+            self._state = f"cannot be read: {escaped(said)}"
+        self._looked_s = time.monotonic()
+
+    def _take(self, records: Records, *, is_anew: bool) -> None:
+        part = History.from_records(records)
+        self._rise()
+        if self._growing is None or is_anew:
+            if not part.layers:
+                raise ValueError("it has no layers")
+            self._growing, self._began = Growing(part, self._version), self._version
+            self._findings, self._findings_of, self._findings_due_s = None, 0, 0.0
+        else:
+            self._growing.add(part, self._version)
+        self._changed_s = time.monotonic()
+
+    def _rise(self) -> None:
+        self._version = max(self._version + 1, time.time_ns() // 1_000_000)
+
+    def _diagnose_soon(self) -> None:
+        """Begin to look for findings, where there are other records than the last time."""
+        growing = self._growing
+        if growing is None or self._is_behind or self._is_diagnosing or not growing.n_records:
+            return
+        is_new = growing.n_records != self._findings_of
+        if is_new and time.monotonic() >= self._findings_due_s:
+            self._is_diagnosing = True
+            threading.Thread(target=self._diagnose, args=(self._began,), daemon=True).start()
+
+    def _diagnose(self, began: int) -> None:
+        began_s = time.monotonic()
+        found, n_records = None, 0
+        try:
+            history = _read(self.path)
+            if history is not None and len(history):
+                found = package.findings(diagnose(history), history.layers)
+                n_records = len(history)
+        except (OSError, ValueError):
+            pass  # the next look says so
+        finally:
+            with self._lock:
+                self._is_diagnosing = False
+                took_s = time.monotonic() - began_s
+                wait_s = max(_FINDINGS_S, took_s / _FINDINGS_SHARE)
+                self._findings_due_s = time.monotonic() + wait_s
+                if found is not None and began == self._began:
+                    self._rise()
+                    self._findings, self._findings_of = found, n_records
+                    self._findings_version = self._version
+
+
+def _read(path: Path) -> History | None:
+    """All records that there are, without a warning of those that are being written."""
+    follower, parts = Follower(path), []
+    while (look := follower.look()) is not None and look.records is not None:
+        parts.append(look.records)
+    return History.from_records(concatenate(parts)) if parts else None

@@ -1,0 +1,131 @@
+// What the pointer and the keyboard are on in a figure: a place of it, whose numbers the tip tells.
+
+const tip = byId("tip");
+const forgets = [];
+
+function showTip(x, y, title, lines) {
+  const head = document.createElement("b");
+  head.textContent = title;
+  tip.replaceChildren(head, ...lines.map((text) => {
+    const row = document.createElement("div");
+    row.textContent = text;
+    return row;
+  }));
+  tip.hidden = false;
+  const box = tip.getBoundingClientRect();
+  const right = x + 16 + box.width > window.innerWidth - 8;
+  tip.style.left = `${Math.max(8, right ? x - 16 - box.width : x + 16)}px`;
+  tip.style.top = `${Math.max(8, Math.min(y + 14, window.innerHeight - box.height - 8))}px`;
+}
+
+function hideTip() {
+  tip.hidden = true;
+}
+
+// Makes a canvas one that is pointed at and moved in.
+//   at(x, y): the place there in CSS pixels, or null.
+//   show(place): marks it, or none for null, and gives the tip's title and lines.
+//   move(place, dx, dy): the place beside it, from null the first one to be on.
+//   where(place): its x and y. choose(place): it is clicked, or Enter is pressed.
+//   between(x0, x1): the steps of a stretch, to see nothing else. column(place): to see it nearer.
+function addFigure(canvas, { at, show, move, where, choose = () => {}, between = null, column = null }) {
+  let [held, start, isDragged] = [null, null, false];
+  const position = (event) => {
+    const box = canvas.getBoundingClientRect();
+    return [event.clientX - box.left, event.clientY - box.top];
+  };
+  const clear = () => {
+    held = null;
+    hideTip();
+    show(null);
+  };
+  const tell = (place, x, y) => {
+    const told = show(place);
+    canvas.setAttribute("aria-valuetext", told ? told.flat().join(", ") : "");
+    if (told) showTip(x, y, ...told);
+    else hideTip();
+  };
+  canvas.tabIndex = 0;
+  canvas.setAttribute("role", "slider");
+  canvas.setAttribute("aria-valuenow", "0");
+  canvas.addEventListener("pointermove", (event) => {
+    const [x, y] = position(event);
+    if (start !== null && Math.abs(x - start) > 5) isDragged = true;
+    if (isDragged) return showBand(canvas, start, x);
+    const place = at(x, y);
+    if (place === null) clear();
+    else tell(place, event.clientX, event.clientY);
+  });
+  canvas.addEventListener("pointerleave", () => {
+    if (document.activeElement !== canvas || held === null) clear();
+  });
+  canvas.addEventListener("pointerdown", (event) => {
+    isDragged = false;
+    if (!between || event.button !== 0) return;
+    [start] = position(event);
+    canvas.setPointerCapture(event.pointerId);
+  });
+  const stop = () => {
+    start = null;
+    hideBand();
+  };
+  canvas.addEventListener("pointerup", (event) => {
+    if (isDragged && start !== null) {
+      clear();
+      zoomTo(...between(...[start, position(event)[0]].sort((a, b) => a - b)));
+    }
+    stop();
+  });
+  canvas.addEventListener("pointercancel", stop);
+  canvas.addEventListener("click", (event) => {
+    const place = isDragged ? null : at(...position(event));
+    if (place !== null) choose(place);
+  });
+  canvas.addEventListener("blur", clear);
+  canvas.addEventListener("keydown", (event) => {
+    const by = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], PageUp: [-10, 0], PageDown: [10, 0], Home: [-Infinity, 0], End: [Infinity, 0] }[event.key];
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (by) {
+      const place = held === null ? move(null, 0, 0) : move(held, ...by);
+      if (place === null) return;
+      held = place;
+      const [box, [x, y]] = [canvas.getBoundingClientRect(), where(place)];
+      tell(place, box.left + x, box.top + y);
+    } else if (event.key === "Enter" || event.key === " ") {
+      if (held !== null) choose(held);
+    } else if (column && ["+", "=", "-"].includes(event.key)) {
+      const t = column(held ?? move(null, 0, 0));
+      clear();
+      zoomTo(...zoomed(event.key === "-" ? 2 : 0.5, t));
+    } else if (event.key === "Escape" && (held !== null || !tip.hidden)) {
+      start = null;
+      hideBand();
+      clear();
+    } else return;
+    event.preventDefault();
+    event.stopPropagation();
+  });
+  forgets.push(() => { held = null; });
+}
+
+// A figure's places are others once a run has begun anew or was thinned.
+function forgetPlaces() {
+  for (const forget of forgets) forget();
+  hideTip();
+}
+
+const band = byId("band");
+
+function showBand(canvas, x0, x1) {
+  const box = canvas.getBoundingClientRect();
+  hideTip();
+  band.hidden = false;
+  Object.assign(band.style, {
+    left: `${box.left + Math.min(x0, x1)}px`, top: `${box.top}px`,
+    width: `${Math.abs(x1 - x0)}px`, height: `${box.height}px`,
+  });
+}
+
+function hideBand() {
+  band.hidden = true;
+}

@@ -1,0 +1,193 @@
+"""What pages are told of a run: whether it is there, what is new, and what was found."""
+
+import json
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from histories import falling, make_history
+
+from gradstat import History, Log2Bins
+from gradstat.history.journal import Journal
+from gradstat.report import live_run
+from gradstat.report.live_run import LiveRun
+
+STEPS = 30
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_run, "_LOOK_S", 0.0)
+
+
+@pytest.fixture
+def history() -> History:
+    return make_history(Log2Bins(), 4, STEPS, falling)
+
+
+def write(journal: Journal, history: History, *steps: int) -> None:
+    for step in steps:
+        record = history.record(step)
+        parts = (record.integers.numpy(), record.floats.numpy(), record.counts.numpy())
+        journal.append(step, *parts)
+    journal.flush()
+
+
+def begin(path: Path, history: History, first_step: int | None = None) -> Journal:
+    return Journal(path, History(history.rows, history.bins), first_step)
+
+
+def ask(live: LiveRun, version: int = 0) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(json.dumps(live.since(version), allow_nan=False))
+    return told
+
+
+def wait_for_findings(live: LiveRun, n_records: int) -> dict[str, Any]:
+    end_s = time.monotonic() + 30
+    while time.monotonic() < end_s:
+        told = ask(live)
+        if told.get("findings") is not None and told["findingsOf"] == n_records:
+            return told
+        time.sleep(0.02)
+    raise AssertionError("nothing was found in 30 s")
+
+
+def test_live_run_tells_what_is_new_and_in_what_state_it_is(
+    history: History, tmp_path: Path
+) -> None:
+    live = LiveRun(tmp_path / "run")
+    told = ask(live)
+    assert (told["state"], "arrays" in told) == ("waiting", False)
+    journal = begin(tmp_path / "run", history)
+    told = ask(live, told["version"])
+    assert (told["state"], told["records"]) == ("there", 0)
+    write(journal, history, 0, 1, 2)
+    first = ask(live, told["version"])
+    assert (first["records"], first["steps"]) == (3, [[0, 0], [1, 1], [2, 2]])
+    write(journal, history, 3)
+    second = ask(live, first["version"])
+    assert (second["from"], second["steps"], "head" in second) == (3, [[3, 3]], False)
+    assert "arrays" not in ask(live, second["version"]) or live._findings is not None
+    shutil.rmtree(tmp_path / "run")
+    assert ask(live, second["version"])["state"] == "gone"
+    # What was read can still be seen.
+    assert ask(live)["records"] == 4
+    write(begin(tmp_path / "run", history), history, 0, 1)
+    again = ask(live, second["version"])
+    assert (again["state"], again["records"], "head" in again) == ("there", 2, True)
+
+
+def test_live_run_that_is_resumed_is_told_anew(history: History, tmp_path: Path) -> None:
+    live = LiveRun(tmp_path)
+    write(begin(tmp_path, history), history, *range(6))
+    told = ask(live)
+    journal = begin(tmp_path, history, 4)
+    resumed = ask(live, told["version"])
+    assert (resumed["records"], "head" in resumed) == (4, True)
+    write(journal, history, 4, 5, 6)
+    told = ask(live, resumed["version"])
+    assert (told["from"], told["steps"], told["records"]) == (4, [[4, 4], [5, 5], [6, 6]], 7)
+
+
+def test_live_run_tells_findings_once_it_has_them(history: History, tmp_path: Path) -> None:
+    history.save(tmp_path / "run.npz")
+    live = LiveRun(tmp_path / "run.npz")
+    first = ask(live)
+    assert first["findings"] is None
+    told = wait_for_findings(live, STEPS)
+    found = history.diagnose()
+    assert [each["sentence"] for each in told["findings"]] == [each.sentence for each in found]
+    assert found
+    # They alone are new to a page that has the rest.
+    told = ask(live, first["version"])
+    assert (told["steps"], told["findingsOf"], "head" in told) == ([], STEPS, False)
+
+
+def test_live_run_looks_for_findings_again_when_there_are_more_records(
+    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_run, "_FINDINGS_S", 0.0)
+    monkeypatch.setattr(live_run, "_FINDINGS_SHARE", 1.0)
+    journal, live = begin(tmp_path, history), LiveRun(tmp_path)
+    write(journal, history, *range(5))
+    wait_for_findings(live, 5)
+    write(journal, history, *range(5, STEPS))
+    assert wait_for_findings(live, STEPS)["records"] == STEPS
+
+
+def test_live_run_says_what_cannot_be_read(history: History, tmp_path: Path) -> None:
+    path = tmp_path / "run\x1b[2J.npz"
+    path.write_bytes(b"no run")
+    live = LiveRun(path)
+    told = ask(live)
+    assert told["state"].startswith("cannot be read: History.load() needs a file that")
+    assert told["state"].isprintable()
+    assert ask(live)["state"] == told["state"]
+    history.save(path)
+    assert ask(live)["state"] == "there"
+
+
+def test_live_run_gives_everything_to_a_page_of_an_earlier_server(
+    history: History, tmp_path: Path
+) -> None:
+    history.save(tmp_path / "run.npz")
+    version = ask(LiveRun(tmp_path / "run.npz"))["version"]
+    time.sleep(0.002)
+    live = LiveRun(tmp_path / "run.npz")
+    for known in (version, 1, 10**15 - 1):
+        assert ask(live, known)["from"] == 0
+        assert "head" in ask(live, known)
+
+
+def test_live_run_reads_a_long_run_in_several_answers(
+    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradstat.history.follow._BYTES", 1)
+    monkeypatch.setattr(live_run, "_READ_S", 0.0)
+    journal = begin(tmp_path, history)
+    for step in range(5):
+        write(journal, history, step)
+    live, version, seen = LiveRun(tmp_path), 0, []
+    # An answer that takes no time reads one block at most.
+    monkeypatch.setattr(live_run.time, "monotonic", iter(range(10**6)).__next__)
+    monkeypatch.setattr(live_run, "_READ_S", 1.5)
+    for _ in range(9):
+        told = ask(live, version)
+        version = told["version"]
+        seen.append((told.get("records"), told["behind"]))
+    assert seen[-1][1] is False
+    assert ask(live)["records"] == 5
+    assert len({each[0] for each in seen}) > 3
+
+
+def test_live_run_may_be_asked_by_several_threads(history: History, tmp_path: Path) -> None:
+    journal, live = begin(tmp_path, history), LiveRun(tmp_path)
+    failed: list[BaseException] = []
+    records = []
+
+    def look() -> None:
+        try:
+            version, steps = 0, []
+            while len(steps) < STEPS:
+                told = ask(live, version)
+                version = told["version"]
+                if "steps" in told:
+                    steps = steps[: told["from"]] + told["steps"]
+                time.sleep(0.001)
+            records.append([first for first, _ in steps])
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=look) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for step in range(STEPS):
+        write(journal, history, step)
+        time.sleep(0.005)
+    for thread in threads:
+        thread.join(60)
+    assert not failed
+    assert records == [list(range(STEPS))] * 3
