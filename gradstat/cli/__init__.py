@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeAlias
 
 from gradstat.choices import one_of
+from gradstat.cli import serve
 from gradstat.escaping import escaped
 from gradstat.thresholds import Thresholds
 from gradstat.version import __version__
@@ -428,5 +429,10 @@ COMMANDS = {
     "merge": Command("put what the ranks of a run wrote into one file", _add_merge, _merge),
     "tail": Command(
         "show a run's newest record as it is written, and wait for the next", _add_tail, _tail
+    ),
+    "serve": Command(
+        "show the report page of runs in a browser of this machine, while they are written",
+        serve.add_arguments,
+        serve.run,
     ),
 }

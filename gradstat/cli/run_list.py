@@ -1,0 +1,121 @@
+"""`RunList`: the runs that a server was given, and those of its directories of runs."""
+
+from __future__ import annotations
+
+import threading
+import time
+import zipfile
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from gradstat.cli.runs import run_name
+from gradstat.escaping import escaped
+from gradstat.history import rank_directories
+from gradstat.report.live_run import LiveRun
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has a page.
+
+    Args:
+        name: its heading.
+        live: what it is read with.
+    """
+
+    name: str
+    live: LiveRun
+
+
+class RunList:
+    """Runs by number. A number stays that of its run, also when others come and go.
+
+    Args:
+        paths: runs, which need not be there yet, and directories of runs.
+    """
+
+    def __init__(self, paths: list[Path]) -> None:
+        # Wherever the process is later.
+        self._paths = list(dict.fromkeys(path.absolute() for path in paths))
+        self._lock = threading.Lock()
+        self._runs: list[Run] = []
+        self._numbers: dict[Path, int] = {}
+        for path in self._paths:
+            self._number(path)
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one run, rather than several or a directory of them."""
+        return len(self._paths) == 1 and not _is_directory_of_runs(self._paths[0])
+
+    @property
+    def title(self) -> str:
+        """Heading of the list."""
+        return run_name(self._paths[0]) if len(self._paths) == 1 else "Runs"
+
+    def find(self, number: int) -> Run | None:
+        """The run of a number, if there is one."""
+        return self._runs[number] if number < len(self._runs) else None
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Of each run that is there or may come: number, name, seconds since it changed, bytes.
+
+        Those of directories are the newest first; seconds are ``None`` where there is nothing yet.
+        """
+        found = []
+        for path in self._paths:
+            if not _is_directory_of_runs(path):
+                found.append(self._line(path))
+                continue
+            lines = [self._line(each) for each in path.iterdir() if _is_run(each)]
+            found += sorted(lines, key=lambda line: line["quiet"] or 0)
+        names = Counter(line["name"] for line in found)
+        for line in found:
+            if names[line["name"]] > 1:
+                line["name"] = escaped(self._runs[line["number"]].live.path)
+        return found
+
+    def _line(self, path: Path) -> dict[str, Any]:
+        files = [file.stat() for file in rank_directories.files_of(path) if file.exists()]
+        number = self._number(path)
+        quiet = time.time() - max(each.st_mtime for each in files) if files else None
+        return {
+            "number": number,
+            "name": escaped(self._runs[number].name),
+            "quiet": quiet and max(0.0, round(quiet, 1)),
+            "bytes": sum(each.st_size for each in files),
+        }
+
+    def _number(self, path: Path) -> int:
+        with self._lock:
+            if path not in self._numbers:
+                self._numbers[path] = len(self._runs)
+                self._runs.append(Run(run_name(path), LiveRun(path)))
+            return self._numbers[path]
+
+
+def _is_directory_of_runs(path: Path) -> bool:
+    if not path.is_dir() or rank_directories.files_of(path):
+        return False
+    return any(_is_run(each) for each in path.iterdir())
+
+
+def _is_run(path: Path) -> bool:
+    if path.name.startswith("."):
+        return False
+    if path.is_dir():
+        return bool(rank_directories.files_of(path))
+    return path.suffix == ".npz" and path.is_file() and _is_saved(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(4096)
+def _is_saved(path: Path, _: int) -> bool:
+    """Whether a file is one of `History.save`, by the names in it, at the time of its change."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return "format.npy" in file.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return False

@@ -1,0 +1,43 @@
+"""The command ``gradstat serve``: its arguments, and the server from its start to Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+_MOST = 65_535
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Say which runs, and where."""
+    parser.add_argument(
+        "run_paths",
+        metavar="RUN",
+        type=Path,
+        nargs="+",
+        help="what watch(path=...) writes or will write, a file that History.save() wrote, or a "
+        "directory of such runs",
+    )
+    parser.add_argument(
+        "--port", type=_port, default=0, help="to listen on; by default any that is free"
+    )
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= _MOST):
+        raise argparse.ArgumentTypeError(f"needs a number from 0 to {_MOST}; got {text!r}")
+    return int(text)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until Ctrl-C."""
+    from gradstat.cli.run_list import RunList
+    from gradstat.cli.server import Server
+
+    with Server(RunList(options.run_paths), options.port) as server:
+        print(server.address, flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+    return 0

@@ -1,0 +1,295 @@
+"""The server of `gradstat serve`: whom it answers and what, without a browser."""
+
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from histories import make_history
+
+from gradstat import Log2Bins
+from gradstat.cli import main
+from gradstat.cli.run_list import RunList
+from gradstat.cli.server import Server
+from gradstat.history.journal import Journal
+
+Ask = Callable[..., http.client.HTTPResponse]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    make_history(Log2Bins(), 3, 5).save(tmp_path / "run.npz")
+    return tmp_path / "run.npz"
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    servers = []
+
+    def serve(*paths: Path) -> Server:
+        server = Server(RunList(list(paths)), 0)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        return server
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def ask(
+    server: Server, path: str, method: str = "GET", **headers: str
+) -> tuple[http.client.HTTPResponse, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+    connection.request(method, path, headers=headers)
+    response = connection.getresponse()
+    body = response.read().decode()
+    connection.close()
+    return response, body
+
+
+def raw(server: Server, request: str) -> str:
+    """The first line that is answered to some bytes."""
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as connection:
+        connection.sendall(request.encode("latin-1"))
+        with connection.makefile("rb") as answer:
+            return answer.readline().decode("latin-1").rstrip()
+
+
+def test_server_listens_on_this_machine_alone(serve: Callable[..., Server], run: Path) -> None:
+    server = serve(run)
+    assert server.socket.getsockname()[0] == "127.0.0.1"
+    assert server.address == f"http://127.0.0.1:{server.server_port}/"
+
+
+def test_server_gives_the_page_and_its_data(serve: Callable[..., Server], run: Path) -> None:
+    server = serve(run)
+    response, page = ask(server, "/")
+    assert (response.status, response.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    assert "<h1>run</h1>" in page
+    assert '{"live": "/run/0/data"}' in page
+    assert response.headers["Content-Security-Policy"] == "frame-ancestors 'self'"
+    assert response.headers["Cross-Origin-Resource-Policy"] == "same-origin"
+    assert "connect-src 'self'" in page
+    told = json.loads(ask(server, "/run/0/data")[1])
+    assert (told["records"], told["state"], told["single"]) == (5, "there", True)
+    assert told["head"]["layers"] == ["0.weight", "1.weight", "2.weight"]
+    version = told["version"]
+    assert ask(server, "/run/0/")[1] == page
+    assert "head" not in json.loads(ask(server, f"/run/0/data?since={version}")[1])
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:{}", 200),
+        ("localhost:{}", 200),
+        ("LOCALHOST:{}", 200),
+        ("127.0.0.1", 403),
+        ("127.0.0.1:1", 403),
+        ("localhost", 403),
+        ("evil.example:{}", 403),
+        ("127.0.0.1.evil.example:{}", 403),
+        ("localhost:{}@evil.example", 403),
+        ("[::1]:{}", 403),
+        ("0.0.0.0:{}", 403),
+        ("127.0.0.1:{0}, 127.0.0.1:{0}", 403),
+        ("", 403),
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/run/0/data", "/nothing"])
+def test_server_answers_its_own_name_alone(
+    serve: Callable[..., Server], run: Path, host: str, status: int, path: str
+) -> None:
+    server = serve(run)
+    response, body = ask(server, path, Host=host.format(server.server_port))
+    assert response.status == (404 if status == 200 and path == "/nothing" else status)
+    if status == 403:
+        assert body == f"Forbidden: only {server.address} is answered\n"
+
+
+def test_server_needs_one_host(serve: Callable[..., Server], run: Path) -> None:
+    server = serve(run)
+    own = f"Host: 127.0.0.1:{server.server_port}\r\n"
+    assert raw(server, f"GET / HTTP/1.1\r\n{own}\r\n") == "HTTP/1.1 200 OK"
+    assert raw(server, "GET / HTTP/1.1\r\n\r\n") == "HTTP/1.1 403 Forbidden"
+    assert raw(server, "GET / HTTP/1.0\r\n\r\n") == "HTTP/1.1 403 Forbidden"
+    assert raw(server, f"GET / HTTP/1.1\r\n{own}Host: evil\r\n\r\n") == "HTTP/1.1 403 Forbidden"
+    assert raw(server, f"GET http://evil/ HTTP/1.1\r\n{own}\r\n") == "HTTP/1.1 404 Not Found"
+
+
+@pytest.mark.parametrize(
+    "method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "CONNECT"]
+)
+def test_server_answers_get_alone(serve: Callable[..., Server], run: Path, method: str) -> None:
+    server = serve(run)
+    response, body = ask(server, "/run/0/data", method)
+    assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD")
+    assert body == "Method Not Allowed: only GET is answered\n"
+    assert ask(server, "/", method, Host="evil.example")[0].status == 403
+    assert raw(server, "BREW / HTTP/1.1\r\nHost: x\r\n\r\n").startswith("HTTP/1.1 501 ")
+
+
+def test_server_answers_head_without_a_body(serve: Callable[..., Server], run: Path) -> None:
+    response, body = ask(serve(run), "/", "HEAD")
+    assert (response.status, body) == (200, "")
+    assert int(response.headers["Content-Length"]) > 10_000
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/run.npz",
+        "/../run.npz",
+        "/run/../run.npz",
+        "/run/0/../../etc/passwd",
+        "/run/0",
+        "/run/1/",
+        "/run/1/data",
+        "/run/-1/",
+        "/run/00000000001/",
+        "/run/\u0661/".encode().decode("latin-1"),
+        "/run/0/%64ata",
+        "/run//",
+        "http://[",
+        "*",
+        "/list/",
+        "/run/0/data?since=-1",
+        "/run/0/data?since=x",
+        "/run/0/data?since=1e3",
+        "/run/0/data?since=9999999999999999999999",
+        "/report.css",
+        "/%2e%2e/%2e%2e/etc/passwd",
+        "/etc/passwd",
+    ],
+)
+def test_server_knows_no_other_page(serve: Callable[..., Server], run: Path, path: str) -> None:
+    server = serve(run)
+    first = raw(server, f"GET {path} HTTP/1.1\r\nHost: localhost:{server.server_port}\r\n\r\n")
+    assert first == "HTTP/1.1 404 Not Found"
+
+
+def test_server_lists_several_runs(serve: Callable[..., Server], run: Path, tmp_path: Path) -> None:
+    server = serve(run, tmp_path / "later", run)
+    page = ask(server, "/")[1]
+    assert "<h1>Runs</h1>" in page
+    told = json.loads(ask(server, "/list")[1])
+    assert not told["single"]
+    lines = [(line["number"], line["name"], line["bytes"] > 0) for line in told["runs"]]
+    assert lines == [(0, "run", True), (1, "later", False)]
+    assert told["runs"][1]["quiet"] is None
+    assert "<h1>later</h1>" in ask(server, "/run/1/")[1]
+    assert json.loads(ask(server, "/run/1/data")[1])["state"] == "waiting"
+
+
+def test_server_lists_a_directory_of_runs(serve: Callable[..., Server], tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    server = serve(folder)
+    # It may become a run or a directory of them.
+    told = json.loads(ask(server, "/run/0/data")[1])
+    assert (told["state"], told["single"]) == ("waiting", True)
+    history = make_history(Log2Bins(), 2, 3)
+    history.save(folder / "saved.npz")
+    Journal(folder / "a & <b>\x1b", history)
+    Journal(folder / "ranks" / "rank-0", history)
+    for other in ("notes.txt", "data.npz", ".hidden.npz"):
+        (folder / other).write_bytes(b"PK")
+    (folder / "empty").mkdir()
+    told = json.loads(ask(server, "/list")[1])
+    assert not told["single"]
+    names = {line["name"]: line["number"] for line in told["runs"]}
+    assert sorted(names) == ["a & <b>\\x1b", "ranks", "saved"]
+    assert json.loads(ask(server, "/run/0/data")[1])["single"] is False
+    assert "<h1>runs</h1>" in ask(server, "/")[1]
+    # A number stays that of its run.
+    (folder / "saved.npz").unlink()
+    history.save(folder / "another.npz")
+    later = {line["name"]: line["number"] for line in json.loads(ask(server, "/list")[1])["runs"]}
+    assert later["ranks"] == names["ranks"]
+    assert later["another"] not in names.values()
+    page = ask(server, f"/run/{names[next(each for each in names if '<' in each)]}/")[1]
+    assert "<h1>a &amp; &lt;b&gt;\\x1b</h1>" in page
+
+
+def test_server_names_runs_of_one_name_by_their_paths(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    told = json.loads(ask(serve(tmp_path / "a" / "run", tmp_path / "b" / "run"), "/list")[1])
+    assert [line["name"] for line in told["runs"]] == [
+        str(tmp_path / each / "run") for each in ("a", "b")
+    ]
+
+
+def test_server_says_what_it_may_not_list(
+    serve: Callable[..., Server], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(tmp_path)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("gradstat.cli.run_list._is_directory_of_runs", refuse)
+    response, body = ask(server, "/list")
+    assert response.status == 503
+    assert "Permission denied" in body
+
+
+@pytest.mark.parametrize("port", ["99999", "65536", "-1", "x", "80.5", "\u0661"])
+def test_serve_refuses_what_is_no_port(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "run", f"--port={port}"])
+    assert ended.value.code == 2
+    message = f"argument --port: needs a number from 0 to 65535; got {port!r}\n"
+    assert capsys.readouterr().err.endswith(message)
+
+
+def test_serve_says_that_a_port_is_taken(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(run), "--port", str(port)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    message = f"Address already in use: 127.0.0.1:{port}"
+    assert shown.err == f"gradstat serve: error: {message}\n"
+
+
+def test_serve_prints_one_address_and_ends_quietly_with_ctrl_c(run: Path) -> None:
+    # A shell that starts its jobs in the background has them ignore Ctrl-C.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from gradstat.cli import main; sys.exit(main())"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "serve", str(run)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as process:
+        try:
+            assert process.stdout
+            address = process.stdout.readline()
+            port = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/\n", address)[1]
+            connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=30)
+            connection.request("GET", "/run/0/data")
+            assert json.loads(connection.getresponse().read())["records"] == 5
+            # The browser's connection is still open, and the findings may be being looked for.
+            process.send_signal(signal.SIGINT)
+            began_s = time.monotonic()
+            rest, errors = process.communicate(timeout=60)
+            connection.close()
+        finally:
+            process.kill()
+    assert time.monotonic() - began_s < 10
+    assert (rest, errors, process.returncode) == ("\n", "", 0)
