@@ -54,4 +54,5 @@ if (window.parent !== window) {
   });
 }
 
+byId("empty").hidden = false;
 follow(contents.live, (told) => take(told, told.data));

@@ -1,0 +1,392 @@
+"""`gradstat serve` in Chromium: a run that another process writes, ends, is killed, is resumed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import pytest
+import torch
+from conftest import ROOT
+from histories import make_history
+from pages import MAP, detail, hover, place
+
+from gradstat import History, Log2Bins
+from gradstat.cli.run_list import RunList
+from gradstat.cli.server import Server
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+pytestmark = pytest.mark.integrations
+
+# Trains so many steps at each line that it reads, and answers once they are on the disk.
+WRITER = """
+import sys, time, torch, gradstat
+from torch import nn
+from gradstat.history import History, journal
+journal._INTERVAL_S = 0.05
+path, first = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None
+torch.manual_seed(0)
+model = nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(8, 8), nn.Tanh())])
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+what = ("grad", "param")
+with gradstat.watch(model, optimizer=optimizer, path=path, what=what, first_step=first) as w:
+    print("begun", flush=True)
+    while line := sys.stdin.readline():
+        for _ in range(int(line)):
+            loss = model(torch.rand(16, 8)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            w.log(loss=loss.detach())
+        newest = int(w.history.steps[-1])
+        while History.load(path).steps[-1:].tolist() != [newest]:
+            time.sleep(0.01)
+        print(newest, flush=True)
+"""
+
+
+class Writer:
+    """A process that trains when it is told to."""
+
+    def __init__(self, path: Path, first_step: int | None = None) -> None:
+        arguments = [str(path), *([] if first_step is None else [str(first_step)])]
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", WRITER, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        assert self.process.stdout.readline() == "begun\n"
+
+    def train(self, steps: int) -> int:
+        """The newest step, which is on the disk."""
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def end(self) -> None:
+        self.process.stdin.close()
+        assert self.process.wait(60) == 0
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(60)
+
+
+@pytest.fixture
+def write() -> Iterator[Callable[..., Writer]]:
+    writers = []
+
+    def write(*arguments: object) -> Writer:
+        writers.append(Writer(*arguments))
+        return writers[-1]
+
+    yield write
+    for writer in writers:
+        writer.kill()
+        writer.process.stdin.close()
+        writer.process.stdout.close()
+
+
+@contextmanager
+def serving(*paths: Path, port: int = 0) -> Iterator[Server]:
+    with Server(RunList(list(paths)), port) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+Look: TypeAlias = "Callable[..., Page]"
+
+
+@pytest.fixture
+def look(browser: Browser) -> Iterator[Look]:
+    """Opens a page; no error, message or request elsewhere may follow."""
+    seen: list[str] = []
+    contexts = []
+
+    def look(address: str, width: int = 1400, height: int = 900) -> Page:
+        context = browser.new_context(viewport={"width": width, "height": height})
+        page = context.new_page()
+        page.on("console", lambda message: seen.append(message.text))
+        page.on("pageerror", lambda error: seen.append(str(error)))
+        page.on("dialog", lambda dialog: seen.append(dialog.message))
+        origin = "/".join(address.split("/")[:3])
+        page.on("request", lambda it: it.url.startswith(origin) or seen.append(it.url))
+        page.goto(address)
+        page.evaluate("window.isTheSame = true")
+        contexts.append(context)
+        return page
+
+    look.seen = seen
+    yield look
+    for context in contexts:
+        context.close()
+    assert seen == []
+
+
+def wait_for(page: Page, text: str, timeout_ms: float = 10_000) -> None:
+    """Wait until the line on the run's state begins with a text."""
+    page.wait_for_function(
+        "(text) => document.querySelector('#live').innerText.trim().startsWith(text)",
+        arg=text,
+        timeout=timeout_ms,
+    )
+
+
+def facts(page: Page) -> str:
+    return page.locator("#facts").inner_text()
+
+
+def test_new_records_appear_within_two_seconds_and_the_place_stays(
+    write: Callable[..., Writer], look: Look, tmp_path: Path
+) -> None:
+    writer = write(tmp_path / "run")
+    writer.train(30)
+    with serving(tmp_path / "run") as server:
+        page = look(server.address, height=500)
+        wait_for(page, "Live, step 29")
+        page.locator("#kind").select_option(label="Parameters")
+        page.locator("#rows tr").nth(2).click()
+        place_in_map = place(page, MAP, 0.6, 2.5 * 20 / (6 * 20 + 24))
+        page.locator(MAP).click(position=place_in_map)
+        page.locator("#zoom-first").fill("10")
+        page.locator("#zoom-first").press("Enter")
+        page.locator("#filter").fill("weight")
+        page.get_by_role("button", name="rms, newest").click()
+        page.locator("#rows tr").nth(5).scroll_into_view_if_needed()
+        page.locator("#rows tr").nth(1).focus()
+
+        def where() -> list[object]:
+            return page.evaluate(
+                """() => [Math.round(document.activeElement.getBoundingClientRect().top),
+                document.activeElement.dataset.layer,
+                document.querySelector("#detail-name").innerText, location.hash,
+                document.querySelector("#detail-when").innerText,
+                document.querySelector("#zoom-first").value,
+                document.querySelector("#kind").value, document.querySelector("#filter").value,
+                [...document.querySelectorAll("#rows tr")].map((r) => r.dataset.layer).join()]"""
+            )
+
+        page.wait_for_timeout(300)
+        before = where()
+        assert page.evaluate("scrollY") > 0
+        assert "4.weight" in before[2]
+        for steps in (1, 5, 60):
+            newest = writer.train(steps)
+            began_s = time.monotonic()
+            wait_for(page, f"Live, step {newest},", 2000)
+            assert time.monotonic() - began_s < 2
+            assert facts(page).startswith(f"6 layers · {newest + 1} records, steps 0 to {newest}")
+            assert where() == before
+        assert page.evaluate("window.isTheSame")
+        assert page.locator("#zoom-last").input_value() == str(newest)
+        assert page.locator("#detail-newest").inner_text() == f"Newest record, step {newest}"
+        page.locator("#zoom-all").click()
+        tip = hover(page, MAP, 0.999, 0.5 * 20 / (6 * 20 + 24)).splitlines()
+        history = History.load(tmp_path / "run")
+        assert tip[1] == f"step {newest}"
+        assert f"rms {history['rms'][-1, history.layers.index('param/0.weight')]:.3g}"[:7] in tip[2]
+
+
+def test_page_follows_a_run_that_ends_is_killed_and_is_resumed(
+    write: Callable[..., Writer], look: Look, tmp_path: Path
+) -> None:
+    path = tmp_path / "run"
+    with serving(path) as server:
+        page = look(server.address)
+        wait_for(page, "Waiting for the run: it is not there yet.")
+        assert page.locator("#empty").is_visible()
+        assert page.locator("main").is_hidden()
+        writer = write(path)
+        wait_for(page, "Waiting for the run's first record.")
+        writer.train(12)
+        wait_for(page, "Live, step 11,", 2000)
+        assert page.locator("#empty").is_hidden()
+        writer.kill()
+        page.locator("#rows tr").nth(3).click()
+        chosen = detail(page)
+        writer = write(path, 6)
+        page.wait_for_function(
+            "() => document.querySelector('#facts').innerText.includes('0 to 5')"
+        )
+        writer.train(4)
+        wait_for(page, "Live, step 9,", 2000)
+        assert facts(page).startswith("6 layers · 10 records")
+        writer.end()
+        page.wait_for_timeout(1500)
+        wait_for(page, "Live, step 9,")
+        assert detail(page) == chosen
+        found = [each.sentence for each in History.load(path).diagnose()]
+        page.wait_for_function(
+            "(found) => [...document.querySelectorAll('.finding .what')]"
+            ".map((each) => each.innerText).join() === found.join()",
+            arg=found,
+        )
+        shutil.rmtree(path)
+        wait_for(page, "The run is no longer there")
+        assert detail(page) == chosen
+        writer = write(path)
+        writer.train(3)
+        wait_for(page, "Live, step 2,")
+        assert facts(page).startswith("6 layers · 3 records")
+        assert detail(page) == chosen
+        assert page.evaluate("window.isTheSame")
+
+
+@contextmanager
+def commanded(path: Path, port: str = "0") -> Iterator[str]:
+    """The command itself, and the address that it prints."""
+    command = [sys.executable, "-m", "gradstat", "serve", str(path), "--port", port]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            yield process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+def test_page_says_that_the_server_has_stopped_and_goes_on_with_another(
+    look: Look, tmp_path: Path
+) -> None:
+    make_history(Log2Bins(), 3, 5).save(tmp_path / "run.npz")
+    with commanded(tmp_path / "run.npz") as address:
+        page = look(address)
+        wait_for(page, "Live, step 4,")
+    wait_for(page, "The server has stopped; this is what it had.")
+    make_history(Log2Bins(), 3, 9).save(tmp_path / "run.npz")
+    with commanded(tmp_path / "run.npz", address.strip("/").split(":")[-1]):
+        wait_for(page, "Live, step 8,")
+        assert facts(page).startswith("3 layers · 9 records")
+        assert page.evaluate("window.isTheSame")
+    # What is not answered is a message of the browser's own.
+    look.seen[:] = [each for each in look.seen if "ERR_" not in each]
+
+
+def test_page_keeps_its_place_when_the_run_is_thinned(
+    write: Callable[..., Writer], look: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradstat.report.thin._MAX_COLUMNS", 20)
+    monkeypatch.setattr("gradstat.report.thin._MAX_SAMPLES", 8)
+    writer = write(tmp_path)
+    writer.train(8)
+    with serving(tmp_path) as server:
+        page = look(server.address)
+        wait_for(page, "Live, step 7,")
+        page.locator("#rows tr").nth(3).click()
+        page.locator("#zoom-last").fill("6")
+        page.locator("#zoom-last").press("Enter")
+        chosen = detail(page)
+        for newest in (15, 30, 70):
+            while (step := writer.train(4)) < newest:
+                pass
+            wait_for(page, f"Live, step {step},", 2000)
+        assert detail(page) == chosen
+        assert int(page.locator("#zoom-last").input_value()) in range(6, 6 + 4)
+        assert "4 records together" in page.locator("#map-hint").inner_text()
+
+
+def test_two_browsers_see_the_same(
+    write: Callable[..., Writer], look: Look, tmp_path: Path
+) -> None:
+    writer = write(tmp_path)
+    writer.train(5)
+    with serving(tmp_path) as server:
+        pages = [look(server.address) for _ in range(2)]
+        for page in pages:
+            wait_for(page, "Live, step 4,")
+        newest = writer.train(7)
+        for page in pages:
+            wait_for(page, f"Live, step {newest},", 2000)
+        assert facts(pages[0]) == facts(pages[1])
+
+
+def test_list_shows_runs_side_by_side(look: Look, tmp_path: Path) -> None:
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    hostile = "<img src=x onerror=alert(1)>"
+    for name in ("a", hostile):
+        make_history(Log2Bins(), 3, 6).save(folder / f"{name}.npz")
+    with serving(folder) as server:
+        page = look(server.address)
+        page.wait_for_selector("#runs tr:nth-child(2)")
+        assert sorted(page.locator("#runs a").all_inner_texts()) == sorted(["a", hostile])
+        assert page.locator("img").count() == 0
+        page.get_by_label("a side by side", exact=True).check()
+        page.get_by_label(f"{hostile} side by side").check()
+        frames = [page.frame_locator("iframe").nth(i) for i in range(2)]
+        for frame in frames:
+            frame.locator("#rows tr").nth(2).wait_for()
+        frames[0].locator("#rows tr").nth(1).click()
+        page.wait_for_function(
+            "() => [...document.querySelectorAll('iframe')].every((each) => "
+            "each.contentDocument.querySelector('#detail-name').innerText === '1.weight')"
+        )
+        # A link has them; another run comes by itself.
+        make_history(Log2Bins(), 3, 6).save(folder / "b.npz")
+        page.wait_for_selector("#runs tr:nth-child(3)")
+        assert page.locator("iframe").count() == 2
+        again = look(page.url)
+        again.wait_for_selector("iframe >> nth=1")
+        page.get_by_label("a side by side", exact=True).uncheck()
+        assert page.locator("iframe").count() == 1
+        page.get_by_role("link", name="a", exact=True).click()
+        wait_for(page, "Live, step 5,")
+
+
+def test_waiting_page_becomes_the_list_of_a_directory(look: Look, tmp_path: Path) -> None:
+    with serving(tmp_path / "runs") as server:
+        page = look(server.address)
+        wait_for(page, "Waiting for the run")
+        (tmp_path / "runs").mkdir()
+        make_history(Log2Bins(), 3, 6).save(tmp_path / "runs" / "a.npz")
+        page.wait_for_selector("#runs a")
+        shutil.rmtree(tmp_path / "runs")
+        # Nothing is there again.
+        page.wait_for_selector("#live")
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0, float("inf")])
+def test_page_shows_a_run_without_a_number(look: Look, tmp_path: Path, value: float) -> None:
+    history = make_history(Log2Bins(), 3, 4, lambda step, layer: torch.full((5,), value))
+    history.save(tmp_path / "run.npz")
+    with serving(tmp_path / "run.npz") as server:
+        page = look(server.address)
+        wait_for(page, "Live, step 3,")
+        tip = hover(page, MAP, 0.7, 0.3)
+        assert ("rms 0" if value == 0 else "5 NaN or infinite") in tip
+
+
+def test_page_says_what_cannot_be_read(look: Look, tmp_path: Path) -> None:
+    path = tmp_path / "<b>run.npz"
+    path.write_bytes(b"no run")
+    with serving(path) as server:
+        page = look(server.address)
+        wait_for(page, "The run cannot be read: History.load() needs a file that")
+        assert "<b>run.npz" in page.locator("#live").inner_text()
+        History(["weight"], Log2Bins()).save(path)
+        wait_for(page, "Waiting for the run's first record.")
+
+
+def test_page_of_localhost_works_and_of_another_name_does_not(look: Look, tmp_path: Path) -> None:
+    make_history(Log2Bins(), 3, 4).save(tmp_path / "run.npz")
+    with serving(tmp_path / "run.npz") as server:
+        page = look(server.address.replace("127.0.0.1", "localhost"))
+        wait_for(page, "Live, step 3,")
+        with page.expect_console_message(lambda message: "403" in message.text):
+            answered = page.goto(server.address.replace("127.0.0.1", "rebound.localhost"))
+        assert answered.status == 403
+    look.seen[:] = [each for each in look.seen if "403" not in each and "rebound" not in each]
