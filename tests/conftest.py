@@ -29,6 +29,7 @@ from gradstat.bins import Bins  # noqa: E402
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
+    from serving import Writer
 
 ROOT = Path(__file__).parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -168,4 +169,48 @@ def open_report(browser: "Browser", tmp_path: Path) -> Iterator[Callable[..., "P
     yield open_report
     for page in pages:
         page.close()
+    assert seen == []
+
+
+@pytest.fixture
+def write() -> Iterator[Callable[..., "Writer"]]:
+    """Starts processes that write runs, and ends them."""
+    from serving import Writer
+
+    writers: list[Writer] = []
+
+    def write(*arguments: object) -> "Writer":
+        writers.append(Writer(*arguments))
+        return writers[-1]
+
+    yield write
+    for writer in writers:
+        writer.kill()
+        writer.process.stdin.close()
+        writer.process.stdout.close()
+
+
+@pytest.fixture
+def look(browser: "Browser") -> Iterator[Callable[..., "Page"]]:
+    """Opens a page; no error, message or request elsewhere may follow."""
+    seen: list[str] = []
+    contexts = []
+
+    def look(address: str, width: int = 1400, height: int = 900) -> "Page":
+        context = browser.new_context(viewport={"width": width, "height": height})
+        page = context.new_page()
+        page.on("console", lambda message: seen.append(message.text))
+        page.on("pageerror", lambda error: seen.append(str(error)))
+        page.on("dialog", lambda dialog: seen.append(dialog.message))
+        origin = "/".join(address.split("/")[:3])
+        page.on("request", lambda it: it.url.startswith(origin) or seen.append(it.url))
+        page.goto(address)
+        page.evaluate("window.isTheSame = true")
+        contexts.append(context)
+        return page
+
+    look.seen = seen
+    yield look
+    for context in contexts:
+        context.close()
     assert seen == []

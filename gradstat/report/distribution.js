@@ -98,7 +98,7 @@ function drawDistribution(context, width, height) {
 // Shares of the elements under their colours: a quarter of the largest is in the middle.
 function drawShares(context, width) {
   const { largest } = extent(state.layer);
-  const bar = Math.min(120, width - LEFT - 170);
+  const bar = Math.min(120, width - LEFT - 185);
   for (let x = 0; x < bar; x++) {
     context.fillStyle = densityColor((x / (bar - 1)) ** 2);
     context.fillRect(LEFT + x, 0, 1, 9);
@@ -107,7 +107,7 @@ function drawShares(context, width) {
   for (const [at, part] of [[0.5, 0.25], [1, 1]]) context.fillText(share(part * largest), LEFT + at * bar, 12);
   context.fillText("0", LEFT + 3, 12);
   context.textAlign = "left";
-  context.fillText("share of the finite elements", LEFT + bar + 12, -1);
+  context.fillText("share of the finite elements", LEFT + bar + 27, 5);
 }
 
 function drawHistogram(context, width, height) {

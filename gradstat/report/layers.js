@@ -157,7 +157,7 @@ function buildLayers(select) {
       }
       rows[layer].classList.add("selected");
       rows[layer].setAttribute("aria-current", "true");
-      if (!body.contains(document.activeElement) && !rows[layer].hidden) focus(rows[layer], false);
+      if (!rows[layer].hidden) focus(rows[layer], false);
     },
     sorting: () => sorting,
     sort(name, sign) {

@@ -6,15 +6,12 @@ function buildLegend() {
   byId("map-legend").append(holder);
   const drawing = addCanvas(holder, 42, drawScale, "Colour scale");
   return {
-    drawing,
+    // In a picture that is saved the other colours stand below the scale.
+    drawings: [drawing, { canvas: drawing.canvas, height: 16, draw: drawSwatches }],
     show() {
-      const { kind, level, nonfinite, scale } = state.view;
+      const { scale } = state.view;
       describe(drawing.canvas, `Colours from dark to light: an rms of ${number(2 ** scale.low)} to ${number(2 ** scale.high)}`);
-      const swatches = [
-        ["NaN or infinity", "--broken", nonfinite.some((n) => n > 0)],
-        ["all zero", "--zero", level.includes(-Infinity)],
-        [`no ${meta.nouns[kind]}`, "--sunken", level.some((x, i) => Number.isNaN(x) && !nonfinite[i])],
-      ].filter((each) => each[2]).map(([text, color]) => {
+      const swatches = otherColors().map(([text, color]) => {
         const swatch = document.createElement("span");
         swatch.className = "swatch";
         swatch.style.setProperty("--of", `var(${color})`);
@@ -24,6 +21,27 @@ function buildLegend() {
       byId("map-legend").replaceChildren(holder, ...swatches);
     },
   };
+}
+
+// Colours of cells without a magnitude, those that there are.
+function otherColors() {
+  const { kind, level, nonfinite } = state.view;
+  return [
+    ["NaN or infinity", "--broken", nonfinite.some((n) => n > 0)],
+    ["all zero", "--zero", level.includes(-Infinity)],
+    [`no ${meta.nouns[kind]}`, "--sunken", level.some((x, i) => Number.isNaN(x) && !nonfinite[i])],
+  ].filter((each) => each[2]);
+}
+
+function drawSwatches(context) {
+  let x = 30;
+  for (const [text, color] of otherColors()) {
+    context.fillStyle = css(color);
+    context.fillRect(x, 2, 10, 10);
+    type(context, 11, "left", "middle");
+    context.fillText(text, x + 15, 7);
+    x += context.measureText(text).width + 32;
+  }
 }
 
 // Powers of two under the colours, and the same in decimals where there is room.

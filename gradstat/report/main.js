@@ -144,7 +144,7 @@ document.addEventListener("keydown", (event) => {
 });
 
 buildSave("save-map", { name: "map", title: () => `${document.title}: rms of each ${meta.nouns[state.view.kind]}`, drawings: map.drawings, table: () => cellsTable(state.view.layers) });
-buildSave("save-series", { name: "series", title: () => document.title, drawings: [map.drawings[0]], table: seriesTable });
+buildSave("save-series", { name: "series", title: () => "", table: seriesTable });
 const ofLayer = (what) => () => `${titleOf(state.layer)}: ${what()}`;
 const { rms, distribution, legend, histogram } = detail.drawings;
 buildSave("save-rms", { name: "rms", title: ofLayer(() => "rms by step"), drawings: [rms], table: () => cellsTable([state.layer]) });

@@ -135,7 +135,7 @@ function buildMap(select) {
   const series = buildSeries(select, () => left);
   const legend = buildLegend();
   return {
-    drawings: [series.drawing, main, legend.drawing],
+    drawings: [series.drawing, main, ...legend.drawings],
     show() {
       for (const drawing of [main, over]) drawing.height = state.view.bottom + MAP_BOTTOM;
       describe(main.canvas, `Map: the rms of each layer's ${meta.nouns[state.view.kind]}, by step, as colour. Arrow keys move from cell to cell, Enter selects. The table of layers has the numbers.`);

@@ -36,14 +36,15 @@ function addFigure(canvas, { at, show, move, where, choose = () => {}, between =
   };
   const clear = () => {
     held = null;
+    canvas.removeAttribute("aria-valuetext");
     hideTip();
     show(null);
   };
   const tell = (place, x, y) => {
     const told = show(place);
-    canvas.setAttribute("aria-valuetext", told ? told.flat().join(", ") : "");
-    if (told) showTip(x, y, ...told);
-    else hideTip();
+    if (!told) return hideTip();
+    canvas.setAttribute("aria-valuetext", told.flat().join(", "));
+    showTip(x, y, ...told);
   };
   canvas.tabIndex = 0;
   canvas.setAttribute("role", "slider");
@@ -51,7 +52,7 @@ function addFigure(canvas, { at, show, move, where, choose = () => {}, between =
   canvas.addEventListener("pointermove", (event) => {
     const [x, y] = position(event);
     if (start !== null && Math.abs(x - start) > 5) isDragged = true;
-    if (isDragged) return showBand(canvas, start, x);
+    if (start !== null && isDragged) return showBand(canvas, start, x);
     const place = at(x, y);
     if (place === null) clear();
     else tell(place, event.clientX, event.clientY);
