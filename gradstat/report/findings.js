@@ -6,11 +6,12 @@ let areAllShown = false;
 function showFindings(select) {
   const section = byId("findings");
   const focused = [...section.querySelectorAll("button")].indexOf(document.activeElement);
-  for (const old of section.querySelectorAll(":scope > :not(h2)")) old.remove();
-  if (meta.findings === null) return void section.append(hint("Looking for findings \u2026"));
-  if (!meta.findings.length) section.append(hint("Nothing stands out in this run."));
+  const add = (...items) => byId("findings-of").before(...items);
+  for (const old of section.querySelectorAll(":scope > :not(h2, #findings-of)")) old.remove();
+  if (meta.findings === null) return void add(hint("Looking for findings \u2026"));
+  if (!meta.findings.length) add(hint("Nothing stands out in this run."));
   const items = meta.findings.map((finding, i) => findingItem(finding, i, select));
-  section.append(...items);
+  add(...items);
   if (items.length > SHOWN_FINDINGS && !areAllShown) {
     const more = document.createElement("button");
     more.type = "button";
@@ -23,11 +24,16 @@ function showFindings(select) {
       more.remove();
       redrawSoon();
     });
-    section.append(more);
+    add(more);
   }
-  // Of a run that is written findings come later than records.
-  if (meta.findingsOf < meta.records) section.append(hint(`In the first ${plural(meta.findingsOf, "record")}.`));
   if (focused >= 0) section.querySelectorAll("button")[focused]?.focus({ preventScroll: true });
+}
+
+// Of a run that is written findings come later than records.
+function showFindingsOf() {
+  const line = byId("findings-of");
+  line.hidden = !meta.findings || meta.findingsOf >= meta.records;
+  line.textContent = `In the first ${plural(meta.findingsOf ?? 0, "record")}.`;
 }
 
 function hint(text) {

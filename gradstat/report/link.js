@@ -4,6 +4,7 @@ let linkTimer = 0;
 
 // Called after each change that the reader makes.
 function linkChanged() {
+  isTouched = true;
   clearTimeout(linkTimer);
   linkTimer = setTimeout(() => history.replaceState(null, "", `#${linkOf()}`), 100);
 }

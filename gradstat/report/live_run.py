@@ -88,16 +88,15 @@ class LiveRun:
                     self._take(look.records, is_anew=look.is_anew)
         except (OSError, ValueError) as error:
             self._is_behind = False
-            said = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else error
-            self._state = f"cannot be read: {escaped(said)}"
+            self._state = f"cannot be read: {escaped(_said(error))}"
         self._looked_s = time.monotonic()
 
     def _take(self, records: Records, *, is_anew: bool) -> None:
         part = History.from_records(records)
+        if not part.layers:
+            return  # there is nothing to show
         self._rise()
         if self._growing is None or is_anew:
-            if not part.layers:
-                raise ValueError("it has no layers")
             self._growing, self._began = Growing(part, self._version), self._version
             self._findings, self._findings_of, self._findings_due_s = None, 0, 0.0
         else:
@@ -137,6 +136,12 @@ class LiveRun:
                     self._rise()
                     self._findings, self._findings_of = found, n_records
                     self._findings_version = self._version
+
+
+def _said(error: OSError | ValueError) -> object:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return error
 
 
 def _read(path: Path) -> History | None:

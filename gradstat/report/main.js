@@ -3,14 +3,14 @@
 // `step` is the one that is looked at, null for the newest; `home` is its sample, which is shown
 // while the pointer is on none. Columns: `cell` of the map, `t` of the rms, `seriesAt` of the lines.
 const state = { view: null, layer: 0, step: null, home: 0, sample: 0, cell: null, t: null, seriesAt: null };
-let isTouched = false;  // whether the reader, or a link, has chosen what to see
+let isTouched = false;  // whether the reader, a link, or a finding has chosen what to see
 let hearSelected = () => {};  // called when the reader has selected another layer or step
 
 const map = buildMap(select);
 const table = buildLayers(select);
 const detail = buildDetail(select);
 const zoomBar = buildZoom(() => {
-  changed();
+  linkChanged();
   showAll();
 });
 
@@ -77,7 +77,7 @@ function select(layer, { from, step = null }) {
   map.mark();
   if (!isOther) detail.show(state.home);
   if (from === "start") return;
-  changed();
+  linkChanged();
   if (from === "beside") return;
   hearSelected();
   // Beside the rest on a wide page, and in view; above the table on a narrow one.
@@ -85,16 +85,11 @@ function select(layer, { from, step = null }) {
   if (!beside && !["detail", "kind"].includes(from)) byId("detail").scrollIntoView({ block: "start" });
 }
 
-function changed() {
-  isTouched = true;
-  linkChanged();
-}
-
 // What a link asks for; otherwise the first finding, or the first layer.
 function openView() {
   const asked = readLink();
   const [found] = meta.findings ?? [];
-  isTouched ||= asked.layer !== undefined;
+  isTouched ||= asked.layer !== undefined || found !== undefined;
   [zoom.first, zoom.last] = [asked.first, asked.last];
   state.layer = asked.layer ?? found?.layer ?? byKind[0][0];
   const step = asked.layer === undefined ? found?.at ?? null : asked.step;
@@ -124,6 +119,7 @@ function take(told, data) {
     Object.assign(state, { cell: null, t: null, seriesAt: null });
   }
   if (told.findings !== undefined || told.head) showFindings(select);
+  showFindingsOf();
   const layer = before ? layerNamed(before.layer, before.noun) : undefined;
   if (layer === undefined || (!isTouched && told.findings)) return openView();
   state.layer = layer;

@@ -14,6 +14,7 @@ from pages import MAP, detail, hover, place
 from serving import Look, Writer, commanded, facts, serving, wait_for
 
 from gradstat import History, Log2Bins
+from gradstat.diagnosis import Finding
 
 pytestmark = pytest.mark.integrations
 
@@ -152,6 +153,26 @@ def test_page_keeps_its_place_when_the_run_is_thinned(
         assert detail(page) == chosen
         assert int(page.locator("#zoom-last").input_value()) in range(6, 6 + 4)
         assert "4 records together" in page.locator("#map-hint").inner_text()
+
+
+def test_page_opens_on_the_first_finding_once(
+    look: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Finding] = []
+    monkeypatch.setattr("gradstat.report.live_run.diagnose", lambda history: list(found))
+    monkeypatch.setattr("gradstat.report.live_run._FINDINGS_S", 0.0)
+    monkeypatch.setattr("gradstat.report.live_run._FINDINGS_SHARE", 1.0)
+    with serving(tmp_path / "run.npz") as server:
+        page = look(server.address)
+        shown = []
+        for steps, layer in ((4, None), (5, 2), (6, 1)):
+            if layer is not None:
+                found[:] = [Finding("spike", "severe", f"{layer}.weight", (1, 2), {}, f"{layer}!")]
+            make_history(Log2Bins(), 3, steps).save(tmp_path / "run.npz")
+            text = "Nothing stands out" if layer is None else f"{layer}!"
+            page.locator("#findings", has_text=text).wait_for()
+            shown.append(detail(page))
+        assert shown == ["0.weight", "2.weight", "2.weight"]
 
 
 def test_two_browsers_see_the_same(

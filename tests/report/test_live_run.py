@@ -130,6 +130,29 @@ def test_live_run_says_what_cannot_be_read(history: History, tmp_path: Path) -> 
     assert ask(live)["state"] == "there"
 
 
+def test_live_run_names_the_file_that_may_not_be_opened(
+    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.npz"
+    history.save(path)
+    live = LiveRun(path)
+
+    def refuse(path: Path, n_bytes: float) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gradstat.history.archive.followed", refuse)
+        assert ask(live)["state"] == f"cannot be read: Permission denied: {path}"
+    assert ask(live)["state"] == "there"
+
+
+def test_live_run_without_layers_shows_nothing(tmp_path: Path) -> None:
+    History([], Log2Bins()).save(tmp_path / "run.npz")
+    live = LiveRun(tmp_path / "run.npz")
+    assert ask(live)["state"] == ask(live)["state"] == "there"
+    assert "arrays" not in ask(live)
+
+
 def test_live_run_gives_everything_to_a_page_of_an_earlier_server(
     history: History, tmp_path: Path
 ) -> None:

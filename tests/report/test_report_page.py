@@ -47,7 +47,7 @@ def test_page_says_when_nothing_was_found(
 ) -> None:
     monkeypatch.setattr("gradstat.report.page.diagnose", lambda history: [])
     page = open_report(make_history(LOG2))
-    assert page.locator("#findings p").inner_text() == "Nothing stands out in this run."
+    assert page.locator("#findings p:visible").inner_text() == "Nothing stands out in this run."
 
 
 def test_map_tells_the_numbers_of_a_cell(open_report: Open) -> None:
