@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from histories import falling, make_history
 
 from gradstat import History, Log2Bins
+from gradstat.diagnosis import Finding
 from gradstat.history.journal import Journal
 from gradstat.report import live_run
 from gradstat.report.live_run import LiveRun
@@ -116,6 +118,27 @@ def test_live_run_looks_for_findings_again_when_there_are_more_records(
     wait_for_findings(live, 5)
     write(journal, history, *range(5, STEPS))
     assert wait_for_findings(live, STEPS)["records"] == STEPS
+
+
+def test_live_run_looks_for_findings_a_twentieth_of_the_time(
+    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_run, "_FINDINGS_S", 0.0)
+    began = []
+
+    def diagnose(_: History) -> list[Finding]:
+        began.append(time.monotonic())
+        time.sleep(0.02)
+        return []
+
+    monkeypatch.setattr(live_run, "diagnose", diagnose)
+    journal, live = begin(tmp_path, history), LiveRun(tmp_path)
+    for step in range(STEPS):
+        write(journal, history, step)
+        ask(live)
+        time.sleep(0.05)
+    assert len(began) > 2
+    assert min(b - a for a, b in pairwise(began)) >= 20 * 0.02
 
 
 def test_live_run_says_what_cannot_be_read(history: History, tmp_path: Path) -> None:
