@@ -68,17 +68,14 @@ def pieces(path: Path, n_bytes: float = math.inf) -> Iterator[Records]:
     Raises:
         As `read`.
     """
-    # None of them is kept here: who reads may have let go of it.
     yield from filter(None, _pieces(path, n_bytes))
 
 
 def followed(path: Path, n_bytes: float) -> Iterator[Records | None]:
     """Read as `pieces`, and go on for ever with a directory's last file, which a run writes.
 
-    What is cut off there is taken to be written still.
-
     Yields:
-        As `pieces`; ``None`` when there is nothing new yet.
+        As `pieces`; ``None`` when there is nothing new yet, or no whole block of it.
 
     Raises:
         As `read`.
@@ -251,10 +248,7 @@ def _read_file(
     *,
     goes_on: bool = False,
 ) -> Iterator[Records | None]:
-    """Records of a file before a step, all or some at a time; it is not kept open in between.
-
-    One that goes on has no end: ``None`` stands for nothing new.
-    """
+    """Records of a file before a step, some at a time; ``None`` if there are none yet."""
     head: blocks.Sections = {}
     reader, last_step, is_over = None, -1, False
     while goes_on or not is_over:
