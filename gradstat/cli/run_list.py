@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import zipfile
@@ -79,7 +80,7 @@ class RunList:
         return found
 
     def _line(self, path: Path) -> dict[str, Any]:
-        files = [file.stat() for file in rank_directories.files_of(path) if file.exists()]
+        files = list(filter(None, map(_stat, _files_of(path))))
         number = self._number(path)
         quiet = time.time() - max(each.st_mtime for each in files) if files else None
         return {
@@ -97,8 +98,23 @@ class RunList:
             return self._numbers[path]
 
 
+def _files_of(path: Path) -> list[Path]:
+    """Files of a run; none of one that goes meanwhile."""
+    try:
+        return rank_directories.files_of(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+
+
 def _is_directory_of_runs(path: Path) -> bool:
-    if not path.is_dir() or rank_directories.files_of(path):
+    if not path.is_dir() or _files_of(path):
         return False
     return any(_is_run(each) for each in path.iterdir())
 
@@ -107,8 +123,9 @@ def _is_run(path: Path) -> bool:
     if path.name.startswith("."):
         return False
     if path.is_dir():
-        return bool(rank_directories.files_of(path))
-    return path.suffix == ".npz" and path.is_file() and _is_saved(path, path.stat().st_mtime_ns)
+        return bool(_files_of(path))
+    stat = _stat(path)
+    return path.suffix == ".npz" and stat is not None and _is_saved(path, stat.st_mtime_ns)
 
 
 @lru_cache(4096)

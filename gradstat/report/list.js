@@ -76,15 +76,17 @@ function show(runs) {
 }
 
 async function poll() {
-  let told = null;
+  let [told, problem] = [null, "The server has stopped."];
   try {
     const reply = await fetch("/list", { cache: "no-store" });
     if (reply.ok) told = await reply.json();
+    else problem = await reply.text();
   } catch {
     // The server has ended.
   }
   setTimeout(poll, POLL_MS);
   byId("stopped").hidden = told !== null;
+  byId("stopped").textContent = told ? "" : problem;
   if (told?.single) location.reload();
   else if (told) show(told.runs);
 }

@@ -7,16 +7,17 @@ const QUIET_S = 30;
 function follow(address, take) {
   let version = 0;
   const poll = async () => {
-    let told = null;
+    let [told, problem] = [null, "The server has stopped"];
     try {
       const reply = await fetch(`${address}?since=${version}`, { cache: "no-store" });
       if (reply.ok) told = await reply.json();
+      else problem = `The server answers ${reply.status} ${reply.statusText}`;
     } catch {
       // The server has ended, or has not begun again.
     }
     if (told && !told.single && location.pathname === "/") location.reload();
     setTimeout(poll, told?.behind ? 0 : told ? POLL_MS : 2 * POLL_MS);
-    if (!told) return showLive("stopped", "The server has stopped; this is what it had.");
+    if (!told) return showLive("stopped", `${problem}; this is what it had.`);
     if (told.arrays) take(told);
     version = told.version;
     showLive(...liveState(told));

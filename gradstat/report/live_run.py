@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from gradstat.diagnosis import diagnose
@@ -20,6 +24,11 @@ _READ_S = 0.5  # that a look may take to read a long run, some of it at a time
 # Findings take all records: they are looked for anew after so long, and at most in such a share of
 # the time.
 _FINDINGS_S, _FINDINGS_SHARE = 2.0, 1 / 20
+
+# One thread for all runs: each new one would keep some of a long run's memory to itself.
+_WORKER = "gradstat findings"
+_jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+_starting = threading.Lock()
 
 
 class LiveRun:
@@ -114,7 +123,7 @@ class LiveRun:
         is_new = growing.n_records != self._findings_of
         if is_new and time.monotonic() >= self._findings_due_s:
             self._is_diagnosing = True
-            threading.Thread(target=self._diagnose, args=(self._began,), daemon=True).start()
+            _do(functools.partial(self._diagnose, self._began))
 
     def _diagnose(self, began: int) -> None:
         began_s = time.monotonic()
@@ -136,6 +145,22 @@ class LiveRun:
                     self._rise()
                     self._findings, self._findings_of = found, n_records
                     self._findings_version = self._version
+
+
+def _do(job: Callable[[], None]) -> None:
+    """Do something that takes its time, after what was to be done before."""
+    _jobs.put(job)
+    with _starting:
+        if not any(thread.name == _WORKER for thread in threading.enumerate()):
+            threading.Thread(target=_work, name=_WORKER, daemon=True).start()
+
+
+def _work() -> None:
+    while True:
+        try:
+            _jobs.get()()
+        except Exception:
+            traceback.print_exc()
 
 
 def _said(error: OSError | ValueError) -> object:

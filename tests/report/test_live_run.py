@@ -141,6 +141,27 @@ def test_live_run_looks_for_findings_a_twentieth_of_the_time(
     assert min(b - a for a, b in pairwise(began)) >= 20 * 0.02
 
 
+def test_live_runs_look_for_findings_in_one_thread(
+    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = []
+    monkeypatch.setattr(live_run, "_FINDINGS_S", 0.0)
+
+    def diagnose(_: History) -> list[Finding]:
+        threads.append(threading.get_ident())
+        if len(threads) == 1:
+            raise RuntimeError("of a rule")  # does not end it
+        return []
+
+    monkeypatch.setattr(live_run, "diagnose", diagnose)
+    for name in ("a", "b", "c"):
+        history.save(tmp_path / f"{name}.npz")
+        wait_for_findings(LiveRun(tmp_path / f"{name}.npz"), STEPS)
+    assert len(threads) == 4
+    assert len(set(threads)) == 1
+    assert threads[0] != threading.get_ident()
+
+
 def test_live_run_says_what_cannot_be_read(history: History, tmp_path: Path) -> None:
     path = tmp_path / "run\x1b[2J.npz"
     path.write_bytes(b"no run")
