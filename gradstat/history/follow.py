@@ -39,10 +39,14 @@ class Follower:
 
     Args:
         path: file or directory, which need not be there yet.
+
+    Attributes:
+        written_s: when its files were written to last, in seconds since 1970; 0: there are none.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.written_s = 0.0
         self._files: _Files = {}
         self._source: Iterator[Records | None] | None = None
         self._error: ValueError | None = None  # of these files
@@ -82,6 +86,7 @@ class Follower:
 
     def _find(self) -> _Files:
         found: _Files = {}
+        self.written_s = 0.0
         for path in rank_directories.files_of(self._path):
             try:
                 stat = path.stat()
@@ -89,6 +94,7 @@ class Follower:
                 continue
             changed = 0 if path.suffix == archive.SUFFIX else stat.st_mtime_ns
             found[path] = (stat.st_dev, stat.st_ino, changed), stat.st_size
+            self.written_s = max(self.written_s, stat.st_mtime)
         return found
 
 

@@ -47,7 +47,7 @@ class LiveRun:
         # Rises with each change; greater than any of a server before.
         self._version = self._began = time.time_ns() // 1_000_000
         self._state, self._is_behind = "waiting", False
-        self._changed_s = time.monotonic()
+        self._written_s = time.time()
         self._findings: list[dict[str, Any]] | None = None
         self._findings_version, self._findings_of = 0, 0  # and how many records they are of
         self._findings_due_s = 0.0
@@ -60,8 +60,8 @@ class LiveRun:
             version: what the page was told last; 0 for a new one.
 
         Returns:
-            For JSON: the version, what state the run is in, seconds since it changed; and what is
-            new, if anything is.
+            For JSON: the version, what state the run is in, seconds since it was written to; and
+            what is new, if anything is.
         """
         with self._lock:
             if time.monotonic() - self._looked_s >= _LOOK_S or self._is_behind:
@@ -70,7 +70,7 @@ class LiveRun:
                 "version": self._version,
                 "state": self._state,
                 "behind": self._is_behind,
-                "quiet": round(time.monotonic() - self._changed_s, 1),
+                "quiet": max(0.0, round(time.time() - self._written_s, 1)),
             }
             growing = self._growing
             if growing is not None and version != self._version:
@@ -110,7 +110,7 @@ class LiveRun:
             self._findings, self._findings_of, self._findings_due_s = None, 0, 0.0
         else:
             self._growing.add(part, self._version)
-        self._changed_s = time.monotonic()
+        self._written_s = self._follower.written_s
 
     def _rise(self) -> None:
         self._version = max(self._version + 1, time.time_ns() // 1_000_000)

@@ -98,7 +98,7 @@ function addFigure(canvas, { at, show, move, where, choose = () => {}, between =
       const t = column(held ?? move(null, 0, 0));
       clear();
       zoomTo(...zoomed(event.key === "-" ? 2 : 0.5, t));
-    } else if (event.key === "Escape" && (held !== null || !tip.hidden)) {
+    } else if (event.key === "Escape" && (start !== null || held !== null || !tip.hidden)) {
       start = null;
       hideBand();
       clear();

@@ -1,6 +1,7 @@
 """What pages are told of a run: whether it is there, what is new, and what was found."""
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -118,6 +119,15 @@ def test_live_run_looks_for_findings_again_when_there_are_more_records(
     wait_for_findings(live, 5)
     write(journal, history, *range(5, STEPS))
     assert wait_for_findings(live, STEPS)["records"] == STEPS
+
+
+def test_live_run_tells_when_it_was_written(history: History, tmp_path: Path) -> None:
+    history.save(tmp_path / "run.npz")
+    hour_ago = time.time() - 3600
+    os.utime(tmp_path / "run.npz", (hour_ago, hour_ago))
+    assert ask(LiveRun(tmp_path / "run.npz"))["quiet"] == pytest.approx(3600, abs=60)
+    write(begin(tmp_path / "run", history), history, 0, 1)
+    assert ask(LiveRun(tmp_path / "run"))["quiet"] < 60
 
 
 def test_live_run_looks_for_findings_a_twentieth_of_the_time(

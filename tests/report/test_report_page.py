@@ -233,7 +233,7 @@ def test_page_follows_the_colour_scheme(open_report: Open, scheme: str, is_dark:
     assert (pixels(page, "#detail-curve canvas >> nth=0") != before).any()
 
 
-@pytest.mark.parametrize("width", [360, 800, 1400])
+@pytest.mark.parametrize("width", [320, 360, 800, 1400])
 def test_page_fits_its_window(open_report: Open, width: int) -> None:
     names = [f"model.layers.{i}.self_attention.query_projection.weight" for i in range(12)]
     page = open_report(make_history(LOG2, layers=names, steps=10), width=width)
