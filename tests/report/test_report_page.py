@@ -263,6 +263,9 @@ def test_page_on_paper_is_whole_and_light(open_report: Open, scheme: str) -> Non
     assert found.count() == len(history.diagnose()) > 6
     assert all(each.is_visible() for each in found.all())
     assert page.locator(".more").is_hidden()
+    assert (
+        page.locator("input:visible, select:visible, .save:visible, .buttons:visible").count() == 0
+    )
     assert page.locator("td.spark canvas").count() == 200
     style = "(item) => { const s = getComputedStyle(item); return [s.breakInside, s.overflow]; }"
     assert page.locator("#rows tr >> nth=0").evaluate(style)[0] == "avoid"
