@@ -74,9 +74,8 @@ class LiveRun:
             }
             growing = self._growing
             if growing is not None and version != self._version:
-                # Of a run that has begun anew, or of another server, a page has seen nothing.
-                is_known = self._began <= version <= self._version
-                told |= growing.since(version if is_known else 0)
+                # What another server has told, a page may have from a later time.
+                told |= growing.since(version if version < self._version else 0)
                 if "head" in told or self._findings_version > version:
                     told |= {"findings": self._findings, "findingsOf": self._findings_of}
             self._diagnose_soon()

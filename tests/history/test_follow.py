@@ -144,6 +144,26 @@ def test_look_reads_what_takes_the_place_of_a_run(tmp_path: Path) -> None:
     assert reader.n_anew == 3
 
 
+def test_look_reads_a_file_that_is_written_over_in_its_place(tmp_path: Path) -> None:
+    history, other = recorded(), recorded(5.0)
+    write(begin(tmp_path / "run", history), history, *range(6))
+    write(begin(tmp_path / "other", other), other, 0, 1)
+    reader, file = Reader(tmp_path / "run"), tmp_path / "run" / "00000000.gradstat"
+    assert reader.read() == list(range(6))
+    before = file.stat().st_ino
+    file.write_bytes((tmp_path / "other" / "00000000.gradstat").read_bytes())
+    assert file.stat().st_ino == before
+    assert reader.read() == [0, 1]
+    assert_same(reader.history, History.load(tmp_path / "other"))
+
+
+def test_look_reads_a_directory_of_the_last_version_once(tmp_path: Path) -> None:
+    recorded().save(tmp_path / "00000000.npz")
+    reader = Reader(tmp_path)
+    assert reader.read() == list(range(STEPS))
+    assert reader.read() == []
+
+
 def test_look_merges_what_all_ranks_have_written(tmp_path: Path) -> None:
     parts = [recorded(), recorded(10.0)]
     reader = Reader(tmp_path)

@@ -172,6 +172,32 @@ def test_live_runs_look_for_findings_in_one_thread(
     assert threads[0] != threading.get_ident()
 
 
+def test_live_run_does_not_tell_what_was_found_in_another_run(
+    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_run, "_FINDINGS_S", 0.0)
+    monkeypatch.setattr(live_run, "_FINDINGS_SHARE", 1.0)
+    is_read, may_end = threading.Event(), threading.Event()
+
+    def diagnose(given: History) -> list[Finding]:
+        is_read.set()
+        assert may_end.wait(30)
+        name = f"{len(given)} records"
+        return [Finding("spike", "note", given.layers[0], (0, 1), {}, name)]
+
+    monkeypatch.setattr(live_run, "diagnose", diagnose)
+    history.save(tmp_path / "run.npz")
+    live = LiveRun(tmp_path / "run.npz")
+    ask(live)
+    assert is_read.wait(30)
+    make_history(Log2Bins(), 4, 7).save(tmp_path / "run.npz")
+    assert ask(live)["records"] == 7
+    may_end.set()
+    while ask(live)["findings"] is None:
+        time.sleep(0.01)
+    assert [each["sentence"] for each in ask(live)["findings"]] == ["7 records"]
+
+
 def test_live_run_says_what_cannot_be_read(history: History, tmp_path: Path) -> None:
     path = tmp_path / "run\x1b[2J.npz"
     path.write_bytes(b"no run")
@@ -238,6 +264,20 @@ def test_live_run_reads_a_long_run_in_several_answers(
     assert seen[-1][1] is False
     assert ask(live)["records"] == 5
     assert len({each[0] for each in seen}) > 3
+
+
+def test_live_run_looks_at_the_files_twice_a_second_at_most(
+    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live_run, "_LOOK_S", 60.0)
+    journal, live = begin(tmp_path, history), LiveRun(tmp_path)
+    write(journal, history, 0)
+    # However many pages ask.
+    assert [ask(live)["records"] for _ in range(3)] == [1, 1, 1]
+    write(journal, history, 1)
+    assert ask(live)["records"] == 1
+    monkeypatch.setattr(live_run, "_LOOK_S", 0.0)
+    assert ask(live)["records"] == 2
 
 
 def test_live_run_may_be_asked_by_several_threads(history: History, tmp_path: Path) -> None:
