@@ -1,6 +1,7 @@
 """Histories made without training, for the tests of the figures."""
 
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ import torch
 import gradstat
 from gradstat import History
 from gradstat.bins import Bins
+from gradstat.history.journal import Journal
 from gradstat.kinds import GRAD, Row
 from gradstat.results import FLOATS, INTEGERS
 
@@ -58,3 +60,25 @@ def repeat_record(history: History, steps: int) -> History:
     for step in range(steps):
         repeated.append(step, *parts)
     return repeated
+
+
+def begin_journal(
+    path: Path, history: History, first_step: int | None = None, rank: int | None = None
+) -> Journal:
+    """A directory for the records of such a run, or of one of its two ranks."""
+    like = History(history.rows, history.bins)
+    like.rank, like.world = rank, None if rank is None else 2
+    return Journal(path, like, first_step)
+
+
+def write_steps(journal: Journal, history: History, *steps: int) -> None:
+    """Put some records of a history on the disk, and what was logged at their steps."""
+    for step in steps:
+        record = history.record(step)
+        parts = (record.integers.numpy(), record.floats.numpy(), record.counts.numpy())
+        journal.append(step, *parts, time_s=float(step))
+        for name in history.scalars:
+            at, values = history.scalar(name)
+            for value in values[at == step].tolist():
+                journal.add_scalar(name, step, value)
+    journal.flush()

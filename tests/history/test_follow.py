@@ -4,12 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-from histories import falling, make_history
+from histories import begin_journal, falling, make_history, write_steps
 from watching import assert_same
 
 from gradstat import History, Log2Bins
 from gradstat.history.follow import Follower, Look
-from gradstat.history.journal import Journal
 from gradstat.history.records import Records, concatenate
 
 STEPS = 12
@@ -22,23 +21,6 @@ def recorded(scale: float = 1.0, layers: int = 2) -> History:
     for step in range(STEPS):
         history.add_scalar("loss", step, scale * step)
     return history
-
-
-def begin(
-    path: Path, history: History, rank: int | None = None, first: int | None = None
-) -> Journal:
-    like = History(history.rows, history.bins)
-    like.rank, like.world = rank, None if rank is None else 2
-    return Journal(path, like, first)
-
-
-def write(journal: Journal, history: History, *steps: int) -> None:
-    for step in steps:
-        record = history.record(step)
-        parts = (record.integers.numpy(), record.floats.numpy(), record.counts.numpy())
-        journal.append(step, *parts, time_s=float(step))
-        journal.add_scalar("loss", step, history.scalar("loss")[1][step])
-    journal.flush()
 
 
 class Reader:
@@ -70,13 +52,13 @@ class Reader:
 def test_look_reads_each_record_once_as_it_is_written(tmp_path: Path) -> None:
     history, reader = recorded(), Reader(tmp_path / "run")
     assert reader.follower.look() is None
-    journal = begin(tmp_path / "run", history)
+    journal = begin_journal(tmp_path / "run", history)
     assert reader.read() == []
-    write(journal, history, 0, 1)
-    write(journal, history, 2)
+    write_steps(journal, history, 0, 1)
+    write_steps(journal, history, 2)
     assert reader.read() == [0, 1, 2]
     assert reader.read() == []
-    write(journal, history, 3, 4)
+    write_steps(journal, history, 3, 4)
     assert reader.read() == [3, 4]
     assert_same(reader.history, History.load(tmp_path / "run"))
     assert reader.n_anew == 1
@@ -87,9 +69,9 @@ def test_look_reads_a_long_run_some_megabytes_at_a_time(
 ) -> None:
     monkeypatch.setattr("gradstat.history.follow._BYTES", 1)
     history = recorded()
-    journal = begin(tmp_path, history)
+    journal = begin_journal(tmp_path, history)
     for step in range(STEPS):
-        write(journal, history, step)
+        write_steps(journal, history, step)
     follower = Follower(tmp_path)
     looks = [follower.look() for _ in range(STEPS + 2)]
     assert [look.records.steps for look in looks[1:-1]] == [[step] for step in range(STEPS)]
@@ -99,9 +81,9 @@ def test_look_reads_a_long_run_some_megabytes_at_a_time(
 
 def test_look_waits_for_a_block_that_is_being_written(tmp_path: Path) -> None:
     history, reader = recorded(), Reader(tmp_path / "copy")
-    journal = begin(tmp_path / "run", history)
-    write(journal, history, 0, 1)
-    write(journal, history, 2)
+    journal = begin_journal(tmp_path / "run", history)
+    write_steps(journal, history, 0, 1)
+    write_steps(journal, history, 2)
     data = (tmp_path / "run" / "00000000.gradstat").read_bytes()
     (tmp_path / "copy").mkdir()
     seen: list[int] = []
@@ -115,12 +97,12 @@ def test_look_waits_for_a_block_that_is_being_written(tmp_path: Path) -> None:
 
 def test_look_reads_a_resumed_run_from_its_beginning(tmp_path: Path) -> None:
     history, reader = recorded(), Reader(tmp_path)
-    write(begin(tmp_path, history), history, *range(8))
+    write_steps(begin_journal(tmp_path, history), history, *range(8))
     assert reader.read() == list(range(8))
     again = recorded(3.0)
-    journal = begin(tmp_path, again, first=5)
+    journal = begin_journal(tmp_path, again, first_step=5)
     assert reader.read() == list(range(5))
-    write(journal, again, 5, 6)
+    write_steps(journal, again, 5, 6)
     assert reader.read() == [5, 6]
     assert reader.n_anew == 2
     loaded = History.load(tmp_path)
@@ -146,8 +128,8 @@ def test_look_reads_what_takes_the_place_of_a_run(tmp_path: Path) -> None:
 
 def test_look_reads_a_file_that_is_written_over_in_its_place(tmp_path: Path) -> None:
     history, other = recorded(), recorded(5.0)
-    write(begin(tmp_path / "run", history), history, *range(6))
-    write(begin(tmp_path / "other", other), other, 0, 1)
+    write_steps(begin_journal(tmp_path / "run", history), history, *range(6))
+    write_steps(begin_journal(tmp_path / "other", other), other, 0, 1)
     reader, file = Reader(tmp_path / "run"), tmp_path / "run" / "00000000.gradstat"
     assert reader.read() == list(range(6))
     before = file.stat().st_ino
@@ -167,14 +149,16 @@ def test_look_reads_a_directory_of_the_last_version_once(tmp_path: Path) -> None
 def test_look_merges_what_all_ranks_have_written(tmp_path: Path) -> None:
     parts = [recorded(), recorded(10.0)]
     reader = Reader(tmp_path)
-    journals = [begin(tmp_path / f"rank-{rank}", part, rank) for rank, part in enumerate(parts)]
-    write(journals[0], parts[0], 0, 1, 2)
+    journals = [
+        begin_journal(tmp_path / f"rank-{rank}", part, rank=rank) for rank, part in enumerate(parts)
+    ]
+    write_steps(journals[0], parts[0], 0, 1, 2)
     assert reader.read() == []
-    write(journals[1], parts[1], 0, 1)
+    write_steps(journals[1], parts[1], 0, 1)
     assert reader.read() == [0, 1]
-    write(journals[1], parts[1], 2, 3, 4)
+    write_steps(journals[1], parts[1], 2, 3, 4)
     assert reader.read() == [2]
-    write(journals[0], parts[0], 3, 4)
+    write_steps(journals[0], parts[0], 3, 4)
     assert reader.read() == [3, 4]
     assert reader.n_anew == 1
     loaded = History.load(tmp_path)
@@ -187,15 +171,15 @@ def test_look_waits_for_the_rank_that_resumes_last(tmp_path: Path) -> None:
     parts = [recorded(), recorded(10.0)]
     reader = Reader(tmp_path)
     for rank, part in enumerate(parts):
-        write(begin(tmp_path / f"rank-{rank}", part, rank), part, *range(6))
+        write_steps(begin_journal(tmp_path / f"rank-{rank}", part, rank=rank), part, *range(6))
     assert reader.read() == list(range(6))
     again = [recorded(3.0), recorded(30.0)]
-    first = begin(tmp_path / "rank-0", again[0], 0, first=3)
-    write(first, again[0], 3, 4, 5)
+    first = begin_journal(tmp_path / "rank-0", again[0], 3, rank=0)
+    write_steps(first, again[0], 3, 4, 5)
     # Those of step 3 and later are of different attempts.
     assert reader.read() == [0, 1, 2]
-    second = begin(tmp_path / "rank-1", again[1], 1, first=3)
-    write(second, again[1], 3, 4, 5)
+    second = begin_journal(tmp_path / "rank-1", again[1], 3, rank=1)
+    write_steps(second, again[1], 3, 4, 5)
     assert reader.read() == list(range(6))
     assert_same(reader.history, History.load(tmp_path))
 
@@ -223,8 +207,8 @@ def test_look_takes_a_damaged_run_up_once_it_has_changed(
 
 def test_look_refuses_a_run_whose_earlier_file_is_cut_off(tmp_path: Path) -> None:
     history = recorded()
-    write(begin(tmp_path, history), history, *range(4))
-    write(begin(tmp_path, history, first=4), history, 4, 5)
+    write_steps(begin_journal(tmp_path, history), history, *range(4))
+    write_steps(begin_journal(tmp_path, history, first_step=4), history, 4, 5)
     file = tmp_path / "00000000.gradstat"
     file.write_bytes(file.read_bytes()[:-5])
     reader = Reader(tmp_path)
@@ -250,7 +234,7 @@ def test_look_takes_up_a_run_that_it_may_read_again(
 
 def test_look_refuses_files_of_one_process_beside_ranks(tmp_path: Path) -> None:
     history = recorded()
-    begin(tmp_path, history)
-    begin(tmp_path / "rank-0", history, 0)
+    begin_journal(tmp_path, history)
+    begin_journal(tmp_path / "rank-0", history, rank=0)
     with pytest.raises(ValueError, match="has those of one process and of 1 ranks"):
         Follower(tmp_path).look()

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from histories import falling, make_history
+from histories import begin_journal, falling, make_history, write_steps
 
 from gradstat import History, Log2Bins
 from gradstat.diagnosis import Finding
-from gradstat.history.journal import Journal
 from gradstat.report import live_run
 from gradstat.report.live_run import LiveRun
 
@@ -29,18 +28,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def history() -> History:
     return make_history(Log2Bins(), 4, STEPS, falling)
-
-
-def write(journal: Journal, history: History, *steps: int) -> None:
-    for step in steps:
-        record = history.record(step)
-        parts = (record.integers.numpy(), record.floats.numpy(), record.counts.numpy())
-        journal.append(step, *parts)
-    journal.flush()
-
-
-def begin(path: Path, history: History, first_step: int | None = None) -> Journal:
-    return Journal(path, History(history.rows, history.bins), first_step)
 
 
 def ask(live: LiveRun, version: int = 0) -> dict[str, Any]:
@@ -64,13 +51,13 @@ def test_live_run_tells_what_is_new_and_in_what_state_it_is(
     live = LiveRun(tmp_path / "run")
     told = ask(live)
     assert (told["state"], "arrays" in told) == ("waiting", False)
-    journal = begin(tmp_path / "run", history)
+    journal = begin_journal(tmp_path / "run", history)
     told = ask(live, told["version"])
     assert (told["state"], told["records"]) == ("there", 0)
-    write(journal, history, 0, 1, 2)
+    write_steps(journal, history, 0, 1, 2)
     first = ask(live, told["version"])
     assert (first["records"], first["steps"]) == (3, [[0, 0], [1, 1], [2, 2]])
-    write(journal, history, 3)
+    write_steps(journal, history, 3)
     second = ask(live, first["version"])
     assert (second["from"], second["steps"], "head" in second) == (3, [[3, 3]], False)
     assert "arrays" not in ask(live, second["version"]) or live._findings is not None
@@ -78,19 +65,19 @@ def test_live_run_tells_what_is_new_and_in_what_state_it_is(
     assert ask(live, second["version"])["state"] == "gone"
     # What was read can still be seen.
     assert ask(live)["records"] == 4
-    write(begin(tmp_path / "run", history), history, 0, 1)
+    write_steps(begin_journal(tmp_path / "run", history), history, 0, 1)
     again = ask(live, second["version"])
     assert (again["state"], again["records"], "head" in again) == ("there", 2, True)
 
 
 def test_live_run_that_is_resumed_is_told_anew(history: History, tmp_path: Path) -> None:
     live = LiveRun(tmp_path)
-    write(begin(tmp_path, history), history, *range(6))
+    write_steps(begin_journal(tmp_path, history), history, *range(6))
     told = ask(live)
-    journal = begin(tmp_path, history, 4)
+    journal = begin_journal(tmp_path, history, 4)
     resumed = ask(live, told["version"])
     assert (resumed["records"], "head" in resumed) == (4, True)
-    write(journal, history, 4, 5, 6)
+    write_steps(journal, history, 4, 5, 6)
     told = ask(live, resumed["version"])
     assert (told["from"], told["steps"], told["records"]) == (4, [[4, 4], [5, 5], [6, 6]], 7)
 
@@ -114,10 +101,10 @@ def test_live_run_looks_for_findings_again_when_there_are_more_records(
 ) -> None:
     monkeypatch.setattr(live_run, "_FINDINGS_S", 0.0)
     monkeypatch.setattr(live_run, "_FINDINGS_SHARE", 1.0)
-    journal, live = begin(tmp_path, history), LiveRun(tmp_path)
-    write(journal, history, *range(5))
+    journal, live = begin_journal(tmp_path, history), LiveRun(tmp_path)
+    write_steps(journal, history, *range(5))
     wait_for_findings(live, 5)
-    write(journal, history, *range(5, STEPS))
+    write_steps(journal, history, *range(5, STEPS))
     assert wait_for_findings(live, STEPS)["records"] == STEPS
 
 
@@ -126,7 +113,7 @@ def test_live_run_tells_when_it_was_written(history: History, tmp_path: Path) ->
     hour_ago = time.time() - 3600
     os.utime(tmp_path / "run.npz", (hour_ago, hour_ago))
     assert ask(LiveRun(tmp_path / "run.npz"))["quiet"] == pytest.approx(3600, abs=60)
-    write(begin(tmp_path / "run", history), history, 0, 1)
+    write_steps(begin_journal(tmp_path / "run", history), history, 0, 1)
     assert ask(LiveRun(tmp_path / "run"))["quiet"] < 60
 
 
@@ -142,9 +129,9 @@ def test_live_run_looks_for_findings_a_twentieth_of_the_time(
         return []
 
     monkeypatch.setattr(live_run, "diagnose", diagnose)
-    journal, live = begin(tmp_path, history), LiveRun(tmp_path)
+    journal, live = begin_journal(tmp_path, history), LiveRun(tmp_path)
     for step in range(STEPS):
-        write(journal, history, step)
+        write_steps(journal, history, step)
         ask(live)
         time.sleep(0.05)
     assert len(began) > 2
@@ -250,9 +237,9 @@ def test_live_run_reads_a_long_run_in_several_answers(
 ) -> None:
     monkeypatch.setattr("gradstat.history.follow._BYTES", 1)
     monkeypatch.setattr(live_run, "_READ_S", 0.0)
-    journal = begin(tmp_path, history)
+    journal = begin_journal(tmp_path, history)
     for step in range(5):
-        write(journal, history, step)
+        write_steps(journal, history, step)
     live, version, seen = LiveRun(tmp_path), 0, []
     # An answer that takes no time reads one block at most.
     monkeypatch.setattr(live_run.time, "monotonic", iter(range(10**6)).__next__)
@@ -270,18 +257,18 @@ def test_live_run_looks_at_the_files_twice_a_second_at_most(
     history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live_run, "_LOOK_S", 60.0)
-    journal, live = begin(tmp_path, history), LiveRun(tmp_path)
-    write(journal, history, 0)
+    journal, live = begin_journal(tmp_path, history), LiveRun(tmp_path)
+    write_steps(journal, history, 0)
     # However many pages ask.
     assert [ask(live)["records"] for _ in range(3)] == [1, 1, 1]
-    write(journal, history, 1)
+    write_steps(journal, history, 1)
     assert ask(live)["records"] == 1
     monkeypatch.setattr(live_run, "_LOOK_S", 0.0)
     assert ask(live)["records"] == 2
 
 
 def test_live_run_may_be_asked_by_several_threads(history: History, tmp_path: Path) -> None:
-    journal, live = begin(tmp_path, history), LiveRun(tmp_path)
+    journal, live = begin_journal(tmp_path, history), LiveRun(tmp_path)
     failed: list[BaseException] = []
     records = []
 
@@ -302,7 +289,7 @@ def test_live_run_may_be_asked_by_several_threads(history: History, tmp_path: Pa
     for thread in threads:
         thread.start()
     for step in range(STEPS):
-        write(journal, history, step)
+        write_steps(journal, history, step)
         time.sleep(0.005)
     for thread in threads:
         thread.join(60)
