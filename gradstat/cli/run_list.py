@@ -23,12 +23,15 @@ class Run:
     """A run that has a page.
 
     Args:
-        name: its heading.
         live: what it is read with.
     """
 
-    name: str
     live: LiveRun
+
+    @property
+    def name(self) -> str:
+        """Its heading, which may be another one once it is there: of a directory the whole name."""
+        return run_name(self.live.path)
 
 
 class RunList:
@@ -94,7 +97,7 @@ class RunList:
         with self._lock:
             if path not in self._numbers:
                 self._numbers[path] = len(self._runs)
-                self._runs.append(Run(run_name(path), LiveRun(path)))
+                self._runs.append(Run(LiveRun(path)))
             return self._numbers[path]
 
 

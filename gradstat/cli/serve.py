@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import threading
 from pathlib import Path
 
 _MOST = 65_535
@@ -39,5 +41,8 @@ def run(options: argparse.Namespace) -> int:
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            print()
+            print(flush=True)
+    if threading.active_count() > 1:
+        # PyTorch aborts the process when the interpreter ends while another thread is inside it.
+        os._exit(0)
     return 0

@@ -3,21 +3,15 @@
 import http.client
 import json
 import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from histories import make_history
 
 from gradstat import Log2Bins
-from gradstat.cli import main
 from gradstat.cli.run_list import RunList
 from gradstat.cli.server import Server
 from gradstat.history.journal import Journal
@@ -228,6 +222,14 @@ def test_server_lists_a_directory_of_runs(serve: Callable[..., Server], tmp_path
     assert "<h1>a &amp; &lt;b&gt;\\x1b</h1>" in page
 
 
+def test_server_names_a_directory_as_it_is_once_it_is_there(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = serve(tmp_path / "lr.3e-4")
+    Journal(tmp_path / "lr.3e-4", make_history(Log2Bins(), 2, 3))
+    assert "<h1>lr.3e-4</h1>" in ask(server, "/")[1]
+
+
 def test_server_names_runs_of_one_name_by_their_paths(
     serve: Callable[..., Server], tmp_path: Path
 ) -> None:
@@ -249,53 +251,3 @@ def test_server_says_what_it_may_not_list(
     response, body = ask(server, "/list")
     assert response.status == 503
     assert "Permission denied" in body
-
-
-@pytest.mark.parametrize("port", ["99999", "65536", "-1", "x", "80.5", "\u0661"])
-def test_serve_refuses_what_is_no_port(port: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["serve", "run", f"--port={port}"])
-    assert ended.value.code == 2
-    message = f"argument --port: needs a number from 0 to 65535; got {port!r}\n"
-    assert capsys.readouterr().err.endswith(message)
-
-
-def test_serve_says_that_a_port_is_taken(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        assert main(["serve", str(run), "--port", str(port)]) == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    message = f"Address already in use: 127.0.0.1:{port}"
-    assert shown.err == f"gradstat serve: error: {message}\n"
-
-
-def test_serve_prints_one_address_and_ends_quietly_with_ctrl_c(run: Path) -> None:
-    # A shell that starts its jobs in the background has them ignore Ctrl-C.
-    code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from gradstat.cli import main; sys.exit(main())"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, "serve", str(run)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    ) as process:
-        try:
-            assert process.stdout
-            address = process.stdout.readline()
-            port = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/\n", address)[1]
-            connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=30)
-            connection.request("GET", "/run/0/data")
-            assert json.loads(connection.getresponse().read())["records"] == 5
-            # The browser's connection is still open, and the findings may be being looked for.
-            process.send_signal(signal.SIGINT)
-            began_s = time.monotonic()
-            rest, errors = process.communicate(timeout=60)
-            connection.close()
-        finally:
-            process.kill()
-    assert time.monotonic() - began_s < 10
-    assert (rest, errors, process.returncode) == ("\n", "", 0)
