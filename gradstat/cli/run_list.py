@@ -17,6 +17,8 @@ from gradstat.escaping import escaped
 from gradstat.history import rank_directories
 from gradstat.report.live_run import LiveRun
 
+_MOST_SIDE_BY_SIDE = 4
+
 
 @dataclass(frozen=True)
 class Run:
@@ -59,6 +61,11 @@ class RunList:
     def title(self) -> str:
         """Heading of the list."""
         return run_name(self._paths[0]) if len(self._paths) == 1 else "Runs"
+
+    def side_by_side(self) -> list[int]:
+        """Which are shown at first: all, if they were given one by one and are few enough."""
+        given = [self._number(path) for path in self._paths if not _is_directory_of_runs(path)]
+        return given if len(given) == len(self._paths) <= _MOST_SIDE_BY_SIDE else []
 
     def find(self, number: int) -> Run | None:
         """The run of a number, if there is one."""

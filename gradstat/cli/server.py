@@ -156,7 +156,8 @@ def _data(runs: RunList, number: str, query: _Query) -> _Answer:
 
 
 def _list(runs: RunList, _: str, __: _Query) -> _Answer:
-    return _JSON, json.dumps({"single": runs.is_single, "runs": runs.listed()})
+    told = {"single": runs.is_single, "show": runs.side_by_side(), "runs": runs.listed()}
+    return _JSON, json.dumps(told)
 
 
 _ROUTES = (

@@ -5,8 +5,13 @@ const byId = (id) => document.getElementById(id);
 const rows = new Map();  // by number
 const frames = new Map();
 
+let atFirst = [];  // those side by side while none was ticked
+
 // The runs side by side are in the page's address, so that a link has them.
-const chosen = () => [...new Set((/^#show=([\d,]*)$/.exec(location.hash)?.[1] ?? "").split(",").filter(Boolean).map(Number))];
+function chosen() {
+  const asked = /^#show=([\d,]*)$/.exec(location.hash);
+  return asked ? [...new Set(asked[1].split(",").filter(Boolean).map(Number))] : atFirst;
+}
 
 function choose(number, isChosen) {
   const others = chosen().filter((each) => each !== number);
@@ -88,7 +93,10 @@ async function poll() {
   byId("stopped").hidden = told !== null;
   byId("stopped").textContent = told ? "" : problem;
   if (told?.single) location.reload();
-  else if (told) show(told.runs);
+  else if (told) {
+    atFirst = told.show;
+    show(told.runs);
+  }
 }
 
 window.addEventListener("hashchange", showFrames);

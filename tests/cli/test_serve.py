@@ -16,8 +16,6 @@ from gradstat.cli.run_list import RunList
 from gradstat.cli.server import Server
 from gradstat.history.journal import Journal
 
-Ask = Callable[..., http.client.HTTPResponse]
-
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
@@ -186,6 +184,7 @@ def test_server_lists_several_runs(serve: Callable[..., Server], run: Path, tmp_
     assert not told["single"]
     lines = [(line["number"], line["name"], line["bytes"] > 0) for line in told["runs"]]
     assert lines == [(0, "run", True), (1, "later", False)]
+    assert told["show"] == [0, 1]
     assert told["runs"][1]["quiet"] is None
     assert "<h1>later</h1>" in ask(server, "/run/1/")[1]
     assert json.loads(ask(server, "/run/1/data")[1])["state"] == "waiting"
@@ -210,6 +209,7 @@ def test_server_lists_a_directory_of_runs(serve: Callable[..., Server], tmp_path
     assert not told["single"]
     names = {line["name"]: line["number"] for line in told["runs"]}
     assert sorted(names) == ["a & <b>\\x1b", "ranks", "saved"]
+    assert told["show"] == []
     assert json.loads(ask(server, "/run/0/data")[1])["single"] is False
     assert "<h1>runs</h1>" in ask(server, "/")[1]
     # A number stays that of its run.
@@ -220,6 +220,14 @@ def test_server_lists_a_directory_of_runs(serve: Callable[..., Server], tmp_path
     assert later["another"] not in names.values()
     page = ask(server, f"/run/{names[next(each for each in names if '<' in each)]}/")[1]
     assert "<h1>a &amp; &lt;b&gt;\\x1b</h1>" in page
+
+
+def test_server_shows_no_more_than_four_side_by_side_at_first(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    for n, shown in ((4, [0, 1, 2, 3]), (5, [])):
+        server = serve(*(tmp_path / str(i) for i in range(n)))
+        assert json.loads(ask(server, "/list")[1])["show"] == shown
 
 
 def test_server_names_a_directory_as_it_is_once_it_is_there(

@@ -223,6 +223,19 @@ def test_list_shows_runs_side_by_side(look: Look, tmp_path: Path) -> None:
         wait_for(page, "Live, step 5,")
 
 
+def test_runs_that_are_given_are_side_by_side(look: Look, tmp_path: Path) -> None:
+    make_history(Log2Bins(), 3, 6).save(tmp_path / "a.npz")
+    with serving(tmp_path / "a.npz", tmp_path / "b") as server:
+        page = look(server.address)
+        page.wait_for_selector("iframe >> nth=1")
+        first, second = (page.frame_locator("iframe").nth(i) for i in range(2))
+        first.locator("#rows tr").nth(2).wait_for()
+        second.locator("#live", has_text="Waiting for the run").wait_for()
+        page.get_by_label("b side by side").uncheck()
+        page.wait_for_timeout(2500)
+        assert page.locator("iframe").count() == 1
+
+
 def test_waiting_page_becomes_the_list_of_a_directory(look: Look, tmp_path: Path) -> None:
     with serving(tmp_path / "runs") as server:
         page = look(server.address)
