@@ -6,7 +6,13 @@ let linkTimer = 0;
 function linkChanged() {
   isTouched = true;
   clearTimeout(linkTimer);
-  linkTimer = setTimeout(() => history.replaceState(null, "", `#${linkOf()}`), 100);
+  linkTimer = setTimeout(() => {
+    try {
+      history.replaceState(null, "", `#${linkOf()}`);
+    } catch {
+      // A page that another one holds as text has no address of its own.
+    }
+  }, 100);
 }
 
 function linkOf() {

@@ -101,6 +101,22 @@ def test_link_that_asks_for_what_is_not_there_shows_what_is(open_report: Open, l
     hover(page, MAP, 0.9, 0.3)
 
 
+def test_page_inside_another_one_works_without_a_link(browser: Browser, tmp_path: Path) -> None:
+    make_history(LOG2, 3, 20).report(tmp_path / "inner.html")
+    seen: list[str] = []
+    page = browser.new_page()
+    page.on("pageerror", lambda error: seen.append(str(error)))
+    page.set_content("<iframe style='width: 1300px; height: 800px'></iframe>")
+    text = (tmp_path / "inner.html").read_text(encoding="utf-8")
+    page.locator("iframe").evaluate("(frame, text) => { frame.srcdoc = text; }", text)
+    inner = page.frame_locator("iframe")
+    inner.locator("#rows tr").nth(2).click()
+    page.wait_for_timeout(300)
+    assert inner.locator("#detail-name").inner_text() == "2.weight"
+    page.close()
+    assert seen == []
+
+
 def test_drag_shows_the_steps_that_it_spans(open_report: Open) -> None:
     page = open_report(make_history(LOG2, 3, 50))
     for canvas, y in ((MAP, 0.3), ("#map-series canvas", 0.3), (DISTRIBUTION, 0.4)):
