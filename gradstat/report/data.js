@@ -2,7 +2,7 @@
 // records, K sampled records. A layer is the index of a row, and each row is of a kind.
 
 const byId = (id) => document.getElementById(id);
-const meta = { layers: [], nouns: [], kinds: [], order: [], series: [], steps: [], sizes: [], records: 0, findings: null };
+const meta = { layers: [], nouns: [], kinds: [], order: [], formats: [], series: [], steps: [], sizes: [], records: 0, findings: null };
 const arrays = {};
 let samples = [];
 let [T, K, capacity] = [0, 0, 0];  // capacity: columns that there is room for, in each row of an array
@@ -10,6 +10,7 @@ let [byKind, place] = [[], []];  // the layers of each kind, and which of its ki
 
 const TYPES = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array, f8: Float64Array };
 const BY_LAYER = { level: Float32Array, least: Float32Array, most: Float32Array, zeros: Float32Array, nonfinite: Float64Array };
+const BY_FORMAT = { snr: Float32Array, lost: Float32Array };  // of each layer and format
 const BY_SERIES = { seriesMean: Float32Array, seriesLeast: Float32Array, seriesMost: Float32Array, seriesNonfinite: Float64Array };
 
 function unpack(layout, data) {
@@ -32,6 +33,7 @@ function receive(told, data) {
   meta.records = told.records;
   if (told.findings !== undefined) Object.assign(meta, { findings: told.findings, findingsOf: told.findingsOf ?? told.records });
   addColumns(BY_LAYER, meta.layers.length, told, fresh);
+  addColumns(BY_FORMAT, meta.layers.length * meta.formats.length, told, fresh);
   addColumns(BY_SERIES, meta.series.length, told, fresh);
   addSamples(told, fresh);
   for (const name of Object.keys(fresh).filter((each) => each.startsWith("newest"))) arrays[name] = fresh[name];
@@ -43,7 +45,8 @@ function begin(told) {
   capacity = told.capacity;
   samples = [];
   for (const name of Object.keys(arrays)) delete arrays[name];
-  for (const [types, rows] of [[BY_LAYER, meta.layers.length], [BY_SERIES, meta.series.length]]) {
+  const n = meta.layers.length;
+  for (const [types, rows] of [[BY_LAYER, n], [BY_FORMAT, n * meta.formats.length], [BY_SERIES, meta.series.length]]) {
     for (const [name, type] of Object.entries(types)) arrays[name] = new type(rows * capacity);
   }
   byKind = meta.nouns.map((_, kind) => meta.order.filter((layer) => meta.kinds[layer] === kind));

@@ -9,8 +9,9 @@ function buildLegend() {
     // In a picture that is saved the other colours stand below the scale.
     drawings: [drawing, { canvas: drawing.canvas, height: 16, draw: drawSwatches }],
     show() {
-      const { scale } = state.view;
-      describe(drawing.canvas, `Colours from dark to light: an rms of ${number(2 ** scale.low)} to ${number(2 ** scale.high)}`);
+      const [{ scale }, { tick, label }] = [state.view, colourNow()];
+      const ends = [scale.low, scale.high].map(tick ?? ((k) => number(2 ** k)));
+      describe(drawing.canvas, `Colours from dark to light: ${label}, ${ends[0]} to ${ends[1]}`);
       const swatches = otherColors().map(([text, color]) => {
         const swatch = document.createElement("span");
         swatch.className = "swatch";
@@ -44,7 +45,7 @@ function drawSwatches(context) {
   }
 }
 
-// Powers of two under the colours, and the same in decimals where there is room.
+// Powers of two under the colours, and the same in decimals where there is room; or other numbers.
 function drawScale(context, width) {
   const { scale } = state.view;
   const inner = width - 60;
@@ -54,10 +55,12 @@ function drawScale(context, width) {
   }
   type(context, 11, "center", "top");
   let edge = -Infinity;
-  for (const k of roundTicks(scale.low, scale.high, 5, true)) {
+  const { tick } = colourNow();
+  for (const k of roundTicks(scale.low, scale.high, 5, !tick)) {
     const x = 30 + ((k - scale.low) / (scale.high - scale.low)) * inner;
     const sign = scale.below && k === scale.low ? "\u2264 " : scale.above && k === scale.high ? "\u2265 " : "";
-    context.fillText(sign + powerOfTwo(k), x, 14);
+    context.fillText(sign + (tick ?? powerOfTwo)(k), x, 14);
+    if (tick) continue;
     const half = context.measureText(number(2 ** k)).width / 2;
     if (x - half < edge + 6) continue;
     edge = x + half;

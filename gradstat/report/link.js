@@ -21,6 +21,7 @@ function linkOf() {
   if (byKind.length > 1) view.set("kind", nounOf(state.layer));
   if (state.step !== null) view.set("step", state.step);
   if (zoom.first !== null || zoom.last !== null) view.set("steps", `${zoom.first ?? ""}-${zoom.last ?? ""}`);
+  if (colourNow() !== RMS) view.set("colour", state.colour);
   if (byId("filter").value) view.set("filter", byId("filter").value);
   const sorting = table.sorting();
   if (sorting) view.set("sort", `${sorting.sign < 0 ? "-" : ""}${sorting.name}`);
@@ -38,6 +39,7 @@ function readLink() {
     step: whole(view.get("step")),
     first: first ?? null,
     last: last ?? null,
+    colour: view.get("colour") ?? "",
     filter: view.get("filter") ?? "",
     sort: sort && [sort.replace(/^-/, ""), sort.startsWith("-") ? -1 : 1],
   };

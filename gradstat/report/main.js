@@ -2,17 +2,19 @@
 
 // `step` is the one that is looked at, null for the newest; `home` is its sample, which is shown
 // while the pointer is on none. Columns: `cell` of the map, `t` of the rms, `seriesAt` of the lines.
-const state = { view: null, layer: 0, step: null, home: 0, sample: 0, cell: null, t: null, seriesAt: null };
+const state = { view: null, colour: "", layer: 0, step: null, home: 0, sample: 0, cell: null, t: null, seriesAt: null };
 let isTouched = false;  // whether the reader, a link, or a finding has chosen what to see
 let hearSelected = () => {};  // called when the reader has selected another layer or step
 
 const map = buildMap(select);
 const table = buildLayers(select);
 const detail = buildDetail(select);
-const zoomBar = buildZoom(() => {
+const seeOtherwise = () => {
   linkChanged();
   showAll();
-});
+};
+const zoomBar = buildZoom(seeOtherwise);
+const colourControl = buildColours(seeOtherwise);
 
 function zoomTo(first, last) {
   zoomBar.to(first, last);
@@ -42,7 +44,8 @@ function showFacts() {
   const [few, many] = [Math.min(...meta.sizes), Math.max(...meta.sizes)];
   const size = few === many ? plural(many, "record") : many - few === 1 ? `${whole(few)} or ${plural(many, "record")}` : `up to ${plural(many, "record")}`;
   const noun = meta.nouns[state.view.kind];
-  const colour = many === 1 ? `Colour is the rms of a layer's ${noun} in one record.` : `Thinned: a column is ${size} together, its colour the rms of all their elements.`;
+  const { hint } = colourNow();
+  const colour = hint ? hint(noun) : many === 1 ? `Colour is the rms of a layer's ${noun} in one record.` : `Thinned: a column is ${size} together, its colour the rms of all their elements.`;
   byId("map-hint").textContent = `${colour} The first layer is on top. Click a row to see its distribution; drag to see fewer steps.`;
   const notes = [`Made by gradstat ${meta.version}.`];
   if (many > 1) notes.push(`Lines are the rms of ${size} together, their band the smallest and the largest rms of one record.`);
@@ -55,6 +58,7 @@ function showAll() {
   see();
   state.view = viewOf(state.view ? state.view.kind : meta.kinds[state.layer]);
   byId("kind").value = state.view.kind;
+  colourControl.show();
   showFacts();
   zoomBar.show();
   map.show();
@@ -91,6 +95,7 @@ function openView() {
   const [found] = meta.findings ?? [];
   isTouched ||= asked.layer !== undefined || found !== undefined;
   [zoom.first, zoom.last] = [asked.first, asked.last];
+  state.colour = asked.colour;
   state.layer = asked.layer ?? found?.layer ?? byKind[0][0];
   const step = asked.layer === undefined ? found?.at ?? null : asked.step;
   see();
@@ -115,6 +120,7 @@ function take(told, data) {
   if (told.head) {
     table.begin();
     showKinds();
+    colourControl.begin();
     forgetPlaces();
     Object.assign(state, { cell: null, t: null, seriesAt: null });
   }
@@ -139,7 +145,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && T && isZoomed()) zoomTo(null, null);
 });
 
-buildSave("save-map", { name: "map", title: () => `${document.title}: rms of each ${meta.nouns[state.view.kind]}`, drawings: map.drawings, table: () => cellsTable(state.view.layers) });
+buildSave("save-map", { name: "map", title: () => `${document.title}: ${colourNow().label} of each ${meta.nouns[state.view.kind]}`, drawings: map.drawings, table: () => cellsTable(state.view.layers) });
 buildSave("save-series", { name: "series", title: () => "", table: seriesTable });
 const ofLayer = (what) => () => `${titleOf(state.layer)}: ${what()}`;
 const { rms, distribution, legend, histogram } = detail.drawings;

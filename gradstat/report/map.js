@@ -12,13 +12,13 @@ function viewOf(kind) {
 
 // Levels of the columns that are seen, row by row, what is not finite there, and the colour scale.
 function cellsOf(layers) {
-  const n = seen.to - seen.from;
+  const [n, colour] = [seen.to - seen.from, colourNow()];
   const [level, nonfinite] = [new Float32Array(n * layers.length), new Float64Array(n * layers.length)];
   layers.forEach((layer, i) => {
-    level.set(part(arrays.level, layer), i * n);
+    level.set(colour.part(layer), i * n);
     nonfinite.set(part(arrays.nonfinite, layer), i * n);
   });
-  return { n, level, nonfinite, scale: scaleOf(level) };
+  return { n, level, nonfinite, scale: colour.scale(level) };
 }
 
 const rowTop = (row) => state.view.top + row * state.view.rowHeight;
@@ -138,7 +138,7 @@ function buildMap(select) {
     drawings: [series.drawing, main, ...legend.drawings],
     show() {
       for (const drawing of [main, over]) drawing.height = state.view.bottom + MAP_BOTTOM;
-      describe(main.canvas, `Map: the rms of each layer's ${meta.nouns[state.view.kind]}, by step, as colour. Arrow keys move from cell to cell, Enter selects. The table of layers has the numbers.`);
+      describe(main.canvas, `Map: the ${colourNow().label} of each layer's ${meta.nouns[state.view.kind]}, by step, as colour. Arrow keys move from cell to cell, Enter selects. The table of layers has the numbers.`);
       series.show();
       legend.show();
     },
@@ -154,17 +154,22 @@ function cellLines(layer, t) {
   if (meta.sizes[t] > 1) lines.push(`of one record: ${magnitude(arrays.least[at])} to ${magnitude(arrays.most[at])}`);
   lines.push(`zeros ${share(arrays.zeros[at])}`);
   if (arrays.nonfinite[at]) lines.push(`${whole(arrays.nonfinite[at])} NaN or infinite`);
-  return lines;
+  return [...lines, ...formatLines(layer, t)];
 }
 
 // The numbers of some layers in the columns that are seen.
 function cellsTable(layers) {
   const rows = [["layer", "kind", "first step", "last step", "records", "rms", "least rms of a record", "most rms of a record", "share of zeros", "NaN or infinite"]];
+  rows[0].push(...meta.formats.flatMap((name) => [`${name} SNR in dB`, `${name} share to zero`]));
   for (const layer of layers) {
     for (let t = seen.from; t < seen.to; t++) {
       const at = layer * capacity + t;
       const sizes = [arrays.level, arrays.least, arrays.most].map((array) => 2 ** array[at]);
       rows.push([meta.layers[layer], nounOf(layer), ...meta.steps[t], meta.sizes[t], ...sizes, arrays.zeros[at], arrays.nonfinite[at]]);
+      meta.formats.forEach((_, f) => {
+        const own = (layer * meta.formats.length + f) * capacity + t;
+        rows[rows.length - 1].push(arrays.snr[own], arrays.lost[own]);
+      });
     }
   }
   return rows;

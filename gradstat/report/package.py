@@ -21,7 +21,7 @@ from gradstat.version import __version__
 
 _NUMBERS = ("numel", "mean", "std", "rms", "l2", "min", "max", "zeros", "nan", "posinf", "neginf")
 _WIDTHS = ("<u1", "<u2", "<u4")
-_COLUMNS = ("level", "least", "most", "zeros", "nonfinite")
+_COLUMNS = ("level", "least", "most", "zeros", "nonfinite", "snr", "lost")
 _SAMPLE = ("first", "rows", "counts", "finite", "zeros", "nonfinite")
 _SERIES = ("mean", "least", "most", "nonfinite")
 
@@ -33,6 +33,7 @@ def head(history: History) -> dict[str, Any]:
         "version": __version__,
         "bins": repr(history.bins),
         "log2": isinstance(history.bins, Log2Bins),
+        "formats": history.formats,
         "layers": [escaped(row.name) for row in history.rows],
         "nouns": [NOUNS[kind] for kind in kinds],
         "kinds": [kinds.index(kind) for kind in history.kinds],

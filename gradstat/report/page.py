@@ -22,7 +22,15 @@ from gradstat.report import package, thin
 
 _SCRIPTS = (
     *("numbers.js", "data.js", "zoom.js", "pointing.js", "canvas.js", "svg.js", "save.js"),
-    *("series.js", "legend.js", "map.js", "layers.js", "findings.js", "distribution.js"),
+    *(
+        "series.js",
+        "colour.js",
+        "legend.js",
+        "map.js",
+        "layers.js",
+        "findings.js",
+        "distribution.js",
+    ),
     *("detail.js", "link.js", "main.js"),
 )
 

@@ -44,6 +44,9 @@ class Columns:
         zeros: share of zeros among the finite elements, float32 ``(L, T)``; NaN where there are
             none.
         nonfinite: NaN and infinite elements, int64 ``(L, T)``.
+        snr: signal-to-noise ratio of each layer in each of F formats, one layer after the other,
+            dB, float32 ``(L F, T)``; NaN where there is none.
+        lost: share of the non-zero values that the format flushes to zero, float32 ``(L F, T)``.
     """
 
     steps: Array
@@ -53,6 +56,8 @@ class Columns:
     most: Array
     zeros: Array
     nonfinite: Array
+    snr: Array
+    lost: Array
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,9 @@ class Sums:
         finite: finite elements, int64 ``(T, L)``.
         zeros: of them.
         nonfinite: the others.
+        noise: log2 of the sum of the squares of each format's error, float64 ``(T, L F)``; NaN for
+            what is not cast.
+        lost: values that it flushes to zero, int64 ``(T, L F)``.
     """
 
     steps: Array
@@ -78,6 +86,8 @@ class Sums:
     finite: Array
     zeros: Array
     nonfinite: Array
+    noise: Array
+    lost: Array
 
     @classmethod
     def of(cls, history: History) -> Sums:
@@ -88,19 +98,26 @@ class Sums:
         power = np.where(finite > 0, 2 * rms + _log2(finite), -np.inf)
         steps, ones = np.stack([history.steps] * 2, 1), np.ones(len(history), np.int64)
         nonfinite = history["numel"] - finite
-        return cls(steps, ones, power, rms, rms, finite, history["zeros"], nonfinite)
+        formats = _formats(history, power)
+        return cls(steps, ones, power, rms, rms, finite, history["zeros"], nonfinite, *formats)
 
     def together(self, starts: Array) -> Sums:
         """Fewer columns: each from one of the starts, which rise from 0, to before the next one."""
         last = np.append(starts[1:], len(self.records)) - 1
-        added = (np.add.reduceat(x, starts) for x in (self.finite, self.zeros, self.nonfinite))
+        finite, zeros, nonfinite, lost = (
+            np.add.reduceat(x, starts) for x in (self.finite, self.zeros, self.nonfinite, self.lost)
+        )
         return Sums(
             np.stack([self.steps[starts, 0], self.steps[last, 1]], 1),
             np.add.reduceat(self.records, starts),
             np.logaddexp2.reduceat(self.power, starts),
             np.fmin.reduceat(self.least, starts),
             np.fmax.reduceat(self.most, starts),
-            *added,
+            finite,
+            zeros,
+            nonfinite,
+            np.logaddexp2.reduceat(self.noise, starts),
+            lost,
         )
 
     def part(self, part: slice) -> Sums:
@@ -116,9 +133,31 @@ class Sums:
         """What is drawn of them."""
         with np.errstate(invalid="ignore"):
             rms = np.where(self.finite > 0, self.power - _log2(self.finite), np.nan) / 2
-        numbers = (rms, self.least, self.most, divide(self.zeros, self.finite))
-        level, least, most, zeros = (x.T.astype(np.float32) for x in numbers)
-        return Columns(self.steps, self.records, level, least, most, zeros, self.nonfinite.T)
+            n_formats = self.noise.shape[1] // max(1, self.power.shape[1])
+            power, nonzero = (
+                np.repeat(x, n_formats, axis=1) for x in (self.power, self.finite - self.zeros)
+            )
+            snr = 10 * np.log10(2) * (power - self.noise)
+        zeros, lost = divide(self.zeros, self.finite), divide(self.lost, nonzero)
+        numbers = rms, self.least, self.most, zeros, snr, lost
+        level, least, most, zeros, snr, lost = (x.T.astype(np.float32) for x in numbers)
+        nonfinite = self.nonfinite.T
+        return Columns(self.steps, self.records, level, least, most, zeros, nonfinite, snr, lost)
+
+
+def _formats(history: History, power: Array) -> tuple[Array, Array]:
+    """`Sums.noise` and `Sums.lost` of each record, from `Sums.power`."""
+    n_records, n_layers = power.shape
+    shape = n_records, n_layers, len(history.formats)
+    noise, lost = np.empty(shape), np.empty(shape, np.int64)
+    for at, name in enumerate(history.formats):
+        found = history.quantization(name)
+        error = power + 2 * _log2(found["error"])
+        # Nothing is to add where there is nothing; what is not cast has no noise.
+        noise[..., at] = np.where((power == -np.inf) | (found["error"] == 0), -np.inf, error)
+        lost[..., at] = np.rint(np.nan_to_num(found["underflow"]) * found["nonzero"])
+    flat = n_records, n_layers * len(history.formats)
+    return noise.reshape(flat), lost.reshape(flat)
 
 
 @dataclass(frozen=True)
