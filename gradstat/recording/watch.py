@@ -419,7 +419,7 @@ class Watch:
         a replay without a call, or a call without a replay, the next record that arrives tells of
         it: a warning says so, and calls are counted anew from there. Records that came due until
         then may be missing; none has the values of another step. float64 tensors, more than 4,093
-        linear bins and the engines other than Triton's are measured in each replay.
+        linear bins, narrow formats and the engines other than Triton's are measured in each replay.
 
         Args:
             graph: what was replayed; by default the graph that was captured last.

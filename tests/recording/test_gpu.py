@@ -191,6 +191,36 @@ def test_watch_in_a_captured_step_records_each_replay(
         assert record.numel.tolist() == [60000, 1800]
 
 
+def test_watch_in_a_captured_step_measures_formats() -> None:
+    names = ["float8_e4m3fn", "float8_e5m2_amax", "mxfp8_e4m3", "nvfp4"]
+    model = torch.nn.Sequential(torch.nn.Linear(70, 33), torch.nn.ReLU(), torch.nn.Linear(33, 9))
+    model.cuda()
+    x = torch.randn(16, 70, device="cuda")
+
+    def step() -> None:
+        model.zero_grad(set_to_none=False)
+        model(x).square().mean().backward()
+
+    with gradstat.watch(model, formats=names) as w:
+        warm_up(step)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        for _ in range(100):  # other plans come and go
+            gradstat.quantization(torch.randn(100, device="cuda"), names)
+        x.normal_()
+        graph.replay()
+        w.replayed()
+    assert w.history.steps.tolist() == [0, 1, 2, 3]
+    gradients = [model[i].weight.grad for i in (0, 2)]
+    expected = gradstat.quantization(gradients, names, engine="reference")
+    for name in names:
+        found = w.history.quantization(name)
+        for field in ("underflow", "saturated", "nonzero", "blocks", "empty_blocks"):
+            assert found[field][-1].tolist() == getattr(expected[name], field).tolist(), field
+        assert found["snr"][-1].tolist() == pytest.approx(expected[name].snr.tolist(), rel=1e-5)
+
+
 def test_watch_in_a_captured_step_records_every_kind() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.ReLU(), torch.nn.Linear(200, 9))
     model.cuda()
