@@ -16,7 +16,7 @@ from gradstat.ops import check_engine, check_tensors, engine_name, listed
 from gradstat.quantized import QUANTIZATION_FLOATS, QUANTIZATION_INTEGERS, Quantization
 
 _ENGINES = {
-    "cpu": "reference_formats",
+    "cpu": "cpu.formats",
     "reference": "reference_formats",
     "triton": "reference_formats",
 }

@@ -1,0 +1,179 @@
+"""Narrow formats on the CPU: one pass over memory for all of them, on all of torch's threads.
+
+It computes what `reference_formats` defines. A tensor whose blocks do not lie in memory one after
+the other is copied first. Formats with one scale for the tensor, or with blocks of several rows,
+need its largest magnitude, or whole blocks, and so a second read.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradstat.arrays import Array
+from gradstat.engines import reference_formats
+from gradstat.engines.cpu import format_work as work
+from gradstat.engines.cpu.format_passes import CHUNK, form_row, tensor_scale
+from gradstat.engines.cpu.pool import count_threads, run_together
+from gradstat.engines.memory import no_storage
+from gradstat.formats import Format
+from gradstat.quantized import NO_SCALE_MAX, NO_SCALE_MIN
+
+_ITEM = 1 << 15  # elements, at least
+_MAX_ITEMS = 2048  # of one tensor
+_ALONE_BELOW = 1 << 16  # elements: waking another thread takes longer than these
+
+_scratches: list[Tensor] = []  # between calls
+
+
+def measure_formats(
+    tensors: Sequence[Tensor], formats: Sequence[Format], dim: int = -1
+) -> tuple[Tensor, Tensor]:
+    """What each format would do to each tensor, as `reference_formats.measure_formats`."""
+    integers = torch.zeros((len(formats), len(tensors), 8), dtype=torch.int64, device="cpu")
+    floats = torch.zeros((len(formats), len(tensors), 2), dtype=torch.float64, device="cpu")
+    tables: dict[torch.dtype, _Table] = {}
+    for row, x in enumerate(tensors):
+        if x.dtype == torch.float64:
+            again = reference_formats.measure_formats([x], formats, dim)
+            integers[:, row], floats[:, row] = again[0][:, 0], again[1][:, 0]
+            continue
+        table = tables.get(x.dtype)
+        if table is None:
+            table = tables[x.dtype] = _Table(x.dtype, formats)
+        table.append(row, x, dim)
+    for table in tables.values():
+        table.run(integers.numpy(), floats.numpy())
+    return integers, floats
+
+
+class _Table:
+    """The tensors of one dtype, and the stages of the work on them, see `format_work`."""
+
+    def __init__(self, dtype: torch.dtype, formats: Sequence[Format]) -> None:
+        self._work, self._formats = work.work_on(dtype), formats
+        self._columns = math.lcm(*(form.block[1] for form in formats if form.block))
+        self._has_blocks = any(form.block for form in formats)
+        self._held: list[Tensor] = []
+        self._rows: list[int] = []
+        self._shapes: list[tuple[int, int]] = []
+
+    def append(self, row: int, x: Tensor, dim: int) -> None:
+        """Add a tensor whose results go to a row."""
+        x = x.detach()
+        if x.numel() and not x.data_ptr():
+            raise no_storage(row)
+        if x.is_neg():  # torch keeps the sign apart
+            x = x.resolve_neg()
+        x = (x.movedim(dim, -1) if x.dim() else x).contiguous()
+        width = max(x.shape[-1], 1) if x.dim() else 1
+        self._held.append(x)
+        self._rows.append(row)
+        self._shapes.append((x.numel() // width, width))
+
+    def run(self, integers: Array, floats: Array) -> None:
+        """Do the stages; write the rows of the results."""
+        maxima = np.zeros(len(self._rows), np.float32)
+        if any(form.scaling in ("amax", "nvfp4") for form in self._formats):
+            maxima[:] = self._run(work.MAXIMUM, [], maxima)[:, 0, work.MOST_SCALE]
+        in_tiles = [bool(form.block and form.block[0] > 1) for form in self._formats]
+        for stage in (work.IN_ROWS, work.TILES):
+            chosen = [k for k, each in enumerate(in_tiles) if each == (stage == work.TILES)]
+            if not chosen and stage == work.TILES:
+                break
+            measured = self._run(stage, [self._formats[k] for k in chosen], maxima)
+            if stage == work.IN_ROWS:
+                values = measured[:, 0]
+            for j, k in enumerate(chosen):
+                found = _integers(
+                    self._formats[k], self._shapes, maxima, values, measured[:, 1 + j]
+                )
+                integers[k, self._rows] = found
+                squares = values[:, work.SQUARES], measured[:, 1 + j, work.SQUARES]
+                floats[k, self._rows] = np.sqrt(np.stack(squares, 1))
+
+    def _run(self, stage: int, formats: Sequence[Format], maxima: Array) -> Array:
+        """What threads find, who share the items: float64 ``(N, 1 + F, FIELDS)``."""
+        lines: list[int] = []
+        firsts: list[int] = []
+        n_items = 0
+        for x, (rows, width) in zip(self._held, self._shapes, strict=True):
+            size = _ITEM
+            while x.numel() > size * _MAX_ITEMS:
+                size *= 2
+            if stage == work.TILES:
+                n = -(-rows // work.TILE) * -(-width // work.TILE)
+            else:
+                if x.numel() and (stage == work.MAXIMUM or width % self._columns == 0):
+                    rows, width = 1, x.numel()  # blocks lie one after the other
+                n = rows * -(-width // size) if width > CHUNK else -(-rows // (size // width))
+            lines += (x.data_ptr(), rows, width, n_items, size)
+            firsts.append(n_items)
+            n_items += max(n, 1)
+        forms = np.array([form_row(form) for form in formats], np.int64)
+        partials = np.empty((n_items, 1 + len(formats), work.FIELDS))
+        addresses = (each.ctypes.data for each in (forms, partials, maxima))
+        head = (0, n_items, len(formats), *addresses)
+        table = array("q", (*head, *lines, 0, 0, 0, n_items, 0))
+
+        def share() -> None:
+            try:
+                scratch = _scratches.pop()
+            except IndexError:  # all are in use
+                scratch = torch.empty(work.SCRATCH_BYTES, dtype=torch.uint8, device="cpu")
+            self._work(table.buffer_info()[0], stage, scratch.data_ptr())
+            _scratches.append(scratch)
+
+        threads = count_threads()
+        if threads > 1 and sum(x.numel() for x in self._held) >= _ALONE_BELOW:
+            run_together(share, threads)
+        else:
+            share()
+        merged = np.add.reduceat(partials, firsts)
+        merged[..., work.LEAST_SCALE] = np.minimum.reduceat(partials[..., work.LEAST_SCALE], firsts)
+        merged[..., work.MOST_SCALE] = np.maximum.reduceat(partials[..., work.MOST_SCALE], firsts)
+        return merged
+
+
+def _integers(
+    form: Format, shapes: Sequence[tuple[int, int]], maxima: Array, values: Array, found: Array
+) -> Array:
+    """The integers of N tensors, ``(N, 8)``.
+
+    Args:
+        form: format.
+        shapes: rows and columns of each tensor.
+        maxima: largest magnitude of each tensor, float32 ``(N,)``, where the format needs it.
+        values: partials of the tensors' values, ``(N, FIELDS)``.
+        found: partials of the format.
+    """
+    numel = np.array([rows * width for rows, width in shapes])
+    zeros = values[:, work.ZEROS] + values[:, work.SATURATED]
+    blocks, empty = np.zeros(len(shapes), np.int64), found[:, work.EMPTY]
+    least, most = found[:, work.LEAST_SCALE], found[:, work.MOST_SCALE]
+    if form.block:
+        down, across = form.block
+        blocks[:] = [-(-rows // down) * -(-width // across) for rows, width in shapes]
+    elif form.scaling != "none":
+        blocks, empty = (numel > 0).astype(np.int64), (numel > 0) & (zeros == numel)
+        scales = [tensor_scale(form, most) for most in maxima]
+        least = np.where(zeros < numel, scales, np.inf)
+        most = np.where(zeros < numel, scales, -np.inf)
+    return np.stack(
+        [
+            numel - zeros,
+            found[:, work.ZEROS] - zeros,
+            found[:, work.SATURATED],
+            values[:, work.SATURATED],
+            blocks,
+            empty,
+            np.where(np.isinf(least), NO_SCALE_MIN, np.frexp(least)[1] - 1),
+            np.where(np.isinf(most), NO_SCALE_MAX, np.frexp(most)[1] - 1),
+        ],
+        1,
+    ).astype(np.int64)
