@@ -18,7 +18,7 @@ from gradstat.quantized import QUANTIZATION_FLOATS, QUANTIZATION_INTEGERS, Quant
 _ENGINES = {
     "cpu": "cpu.formats",
     "reference": "reference_formats",
-    "triton": "reference_formats",
+    "triton": "triton_formats",
 }
 
 

@@ -162,7 +162,7 @@ def parse_format(function: str, form: str | Format) -> Format:
         try:
             return FORMATS[base].with_scale(float(scale))
         except ValueError as error:
-            raise ValueError(f"{function}() got formats with {form!r}: {error}") from None
+            raise ValueError(f"{function}() needs formats; one is {form!r}: {error}") from None
     names = list(FORMATS)
     raise ValueError(f"{function}() needs formats, each {one_of(form, names)}; one is {form!r}")
 

@@ -24,8 +24,10 @@ os.environ["MPLBACKEND"] = "agg"
 # The engine that a user prefers is not the one under test.
 os.environ.pop("GRADSTAT_ENGINE", None)
 
-from gradstat import History, Log2Bins, Statistics, ops  # noqa: E402 (the environment comes first)
+# The environment comes first.
+from gradstat import History, Log2Bins, Statistics, format_ops, ops  # noqa: E402
 from gradstat.bins import Bins  # noqa: E402
+from gradstat.formats import Format  # noqa: E402
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -88,11 +90,18 @@ class Engine:
         with numpy_silent_as_a_gpu() if self.is_interpreted else nullcontext():
             return ops.measure(tensors, bins or Log2Bins(), low, high, self.name)
 
+    def measure_formats(
+        self, tensors: Sequence[torch.Tensor], formats: Sequence[Format], dim: int = -1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with numpy_silent_as_a_gpu() if self.is_interpreted else nullcontext():
+            integers, floats = format_ops.measure_formats(tensors, formats, dim, self.name)
+        return integers.cpu(), floats.cpu()
+
 
 @contextmanager
 def numpy_silent_as_a_gpu() -> Iterator[None]:
-    """The interpreter computes in NumPy, which warns of NaN, infinities and overflowing squares."""
-    with np.errstate(invalid="ignore", over="ignore"), warnings.catch_warnings():
+    """The interpreter computes in NumPy, which warns of NaN, infinities, overflow, 1 / 0."""
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"), warnings.catch_warnings():
         # nanmin and nanmax, which stand for tl.min and tl.max.
         warnings.filterwarnings("ignore", "All-NaN (slice|axis) encountered", RuntimeWarning)
         yield

@@ -33,3 +33,24 @@ def merge_dims(x: Tensor) -> list[tuple[int, int]]:
 def no_storage(index: int) -> ValueError:
     """The error for a tensor that has elements and no memory for them."""
     return ValueError(f"measure() needs tensors with values; tensors[{index}] has no storage")
+
+
+def as_matrix(x: Tensor, dim: int, ordered: bool) -> tuple[Tensor, int, int]:
+    """A tensor as a contiguous matrix with rows along a dimension; copied where it lies otherwise.
+
+    Args:
+        x: any strided tensor.
+        dim: dimension.
+        ordered: whether it matters which values are in a row, and in which order.
+
+    Returns:
+        A tensor, the number of its rows, and that of columns, 1 at least.
+    """
+    x = x.detach()
+    if x.is_neg():  # torch keeps the sign apart
+        x = x.resolve_neg()
+    if not ordered and merge_dims(x) == [(x.numel(), 1)]:
+        return x, min(x.numel(), 1), max(x.numel(), 1)
+    x = (x.movedim(dim, -1) if x.dim() else x).contiguous()
+    width = max(x.shape[-1], 1) if x.dim() else 1
+    return x, x.numel() // width, width

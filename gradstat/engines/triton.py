@@ -6,7 +6,7 @@ import functools
 import operator
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,8 @@ VECTOR_BYTES = 16
 ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.int16}
 
 
+# Work items and spans of tensors of one dtype and of their rows.
+MakeTables = Callable[[Sequence[Tensor], Sequence[int]], tuple[NDArray[Any], NDArray[Any]]]
 _dtype_of = operator.attrgetter("dtype")
 
 
@@ -94,11 +96,7 @@ def measure(
         ValueError: tensors that are not on a CUDA device.
     """
     device = tensors[0].device
-    if device.type != "cuda" and not knobs.runtime.interpret:
-        raise ValueError(
-            f"engine 'triton' needs CUDA tensors, or TRITON_INTERPRET=1 set before triton is "
-            f"imported; the tensors are on {device}"
-        )
+    check_device(device)
     if bins.bins > MAX_BINS:
         return reference.measure(tensors, bins, low, high)
     if any(map(Tensor.is_neg, tensors)):
@@ -112,7 +110,7 @@ def measure(
     )
     ranges = None if low is None or high is None else torch.stack([low, high], 1)
     with on_device(device):
-        plan = _plan(tensors, device)
+        plan = find_plan(tensors, device, _tables)
         for group in plan.groups:
             _measure(group, result, ranges, due)
         if isinstance(bins, LinearBins) and ranges is None:
@@ -127,12 +125,21 @@ def measure(
     return result
 
 
+def check_device(device: torch.device) -> None:
+    """Raise ValueError unless Triton runs there."""
+    if device.type != "cuda" and not knobs.runtime.interpret:
+        raise ValueError(
+            f"engine 'triton' needs CUDA tensors, or TRITON_INTERPRET=1 set before triton is "
+            f"imported; the tensors are on {device}"
+        )
+
+
 def _measure(group: Group, result: Statistics, ranges: Tensor | None, due: Tensor | None) -> None:
     """Launch all but the histogram of automatic ranges, which are not known yet."""
     bins, n_items, due = result.bins, len(group.items), group.always if due is None else due
     element, vector = ELEMENTS[group.dtype], VECTOR_BYTES // group.dtype.itemsize
     is_log2 = isinstance(bins, Log2Bins)
-    num_warps = _num_warps(result.floats.device)
+    num_warps = warps_on(result.floats.device)
     partials = result.floats.new_empty((n_items, PARTIAL_FIELDS.value))
     if n_items:
         measure_kernel[(n_items,)](
@@ -179,7 +186,7 @@ def _count(group: Group, result: Statistics, ranges: Tensor, due: Tensor | None)
             EACH // vector,
             THREADS,
             vector,
-            num_warps=_num_warps(ranges.device),
+            num_warps=warps_on(ranges.device),
         )
 
 
@@ -192,14 +199,28 @@ _plans: OrderedDict[tuple[Any, ...], Plan] = OrderedDict()
 _plans_lock = threading.Lock()
 
 
-def _plan(tensors: Sequence[Tensor], device: torch.device) -> Plan:
-    """Plan of a list; built and uploaded anew only when addresses, shapes or dtypes change."""
+def _tables(tensors: Sequence[Tensor], rows: Sequence[int]) -> tuple[NDArray[Any], NDArray[Any]]:
+    return make_items(tensors, rows, EACH * THREADS)
+
+
+def find_plan(
+    tensors: Sequence[Tensor], device: torch.device, make_tables: MakeTables, *more: Hashable
+) -> Plan:
+    """Plan of a list; built and uploaded anew only when addresses, shapes or dtypes change.
+
+    Args:
+        tensors: L tensors.
+        device: that they are on.
+        make_tables: from tensors of one dtype and their rows, work items and spans.
+        more: whatever else the tables depend on.
+    """
     # Mapped methods: this is most of the cost of a call with many tensors.
     key: tuple[Any, ...] = (
         device,
         tuple(map(Tensor.data_ptr, tensors)),
         tuple(map(Tensor.numel, tensors)),
         tuple(map(_dtype_of, tensors)),
+        *more,
     )
     if not all(map(Tensor.is_contiguous, tensors)):
         key = (*key, tuple([(x.shape, x.stride()) for x in tensors]))
@@ -209,7 +230,7 @@ def _plan(tensors: Sequence[Tensor], device: torch.device) -> Plan:
         if plan is not None:
             _plans.move_to_end(key)
     if plan is None:
-        plan = _make_plan(tensors, device, is_capturing)
+        plan = _make_plan(tensors, device, is_capturing, make_tables)
         if not is_capturing:
             _keep_plan(key, plan)
     elif is_capturing:
@@ -219,7 +240,9 @@ def _plan(tensors: Sequence[Tensor], device: torch.device) -> Plan:
     return plan
 
 
-def _make_plan(tensors: Sequence[Tensor], device: torch.device, is_capturing: bool) -> Plan:
+def _make_plan(
+    tensors: Sequence[Tensor], device: torch.device, is_capturing: bool, make_tables: MakeTables
+) -> Plan:
     rows: dict[torch.dtype, list[int]] = {}
     for i, x in enumerate(tensors):
         if x.numel() and not x.data_ptr():
@@ -228,7 +251,7 @@ def _make_plan(tensors: Sequence[Tensor], device: torch.device, is_capturing: bo
     float64_rows = rows.pop(torch.float64, [])
     groups = []
     for dtype, members in rows.items():
-        items, spans = make_items([tensors[i] for i in members], members, EACH * THREADS)
+        items, spans = make_tables([tensors[i] for i in members], members)
         ones = np.ones_like(spans[:1])
         tables = [_upload(x, device, is_capturing) for x in (items, np.concatenate([spans, ones]))]
         groups.append(Group(dtype, tables[0], tables[1][:-1], tables[1][-1]))
@@ -270,7 +293,7 @@ def _upload(table: NDArray[Any], device: torch.device, is_capturing: bool) -> Te
 
 
 @functools.cache
-def _num_warps(device: torch.device) -> int:
+def warps_on(device: torch.device) -> int:
     """Warps of a program: of 32 threads, on AMD's data-centre GPUs of 64."""
     warp = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
     return int(THREADS // warp)

@@ -46,8 +46,7 @@ def make_items(tensors: Sequence[Tensor], rows: Sequence[int], tile: int) -> tup
         items, int64 ``(W, 9)``, see kernels/items.py; and spans, int64 ``(N, 4)``: row, first
         item, end of its items, numel.
     """
-    total = sum(x.numel() for x in tensors)
-    size = min(max(1 << (total // TARGET_ITEMS).bit_length(), MIN_ITEM), MAX_ITEM)
+    size = item_size(tensors)
     blocks: list[Array] = []
     spans = np.empty((len(tensors), 4), dtype=np.int64)
     n_items = 0
@@ -60,6 +59,12 @@ def make_items(tensors: Sequence[Tensor], rows: Sequence[int], tile: int) -> tup
         spans[i] = row, first, n_items, x.numel()
     items = np.concatenate(blocks) if blocks else np.empty((0, 9), dtype=np.int64)
     return items, spans
+
+
+def item_size(tensors: Sequence[Tensor]) -> int:
+    """Elements of an item, a power of two."""
+    total = sum(x.numel() for x in tensors)
+    return min(max(1 << (total // TARGET_ITEMS).bit_length(), MIN_ITEM), MAX_ITEM)
 
 
 def _runs(x: Tensor, size: int) -> Iterator[Run]:

@@ -151,7 +151,7 @@ def test_kernels_read_and_write_nothing_where_the_flag_is_zero(
 ) -> None:
     bins = Log2Bins() if kind == "no range" else LinearBins(8)
     xs = [torch.randn(n, device=DEVICE).to(dtype) for n in (0, 5, 20_000)]
-    (group,) = triton_engine._plan(xs, xs[0].device).groups
+    (group,) = triton_engine.find_plan(xs, xs[0].device, triton_engine._tables).groups
     if CUDA:
         group.items[:, 0] = 0  # the address of no element
     shapes = [((3, 8), torch.int64), ((3, 8), torch.float64), ((3, bins.bins), torch.int64)]

@@ -20,7 +20,8 @@ from gradstat.engines import reference_formats
 from gradstat.engines.cpu import format_work as work
 from gradstat.engines.cpu.format_passes import CHUNK, form_row, tensor_scale
 from gradstat.engines.cpu.pool import count_threads, run_together
-from gradstat.engines.memory import no_storage
+from gradstat.engines.memory import as_matrix, no_storage
+from gradstat.float_mode import keeps_subnormals
 from gradstat.formats import Format
 from gradstat.quantized import NO_SCALE_MAX, NO_SCALE_MIN
 
@@ -31,6 +32,7 @@ _ALONE_BELOW = 1 << 16  # elements: waking another thread takes longer than thes
 _scratches: list[Tensor] = []  # between calls
 
 
+@keeps_subnormals
 def measure_formats(
     tensors: Sequence[Tensor], formats: Sequence[Format], dim: int = -1
 ) -> tuple[Tensor, Tensor]:
@@ -58,29 +60,26 @@ class _Table:
     def __init__(self, dtype: torch.dtype, formats: Sequence[Format]) -> None:
         self._work, self._formats = work.work_on(dtype), formats
         self._columns = math.lcm(*(form.block[1] for form in formats if form.block))
-        self._has_blocks = any(form.block for form in formats)
+        self._is_ordered = any(form.block for form in formats)
         self._held: list[Tensor] = []
         self._rows: list[int] = []
         self._shapes: list[tuple[int, int]] = []
 
     def append(self, row: int, x: Tensor, dim: int) -> None:
         """Add a tensor whose results go to a row."""
-        x = x.detach()
         if x.numel() and not x.data_ptr():
             raise no_storage(row)
-        if x.is_neg():  # torch keeps the sign apart
-            x = x.resolve_neg()
-        x = (x.movedim(dim, -1) if x.dim() else x).contiguous()
-        width = max(x.shape[-1], 1) if x.dim() else 1
+        x, rows, width = as_matrix(x, dim, self._is_ordered)
         self._held.append(x)
         self._rows.append(row)
-        self._shapes.append((x.numel() // width, width))
+        self._shapes.append((rows, width))
 
     def run(self, integers: Array, floats: Array) -> None:
         """Do the stages; write the rows of the results."""
         maxima = np.zeros(len(self._rows), np.float32)
         if any(form.scaling in ("amax", "nvfp4") for form in self._formats):
-            maxima[:] = self._run(work.MAXIMUM, [], maxima)[:, 0, work.MOST_SCALE]
+            found = self._run(work.MAXIMUM, [], maxima)[:, 0, work.MOST_SCALE]
+            maxima[:] = np.maximum(found, 0)  # minus infinity for an empty tensor
         in_tiles = [bool(form.block and form.block[0] > 1) for form in self._formats]
         for stage in (work.IN_ROWS, work.TILES):
             chosen = [k for k, each in enumerate(in_tiles) if each == (stage == work.TILES)]
@@ -90,10 +89,9 @@ class _Table:
             if stage == work.IN_ROWS:
                 values = measured[:, 0]
             for j, k in enumerate(chosen):
-                found = _integers(
+                integers[k, self._rows] = _integers(
                     self._formats[k], self._shapes, maxima, values, measured[:, 1 + j]
                 )
-                integers[k, self._rows] = found
                 squares = values[:, work.SQUARES], measured[:, 1 + j, work.SQUARES]
                 floats[k, self._rows] = np.sqrt(np.stack(squares, 1))
 

@@ -1,0 +1,187 @@
+"""Narrow formats by Triton: all tensors of a list in one launch, and one small one to finish it.
+
+It computes what `reference_formats` defines. A tensor whose blocks do not lie in memory one after
+the other is copied first. Scales that are made of the largest magnitude of a tensor, or of a block
+of several rows, take a launch before that finds it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gradstat.engines import reference_formats
+from gradstat.engines.memory import as_matrix
+from gradstat.engines.triton import (
+    EACH,
+    ELEMENTS,
+    FINISH_BLOCK,
+    THREADS,
+    VECTOR_BYTES,
+    Group,
+    check_device,
+    find_plan,
+    warps_on,
+)
+from gradstat.engines.triton_cadence import on_device
+from gradstat.engines.triton_items import ALIGNMENT, item_size
+from gradstat.formats import Format
+from gradstat.kernels.format_finish import finish_formats_kernel
+from gradstat.kernels.formats import FORMAT_FIELDS, formats_kernel, maxima_kernel
+from gradstat.kernels.rounding import AMAX, CONSTANT, E8M0, IN_ROW, NVFP4, TILES
+
+Array = NDArray[np.int64]
+
+TILE_ROWS = 128  # of a block of several rows
+WIDEST = 128  # columns of a granule, at most
+_KINDS = {"none": CONSTANT, "given": CONSTANT, "amax": AMAX, "block": IN_ROW, "e8m0": E8M0}
+
+
+@functools.cache
+def form_constants(form: Format) -> tuple[Any, ...]:
+    """A format as kernels take it: the fields of kernels/rounding.py."""
+    down, columns = form.block or (1, 0)
+    kind = TILES if down > 1 else _KINDS.get(form.scaling, NVFP4)
+    return (
+        kind.value,
+        columns,
+        (form.min_exponent + 127) << 23,
+        ((23 - form.mantissa_bits) << 23) | 1 << 22,
+        form.largest,
+        form.max_exponent,
+        form.scale,
+        float(np.float32(1) / np.float32(form.scale)),
+        form.exponent_bits == 8,
+        form.scaling == "e8m0" or (np.frexp(form.scale)[0] == 0.5 and kind.value == CONSTANT.value),
+    )
+
+
+def granule_of(formats: Sequence[Format]) -> int:
+    """Columns of a granule: blocks of all formats fit in it."""
+    return max((form.block[1] for form in formats if form.block), default=WIDEST)
+
+
+def measure_formats(
+    tensors: Sequence[Tensor], formats: Sequence[Format], dim: int = -1
+) -> tuple[Tensor, Tensor]:
+    """What each format would do to each tensor, without waiting for the device.
+
+    As `reference_formats.measure_formats`; float64 tensors go there.
+
+    Raises:
+        ValueError: tensors that are not on a CUDA device.
+    """
+    device, n = tensors[0].device, len(tensors)
+    check_device(device)
+    integers = torch.empty((len(formats), n, 8), dtype=torch.int64, device=device)
+    floats = torch.empty((len(formats), n, 2), dtype=torch.float64, device=device)
+    ordered = any(form.block for form in formats)
+    matrices = [as_matrix(x, dim, ordered) for x in tensors]
+    shapes = tuple((rows, width) for _, rows, width in matrices)
+    # Largest magnitudes of the tensors, then of their blocks of several rows.
+    tiles = np.cumsum([n, *(-(-rows // TILE_ROWS) * -(-width // WIDEST) for rows, width in shapes)])
+    make_tables = functools.partial(_tables, shapes, tiles, formats)
+    with on_device(device):
+        plan = find_plan([x for x, _, _ in matrices], device, make_tables, shapes, tuple(formats))
+        maxima = integers.new_zeros(int(tiles[-1]), dtype=torch.int32)
+        for group in plan.groups:
+            _measure(group, formats, maxima, integers, floats)
+    for i in plan.float64_rows:
+        found = reference_formats.measure_formats([tensors[i]], formats, dim)
+        integers[:, i].copy_(found[0][:, 0])
+        floats[:, i].copy_(found[1][:, 0])
+    return integers, floats
+
+
+def _measure(
+    group: Group, formats: Sequence[Format], maxima: Tensor, integers: Tensor, floats: Tensor
+) -> None:
+    """Launch the kernels for the tensors of one dtype."""
+    n_items, vector = len(group.items), VECTOR_BYTES // group.dtype.itemsize
+    element, warps = ELEMENTS[group.dtype], warps_on(floats.device)
+    in_tiles = any(form.block and form.block[0] > 1 for form in formats)
+    shape = (in_tiles, granule_of(formats), EACH // vector, THREADS, vector)
+    forms = tuple(form_constants(form) for form in formats)
+    if n_items and (in_tiles or any(form.scaling in ("amax", "nvfp4") for form in formats)):
+        maxima_kernel[(n_items,)](group.items, maxima, element, *shape, num_warps=warps)
+    maxima = maxima.view(torch.float32)
+    partials = floats.new_empty((n_items, 1 + len(formats), FORMAT_FIELDS.value))
+    if n_items:
+        formats_kernel[(n_items,)](
+            group.items, maxima, partials, element, forms, *shape, num_warps=warps
+        )
+    finish_formats_kernel[(len(group.spans),)](
+        group.spans,
+        maxima,
+        partials,
+        integers,
+        floats,
+        integers.shape[1],
+        forms,
+        FINISH_BLOCK,
+        num_warps=warps,
+        enable_fp_fusion=False,
+    )
+
+
+def _tables(
+    shapes: Sequence[tuple[int, int]],
+    tiles: Array,
+    formats: Sequence[Format],
+    tensors: Sequence[Tensor],
+    rows: Sequence[int],
+) -> tuple[Array, Array]:
+    """Tables for one launch over tensors of one dtype.
+
+    Args:
+        shapes: rows and columns of the matrices of all dtypes.
+        tiles: row of the maximum of each one's first block of several rows.
+        formats: F formats.
+        tensors: N matrices of the dtype.
+        rows: which of all they are.
+
+    Returns:
+        items, int64 ``(W, 9)``, see kernels/granules.py; and spans, int64 ``(N, 4 + F)``, see
+        kernels/format_finish.py.
+    """
+    granule, n_items = granule_of(formats), 0
+    size = item_size(tensors) // granule
+    per_tile = EACH * THREADS // granule
+    tables = [np.empty((0, 9), np.int64)]
+    spans = np.empty((len(rows), 4 + len(formats)), np.int64)
+    for i, (x, row) in enumerate(zip(tensors, rows, strict=True)):
+        height, width = shapes[row]
+        per_row = -(-width // granule)
+        starts = np.arange(0, height * per_row, size, dtype=np.int64)
+        n = np.diff(starts, append=height * per_row)
+        # Granules that lie one after the other, without a gap.
+        whole = height * per_row if width % granule == 0 else per_row - 1 if height == 1 else 0
+        whole = whole if x.data_ptr() % ALIGNMENT == 0 else 0
+        first_row, column = np.divmod(starts, per_row)
+        table = np.empty((len(starts), 9), np.int64)
+        table[:, 0] = x.data_ptr() + (first_row * width + column * granule) * x.element_size()
+        table[:, 1], table[:, 2], table[:, 4] = row, n, column
+        table[:, 3] = np.clip(whole - starts, 0, n) // per_tile * per_tile
+        table[:, 5:7] = per_row, per_row * granule - width
+        table[:, 7], table[:, 8] = first_row, tiles[row]
+        tables.append(table)
+        blocks = [
+            0 if not x.numel() or form.scaling == "none" else _n_blocks(form, height, width)
+            for form in formats
+        ]
+        spans[i] = row, n_items, n_items + len(table), tiles[row], *blocks
+        n_items += len(table)
+    return np.concatenate(tables), spans
+
+
+def _n_blocks(form: Format, height: int, width: int) -> int:
+    if form.block is None:
+        return 1
+    down, across = form.block
+    return -(-height // down) * -(-width // across)

@@ -1,0 +1,104 @@
+"""Work items of narrow formats: how a program finds its granules.
+
+A tensor is a contiguous matrix of rows. A granule is so many columns of one row, or what is left of
+it, and whole blocks of every format that is measured. A launch takes a table of work items, int64,
+shape (W, 9). Its fields, in order:
+
+    address  of the first granule, in bytes
+    tensor   row of its maximum
+    n        granules, below 2**24 elements, row by row
+    n_whole  of these, granules in whole tiles, contiguous from a 16-byte boundary
+    column   granules of its row before the first one
+    per_row  granules of a row
+    pad      columns that the last granule of a row lacks
+    row      of the first granule
+    tiles    row of the maximum of the tensor's first block of 128 x 128
+"""
+
+import triton
+import triton.language as tl
+
+from gradstat.kernels.items import widen
+
+GRANULE_FIELDS = tl.constexpr(9)
+
+
+@triton.jit
+def load_granules(items_ptr):
+    """Fields of this program's item; all but address, tensor, row and tiles as int32."""
+    field_ptr = items_ptr + tl.program_id(0).to(tl.int64) * GRANULE_FIELDS
+    n = tl.load(field_ptr + 2).to(tl.int32)
+    n_whole = tl.load(field_ptr + 3).to(tl.int32)
+    column = tl.load(field_ptr + 4).to(tl.int32)
+    per_row = tl.load(field_ptr + 5).to(tl.int32)
+    pad = tl.load(field_ptr + 6).to(tl.int32)
+    place = (column, per_row, pad, tl.load(field_ptr + 7), tl.load(field_ptr + 8))
+    return tl.load(field_ptr), tl.load(field_ptr + 1), n, n_whole, place
+
+
+@triton.jit
+def magnitudes(x):
+    """Magnitudes of float32 values, 0 where they are not finite; and where they are not."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    is_not = bits >= 0x7F800000
+    return tl.where(is_not, 0, bits).to(tl.float32, bitcast=True), is_not
+
+
+@triton.jit
+def load_whole(
+    address,
+    start,
+    DTYPE: tl.constexpr,
+    ROWS: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Values of an aligned tile, float32 (ROWS, THREADS, VECTOR); a vector is 16 bytes."""
+    rows = tl.arange(0, ROWS)[:, None, None]
+    threads = tl.arange(0, THREADS)[None, :, None]
+    at = (rows * THREADS + threads) * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    x_ptr = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16) + start
+    return widen(tl.load(x_ptr + at), DTYPE)
+
+
+@triton.jit
+def load_ragged(
+    address,
+    place,
+    n,
+    start,
+    DTYPE: tl.constexpr,
+    GRANULE: tl.constexpr,
+    ROWS: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Values of a tile of any item, float32 (ROWS, THREADS, VECTOR); 0 beyond the ends."""
+    column, per_row, pad, _, _ = place
+    rows = tl.arange(0, ROWS)[:, None, None]
+    threads = tl.arange(0, THREADS)[None, :, None]
+    at = start + (rows * THREADS + threads) * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    granule = column + at // GRANULE
+    row = granule // per_row
+    is_there = (granule - row * per_row < per_row - 1) | (at % GRANULE < GRANULE - pad)
+    mask = (at < n * GRANULE) & is_there
+    x_ptr = address.to(tl.pointer_type(DTYPE))
+    # Each row that is passed lacks so many.
+    return widen(tl.load(x_ptr + (at - row * pad), mask=mask, other=0), DTYPE)
+
+
+@triton.jit
+def load_tile_maxima(maxima_ptr, place, n, start, TILE: tl.constexpr):
+    """Of the block of 128 x 128 that each granule of 128 of a tile is part of, float32."""
+    at, mask = find_tiles(place, n, start, TILE)
+    return tl.load(maxima_ptr + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def find_tiles(place, n, start, TILE: tl.constexpr):
+    """Row of the maximum of that block, int64, and which granules are there."""
+    column, per_row, _, first_row, tiles = place
+    at = start // 128 + tl.arange(0, TILE // 128)
+    granule = column + at
+    row = granule // per_row
+    return tiles + (first_row + row) // 128 * per_row + (granule - row * per_row), at < n

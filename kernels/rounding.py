@@ -1,0 +1,101 @@
+"""Device twin of gradstat/engines/reference_formats.py: scales and rounding of narrow formats.
+
+A format is a tuple of constants, see `gradstat.engines.triton_formats.form_constants`. Magnitudes
+are float32; no instruction of a narrow type is needed.
+"""
+
+import triton
+import triton.language as tl
+
+INF = tl.constexpr(float("inf"))
+
+# Fields of a format: which scale; columns of a block, 0 for none; bits of the smallest normal
+# element; what takes the bits of a power of two to those of the number that rounds its octave;
+# largest element and exponent; scale and reciprocal, of a constant one; whether the elements are
+# bfloat16, whose largest octave has no such number; whether all scales are powers of two.
+KIND = tl.constexpr(0)
+COLUMNS = tl.constexpr(1)
+LEAST = tl.constexpr(2)
+TO_ROUNDER = tl.constexpr(3)
+LARGEST = tl.constexpr(4)
+TOP = tl.constexpr(5)
+SCALE = tl.constexpr(6)
+INVERSE = tl.constexpr(7)
+IS_BFLOAT16 = tl.constexpr(8)
+IS_POWER = tl.constexpr(9)
+
+# Scales: one that is known; from the tensor's largest magnitude; of blocks of a row; of blocks of
+# 128 rows; powers of two; e4m3.
+CONSTANT = tl.constexpr(0)
+AMAX = tl.constexpr(1)
+IN_ROW = tl.constexpr(2)
+TILES = tl.constexpr(3)
+E8M0 = tl.constexpr(4)
+NVFP4 = tl.constexpr(5)
+
+_E4M3_LEAST = tl.constexpr(121 << 23)
+_E4M3_TO_ROUNDER = tl.constexpr((20 << 23) | (1 << 22))
+
+
+@triton.jit
+def rounded(x, LEAST_BITS: tl.constexpr, TO_ROUNDER_BITS: tl.constexpr):
+    """Magnitudes rounded to elements, ties to even, as if there were no largest one.
+
+    The number that is added and taken away ends its digits where an element of the octave does. A
+    product must not be fused with that sum: what comes here is a minimum.
+    """
+    octave = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, LEAST_BITS)
+    rounder = (octave + TO_ROUNDER_BITS).to(tl.float32, bitcast=True)
+    return (x + rounder) - rounder
+
+
+@triton.jit
+def rounded_bfloat16(x):
+    """Magnitudes rounded to bfloat16; infinite beyond its largest."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0x7FFF0000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def find_scales(largest, most, FORM: tl.constexpr):
+    """Scales of groups of values.
+
+    Args:
+        largest: largest magnitude of each group, float32.
+        most: that of the tensor, float32.
+        FORM: format.
+
+    Returns:
+        reciprocal and scale, and the scale that is stored with a block, float32.
+    """
+    if FORM[KIND] == E8M0:
+        exponent = (largest.to(tl.int32, bitcast=True) >> 23) - (127 + FORM[TOP])
+        exponent = tl.maximum(exponent, -127)
+        inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+        # The least one is subnormal.
+        scale = tl.maximum((127 + exponent) << 23, 1 << 22).to(tl.float32, bitcast=True)
+        return inverse, scale, scale
+    if FORM[KIND] == NVFP4:
+        of_tensor = tl.maximum(tl.div_rn(most, 2688.0), 6.018531076210112e-36)  # 2**-117
+        inverse_of_tensor = tl.div_rn(1.0, of_tensor)
+        exact = tl.minimum(tl.div_rn(tl.div_rn(largest, 6.0), of_tensor), 448.0)
+        stored = rounded(exact, _E4M3_LEAST, _E4M3_TO_ROUNDER)
+        divisor = tl.where(stored > 0.0, stored, INF)
+        return tl.div_rn(inverse_of_tensor, divisor), stored * of_tensor, stored
+    used = tl.where(largest > 0.0, largest, FORM[LARGEST])
+    inverse = tl.minimum(tl.div_rn(FORM[LARGEST] * 1.0, used), 8.507059173023462e37)  # 2**126
+    scale = tl.div_rn(1.0, inverse)
+    return inverse, scale, scale
+
+
+@triton.jit
+def elements_of(x, inverse, FORM: tl.constexpr):
+    """Elements of magnitudes, as if there were none beyond the largest; float32."""
+    element = x * inverse
+    if FORM[IS_BFLOAT16]:
+        element = rounded_bfloat16(element)
+    else:
+        element = tl.minimum(element, 2.0 * FORM[LARGEST])
+        element = rounded(element, FORM[LEAST], FORM[TO_ROUNDER])
+    return element
