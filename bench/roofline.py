@@ -1,8 +1,9 @@
 """How fast the kernels can be, read off their machine code; no GPU is needed.
 
-Compiles the measuring kernel, and the one of the second sweep that automatic ranges take, for each
-architecture and dtype, finds the main loop, and compares the instructions of an element with what a
-GPU executes in the time in which its memory delivers one.
+Compiles the measuring kernel, the one of the second sweep that automatic ranges take, and that of
+narrow formats with each of them and with three, for each architecture and dtype, finds the main
+loop, and compares the instructions of an element with what a GPU executes in the time in which its
+memory delivers one.
 
 Assumptions: memory delivers its nominal bandwidth and the loop alone takes time; a multiprocessor
 issues 4 warp instructions a clock; a clock executes the lanes of `LANES` in each pipe; latency is
@@ -27,12 +28,22 @@ from triton.backends.compiler import GPUTarget
 
 from gradstat.bins import LinearBins, Log2Bins
 from gradstat.engines import triton as triton_engine
+from gradstat.engines import triton_formats
+from gradstat.formats import FORMATS
 from gradstat.kernels.finish import finish_kernel
+from gradstat.kernels.format_finish import finish_formats_kernel
+from gradstat.kernels.formats import formats_kernel, maxima_kernel
 from gradstat.kernels.histogram import histogram_kernel
 from gradstat.kernels.measure import measure_kernel
 
 SCHEMES = {"Log2Bins()": Log2Bins(), "LinearBins(64, ...)": LinearBins(64, -0.5, 0.5)}
-KERNELS = [*(("measure", scheme) for scheme in SCHEMES), ("histogram", "LinearBins(64, ...)")]
+# Formats that one launch measures together.
+TOGETHER = "float8_e4m3fn + mxfp8_e4m3 + nvfp4"
+KERNELS = [
+    *(("measure", scheme) for scheme in SCHEMES),
+    ("histogram", "LinearBins(64, ...)"),
+    *(("formats", name) for name in (*FORMATS, TOGETHER)),
+]
 ISSUED = 128  # instructions of a thread that a multiprocessor issues in a clock
 REGISTERS = 65536  # of a multiprocessor
 
@@ -62,10 +73,13 @@ def kernel_arguments(name: str, dtype: torch.dtype, scheme: str) -> tuple[Any, .
     """A kernel, the types of its arguments and its constants, as the Triton engine has them.
 
     Args:
-        name: ``"measure"``, ``"histogram"`` or ``"finish"``.
+        name: ``"measure"``, ``"histogram"`` or ``"finish"``; of narrow formats ``"formats"``,
+            ``"maxima"`` or ``"finish formats"``.
         dtype: of the tensors.
-        scheme: a key of `SCHEMES`.
+        scheme: a key of `SCHEMES`, or formats with plus signs between them.
     """
+    if scheme not in SCHEMES:
+        return format_arguments(name, dtype, scheme)
     bins = SCHEMES[scheme]
     is_log2 = isinstance(bins, Log2Bins)
     slots = triton_engine.slots_of(bins)
@@ -91,6 +105,31 @@ def kernel_arguments(name: str, dtype: torch.dtype, scheme: str) -> tuple[Any, .
     }
     constants = {"KNOWN_RANGE": not is_log2, "BLOCK": triton_engine.FINISH_BLOCK}
     return finish_kernel, results, constants
+
+
+def format_arguments(name: str, dtype: torch.dtype, formats: str) -> tuple[Any, ...]:
+    """The same for a kernel of narrow formats."""
+    forms = [FORMATS[each] for each in formats.split(" + ")]
+    constants = tuple(triton_formats.form_constants(form) for form in forms)
+    if name == "finish formats":
+        results = {"spans_ptr": "*i64", "maxima_ptr": "*fp32", "partials_ptr": "*fp64"}
+        results |= {"integers_ptr": "*i64", "floats_ptr": "*fp64", "n_rows": "i32"}
+        blocks = {"FORMS": constants, "BLOCK": triton_engine.FINISH_BLOCK}
+        return finish_formats_kernel, results, blocks
+    vector = triton_engine.VECTOR_BYTES // dtype.itemsize
+    elements = {
+        "DTYPE": triton_engine.ELEMENTS[dtype],
+        "IN_TILES": triton_formats.in_tiles(forms),
+        "GRANULE": triton_formats.granule_of(forms),
+        "ROWS": triton_engine.EACH // vector,
+        "THREADS": triton_engine.THREADS,
+        "VECTOR": vector,
+    }
+    tables = {"items_ptr": "*i64", "maxima_ptr": "*i32"}
+    if name == "maxima":
+        return maxima_kernel, tables, elements
+    tables |= {"maxima_ptr": "*fp32", "partials_ptr": "*fp64"}
+    return formats_kernel, tables, {**elements, "FORMS": constants}
 
 
 def examine(architecture: int, name: str, dtype: torch.dtype, scheme: str) -> dict[str, Any]:
@@ -119,6 +158,12 @@ def examine(architecture: int, name: str, dtype: torch.dtype, scheme: str) -> di
         "registers": code.registers,
         "spills": code.spills,
         "barriers": code.count("BAR"),
+        # Of a thread, by loads of 16 bytes.
+        "wide_bytes": sum(
+            sass.load_bytes(each.opcode)
+            for each in code.loop
+            if sass.load_bytes(each.opcode) == triton_engine.VECTOR_BYTES
+        ),
         "load_bytes": min(
             sass.load_bytes(each.opcode) for each in code.loop if sass.load_bytes(each.opcode)
         ),
@@ -151,10 +196,11 @@ def main() -> None:
         for name, scheme in KERNELS
         for dtype in triton_engine.ELEMENTS
     ]
+    width = max(len(name) for _, name in KERNELS)
     for row in rows:
         pipes = ", ".join(f"{pipe} {count:.1f}" for pipe, count in row["pipes"].items())
         print(
-            f"sm_{row['architecture']:<3} {row['kernel']:9} {row['bins']:19} {row['dtype']:8} "
+            f"sm_{row['architecture']:<3} {row['kernel']:9} {row['bins']:{width}} {row['dtype']:8} "
             f"{row['instructions']:5.1f} instructions an element ({pipes}); "
             f"{row['registers']} registers, {row['spills']} B spilled, {row['load_bytes']}-byte "
             f"loads, {row['barriers']} barriers a tile, {row['in_flight'] / 1024:.0f} KB in flight"
@@ -165,7 +211,7 @@ def main() -> None:
             if row["architecture"] == card.architecture:
                 budget, share, limit = predict(card, row)
                 print(
-                    f"{card.name} {row['kernel']:9} {row['bins']:19} {row['dtype']:8} "
+                    f"{card.name} {row['kernel']:9} {row['bins']:{width}} {row['dtype']:8} "
                     f"{row['instructions']:5.1f} of {budget:4.1f} instructions: {share:4.0%} of "
                     f"bandwidth, limited by {limit}"
                 )

@@ -36,7 +36,7 @@ class Compiled:
     """A compiled kernel.
 
     Args:
-        loop: instructions of the main loop, the one that loads most.
+        loop: instructions of the main loop, the one that loads most at once.
         registers: of each thread.
         spills: bytes of local memory and stack.
         shared: bytes of shared memory.
@@ -128,7 +128,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def _main_loop(code: str) -> list[Instruction]:
-    """The innermost loop with the most bytes loaded from global memory."""
+    """The innermost loop with the widest loads from global memory, and of those with the most."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in code.splitlines():
@@ -145,8 +145,9 @@ def _main_loop(code: str) -> list[Instruction]:
     ]
     inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
 
-    def loaded(loop: tuple[int, int]) -> int:
-        return sum(load_bytes(each.opcode) for each in instructions[slice(*loop)])
+    def loaded(loop: tuple[int, int]) -> tuple[int, int]:
+        loads = [load_bytes(each.opcode) for each in instructions[slice(*loop)]]
+        return max(loads), sum(loads)
 
     return instructions[slice(*max(inner, key=loaded))]
 

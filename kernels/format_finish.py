@@ -86,7 +86,7 @@ def finish_formats_kernel(
             least = used * 0.0 + FORMS[k][SCALE]
             greatest = least
         has_scale = (n_blocks > 0) & (used > 0.0) & (least < INF)
-        at = k * n_rows.to(tl.int64) + row
+        at = row + k * n_rows
         i = integers_ptr + 8 * at
         tl.store(i, nonzero.to(tl.int64))
         tl.store(i + 1, (nonzero - kept).to(tl.int64))

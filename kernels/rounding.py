@@ -82,7 +82,9 @@ def find_scales(largest, most, FORM: tl.constexpr):
         exact = tl.minimum(tl.div_rn(tl.div_rn(largest, 6.0), of_tensor), 448.0)
         stored = rounded(exact, _E4M3_LEAST, _E4M3_TO_ROUNDER)
         divisor = tl.where(stored > 0.0, stored, INF)
-        return tl.div_rn(inverse_of_tensor, divisor), stored * of_tensor, stored
+        # A minimum, so that no difference is fused with the product before it is rounded.
+        scale = tl.minimum(stored * of_tensor, 3.4028234663852886e38)
+        return tl.div_rn(inverse_of_tensor, divisor), scale, stored
     used = tl.where(largest > 0.0, largest, FORM[LARGEST])
     inverse = tl.minimum(tl.div_rn(FORM[LARGEST] * 1.0, used), 8.507059173023462e37)  # 2**126
     scale = tl.div_rn(1.0, inverse)

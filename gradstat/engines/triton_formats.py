@@ -8,6 +8,7 @@ of several rows, take a launch before that finds it.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,8 +59,13 @@ def form_constants(form: Format) -> tuple[Any, ...]:
         form.scale,
         float(np.float32(1) / np.float32(form.scale)),
         form.exponent_bits == 8,
-        form.scaling == "e8m0" or (np.frexp(form.scale)[0] == 0.5 and kind.value == CONSTANT.value),
+        form.scaling == "e8m0" or (kind is CONSTANT and math.frexp(form.scale)[0] == 0.5),
     )
+
+
+def in_tiles(formats: Sequence[Format]) -> bool:
+    """Whether a format has blocks of several rows."""
+    return any(form.block is not None and form.block[0] > 1 for form in formats)
 
 
 def granule_of(formats: Sequence[Format]) -> int:
@@ -105,10 +111,10 @@ def _measure(
     """Launch the kernels for the tensors of one dtype."""
     n_items, vector = len(group.items), VECTOR_BYTES // group.dtype.itemsize
     element, warps = ELEMENTS[group.dtype], warps_on(floats.device)
-    in_tiles = any(form.block and form.block[0] > 1 for form in formats)
-    shape = (in_tiles, granule_of(formats), EACH // vector, THREADS, vector)
+    has_tiles = in_tiles(formats)
+    shape = (has_tiles, granule_of(formats), EACH // vector, THREADS, vector)
     forms = tuple(form_constants(form) for form in formats)
-    if n_items and (in_tiles or any(form.scaling in ("amax", "nvfp4") for form in formats)):
+    if n_items and (has_tiles or any(form.scaling in ("amax", "nvfp4") for form in formats)):
         maxima_kernel[(n_items,)](group.items, maxima, element, *shape, num_warps=warps)
     maxima = maxima.view(torch.float32)
     partials = floats.new_empty((n_items, 1 + len(formats), FORMAT_FIELDS.value))
