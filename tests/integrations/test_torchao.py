@@ -1,15 +1,20 @@
 """What narrow formats are measured to do, against what torchao's casts do."""
 
 import logging
+import sys
 from collections.abc import Callable
 from types import ModuleType
 
 import pytest
 import torch
+from conftest import ROOT
 from quantizing import samples
 
 import gradstat
 from gradstat.formats import FORMATS
+
+sys.path.insert(0, str(ROOT / "examples"))
+import formats
 
 # What torchao says when it is imported is not ours to change.
 pytestmark = [pytest.mark.integrations, pytest.mark.filterwarnings("ignore")]
@@ -43,6 +48,11 @@ def tensors() -> dict[str, torch.Tensor]:
     found |= {name: adversarial[name] for name in names}
     found["largest"] = torch.full((2, 64), 3e38, device="cpu")
     found["small"] = x * 1e-30
+    model = formats.make_model()
+    formats.backward(model, formats.make_text())
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and parameter.dim() == 2:
+            found |= {f"{name}, weight": parameter.detach(), f"{name}, gradient": parameter.grad}
     return {name: x[:, : x.shape[1] // 32 * 32].contiguous() for name, x in found.items()}
 
 

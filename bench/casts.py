@@ -1,4 +1,4 @@
-"""Narrow formats against casting: python bench/formats.py [--markdown FILE].
+"""Narrow formats against casting: python bench/casts.py [--markdown FILE].
 
 Three things on the same tensor, in turn: the cast alone; the cast, the way back, and the numbers
 that `gradstat.quantization` gives, by torch; and `gradstat.quantization`. Its answer is compared
