@@ -2,15 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from quantizing import samples
 
 import gradstat
 from gradstat.formats import FORMATS
-from gradstat.quantized import as_quantization
+from gradstat.quantized import PACKED, packed, unpacked
 
 E5M2 = "float8_e5m2"
+PAIR = ("integers", "floats")
 
 
 def test_quantization_of_a_tensor_has_no_dimension_and_of_a_list_one() -> None:
@@ -118,12 +120,25 @@ def test_quantization_merge_refuses_another_format_or_shape() -> None:
         q.merge(gradstat.quantization([torch.ones(3)], E5M2))
 
 
-def test_as_quantization_makes_one_of_saved_arrays() -> None:
-    q = gradstat.quantization(list(samples(torch.float32).values()), "nvfp4")
-    saved = q.integers.cpu().numpy(), q.floats.cpu().numpy()
-    again = as_quantization(q.format, *saved)
-    assert again.integers.tolist() == q.integers.tolist()
-    assert again.snr.tolist() == q.snr.tolist()
+def test_unpacked_is_what_was_packed() -> None:
+    tensors = list(samples(torch.float32).values())
+    forms = ("nvfp4", E5M2, "bfloat16")
+    q = gradstat.quantization(tensors, forms)
+    pair = (torch.stack([getattr(each, field) for each in q.values()]) for field in PAIR)
+    fields = packed(*pair).cpu().numpy()
+    assert fields.shape == (len(tensors), len(forms), len(PACKED))
+    for k, form in enumerate(forms):
+        again = unpacked(FORMATS[form], fields[:, k])
+        assert again.integers.tolist() == q[form].integers.tolist()
+        assert again.floats.tolist() == q[form].floats.tolist()
+
+
+def test_unpacked_of_an_absent_tensor_has_nothing() -> None:
+    q = unpacked(FORMATS["nvfp4"], np.full((2, len(PACKED)), math.nan))
+    assert q.nonzero.tolist() == q.blocks.tolist() == [0, 0]
+    assert q.scale_min.isnan().all()
+    some = gradstat.quantization([torch.randn(40, device="cpu")] * 2, "nvfp4", engine="cpu")
+    assert some.merge(q).integers.tolist() == some.integers.tolist()
 
 
 def test_quantization_is_shown_in_a_line_for_each_tensor() -> None:

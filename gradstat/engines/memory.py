@@ -46,9 +46,12 @@ def as_matrix(x: Tensor, dim: int, ordered: bool) -> tuple[Tensor, int, int]:
     Returns:
         A tensor, the number of its rows, and that of columns, 1 at least.
     """
-    x = x.detach()
     if x.is_neg():  # torch keeps the sign apart
         x = x.resolve_neg()
+    if x.is_contiguous() and dim in (-1, x.dim() - 1):
+        width = max(x.shape[-1], 1) if x.dim() else 1
+        return x, x.numel() // width, width
+    x = x.detach()
     if not ordered and merge_dims(x) == [(x.numel(), 1)]:
         return x, min(x.numel(), 1), max(x.numel(), 1)
     x = (x.movedim(dim, -1) if x.dim() else x).contiguous()

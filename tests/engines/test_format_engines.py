@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import IN_SOFTWARE, Engine
+from conftest import IN_SOFTWARE, Engine, no_waiting
 from quantizing import ALL_FORMATS, KINDS, every_pattern, expected, samples
 
+from gradstat import format_ops
 from gradstat.formats import FORMATS, Format
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -122,3 +123,36 @@ def test_measure_formats_does_not_depend_on_threads() -> None:
         torch.set_num_threads(before)
     assert all(torch.equal(each[k], found[0][k]) for each in found for k in (0, 1))
     assert math.isfinite(float(found[0][1].sum()))
+
+
+@pytest.mark.gpu
+def test_measure_formats_does_not_wait_for_the_device() -> None:
+    tensors = [x.cuda() for dtype in DTYPES for x in samples(dtype).values()]
+    tensors.append(torch.randn(64, 40, device="cuda").T)
+    before = format_ops.measure_formats(tensors, KINDS)
+    with no_waiting():
+        after = format_ops.measure_formats(tensors, KINDS)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_measure_formats_of_large_items_is_the_reference(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whole tiles, and sums in float32 that are right, lost, and infinite.
+    generator = torch.Generator("cpu").manual_seed(9)
+    x = torch.randn(40, 512, generator=generator, device="cpu")
+    late, last = x.clone(), torch.zeros_like(x)
+    late[0] *= 1e-30
+    last[-1, -1] = 0.7
+    tensors = {
+        "normal": x,
+        "all but the first values large": late,
+        "the last value alone": last,
+        "small": x * 1e-30,
+        "large": x * 1e30,
+        "exact": x.bfloat16().float(),
+        "one nan": torch.where(x == x.max(), math.nan, x),
+        "from the second element": torch.cat([x.flatten(), x[0]])[1:-511].reshape(40, 512),
+    }
+    monkeypatch.setattr("gradstat.engines.triton_items.MIN_ITEM", 1 << 16)
+    check(engine, tensors, KINDS)
