@@ -84,6 +84,7 @@ bench-training: $(VENV)/installed-bench
 bench-results: RESULTS = bench/results
 bench-results: bench bench-training
 	$(BIN)/python bench/breakdown.py --markdown $(RESULTS)/breakdown.md
+	$(BIN)/python bench/casts.py --markdown $(RESULTS)/casts.md
 	$(BIN)/python bench/plot.py $(RESULTS)
 	$(BIN)/python bench/report.py $(RESULTS) --readme README.md
 

@@ -150,7 +150,7 @@ def draw(full: Run, runs: dict[str, Run]) -> Figure:
     moves.set_xscale("log")
     moves.set_xlabel("predicted: % of the gradient that does not become zero")
     moves.set_ylabel("how far each weight moved, % of float32")
-    moves.set_ylim(0, 110)
+    moves.set_ylim(bottom=0)
     losses.set_xlabel("step")
     losses.set_ylabel("loss")
     for axes in (moves, losses):

@@ -16,6 +16,8 @@ from gradstat.formats import FORMATS
 sys.path.insert(0, str(ROOT / "examples"))
 import formats
 
+pytestmark = pytest.mark.host("the example trains on the CPU")
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
