@@ -32,8 +32,9 @@ from gradstat.engines import triton_formats
 from gradstat.formats import FORMATS
 from gradstat.kernels.finish import finish_kernel
 from gradstat.kernels.format_finish import finish_formats_kernel
-from gradstat.kernels.formats import formats_kernel, maxima_kernel
+from gradstat.kernels.formats import formats_kernel
 from gradstat.kernels.histogram import histogram_kernel
+from gradstat.kernels.maxima import maxima_kernel
 from gradstat.kernels.measure import measure_kernel
 
 SCHEMES = {"Log2Bins()": Log2Bins(), "LinearBins(64, ...)": LinearBins(64, -0.5, 0.5)}

@@ -25,16 +25,16 @@ from gradstat.engines.triton import (
     FINISH_BLOCK,
     THREADS,
     VECTOR_BYTES,
-    Group,
     check_device,
-    find_plan,
     warps_on,
 )
 from gradstat.engines.triton_cadence import on_device
 from gradstat.engines.triton_items import ALIGNMENT, item_size
+from gradstat.engines.triton_plans import Group, find_plan
 from gradstat.formats import Format
 from gradstat.kernels.format_finish import finish_formats_kernel
-from gradstat.kernels.formats import FORMAT_FIELDS, formats_kernel, maxima_kernel
+from gradstat.kernels.formats import FORMAT_FIELDS, formats_kernel
+from gradstat.kernels.maxima import maxima_kernel
 from gradstat.kernels.rounding import AMAX, CONSTANT, E8M0, IN_ROW, NVFP4, TILES
 
 Array = NDArray[np.int64]

@@ -10,7 +10,7 @@ import triton.language as tl
 from conftest import CUDA, numpy_silent_as_a_gpu
 
 from gradstat import LinearBins, Log2Bins, Statistics, bins, kernels
-from gradstat.engines import reference, triton_items
+from gradstat.engines import reference, triton_items, triton_plans
 from gradstat.engines import triton as triton_engine
 from gradstat.kernels import binning
 
@@ -19,10 +19,10 @@ pytestmark = [pytest.mark.gpu] if CUDA else []
 
 
 @pytest.fixture(autouse=True)
-def plans(monkeypatch: pytest.MonkeyPatch) -> OrderedDict[object, triton_engine.Plan]:
+def plans(monkeypatch: pytest.MonkeyPatch) -> OrderedDict[object, triton_plans.Plan]:
     """An empty cache of plans."""
-    empty: OrderedDict[object, triton_engine.Plan] = OrderedDict()
-    monkeypatch.setattr(triton_engine, "_plans", empty)
+    empty: OrderedDict[object, triton_plans.Plan] = OrderedDict()
+    monkeypatch.setattr(triton_plans, "_plans", empty)
     return empty
 
 
@@ -109,7 +109,7 @@ def test_plans_of_more_than_their_bytes_are_dropped_the_oldest_first(
     xs = [torch.randn(60, device=DEVICE) for _ in range(4)]
     triton_engine.measure(xs[:1], Log2Bins())
     (one,) = plans.values()
-    monkeypatch.setattr(triton_engine, "MAX_TABLE_BYTES", 2 * one.table_bytes)
+    monkeypatch.setattr(triton_plans, "MAX_TABLE_BYTES", 2 * one.table_bytes)
     for x in xs:
         triton_engine.measure([x], Log2Bins())
     assert [key[1] for key in plans] == [(xs[2].data_ptr(),), (xs[3].data_ptr(),)]
@@ -151,7 +151,7 @@ def test_kernels_read_and_write_nothing_where_the_flag_is_zero(
 ) -> None:
     bins = Log2Bins() if kind == "no range" else LinearBins(8)
     xs = [torch.randn(n, device=DEVICE).to(dtype) for n in (0, 5, 20_000)]
-    (group,) = triton_engine.find_plan(xs, xs[0].device, triton_engine._tables).groups
+    (group,) = triton_plans.find_plan(xs, xs[0].device, triton_engine._tables).groups
     if CUDA:
         group.items[:, 0] = 0  # the address of no element
     shapes = [((3, 8), torch.int64), ((3, 8), torch.float64), ((3, bins.bins), torch.int64)]

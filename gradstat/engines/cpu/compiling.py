@@ -16,7 +16,8 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 
-from gradstat import bins
+from gradstat import bins, formats
+from gradstat.engines import reference_formats
 
 # Numba and llvmlite ship no types: a number, memory indexed as an array, objects of the compiler.
 Scalar: TypeAlias = Any
@@ -88,7 +89,8 @@ def compile_entry(function: Function, name: str, arguments: str) -> Function:
 @functools.cache
 def _checksum() -> int:
     """Of the processor, the compiler and what is compiled; Numba looks at one file only."""
-    paths = [*sorted(Path(__file__).parent.glob("*.py")), Path(bins.__file__)]
+    others = [Path(str(each.__file__)) for each in (bins, formats, reference_formats)]
+    paths = [*sorted(Path(__file__).parent.glob("*.py")), *others]
     sources = [path.read_bytes() for path in paths]
     return zlib.crc32(b"".join([repr((target(), numba.__version__)).encode(), *sources]))
 
