@@ -102,6 +102,29 @@ def test_quantization_merge_is_that_of_both() -> None:
         torch.testing.assert_close(merged.floats, both.floats, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("form", ["mxfp6_e3m2", "nvfp4", "float8_e5m2_1x128", "float16"])
+def test_quantization_does_not_see_signs_nor_the_order_of_rows(form: str) -> None:
+    x = torch.randn(64, 256) * torch.exp(3 * torch.randn(64, 256))
+    q = gradstat.quantization(x, form)
+    for other in (-x, x.abs(), x.flip(0), x[torch.randperm(64)]):
+        again = gradstat.quantization(other, form)
+        assert again.integers.tolist() == q.integers.tolist()
+        torch.testing.assert_close(again.floats, q.floats, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "form", ["mxfp4_e2m1", "nvfp4", "float8_e4m3fn_amax", "float8_e5m2_128x128"]
+)
+def test_quantization_with_scales_does_not_see_a_power_of_two(form: str) -> None:
+    x = torch.randn(130, 96)
+    q, small = gradstat.quantization(x, form), gradstat.quantization(x * 2.0**-40, form)
+    assert small.integers[:6].tolist() == q.integers[:6].tolist()
+    assert float(small.error) == pytest.approx(float(q.error), rel=1e-6)
+    moved = 0 if form == "nvfp4" else 40  # of nvfp4 the scale of the tensor moves
+    assert float(q.scale_min - small.scale_min) == moved
+    assert float(q.scale_max - small.scale_max) == moved
+
+
 def test_quantization_merge_with_nothing_changes_nothing() -> None:
     for form in ("nvfp4", E5M2):
         some = gradstat.quantization(torch.randn(40), form)
