@@ -80,6 +80,13 @@ class Format:
         element = 1 + self.exponent_bits + self.mantissa_bits
         return element + (_SCALE_BITS[self.scaling] / math.prod(self.block) if self.block else 0)
 
+    def count_blocks(self, rows: int, columns: int) -> int:
+        """Scales of a matrix; 0 for a format without them, and of an empty one."""
+        if self.scaling == "none" or not rows * columns:
+            return 0
+        down, across = self.block or (rows, columns)
+        return -(-rows // down) * -(-columns // across)
+
     def with_scale(self, scale: float) -> Format:
         """The same elements under one scale for the tensor that is known before.
 

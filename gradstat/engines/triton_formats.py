@@ -177,17 +177,7 @@ def _tables(
         table[:, 5:7] = per_row, per_row * granule - width
         table[:, 7], table[:, 8] = first_row, tiles[row]
         tables.append(table)
-        blocks = [
-            0 if not x.numel() or form.scaling == "none" else _n_blocks(form, height, width)
-            for form in formats
-        ]
+        blocks = [form.count_blocks(height, width) for form in formats]
         spans[i] = row, n_items, n_items + len(table), tiles[row], *blocks
         n_items += len(table)
     return np.concatenate(tables), spans
-
-
-def _n_blocks(form: Format, height: int, width: int) -> int:
-    if form.block is None:
-        return 1
-    down, across = form.block
-    return -(-height // down) * -(-width // across)

@@ -152,14 +152,12 @@ def _integers(
     """
     numel = np.array([rows * width for rows, width in shapes])
     zeros = values[:, work.ZEROS] + values[:, work.SATURATED]
-    blocks, empty = np.zeros(len(shapes), np.int64), found[:, work.EMPTY]
+    blocks = np.array([form.count_blocks(*shape) for shape in shapes])
+    empty = found[:, work.EMPTY]
     least, most = found[:, work.LEAST_SCALE], found[:, work.MOST_SCALE]
-    if form.block:
-        down, across = form.block
-        blocks[:] = [-(-rows // down) * -(-width // across) for rows, width in shapes]
-    elif form.scaling != "none":
-        blocks, empty = (numel > 0).astype(np.int64), (numel > 0) & (zeros == numel)
-        scales = [tensor_scale(form, most) for most in maxima]
+    if form.scaling in ("given", "amax"):
+        empty = (blocks > 0) & (zeros == numel)
+        scales = [tensor_scale(form, each) for each in maxima]
         least = np.where(zeros < numel, scales, np.inf)
         most = np.where(zeros < numel, scales, -np.inf)
     return np.stack(
