@@ -23,9 +23,11 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PYTEST = [sys.executable, "-m", "pytest", "-q", "--on-cuda", "-m", "not slow and not faults"]
-ENGINES = ("engines", "engine_properties", "bit_patterns", "triton", "triton_streams")
+ENGINES = ("engines", "engine_properties", "bit_patterns", "format_engines", "triton")
+ENGINES += ("triton_streams",)
 ALL = [f"tests/engines/test_{name}.py" for name in ENGINES]
-ALL += ["tests/recording", "tests/test_ops.py", "tests/examples/test_study_training.py"]
+ALL += ["tests/recording", "tests/test_ops.py", "tests/test_quantized.py"]
+ALL += ["tests/examples/test_study_training.py"]
 ORDERED = ["tests/engines/test_triton_streams.py", "tests/recording/test_streams.py"]
 ORDERED += ["tests/recording/test_gpu.py", "tests/recording/test_cadence.py"]
 TIMEOUT_S = 1800  # of a test that hangs
