@@ -278,28 +278,33 @@ def sample(history: History, at: int) -> Sample:
     """Take the histograms of the record at a position."""
     log2 = isinstance(history.bins, Log2Bins)
     step = int(history.steps[at])
-    parts = [part for _, part in history.parts(step)]
-    integers = {
-        name: np.concatenate([getattr(part, name).numpy() for part in parts])
-        for name in ("numel", "finite", "zeros")
-    }
-    counts = np.concatenate([_rows(part, log2) for part in parts])
+    # Each part's histograms are let go of before the next one's are there.
+    found = [_of_part(part, log2) for _, part in history.parts(step)]
+    counts, numel, finite, zeros, edges = (
+        np.concatenate(each) for each in zip(*found, strict=True)
+    )
     filled: Array = counts > 0 if log2 else np.ones(counts.shape, bool)
     first, n_rows = filled.argmax(1), counts.shape[1]
     rows = np.where(filled.any(1), n_rows - filled[:, ::-1].argmax(1) - first, 0)
     row = np.arange(n_rows)
     kept = (row >= first[:, None]) & (row < (first + rows)[:, None])
-    edges = np.concatenate([np.stack([part.low.numpy(), part.high.numpy()], -1) for part in parts])
     return Sample(
         step,
         first,
         rows,
         counts[kept],
-        integers["finite"],
-        integers["zeros"],
-        integers["numel"] - integers["finite"],
+        finite,
+        zeros,
+        numel - finite,
         np.full_like(edges, np.nan) if log2 else edges.clip(-_LARGEST / 2, _LARGEST / 2),
     )
+
+
+def _of_part(part: Statistics, log2: bool) -> tuple[Array, ...]:
+    """Of some layers the rows of their histograms, elements, finite ones, zeros and edges."""
+    integers = (getattr(part, name).numpy() for name in ("numel", "finite", "zeros"))
+    edges = np.stack([part.low.numpy(), part.high.numpy()], -1)
+    return _rows(part, log2), *integers, edges
 
 
 def _rows(part: Statistics, log2: bool) -> Array:
