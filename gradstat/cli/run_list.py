@@ -6,18 +6,23 @@ import os
 import threading
 import time
 import zipfile
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 from gradstat.cli.runs import run_name
 from gradstat.escaping import escaped
 from gradstat.history import rank_directories
+from gradstat.history.opening import opened
 from gradstat.report.live_run import LiveRun
 
 _MOST_SIDE_BY_SIDE = 4
+_FIRST_NUMBER = 1000  # of runs of a directory
+_WRITTEN_S = 60.0  # since when a run was written to that is taken to be going on
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,9 @@ class Run:
 class RunList:
     """Runs by number. A number stays that of its run, also when others come and go.
 
+    Those that were given have theirs by their place, those of directories by their names, so that
+    a server that is started again knows them by the same.
+
     Args:
         paths: runs, which need not be there yet, and directories of runs.
     """
@@ -47,10 +55,8 @@ class RunList:
         # Wherever the process is later.
         self._paths = list(dict.fromkeys(path.absolute() for path in paths))
         self._lock = threading.Lock()
-        self._runs: list[Run] = []
-        self._numbers: dict[Path, int] = {}
-        for path in self._paths:
-            self._number(path)
+        self._runs = {at: Run(LiveRun(path)) for at, path in enumerate(self._paths)}
+        self._numbers = {path: at for at, path in enumerate(self._paths)}
 
     @property
     def is_single(self) -> bool:
@@ -69,12 +75,20 @@ class RunList:
 
     def find(self, number: int) -> Run | None:
         """The run of a number, if there is one."""
-        return self._runs[number] if number < len(self._runs) else None
+        if number not in self._runs:
+            self.listed()  # it may be one of a directory
+        return self._runs.get(number)
+
+    def name(self, run: Run) -> str:
+        """Its heading; where others have the same, its path."""
+        names = Counter(each.name for each in list(self._runs.values()))
+        return run.name if names[run.name] == 1 else str(run.live.path)
 
     def listed(self) -> list[dict[str, Any]]:
         """Of each run that is there or may come: number, name, seconds since it changed, bytes.
 
-        Those of directories are the newest first; seconds are ``None`` where there is nothing yet.
+        Of directories those come first that are written, and then the newest; seconds are ``None``
+        where there is nothing yet.
         """
         found = []
         for path in self._paths:
@@ -82,11 +96,10 @@ class RunList:
                 found.append(self._line(path))
                 continue
             lines = [self._line(each) for each in path.iterdir() if _is_run(each)]
-            found += sorted(lines, key=lambda line: line["quiet"] or 0)
-        names = Counter(line["name"] for line in found)
+            # Those that are written keep their places, whichever was written last.
+            found += sorted(lines, key=lambda line: (_minutes(line["quiet"]), line["name"]))
         for line in found:
-            if names[line["name"]] > 1:
-                line["name"] = escaped(self._runs[line["number"]].live.path)
+            line["name"] = escaped(self.name(self._runs[line["number"]]))
         return found
 
     def _line(self, path: Path) -> dict[str, Any]:
@@ -103,46 +116,54 @@ class RunList:
     def _number(self, path: Path) -> int:
         with self._lock:
             if path not in self._numbers:
-                self._numbers[path] = len(self._runs)
-                self._runs.append(Run(LiveRun(path)))
+                number = _FIRST_NUMBER + zlib.crc32(os.fsencode(path))
+                while number in self._runs:
+                    number += 1
+                self._numbers[path], self._runs[number] = number, Run(LiveRun(path))
             return self._numbers[path]
+
+
+def _minutes(quiet: float | None) -> float:
+    """Seconds since a run was written to, of those that are written none."""
+    return 0.0 if quiet is None or quiet < _WRITTEN_S else quiet
 
 
 def _files_of(path: Path) -> list[Path]:
     """Files of a run; none of one that goes meanwhile."""
     try:
         return rank_directories.files_of(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return []
 
 
 def _stat(path: Path) -> os.stat_result | None:
     try:
         return path.stat()
-    except FileNotFoundError:
+    except OSError:  # it has gone, or may not be looked at
         return None
 
 
 def _is_directory_of_runs(path: Path) -> bool:
     if not path.is_dir() or _files_of(path):
         return False
+    # Whether the directory itself can be read is told.
     return any(_is_run(each) for each in path.iterdir())
 
 
 def _is_run(path: Path) -> bool:
-    if path.name.startswith("."):
+    stat = None if path.name.startswith(".") else _stat(path)
+    if stat is None:
         return False
-    if path.is_dir():
+    if S_ISDIR(stat.st_mode):
         return bool(_files_of(path))
-    stat = _stat(path)
-    return path.suffix == ".npz" and stat is not None and _is_saved(path, stat.st_mtime_ns)
+    return path.suffix == ".npz" and _is_saved(path, stat.st_mtime_ns)
 
 
 @lru_cache(4096)
 def _is_saved(path: Path, _: int) -> bool:
     """Whether a file is one of `History.save`, by the names in it, at the time of its change."""
     try:
-        with zipfile.ZipFile(path) as file:
-            return "format.npy" in file.namelist()
-    except (OSError, zipfile.BadZipFile):
+        with opened(path) as file, zipfile.ZipFile(file) as members:
+            return "format.npy" in members.namelist()
+    except (OSError, ValueError, zipfile.BadZipFile):  # no file, as a pipe is none
         return False

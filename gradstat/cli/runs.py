@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from gradstat.files import CutOffError
@@ -37,15 +38,17 @@ def check_output(run: Path, output: Path) -> None:
 def run_name(path: Path) -> str:
     """Name of a run: that of its file without the suffix, or of its directory."""
     path = path.resolve()
-    return path.name if path.is_dir() else path.stem
+    return path.stem if path.is_file() or path.suffix == ".npz" else path.name
 
 
 def state(path: Path) -> tuple[int, ...] | None:
     """Something that changes whenever the run's files do; ``None`` before there are any."""
-    files = [file for file in rank_directories.files_of(path) if file.exists()]
-    if not files:
+    found = []
+    for file in rank_directories.files_of(path):
+        with suppress(FileNotFoundError):
+            found.append(file.stat())
+    if not found:
         return None
-    found = [file.stat() for file in files]
     return (len(found), *(number for file in found for number in (file.st_mtime_ns, file.st_size)))
 
 

@@ -15,7 +15,7 @@ from gradstat.escaping import escaped
 from gradstat.report import page
 from gradstat.version import __version__
 
-_HOST = "127.0.0.1"
+_HOST, _USUAL_PORT = "127.0.0.1", 80
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -69,6 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
     server_version, sys_version = f"gradstat/{__version__}", ""
+    disable_nagle_algorithm = True  # headers and body are written one after the other
     timeout = 60  # seconds that a connection may be idle
 
     def do_GET(self) -> None:
@@ -101,7 +102,10 @@ class _Handler(BaseHTTPRequestHandler):
         """Whether a request asks by this server's own name, as no other site's page can."""
         port = self.server.server_port
         hosts = self.headers.get_all("Host", [])
-        if len(hosts) == 1 and hosts[0].lower() in (f"{_HOST}:{port}", f"localhost:{port}"):
+        own = {f"{host}:{port}" for host in (_HOST, "localhost")}
+        # Browsers leave the usual port out.
+        own |= {_HOST, "localhost"} if port == _USUAL_PORT else set()
+        if len(hosts) == 1 and hosts[0].lower() in own:
             return True
         self._refuse(HTTPStatus.FORBIDDEN, f"only {self.server.address} is answered")
         return False
@@ -143,7 +147,7 @@ def _run(runs: RunList, number: str, _: _Query) -> _Answer:
     found = runs.find(int(number))
     if found is None:
         return None
-    return _HTML, page.render(found.name, {"live": f"/run/{int(number)}/data"})
+    return _HTML, page.render(runs.name(found), {"live": f"/run/{int(number)}/data"})
 
 
 def _data(runs: RunList, number: str, query: _Query) -> _Answer:
@@ -152,6 +156,7 @@ def _data(runs: RunList, number: str, query: _Query) -> _Answer:
     if found is None or not re.fullmatch(r"[0-9]{1,15}", since):
         return None
     told = found.live.since(int(since)) | {"single": runs.is_single}
+    told["path"] = escaped(found.live.path)
     return _JSON, json.dumps(told, allow_nan=False)
 
 
@@ -163,6 +168,6 @@ def _list(runs: RunList, _: str, __: _Query) -> _Answer:
 _ROUTES = (
     (re.compile(r"/()"), _first),
     (re.compile(r"/()list"), _list),
-    (re.compile(r"/run/([0-9]{1,6})/"), _run),
-    (re.compile(r"/run/([0-9]{1,6})/data"), _data),
+    (re.compile(r"/run/([0-9]{1,10})/"), _run),
+    (re.compile(r"/run/([0-9]{1,10})/data"), _data),
 )

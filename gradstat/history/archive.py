@@ -88,7 +88,7 @@ def _pieces(path: Path, n_bytes: float, *, goes_on: bool = False) -> Iterator[Re
         yield from _read_file(path, n_bytes)
         return
     run, last_step = None, -1
-    plan = _plan(path)
+    plan = _plan(path, quiet=goes_on)
     for file, may_end_early, end in plan:
         is_last = file == plan[-1][0]
         for records in _read_file(file, n_bytes, may_end_early, end, goes_on=goes_on and is_last):
@@ -178,8 +178,12 @@ def _numbered(path: Path) -> list[Path]:
     return files
 
 
-def _plan(path: Path) -> list[tuple[Path, bool, int | None]]:
+def _plan(path: Path, *, quiet: bool) -> list[tuple[Path, bool, int | None]]:
     """Files of a directory that are to be read.
+
+    Args:
+        path: of the directory.
+        quiet: say nothing of those that are left out.
 
     Returns:
         Of each whether it may be cut off, and the step from which on it is superseded, if it is.
@@ -201,7 +205,8 @@ def _plan(path: Path) -> list[tuple[Path, bool, int | None]]:
         except CutOffError:
             if not may_end_early or (number == 0 and not plan):
                 raise
-            _warn(file, "all of its records are lost")
+            if not quiet:
+                _warn(file, "all of its records are lost")
             continue
         plan.insert(0, (file, may_end_early, end))
         if first_step is not None:
@@ -209,6 +214,15 @@ def _plan(path: Path) -> list[tuple[Path, bool, int | None]]:
         for at, n_bytes in enumerate(before):
             lengths.setdefault(at, set()).add(n_bytes)
     return plan
+
+
+def is_begun(path: Path) -> bool:
+    """Whether a file has a whole block."""
+    try:
+        _resumption(path)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _is_journal(file: IO[bytes], path: Path) -> bool:
@@ -258,6 +272,8 @@ def _read_file(
                 records, is_over, goes_on = _records(npz.Members(file)), True, False
             else:
                 reader = blocks.Reader(file) if reader is None else reader.reopened(file)
+                if not reader.is_same:
+                    raise ValueError("it has other records than before")
                 found, is_over = reader.some(n_bytes)
                 while is_over and not goes_on and reader.grows():
                     found += reader.blocks()

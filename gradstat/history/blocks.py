@@ -99,7 +99,7 @@ class Reader:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self._at = 0
+        self._at = self._newest = 0  # of the next block, and of the newest that was read
         self._link = Link()
         self.n_lost: int | None = None  # records in the block that is cut off, if it says so
 
@@ -112,14 +112,22 @@ class Reader:
         while (header := self._header()) is not None:
             n_bytes, n_records, n_sections, checksum, link = header
             payload = self._payload(n_bytes, checksum)
+            self._newest, self._link = self._at, link
             self._at += _HEADER_BYTES + n_bytes
-            self._link = link
             yield Block(n_records, _sections(payload, n_sections))
 
     def reopened(self, file: IO[bytes]) -> Reader:
         """This reader where it is, now that the file has been opened anew."""
         self._file = file
         return self
+
+    @property
+    def is_same(self) -> bool:
+        """Whether the file still has what was read of it, rather than another run's records."""
+        self._file.seek(self._newest + _HEADER.size)
+        return self._at == 0 or self._file.read(_CHECKSUM.size) == _CHECKSUM.pack(
+            self._link.checksum
+        )
 
     def some(self, n_bytes: float) -> tuple[list[Block], bool]:
         """Blocks that follow, of so many bytes or a block more, and whether these are all."""

@@ -14,7 +14,8 @@ from gradstat.history.records import Records
 
 _BYTES = 4 << 20  # of a file that are read at a look, or a block more
 
-_File = tuple[int, int, int]  # device, inode, time of the last change where it is never appended to
+# Device, inode, time of the last change where it is never appended to, whether it has a block.
+_File = tuple[int, int, int, bool]
 _Files = dict[Path, tuple[_File, int]]  # and how many bytes
 
 
@@ -49,13 +50,14 @@ class Follower:
         self.written_s = 0.0
         self._files: _Files = {}
         self._source: Iterator[Records | None] | None = None
+        self._begun: set[tuple[int, int]] = set()  # files that have a whole block
         self._error: ValueError | None = None  # of these files
 
     def look(self) -> Look | None:
         """Read what is new.
 
         Returns:
-            ``None`` where there are no files, or no whole block yet.
+            ``None`` where there are no files.
 
         Raises:
             OSError: a file cannot be opened.
@@ -69,19 +71,23 @@ class Follower:
         if self._error is not None and found == self._files:
             raise self._error.with_traceback(None)
         self._files, self._error = found, None
+        if self._source is not None and not is_anew:
+            try:
+                records = next(self._source, None)
+            except (OSError, ValueError):
+                is_anew = True  # another run may have taken the place of this one
         if is_anew:
             self._source = _read(self._path)
-        assert self._source is not None
-        try:
-            records = next(self._source, None)
-        except (OSError, ValueError) as error:
-            self._source = None
-            # A run that begins has files of number 0 alone, without a whole block for a moment.
-            is_begun = self._path.is_dir() and not any(int(path.stem) for path in found)
-            if isinstance(error, CutOffError) and is_begun:
-                return None
-            self._error = error if isinstance(error, ValueError) else None
-            raise
+            try:
+                records = next(self._source, None)
+            except (OSError, ValueError) as error:
+                self._source = None
+                # A run that begins has files of number 0 alone, without a whole block for a moment.
+                begins = self._path.is_dir() and not any(int(path.stem) for path in found)
+                if isinstance(error, CutOffError) and begins:
+                    return Look(None, is_anew=False, is_all=True)
+                self._error = error if isinstance(error, ValueError) else None
+                raise
         return Look(records, is_anew, is_all=records is None)
 
     def _find(self) -> _Files:
@@ -92,8 +98,12 @@ class Follower:
                 stat = path.stat()
             except FileNotFoundError:
                 continue
-            changed = 0 if path.suffix == archive.SUFFIX else stat.st_mtime_ns
-            found[path] = (stat.st_dev, stat.st_ino, changed), stat.st_size
+            is_journal, file = path.suffix == archive.SUFFIX, (stat.st_dev, stat.st_ino)
+            # A resumed run's file is left out until it has a block, from which on it supersedes.
+            if is_journal and file not in self._begun and archive.is_begun(path):
+                self._begun.add(file)
+            changed = 0 if is_journal else stat.st_mtime_ns
+            found[path] = (*file, changed, file in self._begun), stat.st_size
             self.written_s = max(self.written_s, stat.st_mtime)
         return found
 

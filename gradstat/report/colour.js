@@ -17,6 +17,7 @@ const snrOf = (name, f) => ({
   scale: scaleOf,
   part: ofFormat(arrays.snr, f),
   tick: (k) => `${k} dB`,
+  isWhole: true,
 });
 
 const lostOf = (name, f) => ({

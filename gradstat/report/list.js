@@ -5,6 +5,8 @@ const byId = (id) => document.getElementById(id);
 const rows = new Map();  // by number
 const frames = new Map();
 
+const here = crypto.randomUUID();  // of the frames of this page, which select together
+
 let atFirst = [];  // those side by side while none was ticked
 
 // The runs side by side are in the page's address, so that a link has them.
@@ -30,7 +32,7 @@ function showFrames() {
     rows.get(number).querySelector("input").checked = true;
     if (frames.has(number)) continue;
     const frame = document.createElement("iframe");
-    frame.src = `/run/${number}/`;
+    frame.src = `/run/${number}/?beside=${here}`;
     frame.title = rows.get(number).querySelector("a").textContent;
     frames.set(number, frame);
     byId("frames").append(frame);

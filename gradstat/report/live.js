@@ -5,7 +5,7 @@ const QUIET_S = 30;
 
 // Calls take(told) with each answer that holds something new.
 function follow(address, take) {
-  let version = 0;
+  let [version, path] = [0, null];
   const poll = async () => {
     let [told, problem] = [null, "The server has stopped"];
     try {
@@ -18,6 +18,9 @@ function follow(address, take) {
     if (told && !told.single && location.pathname === "/") location.reload();
     setTimeout(poll, told?.behind ? 0 : told ? POLL_MS : 2 * POLL_MS);
     if (!told) return showLive("stopped", `${problem}; this is what it had.`);
+    // A server that was started again may have other runs.
+    path ??= told.path;
+    if (told.path !== path) return showLive("stopped", "Another run has this address now; this is what was here.");
     if (told.arrays) take(told);
     version = told.version;
     showLive(...liveState(told));
@@ -47,7 +50,7 @@ function showLive(state, text) {
 
 // Pages side by side show the same layer and step, where they have it.
 if (window.parent !== window) {
-  const besides = new BroadcastChannel("gradstat");
+  const besides = new BroadcastChannel(`gradstat ${new URLSearchParams(location.search).get("beside")}`);
   hearSelected = () => besides.postMessage({ layer: meta.layers[state.layer], noun: nounOf(state.layer), step: state.step });
   besides.addEventListener("message", ({ data: { layer, noun, step } }) => {
     const found = T ? layerNamed(layer, noun) : undefined;

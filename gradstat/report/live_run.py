@@ -91,7 +91,9 @@ class LiveRun:
                     self._state = "waiting" if self._growing is None else "gone"
                     self._is_behind = False
                     break
-                self._state, self._is_behind = "there", not look.is_all
+                if look.records is not None or self._growing is not None or not look.is_all:
+                    self._state = "there"
+                self._is_behind = not look.is_all
                 if look.records is not None:
                     self._take(look.records, is_anew=look.is_anew)
         except (OSError, ValueError) as error:

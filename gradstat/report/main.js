@@ -91,8 +91,10 @@ function select(layer, { from, step = null }) {
 
 // What a link asks for; otherwise the first finding, or the first layer.
 function openView() {
+  if (!T) return;
   const asked = readLink();
-  const [found] = meta.findings ?? [];
+  // While a run is written, what it opens on is to be more than a note.
+  const found = meta.findings?.find(({ severity }) => !contents.live || severity !== "note");
   isTouched ||= asked.layer !== undefined || found !== undefined;
   [zoom.first, zoom.last] = [asked.first, asked.last];
   state.colour = asked.colour;

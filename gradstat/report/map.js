@@ -10,15 +10,18 @@ function viewOf(kind) {
   return { kind, layers, rowHeight, top, bottom: top + layers.length * rowHeight, ...cellsOf(layers) };
 }
 
-// Levels of the columns that are seen, row by row, what is not finite there, and the colour scale.
+// Of the columns that are seen, row by row: levels, what is not finite, what the colours show, and
+// their scale; null where there is nothing to show.
 function cellsOf(layers) {
   const [n, colour] = [seen.to - seen.from, colourNow()];
-  const [level, nonfinite] = [new Float32Array(n * layers.length), new Float64Array(n * layers.length)];
+  const size = n * layers.length;
+  const [level, shown, nonfinite] = [new Float32Array(size), new Float32Array(size), new Float64Array(size)];
   layers.forEach((layer, i) => {
-    level.set(colour.part(layer), i * n);
+    level.set(part(arrays.level, layer), i * n);
+    shown.set(colour.part(layer), i * n);
     nonfinite.set(part(arrays.nonfinite, layer), i * n);
   });
-  return { n, level, nonfinite, scale: colour.scale(level) };
+  return { n, level, shown, nonfinite, scale: shown.some(Number.isFinite) ? colour.scale(shown) : null };
 }
 
 const rowTop = (row) => state.view.top + row * state.view.rowHeight;
@@ -26,7 +29,6 @@ const rowTop = (row) => state.view.top + row * state.view.rowHeight;
 // Ends of the colour scale: all but the outermost two hundredths of the values.
 function scaleOf(level) {
   const known = level.filter(Number.isFinite).sort();
-  if (!known.length) return { low: -1, high: 0, below: false, above: false };
   const at = (q) => known[Math.round(q * (known.length - 1))];
   let [low, high] = [Math.floor(at(0.01)), Math.ceil(at(0.99))];
   if (high - low < 2) high = low + 2;
@@ -34,7 +36,7 @@ function scaleOf(level) {
 }
 
 // A pixel for each cell; enlarged when it is drawn.
-function mapImage({ layers, n, level, nonfinite, scale }) {
+function mapImage({ layers, n, level, shown, nonfinite, scale }) {
   const image = document.createElement("canvas");
   image.width = n;
   image.height = layers.length;
@@ -45,7 +47,8 @@ function mapImage({ layers, n, level, nonfinite, scale }) {
     let color = null;
     if (nonfinite[i]) color = broken;
     else if (level[i] === -Infinity) color = zero;
-    else if (!Number.isNaN(level[i])) color = colorAt(viridis, (level[i] - scale.low) / (scale.high - scale.low));
+    else if (shown[i] === Infinity) color = colorAt(viridis, 1);
+    else if (!Number.isNaN(shown[i])) color = colorAt(viridis, (shown[i] - scale.low) / (scale.high - scale.low));
     if (color) pixels.data.set([...color, 255], 4 * i);
   }
   context.putImageData(pixels, 0, 0);

@@ -27,7 +27,8 @@ function buildSeries(select, leftOf) {
   const drawing = addCanvas(byId("map-series"), 0, (context, width) => {
     const [left, bottom] = [leftOf(), seriesBottom()];
     meta.series.forEach((name, i) => drawOneSeries(context, name, seriesOf(i), { left, top: i * SERIES_HEIGHT + 6, width: width - left, height: SERIES_HEIGHT - 12 }));
-    for (const { finding, t } of marks()) {
+    // The worst is on top.
+    for (const { finding, t } of marks().reverse()) {
       const x = columnMiddle(t, left, width);
       context.fillStyle = css(finding.severity === "severe" ? "--severe" : "--warning");
       context.beginPath();

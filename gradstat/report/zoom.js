@@ -4,8 +4,10 @@ const zoom = { first: null, last: null };  // null: from the first one on, to th
 const seen = { from: 0, to: 0, samples: [] };  // columns, and samples, of those steps
 
 function see() {
-  const [first, last] = [zoom.first ?? -Infinity, zoom.last ?? Infinity];
+  let [first, last] = [zoom.first ?? -Infinity, zoom.last ?? Infinity];
   [seen.from, seen.to] = [0, T];
+  // Of another run, or of a link, there may be none of them: then all are seen.
+  if (!meta.steps.some(([a, b]) => b >= first && a <= last)) [first, last] = [-Infinity, Infinity];
   while (seen.from < T - 1 && meta.steps[seen.from][1] < first) seen.from++;
   while (seen.to > seen.from + 1 && meta.steps[seen.to - 1][0] > last) seen.to--;
   const all = samples.map((_, k) => k);

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import socket
 import threading
@@ -259,3 +260,61 @@ def test_server_says_what_it_may_not_list(
     response, body = ask(server, "/list")
     assert response.status == 503
     assert "Permission denied" in body
+
+
+def test_server_started_again_knows_runs_by_the_same_numbers(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    history = make_history(Log2Bins(), 2, 3)
+    for name in ("alpha", "beta"):
+        history.save(tmp_path / f"{name}.npz")
+    told = json.loads(ask(serve(tmp_path), "/list")[1])["runs"]
+    numbers = {line["name"]: line["number"] for line in told}
+    (tmp_path / "alpha.npz").unlink()
+    again = serve(tmp_path)
+    # Also before anybody has asked for the list.
+    assert "<h1>beta</h1>" in ask(again, f"/run/{numbers['beta']}/")[1]
+    assert ask(again, f"/run/{numbers['alpha']}/data")[0].status == 404
+    data = json.loads(ask(again, f"/run/{numbers['beta']}/data")[1])
+    assert data["path"] == str(tmp_path / "beta.npz")
+
+
+def test_server_lists_runs_beside_what_cannot_be_read(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    make_history(Log2Bins(), 2, 3).save(tmp_path / "good.npz")
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "loop.npz").symlink_to("loop.npz")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nowhere")
+    told = json.loads(ask(serve(tmp_path), "/list")[1])
+    assert [line["name"] for line in told["runs"]] == ["good"]
+
+
+def test_server_keeps_the_order_of_runs_that_are_written(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    server, history = serve(tmp_path), make_history(Log2Bins(), 2, 3)
+    for name in ("b", "a", "b", "a"):
+        history.save(tmp_path / f"{name}.npz")
+        history.save(tmp_path / "old.npz")
+        os.utime(tmp_path / "old.npz", (0, 0))
+        names = [line["name"] for line in json.loads(ask(server, "/list")[1])["runs"]]
+        assert names == [*sorted(names[:-1]), "old"]
+
+
+def test_pages_of_runs_of_one_name_have_their_paths_as_heading(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = serve(tmp_path / "a" / "run", tmp_path / "b" / "run")
+    assert f"<h1>{tmp_path / 'b' / 'run'}</h1>" in ask(server, "/run/1/")[1]
+
+
+def test_server_at_the_usual_port_is_asked_without_it(
+    serve: Callable[..., Server], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve(run)
+    without = "GET /list HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    assert raw(server, without) == "HTTP/1.1 403 Forbidden"
+    monkeypatch.setattr("gradstat.cli.server._USUAL_PORT", server.server_port)
+    assert raw(server, without) == "HTTP/1.1 200 OK"

@@ -1,6 +1,7 @@
 """A run that is read while it is written: each record once, from its beginning where need be."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from watching import assert_same
 
 from gradstat import History, Log2Bins
 from gradstat.history.follow import Follower, Look
+from gradstat.history.journal import Journal
 from gradstat.history.records import Records, concatenate
 
 STEPS = 12
@@ -238,3 +240,38 @@ def test_look_refuses_files_of_one_process_beside_ranks(tmp_path: Path) -> None:
     begin_journal(tmp_path / "rank-0", history, rank=0)
     with pytest.raises(ValueError, match="has those of one process and of 1 ranks"):
         Follower(tmp_path).look()
+
+
+def test_look_knows_another_run_in_the_same_file(tmp_path: Path) -> None:
+    """A file system may give a new file the number of the one that was deleted."""
+    for n_steps in (5, 3, 7):
+        path, reader = tmp_path / str(n_steps), Reader(tmp_path / str(n_steps))
+        journal = begin_journal(path, recorded())
+        for step in range(5):
+            write_steps(journal, recorded(), step)
+        assert reader.read() == list(range(5))
+        other = tmp_path / f"other {n_steps}"
+        journal = begin_journal(other, recorded(7.0))
+        for step in range(n_steps):
+            write_steps(journal, recorded(7.0), step)
+        name = "00000000.gradstat"
+        (path / name).write_bytes((other / name).read_bytes())  # of the same inode
+        assert reader.read() == list(range(n_steps))
+        assert_same(reader.history, History.load(other))
+
+
+def test_look_takes_a_resumed_run_up_when_its_file_has_a_block(tmp_path: Path) -> None:
+    path, reader = tmp_path / "run", Reader(tmp_path / "run")
+    write_steps(begin_journal(path, recorded()), recorded(), *range(6))
+    journal = Journal(path, recorded(2.0), 4)
+    write_steps(journal, recorded(2.0), 4, 5)
+    newest = path / "00000001.gradstat"
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:20])  # as on a full disk
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert reader.read() == list(range(6))
+        newest.write_bytes(whole)
+        assert reader.read() == list(range(6))
+    assert_same(reader.history, History.load(path))
+    assert reader.n_anew == 2

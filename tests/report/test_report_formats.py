@@ -124,3 +124,21 @@ def test_page_without_formats_has_no_choice_of_colours(open_report: Open) -> Non
     page = open_report(w.history)
     assert page.locator("#colour").is_hidden()
     assert page.locator("#map-title").inner_text() == "Magnitude by layer and step"
+
+
+@pytest.mark.integrations
+def test_legend_says_where_there_is_no_error_and_where_nothing_is_measured(
+    open_report: Open,
+) -> None:
+    model = torch.nn.Linear(8, 2).bfloat16()
+    with gradstat.watch(model, what=("grad", "activation"), formats="bfloat16") as w:
+        model(torch.ones(1, 8, dtype=torch.bfloat16)).sum().backward()
+    page = open_report(w.history)
+    page.locator("#colour").select_option(label="SNR in bfloat16")
+    legend = page.locator("#map-legend")
+    assert legend.inner_text().split("\n") == ["exact"]
+    assert legend.locator("canvas").is_hidden()
+    page.locator("#kind").select_option(label="Unit peaks")
+    assert legend.inner_text().split("\n") == ["not measured"]
+    page.locator("#colour").select_option(label="rms")
+    assert legend.locator("canvas").is_visible()
