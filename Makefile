@@ -57,7 +57,7 @@ test-faults: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m faults $(ARGS)
 
 test-integrations: $(VENV)/installed-test-integrations
-	$(BIN)/python -m pytest -m integrations $(ARGS)
+	$(BIN)/python -m pytest -m integrations -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
