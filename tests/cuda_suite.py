@@ -1,9 +1,9 @@
 """The tests of CUDA: on a card, or without one on a CUDA device in software.
 
 That device runs what is queued late and in several orders, so that a missing wait shows. All tests
-run under ``lazy`` (oldest work first), and under ``reverse`` (newest first) but those of what a kernel
-makes of many values, whatever the order; those of streams and graphs also under ``random``, and the
-study once. Two runs go side by side.
+run under ``lazy`` (oldest work first), those in which the order may matter under ``reverse`` too
+(newest first), those of streams and graphs also under ``random``, and the study once. Two runs go
+side by side.
 
 Usage: python tests/cuda_suite.py [--fakecuda DIR] [-- pytest's arguments]
 """
