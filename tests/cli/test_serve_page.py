@@ -175,6 +175,37 @@ def test_page_opens_on_the_first_finding_once(
         assert shown == ["0.weight", "2.weight", "2.weight"]
 
 
+def test_live_page_does_not_open_on_a_note(
+    look: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Finding] = []
+    monkeypatch.setattr("gradstat.report.live_run.diagnose", lambda history: list(found))
+    monkeypatch.setattr("gradstat.report.live_run._FINDINGS_S", 0.0)
+    monkeypatch.setattr("gradstat.report.live_run._FINDINGS_SHARE", 1.0)
+    with serving(tmp_path / "run.npz") as server:
+        page, shown = look(server.address), []
+        for steps, severity in ((4, "note"), (6, "severe")):
+            found[:] = [Finding("scale", severity, "2.weight", (1, 2), {}, f"{severity}!")]
+            make_history(Log2Bins(), 3, steps).save(tmp_path / "run.npz")
+            page.locator("#findings", has_text=f"{severity}!").wait_for()
+            shown.append((detail(page), page.locator("#detail-when").inner_text()))
+    newest = "Histogram at step 3"
+    assert shown == [("0.weight", newest), ("2.weight", "Histogram at step 1")]
+
+
+def test_page_says_that_another_run_has_its_address(look: Look, tmp_path: Path) -> None:
+    for name, layers in (("a", 2), ("b", 3)):
+        make_history(Log2Bins(), layers, 5).save(tmp_path / f"{name}.npz")
+    with commanded(tmp_path / "a.npz") as address:
+        page = look(address)
+        page.locator("#facts", has_text="2 layers").wait_for()
+    with commanded(tmp_path / "b.npz", address.strip("/").rpartition(":")[2]):
+        wait_for(page, "Another run has this address now", 8000)
+        assert facts(page).startswith("2 layers")
+    # What is not answered is a message of the browser's own.
+    look.seen[:] = [each for each in look.seen if "ERR_" not in each]
+
+
 def test_two_browsers_see_the_same(
     write: Callable[..., Writer], look: Look, tmp_path: Path
 ) -> None:

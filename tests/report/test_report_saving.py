@@ -99,6 +99,9 @@ def test_link_that_asks_for_what_is_not_there_shows_what_is(open_report: Open, l
     page.wait_for_timeout(100)
     assert detail(page).endswith(".weight")
     hover(page, MAP, 0.9, 0.3)
+    # Where none of the steps are there, all are shown.
+    ends = [page.locator(f"#zoom-{end}").input_value() for end in ("first", "last")]
+    assert ends == (["1", "2"] if "1-2-3" in link else ["0", "19"])
 
 
 def test_page_inside_another_one_works_without_a_link(browser: Browser, tmp_path: Path) -> None:
