@@ -167,6 +167,9 @@ def parse_format(function: str, form: str | Format) -> Format:
     base, is_given, scale = form.partition(_GIVEN)
     if is_given and base in FORMATS:
         try:
+            # Python reads more as a number than is written as one.
+            if not scale or set(scale) - set("0123456789.e+-"):
+                raise ValueError(f"{scale!r} is no number")
             return FORMATS[base].with_scale(float(scale))
         except ValueError as error:
             raise ValueError(f"{function}() needs formats; one is {form!r}: {error}") from None

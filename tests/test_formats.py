@@ -84,3 +84,9 @@ def test_check_formats_refuses_none_and_one_twice() -> None:
         check_formats("watch", ["nvfp4", "float16", FORMATS["nvfp4"]])
     with pytest.raises(TypeError, match=r"needs a format or several; formats is 3"):
         check_formats("watch", 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale", ["1_0", " 2", "", "nan", "0x1p3", "--1"])
+def test_parse_format_takes_no_scale_that_is_not_written_as_a_number(scale: str) -> None:
+    with pytest.raises(ValueError, match=r"quantization\(\) needs formats"):
+        parse_format("quantization", f"float8_e5m2_scale_{scale}")
