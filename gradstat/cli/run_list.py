@@ -81,8 +81,7 @@ class RunList:
 
     def name(self, run: Run) -> str:
         """Its heading; where others have the same, its path."""
-        names = Counter(each.name for each in list(self._runs.values()))
-        return run.name if names[run.name] == 1 else str(run.live.path)
+        return self._headings()[run.live.path]
 
     def listed(self) -> list[dict[str, Any]]:
         """Of each run that is there or may come: number, name, seconds since it changed, bytes.
@@ -90,28 +89,26 @@ class RunList:
         Of directories those come first that are written, and then the newest; seconds are ``None``
         where there is nothing yet.
         """
+        groups = [
+            [each for each in path.iterdir() if _is_run(each)]
+            if _is_directory_of_runs(path)
+            else [path]
+            for path in self._paths
+        ]
+        numbers = {path: self._number(path) for group in groups for path in group}
+        headings = self._headings()
         found = []
-        for path in self._paths:
-            if not _is_directory_of_runs(path):
-                found.append(self._line(path))
-                continue
-            lines = [self._line(each) for each in path.iterdir() if _is_run(each)]
+        for group in groups:
+            lines = [_line(numbers[path], headings[path], path) for path in group]
             # Those that are written keep their places, whichever was written last.
             found += sorted(lines, key=lambda line: (_minutes(line["quiet"]), line["name"]))
-        for line in found:
-            line["name"] = escaped(self.name(self._runs[line["number"]]))
         return found
 
-    def _line(self, path: Path) -> dict[str, Any]:
-        files = list(filter(None, map(_stat, _files_of(path))))
-        number = self._number(path)
-        quiet = time.time() - max(each.st_mtime for each in files) if files else None
-        return {
-            "number": number,
-            "name": escaped(self._runs[number].name),
-            "quiet": quiet and max(0.0, round(quiet, 1)),
-            "bytes": sum(each.st_size for each in files),
-        }
+    def _headings(self) -> dict[Path, str]:
+        """Of each run its name; where others have the same, its path."""
+        names = {run.live.path: run.name for run in list(self._runs.values())}
+        n_of_name = Counter(names.values())
+        return {path: name if n_of_name[name] == 1 else str(path) for path, name in names.items()}
 
     def _number(self, path: Path) -> int:
         with self._lock:
@@ -123,17 +120,28 @@ class RunList:
             return self._numbers[path]
 
 
+def _line(number: int, name: str, path: Path) -> dict[str, Any]:
+    files = _files_of(path).values()
+    quiet = time.time() - max(each.st_mtime for each in files) if files else None
+    return {
+        "number": number,
+        "name": escaped(name),
+        "quiet": quiet and max(0.0, round(quiet, 1)),
+        "bytes": sum(each.st_size for each in files),
+    }
+
+
 def _minutes(quiet: float | None) -> float:
     """Seconds since a run was written to, of those that are written none."""
     return 0.0 if quiet is None or quiet < _WRITTEN_S else quiet
 
 
-def _files_of(path: Path) -> list[Path]:
-    """Files of a run; none of one that goes meanwhile."""
+def _files_of(path: Path) -> dict[Path, os.stat_result]:
+    """As `rank_directories.stats_of`; none of a run that goes meanwhile, or may not be read."""
     try:
-        return rank_directories.files_of(path)
+        return rank_directories.stats_of(path)
     except OSError:
-        return []
+        return {}
 
 
 def _stat(path: Path) -> os.stat_result | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 from gradstat.files import CutOffError
@@ -43,10 +42,7 @@ def run_name(path: Path) -> str:
 
 def state(path: Path) -> tuple[int, ...] | None:
     """Something that changes whenever the run's files do; ``None`` before there are any."""
-    found = []
-    for file in rank_directories.files_of(path):
-        with suppress(FileNotFoundError):
-            found.append(file.stat())
+    found = list(rank_directories.stats_of(path).values())
     if not found:
         return None
     return (len(found), *(number for file in found for number in (file.st_mtime_ns, file.st_size)))

@@ -93,11 +93,7 @@ class Follower:
     def _find(self) -> _Files:
         found: _Files = {}
         self.written_s = 0.0
-        for path in rank_directories.files_of(self._path):
-            try:
-                stat = path.stat()
-            except FileNotFoundError:
-                continue
+        for path, stat in rank_directories.stats_of(self._path).items():
             is_journal, file = path.suffix == archive.SUFFIX, (stat.st_dev, stat.st_ino)
             # A resumed run's file is left out until it has a block, from which on it supersedes.
             if is_journal and file not in self._begun and archive.is_begun(path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -49,6 +51,15 @@ def files_of(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     return [file for each in (path, *rank_directories(path)) for file in archive.segments(each)]
+
+
+def stats_of(path: Path) -> dict[Path, os.stat_result]:
+    """All files of a run that are there, and what the system says of each."""
+    found = {}
+    for file in files_of(path):
+        with suppress(FileNotFoundError):  # it has gone meanwhile
+            found[file] = file.stat()
+    return found
 
 
 def read(path: Path, replicated: bool | None = None) -> Records:
