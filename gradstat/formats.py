@@ -177,6 +177,12 @@ def parse_format(function: str, form: str | Format) -> Format:
     raise ValueError(f"{function}() needs formats, each {one_of(form, names)}; one is {form!r}")
 
 
+def asked_formats(function: str, formats: str | Format | Iterable[str | Format]) -> list[Format]:
+    """As `check_formats`, but an empty tuple or list asks for none."""
+    has_none = isinstance(formats, (tuple, list)) and not formats
+    return [] if has_none else check_formats(function, formats)
+
+
 def check_formats(function: str, formats: str | Format | Iterable[str | Format]) -> list[Format]:
     """One format or several, checked.
 

@@ -7,6 +7,7 @@ import textwrap
 
 from gradstat.cli.text import MOST_LAYERS, count, table, width
 from gradstat.diagnosis.narrow_formats import Fit, layer_fits, recommendation
+from gradstat.diagnosis.run import Run
 from gradstat.escaping import escaped
 from gradstat.history import History
 from gradstat.kinds import NOUNS, UNIT
@@ -31,7 +32,7 @@ def formats(
     Returns:
         Text.
     """
-    layers = layer_fits(history, thresholds.window)
+    layers = layer_fits(Run(history, thresholds.window, None))
     if not layers:
         return "\nno layer has values"
     lines = []

@@ -12,9 +12,7 @@ from gradstat.arrays import Array
 from gradstat.diagnosis.findings import Finding
 from gradstat.diagnosis.run import Run, median
 from gradstat.formats import parse_format
-from gradstat.history import History
 from gradstat.kinds import NOUNS, Row
-from gradstat.quantized import QUANTIZATION_COUNTS
 from gradstat.thresholds import Thresholds
 
 
@@ -64,23 +62,21 @@ class LayerFits:
         return min(fit.snr for fit in self.fits.values())
 
 
-def layer_fits(history: History, window: int) -> list[LayerFits]:
+def layer_fits(run: Run) -> list[LayerFits]:
     """Of each row that had values other than zero, what each format would have done at its worst.
 
     Args:
-        history: with one record at least.
-        window: records whose median is taken, so that one batch alone says nothing.
+        run: all rows of a history with one record at least.
 
     Returns:
-        Rows in the order of the history.
+        Those rows, kind by kind, the one nearest to the input first.
     """
-    blocks = Run(history, window, None).blocks
-    found: list[dict[str, Fit]] = [{} for _ in history.rows]
-    for name in history.formats:
-        fields = _of_values(history, name)
-        snr = _over_blocks(fields["snr"], blocks).min(0)
+    found: list[dict[str, Fit]] = [{} for _ in run.layers]
+    for name in run.history.formats:
+        fields = run.of_format(name)
+        snr = _over_blocks(fields["snr"], run.blocks).min(0)
         underflow, saturated = (
-            _over_blocks(fields[each], blocks).max(0) for each in ("underflow", "saturated")
+            _over_blocks(fields[each], run.blocks).max(0) for each in ("underflow", "saturated")
         )
         least = np.fmin.reduce(fields["scale_min"])
         most = np.fmax.reduce(fields["scale_max"])
@@ -89,21 +85,10 @@ def layer_fits(history: History, window: int) -> list[LayerFits]:
                 scales = float(least[at]), float(most[at])
                 fits[name] = Fit(float(snr[at]), float(underflow[at]), float(saturated[at]), scales)
     return [
-        LayerFits(row, layer, fits)
-        for row, layer, fits in zip(history.rows, history.layers, found, strict=True)
+        LayerFits(Row(kind, name), layer, fits)
+        for kind, name, layer, fits in zip(run.kinds, run.names, run.layers, found, strict=True)
         if fits
     ]
-
-
-def _of_values(history: History, name: str) -> dict[str, Array]:
-    """What `History.quantization` has, NaN where there was nothing but zeros to keep."""
-    fields = history.quantization(name)
-    has_values = fields["nonzero"] > 0
-    return {
-        field: np.where(has_values, x, math.nan)
-        for field, x in fields.items()
-        if field not in QUANTIZATION_COUNTS
-    }
 
 
 def recommendation(
@@ -156,7 +141,7 @@ def find_clipped(run: Run, thresholds: Thresholds) -> list[Finding]:
 def find_narrowest(run: Run, thresholds: Thresholds) -> list[Finding]:
     """A note on which of the formats would do."""
     history = run.history
-    layers = layer_fits(history, thresholds.window) if history.formats else []
+    layers = layer_fits(run) if history.formats else []
     if not layers:
         return []
     worst = min(layers, key=lambda each: each.worst)
@@ -173,8 +158,7 @@ def _exceeding(run: Run, kind: str, field: str, limit: float, said: str) -> list
     for name in history.formats:
         if field == "saturated" and parse_format("diagnose", name).block:
             continue
-        shares = _of_values(history, name)[field][:, run.columns]
-        by_block = np.nan_to_num(_over_blocks(shares, run.blocks))
+        by_block = np.nan_to_num(_over_blocks(run.of_format(name)[field], run.blocks))
         worst = by_block.max(0, initial=0.0)
         above = np.flatnonzero(worst > limit)
         if not len(above):

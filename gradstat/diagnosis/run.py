@@ -11,6 +11,7 @@ import numpy as np
 from gradstat.arrays import Array, evenly_spread
 from gradstat.bins import FLOAT64_MAX, Log2Bins
 from gradstat.history import History
+from gradstat.quantized import QUANTIZATION_COUNTS
 
 _MAX_BLOCKS = 200
 MAX_SAMPLES = 64
@@ -38,6 +39,7 @@ class Run:
         self.names = [row.name for row in rows]
         self.layers = [history.layers[column] for column in self.columns]
         self._fields: dict[str, Array] = {}
+        self._formats: dict[str, dict[str, Array]] = {}
         n_blocks = max(1, min(len(history) // window, _MAX_BLOCKS))
         self.blocks = np.array_split(np.arange(len(history)), n_blocks)
 
@@ -46,6 +48,21 @@ class Run:
         if field not in self._fields:
             self._fields[field] = self.history[field][:, self.columns]
         return self._fields[field]
+
+    def of_format(self, name: str) -> dict[str, Array]:
+        """What `History.quantization` has but counts, ``(S, L)`` each, which is kept.
+
+        NaN where there was nothing but zeros to keep.
+        """
+        if name not in self._formats:
+            fields = self.history.quantization(name)
+            has_values = fields["nonzero"] > 0
+            self._formats[name] = {
+                field: np.where(has_values, x, math.nan)[:, self.columns]
+                for field, x in fields.items()
+                if field not in QUANTIZATION_COUNTS
+            }
+        return self._formats[name]
 
     @property
     def places(self) -> Array:

@@ -17,7 +17,7 @@ from torch import distributed as dist
 from gradstat.arrays import Array
 from gradstat.bins import Bins
 from gradstat.choices import one_of
-from gradstat.formats import Format, check_formats, parse_format
+from gradstat.formats import Format, asked_formats, parse_format
 from gradstat.history import archive, merge, rank_directories
 from gradstat.history.copies import told_of_replicas
 from gradstat.history.layout import Layout
@@ -88,8 +88,7 @@ class History:
         self.layers = [str(row) for row in self.rows]
         self.kinds = [row.kind for row in self.rows]
         self.bins = bins
-        has_none = isinstance(formats, tuple | list) and not formats
-        self.formats = [] if has_none else [x.name for x in check_formats("History", formats)]
+        self.formats = [each.name for each in asked_formats("History", formats)]
         # Which ranks of a distributed run hold the same values of a layer, as in `Records`.
         self.origins = np.full(len(self.layers), OWN)
         self.layout: Layout | None = None

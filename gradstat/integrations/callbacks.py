@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from gradstat.choices import one_of
-from gradstat.formats import check_formats
+from gradstat.formats import asked_formats
 from gradstat.history import History
 from gradstat.kinds import GRAD, GRAD_OUTPUT
 from gradstat.recording.options import EVERYTHING
@@ -45,8 +45,7 @@ class Watching:
                     f"WatchCallback() needs options of watch(), {one_of(name, _OPTIONS)}; got "
                     f"{name}={options[name]!r}"
                 )
-        if "formats" in options and options["formats"] not in ((), []):
-            check_formats("WatchCallback", options["formats"])
+        asked_formats("WatchCallback", options.get("formats", ()))
         if options.get("sink") is not None and not callable(options["sink"]):
             raise TypeError(f"WatchCallback() needs a function; sink is {options['sink']!r}")
         self._options = options

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from gradstat.bins import Bins, Log2Bins
 from gradstat.diagnosis.alerts import Alert, Alerts
-from gradstat.formats import Format, check_formats
+from gradstat.formats import Format, asked_formats
 from gradstat.history import History
 from gradstat.history.journal import Journal
 from gradstat.history.rank_directories import own_directory
@@ -206,8 +206,7 @@ def watch(
     if stream not in ("current", "side"):
         raise ValueError(f"watch() needs one of current, side; stream is {stream!r}")
     check_engine("watch", engine)
-    has_none = isinstance(formats, tuple | list) and not formats
-    parsed = [] if has_none else check_formats("watch", formats)
+    parsed = asked_formats("watch", formats)
     if not isinstance(scaler, GradScaler | None):
         raise TypeError(f"watch() needs a torch.amp.GradScaler; scaler is {type(scaler).__name__}")
     kinds = check_what(what, when, optimizer, scheme, modules)

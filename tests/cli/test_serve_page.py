@@ -155,13 +155,19 @@ def test_page_keeps_its_place_when_the_run_is_thinned(
         assert "4 records together" in page.locator("#map-hint").inner_text()
 
 
-def test_page_opens_on_the_first_finding_once(
-    look: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> list[Finding]:
+    """What is found in each run, at once."""
     found: list[Finding] = []
     monkeypatch.setattr("gradstat.report.live_run.diagnose", lambda history: list(found))
     monkeypatch.setattr("gradstat.report.live_run._FINDINGS_S", 0.0)
     monkeypatch.setattr("gradstat.report.live_run._FINDINGS_SHARE", 1.0)
+    return found
+
+
+def test_page_opens_on_the_first_finding_once(
+    look: Look, tmp_path: Path, found: list[Finding]
+) -> None:
     with serving(tmp_path / "run.npz") as server:
         page = look(server.address)
         shown = []
@@ -176,12 +182,8 @@ def test_page_opens_on_the_first_finding_once(
 
 
 def test_live_page_does_not_open_on_a_note(
-    look: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    look: Look, tmp_path: Path, found: list[Finding]
 ) -> None:
-    found: list[Finding] = []
-    monkeypatch.setattr("gradstat.report.live_run.diagnose", lambda history: list(found))
-    monkeypatch.setattr("gradstat.report.live_run._FINDINGS_S", 0.0)
-    monkeypatch.setattr("gradstat.report.live_run._FINDINGS_SHARE", 1.0)
     with serving(tmp_path / "run.npz") as server:
         page, shown = look(server.address), []
         for steps, severity in ((4, "note"), (6, "severe")):

@@ -12,6 +12,7 @@ import gradstat
 from gradstat import History, Log2Bins
 from gradstat.cli import main
 from gradstat.diagnosis.narrow_formats import layer_fits
+from gradstat.diagnosis.run import Run
 from gradstat.kinds import Row
 from gradstat.quantized import PACKED, packed
 
@@ -103,9 +104,9 @@ def test_layer_fits_are_those_of_the_worst_window() -> None:
     scales[3] = 1e-9
     scales[25:40] = [1e-9] * 15
     steps = [[normal(i, scale)] for i, scale in enumerate(scales)]
-    (early,) = layer_fits(recorded(steps[:20], ROWS[:1]), 20)
+    (early,) = layer_fits(Run(recorded(steps[:20], ROWS[:1]), 20, None))
     assert early.fits["float8_e5m2"].underflow < 0.01
-    (whole,) = layer_fits(recorded(steps, ROWS[:1]), 20)
+    (whole,) = layer_fits(Run(recorded(steps, ROWS[:1]), 20, None))
     assert whole.fits["float8_e5m2"].underflow == 1.0
     assert whole.fits["mxfp8_e4m3"].snr > 20
     assert whole.fits["mxfp8_e4m3"].scales[0] < -30
@@ -128,7 +129,7 @@ def test_layers_without_values_say_nothing_of_a_format(
     h = recorded(steps, rows)
     (note,) = [each for each in h.diagnose() if each.kind == "narrowest format"]
     assert note.sentence == "To keep 20 dB of each layer: float8_e5m2 for all gradients."
-    assert [each.layer for each in layer_fits(h, 1)] == ["a"]
+    assert [each.layer for each in layer_fits(Run(h, 1, None))] == ["a"]
     h.save(tmp_path / "run.npz")
     assert main(["formats", "--scales", str(tmp_path / "run.npz")]) == 0
     text = capsys.readouterr().out
