@@ -14,6 +14,7 @@ from histories import make_history
 
 from gradstat import Log2Bins
 from gradstat.cli.run_list import RunList
+from gradstat.cli.runs import run_name
 from gradstat.cli.server import Server
 from gradstat.history.journal import Journal
 
@@ -318,3 +319,14 @@ def test_server_at_the_usual_port_is_asked_without_it(
     assert raw(server, without) == "HTTP/1.1 403 Forbidden"
     monkeypatch.setattr("gradstat.cli.server._USUAL_PORT", server.server_port)
     assert raw(server, without) == "HTTP/1.1 200 OK"
+
+
+def test_listed_names_each_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abcdefgh":
+        make_history(Log2Bins(), 2, 3).save(tmp_path / f"{name}.npz")
+    runs, named = RunList([tmp_path]), []
+    monkeypatch.setattr(
+        "gradstat.cli.run_list.run_name", lambda path: named.append(path) or run_name(path)
+    )
+    assert [line["name"] for line in runs.listed()] == list("abcdefgh")
+    assert len(named) == len(set(named))
