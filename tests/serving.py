@@ -99,7 +99,7 @@ def commanded(path: Path, port: str = "0") -> Iterator[str]:
             process.kill()
 
 
-def wait_for(page: Page, text: str, timeout_ms: float = 10_000) -> None:
+def wait_for(page: Page, text: str, timeout_ms: float = 60_000) -> None:
     """Wait until the line on the run's state begins with a text."""
     page.wait_for_function(
         "(text) => document.querySelector('#live').innerText.trim().startsWith(text)",

@@ -52,15 +52,28 @@ def run(*cells: str) -> tuple[list[str], list[list[dict]]]:
 
 
 def test_live_is_drawn_anew_in_its_own_place() -> None:
+    # Each step waits until the view is drawn anew.
     shown, (outputs,) = run(
-        "w = gradstat.watch(model)\nw.live(every_s=0.2)\ntrain(w, 30, 0.1)\nw.close()"
+        """
+from IPython.display import DisplayHandle
+update, drawn = DisplayHandle.update, []
+DisplayHandle.update = lambda *given: (update(*given), drawn.append(given))
+w = gradstat.watch(model)
+w.live(every_s=0.2)
+end_s = time.monotonic() + 60
+for step in range(4):
+    train(w, 1)
+    while len(drawn) <= step and time.monotonic() < end_s:
+        time.sleep(0.01)
+w.close()
+"""
     )
     assert "0 records" in shown[0]
-    assert len(set(shown)) >= 4
+    assert len(set(shown)) == 6  # at its beginning, after each step and at its end
     assert "Watch, open" in shown[-2]
     # One output, which holds the end of the run.
     (output,) = outputs
-    assert "30 records of 2 layers, steps 0 to 29" in output["data"]["text/html"]
+    assert "4 records of 2 layers, steps 0 to 3" in output["data"]["text/html"]
     assert "Watch, closed" in output["data"]["text/html"]
     assert "loss, " in output["data"]["text/html"]
 
