@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,50 @@ Array: TypeAlias = NDArray[Any]
 
 # Each float32 exponent is an octave; the first holds subnormals, the last nothing finite.
 OCTAVES = np.arange(-127.0, 130.0)
+
+
+class PackedRows(NamedTuple):
+    """Histograms of several tensors as their non-zero counts.
+
+    Args:
+        numbers: int64, how many of them each row has, then bin and count of each.
+        n: rows.
+        bins: of each.
+    """
+
+    numbers: Array
+    n: int
+    bins: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the dense rows."""
+        return self.n, self.bins
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return self.numbers.nbytes
+
+    @property
+    def sizes(self) -> Array:
+        """Entries of each row: int64 ``(N,)``."""
+        return self.numbers[: self.n]
+
+    @property
+    def entries(self) -> Array:
+        """Bin and count of each: int64 ``(E, 2)``."""
+        return self.numbers[self.n :].reshape(-1, 2)
+
+    def dense(self) -> Array:
+        """All rows: int64 ``(N, bins)``."""
+        dense, (indices, values) = np.zeros(self.shape, np.int64), self.entries.T
+        dense[np.repeat(np.arange(self.n), self.sizes), indices] = values
+        return dense
+
+
+# Histograms of several tensors: int64 ``(L, bins)``, or packed.
+Counts: TypeAlias = Array | PackedRows
 
 
 def divide(total: Array, count: Array) -> Array:

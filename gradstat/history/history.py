@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from gradstat.arrays import Array
+from gradstat.arrays import Array, Counts
 from gradstat.bins import Bins
 from gradstat.choices import one_of
 from gradstat.formats import Format, asked_formats, parse_format
@@ -134,7 +134,7 @@ class History:
         step: int,
         integers: Array,
         floats: Array,
-        counts: Array,
+        counts: Counts,
         quantized: Array | None = None,
         *,
         time_s: float | None = None,
@@ -145,7 +145,7 @@ class History:
             step: its number, higher than the last one's.
             integers: int64 ``(L, 8)``, fields as in `Statistics`; kept for a while, not copied.
             floats: float64 ``(L, 8)``; so are they.
-            counts: int64 ``(L, bins)``; so are they.
+            counts: int64 ``(L, bins)``, or packed; so are they.
             quantized: float64 ``(L, F, 10)``, what the F formats would do to each layer, the fields
                 of `gradstat.quantized.PACKED`; by default of none.
             time_s: when it was recorded, in seconds since 1970; by default now.

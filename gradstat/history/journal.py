@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradstat.arrays import Array
+from gradstat.arrays import Array, Counts
 from gradstat.forks import call_after_fork
 from gradstat.history import History, archive, sections
 from gradstat.history.blocks import Link, encode
@@ -119,7 +119,7 @@ class Journal:
         step: int,
         integers: Array,
         floats: Array,
-        counts: Array,
+        counts: Counts,
         quantized: Array | None = None,
         *,
         time_s: float | None = None,
@@ -198,8 +198,7 @@ class Journal:
         if not records:
             none = History(like.rows, like.bins, formats=like.formats).to_records()
             return replace(none, origins=like.origins.copy())
-        steps, times, integers, floats, dense, quantized = zip(*records, strict=True)
-        rows = dense[0] if len(dense) == 1 else np.concatenate(dense)
+        steps, times, integers, floats, counts, quantized = zip(*records, strict=True)
         return Records(
             rows=like.rows,
             layers=like.layers,
@@ -208,7 +207,7 @@ class Journal:
             times=np.array(times),
             integers=np.stack(integers),
             floats=np.stack(floats),
-            counts=SparseRows.empty().followed_by(rows),
+            counts=SparseRows.empty().followed_by(counts),
             origins=like.origins.copy(),
             formats=like.formats,
             quantized=np.stack(quantized),

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[Any]
+from gradstat.arrays import Array, Counts, PackedRows
 
 _SUMMED_ROWS = 2048  # that are dense at a time
 
@@ -50,21 +48,33 @@ class SparseRows:
         """Bytes of memory."""
         return sum(array.nbytes for block in self._blocks for array in block)
 
-    def followed_by(self, rows: Array) -> SparseRows:
-        """These rows and after them dense ones, int64 ``(N, bins)``."""
+    def followed_by(self, records: Sequence[Counts]) -> SparseRows:
+        """These rows and after them those of one record or more."""
+        packed = [each for each in records if isinstance(each, PackedRows)]
+        if len(packed) == len(records):
+            entries = np.concatenate([each.entries for each in packed])
+            sizes = np.concatenate([each.sizes for each in packed])
+            new = SparseRows.narrowed(sizes, entries[:, 0], entries[:, 1], packed[0].bins)
+        else:
+            dense = [x.dense() if isinstance(x, PackedRows) else x for x in records]
+            new = SparseRows.of(dense[0] if len(dense) == 1 else np.concatenate(dense))
+        if before := len(self):
+            new._starts = [*self._starts, before]
+            new._blocks = [*self._blocks, *new._blocks]
+        return new
+
+    @classmethod
+    def of(cls, rows: Array) -> SparseRows:
+        """Those of dense ones, int64 ``(N, bins)``."""
         # Most columns are zero in all rows, and need not be looked at twice.
         used = np.flatnonzero(np.bitwise_or.reduce(rows, axis=0))
         part = rows.take(used, axis=1)
         # NumPy finds what is not zero several times faster in one dimension and among booleans.
         filled = part != 0
         at = np.flatnonzero(filled.ravel())
-        indices, values = used[at % max(1, len(used))], part.ravel()[at]
         sizes = np.count_nonzero(filled, axis=1)
-        both = SparseRows(sizes, *_narrow(indices, values, rows.shape[1]))
-        if before := len(self):
-            both._starts = [*self._starts, before]
-            both._blocks = [*self._blocks, *both._blocks]
-        return both
+        indices = used[at % max(1, len(used))]
+        return cls.narrowed(sizes, indices, part.ravel()[at], rows.shape[1])
 
     def row(self, row: int, bins: int) -> Array:
         """One row, dense: int64 ``(bins,)``."""

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from gradstat.arrays import PackedRows
 from gradstat.bins import Bins, LinearBins, widen
 from gradstat.history import History
 from gradstat.history.union_quantized import union_of
@@ -20,8 +20,8 @@ from gradstat.recording.torch_internals import multiplied
 from gradstat.recording.transfers import Transfer
 from gradstat.results import FLOATS, INTEGERS, Statistics, as_statistics
 
-# Integers, floats and counts of some layers; where formats are measured, what they would do too.
-Rows = tuple[NDArray[Any], ...]
+# Integers, floats and `Counts` of some layers; where formats are measured, what they would do too.
+Rows = tuple[Any, ...]
 
 
 class Launch(NamedTuple):
@@ -81,7 +81,7 @@ def _join(launches: Sequence[Launch]) -> Part:
         take_over(launch.rows, launch.stream)
     if len(launches) > 1:
         indices = tuple(index for launch in launches for index in launch.indices)
-        results = zip(*(launch.rows for launch in launches), strict=True)
+        results = zip(*(dense(launch.rows) for launch in launches), strict=True)
         rows = tuple(torch.cat(tuple(map(torch.as_tensor, each))) for each in results)
     arriving = {kind: Transfer((scale.get(),)) for kind, scale in scales.items()} if scales else {}
     return Part(indices, Transfer(rows), len(launches) == 1, arriving)
@@ -117,6 +117,13 @@ def combine(parts: Sequence[Part], history: History, outputs: frozenset[int]) ->
     return Part(tuple(layers), Transfer(whole), True, {})
 
 
+def dense(rows: Rows) -> Rows:
+    """The same with counts that are not packed."""
+    integers, floats, counts, *others = rows
+    counts = counts.dense() if isinstance(counts, PackedRows) else counts
+    return integers, floats, counts, *others
+
+
 def _joined(bins: Bins, before: Rows, new: Rows) -> Rows:
     """Rows of the same layers, counted together."""
     a, b = (as_statistics(bins, rows[:3]) for rows in (before, new))
@@ -125,7 +132,7 @@ def _joined(bins: Bins, before: Rows, new: Rows) -> Rows:
 
 
 def _unscaled(part: Part, history: History) -> Rows:
-    arrays = part.result.arrays()
+    arrays = dense(part.result.arrays())
     if isinstance(history.bins, LinearBins):
         return arrays
     for kind, scale in part.scales.items():
@@ -155,7 +162,7 @@ def _turns(
     return [(joins, at) for (_, joins), at in turns.items()]
 
 
-def _is_host(x: Tensor | NDArray[Any]) -> bool:
+def _is_host(x: object) -> bool:
     """Whether results are where they are to be sent, so that joining them only costs time."""
     return not isinstance(x, Tensor) or x.is_cpu
 
@@ -194,7 +201,7 @@ class Record(NamedTuple):
         found = whole.result.arrays()
         if len(whole.indices) < n_layers:
             absent, rows = _absent(n_layers, self.history), list(whole.indices)
-            for each, values in zip(absent, found, strict=True):
+            for each, values in zip(absent, dense(found), strict=True):
                 each[rows] = values
             found = absent
         return found

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from gradstat.diagnosis.alerts import Alerts
 from gradstat.history import History
 from gradstat.history.journal import Journal
-from gradstat.recording.arrivals import Record, Rows
+from gradstat.recording.arrivals import Record, Rows, dense
 from gradstat.recording.cuda_graphs import Cadence
 from gradstat.recording.run_writer import RunWriter
 from gradstat.results import Statistics, as_statistics
@@ -83,7 +83,7 @@ class Delivery:
             with self._handing_on, _NOTHING:
                 while self._arrived:
                     step, rows = self._arrived.popleft()
-                    sink(step, as_statistics(self._history.bins, rows[:3]))
+                    sink(step, as_statistics(self._history.bins, dense(rows)[:3]))
         self.tell_alerts()
 
     @property

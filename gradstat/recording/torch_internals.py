@@ -6,24 +6,41 @@ first, by name.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._compile import _disable_dynamo
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.amp import GradScaler
 from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 
-# Keeps hooks out of compiled graphs. Without it torch.compile of a watched model breaks at each of
-# them; `torch._dynamo.disable`, the public name, imports the compiler with gradstat.
-disable_dynamo = _disable_dynamo
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # All batch and instance norms: where their units are is known from it.
 BATCH_NORM = nn.modules.batchnorm._NormBase
+
+
+def disable_dynamo(function: Function) -> Function:
+    """Keep a hook out of compiled graphs: without it torch.compile of a watched model breaks at it.
+
+    `torch._dynamo.disable`, the public name, imports the compiler with gradstat. Its switch takes
+    longer than most hooks, so it is left alone where nothing is compiled.
+    """
+    disabled = _disable_dynamo(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (what the hook is given)
+        if torch.compiler.is_compiling() or get_eval_frame_callback() is not None:
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return cast(Function, call)
 
 
 def call_at_end_of_backward(function: Callable[[], None]) -> None:

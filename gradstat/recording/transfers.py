@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -40,8 +39,8 @@ class Transfer:
             self._event.synchronize()
         return wait
 
-    def arrays(self) -> tuple[NDArray[Any], ...]:
-        """The same as NumPy arrays, once they are there."""
+    def arrays(self) -> tuple[Any, ...]:
+        """The same as arrays, once they are there."""
         if isinstance(self._tensors[0], Tensor):
             self._tensors = tuple([x.numpy() for x in self._tensors])
         return self._tensors

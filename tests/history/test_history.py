@@ -152,15 +152,15 @@ def test_history_packs_a_record_of_gpt2_into_less_than_200_kb(
         size: gradstat.statistics(1e-3 * torch.randn(size, generator=generator)).counts
         for size in set(sizes)
     }
-    rows = SparseRows.empty().followed_by(torch.stack([one[size] for size in sizes]).numpy())
+    rows = SparseRows.empty().followed_by([torch.stack([one[size] for size in sizes]).numpy()])
     assert 20_000 < sum(array.nbytes for array in rows.arrays()) < 200_000
 
 
 def test_sparse_rows_keep_counts_and_bins_too_large_for_the_small_types() -> None:
     dense = np.zeros((2, 70_000), dtype=np.int64)
     dense[0, [0, 69_999]] = 1, 2**40
-    first = SparseRows.empty().followed_by(dense[1:])
-    rows = first.followed_by(dense)
+    first = SparseRows.empty().followed_by([dense[1:]])
+    rows = first.followed_by([dense])
     assert (len(first), len(rows)) == (1, 3)
     for at, expected in enumerate((dense[1], dense[0], dense[1])):
         np.testing.assert_array_equal(rows.row(at, 70_000), expected)

@@ -672,7 +672,7 @@ def test_sparse_rows_are_added_up_and_rearranged() -> None:
         generator.integers(0, 1 << 33, (5000, bins)) * (generator.random((5000, bins)) < 0.05)
         for _ in range(3)
     ]
-    parts = [SparseRows.empty().followed_by(x[:9]).followed_by(x[9:]) for x in dense]
+    parts = [SparseRows.empty().followed_by([x[:9]]).followed_by([x[9:]]) for x in dense]
 
     def as_dense(rows: SparseRows) -> np.ndarray:
         return np.stack([rows.row(at, bins) for at in range(len(rows))])

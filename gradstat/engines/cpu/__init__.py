@@ -6,15 +6,15 @@ Beside a tensor it needs under 1 MB, whatever its strides; results do not depend
 
 from __future__ import annotations
 
-import ctypes
 from array import array
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradstat.arrays import Array
+from gradstat.arrays import Array, Counts, PackedRows
 from gradstat.bins import FLOAT32_MAX, Bins, LinearBins
 from gradstat.engines import reference
 from gradstat.engines.cpu.partials import FIELDS
@@ -25,8 +25,10 @@ from gradstat.engines.cpu.work import (
     FLOATS_ONLY,
     FUSED,
     MAX_SHARED_BINS,
+    NUMBERS,
     SCRATCH_BYTES,
     fill_edges,
+    pack_rows,
     work_on,
 )
 from gradstat.engines.memory import merge_dims, no_storage
@@ -37,51 +39,110 @@ _ITEM = 1 << 16  # elements: enough to hide the taking of an item, few enough to
 _MAX_ITEMS = 2048  # of one tensor: its partials stay under 250 KB
 _ALONE_BELOW = 1 << 18  # elements: waking another thread takes longer than these
 
-_scratches: list[Tensor] = []  # between calls; zero
-
+_MOST = 1 << 19  # numbers of a list's rows: 4 MB, kept between calls
 
 Rows = tuple[Array, Array, Array]  # integers, floats and counts, as of `Statistics`
-Addresses = tuple[int, int, int]  # of these
+
+
+class _Room(NamedTuple):
+    """Memory for the rows of a call, which the next one uses again.
+
+    New memory for them costs more than to measure small tensors.
+
+    Args:
+        rows: int64, as `_rows` has them; zero between calls.
+        packed: the same with the counts packed, as bytes.
+        addresses: of both.
+    """
+
+    rows: Array
+    packed: memoryview
+    addresses: tuple[int, int]
+
+    @classmethod
+    def new(cls) -> _Room:
+        rows, packed = (np.zeros(n * _MOST, np.int64) for n in (1, 2))
+        return cls(rows, packed.data.cast("B"), (rows.ctypes.data, packed.ctypes.data))
+
+
+_scratches: list[tuple[Tensor, int]] = []  # between calls, with their addresses; zero
+_rooms: list[_Room] = []  # between calls
 
 
 def measure(
     tensors: Sequence[Tensor], bins: Bins, low: Tensor | None = None, high: Tensor | None = None
 ) -> Statistics:
     """Statistics of each tensor of a list on the CPU, as `reference.measure`."""
-    return as_statistics(bins, measure_rows(tensors, bins, low, high))
+    return as_statistics(bins, _dense_rows(tensors, bins, low, high))
 
 
 def measure_rows(
     tensors: Sequence[Tensor], bins: Bins, low: Tensor | None = None, high: Tensor | None = None
-) -> Rows:
-    """The same as arrays: a history keeps them, and tensors take long to make."""
+) -> tuple[Array, Array, Counts]:
+    """The same as arrays: a history keeps them, and tensors take long to make.
+
+    Each NumPy call costs a training step more than to measure a small gradient: there are few.
+    """
     n, n_bins = len(tensors), bins.bins
-    n_integers, n_floats = n * len(INTEGERS), n * len(FLOATS)
-    memory = np.zeros(n_integers + n_floats + n * n_bins, np.int64)
-    # In a third of the time of memory.__array_interface__.
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory.data))
-    addresses = address, address + 8 * n_integers, address + 8 * (n_integers + n_floats)
-    integers = memory[:n_integers].reshape(n, len(INTEGERS))
-    floats = memory[n_integers : n_integers + n_floats].view(np.float64).reshape(n, len(FLOATS))
-    rows = integers, floats, memory[n_integers + n_floats :].reshape(n, n_bins)
+    if n * (n_bins + NUMBERS) > _MOST:
+        return _dense_rows(tensors, bins, low, high)
+    room = _rooms.pop() if _rooms else _Room.new()
+    address, packed = room.addresses
+    _measure_into(room.rows, address, tensors, bins, low, high)
+    length = pack_rows()(address, n, n_bins, packed)
+    memory = bytearray(room.packed[: 8 * length])
+    _rooms.append(room)
+    integers = np.ndarray((n, len(INTEGERS)), np.int64, memory)
+    floats = np.ndarray((n, len(FLOATS)), np.float64, memory, integers.nbytes)
+    start = n * NUMBERS
+    counts = np.ndarray((length - start,), np.int64, memory, 8 * start)
+    return integers, floats, PackedRows(counts, n, n_bins)
+
+
+def _dense_rows(
+    tensors: Sequence[Tensor], bins: Bins, low: Tensor | None, high: Tensor | None
+) -> Rows:
+    memory = np.zeros(len(tensors) * (NUMBERS + bins.bins), np.int64)
+    _measure_into(memory, memory.ctypes.data, tensors, bins, low, high)
+    return _rows(memory, len(tensors), bins.bins)
+
+
+def _rows(memory: Array, n: int, n_bins: int) -> Rows:
+    """All integers, then all floats, then all counts."""
+    integers, floats = memory[: n * NUMBERS].reshape(2, n, len(INTEGERS))
+    counts = memory[n * NUMBERS : n * (NUMBERS + n_bins)]
+    return integers, floats.view(np.float64), counts.reshape(n, n_bins)
+
+
+def _measure_into(
+    memory: Array,
+    address: int,
+    tensors: Sequence[Tensor],
+    bins: Bins,
+    low: Tensor | None,
+    high: Tensor | None,
+) -> None:
+    """Write the rows of tensors to memory that is zero."""
     tables: dict[torch.dtype, _Table] = {}
     is_linear = isinstance(bins, LinearBins)
     for row, x in enumerate(tensors):
         table = tables.get(x.dtype)
         if table is None:
-            table = tables[x.dtype] = _Table(x.dtype, is_linear, n_bins, (memory, addresses))
+            table = tables[x.dtype] = _Table(x.dtype, is_linear)
         table.append(row, x)
     is_automatic = is_linear and low is None
+    n, n_bins = len(tensors), bins.bins
+    to = address, address + 8 * n * len(INTEGERS), address + 8 * n * NUMBERS, n_bins
     for table in tables.values():
-        table.run(FLOATS_ONLY if is_automatic else FUSED, low, high)
+        table.run(FLOATS_ONLY if is_automatic else FUSED, to, low, high)
     if isinstance(bins, LinearBins) and is_automatic:
+        rows = _rows(memory, n, n_bins)
         if bins.nice:
-            low, high = _nice_range(bins, floats)
+            low, high = _nice_range(bins, rows[1])
         for table in tables.values():
-            table.run(COUNTS_ONLY, low, high)
+            table.run(COUNTS_ONLY, to, low, high)
         if torch.float64 in tables:
             _measure_again_beyond_float32(tensors, bins, rows)
-    return rows
 
 
 @keeps_subnormals
@@ -104,7 +165,7 @@ def histogram(
     x: Tensor, bins: Bins, low: Tensor | None, high: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Counts and edges of one tensor, as `measure` and `Bins.edges` have them."""
-    _, floats, counts = measure_rows([x], bins, low, high)
+    _, floats, counts = _dense_rows([x], bins, low, high)
     start, end = floats[0, -2:].tolist()  # the last of `FLOATS`
     if isinstance(bins, LinearBins) and max(-start, end) <= FLOAT32_MAX:
         edges = torch.empty(bins.bins + 1, dtype=torch.float64, device="cpu")
@@ -117,12 +178,8 @@ def histogram(
 class _Table:
     """The tensors of one dtype as a work table, see `work`, and what must live as long as it."""
 
-    def __init__(
-        self, dtype: torch.dtype, is_linear: bool, n_bins: int, memory: tuple[Array, Addresses]
-    ) -> None:
+    def __init__(self, dtype: torch.dtype, is_linear: bool) -> None:
         self._work = work_on(dtype, is_linear)
-        self._n_bins = n_bins
-        self._memory, self._addresses = memory
         self._held: list[object] = []
         self._lines: list[int] = []
         self._items = self._numel = 0
@@ -149,36 +206,40 @@ class _Table:
         self._numel += numel
         self._held.append(x)
 
-    def run(self, stage: int, low: Tensor | None, high: Tensor | None) -> None:
-        """Do a stage of the work: threads share the items, then the rows are made."""
+    def run(
+        self, stage: int, to: tuple[int, int, int, int], low: Tensor | None, high: Tensor | None
+    ) -> None:
+        """Do a stage of the work: threads share the items, then the rows are made.
+
+        Args:
+            stage: see `work`.
+            to: addresses of integers, floats and counts, and how many bins there are.
+            low: ends of the ranges.
+            high: likewise.
+        """
         if not self._partials:
             self._partials = array("d", bytes(8 * FIELDS * self._items))
-        low = None if low is None else low.contiguous()
-        high = None if high is None else high.contiguous()
-        head = (
-            0,
-            len(self._lines) // COLUMNS,
-            self._items,
-            self._partials.buffer_info()[0],
-            *self._addresses,
-            self._n_bins,
-            0 if low is None else low.data_ptr(),
-            0 if high is None else high.data_ptr(),
-        )
-        end = (0, 0, 0, 0, self._items, 0)
-        table = array("q", (*head, *self._lines, *end))
+        ends = 0, 0
+        if low is not None and high is not None:
+            low, high = low.contiguous(), high.contiguous()
+            ends = low.data_ptr(), high.data_ptr()
+        n, items = len(self._lines) // COLUMNS, self._items
+        head = 0, n, items, self._partials.buffer_info()[0], *to, *ends
+        table = array("q", (*head, *self._lines, 0, 0, 0, 0, items, 0))
 
         def share(is_last: bool = False) -> None:
             _ = self, low, high  # whose memory the table has the addresses of
-            try:
-                scratch = _scratches.pop()
-            except IndexError:  # all are in use
-                scratch = torch.zeros(SCRATCH_BYTES, dtype=torch.uint8, device="cpu")
-            self._work(table.buffer_info()[0], stage, is_last, scratch.data_ptr())
+            scratch = _scratches.pop() if _scratches else _new_scratch()
+            self._work(table.buffer_info()[0], stage, is_last, scratch[1])
             _scratches.append(scratch)
 
-        if self._numel >= _ALONE_BELOW and self._n_bins <= MAX_SHARED_BINS:
+        if self._numel >= _ALONE_BELOW and to[-1] <= MAX_SHARED_BINS:
             threads = count_threads()
             if threads > 1:
                 run_together(share, threads)
         share(is_last=True)
+
+
+def _new_scratch() -> tuple[Tensor, int]:
+    scratch = torch.zeros(SCRATCH_BYTES, dtype=torch.uint8, device="cpu")
+    return scratch, scratch.data_ptr()

@@ -42,6 +42,9 @@ COLUMNS = 6
 # What to do: floats and counts in one sweep, or one after the other where the range comes between.
 FUSED, FLOATS_ONLY, COUNTS_ONLY = range(3)
 
+NUMBERS = 2 * 8  # integers and floats of a row
+PACKED_AT_ONCE = 64  # counts that are looked at together, most of which are zero
+
 SCRATCH_BYTES = counters.COUNTER_BYTES + 8 * FIELDS + 8 * BLOCK
 MAX_SHARED_BINS = counters.MAX_SLOTS - 2  # more are counted straight into a row
 
@@ -241,3 +244,45 @@ def fill_edges() -> Callable[[float, float, int, int], None]:
             out[edge] = np.float64(slots.from_ordered(reached)) + 0.0
 
     return keeps_subnormals(compile_entry(edges, "linear", "void(float64, float64, int64, int64)"))
+
+
+@functools.cache
+def pack_rows() -> Callable[[int, int, int, int], int]:
+    """The compiled function that takes rows out of memory, which is zero then."""
+
+    def pack(source: int, n: int, bins: int, target: int) -> int:
+        """Pack rows: their integers and floats as they are, and of the counts those above zero.
+
+        Args:
+            source: address of int64, numbers and counts of the rows.
+            n: how many rows.
+            bins: of each.
+            target: address of the same numbers, of how many counts follow for each row, and of
+                these, each with its bin before it.
+
+        Returns:
+            How many int64 are in it.
+        """
+        rows, packed = pointer(source, np.int64), pointer(target, np.int64)
+        sizes = n * NUMBERS
+        for j in range(sizes):
+            packed[j] = rows[j]
+            rows[j] = 0
+        end = sizes + n
+        for row in range(n):
+            counts, before = after(rows, sizes + row * bins), end
+            for start in range(0, bins, PACKED_AT_ONCE):
+                stop = min(start + PACKED_AT_ONCE, bins)
+                filled = np.int64(0)
+                for j in range(start, stop):
+                    filled |= counts[j]
+                if filled != 0:
+                    for j in range(start, stop):
+                        if counts[j] != 0:
+                            packed[end], packed[end + 1] = j, counts[j]
+                            counts[j] = 0
+                            end += 2
+            packed[sizes + row] = (end - before) // 2
+        return end
+
+    return compile_entry(pack, "rows", "int64(int64, int64, int64, int64)")
