@@ -20,10 +20,12 @@ from conftest import ROOT
 
 import gradstat
 from gradstat import LinearBins, Log2Bins, Statistics
+from gradstat.arrays import PackedRows
 from gradstat.bins import Bins
 from gradstat.engines import cpu
 from gradstat.engines.cpu import compiling, pool
 from gradstat.engines.cpu.work import MAX_SHARED_BINS
+from gradstat.ops import known_range
 
 measure = functools.partial(gradstat.statistics, engine="cpu")
 
@@ -89,6 +91,42 @@ def test_measure_is_safe_from_several_threads(bins: Bins, generator: torch.Gener
                 assert_identical(call.result(), expected[i])
     finally:
         sys.setswitchinterval(interval)
+
+
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(7), LinearBins(90_000, -1, 1)], ids=repr)
+@pytest.mark.parametrize("names", [("_scratches", "_rooms"), ()], ids=["contended", "free"])
+def test_measure_rows_is_measure_without_the_empty_bins(
+    bins: Bins, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    class Contended(list[object]):
+        """Another thread has always just taken the last one."""
+
+        def __bool__(self) -> bool:
+            return True
+
+        def append(self, _: object) -> None: ...
+
+    for name in names:
+        monkeypatch.setattr(cpu, name, Contended())
+    for n in (6, 1, 3):  # what one call has left is nothing to the next
+        tensors = [torch.randn(10**i, generator=generator) for i in range(n)]
+        tensors[0] = tensors[0].double()
+        low, high = known_range(bins, tensors[0].device, n)
+        integers, floats, counts = cpu.measure_rows(tensors, bins, low, high)
+        expected = measure(tensors, bins)
+        assert isinstance(counts, PackedRows) == (n * bins.bins < 2**19)
+        dense = counts.dense() if isinstance(counts, PackedRows) else counts
+        assert_identical(
+            Statistics(bins, *map(torch.from_numpy, (integers, floats, dense))), expected
+        )
+
+
+def test_measure_rows_after_a_refusal_starts_afresh() -> None:
+    x = torch.arange(10.0)
+    with pytest.raises(ValueError, match="has no storage"):
+        cpu.measure_rows([x, torch.empty(3, device="meta")], Log2Bins())
+    _, _, counts = cpu.measure_rows([x, x], Log2Bins())
+    assert counts.dense().sum(1).tolist() == [10, 10]
 
 
 def test_measure_takes_new_scratch_when_another_thread_took_the_last(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gradstat import History, LinearBins, Log2Bins, plot
+from gradstat.arrays import PackedRows
 from gradstat.bins import Bins
 from gradstat.history.records import Records
 from gradstat.results import FLOATS, INTEGERS
@@ -23,9 +24,15 @@ def append(history: History, step: int) -> None:
     integers = np.zeros((len(LAYERS), len(INTEGERS)), np.int64)
     integers[:, :2] = marks[:, None]  # all elements, and all of them finite
     floats = np.repeat(marks[:, None].astype(np.float64), len(FLOATS), 1)
-    counts = np.zeros((len(LAYERS), history.bins.bins), np.int64)
-    counts[np.arange(len(LAYERS)), marks % history.bins.bins] = marks
-    history.append(step, integers, floats, counts)
+    bins, places = history.bins.bins, marks % history.bins.bins
+    counts = np.zeros((len(LAYERS), bins), np.int64)
+    counts[np.arange(len(LAYERS)), places] = marks
+    entries = np.stack([places, marks], 1).ravel()
+    packed = PackedRows(np.append(np.ones(len(LAYERS), np.int64), entries), len(LAYERS), bins)
+    assert (packed.dense() == counts).all()
+    # They come packed for hundreds of steps, not so for hundreds, and in turns.
+    is_packed = step % 400 < 100 if step % 2 else step % 1000 < 500
+    history.append(step, integers, floats, packed if is_packed else counts)
 
 
 def check(records: Records) -> None:

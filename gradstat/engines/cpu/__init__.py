@@ -86,7 +86,10 @@ def measure_rows(
     n, n_bins = len(tensors), bins.bins
     if n * (n_bins + NUMBERS) > _MOST:
         return _dense_rows(tensors, bins, low, high)
-    room = _rooms.pop() if _rooms else _Room.new()
+    try:
+        room = _rooms.pop()
+    except IndexError:  # all are in use
+        room = _Room.new()
     address, packed = room.addresses
     _measure_into(room.rows, address, tensors, bins, low, high)
     length = pack_rows()(address, n, n_bins, packed)
@@ -229,7 +232,10 @@ class _Table:
 
         def share(is_last: bool = False) -> None:
             _ = self, low, high  # whose memory the table has the addresses of
-            scratch = _scratches.pop() if _scratches else _new_scratch()
+            try:
+                scratch = _scratches.pop()
+            except IndexError:
+                scratch = _new_scratch()
             self._work(table.buffer_info()[0], stage, is_last, scratch[1])
             _scratches.append(scratch)
 
