@@ -103,6 +103,7 @@ def _item(
     line: Pointer,
     first: Pointer,
     item: int,
+    next_item: int,
     stage: int,
     within: slots.Range,
     partial: Pointer,
@@ -112,10 +113,12 @@ def _item(
 ) -> None:
     """Go through an item of the tensor that begins at ``first``, block by block.
 
-    ``known`` is room for a block's partial, ``raw`` for elements that do not lie side by side.
+    ``next_item`` is this thread's, ``known`` is room for a block's partial, ``raw`` for elements
+    that do not lie side by side.
     """
     start = (item - line[FIRST]) * line[ITEM]
     stop = min(line[NUMEL], start + line[ITEM])
+    skipped = (next_item - item - 1) * line[ITEM]
     if stage == COUNTS_ONLY:
         known = partial
     else:
@@ -137,7 +140,8 @@ def _item(
         if slot >= 0 and to.mode != counters.STRAIGHT:
             to.totals[slot] += size
         else:
-            counters.count(x, size, within, plain, to, after(first, begin + BLOCK))
+            ahead = begin + BLOCK if begin + BLOCK < stop else stop + skipped
+            counters.count(x, size, within, plain, to, after(first, ahead))
 
 
 @inlined
@@ -189,8 +193,9 @@ def _make_work(element: object, is_linear: bool) -> Work:
                 within = slots.linear_range(low, high, head[BINS])
             while item < line[COLUMNS + FIRST]:
                 partial = after(parts, item * FIELDS)
-                _item(line, first, item, stage, within, partial, total, raw, to)
-                item = atomic_add(head, 1)
+                next_item = atomic_add(head, 1)
+                _item(line, first, item, next_item, stage, within, partial, total, raw, to)
+                item = next_item
             if to.mode != counters.STRAIGHT and stage != FLOATS_ONLY:
                 counters.empty(within, to)
         if is_last:
