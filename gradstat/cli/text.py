@@ -21,11 +21,9 @@ from gradstat.kinds import GRAD, NOUNS
 
 Item = TypeVar("Item")
 
-_NEWEST = ("rms", "abs_max", "numel", "finite", "zeros")  # fields that `newest` shows
 MOST_LAYERS = 24
 _BAR = 12  # characters
 _LATE = 20  # values whose median says where a series is now
-_MOST_LINES = 10  # layers that a figure's key has room for
 
 
 def heading(name: str, history: History) -> str:
