@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Who reads has read enough, as in `gradstat diagnose RUN | head`.
+        # The reader has read enough, as in `gradstat diagnose RUN | head`.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from gradstat.version import __version__
 
 HELP = "show versions, engines, and what will run where; or what a run has logged"
 _PACKAGES = ("torch", "triton", "numba", "numpy", "matplotlib", "pandas", "pyarrow")
-# Of NVIDIA's driver, of that of Windows under WSL, of Jetson's, and of AMD's.
+# Devices of the drivers of NVIDIA, of Windows under WSL, of Jetson, and of AMD.
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap", "/dev/kfd")
 
 
@@ -60,7 +60,7 @@ def environment() -> str:
 
 
 def _devices() -> list[str]:
-    """Name of each CUDA or ROCm device. Importing PyTorch takes a second: without a driver, not."""
+    """Name of each CUDA or ROCm device. Without a driver PyTorch, a second, is not imported."""
     has_driver = sys.platform != "linux" or any(Path(driver).exists() for driver in _DRIVERS)
     if not has_driver and "torch" not in sys.modules:
         return []
