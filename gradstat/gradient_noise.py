@@ -59,15 +59,15 @@ def noise_scale(
         decay: of the averages, from one record to the next; 0 takes each step for itself.
 
     Returns:
-        A NoiseScale, of the layers and steps that both histories have: NaN in steps where a layer
-        is absent or not finite, and where its averages are no estimate, the noise being negative
-        or the squared gradient not positive.
+        A NoiseScale, of the layers and steps that both histories have. It is NaN in steps where a
+        layer is absent or not finite, and where the averages are no estimate, because the noise is
+        negative or the squared gradient is not positive.
 
     Raises:
-        TypeError: what is no History, or no number.
+        TypeError: an argument that is no History or no number.
         ValueError: histories without records, or with no gradients of a layer or no steps in
-            common; sparse gradients of other elements; batches that are not positive, or of which
-            the big one is not larger; a scale that is not positive; a decay outside 0 to 1.
+            common; sparse gradients of other elements; batches that are not positive; a big batch
+            that is not larger; a scale that is not positive; a decay outside 0 to 1.
 
     Example:
         >>> import torch, gradstat
@@ -112,7 +112,7 @@ def noise_scale(
             f"small has {small_numel[step, layer]} of {layers[layer]}, big {numel[step, layer]}"
         )
     with np.errstate(over="ignore", invalid="ignore"):  # no estimate, which is NaN
-        # Of several ranks together the mean square is that of one.
+        # The mean square of merged ranks is that of one rank.
         small_squares = numel * (scale * _mean_norm(small, steps, layers)) ** 2
         big_squares = numel * _mean_norm(big, steps, layers) ** 2
         signal = (big_batch * big_squares - small_batch * small_squares) / (big_batch - small_batch)
@@ -168,11 +168,11 @@ def _mean_norm(history: History, steps: Array, layers: list[str]) -> Array:
 
 
 def _ratio(noise: Array, signal: Array, decay: float) -> Array:
-    """Moving averages of the one over those of the other, along the steps.
+    """Moving average of the noise over that of the signal, along the steps.
 
     Args:
         noise: float64 ``(S, N)``, NaN where nothing is known.
-        signal: so is it.
+        signal: likewise.
         decay: of the averages.
     """
     is_known = ~np.isnan(noise + signal)
@@ -180,7 +180,7 @@ def _ratio(noise: Array, signal: Array, decay: float) -> Array:
     averages = np.zeros((2, noise.shape[1]))
     for step, known in enumerate(is_known):
         new = np.stack([noise[step], signal[step]])
-        # Both begin at zero, which is nothing to their ratio.
+        # Both begin at zero, a bias that their ratio does not have.
         averages = np.where(known, decay * averages + (1 - decay) * new, averages)
         is_estimate = known & (averages[0] >= 0) & (averages[1] > 0)
         np.divide(averages[0], averages[1], out=ratio[step], where=is_estimate)

@@ -1,14 +1,14 @@
 """A `History` as a table: a row for each step, kind and layer, for pandas, Parquet and CSV.
 
-Columns are ``step``, ``kind``, ``layer``, which together name a row, every field of `Statistics`,
-and the histogram as three lists of one length, of the bins that are not empty: ``bin_low``,
-``bin_high`` and ``bin_count``. The kind is ``"grad"`` for gradients, or another one that `watch`
-was told to record; the layer a parameter's or a module's name. What was logged comes after all
-records: a row for each value, of kind ``"scalar"`` and with its name as the layer, the statistics
-being those of one element. Where narrow formats were measured, each has the columns of
+The columns ``step``, ``kind`` and ``layer`` together name a row. Then comes every field of
+`Statistics`, and the histogram as three lists of one length, for the bins that are not empty:
+``bin_low``, ``bin_high`` and ``bin_count``. The kind is ``"grad"`` for gradients, or another one
+that `watch` was told to record; the layer is the name of a parameter or module. Scalars come after
+all records: a row for each value, of kind ``"scalar"``, with its name as the layer and the
+statistics of one element. Narrow formats that were measured have the columns of
 `QUANTIZATION_FIELDS` before the lists, such as ``nvfp4_snr``. A layer without a gradient has a row
-of zero counts, NaN (null in Parquet) and empty lists. In CSV lists are JSON, and NaN and infinities
-empty cells (null within a list).
+of zero counts, NaN (null in Parquet) and empty lists. In CSV, lists are JSON, and NaN and
+infinities are empty cells (null within a list).
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def rows(history: History, progress: Progress | None = None) -> Iterator[Rows]:
 
 
 def _plain(history: History) -> list[str]:
-    """Names of the columns that are no lists."""
+    """Names of the columns before the lists."""
     of_formats = [f"{form}_{name}" for form in history.formats for name in QUANTIZATION_FIELDS]
     return [*COLUMNS[: -len(LISTS)], *of_formats]
 
@@ -200,7 +200,7 @@ def _scalar_rows(name: str, steps: Array, values: Array, names: Sequence[str]) -
         field: (ones | plain | sizes).get(field, np.full(len(steps), math.nan))
         for field in names[1 + len(TEXTS) :]
     }
-    # No histogram, nor anything outside one, nor any format.
+    # There is no histogram, nothing outside one, and no format.
     for field in columns:
         if field in ("below", "above") or (field not in FIELDS and _dtype(field).kind == "i"):
             columns[field] = np.zeros(len(steps))
@@ -219,7 +219,7 @@ def _cells(part: Rows, name: str) -> list[Array]:
 
 
 def _texts(column: Array) -> list[Any]:
-    """Cells of a CSV file; of NaN and infinities, which each reader spells otherwise, empty."""
+    """Cells of a CSV file; empty for NaN and infinities, which each reader spells differently."""
     values: list[Any] = column.tolist()
     if column.dtype.kind == "f":
         values = [repr(value) if math.isfinite(value) else "" for value in values]

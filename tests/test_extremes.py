@@ -11,8 +11,7 @@ from histories import make_history
 
 from gradstat import History, LinearBins, Log2Bins, plot
 from gradstat.bins import FLOAT64_MAX, Bins
-from gradstat.cli import comparison, text
-from gradstat.cli import newest as newest_record
+from gradstat.cli import compare_text, tail_text, text
 from gradstat.plot.data import drawable
 
 SMALLEST = 5e-324
@@ -31,11 +30,11 @@ def extreme_history(case: str, bins: Bins) -> History:
 
 
 def newest(history: History, path: Path) -> object:
-    return newest_record.newest("a run", history)
+    return tail_text.newest("a run", history)
 
 
 def compare(history: History, path: Path) -> object:
-    return comparison.compare({"a": history, "b": history})
+    return compare_text.compare({"a": history, "b": history})
 
 
 def diagnose(history: History, path: Path) -> object:
@@ -91,7 +90,7 @@ def test_newest_draws_bars_in_proportion_to_the_logarithm() -> None:
         3,
         gradient=lambda step, layer: torch.tensor(values[layer], dtype=torch.float64),
     )
-    bars = [line.count("#") for line in newest_record.newest("a run", history).splitlines()[3:6]]
+    bars = [line.count("#") for line in tail_text.newest("a run", history).splitlines()[3:6]]
     assert bars[0] == 12
     assert bars[1] in (6, 7)
     assert bars[2] == 1

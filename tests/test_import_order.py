@@ -36,7 +36,7 @@ READERS_OF_HISTORY = {
     "gradstat.diagnosis",
     "gradstat.tables",
     "gradstat.report",
-    "gradstat.report.fragment",
+    "gradstat.report.notebook",
 }
 
 

@@ -22,7 +22,7 @@ from gradstat.report.live_run import LiveRun
 
 _MOST_SIDE_BY_SIDE = 4
 _FIRST_NUMBER = 1000  # of runs of a directory
-_WRITTEN_S = 60.0  # since when a run was written to that is taken to be going on
+_WRITTEN_S = 60.0  # since the last change; a run is taken to be going on for so long
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Its heading, which may be another one once it is there: of a directory the whole name."""
+        """Its heading, which may change once it is there: a directory's is its whole name."""
         return run_name(self.live.path)
 
 
@@ -52,7 +52,7 @@ class RunList:
     """
 
     def __init__(self, paths: list[Path]) -> None:
-        # Wherever the process is later.
+        # The process may change its directory later.
         self._paths = list(dict.fromkeys(path.absolute() for path in paths))
         self._lock = threading.Lock()
         self._runs = {at: Run(LiveRun(path)) for at, path in enumerate(self._paths)}
@@ -69,7 +69,7 @@ class RunList:
         return run_name(self._paths[0]) if len(self._paths) == 1 else "Runs"
 
     def side_by_side(self) -> list[int]:
-        """Which are shown at first: all, if they were given one by one and are few enough."""
+        """The runs that are shown at first: all, if they were given one by one and are few."""
         given = [self._number(path) for path in self._paths if not _is_directory_of_runs(path)]
         return given if len(given) == len(self._paths) <= _MOST_SIDE_BY_SIDE else []
 
@@ -80,14 +80,14 @@ class RunList:
         return self._runs.get(number)
 
     def name(self, run: Run) -> str:
-        """Its heading; where others have the same, its path."""
+        """The heading of a run, or its path where others have the same heading."""
         return self._headings()[run.live.path]
 
     def listed(self) -> list[dict[str, Any]]:
-        """Of each run that is there or may come: number, name, seconds since it changed, bytes.
+        """Number, name, seconds since the last change, and bytes of each run.
 
-        Of directories those come first that are written, and then the newest; seconds are ``None``
-        where there is nothing yet.
+        Within a directory those that are being written come first, and then the newest. Seconds are
+        ``None`` where there is nothing yet.
         """
         groups = [
             [each for each in path.iterdir() if _is_run(each)]
@@ -100,12 +100,12 @@ class RunList:
         found = []
         for group in groups:
             lines = [_line(numbers[path], headings[path], path) for path in group]
-            # Those that are written keep their places, whichever was written last.
+            # Those that are being written keep their places, whichever changed last.
             found += sorted(lines, key=lambda line: (_minutes(line["quiet"]), line["name"]))
         return found
 
     def _headings(self) -> dict[Path, str]:
-        """Of each run its name; where others have the same, its path."""
+        """The name of each run, or its path where others have the same name."""
         names = {run.live.path: run.name for run in list(self._runs.values())}
         n_of_name = Counter(names.values())
         return {path: name if n_of_name[name] == 1 else str(path) for path, name in names.items()}
@@ -132,12 +132,12 @@ def _line(number: int, name: str, path: Path) -> dict[str, Any]:
 
 
 def _minutes(quiet: float | None) -> float:
-    """Seconds since a run was written to, of those that are written none."""
+    """Seconds since a run was written to; 0 while it is being written."""
     return 0.0 if quiet is None or quiet < _WRITTEN_S else quiet
 
 
 def _files_of(path: Path) -> dict[Path, os.stat_result]:
-    """As `rank_directories.stats_of`; none of a run that goes meanwhile, or may not be read."""
+    """As `rank_directories.stats_of`; none if the run has gone or may not be read."""
     try:
         return rank_directories.stats_of(path)
     except OSError:
@@ -154,7 +154,7 @@ def _stat(path: Path) -> os.stat_result | None:
 def _is_directory_of_runs(path: Path) -> bool:
     if not path.is_dir() or _files_of(path):
         return False
-    # Whether the directory itself can be read is told.
+    # That the directory itself cannot be read is an error.
     return any(_is_run(each) for each in path.iterdir())
 
 
@@ -169,7 +169,7 @@ def _is_run(path: Path) -> bool:
 
 @lru_cache(4096)
 def _is_saved(path: Path, _: int) -> bool:
-    """Whether a file is one of `History.save`, by the names in it, at the time of its change."""
+    """Whether `History.save` wrote a file, by the names in it; asked anew when its time changes."""
     try:
         with opened(path) as file, zipfile.ZipFile(file) as members:
             return "format.npy" in members.namelist()

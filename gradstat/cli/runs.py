@@ -49,7 +49,7 @@ def state(path: Path) -> tuple[int, ...] | None:
 
 
 def read_newest(path: Path) -> History | None:
-    """The records that were written last; none of a directory that is only begun."""
+    """The records that were written last; ``None`` for a directory that is only begun."""
     try:
         return History.from_records(rank_directories.newest(path))
     except CutOffError:

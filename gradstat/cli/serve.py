@@ -7,11 +7,12 @@ import os
 import threading
 from pathlib import Path
 
-_MOST = 65_535
+HELP = "show the report page of runs in a browser of this machine, while they are written"
+_LAST_PORT = 65_535
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Say which runs, and where."""
+    """Add the arguments of the command."""
     parser.add_argument(
         "run_paths",
         metavar="RUN",
@@ -26,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) <= _MOST):
-        raise argparse.ArgumentTypeError(f"needs a number from 0 to {_MOST}; got {text!r}")
+    if not (text.isascii() and text.isdigit() and int(text) <= _LAST_PORT):
+        raise argparse.ArgumentTypeError(f"needs a number from 0 to {_LAST_PORT}; got {text!r}")
     return int(text)
 
 

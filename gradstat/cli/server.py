@@ -82,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
             if match := pattern.fullmatch(path):
                 try:
                     found = answer(self.server.runs, match[1], query)
-                except OSError as error:  # of a directory that cannot be read
+                except OSError as error:  # a directory cannot be read
                     self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, escaped(error))
                     return
                 if found is not None:
@@ -137,7 +137,7 @@ _Answer = tuple[str, str] | None  # kind and text; None: there is none
 
 
 def _first(runs: RunList, _: str, __: _Query) -> _Answer:
-    """Of one run its page, of several or of a directory of them their list."""
+    """The page of a single run, or the list of several."""
     if runs.is_single:
         return _run(runs, "0", {})
     return _HTML, page.render_list(runs.title)

@@ -21,11 +21,9 @@ from gradstat.kinds import GRAD, NOUNS
 
 Item = TypeVar("Item")
 
-_NEWEST = ("rms", "abs_max", "numel", "finite", "zeros")  # fields that `newest` shows
 MOST_LAYERS = 24
 _BAR = 12  # characters
 _LATE = 20  # values whose median says where a series is now
-_MOST_LINES = 10  # layers that a figure's key has room for
 
 
 def heading(name: str, history: History) -> str:
@@ -97,12 +95,12 @@ def findings(found: Sequence[Finding], most: int | None = 3, indent: str = "") -
 
 
 def some(items: Sequence[Item], most: int) -> list[Item]:
-    """At most so many, evenly spread, the first and the last among them."""
+    """At most so many items, evenly spread, the first and the last among them."""
     return [items[i] for i in evenly_spread(len(items), most)]
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns side by side, the first and those that are bars to the left."""
+    """Columns side by side; the first one and bars are aligned to the left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     left = {0} | {i for i in range(len(widths)) if any(row[i].startswith("#") for row in rows)}
     lines = []

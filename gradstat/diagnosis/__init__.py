@@ -8,23 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
+from gradstat.diagnosis.dead_layers import find_absent, find_dead
 from gradstat.diagnosis.dead_units import find_dead_units
 from gradstat.diagnosis.findings import FINDINGS, SEVERITIES, Finding, Severity
 from gradstat.diagnosis.narrow_formats import find_clipped, find_narrowest, find_starved
 from gradstat.diagnosis.nonfinite import find_nonfinite
 from gradstat.diagnosis.outliers import find_outliers
+from gradstat.diagnosis.ranking import put_in_order
 from gradstat.diagnosis.run import Run
 from gradstat.diagnosis.saturation_underflow import find_saturation, find_scale, find_underflow
 from gradstat.diagnosis.spikes import find_all_spikes
 from gradstat.diagnosis.stuck import find_stuck
-from gradstat.diagnosis.symptoms import put_in_order
-from gradstat.diagnosis.vanishing_exploding import (
-    find_absent,
-    find_dead,
-    find_growth,
-    find_low,
-    find_trend,
-)
+from gradstat.diagnosis.vanishing_exploding import find_growth, find_low, find_trend
 from gradstat.history import History
 from gradstat.history.arguments import check_history
 from gradstat.kinds import ACTIVATION, GRAD, UNIT, UPDATE
@@ -55,20 +50,21 @@ _RULES: dict[str | None, tuple[_Rule, ...]] = {
 def diagnose(history: History, thresholds: Thresholds | None = None) -> list[Finding]:
     """Find what is wrong with a run, by its gradients and whatever else was recorded.
 
-    NaN, infinities and what moved before a spike are found in rows of any kind, spikes of the loss
-    where one is logged, layers that do not move among updates, dead units and outliers among
-    activations, and everything else among gradients alone. What began after something sudden comes
-    after it and says so. Layers are taken to lie in
-    the order of their parameters, the first one nearest to the input, as in most models.
-    Saturation, underflow and the range of loss scales are read off histograms over `Log2Bins`, of
-    at most 64 records evenly spread; over `LinearBins` they are left out.
+    NaN, infinities and what moved before a spike are looked for in rows of any kind, and so is what
+    narrow formats would do. Spikes of the loss need a logged loss, layers that do not move need
+    updates, dead units and outliers need activations. Everything else is read off gradients alone.
+    What began after something sudden comes after it and says so. Layers are taken in the order of
+    `History.order`, the first one nearest to the input; without one, in that of the parameters.
+    Saturation and underflow are read off histograms over `Log2Bins`, of at most 64 records evenly
+    spread; over `LinearBins` they are left out.
 
     Args:
         history: with one record at least; several dozen say more than a few.
         thresholds: by default those that healthy runs stay within.
 
     Returns:
-        Findings: severe ones first, then warnings, then notes; before them what they came after.
+        Findings: severe ones first, then warnings, then notes. What a finding came after stands
+        before it.
 
     Raises:
         TypeError: something other than a History, other than Thresholds.

@@ -1,4 +1,4 @@
-"""`Alerts`: tells of what is severe as soon as a record or a loss shows it."""
+"""`Alerts`: calls a function with a finding as soon as a record or a loss shows it."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Alerts:
         found += find_gradient_spikes(run, self._thresholds)
         if len(self._gradients):
             found += find_growth(Run(self._history, run.window, GRAD), self._thresholds)
-        # Of a loss that comes before its record the newest step is its own.
+        # A loss may come before its record: its step is then above the newest one.
         newest = int(run.steps[-1])
         return [each for each in found if each.steps[1] >= newest]
 

@@ -12,7 +12,9 @@ from gradstat.diagnosis.run import median
 
 WINDOW, _LEAST = 32, 10  # values before one that say where it should be
 _CELLS = 1 << 16  # looked at together
-_TO_DEVIATIONS = 1.4826  # of a median absolute deviation, in a normal distribution
+_TO_DEVIATIONS = (
+    1.4826  # times the median absolute deviation is the standard deviation of a normal distribution
+)
 _SHIFTED = 3 * WINDOW  # values outside it that make a new level
 
 
@@ -36,7 +38,7 @@ class Spike:
 
 
 def log(x: Array) -> Array:
-    """Natural logarithm; NaN, as of what is not known, where there is nothing to compare."""
+    """Natural logarithm; NaN for zero, as for what is not known: it compares with nothing."""
     with np.errstate(divide="ignore", invalid="ignore"):
         logarithm: Array = np.log(x)
     logarithm[x == 0] = math.nan
@@ -107,9 +109,9 @@ def find_spikes(x: Array, floor: float, deviations: float) -> list[Spike]:
         if begin < end:
             continue
         after = x[begin:]
-        # Where too little comes before to have a band, what is finite is inside it.
+        # Where too little comes before to have a band, every finite value is inside.
         inside = ~np.isinf(after) if np.isnan(top[begin]) else after <= top[begin]
-        # Two in a row: what is not known says nothing.
+        # Two in a row, of which the second may be unknown.
         settled = np.flatnonzero(inside & np.append(inside | np.isnan(after), True)[1:])
         length = int(settled[0]) if len(settled) else len(after)
         end = begin + min(length, _SHIFTED)

@@ -39,7 +39,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class LayerFits:
-    """Of a row of a history each format's `Fit`.
+    """The `Fit` of each format to a row of a history.
 
     Args:
         row: the row.
@@ -63,7 +63,7 @@ class LayerFits:
 
 
 def layer_fits(run: Run) -> list[LayerFits]:
-    """Of each row that had values other than zero, what each format would have done at its worst.
+    """What each format would have done at its worst to each row with values other than zero.
 
     Args:
         run: all rows of a history with one record at least.
@@ -94,7 +94,7 @@ def layer_fits(run: Run) -> list[LayerFits]:
 def recommendation(
     layers: Sequence[LayerFits], formats: Sequence[str], thresholds: Thresholds
 ) -> str:
-    """In one sentence, the narrowest format for the layers of each kind, and what it is not for."""
+    """One sentence: the narrowest format for the layers of each kind, and which layers it fails."""
     parts = []
     for kind in dict.fromkeys(each.row.kind for each in layers):
         of_kind = [each for each in layers if each.row.kind == kind]
@@ -132,7 +132,8 @@ def find_starved(run: Run, thresholds: Thresholds) -> list[Finding]:
 def find_clipped(run: Run, thresholds: Thresholds) -> list[Finding]:
     """Formats without scales of blocks that many of a layer's values are too large for.
 
-    The scales of blocks follow the values; what a power of two clips, an eighth at most, is in SNR.
+    The scales of blocks follow the values. A power of two clips an eighth
+    at most, which the SNR counts.
     """
     said = "is too narrow for {share} of {layer}'s {noun}, which would be clipped"
     return _exceeding(run, "clipped", "saturated", thresholds.clipped_share, said)
@@ -145,7 +146,7 @@ def find_narrowest(run: Run, thresholds: Thresholds) -> list[Finding]:
     if not layers:
         return []
     worst = min(layers, key=lambda each: each.worst)
-    # Of a format that keeps all there is no number.
+    # A format that keeps everything has an infinite SNR, which is left out.
     numbers = {name: fit.snr for name, fit in worst.fits.items() if math.isfinite(fit.snr)}
     steps = int(run.steps[0]), int(run.steps[-1])
     sentence = recommendation(layers, history.formats, thresholds)
@@ -188,7 +189,7 @@ def _percent(share: float) -> str:
 
 
 def _over_blocks(values: Array, blocks: Sequence[Array]) -> Array:
-    """Medians of each block's records, ``(B, L)``; where there are none, as over the others."""
+    """Medians of each block's records, ``(B, L)``; the least of the others where there are none."""
     medians = np.stack([median(values[block]) for block in blocks])
     known = np.fmin.reduce(medians)
     return np.where(np.isnan(medians), known, medians)

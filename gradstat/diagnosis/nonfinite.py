@@ -1,4 +1,4 @@
-"""Rules of `diagnosis.diagnose` about more than gradients: NaN anywhere, updates, units."""
+"""NaN and infinities in rows of any kind: where a step first met them, and what made them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _where_met(
 
 
 def _first(run: Run, kind: str, columns: list[int]) -> int:
-    """Of some rows of a kind, in the order of their depth, the one that is computed first."""
+    """The row that is computed first, of some rows of a kind in the order of their depth."""
     if kind in FROM_THE_END:
         return columns[-1]
     # A module is seen after its parts, but registered before them.
@@ -93,7 +93,7 @@ def _first(run: Run, kind: str, columns: list[int]) -> int:
 
 
 def _what_made_it(run: Run, at: int, column: int) -> str:
-    """Where NaN comes from that backward has met at once, in the last row of its kind, or ""."""
+    """What made NaN that backward met at once, in the last row of its kind; else ""."""
     kinds, present = np.array(run.kinds), run["numel"][at] > 0
     if column != np.flatnonzero((kinds == run.kinds[column]) & present)[-1]:
         return ""
@@ -107,7 +107,7 @@ def _what_made_it(run: Run, at: int, column: int) -> str:
 
 
 def _lost(run: Run, at: int) -> str:
-    """What the loss was in a record's step, if that is known and it was not finite."""
+    """The loss in a record's step, in words, if it was not finite; else ""."""
     for name in filter(is_loss, run.history.scalars):
         steps, values = run.history.scalar(name)
         here = values[steps == run.steps[at]]

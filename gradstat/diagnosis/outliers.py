@@ -10,7 +10,7 @@ from gradstat.diagnosis.run import MAX_SAMPLES, Run, median
 from gradstat.history.shapes import kurtosis_of
 from gradstat.thresholds import Thresholds
 
-_PARTS = 4  # of a run, from each of which to the next it must grow
+_PARTS = 4  # of a run; kurtosis must grow from each to the next
 _LEAST = 20.0  # a normal distribution has 3
 
 

@@ -50,7 +50,7 @@ class Run:
         return self._fields[field]
 
     def of_format(self, name: str) -> dict[str, Array]:
-        """What `History.quantization` has but counts, ``(S, L)`` each, which is kept.
+        """The fields of `History.quantization` that are no counts, ``(S, L)`` each, which are kept.
 
         NaN where there was nothing but zeros to keep.
         """
@@ -90,7 +90,7 @@ class Run:
 
     @cached_property
     def samples(self) -> list[Sample]:
-        """Histograms of at most 64 records, of the newest too; none over linear bins."""
+        """Histograms of at most 64 records, the newest among them; none over linear bins."""
         if not isinstance(self.history.bins, Log2Bins):
             return []
         at = evenly_spread(len(self.history), MAX_SAMPLES)

@@ -1,4 +1,4 @@
-"""Rules of `diagnosis.diagnose` about magnitudes: saturation, underflow, loss scales."""
+"""What magnitudes say: saturation, underflow in narrow types, loss scales."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def find_saturation(run: Run, thresholds: Thresholds) -> list[Finding]:
 
 
 def find_underflow(run: Run, thresholds: Thresholds) -> list[Finding]:
-    """Layers of which float16 would flush much; a note on all narrow types where it would not."""
+    """Layers much of which float16 would flush to zero; else a note on all narrow types."""
     if not run.samples:
         return []
     flushed = {name: _flushed(run, dtype) for name, dtype in NARROW.items()}
-    # Of each type and layer.
+    # (types, layers)
     worst = np.stack([shares.max(0) for shares in flushed.values()])
     findings = []
     for each in run.lasting(flushed["float16"], thresholds.underflow_share):
@@ -120,9 +120,9 @@ def find_scale(run: Run, thresholds: Thresholds) -> list[Finding]:
 
 
 def _stopped(run: Run, octaves: float) -> Array:
-    """Share of the elements that are not zero whose bin is so far below the rms: ``(samples, L)``.
+    """Share of the non-zero elements whose bin is so far below the rms: ``(samples, L)``.
 
-    Zeros are in a bin with the smallest numbers, which is counted only where it is so far below.
+    Zeros share a bin with the smallest numbers. They are taken away where that bin is counted.
     """
     if not run.samples:
         return np.empty((0, len(run.layers)))

@@ -43,7 +43,7 @@ def find_loss_spikes(run: Run, thresholds: Thresholds) -> list[Finding]:
 
 
 def logarithms(losses: Array) -> Array:
-    """A series of losses as its logarithms, and so that losses near zero or below it say little."""
+    """Logarithms of losses, made so that losses near zero or below it say little."""
     finite = losses[np.isfinite(losses)]
     if not len(finite):
         return np.full(len(losses), math.inf)
@@ -57,7 +57,7 @@ def logarithms(losses: Array) -> Array:
 def _of_loss(run: Run, x: Array, name: str, thresholds: Thresholds) -> list[Finding]:
     steps, values = run.history.scalar(name)
     steps, first = np.unique(steps, return_index=True)
-    # Several passes of a step are one loss.
+    # The loss of a step is the mean over its passes.
     losses = np.add.reduceat(values, first) / np.diff(np.append(first, len(values)))
     series = logarithms(losses)
     series[np.isin(steps, run.steps[_small_batches(run)])] = math.nan
@@ -97,7 +97,7 @@ def find_gradient_spikes(run: Run, thresholds: Thresholds) -> list[Finding]:
     norm = run.history.norm(GRAD)
     gradients = np.array(run.kinds) == GRAD
     series = log(norm)
-    # What overflows is another finding, and may be a loss scale that is tried.
+    # An overflow is another finding, or a loss scale that is tried.
     series[np.isinf(x[:, gradients]).any(1) | _small_batches(run)] = math.nan
     deviations = thresholds.spike_deviations
     findings = []
@@ -234,7 +234,7 @@ def _shifted(x: Array, by: int) -> Array:
 
 
 def _apart(run: Run, found: list[Finding], others: list[Finding]) -> list[Finding]:
-    """Those that are no part of a spike which is told already, nor of one before them."""
+    """Findings that belong to none of the others, nor to one before them."""
     kept: list[Finding] = []
     for each in found:
         told = [*others, *kept]
@@ -244,7 +244,7 @@ def _apart(run: Run, found: list[Finding], others: list[Finding]) -> list[Findin
 
 
 def _reaches(run: Run, one: Finding, other: Finding) -> bool:
-    """Whether another begins with one, or before it is over, or soon after."""
+    """Whether the other begins with the one, before it is over, or soon after."""
     first, begins = np.searchsorted(
         run.steps, [one.numbers["first_step"], other.numbers["first_step"]]
     )

@@ -1,4 +1,4 @@
-"""Rules of `diagnosis.diagnose` about how far a step moves the weights."""
+"""Layers that do not move: how far a step changes the weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def find_stuck(run: Run, thresholds: Thresholds) -> list[Finding]:
         return [] if is_ending else [_all_stuck(run, steps, pace, thresholds)]
     if rounded := _most_rounded(run):
         return [rounded]
-    # Where a schedule has slowed all layers down none is stuck.
+    # Where a schedule has slowed down all layers, none is stuck.
     usual = max(median(pace[:, None])[0] / 2, np.fmax.reduce(pace) / 10)
     going = np.flatnonzero(pace >= usual)
     limit = np.minimum(thresholds.stuck_ratio, thresholds.stuck_pace * pace)
@@ -154,5 +154,5 @@ def _why(zeros: float) -> str:
 
 
 def _percent(share: float) -> str:
-    # Not rounded up to all of them.
+    # Rounded down: almost all is not 100%.
     return f"{math.floor(share * 1000) / 10:g}%"

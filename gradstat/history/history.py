@@ -125,7 +125,7 @@ class History:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: size, findings, the loss and a map of magnitudes."""
-        from gradstat.report.fragment import fragment
+        from gradstat.report.notebook import fragment
 
         return fragment(self)
 

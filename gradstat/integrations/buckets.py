@@ -1,4 +1,4 @@
-"""Histograms as other programs take them: finite edges, the filled part alone, few bins."""
+"""What viewers are given: histograms with few bins and finite edges, scalars, names, steps."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from gradstat.results import Statistics
 def buckets(statistics: Statistics, edges: Array, most: int | None = None) -> tuple[Array, Array]:
     """Counts and edges of one tensor's histogram, from its first filled bin to its last.
 
-    Nothing is redistributed: the counts are those of the record, or sums of neighbours. Neighbours
-    that are all empty are one bucket, as between the negative and the positive values, where
-    `Log2Bins` has hundreds. Values
-    outside a linear range have a bucket on either side, which ends at the smallest or largest of
-    them. In place of an infinite edge stands the smallest or largest value.
+    Nothing is redistributed: the counts are those of the record, or sums of neighbours. Empty
+    neighbours are one bucket: between the negative and the positive values `Log2Bins` has hundreds
+    of them. Values outside a linear range have a bucket on either side, which ends at the smallest
+    or largest of them. The smallest or largest value takes the place of an infinite edge.
 
     Args:
         statistics: of one tensor, on the CPU.
         edges: its bins', float64 ``(bins + 1,)``.
-        most: most buckets; if there are more, every so many neighbours are one.
+        most: most buckets; if there are more, neighbours are added up.
 
     Returns:
         counts, int64 ``(B,)``, and edges, float64 ``(B + 1,)``; B is 0 where no value is finite.
@@ -75,7 +74,7 @@ def derived(history: History) -> Iterator[tuple[str, str, list[str], Array]]:
     """What follows from rows of several kinds: update ratios and shares of dead units.
 
     Yields:
-        The kind it is about, its name, the layers, and float64 ``(S, L)``, of what was recorded.
+        The kind it is about, its name, the layers, and float64 ``(S, L)``, if it was recorded.
     """
     if {UPDATE, PARAM} <= set(history.kinds):
         yield UPDATE, "ratio", list(layers_of(history, UPDATE).values()), history.update_ratio()
@@ -85,12 +84,12 @@ def derived(history: History) -> Iterator[tuple[str, str, list[str], Array]]:
 
 
 def group(kind: str) -> str:
-    """What tags begin with that are sorted by kind, as those of ``wandb.watch``."""
+    """What tags sorted by kind begin with, as those of ``wandb.watch`` do."""
     return f"{NOUNS[kind]}s".replace(" ", "_")
 
 
 def check_tags(function: str, tags: str) -> None:
-    """Raise ValueError unless ``tags`` is one of two ways to name what is drawn."""
+    """Raise ValueError unless ``tags`` is one of the two ways to name what is drawn."""
     if tags not in ("layer", "kind"):
         raise ValueError(f"{function}() needs tags 'layer' or 'kind'; tags is {tags!r}")
 
@@ -125,7 +124,7 @@ def counted(
     """The steps one by one; after each, reports how many further records of the history it covers.
 
     Args:
-        history: all of whose records count, those between two of the steps with the second.
+        history: each of its records counts, with the next of the steps.
         steps: some of its steps, the newest among them.
         progress: called with the number; ``None`` for nobody.
     """

@@ -117,7 +117,7 @@ def writer(
     Raises:
         ImportError: TensorBoard is not installed.
         TypeError: a folder that is no path.
-        ValueError: no folder's path but a file's or an empty one, other tags.
+        ValueError: a path that is a file's or empty, other tags.
 
     Example:
         >>> from gradstat.integrations import tensorboard
@@ -154,7 +154,7 @@ class _Writer(RunWriter):
 
 
 class _Api(NamedTuple):
-    """What is used of TensorBoard's."""
+    """The parts of TensorBoard that are used."""
 
     gfile: Any
     RecordWriter: Any
@@ -193,7 +193,7 @@ class _Events:
         gfile, folder = self._api.gfile, _absolute(log_dir)
         gfile.makedirs(folder)
         name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}"
-        # TensorBoard's own class for this writes in a thread, which tells of no error at the end.
+        # TensorBoard's own class for this writes in a thread, which hides an error at the end.
         file = gfile.GFile(f"{folder}/{name}.{next(_NUMBERS)}", "wb")
         self._file = self._api.RecordWriter(file)
         self._add(self._api.Event(wall_time=time.time(), file_version="brain.Event:2"))
@@ -261,18 +261,18 @@ class _Events:
 
 
 def _absolute(log_dir: str | os.PathLike[str]) -> str:
-    """Where a folder is, whatever directory the process changes to; elsewhere, as ``gs://``."""
+    """A folder's absolute path, as the process may change directory; ``gs://`` and such stay."""
     folder = os.fspath(log_dir)
     return folder if "://" in folder else str(Path(folder).absolute())
 
 
 def _text(name: str) -> str:
-    """A name that UTF-8 has."""
+    """A name that UTF-8 can encode."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _of_several_kinds(history: History) -> dict[Row, tuple[str, Array]]:
-    """What `derived` gives by row: its name and ``(S,)``."""
+    """What `derived` gives, by row: its name, and ``(S,)``."""
     return {
         Row(kind, layer): (name, column)
         for kind, name, layers, values in derived(history)

@@ -26,10 +26,11 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
     loss and the learning rate are kept at each step, and what the Trainer logs, at its own steps:
     evaluations, and what your own ``log()`` reports.
 
-    ``loss`` is what the model's forward pass returns as such, put together as the Trainer does, on
-    this rank. Where the Trainer's own, every ``logging_steps``, differs from its mean, as with a
-    ``compute_loss`` of yours or several ranks, it is kept as ``trainer_loss``; where a model
-    returns none, or is compiled by the Trainer, ``loss`` is the Trainer's own.
+    ``loss`` is what the model's forward pass returns on this rank; the batches of a step are put
+    together as the Trainer does. The Trainer logs a loss of its own every ``logging_steps``: if it
+    differs from the mean of these, as with a ``compute_loss`` of yours or several ranks, it is kept
+    as ``trainer_loss``. If a model returns no loss, or the Trainer compiles it, ``loss`` is the
+    Trainer's own.
 
     Args:
         **options: as `gradstat.watch`, but ``model``, ``when``, ``optimizer``, ``scaler``,
@@ -42,7 +43,7 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
         >>> gradients.history  # doctest: +SKIP
     """
 
-    _handle: RemovableHandle | None = None  # of the hook that sees the losses
+    _handle: RemovableHandle | None = None  # removes the hook that sees the losses
 
     def on_train_begin(
         self,

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import atexit
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
-from gradstat.arrays import Array, evenly_spread
+from gradstat.arrays import evenly_spread
 from gradstat.history import History
 from gradstat.history.arguments import check_history
 from gradstat.integrations.buckets import (
@@ -19,22 +16,17 @@ from gradstat.integrations.buckets import (
     check_tags,
     chosen_steps,
     counted,
-    derived,
     group,
-    layers_of,
     rows,
-    scalars,
 )
-from gradstat.kinds import NOUNS, UPDATE
+from gradstat.integrations.wandb_charts import MAX_POINTS, summary
 from gradstat.recording.run_writer import RunWriter
 
 if TYPE_CHECKING:
     import wandb
 
 _MAX_BUCKETS = 512  # wandb.Histogram takes no more
-_MAX_POINTS = 10_000  # of one custom chart
 _STEP = "gradients/step"  # what the run's values are drawn against
-_COLUMNS = ("layer", "numel", "mean", "std", "rms", "l2", "zero_fraction", "nonfinite")
 
 
 def log(
@@ -50,11 +42,10 @@ def log(
     - ``gradients/rms``, a chart: log10 of each layer's rms against the step, a line for each layer.
     - ``gradients/layers``, a table: the statistics of each layer in the newest record.
     - ``gradients/histogram/LAYER``: the histograms, against ``gradients/step``. They make no panels
-      of their own, of which there would be hundreds: add those that you want to see. The buckets
-      are sums of the record's own bins, as many as 512 allow; no count is estimated.
-
+      of their own, since there would be hundreds: add those that you want to see. The buckets are
+      sums of the record's own bins, 512 at most; no count is estimated.
     - ``scalars/NAME``: what was logged, such as the loss, against ``gradients/step``: all values,
-      or 10,000 evenly spread; of several in one step the last.
+      or 10,000 evenly spread; the last one of a step that has several.
 
     With ``tags="kind"`` the histograms are named as by ``wandb.watch``: ``gradients/LAYER``.
 
@@ -96,7 +87,7 @@ def log(
         run.log({_STEP: step} | logged.pop(step, {}) | _histograms(history, step, tags))
     for later, numbers in logged.items():
         run.log({_STEP: later} | numbers)
-    run.log(_summary(history))
+    run.log(summary(history))
 
 
 def writer(
@@ -104,18 +95,18 @@ def writer(
 ) -> RunWriter:
     """A sink that logs to a run of Weights & Biases while it goes on.
 
-    Each record's histograms and each logged value are logged under the names that `log` gives them,
-    what belongs to one step together, once a later one begins; the charts and tables follow when
-    the watch is closed, which must be before the run is finished. Should logging fail, a warning
-    says so and the training goes on. In a distributed run give it to one rank.
+    Each record's histograms and each logged value are logged under the names that `log` gives them.
+    All that belongs to one step is logged together, once a later step begins. The charts and tables
+    follow when the watch is closed, which must be before the run is finished. Should logging fail,
+    a warning says so and the training goes on. In a distributed run give it to one rank.
 
     Args:
         run: what ``wandb.init()`` returned, online or offline; not finished here.
         tags: ``"layer"`` or ``"kind"``, as for `log`.
         commit: whether each step is a row of its own, by which the run's own step goes up. With
-            ``False`` it becomes part of the row that the next ``run.log()`` of yours makes, as
-            ``wandb.watch`` does: for those who number their rows by ``run.log(..., step=n)``, and
-            log at each step, since what comes before a row of yours is made replaces what waits.
+            ``False`` it becomes part of the row that your next ``run.log()`` makes, as
+            ``wandb.watch`` does: for those who number their rows by ``run.log(..., step=n)``. Log
+            at each step then, since a later step replaces what still waits for a row.
 
     Returns:
         What `gradstat.watch` takes as ``sink``, for one run at a time.
@@ -149,7 +140,7 @@ class _Writer(RunWriter):
 
     def start(self, history: History, first_step: int | None) -> None:
         _define_metrics(self._run, history.kinds, self._tags)
-        # Before wandb finishes the run, which it does in a function that was registered earlier.
+        # So it comes before wandb finishes the run, in a function that was registered earlier.
         atexit.register(self.end_run)
 
     def write_record(self, record: History, step: int) -> None:
@@ -162,7 +153,7 @@ class _Writer(RunWriter):
         atexit.unregister(self.end_run)
         self._log_row()
         if len(history):
-            self._run.log(_summary(history.snapshot()), commit=self._commit)
+            self._run.log(summary(history.snapshot()), commit=self._commit)
 
     def _add(self, step: int, values: dict[str, object]) -> None:
         if self._row.get(_STEP) != step:
@@ -255,74 +246,12 @@ def _histograms(history: History, step: int, tags: str) -> dict[str, object]:
     return found
 
 
-def _summary(history: History) -> dict[str, object]:
-    """Tables of the newest record and charts of the whole run, by name."""
-    import wandb
-
-    summary: dict[str, object] = {
-        f"{group(kind)}/layers": wandb.Table(columns=list(_COLUMNS), data=table)
-        for kind, table in _newest(history).items()
-    }
-    for name, title, layers, values in _charts(history):
-        xs, ys, keys = _lines(history, layers, values)
-        if keys:
-            summary[name] = wandb.plot.line_series(xs, ys, keys, title, "step")
-    return summary
-
-
 def _scalars(history: History) -> dict[int, dict[str, object]]:
-    """Values by step, which rises, and name."""
+    """What was logged, by step, which rises, and name."""
     found: dict[int, dict[str, object]] = {}
     for name in history.scalars:
         steps, values = history.scalar(name)
-        at = evenly_spread(len(steps), _MAX_POINTS)
+        at = evenly_spread(len(steps), MAX_POINTS)
         for step, value in zip(steps[at].tolist(), values[at].tolist(), strict=True):
             found.setdefault(step, {})[f"scalars/{name}"] = value
     return dict(sorted(found.items()))
-
-
-def _charts(history: History) -> Iterator[tuple[str, str, list[str], Array]]:
-    """Name, title, layers and values, ``(S, L)``, of each chart; NaN where there is nothing."""
-    log_rms = _log10(history["rms"])
-    for kind in dict.fromkeys(history.kinds):
-        layers = layers_of(history, kind)
-        title = f"log10 rms of each layer's {NOUNS[kind]}"
-        yield f"{group(kind)}/rms", title, list(layers.values()), log_rms[:, list(layers)]
-    for kind, name, names, values in derived(history):
-        title = "share of each layer's units that are dead"
-        if kind == UPDATE:
-            values, title = _log10(values), "log10 of each layer's update / parameter"
-        yield f"{group(kind)}/{name}", title, names, values
-
-
-def _log10(x: Array) -> Array:
-    with np.errstate(divide="ignore"):
-        logarithm: Array = np.log10(x)
-    return logarithm
-
-
-def _lines(
-    history: History, layers: list[str], values: Array
-) -> tuple[list[list[int]], list[list[float]], list[str]]:
-    """Steps and finite values of each layer that has any, 10,000 points in all."""
-    most = max(1, _MAX_POINTS // len(layers))
-    kept = np.searchsorted(history.steps, chosen_steps("log", history, most))
-    steps, values = history.steps[kept], values[kept]
-    xs, ys, keys = [], [], []
-    for layer, line in zip(layers, values.T, strict=True):
-        known = np.isfinite(line)
-        if known.any():
-            xs.append(steps[known].tolist())
-            ys.append(line[known].tolist())
-            keys.append(layer)
-    return xs, ys, keys
-
-
-def _newest(history: History) -> dict[str, list[list[object]]]:
-    """Rows of `_COLUMNS` by kind; NaN where a number is undefined."""
-    tables: dict[str, list[list[object]]] = {kind: [] for kind in history.kinds}
-    for (kind, layer), statistics, _ in rows(history, int(history.steps[-1])):
-        named = scalars(statistics)
-        numbers = [named.get(name, math.nan) for name in _COLUMNS[2:]]
-        tables[kind].append([layer, int(statistics.numel), *numbers])
-    return tables

@@ -1,7 +1,7 @@
 """Figures of a `History`, or of several side by side: `ridge`, `curves`, `heatmap`.
 
-They draw a history's rows of its first kind, gradients where they were recorded, unless ``layers``
-names rows of others; ``history.select(kind)`` has those of another one.
+They draw the rows of a history's first kind, which is gradients where these were recorded, unless
+``layers`` names others; ``history.select(kind)`` has the rows of another kind.
 
 Each returns a `matplotlib.figure.Figure` that belongs to no window, so they work without a
 display; a notebook shows it, and ``figure.savefig(path)`` writes it. Matplotlib is imported when
@@ -19,16 +19,14 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d import Axes3D
 
-from gradstat.arrays import OCTAVES
-from gradstat.history import History
 from gradstat.history.arguments import check_count
 from gradstat.plot import arguments, data, labels, panels
 from gradstat.plot.arguments import Histories, Layers, Limits
+from gradstat.plot.octaves import counts_heatmap
 from gradstat.plot.series import is_series, series_curves
 
 _MAGNITUDES = ("mean_abs", "std", "var", "l1", "l2", "rms", "abs_max", "update_ratio")
 _MAX_RIDGES = 60
-_MAX_COLUMNS = 200
 
 
 def ridge(
@@ -81,7 +79,7 @@ def ridge(
         kept = data.select(each.steps, steps_per_epoch, _MAX_RIDGES)
         time = data.times(each, steps_per_epoch)[kept]
         for layer, title in titles.items():
-            drawn.append((_heading(name, title), time, *data.histograms(each, layer, kept)))
+            drawn.append((labels.heading(name, title), time, *data.histograms(each, layer, kept)))
     if limits is None:
         limits = data.extent([panel[2:] for panel in drawn], symmetric=not log2)
 
@@ -119,10 +117,10 @@ def curves(
 ) -> Figure:
     """Draw a statistic of each layer, or a scalar such as the loss, against time.
 
-    The key of many lines names those that stand out at some time among others.
+    The key of many lines names those that stand out at some time, and some of the others.
 
-    Of a scalar, or the norm of all layers together, there is one panel with a line for each
-    history; triangles on the time axis mark where severe findings (red) and warnings begin.
+    A scalar, or the norm of all layers together, has one panel with a line for each history;
+    triangles on the time axis mark where severe findings (red) and warnings begin.
 
     Args:
         history: one History, or several in a mapping of names or a sequence.
@@ -195,8 +193,8 @@ def curves(
             panels.add_line(ax, time, value, color, log=log)
             lines.append(value)
         score = np.maximum(score, data.standing_out(lines, log=log))
-    time_unit = "iteration" if steps_per_epoch is None else "epoch"
-    labels.label_axes(figure, time_unit, labels.field_label(field, arguments.noun(named, titles)))
+    label = labels.field_label(field, arguments.noun(named, titles))
+    labels.label_axes(figure, labels.time_label(steps_per_epoch), label)
     if any(keys):
         labels.add_key(figure, keys, colors, score)
     for ax in axes:
@@ -258,10 +256,10 @@ def heatmap(
         if not arguments.check_bins("heatmap", named):
             raise ValueError("heatmap() needs Log2Bins for 'counts'; history is over LinearBins")
         arguments.check_panels("heatmap", len(named), len(titles))
-        return _heatmap_counts(named, titles, steps_per_epoch, log, figure)
+        return counts_heatmap(named, titles, steps_per_epoch, log, figure)
     images = []
     for each in named.values():
-        size = math.ceil(len(each) / _MAX_COLUMNS)
+        size = math.ceil(len(each) / data.MAX_COLUMNS)
         time = data.block_mean(data.times(each, steps_per_epoch), size)
         means = [data.block_mean(data.values(each, layer, field), size) for layer in titles]
         images.append((time, np.stack(means)))
@@ -279,48 +277,8 @@ def heatmap(
         shown = range(0, len(titles), math.ceil(len(titles) / 40))
         ax.set_yticks(shown, [names[i] for i in shown])
     axes[0].invert_yaxis()
-    labels.label_axes(figure, "iteration" if steps_per_epoch is None else "epoch", "")
+    labels.label_axes(figure, labels.time_label(steps_per_epoch), "")
     label = labels.field_label(field, arguments.noun(named, titles))
     panels.add_colorbar(figure, drawn, label, axes)
     labels.add_titles(axes, list(named))
     return figure
-
-
-def _heatmap_counts(
-    named: dict[str, History],
-    titles: dict[str, str],
-    steps_per_epoch: int | None,
-    log: bool | None,
-    figure: Figure | None,
-) -> Figure:
-    drawn = []
-    for name, each in named.items():
-        size = math.ceil(len(each) / _MAX_COLUMNS)
-        time = data.block_mean(data.times(each, steps_per_epoch), size)
-        for layer, title in titles.items():
-            drawn.append((_heading(name, title), time, data.octave_shares(each, layer, size)))
-    everything = np.concatenate([shares for _, _, shares in drawn])
-    norm = panels.color_norm(everything, log=bool(log))
-    cmap = panels.density_colormap()
-    figure, axes = panels.grid_2d(
-        figure, len(titles), 4, (2.5, 2.1), groups=len(named), sharex=True, sharey=True
-    )
-    for ax, (_, time, shares) in zip(axes, drawn, strict=True):
-        panels.style_2d(ax)
-        image = panels.add_image(ax, time, OCTAVES, shares.T, norm, cmap)
-    # Stray elements far below would squeeze the picture: show octaves that ever hold one in 100.
-    shown = np.nan_to_num(everything).max(0, keepdims=True) > 0.01
-    axes[0].set_ylim(*data.extent([(shown, OCTAVES[None])], symmetric=False))
-    labels.powers_of_two(axes[0].yaxis, 6)
-    time_unit, noun = (
-        "iteration" if steps_per_epoch is None else "epoch",
-        arguments.noun(named, titles),
-    )
-    labels.label_axes(figure, time_unit, f"|{noun}|")
-    panels.add_colorbar(figure, image, "share of elements", axes)
-    labels.add_titles(axes, [head for head, *_ in drawn])
-    return figure
-
-
-def _heading(name: str, title: str) -> str:
-    return f"{name}{labels.NAME_GAP}{title}" if name else title

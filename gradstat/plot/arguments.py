@@ -17,7 +17,7 @@ Histories: TypeAlias = History | Mapping[str, History] | Sequence[History]
 Layers: TypeAlias = Sequence[str] | Mapping[str, str]
 Limits: TypeAlias = tuple[float, float]
 
-# Fields that follow from rows of several kinds: that of the rows that they are drawn for.
+# Fields that follow from rows of several kinds, and the kind of row that each is drawn for.
 DERIVED = {"update_ratio": UPDATE, "dead_units": UNIT}
 MAX_PANELS = 100  # 25 rows of four: six feet of figure
 
@@ -47,7 +47,7 @@ def check_histories(function: str, history: Histories) -> dict[str, History]:
 
 
 def literal(name: str) -> str:
-    """A name as Matplotlib takes it for text, dollar signs and all; a title may be mathematics."""
+    """A name that Matplotlib writes as it is, and does not take dollar signs for mathematics."""
     return escaped(name).replace("$", r"\$")
 
 
@@ -66,7 +66,7 @@ def check_layers(
 ) -> dict[str, str]:
     """Return the title of each layer to draw, in order; by default of each history's first kind.
 
-    Those of a field that follows from several kinds may be given by their parameters or modules.
+    For a field that follows from several kinds, parameters or modules may name the layers.
     """
     if field in DERIVED:
         return _check_derived(function, named, layers, field)
@@ -111,7 +111,7 @@ def _check_derived(
 
 
 def _as_rows(layers: Layers, kind: str, names: Collection[str]) -> Layers:
-    """Layers, those that are named as parameters or modules as the rows of a kind."""
+    """Layers, with the rows of a kind in place of the names of parameters or modules."""
     if isinstance(layers, str) or not isinstance(layers, (Mapping, Sequence)):
         return layers  # refused by the caller
     return [str(Row(kind, each)) if each in names else each for each in layers]

@@ -14,12 +14,13 @@ from gradstat.history import History
 from gradstat.kinds import UPDATE
 from gradstat.plot.arguments import DERIVED, Limits
 
+MAX_COLUMNS = 200  # of an image against time
 # Matplotlib widens limits before it draws, which must not overflow: on a linear axis and a log one.
 _LARGEST, _LOG_LARGEST = 1e300, 1e250
 
 
 def drawable(x: Array, *, log: bool) -> Array:
-    """The values, those beyond what Matplotlib can draw at its ends."""
+    """The values, cut off at the largest and smallest that Matplotlib can draw."""
     x = np.asarray(x, np.float64)  # float32 does not hold the ends
     largest = _LOG_LARGEST if log else _LARGEST
     clipped: Array = np.where(np.isfinite(x), np.clip(x, -largest, largest), x)
@@ -74,7 +75,7 @@ def block_mean(x: Array, size: int) -> Array:
 
 
 def standing_out(lines: Sequence[Array], *, log: bool) -> Array:
-    """How far each line is at most from where it usually is among the others, float64 ``(N,)``.
+    """How far each line strays at most from its usual place among the others: float64 ``(N,)``.
 
     Args:
         lines: values at the same times; of other lengths none stands out.
@@ -103,7 +104,7 @@ def histograms(history: History, layer: str, kept: Array) -> tuple[Array, Array]
     """Counts ``(K, B)`` and edges ``(K, B + 1)`` of some records; all zero for an unknown layer."""
     if layer not in history.layers:
         return np.zeros((len(kept), 1), np.int64), np.zeros((len(kept), 2))
-    # One by one: of a long run only these few, whose edges take time to find.
+    # One by one: edges take time to find, and a long run has many more records.
     found = [history.histogram(layer, step) for step in history.steps[kept].tolist()]
     counts = np.stack([each for each, _ in found])
     if isinstance(history.bins, Log2Bins):

@@ -31,15 +31,25 @@ from gradstat.arrays import Array, evenly_spread
 Color: TypeAlias = tuple[float, ...]
 
 INK = "#333333"
-NAME_GAP = "  "  # between a history's name and a layer's
+_NAME_GAP = "  "  # between a history's name and a layer's
 _RATIOS = {"update_ratio": "update / parameter", "dead_units": "share of dead units"}
 _MAX_KEYS, _MAX_MARKED = 12, 4
 _MEASURED = 200  # letters
 KEY_INCHES = 6.0  # of a line's or a row's name, at most
 
 
+def heading(name: str, title: str) -> str:
+    """Title of a panel: that of its layer, after the name of its history, which may be ""."""
+    return f"{name}{_NAME_GAP}{title}" if name else title
+
+
+def time_label(steps_per_epoch: int | None) -> str:
+    """Label of an axis of time."""
+    return "iteration" if steps_per_epoch is None else "epoch"
+
+
 def field_label(field: str, noun: str) -> str:
-    """What a field of values that are called so is; of gradients it goes without saying."""
+    """Label of a field. The noun is what its values are called; gradients go without saying."""
     if field in _RATIOS:
         return _RATIOS[field]
     if field in ("mean", "mean_abs"):
@@ -52,7 +62,7 @@ def field_label(field: str, noun: str) -> str:
 
 
 def value_label(axis: Axis, noun: str, *, log2: bool) -> str:
-    """Set the numbers of a ridge's axis, and return its label, in lines: beside it is little room.
+    """Set the numbers of a ridge's axis, and return its label, in lines, as there is little room.
 
     Args:
         axis: whose limits are known.
@@ -80,7 +90,7 @@ def label_axes(figure: Figure, x: str, y: str) -> None:
 def add_key(
     figure: Figure, names: list[str], colors: list[Color], score: Array | None = None
 ) -> None:
-    """Name the lines, beside the panels; of many, those that stand out, and some evenly spread.
+    """Name the lines beside the panels: if many, those that stand out and some evenly spread.
 
     Args:
         figure: of the panels.
@@ -140,7 +150,7 @@ def fit_titles(titles: list[str], inches: float) -> tuple[list[str], float]:
 
 
 def _halves(title: str) -> tuple[str, str] | tuple[str]:
-    name, gap, rest = title.partition(NAME_GAP)
+    name, gap, rest = title.partition(_NAME_GAP)
     if gap:
         return name, rest
     breaks = [i + 1 for i, letter in enumerate(title[:-1]) if letter in "./ "]
@@ -163,21 +173,21 @@ def shorten(line: str, inches: float, size: float) -> str:
 
 
 def text_inches(text: str, size: float) -> float:
-    """Width of a line of text; of blanks alone 0, since Matplotlib makes no path of them.
+    """Width of a line of text; 0 for blanks alone, since Matplotlib makes no path of them.
 
-    The letters of a longer one than any panel's have the width of its first ones.
+    A line longer than any panel is measured by its first letters.
     """
     if not any(letter.isprintable() and not letter.isspace() for letter in text[:_MEASURED]):
         return 0.0
     measured = text[:_MEASURED]
     path = TextPath((0, 0), measured, size=size)
-    # Of the control points: exact for letters, and far quicker than the extents of curves.
+    # By control points: exact for letters, and far quicker than the extents of curves.
     x = np.asarray(path.vertices)[np.asarray(path.codes) != Path.CLOSEPOLY, 0]
     return float(np.ptp(x)) / 72 * len(text) / len(measured)
 
 
 def longest_inches(texts: list[str], size: float) -> float:
-    """Width of the one with the most letters."""
+    """Width of the text with the most letters."""
     return text_inches(max(texts, key=len), size)
 
 
@@ -187,7 +197,7 @@ def whole_numbers(most: int, prune: Literal["upper"] | None = None) -> MaxNLocat
 
 
 def log_ticks(low: float, high: float) -> tuple[Locator, Formatter]:
-    """Ticks of a logarithmic axis, at least two: at powers of ten if there are as many."""
+    """Ticks of a logarithmic axis, at least two: at powers of ten if there are two of these."""
     first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
     if last - first > 60:
         # Matplotlib's own reach past the ends, where powers of ten overflow.
@@ -202,7 +212,7 @@ def log_ticks(low: float, high: float) -> tuple[Locator, Formatter]:
 
 
 def powers_apart() -> ScalarFormatter:
-    """Numbers with what power of ten they need written once, at the end of the axis."""
+    """Numbers, with their power of ten written once, at the end of the axis."""
     formatter = ScalarFormatter(useMathText=True)
     formatter.set_powerlimits((-2, 3))
     return formatter

@@ -132,7 +132,7 @@ def style_3d(ax: Axes3D, x_limits: Limits, y_limits: Limits, top: float) -> None
     for axis, side in ((ax.xaxis, "right"), (ax.yaxis, "left")):
         axis.set_rotate_label(False)
         axis._axinfo["label"]["ha"] = side
-    # Two axes meet in a corner; only one of them writes there.
+    # Two axes meet in a corner, where only one of them may write.
     ax.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
     ax.yaxis.set_major_locator(whole_numbers(5, prune="upper"))
     ax.zaxis.set_major_locator(MaxNLocator(3, integer=True))

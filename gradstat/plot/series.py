@@ -1,4 +1,4 @@
-"""Curves of what is one number a step: scalars such as the loss, and the norm of all layers."""
+"""Curves of one number a step: scalars such as the loss, and the norm of all layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradstat.history import History
 from gradstat.plot import data, labels, panels
 
 NORM = "norm"
-_WIDE = 30.0  # from which ratio of a series' ends its axis is logarithmic
+_WIDE = 30.0  # ratio of a series' ends from which its axis is logarithmic
 _MARKS = {"severe": "#c2182b", "warning": "#c77700"}
 
 
@@ -57,7 +57,7 @@ def series_curves(
             panels.add_line(ax, time, values, color, log=log)
     for each in named.values():
         _mark_findings(ax, each, steps_per_epoch)
-    labels.label_axes(figure, "iteration" if steps_per_epoch is None else "epoch", field)
+    labels.label_axes(figure, labels.time_label(steps_per_epoch), field)
     if any(names):
         labels.add_key(figure, names, colors)
     labels.label_log(ax)

@@ -24,7 +24,7 @@ class ShownFigure(Figure):
         """Show the figure in a notebook.
 
         Args:
-            warn: of no use here; every Figure has it.
+            warn: unused; `Figure.show` has it.
 
         Raises:
             RuntimeError: this is no notebook.

@@ -29,7 +29,7 @@ function colorAt(colors, x) {
 }
 
 // A canvas of a height in a parent, drawn by draw(context, width, height) now and whenever its
-// size or the colour scheme changes. What has no label shows nothing of its own to a screen reader.
+// size or the colour scheme changes. Without a label it is hidden from screen readers.
 function addCanvas(parent, height, draw, label = "") {
   const canvas = document.createElement("canvas");
   describe(canvas, label);
@@ -96,8 +96,8 @@ function fitted(context, text, width) {
   return "\u2026" + text.slice(low);
 }
 
-// Short names that tell layers apart: the whole ones, or what they do not all begin or end with, or
-// the end of that; where even those are the same, with their number before them.
+// Short names that tell layers apart: the whole ones, or without the parts that all begin or end
+// with, or the end of these; where even those are the same, with their number before them.
 function shortNames(context, names, width) {
   if (names.every((name) => context.measureText(name).width <= width)) return names;
   const parts = names.map((name) => name.split("."));

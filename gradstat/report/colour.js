@@ -32,7 +32,7 @@ const lostOf = (name, f) => ({
 
 const colourNow = () => colours().find((each) => each.key === state.colour) ?? RMS;
 
-// What each format would do to a layer in a column.
+// What each format would do to a layer in a column, a line each.
 function formatLines(layer, t) {
   return (meta.formats ?? []).flatMap((name, f) => {
     const at = (layer * meta.formats.length + f) * capacity + t;

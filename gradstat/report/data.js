@@ -1,12 +1,12 @@
-// What the page holds of a run, and how what comes later is added: `meta`, arrays of T columns of
-// records, K sampled records. A layer is the index of a row, and each row is of a kind.
+// What the page holds of a run: `meta`, arrays of T columns of records, K sampled records; and how
+// later records are added. A layer is the index of a row, and each row has a kind.
 
 const byId = (id) => document.getElementById(id);
 const meta = { layers: [], nouns: [], kinds: [], order: [], formats: [], series: [], steps: [], sizes: [], records: 0, findings: null };
 const arrays = {};
 let samples = [];
-let [T, K, capacity] = [0, 0, 0];  // capacity: columns that there is room for, in each row of an array
-let [byKind, place] = [[], []];  // the layers of each kind, and which of its kind a layer is
+let [T, K, capacity] = [0, 0, 0];  // capacity: columns that a row of an array has room for
+let [byKind, place] = [[], []];  // the layers of each kind, and the place of a layer among them
 
 const TYPES = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array, f8: Float64Array };
 const BY_LAYER = { level: Float32Array, least: Float32Array, most: Float32Array, zeros: Float32Array, nonfinite: Float64Array };

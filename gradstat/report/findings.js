@@ -1,4 +1,4 @@
-// What was found, the worst first; a click on a finding leads to its layer and step.
+// The findings, the worst first; a click on one leads to its layer and step.
 
 const SHOWN_FINDINGS = 6;
 let areAllShown = false;
@@ -29,7 +29,7 @@ function showFindings(select) {
   if (focused >= 0) section.querySelectorAll("button")[focused]?.focus({ preventScroll: true });
 }
 
-// Of a run that is written findings come later than records.
+// While a run is written, findings come later than records.
 function showFindingsOf() {
   const line = byId("findings-of");
   line.hidden = !meta.findings || meta.findingsOf >= meta.records;

@@ -1,4 +1,4 @@
-"""`Growing`: a run thinned as it comes, and what of it is new to a page that has seen some."""
+"""`Growing`: a run thinned as it comes, and what a page that has seen some of it lacks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from gradstat.bins import Log2Bins
 from gradstat.history import History
 from gradstat.history.scalars import Scalars
 from gradstat.report import package, thin
+from gradstat.report.series import Series, series_of
 
 
 class Growing:
     """A run in a bounded number of columns and samples, however long it becomes.
 
-    A column holds so many records, the last one fewer; whenever there are too many columns, each
-    two are put together. Samples are every so many-th record, and the newest.
+    Each column holds the same number of records, the last one perhaps fewer. Whenever there are too
+    many columns, pairs of them are put together. Samples are every n-th record, and the newest.
 
     Args:
         first: its first records.
@@ -38,7 +39,7 @@ class Growing:
         self._stride = self._sample_stride = 1
         self._samples: list[tuple[int, int, thin.Sample]] = []  # with its version and position
         self._scalars, self._norm = Scalars(), Scalars()
-        self._series: dict[str, thin.Series] = {}
+        self._series: dict[str, Series] = {}
         # When each column was changed last, and when everything was.
         self._changed = np.zeros(0, np.int64)
         self._version = self._whole_since = version
@@ -98,7 +99,7 @@ class Growing:
             return
         named = {name: self._scalars.get(name) for name in self._scalars.names}
         norm = self._norm.get("norm")
-        series = thin.series_of(named, self._kind, norm, self._sums.steps[:, 0])
+        series = series_of(named, self._kind, norm, self._sums.steps[:, 0])
         if list(series) != list(self._series):
             self._whole_since = self._version
         else:
@@ -136,14 +137,14 @@ class Growing:
         return found | ({"head": self._head} if is_whole else {})
 
 
-def _part(series: thin.Series, part: slice) -> thin.Series:
+def _part(series: Series, part: slice) -> Series:
     return replace(
         series, **{name: getattr(series, name)[part] for name in series.__dataclass_fields__}
     )
 
 
-def _differing(before: thin.Series, now: thin.Series) -> Array:
-    """Which columns are not as they were; those that were not there are left out."""
+def _differing(before: Series, now: Series) -> Array:
+    """Which columns have changed, of those that were there before."""
     n = min(len(before.mean), len(now.mean))
     differing = np.zeros(n, bool)
     for name in before.__dataclass_fields__:

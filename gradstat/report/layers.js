@@ -10,10 +10,10 @@ const COLUMNS = [
   { name: "NaN, inf", width: "84px", wide: "wide", order: (i) => broken(i), text: (i) => whole(broken(i)), bad: (i) => broken(i) > 0 },
 ];
 
-// Of the whole run.
+// NaN and infinite elements of the whole run.
 const broken = (layer) => wholePart(arrays.nonfinite, layer).reduce((a, b) => a + b, 0);
 
-// What is undefined comes last, whichever way the others go.
+// What is undefined comes last, whichever way the rest is sorted.
 function compare(a, b, sign) {
   const [none, other] = [Number.isNaN(a), Number.isNaN(b)];
   if (none || other) return none - other;
@@ -140,11 +140,11 @@ function buildLayers(select) {
   });
   return {
     show,
-    // Numbers that have changed; rows stay where they are.
+    // Writes the numbers that have changed; rows stay where they are.
     update() {
       for (const layer of state.view.layers) fill(rows[layer], layer);
     },
-    // Rows are of other layers.
+    // Forgets the rows, which are of other layers now.
     begin() {
       for (const spark of sparks.values()) removeCanvas(spark);
       sparks.clear();

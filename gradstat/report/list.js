@@ -5,7 +5,7 @@ const byId = (id) => document.getElementById(id);
 const rows = new Map();  // by number
 const frames = new Map();
 
-const here = crypto.randomUUID();  // of the frames of this page, which select together
+const here = crypto.randomUUID();  // names this page to its frames, which select together
 
 let atFirst = [];  // those side by side while none was ticked
 
@@ -72,7 +72,7 @@ function show(runs) {
     row.cells[3].textContent = size(run.bytes);
     return row;
   });
-  // Nothing is moved that is in its place: the focus stays.
+  // A row that is in its place is not moved, so that it keeps the focus.
   order.forEach((row, i) => {
     if (byId("runs").rows[i] !== row) byId("runs").insertBefore(row, byId("runs").rows[i] ?? null);
   });

@@ -20,9 +20,9 @@ from gradstat.report import package
 from gradstat.report.growing import Growing
 
 _LOOK_S = 0.5  # between two looks at the files
-_READ_S = 0.5  # that a look may take to read a long run, some of it at a time
-# Findings take all records: they are looked for anew after so long, and at most in such a share of
-# the time.
+_READ_S = 0.5  # for which a look may read; a long run takes several
+# Findings read all records. They are looked for again after so long, in at most such a share of the
+# time.
 _FINDINGS_S, _FINDINGS_SHARE = 2.0, 1 / 20
 
 # One thread for all runs: each new one would keep some of a long run's memory to itself.
@@ -32,7 +32,7 @@ _starting = threading.Lock()
 
 
 class LiveRun:
-    """What pages are told of a run. Nothing is read but when one asks.
+    """What pages are told of a run, which is read only when one of them asks.
 
     Args:
         path: file or directory, which need not be there yet.
@@ -44,7 +44,7 @@ class LiveRun:
         self._lock = threading.Lock()
         self._growing: Growing | None = None
         self._looked_s = -_LOOK_S
-        # Rises with each change; greater than any of a server before.
+        # Rises with each change, and is above that of any earlier server.
         self._version = self._began = time.time_ns() // 1_000_000
         self._state, self._is_behind = "waiting", False
         self._written_s = time.time()
@@ -74,7 +74,7 @@ class LiveRun:
             }
             growing = self._growing
             if growing is not None and version != self._version:
-                # What another server has told, a page may have from a later time.
+                # A page may have a later version, from another server.
                 told |= growing.since(version if version < self._version else 0)
                 if "head" in told or self._findings_version > version:
                     told |= {"findings": self._findings, "findingsOf": self._findings_of}
@@ -117,7 +117,7 @@ class LiveRun:
         self._version = max(self._version + 1, time.time_ns() // 1_000_000)
 
     def _diagnose_soon(self) -> None:
-        """Begin to look for findings, where there are other records than the last time."""
+        """Begin to look for findings if there are other records than the last time."""
         growing = self._growing
         if growing is None or self._is_behind or self._is_diagnosing or not growing.n_records:
             return
@@ -149,7 +149,7 @@ class LiveRun:
 
 
 def _do(job: Callable[[], None]) -> None:
-    """Do something that takes its time, after what was to be done before."""
+    """Do a job that takes its time, after the jobs before it."""
     _jobs.put(job)
     with _starting:
         if not any(thread.name == _WORKER for thread in threading.enumerate()):
@@ -171,7 +171,7 @@ def _said(error: OSError | ValueError) -> object:
 
 
 def _read(path: Path) -> History | None:
-    """All records that there are, without a warning of those that are being written."""
+    """All records that there are, without a warning about those that are being written."""
     follower, parts = Follower(path), []
     while (look := follower.look()) is not None and look.records is not None:
         parts.append(look.records)

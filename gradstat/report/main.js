@@ -1,7 +1,7 @@
 // Puts the parts together; `state` is what is selected and what the pointer is on.
 
-// `step` is the one that is looked at, null for the newest; `home` is its sample, which is shown
-// while the pointer is on none. Columns: `cell` of the map, `t` of the rms, `seriesAt` of the lines.
+// `step` is the one that is looked at, null for the newest. `home` is its sample, which is shown
+// while the pointer is on no other. Columns: `cell` of the map, `t` of the rms, `seriesAt` of the lines.
 const state = { view: null, colour: "", layer: 0, step: null, home: 0, sample: 0, cell: null, t: null, seriesAt: null };
 let isTouched = false;  // whether the reader, a link, or a finding has chosen what to see
 let hearSelected = () => {};  // called when the reader has selected another layer or step
@@ -66,7 +66,7 @@ function showAll() {
   redrawAll();
 }
 
-// With a step that one is shown; otherwise the newest.
+// Shows a layer at a step, or at the newest one.
 function select(layer, { from, step = null }) {
   if (layer === undefined) return;
   const isOther = meta.kinds[layer] !== state.view.kind;
@@ -93,7 +93,7 @@ function select(layer, { from, step = null }) {
 function openView() {
   if (!T) return;
   const asked = readLink();
-  // While a run is written, what it opens on is to be more than a note.
+  // While a run is written, the page opens on a finding only if it is more than a note.
   const found = meta.findings?.find(({ severity }) => !contents.live || severity !== "note");
   isTouched ||= asked.layer !== undefined || found !== undefined;
   [zoom.first, zoom.last] = [asked.first, asked.last];

@@ -10,8 +10,8 @@ function viewOf(kind) {
   return { kind, layers, rowHeight, top, bottom: top + layers.length * rowHeight, ...cellsOf(layers) };
 }
 
-// Of the columns that are seen, row by row: levels, what is not finite, what the colours show, and
-// their scale; null where there is nothing to show.
+// The cells of the columns that are seen, row by row: levels, what is not finite, what the colours
+// show, and their scale, which is null where there is nothing to show.
 function cellsOf(layers) {
   const [n, colour] = [seen.to - seen.from, colourNow()];
   const size = n * layers.length;
@@ -68,7 +68,7 @@ function drawMap(context, width, left, names) {
     context.fillStyle = css("--surface");
     for (let i = 1; i < L; i++) context.fillRect(left, rowTop(i) - 1, width - left, 1);
   }
-  // However small its cell is, what is not finite can be seen.
+  // What is not finite can be seen however small its cell is.
   context.fillStyle = css("--broken");
   const cell = (width - left) / n;
   for (let i = 0; i < L * n; i++) {

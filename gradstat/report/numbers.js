@@ -8,7 +8,7 @@ function number(x) {
   return text.replace("-", "\u2212").replace("e-", "e\u2212").replace("e+", "e");
 }
 
-// Of a round number, no more digits than it has.
+// A round number with no more digits than it needs.
 function short(x) {
   const [rounded, size] = [Number(x.toPrecision(6)), Math.abs(x)];
   const text = x === 0 || (size >= 1e-3 && size < 1e5) ? String(rounded) : rounded.toExponential();

@@ -1,4 +1,4 @@
-"""What the page's script reads: JSON, and arrays in base64 of which it says where they are."""
+"""What the page's script reads: arrays in base64, and JSON, which says where each array is."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from gradstat.diagnosis.run import Run
 from gradstat.escaping import escaped
 from gradstat.history import History
 from gradstat.kinds import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE
-from gradstat.report.thin import Columns, Sample, Series
+from gradstat.report.series import Series
+from gradstat.report.thin import Columns, Sample
 from gradstat.version import __version__
 
 _NUMBERS = ("numel", "mean", "std", "rms", "l2", "min", "max", "zeros", "nan", "posinf", "neginf")
@@ -27,7 +28,7 @@ _SERIES = ("mean", "least", "most", "nonfinite")
 
 
 def head(history: History) -> dict[str, Any]:
-    """What is of all records of a run."""
+    """What holds for all records of a run."""
     kinds = list(dict.fromkeys(history.kinds))
     return {
         "version": __version__,
@@ -61,7 +62,7 @@ def newest(history: History) -> dict[str, Array]:
     """Numbers of each row in the newest record: ``(L,)`` each, NaN where one is not finite."""
     kinds = np.array(history.kinds)
     found = {name: history[name][-1].astype(np.float64) for name in _NUMBERS}
-    # Of no finite value there is no norm to speak of.
+    # Without a finite value there is no norm.
     found["l2"][history["finite"][-1] == 0] = math.nan
     if {UPDATE, PARAM} <= set(history.kinds):
         found["ratio"] = _of(kinds == UPDATE, history.update_ratio()[-1])

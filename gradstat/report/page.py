@@ -18,30 +18,37 @@ from gradstat.escaping import escaped
 from gradstat.files import replacing
 from gradstat.history import History
 from gradstat.history.arguments import check_history
-from gradstat.report import package, thin
+from gradstat.report import package, series, thin
 
+# In this order: a script reads the constants of those before it when it starts.
 _SCRIPTS = (
-    *("numbers.js", "data.js", "zoom.js", "pointing.js", "canvas.js", "svg.js", "save.js"),
-    *(
-        "series.js",
-        "colour.js",
-        "legend.js",
-        "map.js",
-        "layers.js",
-        "findings.js",
-        "distribution.js",
-    ),
-    *("detail.js", "link.js", "main.js"),
+    "numbers.js",
+    "data.js",
+    "zoom.js",
+    "pointing.js",
+    "canvas.js",
+    "svg.js",
+    "save.js",
+    "series.js",
+    "colour.js",
+    "legend.js",
+    "map.js",
+    "layers.js",
+    "findings.js",
+    "distribution.js",
+    "detail.js",
+    "link.js",
+    "main.js",
 )
 
 
 def write(history: History, path: str | os.PathLike[str], *, title: str = "Gradients") -> None:
     """Write a page that shows a run: findings, a map of magnitudes, every layer's distribution.
 
-    One file of HTML that loads nothing else. Of several kinds of rows it shows one at a time, the
-    first one first. Long runs are thinned, and the page says how: a column of its map is the
-    statistics of all elements of some records in a row, together; distributions are those of single
-    records, evenly spread, the newest among them.
+    One file of HTML that loads nothing else. It shows one kind of rows at a time, beginning with
+    the first. Long runs are thinned, and the page says how: a column of its map is the statistics
+    of all elements of several neighbouring records; distributions are those of single records,
+    evenly spread, the newest among them.
 
     Args:
         history: with one record at least.
@@ -73,7 +80,7 @@ def _render(history: History, title: str) -> str:
     samples = thin.samples(history)
     contents = package.contents(
         columns,
-        thin.series(history, columns),
+        series.series(history, columns),
         samples,
         package.newest(history),
         log2=isinstance(history.bins, Log2Bins),
@@ -95,8 +102,8 @@ def render(title: str, contents: Mapping[str, Any], data: str = "") -> str:
 
     Args:
         title: heading.
-        contents: or ``live`` alone, the address from which a server gives it.
-        data: of the contents, in base64.
+        contents: of the page; or ``live`` alone, the address where a server has them.
+        data: the arrays of the contents, in base64.
 
     Returns:
         HTML.
@@ -117,7 +124,7 @@ def render_list(title: str) -> str:
 
 def _filled(template: str, title: str, **parts: str) -> str:
     parts |= {"title": html.escape(escaped(title)), "style": _read("report.css")}
-    # In one pass: what is put in is not looked through again.
+    # In one pass, so that what is put in is not searched again.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read(template))
 
 

@@ -1,4 +1,4 @@
-// What the pointer and the keyboard are on in a figure: a place of it, whose numbers the tip tells.
+// Pointing at a place of a figure, with the pointer or the keys; the tip gives its numbers.
 
 const tip = byId("tip");
 const forgets = [];
@@ -22,7 +22,7 @@ function hideTip() {
   tip.hidden = true;
 }
 
-// Makes a canvas one that is pointed at and moved in.
+// Makes a canvas a figure that can be pointed at and moved in.
 //   at(x, y): the place there in CSS pixels, or null.
 //   show(place): marks it, or none for null, and gives the tip's title and lines.
 //   move(place, dx, dy): the place beside it, from null the first one to be on.
@@ -109,7 +109,7 @@ function addFigure(canvas, { at, show, move, where, choose = () => {}, between =
   forgets.push(() => { held = null; });
 }
 
-// A figure's places are others once a run has begun anew or was thinned.
+// The places of figures change when a run begins anew or is thinned.
 function forgetPlaces() {
   for (const forget of forgets) forget();
   hideTip();

@@ -1,4 +1,4 @@
-// Figures as files: a picture, SVG or PNG, as it is on the page, and its numbers as CSV.
+// Figures as files: a picture as it is on the page, SVG or PNG, and its numbers as CSV.
 
 const TITLE_HEIGHT = 26;
 

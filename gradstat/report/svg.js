@@ -1,4 +1,4 @@
-// As much of a canvas's context as the figures draw with, which makes an SVG of it.
+// The part of a canvas's context that the figures draw with, making an SVG.
 
 const SIZE_OF_TEXT = document.createElement("canvas").getContext("2d");
 
@@ -76,7 +76,7 @@ class SvgContext {
 const rounded = (x) => String(Math.round(100 * x) / 100);
 const inXml = (text) => String(text).replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
 
-// A colour, and how opaque it is, apart: older readers know no other way.
+// A colour and its opacity apart, since older readers know no other way.
 function paintOf(what, color) {
   const found = /^rgba\((.*),([^,]*)\)$/.exec(color);
   return found ? { [what]: `rgb(${found[1]})`, [`${what}-opacity`]: found[2].trim() } : { [what]: color };

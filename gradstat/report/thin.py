@@ -6,28 +6,20 @@ sample is one record as it was measured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TypeAlias
 
 import numpy as np
 
 from gradstat.arrays import Array, divide, evenly_spread, octaves
 from gradstat.bins import Log2Bins
-from gradstat.diagnosis.run import is_loss
 from gradstat.history import History
-from gradstat.kinds import NOUNS
 from gradstat.results import Statistics
-
-Numbers: TypeAlias = tuple[Array, Array]  # steps, which do not fall, and a value at each
 
 _MAX_COLUMNS, _MAX_CELLS = 600, 120_000
 _MAX_SAMPLES, _MAX_HISTOGRAMS = 120, 24_000
-_MAX_SERIES = 3  # of a kind
-_FLOAT32 = 1e38
 _MIN_COLUMNS, _MIN_SAMPLES = 20, 4  # however many layers there are
 _MAX_ROWS = 64  # of a histogram over linear bins
-_LARGEST = 1e308  # magnitude that the page draws: float64 holds its logarithm's power of two
+_LARGEST = 1e308  # magnitude that the page draws: 2 to its logarithm is finite in float64
 
 
 @dataclass(frozen=True)
@@ -102,7 +94,7 @@ class Sums:
         return cls(steps, ones, power, rms, rms, finite, history["zeros"], nonfinite, *formats)
 
     def together(self, starts: Array) -> Sums:
-        """Fewer columns: each from one of the starts, which rise from 0, to before the next one."""
+        """Fewer columns: each goes from one start to before the next. Starts rise from 0."""
         last = np.append(starts[1:], len(self.records)) - 1
         finite, zeros, nonfinite, lost = (
             np.add.reduceat(x, starts) for x in (self.finite, self.zeros, self.nonfinite, self.lost)
@@ -153,7 +145,7 @@ def _formats(history: History, power: Array) -> tuple[Array, Array]:
     for at, name in enumerate(history.formats):
         found = history.quantization(name)
         error = power + 2 * _log2(found["error"])
-        # Nothing is to add where there is nothing; what is not cast has no noise.
+        # No values or no error: no noise. What is not cast has NaN.
         noise[..., at] = np.where((power == -np.inf) | (found["error"] == 0), -np.inf, error)
         lost[..., at] = np.rint(np.nan_to_num(found["underflow"]) * found["nonzero"])
     flat = n_records, n_layers * len(history.formats)
@@ -162,7 +154,7 @@ def _formats(history: History, power: Array) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class Sample:
-    """Histograms of one record, of each layer over the rows from its first filled one to its last.
+    """Histograms of one record: for each layer the rows from its first filled one to its last.
 
     Over `Log2Bins` a row is an octave of magnitudes: row r holds 2**(r - 127) up to 2**(r - 126),
     row 0 all that is smaller and not zero. Over `LinearBins` a row is a bin or, of more than 64,
@@ -206,68 +198,6 @@ def most_samples(n_layers: int) -> int:
     return min(_MAX_SAMPLES, max(_MIN_SAMPLES, _MAX_HISTOGRAMS // max(1, n_layers)))
 
 
-@dataclass(frozen=True)
-class Series:
-    """One number a step, in the columns of a history; NaN where a column has none.
-
-    Args:
-        mean: of the finite values of each column, float32 ``(T,)``.
-        least: of them.
-        most: of them.
-        nonfinite: NaN and infinite values, int64 ``(T,)``.
-    """
-
-    mean: Array
-    least: Array
-    most: Array
-    nonfinite: Array
-
-
-def series(history: History, columns: Columns) -> dict[str, Series]:
-    """Losses, the norm of the first kind and learning rates, a few of each, by name."""
-    named = {name: history.scalar(name) for name in history.scalars}
-    kind = history.kinds[0]
-    return series_of(named, kind, (history.steps, history.norm(kind)), columns.steps[:, 0])
-
-
-def series_of(
-    scalars: Mapping[str, Numbers], kind: str, norm: Numbers, first: Array
-) -> dict[str, Series]:
-    """As `series`.
-
-    Args:
-        scalars: steps and values of each, by name.
-        kind: whose norm it is.
-        norm: its steps and values.
-        first: first step of each column.
-
-    Returns:
-        What is drawn of each, by name.
-    """
-    losses = [name for name in scalars if is_loss(name)]
-    rates = [name for name in scalars if name == "lr" or name.startswith("lr/")]
-    # Of many groups those that change.
-    rates = [name for name in rates if np.ptp(scalars[name][1]) > 0] or rates[:1]
-    named = {name: scalars[name] for name in losses[:_MAX_SERIES]}
-    named[f"{NOUNS[kind]} norm"] = norm
-    named |= {name: scalars[name] for name in rates[:_MAX_SERIES]}
-    return {name: _in_columns(*values, first) for name, values in named.items()}
-
-
-def _in_columns(steps: Array, values: Array, first: Array) -> Series:
-    at = np.maximum(np.searchsorted(first, steps, "right") - 1, 0)
-    finite = np.isfinite(values)
-    at, known = at[finite], np.clip(values[finite], -_FLOAT32, _FLOAT32)
-    least, most = (np.full(len(first), np.nan) for _ in range(2))
-    np.fmin.at(least, at, known)
-    np.fmax.at(most, at, known)
-    n = np.bincount(at, minlength=len(first))
-    mean = divide(np.bincount(at, known, len(first)), n)
-    broken = np.maximum(np.searchsorted(first, steps[~finite], "right") - 1, 0)
-    mean, least, most = (x.astype(np.float32) for x in (mean, least, most))
-    return Series(mean, least, most, np.bincount(broken, minlength=len(first)))
-
-
 def samples(history: History) -> list[Sample]:
     """Take histograms of some records, evenly spread, the newest among them."""
     at = evenly_spread(len(history), most_samples(len(history.layers)))
@@ -278,7 +208,7 @@ def sample(history: History, at: int) -> Sample:
     """Take the histograms of the record at a position."""
     log2 = isinstance(history.bins, Log2Bins)
     step = int(history.steps[at])
-    # Each part's histograms are let go of before the next one's are there.
+    # Part by part, so that one part's histograms are in memory at a time.
     found = [_of_part(part, log2) for _, part in history.parts(step)]
     counts, numel, finite, zeros, edges = (
         np.concatenate(each) for each in zip(*found, strict=True)
@@ -301,7 +231,7 @@ def sample(history: History, at: int) -> Sample:
 
 
 def _of_part(part: Statistics, log2: bool) -> tuple[Array, ...]:
-    """Of some layers the rows of their histograms, elements, finite ones, zeros and edges."""
+    """Rows of the histograms, elements, finite ones, zeros and edges of some layers."""
     integers = (getattr(part, name).numpy() for name in ("numel", "finite", "zeros"))
     edges = np.stack([part.low.numpy(), part.high.numpy()], -1)
     return _rows(part, log2), *integers, edges

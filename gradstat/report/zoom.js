@@ -6,7 +6,7 @@ const seen = { from: 0, to: 0, samples: [] };  // columns, and samples, of those
 function see() {
   let [first, last] = [zoom.first ?? -Infinity, zoom.last ?? Infinity];
   [seen.from, seen.to] = [0, T];
-  // Of another run, or of a link, there may be none of them: then all are seen.
+  // Another run, or a link, may have set steps that are not here: then all are seen.
   if (!meta.steps.some(([a, b]) => b >= first && a <= last)) [first, last] = [-Infinity, Infinity];
   while (seen.from < T - 1 && meta.steps[seen.from][1] < first) seen.from++;
   while (seen.to > seen.from + 1 && meta.steps[seen.to - 1][0] > last) seen.to--;
@@ -47,7 +47,7 @@ function sampleStepsBetween(x0, x1, left, width) {
   return [x0, x1].map((x) => samples[sampleAt(Math.max(left, Math.min(width - 0.01, x)), left, width)].step);
 }
 
-// Twice as near, or half, around a column; to all steps where that is all.
+// First and last step after zooming in or out around a column; nulls for all steps.
 function zoomed(factor, t) {
   const n = Math.max(2, Math.round((seen.to - seen.from) * factor));
   if (n >= T) return [null, null];

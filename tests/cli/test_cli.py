@@ -19,7 +19,8 @@ from torch import Tensor
 
 import gradstat
 from gradstat import History, LinearBins, Log2Bins
-from gradstat.cli import TARGETS, main
+from gradstat.cli import main
+from gradstat.cli.export import TARGETS
 
 
 def vanishing(step: int, layer: int) -> Tensor:

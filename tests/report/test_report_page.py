@@ -10,6 +10,7 @@ from histories import falling, make_history, repeat_record
 from pages import DISTRIBUTION, MAP, Open, detail, hover, pixels, place, written
 
 import gradstat
+from gradstat.report import series as report_series
 from gradstat.report import thin
 
 pytestmark = pytest.mark.integrations
@@ -341,7 +342,7 @@ def test_series_take_the_rates_that_change() -> None:
         for group in range(6):
             h.add_scalar(f"lr/{group}", step, 0.1 * (step if group == 4 else 1))
             h.add_scalar("loss", step, -1.0 * step)
-    series = thin.series(h, thin.columns(h))
+    series = report_series.series(h, thin.columns(h))
     assert list(series) == ["loss", "gradient norm", "lr/4"]
     assert series["lr/4"].mean.tolist() == pytest.approx([0.1 * step for step in range(8)])
     assert series["loss"].least.tolist() == [-step for step in range(8)]

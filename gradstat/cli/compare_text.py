@@ -37,8 +37,8 @@ _MOST_LINES = 10  # layers that a figure's key has room for
 def compare(runs: Mapping[str, History], *, every_layer: bool = False) -> str:
     """Two runs layer by layer: rms of each, their ratio, first over last layer, and findings.
 
-    Of several kinds of rows the first that both have is compared, and what there is in both runs of
-    update ratios and dead units.
+    Of several kinds of rows the first that both runs have is compared. So are update ratios and
+    dead units where both have them.
 
     Args:
         runs: two histories with records, by name.

@@ -14,7 +14,7 @@ from gradstat.history import History
 from gradstat.history.arguments import first_rows
 from gradstat.kinds import NOUNS
 
-_NEWEST = ("rms", "abs_max", "numel", "finite", "zeros")  # fields that `newest` shows
+_NEWEST = ("rms", "abs_max", "numel", "finite", "zeros")  # fields that are shown
 
 
 def newest(name: str, history: History) -> str:
@@ -43,10 +43,10 @@ def newest(name: str, history: History) -> str:
 
 
 def tail(path: Path, interval_s: float, updates: int | None = None) -> None:
-    """Print the newest record of a run whenever there is another one; for ever, or so many times.
+    """Print the newest record of a run whenever there is another one.
 
-    Waits for a run that is not there yet. Of a directory only what was written last is read,
-    however long the run is.
+    Waits for a run that is not there yet. Reads only what was written last to a directory, however
+    long the run is.
 
     Args:
         path: file or directory.

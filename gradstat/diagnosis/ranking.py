@@ -1,4 +1,4 @@
-"""What comes of what: the cause first, and after it what followed."""
+"""The order of findings: the worst first, and after a cause what followed it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from gradstat.diagnosis.findings import FINDINGS, SEVERITIES, Finding
 from gradstat.history import History
 
-# What begins at a certain step, and not with a window of records that shows it.
+# These begin at a step; the others with the window of records that shows them.
 _SUDDEN = ("non-finite", "loss spike", "gradient spike", "jump")
 
 
 def put_in_order(findings: list[Finding], history: History, window: int) -> list[Finding]:
-    """The worst first; but what began after something sudden comes after it, and says so.
+    """Put the worst first; but what began after something sudden comes after it, and says so.
 
     Args:
         findings: in any order.

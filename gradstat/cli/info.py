@@ -1,7 +1,11 @@
-"""What ``gradstat info`` says of this machine, without PyTorch where there is no device."""
+"""The command ``gradstat info``: what is known of this machine, or of a run.
+
+PyTorch is not imported where there is no device.
+"""
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -11,12 +15,34 @@ from pathlib import Path
 from gradstat.engines import ENGINE_VARIABLE
 from gradstat.version import __version__
 
+HELP = "show versions, engines, and what will run where; or what a run has logged"
 _PACKAGES = ("torch", "triton", "numba", "numpy", "matplotlib", "pandas", "pyarrow")
-# Of NVIDIA's driver, of that of Windows under WSL, of Jetson's, and of AMD's.
+# Devices of the drivers of NVIDIA, of Windows under WSL, of Jetson, and of AMD.
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap", "/dev/kfd")
 
 
-def info() -> str:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument(
+        "run_path", metavar="RUN", type=Path, nargs="?", help="instead: what this run has logged"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what is known of the machine or of the run."""
+    if options.run_path is None:
+        print(environment())
+        return 0
+    from gradstat.cli import text
+    from gradstat.cli.runs import load
+
+    history = load(options.run_path)
+    print(text.heading(str(options.run_path), history))
+    print(f"\n{text.scalars(history)}")
+    return 0
+
+
+def environment() -> str:
     """Versions, devices, and the engine that each will use."""
     lines = [f"gradstat {__version__}, Python {platform.python_version()}", ""]
     lines += [f"{name:11} {_version(name) or 'not installed'}" for name in _PACKAGES]
@@ -34,7 +60,7 @@ def info() -> str:
 
 
 def _devices() -> list[str]:
-    """Name of each CUDA or ROCm device. Importing PyTorch takes a second: without a driver, not."""
+    """Name of each CUDA or ROCm device. Without a driver PyTorch, a second, is not imported."""
     has_driver = sys.platform != "linux" or any(Path(driver).exists() for driver in _DRIVERS)
     if not has_driver and "torch" not in sys.modules:
         return []

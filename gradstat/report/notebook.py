@@ -16,7 +16,7 @@ from gradstat.escaping import escaped
 from gradstat.history import History
 from gradstat.history.arguments import first_rows
 from gradstat.kinds import NOUNS
-from gradstat.report import thin
+from gradstat.report import series, thin
 
 _WIDTH, _LINE_HEIGHT = 420, 56  # pixels
 _MAX_FINDINGS, _MAX_ROWS = 3, 200
@@ -24,7 +24,7 @@ _STOPS = np.array(
     [[68, 1, 84], [62, 73, 137], [38, 130, 142], [53, 183, 121], [181, 222, 43], [253, 231, 37]]
 )
 _BROKEN, _ZERO = (229, 53, 43), (150, 157, 166)
-# The notebook's own colour, on its own ground, be they light or dark.
+# The notebook's own colours, light or dark.
 _STYLE = "font: 13px/1.45 system-ui, sans-serif; color: inherit; max-width: 760px"
 _SEVERITIES = {"severe": "#d8392f", "warning": "#b87700", "note": "#7a8594"}
 
@@ -67,10 +67,10 @@ def _findings(history: History) -> str:
 
 
 def _line(history: History) -> str:
-    """The first of the run's losses, or the norm, as a line; logarithmic where it spans much."""
+    """The first of the run's losses, or the norm, as a line; logarithmic if it spans much."""
     columns = thin.columns(history)
-    name, series = next(iter(thin.series(history, columns).items()))
-    y = series.mean.astype(np.float64)
+    name, line = next(iter(series.series(history, columns).items()))
+    y = line.mean.astype(np.float64)
     known = y[np.isfinite(y)]
     if not len(known):
         return ""
@@ -81,7 +81,7 @@ def _line(history: History) -> str:
     span = high - low or 1.0
     x = (np.arange(len(y)) + 0.5) / len(y) * _WIDTH
     height = (1 - (y - low) / span) * (_LINE_HEIGHT - 4) + 2
-    # Broken where there is nothing.
+    # The line is broken where there is no value.
     unbroken = np.split(np.arange(len(y)), np.flatnonzero(~np.isfinite(y)))
     drawn = "".join(
         '<polyline fill="none" stroke="currentColor" stroke-width="1.3" points="'
