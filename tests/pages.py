@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -42,6 +43,14 @@ def pixels(page: Page, canvas: str) -> np.ndarray:
 
 def detail(page: Page) -> str:
     return page.locator("#detail-name").inner_text()
+
+
+def eventually(holds: Callable[[], bool]) -> None:
+    """Wait until a page shows it, however busy the machine."""
+    end_s = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
 
 
 def written(x: float) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from histories import falling, make_history, repeat_record
-from pages import DISTRIBUTION, MAP, Open, detail, hover, pixels, place, written
+from pages import DISTRIBUTION, MAP, Open, detail, eventually, hover, pixels, place, written
 
 import gradstat
 from gradstat.report import series as report_series
@@ -230,8 +230,7 @@ def test_page_follows_the_colour_scheme(open_report: Open, scheme: str, is_dark:
     before = pixels(page, "#detail-curve canvas >> nth=0")
     assert len(np.unique(before)) > 3
     page.emulate_media(color_scheme="light" if is_dark else "dark")
-    page.evaluate("() => new Promise((go) => requestAnimationFrame(() => setTimeout(go)))")
-    assert (pixels(page, "#detail-curve canvas >> nth=0") != before).any()
+    eventually(lambda: (pixels(page, "#detail-curve canvas >> nth=0") != before).any())
 
 
 @pytest.mark.parametrize("width", [320, 360, 800, 1400])

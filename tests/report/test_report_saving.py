@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from histories import falling, make_history
-from pages import DISTRIBUTION, MAP, Open, detail, hover, place
+from pages import DISTRIBUTION, MAP, Open, detail, eventually, hover, place
 
 import gradstat
 from gradstat.kinds import GRAD, PARAM
@@ -76,11 +76,9 @@ def test_link_restores_the_view(open_report: Open, browser: Browser) -> None:
     other.close()
     assert before[0] == "a&b=#1.weight\u00a0\u00b7 parameter"
     page.evaluate("location.hash = ''")
-    page.wait_for_timeout(100)
-    assert shown() != before
+    eventually(lambda: shown() != before)
     page.go_back()
-    page.wait_for_timeout(100)
-    assert shown() == before
+    eventually(lambda: shown() == before)
 
 
 @pytest.mark.parametrize(
