@@ -37,7 +37,9 @@ class SparseRows:
     @classmethod
     def narrowed(cls, sizes: Array, indices: Array, values: Array, bins: int) -> SparseRows:
         """Rows of histograms of so many bins, from int64 arrays as the constructor takes them."""
-        return cls(sizes, *_narrow(indices, values, bins))
+        if values.size == 0 or values.max() < 1 << 32:
+            values = values.astype(np.uint32)
+        return cls(sizes, indices.astype(np.uint16 if bins <= 1 << 16 else np.uint32), values)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -81,17 +83,19 @@ class SparseRows:
         block = bisect_right(self._starts, row) - 1
         ends, indices, values = self._blocks[block]
         at = row - self._starts[block]
-        part = slice(ends[at - 1] if at else 0, ends[at])
+        part = _entries(ends, at, at + 1)
         dense = np.zeros(bins, dtype=np.int64)
         dense[indices[part]] = values[part]
         return dense
 
     def part(self, start: int, stop: int) -> SparseRows:
-        """Rows from one on to before another one."""
-        sizes, indices, values = self.arrays()
-        ends = np.cumsum(sizes, dtype=np.int64)
-        first, last = (int(ends[at - 1]) if at else 0 for at in (start, stop))
-        return SparseRows(sizes[start:stop], indices[first:last], values[first:last])
+        """Rows from one on to before another one: views, if all rows are in one block."""
+        if len(self._blocks) > 1:
+            return SparseRows(*self.arrays()).part(start, stop)
+        ends, indices, values = self._blocks[0]
+        part = _entries(ends, start, stop)
+        sizes = np.diff(ends[start:stop], prepend=part.start)
+        return SparseRows(sizes, indices[part], values[part])
 
     def keep(self, rows: Array) -> SparseRows:
         """Some of the rows, by their numbers, which rise."""
@@ -117,15 +121,16 @@ class SparseRows:
     @classmethod
     def sum(cls, parts: Sequence[SparseRows], bins: int) -> SparseRows:
         """Rows of counts added up, from as many rows each; in memory for some of them, dense."""
-        held = [_Entries(*part.arrays()) for part in parts]
+        in_one_block = [cls(*part.arrays()) for part in parts]
+        n_rows = len(parts[0])
         summed = []
-        for start in range(0, len(parts[0]), _SUMMED_ROWS):
-            rows = slice(start, min(start + _SUMMED_ROWS, len(parts[0])))
-            summed.append(_sum([each.of(rows) for each in held], bins))
+        for start in range(0, n_rows, _SUMMED_ROWS):
+            stop = min(start + _SUMMED_ROWS, n_rows)
+            summed.append(_sum([each.part(start, stop).arrays() for each in in_one_block], bins))
         if not summed:
             return cls.empty()
         sizes, indices, values = (np.concatenate(each) for each in zip(*summed, strict=True))
-        return cls(sizes, *_narrow(indices, values, bins))
+        return cls.narrowed(sizes, indices, values, bins)
 
     def arrays(self) -> tuple[Array, Array, Array]:
         """Sizes, indices and values of all rows, as the constructor takes them."""
@@ -137,18 +142,9 @@ class SparseRows:
         return np.concatenate(sizes), np.concatenate(all_indices), np.concatenate(all_values)
 
 
-class _Entries:
-    """Rows of which some are taken out."""
-
-    def __init__(self, sizes: Array, indices: Array, values: Array) -> None:
-        self._sizes, self._indices, self._values = sizes, indices, values
-        self._ends = np.cumsum(sizes, dtype=np.int64)
-
-    def of(self, rows: slice) -> tuple[Array, Array, Array]:
-        """Sizes, indices and values of some rows."""
-        first = self._ends[rows.start - 1] if rows.start else 0
-        part = slice(first, self._ends[rows.stop - 1])
-        return self._sizes[rows], self._indices[part], self._values[part]
+def _entries(ends: Array, start: int, stop: int) -> slice:
+    """Where the entries of rows from one on to before another one are."""
+    return slice(int(ends[start - 1]) if start else 0, int(ends[stop - 1]) if stop else 0)
 
 
 def _sum(parts: Sequence[tuple[Array, Array, Array]], bins: int) -> tuple[Array, Array, Array]:
@@ -169,11 +165,3 @@ def _sum(parts: Sequence[tuple[Array, Array, Array]], bins: int) -> tuple[Array,
     at = np.flatnonzero(filled)
     sizes = np.count_nonzero(filled, axis=1).astype(np.int32)
     return sizes, columns[at - np.repeat(starts, sizes)], dense[at]
-
-
-def _narrow(indices: Array, values: Array, bins: int) -> tuple[Array, Array]:
-    small = values.size == 0 or values.max() < 1 << 32
-    return (
-        indices.astype(np.uint16 if bins <= 1 << 16 else np.uint32),
-        values.astype(np.uint32) if small else values,
-    )
