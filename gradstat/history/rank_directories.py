@@ -73,7 +73,7 @@ def read(path: Path, replicated: bool | None = None) -> Records:
         Its records, those of several ranks merged.
 
     Raises:
-        As `archive.read`, and ValueError as `merge_files`.
+        As `archive.pieces`, and ValueError as `merge_files`.
     """
     folders = rank_directories(path)
     n_bytes = bytes_at_a_time(len(folders)) if len(folders) > 1 else math.inf

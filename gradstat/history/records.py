@@ -85,7 +85,7 @@ class Records:
         numbers = self.integers.nbytes + self.floats.nbytes + self.quantized.nbytes
         return numbers + self.counts.nbytes
 
-    def before(self, step: int) -> Records:
+    def before(self, step: float) -> Records:
         """Those of lower steps, their scalars too."""
         n = bisect_left(self.steps, step)
         return replace(self._part(slice(0, n)), scalars=self.scalars.before(step))
