@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -99,15 +98,12 @@ class Journal:
             self._resumed = sections.resumed(first_step, [each.stat().st_size for each in before])
         try:
             self._write_block()
-        except FileExistsError as error:
-            if not self._path.is_dir():
-                self._warn_of(error)
-            else:
+        except OSError as error:
+            if isinstance(error, FileExistsError) and self._path.is_dir():
                 raise ValueError(
                     f"watch() needs a directory of its own; path is {path}, where another one has "
                     f"just begun"
                 ) from error
-        except OSError as error:
             self._warn_of(error)
 
     def forget_other_threads(self) -> None:
@@ -131,11 +127,9 @@ class Journal:
         """
         if self._is_forked:
             return
-        if step <= self._newest_step:
-            raise ValueError(f"append() needs a step after {self._newest_step}; step is {step}")
-        time_s = time.time() if time_s is None else time_s
         quantized = self._no_formats if quantized is None else quantized
-        record = Record(step, time_s, integers, floats, counts, quantized)
+        rows = integers, floats, counts, quantized
+        record = Record.after(self._newest_step, step, *rows, time_s)
         with self._lock:
             waiting = self._state.waiting
             waiting.append(record)
@@ -286,8 +280,7 @@ class Journal:
     def _warn_of(self, error: OSError) -> None:
         if not self._has_warned:
             self._has_warned = True
-            message = f"watch() cannot write to {self._path} and keeps its records in memory"
-            warn(f"{message}: {error}")
+            warn(f"watch() cannot write to {self._path} and keeps its records in memory: {error}")
 
 
 def _n_records(waiting: Sequence[Record], packed: Sequence[Records]) -> int:

@@ -11,14 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gradstat.arrays import Array
-from gradstat.history.alignment import (
-    at_steps,
-    join_depths,
-    names_of,
-    ranges_of,
-    union,
-    with_rows,
-)
+from gradstat.history.alignment import join_depths, names_of, ranges_of, union, with_rows
 from gradstat.history.copies import Copies, Holding, told_of_replicas
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import SAME, Records, concatenate
@@ -146,7 +139,7 @@ def merge_files(
     rows = union([rank.held.rows for rank in ranks])
     names = names_of([(rank.held.rows, rank.held.layers) for rank in ranks])
     layers = [names[row] for row in rows]
-    windows, left_out = [with_rows(at_steps(ranks[0].held, []), rows, layers)], set[int]()
+    windows, left_out = [with_rows(ranks[0].held.at_steps([]), rows, layers)], set[int]()
     n_bytes = bytes_at_a_time(len(ranks))
     leader = min(ranks, key=lambda rank: rank.rank)
     superseded = set[int]()
@@ -171,7 +164,7 @@ def merge_files(
         steps = sorted(set[int].intersection(*(set(each.steps) for each in taken)))
         left_out |= some - set(steps)
         if steps:
-            parts = [with_rows(at_steps(each, steps), rows, layers) for each in taken]
+            parts = [with_rows(each.at_steps(steps), rows, layers) for each in taken]
             parts = [told_of_replicas(_FUNCTION, each, replicated) for each in parts]
             windows.append(_merge_window([rank.rank for rank in going], parts))
             del parts

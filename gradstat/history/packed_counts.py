@@ -26,8 +26,10 @@ class SparseRows:
 
     def __init__(self, sizes: Array, indices: Array, values: Array) -> None:
         self._starts = [0]  # first row of each block
-        # Of each block: where each row's entries end, their bins, their counts.
-        self._blocks = [(np.cumsum(sizes, dtype=np.int64), indices, values)]
+        edges = np.zeros(len(sizes) + 1, np.int64)
+        np.cumsum(sizes, out=edges[1:])
+        # Of each block: where its rows' entries begin and end, their bins, their counts.
+        self._blocks = [(edges, indices, values)]
 
     @classmethod
     def empty(cls) -> SparseRows:
@@ -43,12 +45,12 @@ class SparseRows:
 
     def __len__(self) -> int:
         """Number of rows."""
-        return self._starts[-1] + len(self._blocks[-1][0])
+        return self._starts[-1] + len(self._blocks[-1][0]) - 1
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory."""
-        return sum(array.nbytes for block in self._blocks for array in block)
+        """Bytes of memory; none without rows."""
+        return sum(edges[1:].nbytes + x.nbytes + y.nbytes for edges, x, y in self._blocks)
 
     def followed_by(self, records: Sequence[Counts]) -> SparseRows:
         """These rows and after them those of one record or more."""
@@ -81,9 +83,9 @@ class SparseRows:
     def row(self, row: int, bins: int) -> Array:
         """One row, dense: int64 ``(bins,)``."""
         block = bisect_right(self._starts, row) - 1
-        ends, indices, values = self._blocks[block]
+        edges, indices, values = self._blocks[block]
         at = row - self._starts[block]
-        part = _entries(ends, at, at + 1)
+        part = slice(edges[at], edges[at + 1])
         dense = np.zeros(bins, dtype=np.int64)
         dense[indices[part]] = values[part]
         return dense
@@ -92,10 +94,9 @@ class SparseRows:
         """Rows from one on to before another one: views, if all rows are in one block."""
         if len(self._blocks) > 1:
             return SparseRows(*self.arrays()).part(start, stop)
-        ends, indices, values = self._blocks[0]
-        part = _entries(ends, start, stop)
-        sizes = np.diff(ends[start:stop], prepend=part.start)
-        return SparseRows(sizes, indices[part], values[part])
+        edges, indices, values = self._blocks[0]
+        part = slice(edges[start], edges[stop])
+        return SparseRows(np.diff(edges[start : stop + 1]), indices[part], values[part])
 
     def keep(self, rows: Array) -> SparseRows:
         """Some of the rows, by their numbers, which rise."""
@@ -107,6 +108,8 @@ class SparseRows:
 
     def rearranged(self, source: Array) -> SparseRows:
         """Other rows of these: of each its number here, or -1 for one that is empty."""
+        if (np.diff(source, prepend=-1) > 0).all():
+            return self.keep(source)  # which is faster
         sizes, indices, values = self.arrays()
         starts = np.cumsum(sizes, dtype=np.int64) - sizes
         has = source >= 0
@@ -134,17 +137,11 @@ class SparseRows:
 
     def arrays(self) -> tuple[Array, Array, Array]:
         """Sizes, indices and values of all rows, as the constructor takes them."""
-        if len(self._blocks) == 1:
-            ends, indices, values = self._blocks[0]
-            return np.diff(ends, prepend=0).astype(np.int32), indices, values
-        sizes = [np.diff(ends, prepend=0).astype(np.int32) for ends, _, _ in self._blocks]
-        _, all_indices, all_values = zip(*self._blocks, strict=True)
-        return np.concatenate(sizes), np.concatenate(all_indices), np.concatenate(all_values)
-
-
-def _entries(ends: Array, start: int, stop: int) -> slice:
-    """Where the entries of rows from one on to before another one are."""
-    return slice(int(ends[start - 1]) if start else 0, int(ends[stop - 1]) if stop else 0)
+        sizes = [np.diff(edges).astype(np.int32) for edges, _, _ in self._blocks]
+        _, indices, values = zip(*self._blocks, strict=True)
+        if len(sizes) == 1:
+            return sizes[0], indices[0], values[0]
+        return np.concatenate(sizes), np.concatenate(indices), np.concatenate(values)
 
 
 def _sum(parts: Sequence[tuple[Array, Array, Array]], bins: int) -> tuple[Array, Array, Array]:

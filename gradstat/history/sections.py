@@ -209,12 +209,9 @@ def to_records(source: Source) -> Records:
         raise ValueError("it lacks its checksum")
     known = _SECTIONS_1 if is_first else _HEAD | _BODY | _OPTIONAL
     needed = set(known) - set(_DEFAULTS_1 if is_first else _OPTIONAL)
-    if not is_first and any(name in headers for name in _SCALARS):
-        needed |= set(_SCALARS)
-    if not is_first and any(name in headers for name in _LAYOUT):
-        needed |= set(_LAYOUT)
-    if not is_first and any(name in headers for name in _QUANTIZED):
-        needed |= set(_QUANTIZED)
+    for together in (_SCALARS, _LAYOUT, _QUANTIZED):
+        if any(name in headers for name in together):
+            needed |= set(together)
     if missing := [name for name in known if name in needed and name not in headers]:
         raise ValueError(f"it lacks {', '.join(missing)}")
     if is_first and (unknown := set(headers) - set(known)):
@@ -235,7 +232,7 @@ def to_records(source: Source) -> Records:
         has_kinds = bool(source.read("has_kinds"))
         layers = [str(row) if has_kinds else row.name for row in rows]
     steps = integers(source, "steps")
-    has_formats = not is_first and "narrow_formats" in headers
+    has_formats = "narrow_formats" in headers
     return Records(
         rows,
         layers,
@@ -247,13 +244,13 @@ def to_records(source: Source) -> Records:
         floats(source, "narrow") if has_formats else no_formats(len(steps), n_layers),
         SparseRows(sizes, source.read("indices"), source.read("values")),
         integers(source, "origins") if "origins" in headers else np.full(n_layers, OWN),
-        Scalars() if is_first or "scalar_ids" not in headers else _scalars(source),
-        integers(source, "order") if "order" in headers and not is_first else None,
-        _partial_step(source, steps) if "partial" in headers and not is_first else None,
-        None if is_first else integer(source, "rank"),
-        None if is_first else integer(source, "world"),
-        None if is_first else _layout(source),
-        None if is_first else _resumption(source),
+        _scalars(source) if "scalar_ids" in headers else Scalars(),
+        integers(source, "order") if "order" in headers else None,
+        _partial_step(source, steps) if "partial" in headers else None,
+        integer(source, "rank"),
+        integer(source, "world"),
+        _layout(source) if "parts" in headers else None,
+        _resumption(source),
         source.texts("narrow_formats") if has_formats else [],
     )
 
@@ -264,9 +261,7 @@ def _scalars(source: Source) -> Scalars:
     return Scalars.from_flat(names, ids, steps, floats(source, "scalar_values"))
 
 
-def _layout(source: Source) -> Layout | None:
-    if "parts" not in source.headers:
-        return None
+def _layout(source: Source) -> Layout:
     return Layout.from_flat(*(integers(source, name) for name in _LAYOUT))
 
 
