@@ -140,7 +140,9 @@ def _newest_of_each(path: Path) -> Iterator[Records]:
 
 
 def segments(path: Path) -> list[Path]:
-    """Files of a directory, in their order."""
+    """Files of a directory, in their order; none where there is no directory."""
+    if not path.is_dir():
+        return []
     return sorted(
         file for file in path.iterdir() if file.suffix in (SUFFIX, ".npz") and file.stem.isdigit()
     )

@@ -85,7 +85,7 @@ class Journal:
         self._lock, self._writing = threading.RLock(), threading.RLock()
         # A block without records shows at once whether the directory can be written, and keeps
         # other runs and ranks away.
-        before = archive.segments(self._path) if self._path.is_dir() else []
+        before = archive.segments(self._path)
         if before and first_step is None:
             raise ValueError(
                 f"watch() needs a directory without records, or first_step to go on with them; "

@@ -97,7 +97,7 @@ class RankRecords:
         taken, self.held = self.held.before(step + 1), self.held.since(step + 1)
         return taken
 
-    def attempt_at(self, step: int) -> Attempt | None:
+    def attempt_at(self, step: float) -> Attempt | None:
         """The last one that this step is of."""
         found = [each for each in self.attempts if each.first_step <= step]
         return found[-1] if found else None
@@ -208,11 +208,11 @@ def _in_force(rank: RankRecords, ranks: Sequence[RankRecords]) -> Scalars:
     """Scalars of a rank that no other rank has superseded, when the run was resumed."""
     others = [other for other in ranks if other.is_journal] if rank.is_journal else []
     starts = sorted({max(each.first_step, 0) for other in others for each in other.attempts})
-    kept = rank.scalars.before(starts[0]) if starts else rank.scalars
+    kept = rank.scalars.between(end=starts[0]) if starts else rank.scalars
     for start, end in pairwise([*starts, math.inf]):
-        mine = rank.attempt_at(int(start))
-        if all(other.attempt_at(int(start)) == mine for other in others if mine in other.attempts):
-            kept.extend(rank.scalars.before(end).since(int(start)))
+        mine = rank.attempt_at(start)
+        if all(other.attempt_at(start) == mine for other in others if mine in other.attempts):
+            kept.extend(rank.scalars.between(start, end))
     return kept
 
 

@@ -90,7 +90,7 @@ class Records:
         n = bisect_left(self.steps, step)
         counts = self.counts.part(0, n * len(self.rows))
         part = self._part(self.steps[:n], slice(n), counts)
-        return replace(part, scalars=self.scalars.before(step))
+        return replace(part, scalars=self.scalars.between(end=step))
 
     def since(self, step: int) -> Records:
         """Those of this step and higher ones, without scalars."""
