@@ -14,18 +14,18 @@ from gradstat.history.records import OWN, Records
 from gradstat.kinds import KINDS, Row
 
 
-def union(parts: Sequence[Sequence[Row]]) -> list[Row]:
-    """All rows that there are, kind by kind, those of the first part first."""
-    rows = dict.fromkeys(row for part in parts for row in part)
+def union(parts: Sequence[tuple[Sequence[Row], Sequence[str]]]) -> tuple[list[Row], list[str]]:
+    """All rows that there are, kind by kind, those of the first part first, and their names.
+
+    Args:
+        parts: the rows of each and their names, as printed.
+    """
+    names = {row: name for rows, layers in parts for row, name in zip(rows, layers, strict=True)}
+    rows = list(names)
     # What stays as it is needs no copy.
-    if all(list(part) == list(rows) for part in parts):
-        return list(rows)
-    return sorted(rows, key=lambda row: KINDS.index(row.kind))
-
-
-def names_of(parts: Sequence[tuple[Sequence[Row], Sequence[str]]]) -> dict[Row, str]:
-    """How each row is printed, from the rows and names of several."""
-    return {row: name for rows, names in parts for row, name in zip(rows, names, strict=True)}
+    if any(list(part) != rows for part, _ in parts):
+        rows.sort(key=lambda row: KINDS.index(row.kind))
+    return rows, [names[row] for row in rows]
 
 
 def join_depths(

@@ -172,7 +172,7 @@ def _plan(path: Path, *, quiet: bool) -> list[tuple[Path, bool, float]]:
         quiet: say nothing of those that are left out.
 
     Returns:
-        Of each whether it may be cut off, and the step from which on it is superseded: infinite,
+        Each file, whether it may be cut off, and the step from which on it is superseded: infinite
         if it is not.
     """
     files = _numbered(path)
@@ -182,10 +182,10 @@ def _plan(path: Path, *, quiet: bool) -> list[tuple[Path, bool, float]]:
         )
     plan: list[tuple[Path, bool, float]] = []
     end = math.inf
-    # The last first: it says how long those before it were when it was begun.
+    # The last one comes first: it says how long the others were when it was begun.
     lengths: dict[int, set[int]] = {}
     for number, file in reversed(list(enumerate(files))):
-        # What has no whole block was never the last file of a run.
+        # A file without a whole block was never the last one of a run.
         may_end_early = not plan or file.stat().st_size in lengths.get(number, ())
         try:
             first_step, before = _resumption(file)

@@ -160,6 +160,6 @@ def _followed_ranks(folders: list[Path]) -> Iterator[Records | None]:
 
 
 def _since(pieces: list[Records], step: int) -> list[Records]:
-    """What of some pieces is of a step and those after it."""
+    """The rest of some pieces, from a step on."""
     rest = [replace(each.since(step), scalars=each.scalars.between(step)) for each in pieces]
     return [each for each in rest if each.steps or each.scalars.names]

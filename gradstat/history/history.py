@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from gradstat.history.layout import Layout
 from gradstat.history.records import OWN, Records
 from gradstat.history.scalars import Scalars
 from gradstat.history.shapes import kurtosis_of
-from gradstat.history.snapshot import DENSE_BYTES, Record, Snapshot
+from gradstat.history.snapshot import DENSE_BYTES, Record, Snapshot, check_step
 from gradstat.kinds import FROM_THE_END, GRAD, PARAM, UNIT, UPDATE, Row
 from gradstat.quantized import PACKED, QUANTIZATION_FIELDS, unpacked
 from gradstat.results import DERIVED, FLOATS, INTEGERS, SHAPES, Statistics
@@ -153,20 +154,21 @@ class History:
             ValueError: a step that is not higher, arrays of other shapes.
         """
         now = self._now
-        quantized = self._no_formats if quantized is None else quantized
-        rows = integers, floats, counts, quantized
-        record = Record.after(now.last_step, step, *rows, time_s)
+        check_step(step, now.last_step)
         shapes = integers.shape, floats.shape, counts.shape
         if shapes != self._shapes:
             raise ValueError(
                 f"append() needs arrays of shapes {self._shapes}; integers, floats and counts have "
                 f"{shapes}"
             )
+        quantized = self._no_formats if quantized is None else quantized
         if quantized.shape != self._no_formats.shape:
             raise ValueError(
                 f"append() needs formats of shape {self._no_formats.shape}; quantized has "
                 f"{quantized.shape}"
             )
+        time_s = time.time() if time_s is None else time_s
+        record = Record(step, time_s, integers, floats, counts, quantized)
         self._now = now.followed_by(record, self._capacity)
 
     def __getitem__(self, field: str) -> Array:
@@ -262,7 +264,7 @@ class History:
         l2 = self["l2"][:, self._columns("norm", kind)]
         known = ~np.isnan(l2)
         l2 = np.where(known, l2, 0.0)
-        # No square overflows or underflows, but beside a norm that is itself infinite.
+        # No square overflows or underflows, unless a norm is itself infinite.
         largest = l2.max(1, keepdims=True, initial=0.0)
         unit = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
         with np.errstate(over="ignore"):
@@ -420,8 +422,8 @@ class History:
             )
         fields = self._now.all_quantized()[:, :, self.formats.index(name)]
         is_absent = np.isnan(fields[..., -1])
-        found: dict[str, Array] = {}
         values = unpacked(parse_format("quantization", name), fields)
+        found: dict[str, Array] = {}
         for field in QUANTIZATION_FIELDS:
             found[field] = getattr(values, field).numpy().copy()
             if found[field].dtype == np.float64:

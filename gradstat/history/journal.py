@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import Records, concatenate
 from gradstat.history.scalars import Scalars
 from gradstat.history.snapshot import DENSE_BYTES as _DENSE_BYTES
-from gradstat.history.snapshot import Record
+from gradstat.history.snapshot import Record, check_step
 from gradstat.quantized import PACKED
 from gradstat.warning import warn
 
@@ -127,9 +128,10 @@ class Journal:
         """
         if self._is_forked:
             return
+        check_step(step, self._newest_step)
+        time_s = time.time() if time_s is None else time_s
         quantized = self._no_formats if quantized is None else quantized
-        rows = integers, floats, counts, quantized
-        record = Record.after(self._newest_step, step, *rows, time_s)
+        record = Record(step, time_s, integers, floats, counts, quantized)
         with self._lock:
             waiting = self._state.waiting
             waiting.append(record)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gradstat.arrays import Array
-from gradstat.history.alignment import join_depths, names_of, ranges_of, union, with_rows
+from gradstat.history.alignment import join_depths, ranges_of, union, with_rows
 from gradstat.history.copies import Copies, Holding, told_of_replicas
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import SAME, Records, concatenate
@@ -21,7 +21,7 @@ from gradstat.history.union_quantized import union_of
 from gradstat.warning import warn
 
 _FUNCTION = "History.merge()"
-# Of each rank, and of all of them, that is held at a time.
+# That are held at a time of each rank, and of all of them.
 _MOST_BYTES, _MOST_BYTES_OF_ALL = 4 << 20, 64 << 20
 
 
@@ -136,9 +136,7 @@ def merge_files(
         ValueError: other bins, other ranges, or copies that are not equal.
     """
     _check_alike(ranks)
-    rows = union([rank.held.rows for rank in ranks])
-    names = names_of([(rank.held.rows, rank.held.layers) for rank in ranks])
-    layers = [names[row] for row in rows]
+    rows, layers = union([(rank.held.rows, rank.held.layers) for rank in ranks])
     windows, left_out = [with_rows(ranks[0].held.at_steps([]), rows, layers)], set[int]()
     n_bytes = bytes_at_a_time(len(ranks))
     leader = min(ranks, key=lambda rank: rank.rank)
@@ -221,13 +219,13 @@ def _merge_window(ranks: Sequence[int], parts: Sequence[Records]) -> Records:
     copies = Copies(_FUNCTION)
     first, bins = parts[0], parts[0].bins
     firsts = [copies.add(rank, Holding.of(part)) for rank, part in zip(ranks, parts, strict=True)]
-    # Of the ranks that hold the same values the first one's count.
+    # Where several ranks hold the same values, those of the first one count.
     is_first = np.stack(firsts)[:, None, :, None]
     integers = np.where(is_first, np.stack([part.integers for part in parts]), 0)
     floats = np.where(is_first, np.stack([part.floats for part in parts]), np.nan)
     extremes = extremes_of(bins, integers, floats)
     least, greatest = np.fmin.reduce(extremes), np.fmax.reduce(extremes)
-    # As of no parts at all.
+    # No part has any.
     least = np.where(np.isnan(least), np.inf, least)
     greatest = np.where(np.isnan(greatest), -np.inf, greatest)
     check_ranges(_FUNCTION, first, least, greatest)

@@ -28,7 +28,7 @@ class SparseRows:
         self._starts = [0]  # first row of each block
         edges = np.zeros(len(sizes) + 1, np.int64)
         np.cumsum(sizes, out=edges[1:])
-        # Of each block: where its rows' entries begin and end, their bins, their counts.
+        # Where the entries of each block's rows begin and end, their bins, their counts.
         self._blocks = [(edges, indices, values)]
 
     @classmethod
@@ -107,7 +107,7 @@ class SparseRows:
         return SparseRows(sizes[kept], indices[entries], values[entries])
 
     def rearranged(self, source: Array) -> SparseRows:
-        """Other rows of these: of each its number here, or -1 for one that is empty."""
+        """Other rows, each by its number here, or -1 for one that is empty."""
         if (np.diff(source, prepend=-1) > 0).all():
             return self.keep(source)  # which is faster
         sizes, indices, values = self.arrays()

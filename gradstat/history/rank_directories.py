@@ -1,4 +1,4 @@
-"""Directories of distributed runs: one in them for each rank, which together are one run."""
+"""Directories of distributed runs, in which each rank has one; together they are one run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Read = Callable[[Path], Iterator[Records]]
 
 
 def own_directory(path: Path, rank: int | None) -> Path:
-    """Where in a run's directory a rank writes; a process that is none writes to itself.
+    """Where in a run's directory a rank writes; a process that is no rank writes to all of it.
 
     Raises:
         ValueError: it has records of a process that was no rank, or of ranks.

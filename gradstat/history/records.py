@@ -19,7 +19,7 @@ from gradstat.kinds import KINDS, UNIT, Row
 from gradstat.quantized import NO_SCALE_MAX, NO_SCALE_MIN, PACKED
 from gradstat.results import FLOATS, INTEGERS
 
-# In place of a rank as a layer's origin: values of this rank alone, or the same ones on each rank.
+# Origins that are no rank: values are of this rank alone, or the same ones on each rank.
 OWN, SAME = -1, -2
 
 _MOST_RANKS = 1 << 31
@@ -56,7 +56,7 @@ class Records:
         rank: of the process that recorded them in a distributed run, if it is known.
         world: how many ranks that run had.
         layout: what this rank holds of each layer, if that is known of any.
-        resumption: of a file of a resumed run: its first step, and how many files were there.
+        resumption: of a resumed run's file: its first step, and how many files were there.
         formats: names of F narrow formats that were measured.
     """
 
@@ -234,7 +234,7 @@ def _wrong_integers(integers: Array) -> list[_Wrong]:
 def _wrong_floats(integers: Array, floats: Array) -> list[_Wrong]:
     _, finite, zeros, *_ = integers.T
     least, most, _, std, l1, l2, low, high = floats.T
-    # Nothing is asked of a NaN, but where there is nothing that could be finite.
+    # NaN is never wrong, and needed where no element is finite.
     return [
         (least > most, "min is above its max"),
         ((finite == 0) & ~(np.isnan(least) & np.isnan(most)), "min and max are of no element"),
@@ -275,7 +275,7 @@ def _wrong_formats(integers: Array, quantized: Array, is_cast: Array) -> list[_W
 def _wrong_counts(
     integers: Array, sizes: Array, indices: Array, values: Array, bins: int
 ) -> list[_Wrong]:
-    """What is wrong with N histograms; of what is wrong with an entry the row is found."""
+    """What is wrong with N histograms; a wrong entry makes its row wrong."""
     finite, below, above = integers[:, 1], integers[:, 6], integers[:, 7]
     ends = np.cumsum(sizes, dtype=np.int64)
     at = indices.astype(np.int64)
@@ -284,9 +284,9 @@ def _wrong_counts(
     entry = (rises <= 0) | (at < 0) | (at >= bins) | (values <= 0) | (values > _MOST_ELEMENTS)
     bad = np.zeros(len(sizes), bool)
     bad[np.searchsorted(ends, np.flatnonzero(entry), side="right")] = True
-    # In float64 first: what overflows has no sum.
     total = np.append(0, np.cumsum(np.where(entry, 0, values), dtype=np.int64))
     sums = total[ends] - total[ends - sizes]
+    # What overflows int64 does not overflow float64.
     huge = float(values.sum(dtype=np.float64)) > 2.0**62
     return [
         (bad, f"histogram has counts that are not positive or not in the order of {bins} bins"),

@@ -42,7 +42,7 @@ _BODY = {
     "values": ("iu", "E"),
     "origins": ("i", "L"),
 }
-# What may be lacking, as of runs that log nothing: V bytes of names of N scalars, P values; K files
+# These may be lacking, as where nothing is logged. V bytes of names of N scalars, P values; K files
 # that the run was resumed after.
 _OPTIONAL = {
     "scalar_names": ("u", "V"),
@@ -65,7 +65,7 @@ _OPTIONAL = {
 _LAYOUT = ("parts", "shapes", "shape_ends")
 _QUANTIZED = ("narrow_formats", "narrow")
 _SCALARS = tuple(name for name in _OPTIONAL if name.startswith("scalar"))
-# The last version's; its first files lack some of them.
+# Those of the last version, whose first files lack some of them.
 _SECTIONS_1 = {
     "layers": ("U", "L"),
     **{name: _HEAD[name] for name in ("format", "bins", "kinds")},
@@ -92,7 +92,7 @@ def head(records: Records) -> Sections:
 
 
 def resumed(first_step: int, bytes_before: Sequence[int]) -> Sections:
-    """Of a run that is resumed: its first step, and how long the files are that it goes on from."""
+    """The first step of a resumed run, and how long the files are that it goes on from."""
     return {
         "first_step": np.array(first_step, dtype=np.int64),
         "bytes_before": np.array(bytes_before, dtype=np.int64),
@@ -215,7 +215,7 @@ def to_records(source: Source) -> Records:
     if missing := [name for name in known if name in needed and name not in headers]:
         raise ValueError(f"it lacks {', '.join(missing)}")
     if is_first and (unknown := set(headers) - set(known)):
-        # Without a checksum, a name that is damaged.
+        # There is no checksum: the name may be damaged.
         raise ValueError(f"it holds {min(unknown)!r}, which is unknown")
     n_layers = _check_shapes(headers, known)
     # Before anything of their size is read.

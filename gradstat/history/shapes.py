@@ -38,7 +38,7 @@ def kurtosis_of(records: Records, at: Array, columns: Array) -> Array:
         held = slice(start, min(start + n_rows, len(kept)))
         size, indices, values = kept.part(held.start, held.stop).arrays()
         row = np.repeat(np.arange(len(size)), size)
-        # Over the default bins a place for each filled one, over others, which are few, for all.
+        # Each filled bin has a place; of linear bins, which are few, the others have one too.
         place = np.arange(len(row)) - np.repeat(np.cumsum(size) - size, size)
         bins = np.zeros((len(size), int(size.max(initial=1))), np.int64)
         if isinstance(records.bins, LinearBins):

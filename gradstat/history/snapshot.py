@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from operator import attrgetter
@@ -39,26 +39,11 @@ class Record(NamedTuple):
     counts: Counts
     quantized: Array
 
-    @classmethod
-    def after(
-        cls,
-        newest: int | None,
-        step: int,
-        integers: Array,
-        floats: Array,
-        counts: Counts,
-        quantized: Array,
-        time_s: float | None,
-    ) -> Record:
-        """A record that follows the one of the newest step, if there is any; by default of now.
 
-        Raises:
-            ValueError: a step that is not higher.
-        """
-        if newest is not None and step <= newest:
-            raise ValueError(f"append() needs a step after {newest}; step is {step}")
-        time_s = time.time() if time_s is None else time_s
-        return cls(step, time_s, integers, floats, counts, quantized)
+def check_step(step: int, newest: float) -> None:
+    """Refuse a step that is not higher than the newest one."""
+    if step <= newest:
+        raise ValueError(f"append() needs a step after {newest}; step is {step}")
 
 
 class Snapshot(NamedTuple):
@@ -122,11 +107,11 @@ class Snapshot(NamedTuple):
         return [*self.times[: self.n], *(each.time_s for each in self.waiting)]
 
     @property
-    def last_step(self) -> int | None:
-        """The number of the newest one, if there is any."""
+    def last_step(self) -> float:
+        """The number of the newest one; minus infinity without any."""
         if self.waiting:
             return self.waiting[-1].step
-        return self.steps[self.n - 1] if self.n else None
+        return self.steps[self.n - 1] if self.n else -math.inf
 
     @property
     def nbytes(self) -> int:
@@ -241,7 +226,7 @@ class Snapshot(NamedTuple):
             return self
         steps, times, integers, floats, _, quantized = zip(*self.waiting, strict=True)
         n = self.n
-        # There may be those of a record that an interrupt has kept from following.
+        # An interrupt may have left those of a record that did not follow.
         self.steps[n:], self.times[n:] = steps, times
         return self._replace(
             n=self.size,
