@@ -36,8 +36,10 @@ class Layout:
         """Learn of a row."""
         self.parts[row], self.shapes[row] = part, shape
 
-    def equals(self, other: Layout) -> bool:
+    def equals(self, other: Layout | None) -> bool:
         """Whether the same is known of the same rows."""
+        if other is None:
+            return False
         return np.array_equal(self.parts, other.parts) and self.shapes == other.shapes
 
     def copy(self) -> Layout:

@@ -195,10 +195,7 @@ def _are_alike(a: Records, b: Records) -> bool:
     """Whether two pieces of a rank are of one attempt, with the same origins and layout."""
     if (a.world, a.resumption) != (b.world, b.resumption):
         return False
-    if a.layout is None or b.layout is None:
-        has_same_layout = a.layout is b.layout
-    else:
-        has_same_layout = a.layout.equals(b.layout)
+    has_same_layout = b.layout is None if a.layout is None else a.layout.equals(b.layout)
     return has_same_layout and np.array_equal(a.origins, b.origins)
 
 

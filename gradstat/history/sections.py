@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -65,6 +66,8 @@ _OPTIONAL = {
 _LAYOUT = ("parts", "shapes", "shape_ends")
 _QUANTIZED = ("narrow_formats", "narrow")
 _SCALARS = tuple(name for name in _OPTIONAL if name.startswith("scalar"))
+# Sections of numbers of names or of their bytes, and where these are.
+_NUMBERS_OF = {"scalar_ids": "scalar_name_ends", "scalar_name_ends": "scalar_names"}
 # Those of the last version, whose first files lack some of them.
 _SECTIONS_1 = {
     "layers": ("U", "L"),
@@ -160,9 +163,13 @@ def join(parts: Sequence[Sections]) -> Source:
         joined[name] = arrays[-1] if dims == "L" else np.concatenate(arrays)
     # Blocks may lack them; each numbers its own scalars.
     logged = [part for part in parts if "scalar_ids" in part]
-    if logged:
-        for name in _SCALARS:
-            joined[name] = np.concatenate([_shifted(logged, at, name) for at in range(len(logged))])
+    for name in _SCALARS if logged else ():
+        arrays = [part[name] for part in logged]
+        if name in _NUMBERS_OF:
+            sizes = [len(part[_NUMBERS_OF[name]]) for part in logged]
+            starts = accumulate(sizes[:-1], initial=0)
+            arrays = [array + start for array, start in zip(arrays, starts, strict=True)]
+        joined[name] = np.concatenate(arrays)
     if any("partial" in part for part in parts):
         joined["partial"] = np.concatenate(
             [part.get("partial", np.zeros(len(part["steps"]), bool)) for part in parts]
@@ -173,16 +180,6 @@ def join(parts: Sequence[Sections]) -> Source:
         said = [part[name] for part in parts if name in part]
         joined |= {name: said[-1]} if said else {}
     return _Joined(joined)
-
-
-def _shifted(parts: Sequence[Sections], at: int, name: str) -> Array:
-    """A section of scalars, which counts names or their bytes, as it is after those before it."""
-    section = parts[at][name]
-    if name == "scalar_ids":
-        return section + sum(len(part["scalar_name_ends"]) for part in parts[:at])
-    if name == "scalar_name_ends":
-        return section + sum(len(part["scalar_names"]) for part in parts[:at])
-    return section
 
 
 def to_records(source: Source) -> Records:
