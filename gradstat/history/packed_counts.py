@@ -50,7 +50,10 @@ class SparseRows:
     @property
     def nbytes(self) -> int:
         """Bytes of memory; none without rows."""
-        return sum(edges[1:].nbytes + x.nbytes + y.nbytes for edges, x, y in self._blocks)
+        return sum(
+            edges[1:].nbytes + indices.nbytes + values.nbytes
+            for edges, indices, values in self._blocks
+        )
 
     def followed_by(self, records: Sequence[Counts]) -> SparseRows:
         """These rows and after them those of one record or more."""

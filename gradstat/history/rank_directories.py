@@ -25,7 +25,7 @@ Read = Callable[[Path], Iterator[Records]]
 
 
 def own_directory(path: Path, rank: int | None) -> Path:
-    """Where in a run's directory a rank writes; a process that is no rank writes to all of it.
+    """Where in a run's directory a rank writes; a process that is no rank writes to it directly.
 
     Raises:
         ValueError: it has records of a process that was no rank, or of ranks.
