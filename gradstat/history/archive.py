@@ -172,8 +172,7 @@ def _plan(path: Path, *, quiet: bool) -> list[tuple[Path, bool, float]]:
         quiet: say nothing of those that are left out.
 
     Returns:
-        Each file, whether it may be cut off, and the step from which on it is superseded: infinite
-        if it is not.
+        Each file, whether it may be cut off, and the step from which on it is superseded, or inf.
     """
     files = _numbered(path)
     if not files:
