@@ -12,21 +12,20 @@ import numpy as np
 from gradstat.arrays import Array
 from gradstat.history.records import OWN, Records
 from gradstat.kinds import KINDS, Row
-from gradstat.results import FLOATS, INTEGERS
 
 
-def union(parts: Sequence[Sequence[Row]]) -> list[Row]:
-    """All rows that there are, kind by kind, those of the first part first."""
-    rows = dict.fromkeys(row for part in parts for row in part)
+def union(parts: Sequence[tuple[Sequence[Row], Sequence[str]]]) -> tuple[list[Row], list[str]]:
+    """All rows that there are, kind by kind, those of the first part first, and their names.
+
+    Args:
+        parts: the rows of each and their names, as printed.
+    """
+    names = {row: name for rows, layers in parts for row, name in zip(rows, layers, strict=True)}
+    rows = list(names)
     # What stays as it is needs no copy.
-    if all(list(part) == list(rows) for part in parts):
-        return list(rows)
-    return sorted(rows, key=lambda row: KINDS.index(row.kind))
-
-
-def names_of(parts: Sequence[tuple[Sequence[Row], Sequence[str]]]) -> dict[Row, str]:
-    """How each row is printed, from the rows and names of several."""
-    return {row: name for rows, names in parts for row, name in zip(rows, names, strict=True)}
+    if any(list(part) != rows for part, _ in parts):
+        rows.sort(key=lambda row: KINDS.index(row.kind))
+    return rows, [names[row] for row in rows]
 
 
 def join_depths(
@@ -64,53 +63,44 @@ def with_rows(records: Records, rows: Sequence[Row], layers: Sequence[str]) -> R
     """
     if records.rows == list(rows):
         return records
-    at = {row: column for column, row in enumerate(records.rows)}
-    column = np.array([at.get(row, -1) for row in rows], np.int64)
-    has = column >= 0
-    n_steps = len(records.steps)
-    integers = np.zeros((n_steps, len(rows), len(INTEGERS)), np.int64)
-    floats = np.full((n_steps, len(rows), len(FLOATS)), np.nan)
-    quantized = np.full((n_steps, len(rows), *records.quantized.shape[2:]), np.nan)
-    for wider, x in (
-        (integers, records.integers),
-        (floats, records.floats),
-        (quantized, records.quantized),
-    ):
-        wider[:, has] = x[:, column[has]]
-    source = np.where(has, np.arange(n_steps)[:, None] * len(records.rows) + column, -1)
-    origins = np.full(len(rows), OWN, np.int64)
-    origins[has] = records.origins[column[has]]
+    column_of = {row: column for column, row in enumerate(records.rows)}
+    columns = np.array([column_of.get(row, -1) for row in rows], np.int64)
+    return with_columns(records, columns, rows, layers)
+
+
+def with_columns(
+    records: Records, columns: Array, rows: Sequence[Row], layers: Sequence[str]
+) -> Records:
+    """The same records with the rows of some columns, by number, -1 for one that is absent.
+
+    Args:
+        records: S of them.
+        columns: int64 ``(L,)``.
+        rows: L of them.
+        layers: their names, as printed.
+    """
+    at = np.arange(len(records.steps))[:, None] * len(records.rows) + columns
     return replace(
         records,
         rows=list(rows),
         layers=list(layers),
-        integers=integers,
-        floats=floats,
-        quantized=quantized,
-        counts=records.counts.rearranged(source.ravel()),
-        origins=origins,
-        layout=None if records.layout is None else records.layout.rows(column.tolist()),
+        integers=_taken(records.integers, columns, 0),
+        floats=_taken(records.floats, columns, np.nan),
+        quantized=_taken(records.quantized, columns, np.nan),
+        counts=records.counts.rearranged(np.where(columns < 0, -1, at).ravel()),
+        origins=_taken(records.origins[None], columns, OWN)[0],
+        layout=None if records.layout is None else records.layout.rows(columns.tolist()),
         depth=None,
     )
 
 
-def at_steps(records: Records, steps: Sequence[int]) -> Records:
-    """The records of some of the steps, all of which there are; scalars stay."""
-    if records.steps == list(steps):
-        return records
-    at = np.searchsorted(np.array(records.steps, np.int64), np.array(steps, np.int64))
-    rows = at[:, None] * len(records.rows) + np.arange(len(records.rows))
-    partial = records.partial_step
-    return replace(
-        records,
-        steps=list(steps),
-        times=records.times[at],
-        integers=records.integers[at],
-        floats=records.floats[at],
-        quantized=records.quantized[at],
-        counts=records.counts.keep(rows.ravel()),
-        partial_step=partial if partial in steps else None,
-    )
+def _taken(x: Array, columns: Array, absent: float) -> Array:
+    has = columns >= 0
+    if has.all():
+        return x[:, columns]
+    taken = np.full((len(x), len(columns), *x.shape[2:]), absent, x.dtype)
+    taken[:, has] = x[:, columns[has]]
+    return taken
 
 
 def ranges_of(numbers: Sequence[int]) -> str:

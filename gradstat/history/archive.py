@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -22,51 +23,35 @@ SUFFIX = ".gradstat"
 _NO_BLOCK = "it ends within its first block"
 
 
-def write(path: Path, records: Records, *, compress: bool = True) -> None:
+def write(path: Path, records: Records) -> None:
     """Write a ``.npz`` file, which appears whole or not at all.
 
     Args:
         path: the file; one that is there is replaced.
         records: what it is to hold.
-        compress: it; takes ten times as long.
 
     Raises:
         OSError: it cannot be written.
     """
     with replacing(path) as unfinished:
-        npz.write(unfinished, sections.head(records) | sections.body(records), compress=compress)
-
-
-def read(path: Path) -> Records:
-    """Read a file, or all files of a directory.
-
-    Args:
-        path: of what `write` or a journal wrote.
-
-    Returns:
-        All its records. Those at the end of a directory's last file that are cut off are left out,
-        with a warning.
-
-    Raises:
-        FileNotFoundError: there is no such file; another OSError: it cannot be opened.
-        ValueError: a damaged file or one of another kind, a directory without files or without one
-            of them.
-    """
-    return concatenate(list(pieces(path)))
+        npz.write(unfinished, sections.head(records) | sections.body(records))
 
 
 def pieces(path: Path, n_bytes: float = math.inf) -> Iterator[Records]:
     """Read a file, or all files of a directory, some records at a time.
 
     Args:
-        path: as for `read`.
+        path: of what `write` or a journal wrote.
         n_bytes: of a file that are read at once, or a block more.
 
     Yields:
-        Records of the same rows, their steps rising.
+        Records of the same rows, their steps rising. Those at the end of a directory's last file
+        that are cut off are left out, with a warning.
 
     Raises:
-        As `read`.
+        FileNotFoundError: there is no such file; another OSError: it cannot be opened.
+        ValueError: a damaged file or one of another kind, a directory without files or without one
+            of them.
     """
     yield from filter(None, _pieces(path, n_bytes))
 
@@ -78,7 +63,7 @@ def followed(path: Path, n_bytes: float) -> Iterator[Records | None]:
         As `pieces`; ``None`` when there is nothing new yet, or no whole block of it.
 
     Raises:
-        As `read`.
+        As `pieces`.
     """
     yield from _pieces(path, n_bytes, goes_on=True)
 
@@ -110,23 +95,18 @@ def newest(path: Path) -> Records:
     """Read the newest records alone: those of a directory that were written last, or of a file.
 
     Raises:
-        As `read`.
+        As `pieces`.
     """
     if not path.is_dir():
         return _read_newest(path)
-    end: int | None = None
-    for file in reversed(_numbered(path)):
-        try:
-            found, (first_step, _) = _read_newest(file), _resumption(file)
-        except CutOffError:
-            continue
-        if end is not None:
-            found = found.before(end)
+    end = math.inf
+    for found in _newest_of_each(path):
+        found = found.before(end)
         if found.steps:
             return found
-        if first_step is not None:
-            end = first_step if end is None else min(first_step, end)
-    return read(path)
+        if found.resumption is not None:
+            end = min(end, found.resumption[0])
+    return concatenate(list(pieces(path)))
 
 
 def check_fits(path: Path, records: Records) -> None:
@@ -135,28 +115,34 @@ def check_fits(path: Path, records: Records) -> None:
     Raises:
         ValueError: it holds those of another run, it lacks a file, or it is damaged.
     """
-    for file in reversed(_numbered(path)):
-        try:
-            found = _read_newest(file)
-        except CutOffError:
-            continue
-        if (found.rows, found.bins) != (records.rows, records.bins):
-            raise ValueError(
-                f"watch() needs the layers and bins of the run that it goes on with; path is "
-                f"{path}, which has {len(found.rows)} rows over {found.bins}, and there are "
-                f"{len(records.rows)} over {records.bins}"
-            )
-        if found.formats != records.formats:
-            raise ValueError(
-                f"watch() needs the formats of the run that it goes on with; path is {path}, which "
-                f"has {', '.join(found.formats) or 'none'}, and there are "
-                f"{', '.join(records.formats) or 'none'}"
-            )
+    found = next(_newest_of_each(path), None)
+    if found is None:
         return
+    if (found.rows, found.bins) != (records.rows, records.bins):
+        raise ValueError(
+            f"watch() needs the layers and bins of the run that it goes on with; path is {path}, "
+            f"which has {len(found.rows)} rows over {found.bins}, and there are "
+            f"{len(records.rows)} over {records.bins}"
+        )
+    if found.formats != records.formats:
+        raise ValueError(
+            f"watch() needs the formats of the run that it goes on with; path is {path}, which has "
+            f"{', '.join(found.formats) or 'none'}, and there are "
+            f"{', '.join(records.formats) or 'none'}"
+        )
+
+
+def _newest_of_each(path: Path) -> Iterator[Records]:
+    """The newest records of each file of a directory, the last file first; not of a torn one."""
+    for file in reversed(_numbered(path)):
+        with suppress(CutOffError):
+            yield _read_newest(file)
 
 
 def segments(path: Path) -> list[Path]:
-    """Files of a directory, in their order."""
+    """Files of a directory, in their order; none where there is no directory."""
+    if not path.is_dir():
+        return []
     return sorted(
         file for file in path.iterdir() if file.suffix in (SUFFIX, ".npz") and file.stem.isdigit()
     )
@@ -178,7 +164,7 @@ def _numbered(path: Path) -> list[Path]:
     return files
 
 
-def _plan(path: Path, *, quiet: bool) -> list[tuple[Path, bool, int | None]]:
+def _plan(path: Path, *, quiet: bool) -> list[tuple[Path, bool, float]]:
     """Files of a directory that are to be read.
 
     Args:
@@ -186,19 +172,19 @@ def _plan(path: Path, *, quiet: bool) -> list[tuple[Path, bool, int | None]]:
         quiet: say nothing of those that are left out.
 
     Returns:
-        Of each whether it may be cut off, and the step from which on it is superseded, if it is.
+        Each file, whether it may be cut off, and the step from which on it is superseded, or inf.
     """
     files = _numbered(path)
     if not files:
         raise ValueError(
             f"History.load() needs a directory that watch() wrote; {path} has no records"
         )
-    plan: list[tuple[Path, bool, int | None]] = []
-    end: int | None = None
-    # The last first: it says how long those before it were when it was begun.
+    plan: list[tuple[Path, bool, float]] = []
+    end = math.inf
+    # The last one comes first: it says how long the others were when it was begun.
     lengths: dict[int, set[int]] = {}
     for number, file in reversed(list(enumerate(files))):
-        # What has no whole block was never the last file of a run.
+        # A file without a whole block was never the last one of a run.
         may_end_early = not plan or file.stat().st_size in lengths.get(number, ())
         try:
             first_step, before = _resumption(file)
@@ -210,7 +196,7 @@ def _plan(path: Path, *, quiet: bool) -> list[tuple[Path, bool, int | None]]:
             continue
         plan.insert(0, (file, may_end_early, end))
         if first_step is not None:
-            end = first_step if end is None else min(first_step, end)
+            end = min(end, first_step)
         for at, n_bytes in enumerate(before):
             lengths.setdefault(at, set()).add(n_bytes)
     return plan
@@ -258,7 +244,7 @@ def _read_file(
     path: Path,
     n_bytes: float = math.inf,
     may_end_early: bool = True,
-    end: int | None = None,
+    end: float = math.inf,
     *,
     goes_on: bool = False,
 ) -> Iterator[Records | None]:
@@ -292,9 +278,7 @@ def _read_file(
             _warn(path, lost)
         if records:
             last_step = max([last_step, *records.steps[-1:]])
-            if end is not None:
-                records = records.before(end)
-            yield records
+            yield records.before(end)
             del records
         elif goes_on:
             yield None

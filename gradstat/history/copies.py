@@ -54,7 +54,7 @@ class Copies:
 
     def __init__(self, function: str) -> None:
         self._function = function
-        # Of each row and of what is held of it: the first rank, and its fingerprints.
+        # The first rank that holds this of a row, and its fingerprints.
         self._first: dict[tuple[Row, Hashable], tuple[int, Array]] = {}
 
     def add(self, rank: int, holding: Holding) -> Array:
@@ -150,7 +150,7 @@ def _held(records: Records, at: int) -> Hashable:
     if records.rows[at].kind in OF_OUTPUTS:
         # Those of another mesh are of another batch.
         return None if layout.parts[at, 0] == PARTIAL else origin
-    # On another mesh there may be the same: of FSDP outside the plan of tensor parallelism.
+    # Another mesh may hold the same, as FSDP does outside the plan of tensor parallelism.
     return (layout.shapes[at], *layout.parts[at].tolist())
 
 

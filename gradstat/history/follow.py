@@ -10,7 +10,7 @@ from typing import NamedTuple
 from gradstat.files import CutOffError
 from gradstat.history import archive, rank_directories
 from gradstat.history.merge_files import RankRecords, bytes_at_a_time, merge_files
-from gradstat.history.records import Records
+from gradstat.history.records import Records, concatenate
 
 _BYTES = 4 << 20  # of a file that are read at a look, or a block more
 
@@ -77,7 +77,7 @@ class Follower:
             except (OSError, ValueError):
                 is_anew = True  # another run may have taken the place of this one
         if is_anew:
-            self._source = _read(self._path)
+            self._source = _followed(self._path)
             try:
                 records = next(self._source, None)
             except (OSError, ValueError) as error:
@@ -111,17 +111,25 @@ def _goes_on(before: _Files, now: _Files) -> bool:
     )
 
 
-def _read(path: Path) -> Iterator[Records | None]:
+def read_quietly(path: Path) -> Records | None:
+    """All records that a run has, without a warning of those that are being written."""
+    follower, parts = Follower(path), []
+    while (look := follower.look()) is not None and look.records is not None:
+        parts.append(look.records)
+    return concatenate(parts) if parts else None
+
+
+def _followed(path: Path) -> Iterator[Records | None]:
     folders = rank_directories.directories(path)
     if folders and archive.segments(path):
         yield rank_directories.read(path)  # which refuses it
     elif len(folders) > 1:
-        yield from _read_ranks(folders)
+        yield from _followed_ranks(folders)
     else:
         yield from archive.followed(folders[0] if folders else path, _BYTES)
 
 
-def _read_ranks(folders: list[Path]) -> Iterator[Records | None]:
+def _followed_ranks(folders: list[Path]) -> Iterator[Records | None]:
     """Records that all ranks have, merged as `rank_directories.read` merges them."""
     n_bytes = bytes_at_a_time(len(folders))
     sources = [archive.followed(folder, n_bytes) for folder in folders]
@@ -152,6 +160,6 @@ def _read_ranks(folders: list[Path]) -> Iterator[Records | None]:
 
 
 def _since(pieces: list[Records], step: int) -> list[Records]:
-    """What of some pieces is of a step and those after it."""
-    rest = [replace(each.since(step), scalars=each.scalars.since(step)) for each in pieces]
+    """The rest of some pieces, from a step on."""
+    rest = [replace(each.since(step), scalars=each.scalars.between(step)) for each in pieces]
     return [each for each in rest if each.steps or each.scalars.names]

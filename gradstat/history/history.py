@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from gradstat.arrays import Array, Counts
+from gradstat.arrays import Array, Counts, divide
 from gradstat.bins import Bins
 from gradstat.choices import one_of
 from gradstat.formats import Format, asked_formats, parse_format
 from gradstat.history import archive, merge, rank_directories
+from gradstat.history.alignment import with_columns
 from gradstat.history.copies import told_of_replicas
 from gradstat.history.layout import Layout
 from gradstat.history.records import OWN, Records
 from gradstat.history.scalars import Scalars
 from gradstat.history.shapes import kurtosis_of
-from gradstat.history.snapshot import DENSE_BYTES, Record, Snapshot
+from gradstat.history.snapshot import DENSE_BYTES, Record, Snapshot, check_step
 from gradstat.kinds import FROM_THE_END, GRAD, PARAM, UNIT, UPDATE, Row
 from gradstat.quantized import PACKED, QUANTIZATION_FIELDS, unpacked
 from gradstat.results import DERIVED, FLOATS, INTEGERS, SHAPES, Statistics
@@ -99,7 +100,6 @@ class History:
         # Each record replaces it as a whole: who reads meanwhile sees the one or the other.
         self._now = Snapshot.empty(n_layers, len(self.formats))
         self._scalars = Scalars()
-        # Place of each layer among those of its kind, from the input on, where it was seen.
         self.depth: Array | None = None
         self.partial_step: int | None = None
         self.rank: int | None = None
@@ -154,8 +154,7 @@ class History:
             ValueError: a step that is not higher, arrays of other shapes.
         """
         now = self._now
-        if (last := now.last_step) is not None and step <= last:
-            raise ValueError(f"append() needs a step after {last}; step is {step}")
+        check_step(step, now.last_step)
         shapes = integers.shape, floats.shape, counts.shape
         if shapes != self._shapes:
             raise ValueError(
@@ -186,14 +185,13 @@ class History:
         """
         if field not in FIELDS:
             raise KeyError(f"History[] needs one of {', '.join(FIELDS)}; got {field!r}")
-        if field in SHAPES and self.layers:
+        if field in SHAPES:
             records = self.to_records()
             at, columns = np.arange(len(records.steps)), np.arange(len(self.layers))
             return kurtosis_of(records, at, columns)
         integers, floats = map(torch.from_numpy, self._now.numbers())
-        # Of no layers no histogram is asked for either.
         statistics = Statistics(self.bins, integers, floats, torch.empty(0))
-        values: Array = getattr(statistics, "std" if field in SHAPES else field).numpy().copy()
+        values: Array = getattr(statistics, field).numpy().copy()
         return values
 
     @property
@@ -266,7 +264,7 @@ class History:
         l2 = self["l2"][:, self._columns("norm", kind)]
         known = ~np.isnan(l2)
         l2 = np.where(known, l2, 0.0)
-        # No square overflows or underflows, but beside a norm that is itself infinite.
+        # No square overflows or underflows, unless a norm is itself infinite.
         largest = l2.max(1, keepdims=True, initial=0.0)
         unit = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
         with np.errstate(over="ignore"):
@@ -286,7 +284,7 @@ class History:
             KeyError: a step that was not recorded.
         """
         now = self._now
-        return self._record(now, _find(now, step), slice(len(self.layers)))
+        return self._record(now, now.find(step), slice(len(self.layers)))
 
     def parts(self, step: int = -1) -> Iterator[tuple[slice, Statistics]]:
         """Everything measured in one step, some layers at a time, in memory for a few histograms.
@@ -301,7 +299,7 @@ class History:
             KeyError: a step that was not recorded.
         """
         now, n_layers = self._now, len(self.layers)
-        at = _find(now, step)
+        at = now.find(step)
         size = max(1, DENSE_BYTES // (8 * self.bins.bins))
         for start in range(0, max(n_layers, 1), size):
             part = slice(start, min(start + size, n_layers))
@@ -321,7 +319,7 @@ class History:
             KeyError: an unknown layer, or a step that was not recorded.
         """
         column, now = self._find_layer(layer), self._now
-        at = _find(now, step)
+        at = now.find(step)
         _, floats = now.row(at)
         return now.counts(at, column, self.bins.bins), self._edges(floats[column])
 
@@ -361,21 +359,10 @@ class History:
         """
         columns = self._columns("select", kind)
         records = self.to_records()
-        at = np.arange(len(records.steps))[:, None] * len(self.layers) + columns
-        chosen = replace(
-            records,
-            rows=[self.rows[column] for column in columns],
-            layers=[self.rows[column].name for column in columns],
-            integers=records.integers[:, columns],
-            floats=records.floats[:, columns],
-            quantized=records.quantized[:, columns],
-            counts=records.counts.keep(at.ravel()),
-            origins=records.origins[columns],
-            layout=None if records.layout is None else records.layout.rows(columns.tolist()),
-            scalars=records.scalars.copy(),
-            depth=None if self.depth is None else self.depth[columns],
-        )
-        return History.from_records(chosen)
+        rows = [self.rows[column] for column in columns]
+        chosen = with_columns(records, columns, rows, [row.name for row in rows])
+        depth = None if self.depth is None else self.depth[columns]
+        return History.from_records(replace(chosen, scalars=records.scalars.copy(), depth=depth))
 
     def update_ratio(self) -> Array:
         """How large a step's change of the weights was, as a share of them.
@@ -404,10 +391,7 @@ class History:
             KeyError: activations were not recorded.
         """
         columns, now = self._columns("dead_units", UNIT), self.snapshot()
-        zeros, numel = now["zeros"][:, columns], now["numel"][:, columns]
-        with np.errstate(invalid="ignore"):
-            share: Array = zeros / numel
-        return share
+        return divide(now["zeros"][:, columns], now["numel"][:, columns])
 
     def quantization(self, name: str) -> dict[str, Array]:
         """What a narrow format would have done to each row, where ``watch(formats=...)`` asked.
@@ -438,8 +422,8 @@ class History:
             )
         fields = self._now.all_quantized()[:, :, self.formats.index(name)]
         is_absent = np.isnan(fields[..., -1])
-        found: dict[str, Array] = {}
         values = unpacked(parse_format("quantization", name), fields)
+        found: dict[str, Array] = {}
         for field in QUANTIZATION_FIELDS:
             found[field] = getattr(values, field).numpy().copy()
             if found[field].dtype == np.float64:
@@ -596,14 +580,7 @@ class History:
         history = cls(records.rows, records.bins, formats=records.formats)
         history.layers = records.layers
         history.origins = records.origins
-        history._now = Snapshot.of(
-            list(records.steps),
-            records.times.tolist(),
-            records.integers,
-            records.floats,
-            records.quantized,
-            records.counts,
-        )
+        history._now = Snapshot.of(records)
         history._scalars, history.depth = records.scalars, records.depth
         history.partial_step = records.partial_step
         history.rank, history.world = records.rank, records.world
@@ -720,13 +697,3 @@ class History:
         from gradstat.report import write
 
         write(self, path, title=title)
-
-
-def _find(now: Snapshot, step: int) -> int:
-    """Position of the record of a step, which may be counted back from the newest."""
-    n = now.size
-    at = n + step if -n <= step < 0 else now.find(step)
-    if at is None:
-        which = f"of {n} from {now.all_steps[0]} to {now.all_steps[-1]}" if n else "and has none"
-        raise KeyError(f"History needs a recorded step, {which}; step is {step}")
-    return at

@@ -20,7 +20,7 @@ from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import Records, concatenate
 from gradstat.history.scalars import Scalars
 from gradstat.history.snapshot import DENSE_BYTES as _DENSE_BYTES
-from gradstat.history.snapshot import Record
+from gradstat.history.snapshot import Record, check_step
 from gradstat.quantized import PACKED
 from gradstat.warning import warn
 
@@ -86,7 +86,7 @@ class Journal:
         self._lock, self._writing = threading.RLock(), threading.RLock()
         # A block without records shows at once whether the directory can be written, and keeps
         # other runs and ranks away.
-        before = archive.segments(self._path) if self._path.is_dir() else []
+        before = archive.segments(self._path)
         if before and first_step is None:
             raise ValueError(
                 f"watch() needs a directory without records, or first_step to go on with them; "
@@ -99,15 +99,12 @@ class Journal:
             self._resumed = sections.resumed(first_step, [each.stat().st_size for each in before])
         try:
             self._write_block()
-        except FileExistsError as error:
-            if not self._path.is_dir():
-                self._warn_of(error)
-            else:
+        except OSError as error:
+            if isinstance(error, FileExistsError) and self._path.is_dir():
                 raise ValueError(
                     f"watch() needs a directory of its own; path is {path}, where another one has "
                     f"just begun"
                 ) from error
-        except OSError as error:
             self._warn_of(error)
 
     def forget_other_threads(self) -> None:
@@ -131,8 +128,7 @@ class Journal:
         """
         if self._is_forked:
             return
-        if step <= self._newest_step:
-            raise ValueError(f"append() needs a step after {self._newest_step}; step is {step}")
+        check_step(step, self._newest_step)
         time_s = time.time() if time_s is None else time_s
         quantized = self._no_formats if quantized is None else quantized
         record = Record(step, time_s, integers, floats, counts, quantized)
@@ -286,8 +282,7 @@ class Journal:
     def _warn_of(self, error: OSError) -> None:
         if not self._has_warned:
             self._has_warned = True
-            message = f"watch() cannot write to {self._path} and keeps its records in memory"
-            warn(f"{message}: {error}")
+            warn(f"watch() cannot write to {self._path} and keeps its records in memory: {error}")
 
 
 def _n_records(waiting: Sequence[Record], packed: Sequence[Records]) -> int:

@@ -9,13 +9,13 @@ import numpy as np
 
 from gradstat.arrays import Array
 
-# In place of the number of a part: what is known of no tensor, and a sum that has not been taken.
+# Parts without a number: nothing is known of them, and they are of a sum that was not taken.
 UNKNOWN, PARTIAL = -1, -2
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Of L rows the part that a rank holds of each; of rows that are no DTensors nothing is known.
+    """The part that a rank holds of each of L rows; nothing is known of rows that are no DTensors.
 
     Args:
         parts: int64 ``(L, 2)``: number of the part, from 0, and how many parts there are.
@@ -29,15 +29,17 @@ class Layout:
 
     @classmethod
     def unknown(cls, n_rows: int) -> Layout:
-        """Of so many rows nothing."""
+        """Nothing is known of so many rows."""
         return cls(np.full((n_rows, 2), UNKNOWN, np.int64), [()] * n_rows)
 
     def set(self, row: int, part: tuple[int, int], shape: tuple[int, ...]) -> None:
         """Learn of a row."""
         self.parts[row], self.shapes[row] = part, shape
 
-    def equals(self, other: Layout) -> bool:
+    def equals(self, other: Layout | None) -> bool:
         """Whether the same is known of the same rows."""
+        if other is None:
+            return False
         return np.array_equal(self.parts, other.parts) and self.shapes == other.shapes
 
     def copy(self) -> Layout:

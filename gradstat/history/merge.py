@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from gradstat.arrays import Array
 from gradstat.history import union_quantized
-from gradstat.history.alignment import join_depths, names_of, union, with_rows
+from gradstat.history.alignment import join_depths, union, with_rows
 from gradstat.history.copies import Copies, Holding
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import SAME, Records
@@ -146,10 +146,9 @@ def _agree(mine: Records, ranks: _Ranks) -> tuple[Records, Array, Array, Scalars
     firsts = [copies.add(ranks.number(at), holding) for at, holding in enumerate(holdings)]
     for rank, (*_, theirs) in enumerate(gathered):
         scalars.extend(theirs, f"rank{rank}/")
-    rows = union([holding.rows for holding in holdings])
-    names = names_of([(holding.rows, holding.layers) for holding in holdings])
+    rows, layers = union([(holding.rows, holding.layers) for holding in holdings])
     sends = dict(zip(mine.rows, firsts[ranks.me].tolist(), strict=True))
-    whole = with_rows(mine, rows, [names[row] for row in rows])
+    whole = with_rows(mine, rows, layers)
     depth = join_depths(rows, [(holding.rows, holding.depth) for holding in holdings])
     is_sent = np.array([sends.get(row, False) for row in rows], bool)
     return replace(whole, depth=depth), is_sent, gathered[0][2], scalars

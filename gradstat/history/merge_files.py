@@ -11,14 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gradstat.arrays import Array
-from gradstat.history.alignment import (
-    at_steps,
-    join_depths,
-    names_of,
-    ranges_of,
-    union,
-    with_rows,
-)
+from gradstat.history.alignment import join_depths, ranges_of, union, with_rows
 from gradstat.history.copies import Copies, Holding, told_of_replicas
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import SAME, Records, concatenate
@@ -28,7 +21,7 @@ from gradstat.history.union_quantized import union_of
 from gradstat.warning import warn
 
 _FUNCTION = "History.merge()"
-# Of each rank, and of all of them, that is held at a time.
+# That are held at a time of each rank, and of all of them.
 _MOST_BYTES, _MOST_BYTES_OF_ALL = 4 << 20, 64 << 20
 
 
@@ -104,7 +97,7 @@ class RankRecords:
         taken, self.held = self.held.before(step + 1), self.held.since(step + 1)
         return taken
 
-    def attempt_at(self, step: int) -> Attempt | None:
+    def attempt_at(self, step: float) -> Attempt | None:
         """The last one that this step is of."""
         found = [each for each in self.attempts if each.first_step <= step]
         return found[-1] if found else None
@@ -143,10 +136,8 @@ def merge_files(
         ValueError: other bins, other ranges, or copies that are not equal.
     """
     _check_alike(ranks)
-    rows = union([rank.held.rows for rank in ranks])
-    names = names_of([(rank.held.rows, rank.held.layers) for rank in ranks])
-    layers = [names[row] for row in rows]
-    windows, left_out = [with_rows(at_steps(ranks[0].held, []), rows, layers)], set[int]()
+    rows, layers = union([(rank.held.rows, rank.held.layers) for rank in ranks])
+    windows, left_out = [with_rows(ranks[0].held.at_steps([]), rows, layers)], set[int]()
     n_bytes = bytes_at_a_time(len(ranks))
     leader = min(ranks, key=lambda rank: rank.rank)
     superseded = set[int]()
@@ -171,7 +162,7 @@ def merge_files(
         steps = sorted(set[int].intersection(*(set(each.steps) for each in taken)))
         left_out |= some - set(steps)
         if steps:
-            parts = [with_rows(at_steps(each, steps), rows, layers) for each in taken]
+            parts = [with_rows(each.at_steps(steps), rows, layers) for each in taken]
             parts = [told_of_replicas(_FUNCTION, each, replicated) for each in parts]
             windows.append(_merge_window([rank.rank for rank in going], parts))
             del parts
@@ -204,10 +195,7 @@ def _are_alike(a: Records, b: Records) -> bool:
     """Whether two pieces of a rank are of one attempt, with the same origins and layout."""
     if (a.world, a.resumption) != (b.world, b.resumption):
         return False
-    if a.layout is None or b.layout is None:
-        has_same_layout = a.layout is b.layout
-    else:
-        has_same_layout = a.layout.equals(b.layout)
+    has_same_layout = b.layout is None if a.layout is None else a.layout.equals(b.layout)
     return has_same_layout and np.array_equal(a.origins, b.origins)
 
 
@@ -215,11 +203,11 @@ def _in_force(rank: RankRecords, ranks: Sequence[RankRecords]) -> Scalars:
     """Scalars of a rank that no other rank has superseded, when the run was resumed."""
     others = [other for other in ranks if other.is_journal] if rank.is_journal else []
     starts = sorted({max(each.first_step, 0) for other in others for each in other.attempts})
-    kept = rank.scalars.before(starts[0]) if starts else rank.scalars
+    kept = rank.scalars.between(end=starts[0]) if starts else rank.scalars
     for start, end in pairwise([*starts, math.inf]):
-        mine = rank.attempt_at(int(start))
-        if all(other.attempt_at(int(start)) == mine for other in others if mine in other.attempts):
-            kept.extend(rank.scalars.before(end).since(int(start)))
+        mine = rank.attempt_at(start)
+        if all(other.attempt_at(start) == mine for other in others if mine in other.attempts):
+            kept.extend(rank.scalars.between(start, end))
     return kept
 
 
@@ -228,13 +216,13 @@ def _merge_window(ranks: Sequence[int], parts: Sequence[Records]) -> Records:
     copies = Copies(_FUNCTION)
     first, bins = parts[0], parts[0].bins
     firsts = [copies.add(rank, Holding.of(part)) for rank, part in zip(ranks, parts, strict=True)]
-    # Of the ranks that hold the same values the first one's count.
+    # Where several ranks hold the same values, those of the first one count.
     is_first = np.stack(firsts)[:, None, :, None]
     integers = np.where(is_first, np.stack([part.integers for part in parts]), 0)
     floats = np.where(is_first, np.stack([part.floats for part in parts]), np.nan)
     extremes = extremes_of(bins, integers, floats)
     least, greatest = np.fmin.reduce(extremes), np.fmax.reduce(extremes)
-    # As of no parts at all.
+    # No part has any.
     least = np.where(np.isnan(least), np.inf, least)
     greatest = np.where(np.isnan(greatest), -np.inf, greatest)
     check_ranges(_FUNCTION, first, least, greatest)

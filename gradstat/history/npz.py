@@ -43,20 +43,18 @@ class Header(NamedTuple):
     offset: int
 
 
-def write(path: Path, arrays: Mapping[str, Array], *, compress: bool) -> None:
+def write(path: Path, arrays: Mapping[str, Array]) -> None:
     """Write a new file.
 
     Args:
         path: the file.
         arrays: by name.
-        compress: them; takes ten times as long.
 
     Raises:
         OSError: it cannot be written.
     """
-    save = np.savez_compressed if compress else np.savez
     with path.open("wb") as file:
-        save(file, **dict[str, Any](arrays))
+        np.savez_compressed(file, **dict[str, Any](arrays))
     seal(path)
 
 

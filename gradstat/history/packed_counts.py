@@ -26,8 +26,10 @@ class SparseRows:
 
     def __init__(self, sizes: Array, indices: Array, values: Array) -> None:
         self._starts = [0]  # first row of each block
-        # Of each block: where each row's entries end, their bins, their counts.
-        self._blocks = [(np.cumsum(sizes, dtype=np.int64), indices, values)]
+        edges = np.zeros(len(sizes) + 1, np.int64)
+        np.cumsum(sizes, out=edges[1:])
+        # Where the entries of each block's rows begin and end, their bins, their counts.
+        self._blocks = [(edges, indices, values)]
 
     @classmethod
     def empty(cls) -> SparseRows:
@@ -37,16 +39,21 @@ class SparseRows:
     @classmethod
     def narrowed(cls, sizes: Array, indices: Array, values: Array, bins: int) -> SparseRows:
         """Rows of histograms of so many bins, from int64 arrays as the constructor takes them."""
-        return cls(sizes, *_narrow(indices, values, bins))
+        if values.size == 0 or values.max() < 1 << 32:
+            values = values.astype(np.uint32)
+        return cls(sizes, indices.astype(np.uint16 if bins <= 1 << 16 else np.uint32), values)
 
     def __len__(self) -> int:
         """Number of rows."""
-        return self._starts[-1] + len(self._blocks[-1][0])
+        return self._starts[-1] + len(self._blocks[-1][0]) - 1
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory."""
-        return sum(array.nbytes for block in self._blocks for array in block)
+        """Bytes of memory; none without rows."""
+        return sum(
+            edges[1:].nbytes + indices.nbytes + values.nbytes
+            for edges, indices, values in self._blocks
+        )
 
     def followed_by(self, records: Sequence[Counts]) -> SparseRows:
         """These rows and after them those of one record or more."""
@@ -79,19 +86,20 @@ class SparseRows:
     def row(self, row: int, bins: int) -> Array:
         """One row, dense: int64 ``(bins,)``."""
         block = bisect_right(self._starts, row) - 1
-        ends, indices, values = self._blocks[block]
+        edges, indices, values = self._blocks[block]
         at = row - self._starts[block]
-        part = slice(ends[at - 1] if at else 0, ends[at])
+        part = slice(edges[at], edges[at + 1])
         dense = np.zeros(bins, dtype=np.int64)
         dense[indices[part]] = values[part]
         return dense
 
     def part(self, start: int, stop: int) -> SparseRows:
-        """Rows from one on to before another one."""
-        sizes, indices, values = self.arrays()
-        ends = np.cumsum(sizes, dtype=np.int64)
-        first, last = (int(ends[at - 1]) if at else 0 for at in (start, stop))
-        return SparseRows(sizes[start:stop], indices[first:last], values[first:last])
+        """Rows from one on to before another one: views, if all rows are in one block."""
+        if len(self._blocks) > 1:
+            return SparseRows(*self.arrays()).part(start, stop)
+        edges, indices, values = self._blocks[0]
+        part = slice(edges[start], edges[stop])
+        return SparseRows(np.diff(edges[start : stop + 1]), indices[part], values[part])
 
     def keep(self, rows: Array) -> SparseRows:
         """Some of the rows, by their numbers, which rise."""
@@ -102,7 +110,9 @@ class SparseRows:
         return SparseRows(sizes[kept], indices[entries], values[entries])
 
     def rearranged(self, source: Array) -> SparseRows:
-        """Other rows of these: of each its number here, or -1 for one that is empty."""
+        """Other rows, each by its number here, or -1 for one that is empty."""
+        if (np.diff(source, prepend=-1) > 0).all():
+            return self.keep(source)  # which is faster
         sizes, indices, values = self.arrays()
         starts = np.cumsum(sizes, dtype=np.int64) - sizes
         has = source >= 0
@@ -117,38 +127,24 @@ class SparseRows:
     @classmethod
     def sum(cls, parts: Sequence[SparseRows], bins: int) -> SparseRows:
         """Rows of counts added up, from as many rows each; in memory for some of them, dense."""
-        held = [_Entries(*part.arrays()) for part in parts]
+        in_one_block = [cls(*part.arrays()) for part in parts]
+        n_rows = len(parts[0])
         summed = []
-        for start in range(0, len(parts[0]), _SUMMED_ROWS):
-            rows = slice(start, min(start + _SUMMED_ROWS, len(parts[0])))
-            summed.append(_sum([each.of(rows) for each in held], bins))
+        for start in range(0, n_rows, _SUMMED_ROWS):
+            stop = min(start + _SUMMED_ROWS, n_rows)
+            summed.append(_sum([each.part(start, stop).arrays() for each in in_one_block], bins))
         if not summed:
             return cls.empty()
         sizes, indices, values = (np.concatenate(each) for each in zip(*summed, strict=True))
-        return cls(sizes, *_narrow(indices, values, bins))
+        return cls.narrowed(sizes, indices, values, bins)
 
     def arrays(self) -> tuple[Array, Array, Array]:
         """Sizes, indices and values of all rows, as the constructor takes them."""
-        if len(self._blocks) == 1:
-            ends, indices, values = self._blocks[0]
-            return np.diff(ends, prepend=0).astype(np.int32), indices, values
-        sizes = [np.diff(ends, prepend=0).astype(np.int32) for ends, _, _ in self._blocks]
-        _, all_indices, all_values = zip(*self._blocks, strict=True)
-        return np.concatenate(sizes), np.concatenate(all_indices), np.concatenate(all_values)
-
-
-class _Entries:
-    """Rows of which some are taken out."""
-
-    def __init__(self, sizes: Array, indices: Array, values: Array) -> None:
-        self._sizes, self._indices, self._values = sizes, indices, values
-        self._ends = np.cumsum(sizes, dtype=np.int64)
-
-    def of(self, rows: slice) -> tuple[Array, Array, Array]:
-        """Sizes, indices and values of some rows."""
-        first = self._ends[rows.start - 1] if rows.start else 0
-        part = slice(first, self._ends[rows.stop - 1])
-        return self._sizes[rows], self._indices[part], self._values[part]
+        sizes = [np.diff(edges).astype(np.int32) for edges, _, _ in self._blocks]
+        _, indices, values = zip(*self._blocks, strict=True)
+        if len(sizes) == 1:
+            return sizes[0], indices[0], values[0]
+        return np.concatenate(sizes), np.concatenate(indices), np.concatenate(values)
 
 
 def _sum(parts: Sequence[tuple[Array, Array, Array]], bins: int) -> tuple[Array, Array, Array]:
@@ -169,11 +165,3 @@ def _sum(parts: Sequence[tuple[Array, Array, Array]], bins: int) -> tuple[Array,
     at = np.flatnonzero(filled)
     sizes = np.count_nonzero(filled, axis=1).astype(np.int32)
     return sizes, columns[at - np.repeat(starts, sizes)], dense[at]
-
-
-def _narrow(indices: Array, values: Array, bins: int) -> tuple[Array, Array]:
-    small = values.size == 0 or values.max() < 1 << 32
-    return (
-        indices.astype(np.uint16 if bins <= 1 << 16 else np.uint32),
-        values.astype(np.uint32) if small else values,
-    )

@@ -1,4 +1,4 @@
-"""Directories of distributed runs: one in them for each rank, which together are one run."""
+"""Directories of distributed runs, in which each rank has one; together they are one run."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Read = Callable[[Path], Iterator[Records]]
 
 
 def own_directory(path: Path, rank: int | None) -> Path:
-    """Where in a run's directory a rank writes; a process that is none writes to itself.
+    """Where in a run's directory a rank writes; a process that is no rank writes to it directly.
 
     Raises:
         ValueError: it has records of a process that was no rank, or of ranks.
     """
-    others = rank_directories(path) if rank is None else _segments(path)
+    others = rank_directories(path) if rank is None else archive.segments(path)
     if others:
         what = "records of ranks" if rank is None else "records of a process without ranks"
         raise ValueError(f"watch() needs a directory of its own; path is {path}, which has {what}")
@@ -41,9 +41,9 @@ def rank_directories(path: Path) -> list[Path]:
     """Those in a run's directory that have files of records, by rank."""
     if not path.is_dir():
         return []
-    found = [(each, _NAME.fullmatch(each.name)) for each in path.iterdir()]
-    ranks = sorted((int(match[1]), each) for each, match in found if match and each.is_dir())
-    return [each for _, each in ranks if archive.segments(each)]
+    folders = [each for each in path.iterdir() if _NAME.fullmatch(each.name)]
+    folders = [each for each in folders if archive.segments(each)]
+    return sorted(folders, key=lambda folder: (number_of(folder), folder))
 
 
 def files_of(path: Path) -> list[Path]:
@@ -73,7 +73,7 @@ def read(path: Path, replicated: bool | None = None) -> Records:
         Its records, those of several ranks merged.
 
     Raises:
-        As `archive.read`, and ValueError as `merge_files`.
+        As `archive.pieces`, and ValueError as `merge_files`.
     """
     folders = rank_directories(path)
     n_bytes = bytes_at_a_time(len(folders)) if len(folders) > 1 else math.inf
@@ -199,10 +199,6 @@ def directories(path: Path) -> list[Path]:
 def number_of(folder: Path) -> int:
     """Rank of a directory of one."""
     return int(folder.name.partition("-")[2])
-
-
-def _segments(path: Path) -> list[Path]:
-    return archive.segments(path) if path.is_dir() else []
 
 
 def _worlds(ranks: Sequence[RankRecords]) -> list[int | None]:

@@ -19,7 +19,7 @@ from gradstat.kinds import KINDS, UNIT, Row
 from gradstat.quantized import NO_SCALE_MAX, NO_SCALE_MIN, PACKED
 from gradstat.results import FLOATS, INTEGERS
 
-# In place of a rank as a layer's origin: values of this rank alone, or the same ones on each rank.
+# Origins that are no rank: values are of this rank alone, or the same ones on each rank.
 OWN, SAME = -1, -2
 
 _MOST_RANKS = 1 << 31
@@ -56,7 +56,7 @@ class Records:
         rank: of the process that recorded them in a distributed run, if it is known.
         world: how many ranks that run had.
         layout: what this rank holds of each layer, if that is known of any.
-        resumption: of a file of a resumed run: its first step, and how many files were there.
+        resumption: of a resumed run's file: its first step, and how many files were there.
         formats: names of F narrow formats that were measured.
     """
 
@@ -85,27 +85,38 @@ class Records:
         numbers = self.integers.nbytes + self.floats.nbytes + self.quantized.nbytes
         return numbers + self.counts.nbytes
 
-    def before(self, step: int) -> Records:
+    def before(self, step: float) -> Records:
         """Those of lower steps, their scalars too."""
         n = bisect_left(self.steps, step)
-        return replace(self._part(slice(0, n)), scalars=self.scalars.before(step))
+        counts = self.counts.part(0, n * len(self.rows))
+        part = self._part(self.steps[:n], slice(n), counts)
+        return replace(part, scalars=self.scalars.between(end=step))
 
     def since(self, step: int) -> Records:
         """Those of this step and higher ones, without scalars."""
         n = bisect_left(self.steps, step)
-        return replace(self._part(slice(n, len(self.steps))), scalars=Scalars())
+        counts = self.counts.part(n * len(self.rows), len(self.counts))
+        part = self._part(self.steps[n:], slice(n, None), counts)
+        return replace(part, scalars=Scalars())
 
-    def _part(self, part: slice) -> Records:
-        n_rows = len(self.rows)
-        steps = self.steps[part]
+    def at_steps(self, steps: Sequence[int]) -> Records:
+        """Those of some of the steps, all of which there are; scalars stay."""
+        if self.steps == list(steps):
+            return self
+        at = np.searchsorted(np.array(self.steps, np.int64), np.array(steps, np.int64))
+        rows = at[:, None] * len(self.rows) + np.arange(len(self.rows))
+        return self._part(list(steps), at, self.counts.keep(rows.ravel()))
+
+    def _part(self, steps: list[int], at: slice | Array, counts: SparseRows) -> Records:
+        """Those of some steps, which are at these places and have these histograms."""
         return replace(
             self,
             steps=steps,
-            times=self.times[part],
-            integers=self.integers[part],
-            floats=self.floats[part],
-            quantized=self.quantized[part],
-            counts=self.counts.part(part.start * n_rows, part.stop * n_rows),
+            times=self.times[at],
+            integers=self.integers[at],
+            floats=self.floats[at],
+            quantized=self.quantized[at],
+            counts=counts,
             partial_step=self.partial_step if self.partial_step in steps else None,
         )
 
@@ -173,16 +184,15 @@ def check(records: Records) -> None:
     sizes, indices, values = records.counts.arrays()
     if len(bad := sizes[sizes < 0]):
         raise ValueError(f"its sizes hold {bad[0]}")
-    ends = np.cumsum(sizes, dtype=np.int64)
-    if int(ends[-1] if len(ends) else 0) != len(indices):
+    edges = np.append(0, np.cumsum(sizes, dtype=np.int64))
+    if edges[-1] != len(indices):
         raise ValueError(f"its sizes do not sum to its {len(indices)} indices")
     integers = records.integers.reshape(-1, len(INTEGERS))
     floats = records.floats.reshape(-1, len(FLOATS))
     quantized = records.quantized.reshape(len(integers), len(records.formats), len(PACKED))
     is_cast = np.tile(np.array([row.kind != UNIT for row in records.rows], bool), len(steps))
-    for rows in _portions(ends):
-        first = int(ends[rows.start - 1]) if rows.start else 0
-        part = slice(first, int(ends[rows.stop - 1]))
+    for rows in _portions(edges):
+        part = slice(edges[rows.start], edges[rows.stop])
         wrong = [
             *_wrong_integers(integers[rows]),
             *_wrong_floats(integers[rows], floats[rows]),
@@ -198,12 +208,11 @@ def check(records: Records) -> None:
                 raise ValueError(f"its {what}, in step {steps[step]} of {layer}")
 
 
-def _portions(ends: Array) -> Iterator[slice]:
-    """Rows in portions of so many, or of one row, from where each row's entries end."""
+def _portions(edges: Array) -> Iterator[slice]:
+    """Rows in portions of so many, or of one row, from where their entries begin and end."""
     start = 0
-    while start < len(ends):
-        first = int(ends[start - 1]) if start else 0
-        stop = int(np.searchsorted(ends, first + _ENTRIES, side="right"))
+    while start < len(edges) - 1:
+        stop = int(np.searchsorted(edges, edges[start] + _ENTRIES, side="right")) - 1
         stop = max(start + 1, min(stop, start + _ROWS))
         yield slice(start, stop)
         start = stop
@@ -225,7 +234,7 @@ def _wrong_integers(integers: Array) -> list[_Wrong]:
 def _wrong_floats(integers: Array, floats: Array) -> list[_Wrong]:
     _, finite, zeros, *_ = integers.T
     least, most, _, std, l1, l2, low, high = floats.T
-    # Nothing is asked of a NaN, but where there is nothing that could be finite.
+    # NaN is never wrong, and needed where no element is finite.
     return [
         (least > most, "min is above its max"),
         ((finite == 0) & ~(np.isnan(least) & np.isnan(most)), "min and max are of no element"),
@@ -266,7 +275,7 @@ def _wrong_formats(integers: Array, quantized: Array, is_cast: Array) -> list[_W
 def _wrong_counts(
     integers: Array, sizes: Array, indices: Array, values: Array, bins: int
 ) -> list[_Wrong]:
-    """What is wrong with N histograms; of what is wrong with an entry the row is found."""
+    """What is wrong with N histograms; a wrong entry makes its row wrong."""
     finite, below, above = integers[:, 1], integers[:, 6], integers[:, 7]
     ends = np.cumsum(sizes, dtype=np.int64)
     at = indices.astype(np.int64)
@@ -275,9 +284,9 @@ def _wrong_counts(
     entry = (rises <= 0) | (at < 0) | (at >= bins) | (values <= 0) | (values > _MOST_ELEMENTS)
     bad = np.zeros(len(sizes), bool)
     bad[np.searchsorted(ends, np.flatnonzero(entry), side="right")] = True
-    # In float64 first: what overflows has no sum.
     total = np.append(0, np.cumsum(np.where(entry, 0, values), dtype=np.int64))
     sums = total[ends] - total[ends - sizes]
+    # What overflows int64 does not overflow float64.
     huge = float(values.sum(dtype=np.float64)) > 2.0**62
     return [
         (bad, f"histogram has counts that are not positive or not in the order of {bins} bins"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -47,22 +48,13 @@ class Scalars:
             for step, value in zip(steps, values, strict=True):
                 self.add(prefix + name, step, value)
 
-    def before(self, step: float) -> Scalars:
-        """Those of lower steps."""
+    def between(self, start: float = -math.inf, end: float = math.inf) -> Scalars:
+        """Those of the steps from a first one on and before a last one."""
         kept = Scalars()
         for name, (steps, values) in self._series.items():
-            n = bisect_left(steps, step)
-            if n:
-                kept._series[name] = steps[:n], values[:n]
-        return kept
-
-    def since(self, step: int) -> Scalars:
-        """Those of this step and higher ones."""
-        kept = Scalars()
-        for name, (steps, values) in self._series.items():
-            n = bisect_left(steps, step)
-            if n < len(steps):
-                kept._series[name] = steps[n:], values[n:]
+            part = slice(bisect_left(steps, start), bisect_left(steps, end))
+            if part.start < part.stop:
+                kept._series[name] = steps[part], values[part]
         return kept
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,7 @@ _BODY = {
     "values": ("iu", "E"),
     "origins": ("i", "L"),
 }
-# What may be lacking, as of runs that log nothing: V bytes of names of N scalars, P values; K files
+# These may be lacking, as where nothing is logged. V bytes of names of N scalars, P values; K files
 # that the run was resumed after.
 _OPTIONAL = {
     "scalar_names": ("u", "V"),
@@ -65,7 +66,9 @@ _OPTIONAL = {
 _LAYOUT = ("parts", "shapes", "shape_ends")
 _QUANTIZED = ("narrow_formats", "narrow")
 _SCALARS = tuple(name for name in _OPTIONAL if name.startswith("scalar"))
-# The last version's; its first files lack some of them.
+# Sections of numbers of names or of their bytes, and where these are.
+_NUMBERS_OF = {"scalar_ids": "scalar_name_ends", "scalar_name_ends": "scalar_names"}
+# Those of the last version, whose first files lack some of them.
 _SECTIONS_1 = {
     "layers": ("U", "L"),
     **{name: _HEAD[name] for name in ("format", "bins", "kinds")},
@@ -92,7 +95,7 @@ def head(records: Records) -> Sections:
 
 
 def resumed(first_step: int, bytes_before: Sequence[int]) -> Sections:
-    """Of a run that is resumed: its first step, and how long the files are that it goes on from."""
+    """The first step of a resumed run, and how long the files are that it goes on from."""
     return {
         "first_step": np.array(first_step, dtype=np.int64),
         "bytes_before": np.array(bytes_before, dtype=np.int64),
@@ -160,9 +163,13 @@ def join(parts: Sequence[Sections]) -> Source:
         joined[name] = arrays[-1] if dims == "L" else np.concatenate(arrays)
     # Blocks may lack them; each numbers its own scalars.
     logged = [part for part in parts if "scalar_ids" in part]
-    if logged:
-        for name in _SCALARS:
-            joined[name] = np.concatenate([_shifted(logged, at, name) for at in range(len(logged))])
+    for name in _SCALARS if logged else ():
+        arrays = [part[name] for part in logged]
+        if name in _NUMBERS_OF:
+            sizes = [len(part[_NUMBERS_OF[name]]) for part in logged]
+            starts = accumulate(sizes[:-1], initial=0)
+            arrays = [array + start for array, start in zip(arrays, starts, strict=True)]
+        joined[name] = np.concatenate(arrays)
     if any("partial" in part for part in parts):
         joined["partial"] = np.concatenate(
             [part.get("partial", np.zeros(len(part["steps"]), bool)) for part in parts]
@@ -173,16 +180,6 @@ def join(parts: Sequence[Sections]) -> Source:
         said = [part[name] for part in parts if name in part]
         joined |= {name: said[-1]} if said else {}
     return _Joined(joined)
-
-
-def _shifted(parts: Sequence[Sections], at: int, name: str) -> Array:
-    """A section of scalars, which counts names or their bytes, as it is after those before it."""
-    section = parts[at][name]
-    if name == "scalar_ids":
-        return section + sum(len(part["scalar_name_ends"]) for part in parts[:at])
-    if name == "scalar_name_ends":
-        return section + sum(len(part["scalar_names"]) for part in parts[:at])
-    return section
 
 
 def to_records(source: Source) -> Records:
@@ -209,16 +206,13 @@ def to_records(source: Source) -> Records:
         raise ValueError("it lacks its checksum")
     known = _SECTIONS_1 if is_first else _HEAD | _BODY | _OPTIONAL
     needed = set(known) - set(_DEFAULTS_1 if is_first else _OPTIONAL)
-    if not is_first and any(name in headers for name in _SCALARS):
-        needed |= set(_SCALARS)
-    if not is_first and any(name in headers for name in _LAYOUT):
-        needed |= set(_LAYOUT)
-    if not is_first and any(name in headers for name in _QUANTIZED):
-        needed |= set(_QUANTIZED)
+    for together in (_SCALARS, _LAYOUT, _QUANTIZED):
+        if any(name in headers for name in together):
+            needed |= set(together)
     if missing := [name for name in known if name in needed and name not in headers]:
         raise ValueError(f"it lacks {', '.join(missing)}")
     if is_first and (unknown := set(headers) - set(known)):
-        # Without a checksum, a name that is damaged.
+        # There is no checksum: the name may be damaged.
         raise ValueError(f"it holds {min(unknown)!r}, which is unknown")
     n_layers = _check_shapes(headers, known)
     # Before anything of their size is read.
@@ -235,7 +229,7 @@ def to_records(source: Source) -> Records:
         has_kinds = bool(source.read("has_kinds"))
         layers = [str(row) if has_kinds else row.name for row in rows]
     steps = integers(source, "steps")
-    has_formats = not is_first and "narrow_formats" in headers
+    has_formats = "narrow_formats" in headers
     return Records(
         rows,
         layers,
@@ -247,13 +241,13 @@ def to_records(source: Source) -> Records:
         floats(source, "narrow") if has_formats else no_formats(len(steps), n_layers),
         SparseRows(sizes, source.read("indices"), source.read("values")),
         integers(source, "origins") if "origins" in headers else np.full(n_layers, OWN),
-        Scalars() if is_first or "scalar_ids" not in headers else _scalars(source),
-        integers(source, "order") if "order" in headers and not is_first else None,
-        _partial_step(source, steps) if "partial" in headers and not is_first else None,
-        None if is_first else integer(source, "rank"),
-        None if is_first else integer(source, "world"),
-        None if is_first else _layout(source),
-        None if is_first else _resumption(source),
+        _scalars(source) if "scalar_ids" in headers else Scalars(),
+        integers(source, "order") if "order" in headers else None,
+        _partial_step(source, steps) if "partial" in headers else None,
+        integer(source, "rank"),
+        integer(source, "world"),
+        _layout(source) if "parts" in headers else None,
+        _resumption(source),
         source.texts("narrow_formats") if has_formats else [],
     )
 
@@ -264,9 +258,7 @@ def _scalars(source: Source) -> Scalars:
     return Scalars.from_flat(names, ids, steps, floats(source, "scalar_values"))
 
 
-def _layout(source: Source) -> Layout | None:
-    if "parts" not in source.headers:
-        return None
+def _layout(source: Source) -> Layout:
     return Layout.from_flat(*(integers(source, name) for name in _LAYOUT))
 
 

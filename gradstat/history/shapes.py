@@ -26,28 +26,26 @@ def kurtosis_of(records: Records, at: Array, columns: Array) -> Array:
     """
     shape = len(at), len(columns)
     rows = at[:, None] * len(records.rows) + columns
-    sizes, indices, values = records.counts.keep(rows.ravel()).arrays()
+    kept = records.counts.keep(rows.ravel())
     integers, floats = (
         torch.from_numpy(x[at[:, None], columns].reshape(-1, x.shape[-1]))
         for x in (records.integers, records.floats)
     )
-    ends = np.cumsum(sizes, dtype=np.int64)
     found = []
     widest = records.bins.bins if isinstance(records.bins, LinearBins) else LOG2_MAGNITUDES
     n_rows = max(1, _CELLS // widest)
-    for start in range(0, len(sizes), n_rows):
-        held = slice(start, min(start + n_rows, len(sizes)))
-        part = slice(ends[start] - sizes[start], ends[held.stop - 1])
-        size = sizes[held].astype(np.int64)
+    for start in range(0, len(kept), n_rows):
+        held = slice(start, min(start + n_rows, len(kept)))
+        size, indices, values = kept.part(held.start, held.stop).arrays()
         row = np.repeat(np.arange(len(size)), size)
-        # Over the default bins a place for each filled one, over others, which are few, for all.
+        # Each filled bin has a place; of linear bins, which are few, the others have one too.
         place = np.arange(len(row)) - np.repeat(np.cumsum(size) - size, size)
         bins = np.zeros((len(size), int(size.max(initial=1))), np.int64)
         if isinstance(records.bins, LinearBins):
-            place = indices[part]
+            place = indices
             bins = np.tile(np.arange(records.bins.bins), (len(size), 1))
         counts = np.zeros_like(bins)
-        counts[row, place], bins[row, place] = values[part], indices[part]
+        counts[row, place], bins[row, place] = values, indices
         statistics = Statistics(
             records.bins, integers[held], floats[held], torch.from_numpy(counts)
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from operator import attrgetter
@@ -11,6 +12,7 @@ import numpy as np
 
 from gradstat.arrays import Array, Counts, PackedRows
 from gradstat.history.packed_counts import SparseRows
+from gradstat.history.records import Records
 from gradstat.quantized import PACKED
 from gradstat.results import FLOATS, INTEGERS
 
@@ -36,6 +38,12 @@ class Record(NamedTuple):
     floats: Array
     counts: Counts
     quantized: Array
+
+
+def check_step(step: int, newest: float) -> None:
+    """Refuse a step that is not higher than the newest one."""
+    if step <= newest:
+        raise ValueError(f"append() needs a step after {newest}; step is {step}")
 
 
 class Snapshot(NamedTuple):
@@ -74,21 +82,14 @@ class Snapshot(NamedTuple):
         integers = np.empty((0, n_layers, len(INTEGERS)), dtype=np.int64)
         floats = np.empty((0, n_layers, len(FLOATS)))
         quantized = np.empty((0, n_layers, n_formats, len(PACKED)))
-        return cls.of([], [], integers, floats, quantized, SparseRows.empty())
+        return cls(0, [], [], integers, floats, quantized, SparseRows.empty(), (), 0, 1)
 
     @classmethod
-    def of(
-        cls,
-        steps: list[int],
-        times: list[float],
-        integers: Array,
-        floats: Array,
-        quantized: Array,
-        packed: SparseRows,
-    ) -> Snapshot:
-        """Records of such lists and arrays, which it keeps."""
-        n = len(steps)
-        return cls(n, steps, times, integers, floats, quantized, packed, (), n, 1)
+    def of(cls, records: Records) -> Snapshot:
+        """The same records in the same arrays."""
+        n, steps, times = len(records.steps), list(records.steps), records.times.tolist()
+        numbers = records.integers, records.floats, records.quantized
+        return cls(n, steps, times, *numbers, records.counts, (), n, 1)
 
     @property
     def size(self) -> int:
@@ -106,11 +107,11 @@ class Snapshot(NamedTuple):
         return [*self.times[: self.n], *(each.time_s for each in self.waiting)]
 
     @property
-    def last_step(self) -> int | None:
-        """The number of the newest one, if there is any."""
+    def last_step(self) -> float:
+        """The number of the newest one; minus infinity without any."""
         if self.waiting:
             return self.waiting[-1].step
-        return self.steps[self.n - 1] if self.n else None
+        return self.steps[self.n - 1] if self.n else -math.inf
 
     @property
     def nbytes(self) -> int:
@@ -148,14 +149,23 @@ class Snapshot(NamedTuple):
             quantized=self.quantized[:n],
         )
 
-    def find(self, step: int) -> int | None:
-        """Position of the record of a step; ``None`` if there is none."""
+    def find(self, step: int) -> int:
+        """Position of the record of a step, which may be counted back from the newest.
+
+        Raises:
+            KeyError: a step that was not recorded.
+        """
+        if -self.size <= step < 0:
+            return self.size + step
         at = bisect_left(self.steps, step, 0, self.n)
-        if at < self.n:
-            return at if self.steps[at] == step else None
+        if at < self.n and self.steps[at] == step:
+            return at
         among = bisect_left(self.waiting, step, key=attrgetter("step"))
-        found = self.waiting[among : among + 1]
-        return at + among if found and found[0].step == step else None
+        if among < len(self.waiting) and self.waiting[among].step == step:
+            return self.n + among
+        steps = self.all_steps
+        which = f"of {len(steps)} from {steps[0]} to {steps[-1]}" if steps else "and has none"
+        raise KeyError(f"History needs a recorded step, {which}; step is {step}")
 
     def numbers(self) -> tuple[Array, Array]:
         """Integers and floats of all records, each ``(S, L, 8)``: not to be changed."""
@@ -216,7 +226,7 @@ class Snapshot(NamedTuple):
             return self
         steps, times, integers, floats, _, quantized = zip(*self.waiting, strict=True)
         n = self.n
-        # There may be those of a record that an interrupt has kept from following.
+        # An interrupt may have left those of a record that did not follow.
         self.steps[n:], self.times[n:] = steps, times
         return self._replace(
             n=self.size,

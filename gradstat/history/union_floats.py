@@ -14,13 +14,13 @@ from gradstat.bins import Bins, LinearBins
 from gradstat.history.records import Records
 from gradstat.results import FLOATS, Statistics, mean_between_extremes
 
-# Columns of what extremes over the parts are taken of; the mean comes after them.
+# Columns whose extremes over the parts are taken; the mean comes after them.
 _COLUMNS = ("min", "max", "low", "high", "std", "l2")
 _MIN, _MAX, _LOW, _HIGH, _STD, _L2, _MEAN = range(7)
 
 
 def extremes_of(bins: Bins, integers: Array, floats: Array) -> Array:
-    """What extremes over the parts are taken of, float64 ``(..., 7)``; NaN where there is none.
+    """Numbers whose extremes over the parts are taken, float64 ``(..., 7)``; NaN for none.
 
     Args:
         bins: scheme.
@@ -129,7 +129,7 @@ def _means(bins: Bins, integers: Array, floats: Array) -> Array:
     least, most = floats[..., FLOATS.index("min")], floats[..., FLOATS.index("max")]
     mean: Array = np.divide(total, n, out=np.zeros_like(total), where=n > 0)
     mean = np.where(n > 0, np.where(least == most, least, mean.clip(least, most)), 0.0)
-    # The whole of it is for sums that overflow: PyTorch's threads wait for each other at each step.
+    # Only sums that overflow need all of it: PyTorch's threads wait for each other at each step.
     rows = np.isinf(total)
     if rows.any():
         some, others = torch.from_numpy(integers[rows]), torch.from_numpy(floats[rows])

@@ -16,7 +16,7 @@ _LEAST, _GREATEST, _NORM, _ERROR = range(4)  # columns of `extremes_of`
 
 
 def extremes_of(quantized: Array) -> Array:
-    """What extremes over the parts are taken of, float64 ``(..., 4)``.
+    """Numbers whose extremes over the parts are taken, float64 ``(..., 4)``.
 
     Args:
         quantized: float64 ``(..., 10)``.

@@ -14,8 +14,8 @@ from typing import Any
 from gradstat.diagnosis import diagnose
 from gradstat.escaping import escaped
 from gradstat.history import History
-from gradstat.history.follow import Follower
-from gradstat.history.records import Records, concatenate
+from gradstat.history.follow import Follower, read_quietly
+from gradstat.history.records import Records
 from gradstat.report import package
 from gradstat.report.growing import Growing
 
@@ -130,8 +130,9 @@ class LiveRun:
         began_s = time.monotonic()
         found, n_records = None, 0
         try:
-            history = _read(self.path)
-            if history is not None and len(history):
+            records = read_quietly(self.path)
+            if records is not None and records.steps:
+                history = History.from_records(records)
                 found = package.findings(diagnose(history), history.layers)
                 n_records = len(history)
         except (OSError, ValueError):
@@ -168,11 +169,3 @@ def _said(error: OSError | ValueError) -> object:
     if isinstance(error, OSError) and error.filename:
         return f"{error.strerror}: {error.filename}"
     return error
-
-
-def _read(path: Path) -> History | None:
-    """All records that there are, without a warning about those that are being written."""
-    follower, parts = Follower(path), []
-    while (look := follower.look()) is not None and look.records is not None:
-        parts.append(look.records)
-    return History.from_records(concatenate(parts)) if parts else None

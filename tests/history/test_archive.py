@@ -226,6 +226,6 @@ def test_history_load_refuses_a_damaged_layout(
     del held[name]
     if change is not None:
         held[name] = change
-    npz.write(tmp_path / "run.npz", held, compress=False)
+    npz.write(tmp_path / "run.npz", held)
     with pytest.raises(ValueError, match=re.escape(message)):
         History.load(tmp_path / "run.npz")

@@ -66,9 +66,37 @@ def write(path: Path, history: History, size: int, first_step: int | None = None
     kept.flush()
 
 
+def write_ranks(
+    path: Path,
+    n: int,
+    steps: Sequence[int] = range(5),
+    size: int = 5,
+    first_step: int | None = None,
+    world: int | None = None,
+    origin: int | None = None,
+) -> None:
+    """Write the directories of the first n ranks, which are all unless a world is given."""
+    for rank in range(n):
+        write(path, make_rank(rank, world or n, steps, origin=origin), size, first_step)
+
+
+def file_of(path: Path, rank: int, number: int = 0) -> Path:
+    return path / f"rank-{rank}" / f"{number:08}.gradstat"
+
+
+def cut(file: Path, end: int) -> None:
+    """Leave a file's bytes up to an end."""
+    file.write_bytes(file.read_bytes()[:end])
+
+
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge_files, "_MOST_BYTES", 1)
+
+
+@pytest.fixture(params=[1, 1 << 20])
+def any_windows(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.setattr(merge_files, "_MOST_BYTES", request.param)
 
 
 def assert_close(got: Statistics, right: Statistics) -> None:
@@ -81,8 +109,14 @@ def assert_close(got: Statistics, right: Statistics) -> None:
     )
 
 
-def assert_union(got: History, ranks: Sequence[int], bins: Bins | None = None) -> None:
-    for step in got.steps.tolist():
+def assert_union(
+    got: History,
+    ranks: Sequence[int],
+    bins: Bins | None = None,
+    steps: Sequence[int] | None = None,
+) -> None:
+    """At these steps, or all, the history has what these ranks have, put together."""
+    for step in got.steps.tolist() if steps is None else steps:
         tensors = [torch.cat([values(rank, step, row) for rank in ranks]) for row in range(2)]
         right = gradstat.statistics(tensors, bins or Log2Bins(), engine="reference")
         assert_close(got.record(step), right)
@@ -234,11 +268,8 @@ def test_history_merge_of_ranks_without_a_step_in_common_has_none() -> None:
     assert merged.scalar("rank2/loss")[0].tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("n_bytes", [1, 1 << 20])
-def test_history_load_takes_a_directory_of_ranks_as_one_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_bytes: int
-) -> None:
-    monkeypatch.setattr(merge_files, "_MOST_BYTES", n_bytes)
+@pytest.mark.usefixtures("any_windows")
+def test_history_load_takes_a_directory_of_ranks_as_one_run(tmp_path: Path) -> None:
     # Written at different times, so in different blocks.
     for rank, size in enumerate((1, 2, 5)):
         write(tmp_path, make_rank(rank), size)
@@ -260,37 +291,28 @@ def test_history_load_takes_ranks_that_were_resumed(tmp_path: Path) -> None:
     for rank in range(2):
         before = make_rank(rank, 2, steps=range(4), origin=5)
         write(tmp_path, before, 1 + rank)
-    file = tmp_path / "rank-1" / "00000000.gradstat"
-    file.write_bytes(file.read_bytes()[:-3])
+    file = file_of(tmp_path, 1)
+    cut(file, -3)
     for rank in range(2):
         write(tmp_path, make_rank(rank, 2, steps=range(1, 5)), 1 + rank, first_step=1)
     with pytest.warns(RuntimeWarning, match=f"leaves out the end of {file}"):
         loaded = History.load(tmp_path)
     assert loaded.steps.tolist() == list(range(5))
-    for step in range(1, 5):
-        tensors = [torch.cat([values(rank, step, row) for rank in range(2)]) for row in range(2)]
-        assert_close(loaded.record(step), gradstat.statistics(tensors, engine="reference"))
+    assert_union(loaded, range(2), steps=range(1, 5))
     assert loaded.scalar("rank0/loss")[0].tolist() == list(range(5))
 
 
-@pytest.mark.parametrize("n_bytes", [1, 1 << 20])
+@pytest.mark.usefixtures("any_windows")
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])
 def test_history_load_takes_a_run_that_was_resumed_with_other_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int, n_bytes: int
+    tmp_path: Path, before: int, after: int
 ) -> None:
-    monkeypatch.setattr(merge_files, "_MOST_BYTES", n_bytes)
-    for rank in range(before):
-        write(tmp_path, make_rank(rank, before, steps=range(5)), 2)
-    for rank in range(after):
-        write(tmp_path, make_rank(rank, after, steps=range(3, 7)), 3, first_step=3)
+    write_ranks(tmp_path, before, size=2)
+    write_ranks(tmp_path, after, range(3, 7), size=3, first_step=3)
     loaded = History.load(tmp_path)
     assert loaded.steps.tolist() == list(range(7))
-    for step in range(7):
-        world = before if step < 3 else after
-        tensors = [
-            torch.cat([values(rank, step, row) for rank in range(world)]) for row in range(2)
-        ]
-        assert_close(loaded.record(step), gradstat.statistics(tensors, engine="reference"))
+    assert_union(loaded, range(before), steps=range(3))
+    assert_union(loaded, range(after), steps=range(3, 7))
 
 
 def make_sharded(rank: int, parts: int, steps: Sequence[int]) -> History:
@@ -303,55 +325,43 @@ def make_sharded(rank: int, parts: int, steps: Sequence[int]) -> History:
     return history
 
 
-@pytest.mark.parametrize("n_bytes", [1, 1 << 20])
+@pytest.mark.usefixtures("any_windows")
 @pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 2)])
 def test_history_load_takes_a_run_that_was_resumed_on_another_mesh(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, after: int, n_bytes: int
+    tmp_path: Path, before: int, after: int
 ) -> None:
-    monkeypatch.setattr(merge_files, "_MOST_BYTES", n_bytes)
     for rank in range(4):
         write(tmp_path, make_sharded(rank, before, range(5)), 2 + rank)
         write(tmp_path, make_sharded(rank, after, range(3, 7)), 2, first_step=3)
     loaded = History.load(tmp_path)
     assert loaded.steps.tolist() == list(range(7))
-    for step in range(7):
-        parts = before if step < 3 else after
-        tensors = [
-            torch.cat([values(rank, step, row) for rank in range(parts)]) for row in range(2)
-        ]
-        assert_close(loaded.record(step), gradstat.statistics(tensors, engine="reference"))
+    assert_union(loaded, range(before), steps=range(3))
+    assert_union(loaded, range(after), steps=range(3, 7))
 
 
 @pytest.mark.parametrize("origins", [(SAME, None), (None, SAME)])
 def test_history_load_takes_a_run_that_was_resumed_with_gradients_of_another_moment(
     tmp_path: Path, origins: tuple[int | None, int | None]
 ) -> None:
-    for rank in range(2):
-        write(tmp_path, make_rank(rank, 2, range(5), origin=origins[0]), 2)
-        write(tmp_path, make_rank(rank, 2, range(3, 7), origin=origins[1]), 2, first_step=3)
+    write_ranks(tmp_path, 2, size=2, origin=origins[0])
+    write_ranks(tmp_path, 2, range(3, 7), size=2, first_step=3, origin=origins[1])
     loaded = History.load(tmp_path)
     assert loaded.steps.tolist() == list(range(7))
-    for step in range(7):
-        sources = [0, 1] if origins[step >= 3] is None else [0]
-        tensors = [torch.cat([values(rank, step, row) for rank in sources]) for row in range(2)]
-        assert_close(loaded.record(step), gradstat.statistics(tensors, engine="reference"))
+    for origin, steps in zip(origins, (range(3), range(3, 7)), strict=True):
+        assert_union(loaded, [0, 1] if origin is None else [0], steps=steps)
 
 
-@pytest.mark.parametrize("n_bytes", [1, 1 << 20])
+@pytest.mark.usefixtures("any_windows")
 @pytest.mark.parametrize("lacking", [0, 1])
 @pytest.mark.parametrize("n_times", [1, 2])
-def test_history_load_does_not_mix_attempts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: int, n_bytes: int, n_times: int
-) -> None:
-    monkeypatch.setattr(merge_files, "_MOST_BYTES", n_bytes)
-    for rank in range(2):
-        write(tmp_path, make_rank(rank, 2, range(6)), 2)
-        for _ in range(n_times):
-            write(tmp_path, make_rank(rank, 2, range(3, 5)), 2, first_step=3)
+def test_history_load_does_not_mix_attempts(tmp_path: Path, lacking: int, n_times: int) -> None:
+    write_ranks(tmp_path, 2, range(6), size=2)
+    for _ in range(n_times):
+        write_ranks(tmp_path, 2, range(3, 5), size=2, first_step=3)
     whole = History.load(tmp_path)
     assert whole.steps.tolist() == list(range(5))
     # Not copied yet.
-    (tmp_path / f"rank-{lacking}" / f"{n_times:08}.gradstat").unlink()
+    file_of(tmp_path, lacking, n_times).unlink()
     last = 6 if n_times == 1 else 5
     message = (
         f"History.merge() leaves out {last - 3} steps that were superseded when the run was "
@@ -366,18 +376,16 @@ def test_history_load_does_not_mix_attempts(
 
 
 def test_history_load_does_not_mix_attempts_where_the_newest_is_torn(tmp_path: Path) -> None:
-    for rank in range(2):
-        write(tmp_path, make_rank(rank, 2, range(6)), 2)
-        write(tmp_path, make_rank(rank, 2, range(3, 5)), 2, first_step=3)
-    file = tmp_path / "rank-1" / "00000001.gradstat"
-    file.write_bytes(file.read_bytes()[:30])
+    write_ranks(tmp_path, 2, range(6), size=2)
+    write_ranks(tmp_path, 2, range(3, 5), size=2, first_step=3)
+    file = file_of(tmp_path, 1, 1)
+    cut(file, 30)
     with (
         pytest.warns(RuntimeWarning, match=f"leaves out the end of {file}"),
         pytest.warns(RuntimeWarning, match="that were superseded when the run was resumed"),
     ):
         assert History.load(tmp_path).steps.tolist() == [0, 1, 2]
-    for rank in range(2):
-        write(tmp_path, make_rank(rank, 2, range(4, 8)), 2, first_step=4)
+    write_ranks(tmp_path, 2, range(4, 8), size=2, first_step=4)
     with (
         pytest.warns(RuntimeWarning, match=f"leaves out the end of {file}"),
         pytest.warns(RuntimeWarning, match="1 steps that were superseded .*: 3$"),
@@ -386,16 +394,13 @@ def test_history_load_does_not_mix_attempts_where_the_newest_is_torn(tmp_path: P
 
 
 def test_history_load_drops_scalars_that_were_superseded_by_fewer_ranks(tmp_path: Path) -> None:
-    for rank in range(4):
-        write(tmp_path, make_rank(rank, 4, range(6)), 2)
-    for rank in range(2):
-        write(tmp_path, make_rank(rank, 2, range(3, 5)), 2, first_step=3)
+    write_ranks(tmp_path, 4, range(6), size=2)
+    write_ranks(tmp_path, 2, range(3, 5), size=2, first_step=3)
     loaded = History.load(tmp_path)
     for rank in range(4):
         steps = loaded.scalar(f"rank{rank}/loss")[0].tolist()
         assert steps == ([0, 1, 2, 3, 4] if rank < 2 else [0, 1, 2])
-    for rank in range(4):
-        write(tmp_path, make_rank(rank, 4, range(4, 7)), 2, first_step=4)
+    write_ranks(tmp_path, 4, range(4, 7), size=2, first_step=4)
     loaded = History.load(tmp_path)
     assert loaded.steps.tolist() == list(range(7))
     for rank in range(4):
@@ -418,11 +423,9 @@ def test_history_load_takes_a_run_that_was_resumed_after_a_rank_had_died(tmp_pat
 
 
 def test_history_load_says_which_ranks_are_lacking(tmp_path: Path) -> None:
-    for rank in range(4):
-        write(tmp_path, make_rank(rank, 5), 5)
+    write_ranks(tmp_path, 4, world=5)
     shutil.rmtree(tmp_path / "rank-1")
-    file = tmp_path / "rank-3" / "00000000.gradstat"
-    file.write_bytes(file.read_bytes()[:10])
+    cut(file_of(tmp_path, 3), 10)
     message = f"History.load() lacks 3 of 5 ranks in {tmp_path}: 1, 3 to 4"
     with pytest.warns(RuntimeWarning, match=f"^{re.escape(message)}$"):
         loaded = History.load(tmp_path)
@@ -442,19 +445,16 @@ def test_history_merge_says_which_ranks_are_lacking(tmp_path: Path) -> None:
 
 
 def test_history_load_says_which_ranks_are_lacking_of_a_run_that_has_grown(tmp_path: Path) -> None:
-    for rank in range(2):
-        write(tmp_path, make_rank(rank, 2), 5)
-        write(tmp_path, make_rank(rank, 3, range(3, 5)), 5, first_step=3)
+    write_ranks(tmp_path, 2)
+    write_ranks(tmp_path, 2, range(3, 5), first_step=3, world=3)
     with pytest.warns(RuntimeWarning, match="lacks 1 of 3 ranks in .*: 2$"):
         History.load(tmp_path)
 
 
 def test_history_merge_passes_over_a_rank_that_was_torn_in_its_first_block(tmp_path: Path) -> None:
-    for rank in range(2):
-        write(tmp_path, make_rank(rank, 2), 5)
+    write_ranks(tmp_path, 2)
     folders = sorted(tmp_path.iterdir())
-    file = folders[1] / "00000000.gradstat"
-    file.write_bytes(file.read_bytes()[:20])
+    cut(file_of(tmp_path, 1), 20)
     with pytest.warns(RuntimeWarning, match="^History.load\\(\\) lacks 1 of 2 ranks in .*: 1$"):
         loaded = History.load(tmp_path)
     with pytest.warns(RuntimeWarning, match="^History.merge\\(\\) lacks 1 of 2 ranks: 1$"):
@@ -464,8 +464,7 @@ def test_history_merge_passes_over_a_rank_that_was_torn_in_its_first_block(tmp_p
 
 
 def test_history_load_refuses_two_directories_of_a_rank(tmp_path: Path) -> None:
-    for rank in range(2):
-        write(tmp_path, make_rank(rank, 2), 5)
+    write_ranks(tmp_path, 2)
     shutil.copytree(tmp_path / "rank-1", tmp_path / "rank-01")
     message = (
         f"History.load() needs one directory for each rank; {tmp_path / 'rank-01'} and "
@@ -479,8 +478,7 @@ def test_history_load_refuses_two_directories_of_a_rank(tmp_path: Path) -> None:
 
 def test_history_merge_refuses_what_comes_twice(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    for rank in range(2):
-        write(run, make_rank(rank, 2), 5)
+    write_ranks(run, 2)
     one, whole = tmp_path / "one.npz", tmp_path / "whole.npz"
     History.load(run / "rank-1").save(one)
     History.load(run).save(whole)
@@ -619,14 +617,12 @@ def test_commands_take_a_directory_of_ranks(
     shown = capsys.readouterr().out
     assert "rank1/loss" in shown
     assert f"{run}: step 24" in shown
-    file = run / "rank-1" / "00000000.gradstat"
-    assert main(["merge", str(run), "-o", str(file)]) == 2
+    assert main(["merge", str(run), "-o", str(file_of(run, 1))]) == 2
     assert "is the run itself, or a file of it" in capsys.readouterr().err
 
 
 def test_merge_counts_what_each_rank_has_if_it_is_told(tmp_path: Path) -> None:
-    for rank in range(2):
-        write(tmp_path / "run", make_rank(rank, 2, origin=SAME), 5)
+    write_ranks(tmp_path / "run", 2, origin=SAME)
     whole = tmp_path / "whole.npz"
     for options, ranks in (([], [0]), (["--not-replicated"], [0, 0])):
         assert main(["merge", str(tmp_path / "run"), "-o", str(whole), *options]) == 0

@@ -51,14 +51,19 @@ class Training:
         for number in range(len(self.inputs)):
             self.one_pass(number, is_last=number == len(self.inputs) - 1)
 
+    def warm_up(self) -> None:
+        """Run a step on a stream of its own, as PyTorch asks for before a capture."""
+        self.load()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.step()
+        torch.cuda.current_stream().wait_stream(stream)
 
-def warm_up(run: Callable[[], object]) -> None:
-    """Run what is to be captured on a stream of its own, as PyTorch asks for."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
+    def captured(self) -> torch.cuda.CUDAGraph:
+        """A graph of a step, after one to warm up."""
+        self.warm_up()
+        return capture(self.step)
 
 
 def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -92,82 +97,8 @@ def options_of(training: Training, kind: str) -> dict[str, Any]:
     return options
 
 
-EVERY = 1, 3, 10  # of three watches at once
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_replayed_makes_the_records_of_eager_steps(kind: str) -> None:
-    histories = []
-    for is_captured in (False, True):
-        training = Training()
-        options = options_of(training, kind)
-        with ExitStack() as stack:
-            watches = [
-                stack.enter_context(gradstat.watch(training.model, every=every, **options))
-                for every in EVERY
-            ]
-            training.load()
-            warm_up(training.step)
-            graph = capture(training.step) if is_captured else None
-            for _ in range(50):
-                training.load()
-                if graph is None:
-                    training.step()
-                    continue
-                graph.replay()
-                for w in watches:
-                    w.replayed()
-        histories.append([w.history for w in watches])
-    for every, expected, history in zip(EVERY, *histories, strict=True):
-        assert expected.steps.tolist() == list(range(0, 51, every))
-        assert_same(history, expected)
-
-
-def test_replayed_counts_from_the_first_step_of_a_run_that_is_resumed() -> None:
-    histories = []
-    for is_captured in (False, True):
-        training = Training()
-        with gradstat.watch(training.model, every=3, first_step=7) as w:
-            training.load()
-            warm_up(training.step)
-            graph = capture(training.step) if is_captured else None
-            for _ in range(12):
-                training.load()
-                if graph is None:
-                    training.step()
-                    continue
-                graph.replay()
-                w.replayed()
-        histories.append(w.history)
-    assert histories[0].steps.tolist() == [9, 12, 15, 18]
-    assert_same(histories[1], histories[0])
-
-
-@pytest.mark.parametrize("how", ["each pass", "the last pass", "whole steps"])
-def test_replayed_makes_the_records_of_eager_steps_of_four_passes(how: str) -> None:
-    histories = []
-    for is_captured in (False, True):
-        training = Training(4)
-        options = {"accumulation_steps": 4, "what": ("grad", "activation")}
-        with ExitStack() as stack:
-            watches = [
-                stack.enter_context(gradstat.watch(training.model, every=every, **options))
-                for every in EVERY
-            ]
-            training.load()
-            warm_up(training.step)
-            run = captured_step(training, watches, how) if is_captured else training.step
-            for _ in range(50):
-                training.load()
-                run()
-        histories.append([w.history for w in watches])
-    for every, expected, history in zip(EVERY, *histories, strict=True):
-        assert expected.steps.tolist() == list(range(0, 51, every))
-        assert_same(history, expected)
-
-
 def captured_step(training: Training, watches: list[Watch], how: str) -> Callable[[], None]:
-    """A step of four passes: a graph of it, one of each pass, or one of the last pass alone."""
+    """A step: a graph of it; of four passes, one of each pass, or one of the last pass alone."""
     if how == "whole steps":
         graphs = [capture(training.step)]
     else:
@@ -181,9 +112,67 @@ def captured_step(training: Training, watches: list[Watch], how: str) -> Callabl
             else:
                 graph.replay()
                 for w in watches:
-                    w.replayed(graph)
+                    w.replayed(graph if len(graphs) > 1 else None)
 
     return run
+
+
+def record(
+    training: Training, watched: list[dict[str, Any]], n_steps: int, how: str | None
+) -> list[History]:
+    """The histories of a first step and so many more.
+
+    Args:
+        training: whose steps they are.
+        watched: options of each watch.
+        n_steps: after the first one.
+        how: they are captured; ``None``: they are not.
+    """
+    with ExitStack() as stack:
+        watches = [
+            stack.enter_context(gradstat.watch(training.model, **options)) for options in watched
+        ]
+        training.warm_up()
+        run = training.step if how is None else captured_step(training, watches, how)
+        for _ in range(n_steps):
+            training.load()
+            run()
+    return [w.history for w in watches]
+
+
+EVERY = 1, 3, 10  # of three watches at once
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_replayed_makes_the_records_of_eager_steps(kind: str) -> None:
+    histories = []
+    for how in (None, "whole steps"):
+        training = Training()
+        options = options_of(training, kind)
+        watched = [{"every": every, **options} for every in EVERY]
+        histories.append(record(training, watched, 50, how))
+    for every, expected, history in zip(EVERY, *histories, strict=True):
+        assert expected.steps.tolist() == list(range(0, 51, every))
+        assert_same(history, expected)
+
+
+def test_replayed_counts_from_the_first_step_of_a_run_that_is_resumed() -> None:
+    options = {"every": 3, "first_step": 7}
+    (eager,), (replayed,) = (
+        record(Training(), [options], 12, how) for how in (None, "whole steps")
+    )
+    assert eager.steps.tolist() == [9, 12, 15, 18]
+    assert_same(replayed, eager)
+
+
+@pytest.mark.parametrize("how", ["each pass", "the last pass", "whole steps"])
+def test_replayed_makes_the_records_of_eager_steps_of_four_passes(how: str) -> None:
+    options = {"accumulation_steps": 4, "what": ("grad", "activation")}
+    watched = [{"every": every, **options} for every in EVERY]
+    histories = [record(Training(4), watched, 50, each) for each in (None, how)]
+    for every, expected, history in zip(EVERY, *histories, strict=True):
+        assert expected.steps.tolist() == list(range(0, 51, every))
+        assert_same(history, expected)
 
 
 def test_replayed_counts_passes_outside_graphs_and_replays_of_several_graphs() -> None:
@@ -192,8 +181,7 @@ def test_replayed_counts_passes_outside_graphs_and_replays_of_several_graphs() -
         training = Training()
         options = {"every": 3, "what": ("grad", "activation"), "stream": "side"}
         with gradstat.watch(training.model, **options) as w:
-            training.load()
-            warm_up(training.step)
+            training.warm_up()
             graphs = [capture(training.step) for _ in range(2)] if is_captured else []
             for number in range(50):
                 training.load()
@@ -215,9 +203,7 @@ def test_a_replay_that_is_not_due_measures_nothing(bins: Log2Bins | LinearBins) 
     what = ("grad", "param", "update", "activation", "grad_output")
     options = {"what": what, "when": "step", "optimizer": training.optimizer}
     with gradstat.watch(training.model, bins, every=4, **options) as w:
-        training.load()
-        warm_up(training.step)
-        graph = capture(training.step)
+        graph = training.captured()
         (captured,) = w._recorder._captured.of(graph)
         for number in range(1, 10):
             training.load()
@@ -236,9 +222,7 @@ def test_replays_that_nobody_told_of_are_found_out() -> None:
             gradstat.watch(training.model, every=5) as w,
         ):
             warnings.simplefilter("always")
-            training.load()
-            warm_up(training.step)
-            graph = capture(training.step)
+            graph = training.captured()
             for number in range(1, 33):
                 training.load()
                 graph.replay()
@@ -259,9 +243,7 @@ def test_replays_that_nobody_told_of_are_found_out() -> None:
 def test_calls_of_replayed_without_a_replay_make_no_records() -> None:
     training = Training()
     with gradstat.watch(training.model) as w:
-        training.load()
-        warm_up(training.step)
-        graph = capture(training.step)
+        graph = training.captured()
         for number in range(3):
             graph.replay()
             w.replayed()
@@ -274,9 +256,8 @@ def test_calls_of_replayed_without_a_replay_make_no_records() -> None:
 
 def test_the_first_record_may_be_of_a_replay() -> None:
     training = Training()
-    training.load()
     with gradstat.watch(training.model):
-        warm_up(training.step)  # loads the kernels
+        training.warm_up()  # loads the kernels
     with gradstat.watch(training.model, every=2) as w:
         graph = capture(training.step)
         for _ in range(3):
@@ -297,9 +278,7 @@ def test_graphs_may_be_replayed_after_close() -> None:
     for is_closed in (False, True):
         training = Training()
         w = gradstat.watch(training.model, every=2)
-        training.load()
-        warm_up(training.step)
-        graph = capture(training.step)
+        graph = training.captured()
         if is_closed:
             w.close()
             del w
@@ -318,9 +297,7 @@ def test_replayed_needs_a_graph_that_was_captured_under_watch() -> None:
     training = Training()
     other = capture(lambda: training.inputs[0].add_(1.0))
     with gradstat.watch(training.model) as w:
-        training.load()
-        warm_up(training.step)
-        graph = capture(training.step)
+        graph = training.captured()
         graph.replay()
         with pytest.raises(RuntimeError, match="captured under watch"):
             w.replayed(other)
@@ -342,8 +319,7 @@ def test_a_capture_that_fails_counts_nothing(is_captured_at_once: bool) -> None:
 
     what = ("grad", "activation")
     with gradstat.watch(training.model, every=2, what=what, bucket_bytes=1) as w:
-        training.load()
-        warm_up(training.step)
+        training.warm_up()
         with pytest.raises(ValueError, match="no graph"):
             capture(fail)
         if not is_captured_at_once:
@@ -381,22 +357,11 @@ class Forked(nn.Module):
 @pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream does not match")
 def test_streams_beside_each_other_see_the_same_flag() -> None:
     histories = []
-    for is_captured in (False, True):
+    for how in (None, "whole steps"):
         training = Training()
         training.model = Forked().cuda()
         training.inputs = [torch.zeros(400, 24, device="cuda")]  # each output has a launch
         training.optimizer = torch.optim.SGD(training.model.parameters(), lr=0.05)
-        what = ("grad", "activation", "grad_output")
-        with gradstat.watch(training.model, every=2, what=what) as w:
-            training.load()
-            warm_up(training.step)
-            graph = capture(training.step) if is_captured else None
-            for _ in range(6):
-                training.load()
-                if graph is None:
-                    training.step()
-                else:
-                    graph.replay()
-                    w.replayed()
-        histories.append(w.history)
+        options = {"every": 2, "what": ("grad", "activation", "grad_output")}
+        histories += record(training, [options], 6, how)
     assert_same(histories[1], histories[0])
