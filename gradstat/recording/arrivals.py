@@ -1,4 +1,4 @@
-"""`Record`: what one pass measured, on its way to a `History`."""
+"""Results on their way from a device to the host, and the `Record` that a pass makes of them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,53 @@ import torch
 from torch import Tensor
 
 from gradstat.arrays import PackedRows
-from gradstat.bins import Bins, LinearBins, widen
+from gradstat.bins import Bins, LinearBins
 from gradstat.history import History
 from gradstat.history.union_quantized import union_of
 from gradstat.quantized import PACKED
 from gradstat.recording.streams import Computed, take_over
-from gradstat.recording.torch_internals import multiplied
-from gradstat.recording.transfers import Transfer
 from gradstat.results import FLOATS, INTEGERS, Statistics, as_statistics
 
 # Integers, floats and `Counts` of some layers; where formats are measured, what they would do too.
 Rows = tuple[Any, ...]
+
+
+class Transfer:
+    """Tensors on their way to the host, or arrays that are there.
+
+    Args:
+        tensors: on one device.
+    """
+
+    __slots__ = ("_event", "_tensors")
+
+    def __init__(self, tensors: tuple[Any, ...]) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._tensors = tensors
+        if not isinstance(tensors[0], Tensor):
+            return
+        if tensors[0].is_cuda:
+            # PyTorch's cache of pinned blocks does not reuse one before its copy is over.
+            self._tensors = tuple(_copy_to_pinned(x) for x in tensors)
+            # Of the tensors' device, which need not be the current one.
+            stream = torch.cuda.current_stream(tensors[0].device)
+            self._event = stream.record_event()
+        elif not tensors[0].is_cpu:
+            self._tensors = tuple(x.cpu() for x in tensors)
+
+    def has_arrived(self, wait: bool) -> bool:
+        """Whether they are there, which they are after waiting."""
+        if self._event is None or self._event.query():  # type: ignore[no-untyped-call]
+            return True
+        if wait:
+            self._event.synchronize()
+        return wait
+
+    def arrays(self) -> tuple[Any, ...]:
+        """The same as arrays, once they are there."""
+        if isinstance(self._tensors[0], Tensor):
+            self._tensors = tuple([x.numpy() for x in self._tensors])
+        return self._tensors
 
 
 class Launch(NamedTuple):
@@ -223,25 +259,6 @@ def _absent(n_layers: int, history: History) -> Rows:
     )
 
 
-def divide(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:
-    """Unscaled copies, by the arithmetic of `torch.amp.GradScaler`; in float32 at least."""
-    wide = [x.float() if x.itemsize < 4 else x for x in gradients]
-    inverse = widen(scale.to(wide[0].device, non_blocking=True)).reciprocal().float()
-    return multiplied(wide, inverse)
-
-
-def unit_peaks(x: Tensor, unit: int) -> Tensor:
-    """Largest magnitude of each unit.
-
-    Args:
-        x: of C units along a dimension.
-        unit: that dimension.
-
-    Returns:
-        ``(C,)``, NaN for a unit with a NaN.
-    """
-    others = [dim for dim in range(x.dim()) if dim != unit]
-    if not others:
-        return x.abs()
-    # Ten times faster on a CPU than torch.linalg.vector_norm, and without a copy of magnitudes.
-    return torch.maximum(x.amax(others), -x.amin(others))
+def _copy_to_pinned(x: Tensor) -> Tensor:
+    pinned = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
+    return pinned.copy_(x, non_blocking=True)

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from gradstat.ops import choose_engine
-from gradstat.recording.arrivals import Launch
+from gradstat.recording.arrivals import Launch, Transfer
 from gradstat.recording.torch_internals import capturing_graph
-from gradstat.recording.transfers import Transfer
 from gradstat.warning import warn
 
 if TYPE_CHECKING:

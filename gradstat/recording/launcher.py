@@ -9,15 +9,16 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gradstat.bins import Bins, LinearBins
+from gradstat.bins import Bins, LinearBins, widen
 from gradstat.format_ops import measure_formats
 from gradstat.formats import Format
 from gradstat.kinds import UNIT
 from gradstat.ops import choose_engine, known_range
 from gradstat.quantized import PACKED, packed
-from gradstat.recording.arrivals import Launch, divide
+from gradstat.recording.arrivals import Launch
 from gradstat.recording.cuda_graphs import Cadence
 from gradstat.recording.streams import Computed, stream_of
+from gradstat.recording.torch_internals import multiplied
 
 
 class Launcher:
@@ -58,7 +59,7 @@ class Launcher:
             for kind, scale in scales.items():
                 scaled = [i for i in tensors if self._kinds[i] == kind]
                 if scaled:
-                    divided = divide([tensors[i] for i in scaled], scale.get())
+                    divided = _divide([tensors[i] for i in scaled], scale.get())
                     tensors = tensors | dict(zip(scaled, divided, strict=True))
             scales = {}
             device = next(iter(tensors.values())).device
@@ -93,3 +94,10 @@ class Launcher:
             parts = fields[:first], peaks, fields[first:]
             fields = torch.cat([part for part in parts if len(part)])
         return (fields,)
+
+
+def _divide(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:
+    """Unscaled copies, by the arithmetic of `torch.amp.GradScaler`; in float32 at least."""
+    wide = [x.float() if x.itemsize < 4 else x for x in gradients]
+    inverse = widen(scale.to(wide[0].device, non_blocking=True)).reciprocal().float()
+    return multiplied(wide, inverse)

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from gradstat.recording.arrivals import Transfer
 from gradstat.recording.cuda_graphs import Cadence, is_capturing
 from gradstat.recording.shards import local_part
-from gradstat.recording.transfers import Transfer
 
 Keep = Callable[[str, int, float], None]
 

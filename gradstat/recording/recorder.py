@@ -18,24 +18,17 @@ from gradstat.history import History
 from gradstat.history.journal import Journal
 from gradstat.kinds import GRAD, OF_OUTPUTS
 from gradstat.ops import is_measurable
-from gradstat.recording.arrivals import (
-    Part,
-    Record,
-    combine,
-    send,
-    unit_peaks,
-)
+from gradstat.recording.arrivals import Part, Record, Transfer, combine, send
 from gradstat.recording.cuda_graphs import Cadence, CapturedPasses, is_capturing
 from gradstat.recording.delivery import Delivery, Sink
 from gradstat.recording.launcher import Launcher
 from gradstat.recording.logged import Logged
 from gradstat.recording.order import Order
 from gradstat.recording.shards import local_part, note_holding
-from gradstat.recording.side_stream import SideStream
-from gradstat.recording.streams import Computed
+from gradstat.recording.streams import Computed, SideStream
 from gradstat.recording.torch_internals import running_pass
-from gradstat.recording.transfers import Transfer
 from gradstat.recording.unfinished import Unfinished
+from gradstat.recording.units import unit_peaks
 from gradstat.recording.waiting import Waiting
 from gradstat.warning import warn
 

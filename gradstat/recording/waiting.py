@@ -8,8 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from gradstat.recording.side_stream import SideStream
-from gradstat.recording.streams import stream_of, take_over
+from gradstat.recording.streams import SideStream, stream_of, take_over
 
 Place = torch.Stream | torch.device
 # Is given the tensors of a bucket by layer, in the layers' order.

@@ -51,7 +51,7 @@ from gradstat.recording.shards import (
     rank_and_world,
     usual_origin,
 )
-from gradstat.recording.side_stream import SideStream
+from gradstat.recording.streams import SideStream
 from gradstat.recording.torch_internals import disable_dynamo
 from gradstat.results import Statistics
 

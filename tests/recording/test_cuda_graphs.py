@@ -16,8 +16,8 @@ from watching import assert_record, backward, make_model
 
 import gradstat
 from gradstat import History, LinearBins, Log2Bins
+from gradstat.recording.arrivals import Transfer
 from gradstat.recording.launcher import Launcher
-from gradstat.recording.transfers import Transfer
 
 pytestmark = pytest.mark.host("imitates a graph on the CPU")
 
