@@ -14,6 +14,7 @@ from gradstat.arrays import PackedRows
 from gradstat.bins import Bins, LinearBins
 from gradstat.history import History
 from gradstat.history.union_quantized import union_of
+from gradstat.kinds import OF_OUTPUTS
 from gradstat.quantized import PACKED
 from gradstat.recording.streams import Computed, take_over
 from gradstat.results import FLOATS, INTEGERS, Statistics, as_statistics
@@ -123,31 +124,31 @@ def _join(launches: Sequence[Launch]) -> Part:
     return Part(indices, Transfer(rows), len(launches) == 1, arriving)
 
 
-def combine(parts: Sequence[Part], history: History, outputs: frozenset[int]) -> Part:
+def combine(parts: Sequence[Part], history: History) -> Part:
     """Put parts that have arrived together, without scales.
+
+    Rows of one module's outputs are counted together; otherwise the last row of a layer counts.
 
     Args:
         parts: in their order.
         history: whose layers they are.
-        outputs: layers whose rows are counted together; of others the last one counts.
 
     Returns:
         A part on the host with a row for each layer that has any.
     """
     if len(parts) == 1 and not parts[0].scales and parts[0].is_one_launch:
         return parts[0]
-    bins = history.bins
     layers = sorted({layer for part in parts for layer in part.indices})
     whole = _absent(len(layers), history)
     row_of = {layer: row for row, layer in enumerate(layers)}
     seen: Counter[int] = Counter()
     for part in parts:
         arrays = _unscaled(part, history)
-        for joins, at in _turns(part.indices, seen, outputs):
+        for joins, at in _turns(part.indices, seen, history.kinds):
             rows = [row_of[part.indices[i]] for i in at]
             new: Rows = tuple(each[at] for each in arrays)
             if joins:
-                new = _joined(bins, tuple(each[rows] for each in whole), new)
+                new = _joined(history.bins, tuple(each[rows] for each in whole), new)
             for each, values in zip(whole, new, strict=True):
                 each[rows] = values
     return Part(tuple(layers), Transfer(whole), True, {})
@@ -183,16 +184,16 @@ def _unscaled(part: Part, history: History) -> Rows:
 
 
 def _turns(
-    layers: tuple[int, ...], seen: Counter[int], outputs: frozenset[int]
+    layers: tuple[int, ...], seen: Counter[int], kinds: list[str]
 ) -> Iterable[tuple[bool, list[int]]]:
     """Rows in turns, in each of which no layer comes twice.
 
     Returns:
-        Of each turn whether its rows join those before, and where they are.
+        For each turn whether its rows join those before, and where they are.
     """
     turns: dict[tuple[int, bool], list[int]] = {}
     for at, layer in enumerate(layers):
-        joins = seen[layer] > 0 and layer in outputs
+        joins = seen[layer] > 0 and kinds[layer] in OF_OUTPUTS
         turns.setdefault((seen[layer], joins), []).append(at)
         seen[layer] += 1
     return [(joins, at) for (_, joins), at in turns.items()]
@@ -226,14 +227,10 @@ class Record(NamedTuple):
             return False
         return all(part.has_arrived(wait) for part in self.parts)
 
-    def rows(self, outputs: frozenset[int]) -> Rows:
-        """`Rows` of all layers in order.
-
-        Args:
-            outputs: as for `combine`.
-        """
+    def rows(self) -> Rows:
+        """`Rows` of all layers in order."""
         n_layers = len(self.history.layers)
-        whole = combine(self.parts, self.history, outputs)
+        whole = combine(self.parts, self.history)
         found = whole.result.arrays()
         if len(whole.indices) < n_layers:
             absent, rows = _absent(n_layers, self.history), list(whole.indices)

@@ -38,7 +38,6 @@ class Delivery:
 
     Args:
         history: is given each record.
-        outputs: layers whose rows are counted together.
         cadence: tells the steps of captured passes.
         sink: is given each record too.
         journal: so is it.
@@ -48,13 +47,12 @@ class Delivery:
     def __init__(
         self,
         history: History,
-        outputs: frozenset[int],
         cadence: Cadence,
         sink: Sink | None,
         journal: Journal | None,
-        alerts: Alerts | None = None,
+        alerts: Alerts | None,
     ) -> None:
-        self._history, self._outputs, self._cadence = history, outputs, cadence
+        self._history, self._cadence = history, cadence
         self._sink, self._journal, self._alerts = sink, journal, alerts
         self._pending: deque[Record] = deque()
         self._newest_step = -1
@@ -124,7 +122,7 @@ class Delivery:
             if step is None or step <= self._newest_step:
                 continue  # replayed() was not called once for each replay
             self._newest_step = step
-            rows = record.rows(self._outputs)
+            rows = record.rows()
             self._history.append(step, *rows)
             self._watch_memory()
             if self._journal is not None:

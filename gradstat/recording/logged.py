@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from numbers import Real
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from gradstat.diagnosis.alerts import Alerts
 from gradstat.recording.arrivals import Transfer
 from gradstat.recording.cuda_graphs import Cadence, is_capturing
 from gradstat.recording.shards import local_part
@@ -47,11 +48,14 @@ class Logged:
 
     Args:
         cadence: counts the passes.
-        keep: is given name, step and value, those of each name in order.
+        keepers: are given name, step and value, those of each name in order.
+        alerts: looks at each value after that.
     """
 
-    def __init__(self, cadence: Cadence, keep: Keep) -> None:
-        self._cadence, self._keep_value = cadence, keep
+    def __init__(
+        self, cadence: Cadence, keepers: Sequence[Keep], alerts: Alerts | None = None
+    ) -> None:
+        self._cadence, self._keepers, self._alerts = cadence, keepers, alerts
         self.broken_step = -1  # of the newest value that is not finite
         self._passes: dict[str, int] = {}  # of each name's last value
         self._n_before = cadence.n_passes  # the first one
@@ -117,7 +121,10 @@ class Logged:
     def _keep(self, name: str, step: int, value: float) -> None:
         if not isfinite(value):
             self.broken_step = step
-        self._keep_value(name, step, value)
+        for keep in self._keepers:
+            keep(name, step, value)
+        if self._alerts is not None:
+            self._alerts.see_scalar(name, value)
 
     def _step_of(self, name: str, last: int) -> int:
         newest = self._passes.get(name, self._n_before - 1)

@@ -11,16 +11,14 @@ import threading
 import torch
 from torch import Tensor
 
-from gradstat.diagnosis.alerts import Alerts
 from gradstat.forks import call_after_fork
 from gradstat.formats import parse_format
 from gradstat.history import History
-from gradstat.history.journal import Journal
 from gradstat.kinds import GRAD, OF_OUTPUTS
 from gradstat.ops import is_measurable
 from gradstat.recording.arrivals import Part, Record, Transfer, combine, send
 from gradstat.recording.cuda_graphs import Cadence, CapturedPasses, is_capturing
-from gradstat.recording.delivery import Delivery, Sink
+from gradstat.recording.delivery import Delivery
 from gradstat.recording.launcher import Launcher
 from gradstat.recording.logged import Logged
 from gradstat.recording.order import Order
@@ -51,12 +49,10 @@ class Recorder:
         history: where the records go.
         cadence: which passes are recorded.
         logged: what else the run tells of them.
+        delivery: takes the records there.
         bucket_bytes: gradients measured in one launch.
         engine: name, or ``None``.
-        sink: is given each record too.
-        journal: so is it.
         side: where launches run; ``None`` for the stream that computes the gradients.
-        alerts: looks at each record, too.
     """
 
     def __init__(
@@ -64,12 +60,10 @@ class Recorder:
         history: History,
         cadence: Cadence,
         logged: Logged,
+        delivery: Delivery,
         bucket_bytes: int,
         engine: str | None,
-        sink: Sink | None = None,
-        journal: Journal | None = None,
-        side: SideStream | None = None,
-        alerts: Alerts | None = None,
+        side: SideStream | None,
     ) -> None:
         self.history = history
         self.lock, self.is_closed = threading.RLock(), False
@@ -77,11 +71,10 @@ class Recorder:
         formats = [parse_format("watch", name) for name in history.formats]
         self._launcher = Launcher(history.bins, history.kinds, engine, cadence, formats)
         self._bucket_bytes, self._side = bucket_bytes, side
-        self._outputs = frozenset(i for i, kind in enumerate(history.kinds) if kind in OF_OUTPUTS)
-        self._has_outputs = False
+        self._is_to_see_outputs = not set(history.kinds).isdisjoint(OF_OUTPUTS)
+        self._has_seen_outputs = False
         self._unfinished = self._nothing()
-        self._captured = CapturedPasses()
-        self._delivery = Delivery(history, self._outputs, cadence, sink, journal, alerts)
+        self._captured, self._delivery = CapturedPasses(), delivery
         call_after_fork(self)
 
     @property
@@ -166,7 +159,7 @@ class Recorder:
         x = self._own_part(index, x)
         if not is_measurable(x):
             return False
-        self._has_outputs = True
+        self._has_seen_outputs = True
         # A copy of a small one costs less than a launch of its own.
         is_small = x.nbytes <= _SMALL_BYTES
         x = x.clone() if is_small else x
@@ -203,8 +196,8 @@ class Recorder:
         if unfinished.is_recording:
             for (index, _, _), peaks in unfinished.peaks.items():
                 unfinished.waiting.join(index, peaks.get(), self._measure, at_once=False)
-            if self._outputs and not self._has_outputs:
-                self._has_outputs = True
+            if self._is_to_see_outputs and not self._has_seen_outputs:
+                self._has_seen_outputs = True
                 warn(_NO_OUTPUTS)
             self.measure_waiting()
             if is_capturing():
@@ -313,7 +306,7 @@ class Recorder:
         while n_arrived < len(parts) and parts[n_arrived].has_arrived(wait=False):
             n_arrived += 1
         if n_arrived > 1:
-            arrived = combine(parts[:n_arrived], self.history, self._outputs)
+            arrived = combine(parts[:n_arrived], self.history)
             parts = [arrived, *parts[n_arrived:]]
         unfinished.launches, unfinished.parts = [], parts
 
@@ -324,5 +317,5 @@ class Recorder:
     def _measure(self, tensors: dict[int, Tensor]) -> None:
         unfinished = self._unfinished
         unfinished.launches.append(self._launcher.measure(tensors, unfinished.scales))
-        if self._outputs:
+        if self._is_to_see_outputs:
             self._send_early()

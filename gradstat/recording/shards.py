@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -36,32 +36,12 @@ def local_part(gradient: Tensor) -> Tensor:
     return part
 
 
-class Holding(NamedTuple):
-    """What this rank holds of a DTensor.
-
-    Args:
-        origin: the first rank of its mesh that holds the same; `OWN` outside of that.
-        part: as in `Layout`.
-        shape: of the whole tensor.
-    """
-
-    origin: int
-    part: tuple[int, int]
-    shape: tuple[int, ...]
-
-
-def holding_of(x: Tensor) -> Holding | None:
-    """What this rank holds of a DTensor; ``None`` for another tensor."""
-    mesh = getattr(x, "device_mesh", None)
-    if mesh is None:
-        return None
-    origin, part = _place(mesh, tuple(x.placements))  # type: ignore[attr-defined]
-    return Holding(origin, part, tuple(x.shape))
-
-
 @lru_cache(64)
 def _place(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> tuple[int, tuple[int, int]]:
-    """Origin and part, as in `Holding`; to look into a mesh takes longer than to measure."""
+    """The first rank of a mesh that holds the same, or `OWN` outside of it; and the part held.
+
+    To look into a mesh takes longer than to measure.
+    """
     at = mesh.get_coordinate()
     if at is None:
         return OWN, (UNKNOWN, UNKNOWN)
@@ -78,13 +58,14 @@ def _place(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> tuple[int, tu
 
 def note_holding(history: History, row: int, x: Tensor) -> bool:
     """Tell a history what this rank holds of a row; returns whether it is a DTensor."""
-    holding = holding_of(x)
-    if holding is None:
+    mesh = getattr(x, "device_mesh", None)
+    if mesh is None:
         return False
+    origin, part = _place(mesh, tuple(x.placements))  # type: ignore[attr-defined]
     if history.layout is None:
         history.layout = Layout.unknown(len(history.rows))
-    history.origins[row] = holding.origin
-    history.layout.set(row, holding.part, holding.shape)
+    history.origins[row] = origin
+    history.layout.set(row, part, tuple(x.shape))
     return True
 
 

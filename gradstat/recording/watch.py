@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +26,7 @@ from gradstat.kinds import KINDS, OF_OUTPUTS, Row
 from gradstat.ops import check_bins, check_engine
 from gradstat.recording import open_watches
 from gradstat.recording.cuda_graphs import Cadence
-from gradstat.recording.delivery import Sink
+from gradstat.recording.delivery import Delivery, Sink
 from gradstat.recording.live_view import LiveView
 from gradstat.recording.logged import LearningRates, Logged
 from gradstat.recording.module_hooks import OutputHooks
@@ -235,22 +235,13 @@ def watch(
     alerts = None
     if alert is not None:
         alerts = Alerts(history, alert, is_scaled=scaler is not None)
-    logged = Logged(cadence, _keeper(history, journal, alerts, writer))
-    recorder = Recorder(history, cadence, logged, bucket_bytes, engine, sink, journal, side, alerts)
-    # Parameters by themselves: others may have taken their places since.
-    of = tuple(map(id, selected.values()))
-    measures = (
-        *rows,
-        *history.formats,
-        of,
-        scheme,
-        every,
-        when,
-        accumulation_steps,
-        capacity,
-        stream,
-        engine,
-    )
+    keepers = [each.add_scalar for each in (history, journal, writer) if each is not None]
+    logged = Logged(cadence, keepers, alerts)
+    delivery = Delivery(history, cadence, sink, journal, alerts)
+    recorder = Recorder(history, cadence, logged, delivery, bucket_bytes, engine, side)
+    # Parameters by their ids: others may have taken their places, and names, since.
+    watched = (*rows, *map(id, selected.values()), *history.formats)
+    measures = (*watched, scheme, every, when, accumulation_steps, capacity, stream, engine)
     open_watches.make_room(model, name, measures)
     if writer is not None:
         writer.begin(history, first_step, recorder.finish)
@@ -473,24 +464,6 @@ class Watch:
 
 def _html(history: History, *, is_open: bool) -> str:
     return f"<div>Watch, {'open' if is_open else 'closed'}</div>{history._repr_html_()}"
-
-
-def _keeper(
-    history: History, journal: Journal | None, alerts: Alerts | None, writer: RunWriter | None
-) -> Callable[[str, int, float], None]:
-    """What is given each logged value."""
-    others = [each.add_scalar for each in (journal, writer) if each is not None]
-    if alerts is None and not others:
-        return history.add_scalar
-
-    def keep(name: str, step: int, value: float) -> None:
-        history.add_scalar(name, step, value)
-        for add_scalar in others:
-            add_scalar(name, step, value)
-        if alerts is not None:
-            alerts.see_scalar(name, value)
-
-    return keep
 
 
 def _is_changed_in_backward(model: nn.Module) -> bool:
