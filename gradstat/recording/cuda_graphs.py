@@ -201,8 +201,3 @@ class CapturedPasses:
     def end_graph(self) -> None:
         """Let no pass that is captured from now on belong to a graph captured so far."""
         self._is_open = False
-
-    def clear(self) -> None:
-        """Forget all."""
-        self._passes.clear()
-        self._is_open = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,21 +31,19 @@ class BackwardHooks:
     Args:
         parameters: to hook, in the order of the recorder's rows.
         recorder: what sees their gradients.
-        first_rows: the row of the first parameter, by kind; which kinds there are.
         scaler: what scales the loss, or ``None``.
         at_once: measure each gradient before its hook returns.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Sequence[nn.Parameter],
         recorder: Recorder,
-        first_rows: Mapping[str, int],
         scaler: GradScaler | None,
         at_once: bool,
     ) -> None:
-        parameters = list(parameters)
         self._recorder, self._scaler, self._at_once = recorder, scaler, at_once
+        first_rows = recorder.first_rows
         self._first_gradient = first_rows.get(GRAD)
         # The hooks are on the parameters and keep this alive, not the other way round.
         self._weights = [
@@ -121,24 +119,21 @@ class StepHook:
     Args:
         parameters: in the order of the recorder's rows.
         recorder: what sees their gradients.
-        first_rows: the row of the first parameter, by kind; which kinds there are.
         optimizer: whose steps are measured, and its updates after them, if there is one.
         calls_only: only `measure` makes records; those of updates wait for the step.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Sequence[nn.Parameter],
         recorder: Recorder,
-        first_rows: Mapping[str, int],
         optimizer: Optimizer | None,
         *,
         calls_only: bool,
     ) -> None:
-        self._recorder, self._rows = recorder, first_rows
+        self._recorder, self._rows = recorder, recorder.first_rows
         self.calls_only = calls_only
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
-        parameters = list(parameters)
         # Neither they nor the optimizer are to live for the sake of a history.
         self._parameters = [weakref.ref(parameter) for parameter in parameters]
         self._indices = {id(parameter): index for index, parameter in enumerate(parameters)}
@@ -156,7 +151,7 @@ class StepHook:
         if optimizer is not None:
             if not calls_only:
                 self._handles.append(optimizer.register_step_pre_hook(self._on_step))
-            if UPDATE in first_rows:
+            if UPDATE in self._rows:
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def remove(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradstat.history import History
 from gradstat.history.layout import PARTIAL, UNKNOWN, Layout
 from gradstat.history.records import OWN, SAME
-from gradstat.kinds import GRAD, OF_OUTPUTS
+from gradstat.kinds import GRAD, OF_OUTPUTS, OF_PARAMETERS
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -26,11 +27,11 @@ def rank_and_world() -> tuple[int, int] | tuple[None, None]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def local_part(gradient: Tensor) -> Tensor:
+def local_part(x: Tensor) -> Tensor:
     """What this rank holds of a detached DTensor; any other tensor as it is."""
-    if not hasattr(gradient, "to_local"):
-        return gradient
-    local = gradient.to_local()
+    if not hasattr(x, "to_local"):
+        return x
+    local = x.to_local()
     # A collective may still be under way.
     part: Tensor = local.wait() if hasattr(local, "wait") else local
     return part
@@ -70,18 +71,18 @@ def note_holding(history: History, row: int, x: Tensor) -> bool:
 
 
 def copy_holding(history: History, row: int, like: int) -> None:
-    """Tell a history that it holds of a row what it holds of another one."""
+    """Tell a history that this rank holds the same part of a row as of another one."""
     history.origins[row] = history.origins[like]
     if (layout := history.layout) is not None:
         n, of = layout.parts[like].tolist()
         layout.set(row, (n, of), layout.shapes[like])
 
 
-def origin_beside_tensor_parallelism(model: nn.Module) -> int:
-    """Who holds the same gradients of parameters that are no DTensors, in a model that has some.
+def _origin_beside_tensor_parallelism(model: nn.Module) -> int:
+    """Who holds the same gradients of the plain parameters in a model that has DTensors too.
 
-    Tensor parallelism gives each rank of its mesh the same batch, so that what it leaves alone has
-    the same gradient on each. That is not so beside FSDP or DistributedDataParallel.
+    Tensor parallelism gives each rank of its mesh the same batch, so the parameters that it leaves
+    alone have the same gradients on each. That is not so beside FSDP or DistributedDataParallel.
 
     Returns:
         The first rank of the mesh; `OWN` where there is none, or several.
@@ -96,14 +97,15 @@ def origin_beside_tensor_parallelism(model: nn.Module) -> int:
     return int(meshes[0].mesh.flatten()[0])
 
 
-def usual_origin(kind: str, when: str, beside: int) -> int:
-    """Who holds the same values of a kind, unless they are DTensors.
+def usual_origins(model: nn.Module, kinds: Iterable[str], when: str) -> list[int]:
+    """Who holds the same values of each row, by its kind, unless they are DTensors.
 
     Args:
-        kind: of a row.
+        model: whose parameters and modules they are.
+        kinds: of the rows.
         when: they are measured, as for `watch`.
-        beside: `origin_beside_tensor_parallelism`.
     """
-    if kind in OF_OUTPUTS:
-        return OWN
-    return beside if kind == GRAD and when == "backward" else SAME
+    origins = dict.fromkeys(OF_PARAMETERS, SAME) | dict.fromkeys(OF_OUTPUTS, OWN)
+    if when == "backward":
+        origins[GRAD] = _origin_beside_tensor_parallelism(model)
+    return [origins[kind] for kind in kinds]

@@ -21,12 +21,12 @@ def stream_of(device: torch.device) -> torch.Stream | None:
 def take_over(tensors: Iterable[Tensor], stream: torch.Stream | None) -> None:
     """Let the current stream use what another one computes.
 
-    It waits for all that the other stream has to do so far, and the tensors' memory is given to no
-    other tensor before it has done what it has to do by then.
+    It waits for all that the other stream has to do so far. The tensors' memory is given to no
+    other tensor before the current stream has done what it has to do by then.
 
     Args:
-        tensors: of that stream's device.
-        stream: which computes them.
+        tensors: on that stream's device.
+        stream: that computes them.
     """
     if stream is None:
         return
@@ -55,7 +55,7 @@ class Computed(NamedTuple):
 
 
 class SideStream:
-    """A stream of each CUDA device for what is measured."""
+    """A stream of each CUDA device on which to measure beside the one that computes gradients."""
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -71,10 +71,10 @@ class SideStream:
             yield
 
     def join(self) -> None:
-        """Let the current streams wait for what was run beside them: then gradients may change."""
+        """Let the current streams wait for what runs beside them: then gradients may change."""
         for device in self._busy:
             torch.cuda.current_stream(device).wait_stream(self._streams[device])
 
     def forget(self) -> None:
-        """Wait no more for what was run so far."""
+        """Wait no more for what runs so far."""
         self._busy.clear()
