@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,18 +18,14 @@ from gradstat.history.union_quantized import union_of
 from gradstat.kinds import OF_OUTPUTS
 from gradstat.quantized import PACKED
 from gradstat.recording.streams import Computed, take_over
-from gradstat.results import FLOATS, INTEGERS, Statistics, as_statistics
+from gradstat.results import FLOATS, INTEGERS, as_arrays, as_statistics
 
 # Integers, floats and `Counts` of some layers; where formats are measured, what they would do too.
 Rows = tuple[Any, ...]
 
 
 class Transfer:
-    """Tensors on their way to the host, or arrays that are there.
-
-    Args:
-        tensors: on one device.
-    """
+    """Tensors on their way from one device to the host, or arrays that are there."""
 
     __slots__ = ("_event", "_tensors")
 
@@ -40,7 +37,7 @@ class Transfer:
         if tensors[0].is_cuda:
             # PyTorch's cache of pinned blocks does not reuse one before its copy is over.
             self._tensors = tuple(_copy_to_pinned(x) for x in tensors)
-            # Of the tensors' device, which need not be the current one.
+            # The tensors' device need not be the current one.
             stream = torch.cuda.current_stream(tensors[0].device)
             self._event = stream.record_event()
         elif not tensors[0].is_cpu:
@@ -66,8 +63,8 @@ class Launch(NamedTuple):
 
     Args:
         indices: the layer of each row.
-        rows: of `Rows`, on their device; on the host arrays, if the engine makes these.
-        stream: which computes them.
+        rows: `Rows` as tensors on their device, or as arrays if the engine makes these.
+        stream: that computes them.
         scales: what the values of a kind are still to be divided by.
     """
 
@@ -83,7 +80,7 @@ class Part(NamedTuple):
     Args:
         indices: the layer of each row.
         result: `Rows`.
-        is_one_launch: in which each layer comes once, in order.
+        is_one_launch: whether each layer comes once, in order, as in one launch.
         scales: what the values of a kind are still to be divided by.
     """
 
@@ -102,17 +99,17 @@ class Part(NamedTuple):
 def send(launches: Sequence[Launch]) -> list[Part]:
     """Start the results of launches on their way to the host, those of each device together."""
     if len(launches) == 1:
-        return [_join(launches)]
+        return [_send_together(launches)]
     groups: dict[object, list[Launch]] = {}
     for at, launch in enumerate(launches):
         key: object = at
         if not _is_host(launch.rows[0]):
             key = launch.rows[0].device, *map(id, launch.scales.values())
         groups.setdefault(key, []).append(launch)
-    return [_join(group) for group in groups.values()]
+    return [_send_together(group) for group in groups.values()]
 
 
-def _join(launches: Sequence[Launch]) -> Part:
+def _send_together(launches: Sequence[Launch]) -> Part:
     indices, rows, _, scales = launches[0]
     for launch in launches:
         take_over(launch.rows, launch.stream)
@@ -124,17 +121,18 @@ def _join(launches: Sequence[Launch]) -> Part:
     return Part(indices, Transfer(rows), len(launches) == 1, arriving)
 
 
-def combine(parts: Sequence[Part], history: History) -> Part:
-    """Put parts that have arrived together, without scales.
+def combine_arrived(parts: list[Part], history: History) -> list[Part]:
+    """Parts in their order, the first of them that have arrived as one."""
+    arrived = list(takewhile(lambda part: part.has_arrived(wait=False), parts))
+    if len(arrived) < 2:
+        return parts
+    return [_combine(arrived, history), *parts[len(arrived) :]]
 
-    Rows of one module's outputs are counted together; otherwise the last row of a layer counts.
 
-    Args:
-        parts: in their order.
-        history: whose layers they are.
+def _combine(parts: Sequence[Part], history: History) -> Part:
+    """Make one part, without scales, of parts that have arrived: a row for each layer.
 
-    Returns:
-        A part on the host with a row for each layer that has any.
+    Several rows of a module's outputs are counted together; of other layers the last row counts.
     """
     if len(parts) == 1 and not parts[0].scales and parts[0].is_one_launch:
         return parts[0]
@@ -148,7 +146,7 @@ def combine(parts: Sequence[Part], history: History) -> Part:
             rows = [row_of[part.indices[i]] for i in at]
             new: Rows = tuple(each[at] for each in arrays)
             if joins:
-                new = _joined(history.bins, tuple(each[rows] for each in whole), new)
+                new = _counted_together(history.bins, tuple(each[rows] for each in whole), new)
             for each, values in zip(whole, new, strict=True):
                 each[rows] = values
     return Part(tuple(layers), Transfer(whole), True, {})
@@ -161,11 +159,11 @@ def dense(rows: Rows) -> Rows:
     return integers, floats, counts, *others
 
 
-def _joined(bins: Bins, before: Rows, new: Rows) -> Rows:
+def _counted_together(bins: Bins, before: Rows, new: Rows) -> Rows:
     """Rows of the same layers, counted together."""
     a, b = (as_statistics(bins, rows[:3]) for rows in (before, new))
     quantized = [union_of(np.stack(each)) for each in zip(before[3:], new[3:], strict=True)]
-    return *_arrays(a.merge(b)), *quantized
+    return *as_arrays(a.merge(b)), *quantized
 
 
 def _unscaled(part: Part, history: History) -> Rows:
@@ -178,7 +176,7 @@ def _unscaled(part: Part, history: History) -> Rows:
             scaled = as_statistics(history.bins, tuple(each[rows] for each in arrays[:3]))
             unscaled = scaled.unscale(torch.from_numpy(scale.arrays()[0]).double())
             arrays = tuple(each.copy() for each in arrays)
-            for each, new in zip(arrays, _arrays(unscaled), strict=False):
+            for each, new in zip(arrays, as_arrays(unscaled), strict=False):
                 each[rows] = new
     return arrays
 
@@ -200,7 +198,7 @@ def _turns(
 
 
 def _is_host(x: object) -> bool:
-    """Whether results are where they are to be sent, so that joining them only costs time."""
+    """Whether results are on the host already: to put them together would only take time."""
     return not isinstance(x, Tensor) or x.is_cpu
 
 
@@ -212,7 +210,7 @@ class Record(NamedTuple):
         history: where it goes.
         parts: its rows.
         n_told: passes before it that the host knew of.
-        stamp: of a replay, how many there were in truth: see `Cadence.take_stamp`.
+        stamp: of a replay, how many there were in truth, for `Cadence.take_stamp`.
     """
 
     step: int
@@ -230,7 +228,7 @@ class Record(NamedTuple):
     def rows(self) -> Rows:
         """`Rows` of all layers in order."""
         n_layers = len(self.history.layers)
-        whole = combine(self.parts, self.history)
+        whole = _combine(self.parts, self.history)
         found = whole.result.arrays()
         if len(whole.indices) < n_layers:
             absent, rows = _absent(n_layers, self.history), list(whole.indices)
@@ -240,20 +238,15 @@ class Record(NamedTuple):
         return found
 
 
-def _arrays(statistics: Statistics) -> Rows:
-    fields = statistics.integers, statistics.floats, statistics.counts
-    return tuple(each.numpy() for each in fields)
-
-
 def _absent(n_layers: int, history: History) -> Rows:
     """Rows of layers without values."""
-    n_formats = len(history.formats)
-    return (
-        np.zeros((n_layers, len(INTEGERS)), dtype=np.int64),
-        np.full((n_layers, len(FLOATS)), np.nan),
-        np.zeros((n_layers, history.bins.bins), dtype=np.int64),
-        *([np.full((n_layers, n_formats, len(PACKED)), np.nan)] if n_formats else ()),
-    )
+    integers = np.zeros((n_layers, len(INTEGERS)), np.int64)
+    floats = np.full((n_layers, len(FLOATS)), np.nan)
+    counts = np.zeros((n_layers, history.bins.bins), np.int64)
+    if not history.formats:
+        return integers, floats, counts
+    quantized = np.full((n_layers, len(history.formats), len(PACKED)), np.nan)
+    return integers, floats, counts, quantized
 
 
 def _copy_to_pinned(x: Tensor) -> Tensor:

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from gradstat.forks import call_after_fork
-from gradstat.formats import parse_format
 from gradstat.history import History
 from gradstat.kinds import GRAD, OF_OUTPUTS
 from gradstat.ops import is_measurable
-from gradstat.recording.arrivals import Part, Record, Transfer, combine, send
+from gradstat.recording.arrivals import Part, Record, Transfer, combine_arrived, send
 from gradstat.recording.cuda_graphs import Cadence, CapturedPasses, is_capturing
 from gradstat.recording.delivery import Delivery
 from gradstat.recording.launcher import Launcher
@@ -68,14 +67,13 @@ class Recorder:
         self.history = history
         self.lock, self.is_closed = threading.RLock(), False
         self._cadence, self.logged, self.order = cadence, logged, Order(history)
-        formats = [parse_format("watch", name) for name in history.formats]
-        self._launcher = Launcher(history.bins, history.kinds, engine, cadence, formats)
+        self._launcher = Launcher(history, engine, cadence)
         self._bucket_bytes, self._side = bucket_bytes, side
         # The first row of each kind that is recorded.
         self.first_rows = {kind: history.kinds.index(kind) for kind in dict.fromkeys(history.kinds)}
         self._sees_outputs = not self.first_rows.keys().isdisjoint(OF_OUTPUTS)
         self._lacks_outputs = self._sees_outputs  # so far
-        self._unfinished = self._nothing()
+        self.drop()
         self._captured, self._delivery = CapturedPasses(), delivery
         call_after_fork(self)
 
@@ -231,7 +229,7 @@ class Recorder:
 
     def drop(self) -> None:
         """Forget an unfinished pass."""
-        self._unfinished = self._nothing()
+        self._unfinished = Unfinished(Waiting(self._bucket_bytes, self._side))
         self.order.forget()
 
     def has_failed(self) -> bool:
@@ -279,9 +277,6 @@ class Recorder:
         self.logged.forget_pending()
         self._delivery.forget_other_threads()
 
-    def _nothing(self) -> Unfinished:
-        return Unfinished(Waiting(self._bucket_bytes, self._side))
-
     def _record(self, parts: list[Part], stamp: Tensor | None) -> Record:
         arriving = None if stamp is None else Transfer((stamp,))
         return Record(self._cadence.step, self.history, parts, self._cadence.n_told, arriving)
@@ -292,12 +287,7 @@ class Recorder:
         n_rows = sum(len(launch.indices) for launch in unfinished.launches)
         if n_rows <= _MOST_ROWS or is_capturing():
             return
-        parts, n_arrived = [*unfinished.parts, *send(unfinished.launches)], 0
-        while n_arrived < len(parts) and parts[n_arrived].has_arrived(wait=False):
-            n_arrived += 1
-        if n_arrived > 1:
-            arrived = combine(parts[:n_arrived], self.history)
-            parts = [arrived, *parts[n_arrived:]]
+        parts = combine_arrived([*unfinished.parts, *send(unfinished.launches)], self.history)
         unfinished.launches, unfinished.parts = [], parts
 
     def _own_part(self, index: int, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.cuda import CUDAGraph
 
 from gradstat.history import History
-from gradstat.recording.live_view import LiveView
+from gradstat.recording.live_view import LiveView, html_of
 from gradstat.recording.open_watches import Hooks, Others, close
 from gradstat.recording.parameter_hooks import StepHook
 from gradstat.recording.recorder import Recorder
@@ -56,7 +56,7 @@ class Watch:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: whether it is open, and its history."""
-        return _html(self.history, is_open=not self._recorder.is_closed)
+        return html_of(self.history, is_open=not self._recorder.is_closed)
 
     def live(self, every_s: float = 3.0) -> None:
         """Show the run below a notebook's cell, and draw it again as the training goes on.
@@ -78,22 +78,7 @@ class Watch:
         if not 0.1 <= every_s <= 86_400:
             raise ValueError(f"live() needs 0.1 to 86,400 seconds; every_s is {every_s}")
         self._check_open("live()")
-        recorder, hooks = self._recorder, weakref.ref(self._hooks)
-        history = recorder.history
-
-        def state() -> object:
-            sizes = [len(history.scalar(name)[0]) for name in history.scalars]
-            return history.steps[-1:].tolist(), sizes
-
-        self._views.append(
-            LiveView(
-                # Whatever refers to the watch would keep it open.
-                lambda: _html(history, is_open=not recorder.is_closed),
-                state,
-                lambda: not recorder.is_closed and hooks() is not None,
-                float(every_s),
-            )
-        )
+        self._views.append(LiveView(self._recorder, self._hooks, float(every_s)))
 
     def measure(self) -> None:
         """Make a record of the gradients as they are, for ``when="call"``.
@@ -207,7 +192,3 @@ class Watch:
     def _check_open(self, function: str) -> None:
         if self._recorder.is_closed:
             raise RuntimeError(f"{function} needs a watch that is not closed; watch() again")
-
-
-def _html(history: History, *, is_open: bool) -> str:
-    return f"<div>Watch, {'open' if is_open else 'closed'}</div>{history._repr_html_()}"
