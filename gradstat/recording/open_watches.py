@@ -15,8 +15,8 @@ from gradstat.recording.parameter_hooks import BackwardHooks, StepHook
 from gradstat.recording.recorder import Recorder
 from gradstat.warning import warn
 
-Hooks = BackwardHooks | StepHook  # on the parameters or the optimizer
-Others = OutputHooks | LearningRates  # on the modules, and for the learning rate
+Hooks = BackwardHooks | StepHook
+Others = OutputHooks | LearningRates
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class _Open:
     Args:
         name: given by the user, or ``None``.
         measures: equal for watches that measure the same.
-        recorder: of what is measured.
-        hooks: that feed it.
-        others: that feed it too.
+        recorder: what the hooks feed.
+        hooks: on the parameters or the optimizer.
+        others: on the modules and for the learning rate.
     """
 
     name: str | None

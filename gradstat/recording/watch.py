@@ -79,8 +79,8 @@ def watch(
     again. Compiled autograd needs ``when="step"``.
 
     In a distributed run each rank records what it has itself, and `History.reduce` puts the ranks
-    together. Of a DTensor, as FSDP2 makes them, that is its shard. DistributedDataParallel averages
-    gradients during backward, when they are measured before that; ``when="step"`` measures the
+    together. For a DTensor, as FSDP2 makes them, that is its shard. DistributedDataParallel
+    averages gradients during backward; they are measured before that. ``when="step"`` measures the
     average.
 
     Args:
@@ -92,16 +92,16 @@ def watch(
             ``"grad"``: gradients. ``"param"``: the parameters themselves, by the end of the pass or
             before the step. ``"update"``: by how much a step changes them, with ``"param"``, for
             `History.update_ratio`; it needs an ``optimizer``, with ``when="step"`` or ``"call"``,
-            and in the steps recorded memory for a copy of them. ``"activation"``: what modules
+            and memory for a copy of them in the steps recorded. ``"activation"``: what modules
             return while the model is in training mode, with the largest magnitude of each unit
-            (``"unit"``: of a channel of convolutions, of a feature otherwise), for
-            `History.dead_units`. ``"grad_output"``: the gradients with
-            respect to that. What a module returns several times before a record is counted
-            together, and what is large measured in a launch of its own.
+            (``"unit"``: a channel of convolutions, a feature otherwise), for
+            `History.dead_units`. ``"grad_output"``: the gradients with respect to that. What a
+            module returns several times before a record is counted together; a large output is
+            measured in a launch of its own.
         formats: narrow number formats, such as ``"mxfp8_e4m3"``, and what each would do to every
             tensor that is recorded: `History.quantization`, a finding, and ``gradstat formats``;
             names as for `quantization`, blocks along the last dimension. With a scaler they are
-            given the scaled gradients, as a cast would be; of a sharded tensor each rank's part.
+            given the scaled gradients, as a cast would be; for a sharded tensor each rank's part.
         parameters: which parameters: a regular expression searched for in their names, or a
             function of name and parameter. By default all but biases.
         modules: which modules return activations, as for ``parameters``. By default those that have
@@ -113,7 +113,7 @@ def watch(
             after reduction, unscaling and clipping; ``"call"`` measures where `Watch.measure` is
             called. Two watches of one model compare them.
         optimizer: whose learning rate is kept at each step, as the scalar ``lr``, or ``lr/0``,
-            ``lr/1`` and so on of several groups; and whose steps are records, for ``when="step"``:
+            ``lr/1`` and so on for several groups; and whose steps are records, for ``when="step"``:
             layers that it does not hold are absent, and so are the steps that a scaler skips (a
             fused optimizer skips them itself, with a record). A closure given to its ``step()``
             runs after the measurement: for that there is ``when="call"``.
@@ -144,7 +144,7 @@ def watch(
         engine: as in `statistics`.
         name: of the watch, for a cell of a notebook that is run again: an open watch of this model
             with the same name is closed first. Without a name an open watch goes on measuring
-            beside the new one, of which a RuntimeWarning tells if both measure the same.
+            beside the new one; a RuntimeWarning says so if both measure the same.
 
     Returns:
         The running Watch: a context manager, or to be closed with ``close()``.
