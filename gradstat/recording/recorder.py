@@ -159,12 +159,9 @@ class Recorder:
         return True
 
     def add_peaks(self, index: int, x: Tensor, unit: int | None) -> None:
-        """Take the largest magnitude of each unit of a layer, in this output and those before.
+        """Take the largest magnitude of each unit in this output and those before.
 
-        Args:
-            index: of the layer of peaks.
-            x: the output.
-            unit: dimension of the units, if there are any.
+        ``unit`` is their dimension in the output, if it has units; the layer is that of the peaks.
         """
         if unit is None:
             return
