@@ -22,7 +22,7 @@ class PackedRows(NamedTuple):
     Args:
         numbers: int64, how many of them each row has, then bin and count of each.
         n: rows.
-        bins: of each.
+        bins: of each row.
     """
 
     numbers: Array
@@ -31,7 +31,7 @@ class PackedRows(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the dense rows."""
+        """Shape of the dense rows."""
         return self.n, self.bins
 
     @property

@@ -18,8 +18,8 @@ class CutOffError(ValueError):
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write to, which takes the place of ``path`` once all is written.
 
-    A link stays, and what it leads to is replaced. The new file has the mode of the old one. What
-    is no regular file, such as a pipe or ``/dev/null``, is written to as it is.
+    A link stays, and the file that it leads to is replaced. The new file has the mode of the old
+    one. A file that is not regular, such as a pipe or ``/dev/null``, is written to as it is.
 
     Args:
         path: the file; one that is there stays as it is if what follows fails.
@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with _writing(Path(os.path.realpath(path))) as unfinished:
             yield unfinished
     except OSError as error:
-        # Of a full disk there is no name at all, and of others that of the unfinished file.
+        # The error of a full disk has no name at all, others have that of the unfinished file.
         if error.errno is not None and not error.filename2:
             error.filename = str(path)
         raise

@@ -1,4 +1,4 @@
-"""What a forked process forgets: of all threads only the one that forks goes on in it."""
+"""What a forked process forgets: only the thread that forks goes on in it."""
 
 from __future__ import annotations
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 from collections.abc import Iterable, Mapping, Sequence
-from types import ModuleType
 from typing import overload
 
 import torch
 from torch import Tensor
 
 from gradstat.formats import Format, check_formats, parse_format
-from gradstat.ops import check_engine, check_tensors, engine_name, listed
+from gradstat.ops import check_engine, check_tensors, engine_name, import_engine, listed
 from gradstat.quantized import QUANTIZATION_FLOATS, QUANTIZATION_INTEGERS, Quantization
 
 _ENGINES = {
@@ -68,7 +65,7 @@ def quantization(
             environment variable ``GRADSTAT_ENGINE``, the fastest one for the device.
 
     Returns:
-        A Quantization of shape ``()`` for a tensor, ``(L,)`` for several; of several formats a
+        A Quantization of shape ``()`` for a tensor, ``(L,)`` for several; for several formats a
         dict of them by name.
 
     Raises:
@@ -119,7 +116,7 @@ def measure_formats(
         names = [form.name for form in formats]
         integers, floats = _measure_formats_op(values, ",".join(names), dim, engine or "")
         return integers, floats
-    module = _import_engine(engine_name(engine, tensors[0]))
+    module = import_engine(_ENGINES[engine_name(engine, tensors[0])])
     measured: tuple[Tensor, Tensor] = module.measure_formats(tensors, formats, dim)
     return measured
 
@@ -139,11 +136,6 @@ def _(tensors: list[Tensor], formats: str, dim: int, engine: str) -> tuple[Tenso
         tensors[0].new_empty((*shape, len(QUANTIZATION_INTEGERS)), dtype=torch.int64),
         tensors[0].new_empty((*shape, len(QUANTIZATION_FLOATS)), dtype=torch.float64),
     )
-
-
-@functools.cache
-def _import_engine(name: str) -> ModuleType:
-    return importlib.import_module(f"gradstat.engines.{_ENGINES[name]}")
 
 
 def _check_dim(tensors: Sequence[Tensor], dim: int) -> None:

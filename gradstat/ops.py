@@ -21,7 +21,7 @@ from gradstat.float_mode import keeps_subnormals
 from gradstat.results import FLOATS, INTEGERS, Statistics
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-ENGINES = {"cpu": "cpu", "reference": "reference", "triton": "triton"}
+ENGINES = ("cpu", "reference", "triton")
 
 
 def statistics(
@@ -231,24 +231,25 @@ def is_measurable(x: Tensor) -> bool:
 
 def choose_engine(engine: str | None, x: Tensor) -> ModuleType:
     """The engine of that name, by default the fastest one for the tensor's device."""
-    return _import_engine(engine_name(engine, x))
+    return import_engine(engine_name(engine, x))
 
 
 def engine_name(engine: str | None, x: Tensor) -> str:
-    """Its name."""
+    """The name of the engine that `choose_engine` chooses."""
     name = engine or os.environ.get(ENGINE_VARIABLE)
     return name or {"cuda": "triton", "cpu": "cpu"}.get(x.device.type, "reference")
 
 
 @functools.cache
-def _import_engine(name: str) -> ModuleType:
-    return importlib.import_module(f"gradstat.engines.{ENGINES[name]}")
+def import_engine(module: str) -> ModuleType:
+    """A module of the engines, by its name there."""
+    return importlib.import_module(f"gradstat.engines.{module}")
 
 
 def check_engine(function: str, engine: str | None) -> None:
     """Raise ValueError unless the engine, or the one the environment names, exists."""
     for source, name in (("engine", engine), (ENGINE_VARIABLE, os.environ.get(ENGINE_VARIABLE))):
-        if name and name not in tuple(ENGINES):
+        if name and name not in ENGINES:
             raise ValueError(
                 f"{function}() needs one of the engines {', '.join(ENGINES)}; {source} is {name!r}"
             )

@@ -26,7 +26,7 @@ QUANTIZATION_FIELDS = (
     *("underflow", "saturated", "snr", "error", "scale_min", "scale_max"),
     *QUANTIZATION_COUNTS,
 )
-# Exponents of scales where there is none: merging takes the least and the greatest.
+# Exponents where there is no scale: merging takes the least and the greatest.
 NO_SCALE_MIN, NO_SCALE_MAX = 1 << 15, -(1 << 15)
 _ABSENT = np.array([0.0] * 6 + [NO_SCALE_MIN, NO_SCALE_MAX] + [0.0] * 2)
 
@@ -61,12 +61,12 @@ class Quantization:
 
     @property
     def underflowed(self) -> Tensor:
-        """Of these, how many become zero; int64."""
+        """How many of these become zero; int64."""
         return self.integers[..., 1]
 
     @property
     def saturated_count(self) -> Tensor:
-        """Of these, how many round beyond the largest element and become it; int64."""
+        """How many of these round beyond the largest element and become it; int64."""
         return self.integers[..., 2]
 
     @property
@@ -81,14 +81,14 @@ class Quantization:
 
     @property
     def empty_blocks(self) -> Tensor:
-        """Of these, those without a finite value that is not zero; int64."""
+        """How many of these have no finite value that is not zero; int64."""
         return self.integers[..., 5]
 
     @property
     def scale_min(self) -> Tensor:
         """Exponent of the smallest scale, ``floor(log2(scale))``; float64, NaN where there is none.
 
-        Scales of empty blocks are left out. Of nvfp4 it is the e4m3 scale.
+        Scales of empty blocks are left out. For nvfp4 it is the e4m3 scale.
         """
         return _exponents(self.integers[..., 6], NO_SCALE_MIN)
 
@@ -104,7 +104,7 @@ class Quantization:
 
     @property
     def error_norm(self) -> Tensor:
-        """L2 norm of what the format makes of them less them."""
+        """L2 norm of the error: what the format makes of the values, less the values."""
         return self.floats[..., 1]
 
     @property

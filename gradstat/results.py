@@ -416,3 +416,9 @@ def mean_between_extremes(s: Statistics) -> Tensor:
 def as_statistics(bins: Bins, rows: Iterable[NDArray[Any]]) -> Statistics:
     """Integers, floats and counts on the host as Statistics, without a copy."""
     return Statistics(bins, *(torch.from_numpy(each) for each in rows))
+
+
+def as_arrays(statistics: Statistics) -> tuple[NDArray[Any], ...]:
+    """Statistics on the host as integers, floats and counts, without a copy."""
+    fields = statistics.integers, statistics.floats, statistics.counts
+    return tuple(each.numpy() for each in fields)

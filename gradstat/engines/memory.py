@@ -36,7 +36,7 @@ def no_storage(index: int) -> ValueError:
 
 
 def as_matrix(x: Tensor, dim: int, ordered: bool) -> tuple[Tensor, int, int]:
-    """A tensor as a contiguous matrix with rows along a dimension; copied where it lies otherwise.
+    """A tensor as a contiguous matrix with rows along a dimension; a copy where it lies otherwise.
 
     Args:
         x: any strided tensor.
@@ -48,12 +48,10 @@ def as_matrix(x: Tensor, dim: int, ordered: bool) -> tuple[Tensor, int, int]:
     """
     if x.is_neg():  # torch keeps the sign apart
         x = x.resolve_neg()
-    if x.is_contiguous() and dim in (-1, x.dim() - 1):
-        width = max(x.shape[-1], 1) if x.dim() else 1
-        return x, x.numel() // width, width
-    x = x.detach()
-    if not ordered and merge_dims(x) == [(x.numel(), 1)]:
-        return x, min(x.numel(), 1), max(x.numel(), 1)
-    x = (x.movedim(dim, -1) if x.dim() else x).contiguous()
+    if not x.is_contiguous() or dim not in (-1, x.dim() - 1):
+        x = x.detach()
+        if not ordered and merge_dims(x) == [(x.numel(), 1)]:
+            return x, min(x.numel(), 1), max(x.numel(), 1)
+        x = (x.movedim(dim, -1) if x.dim() else x).contiguous()
     width = max(x.shape[-1], 1) if x.dim() else 1
     return x, x.numel() // width, width

@@ -104,14 +104,14 @@ def _blocks(x: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def _scales(largest: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each block the scale, its reciprocal and the scale that is stored with it.
+    """The scale of each block, its reciprocal, and the scale that is stored with the block.
 
     Args:
         largest: largest magnitude of each block, float32 ``(B, 1)``.
         form: format.
 
     Returns:
-        three times float32 ``(B, 1)``; all zero where the scale of an nvfp4 block rounds to zero.
+        three tensors, float32 ``(B, 1)``; zero where the scale of an nvfp4 block rounds to zero.
     """
     if form.scaling == "e8m0":
         exponent = _exponents(largest.double()) - form.max_exponent

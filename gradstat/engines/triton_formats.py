@@ -89,9 +89,10 @@ def measure_formats(
     floats = torch.empty((len(formats), n, 2), dtype=torch.float64, device=device)
     ordered = any(form.block for form in formats)
     matrices = [as_matrix(x, dim, ordered) for x in tensors]
-    shapes = tuple((rows, width) for _, rows, width in matrices)
+    shapes = tuple((height, width) for _, height, width in matrices)
+    n_tiles = [-(-height // TILE_ROWS) * -(-width // WIDEST) for height, width in shapes]
     # Largest magnitudes of the tensors, then of their blocks of several rows.
-    tiles = np.cumsum([n, *(-(-rows // TILE_ROWS) * -(-width // WIDEST) for rows, width in shapes)])
+    tiles = np.cumsum([n, *n_tiles])
     make_tables = functools.partial(_tables, shapes, tiles, formats)
     with on_device(device):
         plan = find_plan([x for x, _, _ in matrices], device, make_tables, shapes, tuple(formats))

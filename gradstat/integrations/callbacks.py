@@ -15,7 +15,8 @@ from gradstat.formats import asked_formats
 from gradstat.history import History
 from gradstat.kinds import GRAD, GRAD_OUTPUT
 from gradstat.recording.options import EVERYTHING
-from gradstat.recording.watch import Watch, watch
+from gradstat.recording.running_watch import Watch
+from gradstat.recording.watch import watch
 
 _KNOWN = ("model", "when", "optimizer", "scaler", "accumulation_steps", "first_step")
 _OPTIONS = tuple(name for name in inspect.signature(watch).parameters if name not in _KNOWN)

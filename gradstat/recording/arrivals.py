@@ -1,9 +1,10 @@
-"""`Record`: what one pass measured, on its way to a `History`."""
+"""Results on their way from a device to the host, and the `Record` that a pass makes of them."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,17 +12,50 @@ import torch
 from torch import Tensor
 
 from gradstat.arrays import PackedRows
-from gradstat.bins import Bins, LinearBins, widen
+from gradstat.bins import Bins, LinearBins
 from gradstat.history import History
 from gradstat.history.union_quantized import union_of
+from gradstat.kinds import OF_OUTPUTS
 from gradstat.quantized import PACKED
 from gradstat.recording.streams import Computed, take_over
-from gradstat.recording.torch_internals import multiplied
-from gradstat.recording.transfers import Transfer
-from gradstat.results import FLOATS, INTEGERS, Statistics, as_statistics
+from gradstat.results import FLOATS, INTEGERS, as_arrays, as_statistics
 
 # Integers, floats and `Counts` of some layers; where formats are measured, what they would do too.
 Rows = tuple[Any, ...]
+
+
+class Transfer:
+    """Tensors on their way from one device to the host, or arrays that are there."""
+
+    __slots__ = ("_event", "_tensors")
+
+    def __init__(self, tensors: tuple[Any, ...]) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._tensors = tensors
+        if not isinstance(tensors[0], Tensor):
+            return
+        if tensors[0].is_cuda:
+            # PyTorch's cache of pinned blocks does not reuse one before its copy is over.
+            self._tensors = tuple(_copy_to_pinned(x) for x in tensors)
+            # The tensors' device need not be the current one.
+            stream = torch.cuda.current_stream(tensors[0].device)
+            self._event = stream.record_event()
+        elif not tensors[0].is_cpu:
+            self._tensors = tuple(x.cpu() for x in tensors)
+
+    def has_arrived(self, wait: bool) -> bool:
+        """Whether they are there, which they are after waiting."""
+        if self._event is None or self._event.query():  # type: ignore[no-untyped-call]
+            return True
+        if wait:
+            self._event.synchronize()
+        return wait
+
+    def arrays(self) -> tuple[Any, ...]:
+        """The same as arrays, once they are there."""
+        if isinstance(self._tensors[0], Tensor):
+            self._tensors = tuple([x.numpy() for x in self._tensors])
+        return self._tensors
 
 
 class Launch(NamedTuple):
@@ -29,8 +63,8 @@ class Launch(NamedTuple):
 
     Args:
         indices: the layer of each row.
-        rows: of `Rows`, on their device; on the host arrays, if the engine makes these.
-        stream: which computes them.
+        rows: `Rows` as tensors on their device, or as arrays if the engine makes these.
+        stream: that computes them.
         scales: what the values of a kind are still to be divided by.
     """
 
@@ -46,7 +80,7 @@ class Part(NamedTuple):
     Args:
         indices: the layer of each row.
         result: `Rows`.
-        is_one_launch: in which each layer comes once, in order.
+        is_one_launch: whether each layer comes once, in order, as in one launch.
         scales: what the values of a kind are still to be divided by.
     """
 
@@ -65,17 +99,17 @@ class Part(NamedTuple):
 def send(launches: Sequence[Launch]) -> list[Part]:
     """Start the results of launches on their way to the host, those of each device together."""
     if len(launches) == 1:
-        return [_join(launches)]
+        return [_send_together(launches)]
     groups: dict[object, list[Launch]] = {}
     for at, launch in enumerate(launches):
         key: object = at
         if not _is_host(launch.rows[0]):
             key = launch.rows[0].device, *map(id, launch.scales.values())
         groups.setdefault(key, []).append(launch)
-    return [_join(group) for group in groups.values()]
+    return [_send_together(group) for group in groups.values()]
 
 
-def _join(launches: Sequence[Launch]) -> Part:
+def _send_together(launches: Sequence[Launch]) -> Part:
     indices, rows, _, scales = launches[0]
     for launch in launches:
         take_over(launch.rows, launch.stream)
@@ -87,31 +121,32 @@ def _join(launches: Sequence[Launch]) -> Part:
     return Part(indices, Transfer(rows), len(launches) == 1, arriving)
 
 
-def combine(parts: Sequence[Part], history: History, outputs: frozenset[int]) -> Part:
-    """Put parts that have arrived together, without scales.
+def combine_arrived(parts: list[Part], history: History) -> list[Part]:
+    """Parts in their order, the first of them that have arrived as one."""
+    arrived = list(takewhile(lambda part: part.has_arrived(wait=False), parts))
+    if len(arrived) < 2:
+        return parts
+    return [_combine(arrived, history), *parts[len(arrived) :]]
 
-    Args:
-        parts: in their order.
-        history: whose layers they are.
-        outputs: layers whose rows are counted together; of others the last one counts.
 
-    Returns:
-        A part on the host with a row for each layer that has any.
+def _combine(parts: Sequence[Part], history: History) -> Part:
+    """Make one part, without scales, of parts that have arrived: a row for each layer.
+
+    Several rows of a module's outputs are counted together; of other layers the last row counts.
     """
     if len(parts) == 1 and not parts[0].scales and parts[0].is_one_launch:
         return parts[0]
-    bins = history.bins
     layers = sorted({layer for part in parts for layer in part.indices})
     whole = _absent(len(layers), history)
     row_of = {layer: row for row, layer in enumerate(layers)}
     seen: Counter[int] = Counter()
     for part in parts:
         arrays = _unscaled(part, history)
-        for joins, at in _turns(part.indices, seen, outputs):
+        for joins, at in _turns(part.indices, seen, history.kinds):
             rows = [row_of[part.indices[i]] for i in at]
             new: Rows = tuple(each[at] for each in arrays)
             if joins:
-                new = _joined(bins, tuple(each[rows] for each in whole), new)
+                new = _counted_together(history.bins, tuple(each[rows] for each in whole), new)
             for each, values in zip(whole, new, strict=True):
                 each[rows] = values
     return Part(tuple(layers), Transfer(whole), True, {})
@@ -124,11 +159,11 @@ def dense(rows: Rows) -> Rows:
     return integers, floats, counts, *others
 
 
-def _joined(bins: Bins, before: Rows, new: Rows) -> Rows:
+def _counted_together(bins: Bins, before: Rows, new: Rows) -> Rows:
     """Rows of the same layers, counted together."""
     a, b = (as_statistics(bins, rows[:3]) for rows in (before, new))
     quantized = [union_of(np.stack(each)) for each in zip(before[3:], new[3:], strict=True)]
-    return *_arrays(a.merge(b)), *quantized
+    return *as_arrays(a.merge(b)), *quantized
 
 
 def _unscaled(part: Part, history: History) -> Rows:
@@ -141,29 +176,29 @@ def _unscaled(part: Part, history: History) -> Rows:
             scaled = as_statistics(history.bins, tuple(each[rows] for each in arrays[:3]))
             unscaled = scaled.unscale(torch.from_numpy(scale.arrays()[0]).double())
             arrays = tuple(each.copy() for each in arrays)
-            for each, new in zip(arrays, _arrays(unscaled), strict=False):
+            for each, new in zip(arrays, as_arrays(unscaled), strict=False):
                 each[rows] = new
     return arrays
 
 
 def _turns(
-    layers: tuple[int, ...], seen: Counter[int], outputs: frozenset[int]
+    layers: tuple[int, ...], seen: Counter[int], kinds: list[str]
 ) -> Iterable[tuple[bool, list[int]]]:
     """Rows in turns, in each of which no layer comes twice.
 
     Returns:
-        Of each turn whether its rows join those before, and where they are.
+        For each turn whether its rows join those before, and where they are.
     """
     turns: dict[tuple[int, bool], list[int]] = {}
     for at, layer in enumerate(layers):
-        joins = seen[layer] > 0 and layer in outputs
+        joins = seen[layer] > 0 and kinds[layer] in OF_OUTPUTS
         turns.setdefault((seen[layer], joins), []).append(at)
         seen[layer] += 1
     return [(joins, at) for (_, joins), at in turns.items()]
 
 
 def _is_host(x: object) -> bool:
-    """Whether results are where they are to be sent, so that joining them only costs time."""
+    """Whether results are on the host already: to put them together would only take time."""
     return not isinstance(x, Tensor) or x.is_cpu
 
 
@@ -175,7 +210,7 @@ class Record(NamedTuple):
         history: where it goes.
         parts: its rows.
         n_told: passes before it that the host knew of.
-        stamp: of a replay, how many there were in truth: see `Cadence.take_stamp`.
+        stamp: of a replay, how many there were in truth, for `Cadence.take_stamp`.
     """
 
     step: int
@@ -190,14 +225,10 @@ class Record(NamedTuple):
             return False
         return all(part.has_arrived(wait) for part in self.parts)
 
-    def rows(self, outputs: frozenset[int]) -> Rows:
-        """`Rows` of all layers in order.
-
-        Args:
-            outputs: as for `combine`.
-        """
+    def rows(self) -> Rows:
+        """`Rows` of all layers in order."""
         n_layers = len(self.history.layers)
-        whole = combine(self.parts, self.history, outputs)
+        whole = _combine(self.parts, self.history)
         found = whole.result.arrays()
         if len(whole.indices) < n_layers:
             absent, rows = _absent(n_layers, self.history), list(whole.indices)
@@ -207,41 +238,17 @@ class Record(NamedTuple):
         return found
 
 
-def _arrays(statistics: Statistics) -> Rows:
-    fields = statistics.integers, statistics.floats, statistics.counts
-    return tuple(each.numpy() for each in fields)
-
-
 def _absent(n_layers: int, history: History) -> Rows:
     """Rows of layers without values."""
-    n_formats = len(history.formats)
-    return (
-        np.zeros((n_layers, len(INTEGERS)), dtype=np.int64),
-        np.full((n_layers, len(FLOATS)), np.nan),
-        np.zeros((n_layers, history.bins.bins), dtype=np.int64),
-        *([np.full((n_layers, n_formats, len(PACKED)), np.nan)] if n_formats else ()),
-    )
+    integers = np.zeros((n_layers, len(INTEGERS)), np.int64)
+    floats = np.full((n_layers, len(FLOATS)), np.nan)
+    counts = np.zeros((n_layers, history.bins.bins), np.int64)
+    if not history.formats:
+        return integers, floats, counts
+    quantized = np.full((n_layers, len(history.formats), len(PACKED)), np.nan)
+    return integers, floats, counts, quantized
 
 
-def divide(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:
-    """Unscaled copies, by the arithmetic of `torch.amp.GradScaler`; in float32 at least."""
-    wide = [x.float() if x.itemsize < 4 else x for x in gradients]
-    inverse = widen(scale.to(wide[0].device, non_blocking=True)).reciprocal().float()
-    return multiplied(wide, inverse)
-
-
-def unit_peaks(x: Tensor, unit: int) -> Tensor:
-    """Largest magnitude of each unit.
-
-    Args:
-        x: of C units along a dimension.
-        unit: that dimension.
-
-    Returns:
-        ``(C,)``, NaN for a unit with a NaN.
-    """
-    others = [dim for dim in range(x.dim()) if dim != unit]
-    if not others:
-        return x.abs()
-    # Ten times faster on a CPU than torch.linalg.vector_norm, and without a copy of magnitudes.
-    return torch.maximum(x.amax(others), -x.amin(others))
+def _copy_to_pinned(x: Tensor) -> Tensor:
+    pinned = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
+    return pinned.copy_(x, non_blocking=True)

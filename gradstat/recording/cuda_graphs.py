@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from gradstat.ops import choose_engine
-from gradstat.recording.arrivals import Launch
+from gradstat.recording.arrivals import Launch, Transfer
 from gradstat.recording.torch_internals import capturing_graph
-from gradstat.recording.transfers import Transfer
 from gradstat.warning import warn
 
 if TYPE_CHECKING:
     from gradstat.engines.triton_cadence import PassCounter
-
 
 _MISSED = (
     "replayed() needs to be called once after each replay of a graph that was captured under "
@@ -53,9 +51,9 @@ class Cadence:
         engine: str | None,
         first_step: int = 0,
     ) -> None:
-        # Passes that this has been told of; those before the first step count as told.
+        # Passes that it has been told of; those before the first step count as told.
         self.n_told = first_step * accumulation_steps
-        # Replays that nobody told of, as the device has counted them.
+        # Replays that nobody told it of, as the device has counted them.
         self._n_missed = 0
         self._every, self._accumulation_steps = every, accumulation_steps
         self._counters: dict[torch.device, PassCounter] = {}
@@ -64,9 +62,9 @@ class Cadence:
                 make = getattr(choose_engine(engine, x), "PassCounter", None)
                 if make is not None:
                     self._counters[x.device] = make(x.device, every * accumulation_steps)
-        # How many passes came before the first that was captured: no device has counted them.
+        # Passes before the first captured one: no device has counted them.
         self._n_uncounted: int | None = None
-        # Flags of the pass being captured, each with what another stream waits for.
+        # Flags of the pass being captured, each with an event for other streams to wait for.
         self._flags: dict[torch.device, tuple[Tensor, torch.cuda.Event]] = {}
         self._graph: weakref.ref[object] | None = None
 
@@ -90,9 +88,9 @@ class Cadence:
         return within == self._accumulation_steps - 1 and step % self._every == 0
 
     def has_left_graph(self, *, is_captured: bool) -> bool:
-        """Whether this pass is of another graph, or none, than the one last asked for.
+        """Whether this pass is in another graph, or none, than the pass last asked for.
 
-        What that one has kept is then lost: its capture has failed.
+        What that pass has kept is then lost: its capture has failed.
         """
         graph = weakref.ref(capturing_graph()) if is_captured else None
         if graph == self._graph:
@@ -105,7 +103,7 @@ class Cadence:
         """What kernels on the current stream read to know whether the captured pass is due.
 
         Returns:
-            int32 ``(1,)``; ``None`` outside a capture, where a pass that is not due has no kernels,
+            int64 ``(1,)``; ``None`` outside a capture, where a pass that is not due has no kernels,
             and for a device without a counter, where all passes are measured.
         """
         counter = self._counters.get(device)
@@ -148,7 +146,7 @@ class Cadence:
         self.n_told += 1
 
     def take_stamp(self, stamp: Transfer, n_told: int) -> int | None:
-        """Compare what a replay has counted with what this had been told.
+        """Compare what a replay has counted with what the host had been told.
 
         Args:
             stamp: what the replay has left.
@@ -162,11 +160,11 @@ class Cadence:
         if n_passes - n_told != self._n_missed:
             self._n_missed = n_passes - n_told
             warn(_MISSED)
-        return n_passes // self._accumulation_steps if is_due else None
+        return self.step_of(n_passes) if is_due else None
 
 
 class CapturedPass(NamedTuple):
-    """Results, and `Cadence.count_captured`'s stamp, which a replay writes."""
+    """Results and the stamp of `Cadence.count_captured`; a replay writes both."""
 
     launches: list[Launch]
     stamp: Tensor | None
@@ -176,24 +174,24 @@ class CapturedPasses:
     """Results of captured passes, on their device; each replay writes those that are due."""
 
     def __init__(self) -> None:
-        # Of each graph that is alive, the newest last.
-        self._passes: list[tuple[weakref.ref[object], list[CapturedPass]]] = []
+        # The passes of each graph that is alive, the newest graph last.
+        self._graphs: list[tuple[weakref.ref[object], list[CapturedPass]]] = []
         self._is_open = False
 
     def add(self, launches: list[Launch], stamp: Tensor | None) -> None:
         """Keep the results of a pass that has just been captured."""
         graph = capturing_graph()
-        if not self._is_open or self._passes[-1][0]() is not graph:
+        if not self._is_open or self._graphs[-1][0]() is not graph:
             # A graph that is captured anew no longer has the passes that it had.
-            kept = [each for each in self._passes if each[0]() not in (None, graph)]
-            self._passes = [*kept, (weakref.ref(graph), [])]
+            kept = [each for each in self._graphs if each[0]() not in (None, graph)]
+            self._graphs = [*kept, (weakref.ref(graph), [])]
             self._is_open = True
-        self._passes[-1][1].append(CapturedPass(launches, stamp))
+        self._graphs[-1][1].append(CapturedPass(launches, stamp))
 
     def of(self, graph: object) -> list[CapturedPass]:
         """Each pass of a graph, or of the newest one for ``None``."""
         passes: list[CapturedPass]
-        for reference, passes in reversed(self._passes):
+        for reference, passes in reversed(self._graphs):
             known = reference()
             if known is not None and (graph is None or known is graph):
                 return passes
@@ -201,9 +199,4 @@ class CapturedPasses:
 
     def end_graph(self) -> None:
         """Let no pass that is captured from now on belong to a graph captured so far."""
-        self._is_open = False
-
-    def clear(self) -> None:
-        """Forget all."""
-        self._passes.clear()
         self._is_open = False

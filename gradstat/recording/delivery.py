@@ -33,34 +33,33 @@ _LOOK = 64  # records from one look at the memory to the next
 class Delivery:
     """Records on their way to whoever is to have them, oldest first.
 
-    Each is taken before it is handed on, so that an interrupt loses one record at most. One thread
+    A record is taken off before it is handed on, so that an interrupt loses one at most. One thread
     at a time calls the methods, but a signal's handler or a sink may call them within a call.
 
     Args:
         history: is given each record.
-        outputs: layers whose rows are counted together.
         cadence: tells the steps of captured passes.
         sink: is given each record too.
         journal: so is it.
-        alerts: looks at each record, too.
+        alerts: look at each record, too.
     """
 
     def __init__(
         self,
         history: History,
-        outputs: frozenset[int],
         cadence: Cadence,
         sink: Sink | None,
         journal: Journal | None,
-        alerts: Alerts | None = None,
+        alerts: Alerts | None,
     ) -> None:
-        self._history, self._outputs, self._cadence = history, outputs, cadence
+        self._history, self._cadence = history, cadence
         self._sink, self._journal, self._alerts = sink, journal, alerts
         self._pending: deque[Record] = deque()
         self._newest_step = -1
         self._arrived: deque[tuple[int, Rows]] = deque()
-        # Held by who does so, further out in the same thread. `_NOTHING` goes with each: an
-        # interrupt just before the end of a single context would leave it locked.
+        # Held while records are moved, and handed on, by whoever does so further out in the thread.
+        # `_NOTHING` goes with each: an interrupt just before the end of a single context would
+        # leave it locked.
         self._moving, self._handing_on = threading.Lock(), threading.Lock()
         self._is_to_warn = self._has_told_bytes = False
 
@@ -69,11 +68,7 @@ class Delivery:
         self._pending.append(record)
 
     def collect(self, wait: bool) -> None:
-        """Hand on records that have arrived.
-
-        Args:
-            wait: for all of them.
-        """
+        """Hand on records: those that have arrived, or all."""
         if self._pending and not self._moving.locked():
             with self._moving, _NOTHING:
                 self._move(wait)
@@ -109,7 +104,7 @@ class Delivery:
     def forget_other_threads(self) -> None:
         """In a forked process: keep later records in the history alone."""
         self._moving, self._handing_on = threading.Lock(), threading.Lock()
-        # They are those of the other process.
+        # These records are the other process's.
         self._pending.clear()
         self._arrived.clear()
         self._is_to_warn |= self._sink is not None or self._journal is not None
@@ -124,7 +119,7 @@ class Delivery:
             if step is None or step <= self._newest_step:
                 continue  # replayed() was not called once for each replay
             self._newest_step = step
-            rows = record.rows(self._outputs)
+            rows = record.rows()
             self._history.append(step, *rows)
             self._watch_memory()
             if self._journal is not None:

@@ -9,39 +9,33 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from gradstat.bins import Bins, LinearBins
+from gradstat.bins import LinearBins, widen
 from gradstat.format_ops import measure_formats
-from gradstat.formats import Format
+from gradstat.formats import parse_format
+from gradstat.history import History
 from gradstat.kinds import UNIT
 from gradstat.ops import choose_engine, known_range
 from gradstat.quantized import PACKED, packed
-from gradstat.recording.arrivals import Launch, divide
+from gradstat.recording.arrivals import Launch
 from gradstat.recording.cuda_graphs import Cadence
 from gradstat.recording.streams import Computed, stream_of
+from gradstat.recording.torch_internals import multiplied
 
 
 class Launcher:
     """Measures tensors of some layers in one launch.
 
     Args:
-        bins: scheme.
-        kinds: of all layers.
+        history: whose layers they are, with F narrow formats, measured in each replay.
         engine: name, or ``None``.
-        cadence: which replays of a captured launch measure.
-        formats: F narrow formats that are measured too; in each replay, of what it computes.
+        cadence: which replays of a captured launch measure the rest.
     """
 
-    def __init__(
-        self,
-        bins: Bins,
-        kinds: list[str],
-        engine: str | None,
-        cadence: Cadence,
-        formats: list[Format],
-    ) -> None:
-        self._cadence, self._formats = cadence, formats
-        self._bins, self._kinds, self._engine = bins, kinds, engine
-        self._is_linear = isinstance(bins, LinearBins)
+    def __init__(self, history: History, engine: str | None, cadence: Cadence) -> None:
+        self._engine, self._cadence = engine, cadence
+        self._bins, self._kinds = history.bins, history.kinds
+        self._formats = [parse_format("watch", name) for name in history.formats]
+        self._is_linear = isinstance(history.bins, LinearBins)
         self._engines: dict[str, ModuleType] = {}  # by device type
 
     def measure(self, tensors: dict[int, Tensor], scales: Mapping[str, Computed]) -> Launch:
@@ -49,16 +43,16 @@ class Launcher:
 
         Args:
             tensors: by layer, measurable and on one device.
-            scales: of each kind that has one; `Log2Bins` need them only in the end.
+            scales: by kind; with `Log2Bins` the values are divided by them on the host.
         """
         low = high = None
-        # What would be cast: values as the loss scale has made them.
+        # Of scaled gradients, as they would be cast.
         quantized = self._quantized(tensors) if self._formats else ()
         if self._is_linear:
             for kind, scale in scales.items():
                 scaled = [i for i in tensors if self._kinds[i] == kind]
                 if scaled:
-                    divided = divide([tensors[i] for i in scaled], scale.get())
+                    divided = _divide([tensors[i] for i in scaled], scale.get())
                     tensors = tensors | dict(zip(scaled, divided, strict=True))
             scales = {}
             device = next(iter(tensors.values())).device
@@ -80,7 +74,7 @@ class Launcher:
     def _quantized(self, tensors: Mapping[int, Tensor]) -> tuple[Tensor]:
         """What the formats would do to the tensors, ``(L, F, 10)``; NaN for peaks of units.
 
-        A peak is no tensor that would be cast. They come together, as rows of a kind do.
+        Peaks would not be cast. They come together, as rows of a kind do.
         """
         cast = [x for i, x in tensors.items() if self._kinds[i] != UNIT]
         if not cast:
@@ -93,3 +87,10 @@ class Launcher:
             parts = fields[:first], peaks, fields[first:]
             fields = torch.cat([part for part in parts if len(part)])
         return (fields,)
+
+
+def _divide(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:
+    """Unscaled copies, by the arithmetic of `torch.amp.GradScaler`; in float32 at least."""
+    wide = [x.float() if x.itemsize < 4 else x for x in gradients]
+    inverse = widen(scale.to(wide[0].device, non_blocking=True)).reciprocal().float()
+    return multiplied(wide, inverse)

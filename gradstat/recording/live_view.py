@@ -1,4 +1,4 @@
-"""`LiveView`: what a notebook shows of a watch, drawn again and again while the run goes on."""
+"""`LiveView`: a watch in a notebook, drawn again and again while the run goes on."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import importlib
 import sys
 import threading
 import time
-from collections.abc import Callable
+import weakref
 from contextlib import suppress
 from typing import Any
 
 from gradstat.forks import call_after_fork
+from gradstat.history import History
+from gradstat.recording.open_watches import Hooks
+from gradstat.recording.recorder import Recorder
 
 _MOST_OF_THE_TIME = 0.05  # that is spent drawing
 _PATIENCE_S = 1.0  # with a drawing that goes on when the watch is closed
@@ -19,35 +22,30 @@ _LOOK_S = 0.1  # from one look at whether the run has ended to the next
 
 
 class LiveView:
-    """An output of a notebook's cell; a thread of its own draws it.
+    """An output of a notebook's cell that shows a watch; a thread of its own draws it.
 
     Args:
-        draw: gives HTML.
-        state: is equal as long as there is nothing new to draw.
-        is_open: whether the run goes on.
+        recorder: of the watch; its history is drawn.
+        hooks: of the watch; the run goes on as long as they live.
         every_s: seconds from one drawing to the next, or more where a drawing takes long.
 
     Raises:
         RuntimeError: this is no notebook.
     """
 
-    def __init__(
-        self,
-        draw: Callable[[], str],
-        state: Callable[[], object],
-        is_open: Callable[[], bool],
-        every_s: float,
-    ) -> None:
+    def __init__(self, recorder: Recorder, hooks: Hooks, every_s: float) -> None:
         if not _is_notebook():
             raise RuntimeError(
                 "live() needs a notebook, which this is not: watch(path=) and `gradstat serve` "
                 "show a run in the browser"
             )
         api: Any = importlib.import_module("IPython.display")
-        self._draw, self._state, self._is_open, self._every_s = draw, state, is_open, every_s
-        self._as_output, self._drawn = api.HTML, state()
+        # Whatever refers to the hooks would keep the watch open.
+        self._recorder, self._hooks, self._every_s = recorder, weakref.ref(hooks), every_s
+        self._as_output, self._drawn = api.HTML, self._state()
         # Held by who draws; a signal's handler may close the watch within a drawing.
-        self._lock, self._has_ended = threading.RLock(), False
+        self._lock = threading.RLock()
+        self._is_to_end = self._has_ended = False
         self._output: Any = api.display(api.HTML(self._text()), display_id=True)
         call_after_fork(self)
         threading.Thread(target=self._follow, name="gradstat-live", daemon=True).start()
@@ -57,7 +55,7 @@ class LiveView:
 
         The thread comes here too when the run has ended, so that it is drawn in any case.
         """
-        self._is_open = _never
+        self._is_to_end = True
         if self._lock.acquire(timeout=_PATIENCE_S):
             try:
                 if not self._has_ended:
@@ -68,7 +66,8 @@ class LiveView:
 
     def forget_other_threads(self) -> None:
         """In a forked process: draw nothing."""
-        self._lock, self._has_ended, self._is_open = threading.RLock(), True, _never
+        self._lock = threading.RLock()
+        self._is_to_end = self._has_ended = True
 
     def _follow(self) -> None:
         due = time.monotonic() + self._every_s
@@ -84,21 +83,31 @@ class LiveView:
             due = ended + max(self._every_s, (ended - begun) / _MOST_OF_THE_TIME)
         self.finish()
 
+    def _is_open(self) -> bool:
+        return not (self._is_to_end or self._recorder.is_closed or self._hooks() is None)
+
+    def _state(self) -> object:
+        """Equal as long as there is nothing new to draw."""
+        history = self._recorder.history
+        sizes = [len(history.scalar(name)[0]) for name in history.scalars]
+        return history.steps[-1:].tolist(), sizes
+
     def _update(self) -> None:
         self._drawn = self._state()
-        # A front end that is gone is nothing to the training, nor to those that are there.
+        # A front end that is gone must stop neither the training nor the other front ends.
         with suppress(Exception):
             self._output.update(self._as_output(self._text()))
 
     def _text(self) -> str:
         try:
-            return self._draw()
-        except Exception as error:  # the training is not to know
+            return html_of(self._recorder.history, is_open=not self._recorder.is_closed)
+        except Exception as error:  # which must not stop the training
             return html.escape(f"live() cannot draw: {type(error).__name__}: {error}")
 
 
-def _never() -> bool:
-    return False
+def html_of(history: History, *, is_open: bool) -> str:
+    """What a notebook shows of a watch."""
+    return f"<div>Watch, {'open' if is_open else 'closed'}</div>{history._repr_html_()}"
 
 
 def _is_notebook() -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from numbers import Real
 from typing import Any, NamedTuple
@@ -14,20 +14,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from gradstat.diagnosis.alerts import Alerts
+from gradstat.recording.arrivals import Transfer
 from gradstat.recording.cuda_graphs import Cadence, is_capturing
 from gradstat.recording.shards import local_part
-from gradstat.recording.transfers import Transfer
 
 Keep = Callable[[str, int, float], None]
 
 
 class _Entry(NamedTuple):
-    """Values that came together.
+    """N values that came together.
 
     Args:
         names: of the scalars.
-        steps: of each.
-        values: of each, on the host; or ``None``.
+        steps: their steps.
+        values: on the host; ``None`` while they are on their way.
         arriving: the same on their way, ``(N,)``.
         source: what is copied, which is kept until it has arrived.
     """
@@ -47,14 +48,17 @@ class Logged:
 
     Args:
         cadence: counts the passes.
-        keep: is given name, step and value, those of each name in order.
+        keepers: are given name, step and value, those of each name in order.
+        alerts: looks at each value after that.
     """
 
-    def __init__(self, cadence: Cadence, keep: Keep) -> None:
-        self._cadence, self._keep_value = cadence, keep
+    def __init__(
+        self, cadence: Cadence, keepers: Sequence[Keep], alerts: Alerts | None = None
+    ) -> None:
+        self._cadence, self._keepers, self._alerts = cadence, keepers, alerts
         self.broken_step = -1  # of the newest value that is not finite
-        self._passes: dict[str, int] = {}  # of each name's last value
-        self._n_before = cadence.n_passes  # the first one
+        self._passes: dict[str, int] = {}  # that each name's last value belongs to
+        self._n_before = cadence.n_passes  # passes before the first value
         self._pending: deque[_Entry] = deque()
 
     def add(self, values: Mapping[str, float | Tensor]) -> None:
@@ -63,7 +67,7 @@ class Logged:
         Raises:
             As `Watch.log`.
         """
-        # Those of each device together, in order of their first ones.
+        # The values of each device together, in the order of their first ones.
         groups: dict[torch.device | None, dict[str, Any]] = {}
         for name, value in values.items():
             device = None
@@ -79,7 +83,7 @@ class Logged:
             steps = [self._step_of(name, last) for name in group]
             if device is not None:
                 with torch.no_grad():
-                    # Of another memory than the values, which may be changed in place afterwards.
+                    # In memory of its own: the values may be changed in place afterwards.
                     source = torch.stack([_wide(value.detach()) for value in group.values()])
                 self._pending.append(_Entry(list(group), steps, None, Transfer((source,)), source))
             elif self._pending:
@@ -95,11 +99,7 @@ class Logged:
         return bool(self._pending)
 
     def collect(self, wait: bool) -> None:
-        """Keep what has arrived, in its order.
-
-        Args:
-            wait: for all of it.
-        """
+        """Keep values in their order: those that have arrived, or all."""
         while self._pending:
             names, steps, values, arriving, _ = self._pending[0]
             if arriving is not None:
@@ -111,13 +111,16 @@ class Logged:
                 self._keep(name, step, value)
 
     def forget_pending(self) -> None:
-        """In a forked process: values on their way are those of the other one."""
+        """In a forked process: values on their way are the other one's."""
         self._pending.clear()
 
     def _keep(self, name: str, step: int, value: float) -> None:
         if not isfinite(value):
             self.broken_step = step
-        self._keep_value(name, step, value)
+        for keep in self._keepers:
+            keep(name, step, value)
+        if self._alerts is not None:
+            self._alerts.see_scalar(name, value)
 
     def _step_of(self, name: str, last: int) -> int:
         newest = self._passes.get(name, self._n_before - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -37,14 +37,13 @@ _RUNNING: weakref.WeakValueDictionary[int, OutputHooks] = weakref.WeakValueDicti
 class OutputHooks:
     """Each output of a module, and the gradient with respect to it, goes to the recorder.
 
-    Outputs count while the model is in training mode and gradients are enabled; what a checkpoint
-    computes once more does not.
+    Outputs count while the model is in training mode and gradients are enabled. Outputs that a
+    checkpoint computes once more do not.
 
     Args:
         model: whose mode counts.
         modules: to hook, in the order of the recorder's rows.
         recorder: what sees their outputs.
-        first_rows: the row of the first module, by kind; which kinds there are.
         scaler: what scales the loss, or ``None``.
         optimizer: whose steps make the records, or ``None``.
         is_running: whether a pass that the recorder has begun still goes on.
@@ -53,25 +52,23 @@ class OutputHooks:
     def __init__(
         self,
         model: nn.Module,
-        modules: Iterable[nn.Module],
+        modules: Sequence[nn.Module],
         recorder: Recorder,
-        first_rows: Mapping[str, int],
         scaler: GradScaler | None,
         optimizer: Optimizer | None,
         is_running: Callable[[], bool],
     ) -> None:
-        modules = list(modules)
         # The hooks are on the model and keep this alive, not the other way round.
         self._model = weakref.ref(_unwrapped(model))
-        self._recorder, self._rows = recorder, first_rows
+        self._recorder, self._rows = recorder, recorder.first_rows
         self._scaler, self._is_running = scaler, is_running
         self._skips = None
         if scaler is not None and optimizer is not None:
             self._skips = SkippedSteps(scaler, optimizer)
         self._layout, self._is_closed = Layout(modules), False
-        self._is_seeing = False  # when nobody is: an exception has ended it
+        self._is_seeing = False  # still true afterwards where an exception has ended `see`
         self._pass = RunningPass()
-        self.sees_gradients = GRAD_OUTPUT in first_rows
+        self.sees_gradients = GRAD_OUTPUT in self._rows
         self.key = next(_KEYS)
         _RUNNING[self.key] = self
         self._handles = [
@@ -80,7 +77,7 @@ class OutputHooks:
         ]
 
     def remove(self) -> None:
-        """Take the hooks off; what was compiled with them sees nothing any more."""
+        """Take the hooks off; those that are compiled into a model do nothing any more."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -99,7 +96,7 @@ class OutputHooks:
             if not is_gradient:
                 remember_caller()
             if self._has_failed():
-                # What is there belongs to a pass or a step that came to nothing.
+                # What was seen so far belongs to a pass or a step that came to nothing.
                 recorder.drop()
             order = recorder.order
             if not order.is_known and (is_gradient or not _is_recomputing()):
@@ -133,7 +130,7 @@ class OutputHooks:
 
 
 class _OnOutput:
-    """A module's forward hook; a copy of the module has one that does nothing."""
+    """A module's forward hook; in a copy of the module it does nothing."""
 
     def __init__(self, hooks: OutputHooks, index: int) -> None:
         self.hooks, self.index = hooks, index
@@ -175,8 +172,8 @@ def _hook_gradient(
         # A leaf has been left out: a hook would stay on it.
         x.register_hook(lambda gradient: see(gradient, True))  # type: ignore[no-untyped-call]
         return
-    # A view, as a linear layer returns of 3-D input, loses its hooks when it is changed in place.
-    # What it is a view of has as many elements, and nobody else knows it.
+    # A view, which a linear layer returns for 3-D input, loses its hooks when it is changed in
+    # place. Its base has as many elements, and nobody else knows it.
     number = base.output_nr
 
     def see_gradient(gradients: tuple[Tensor | None, ...]) -> None:
@@ -232,7 +229,7 @@ def _is_tracing() -> bool:
 
 
 def _is_ordinary(x: object) -> bool:
-    """Whether it has values here and now, as a tensor of a transform or an export has not."""
+    """Whether it is a tensor with values; those of a transform or an export have none."""
     if not isinstance(x, Tensor):  # a gradient may be None
         return False
     if is_transformed(x) or x.is_meta or x.is_nested:
@@ -241,8 +238,8 @@ def _is_ordinary(x: object) -> bool:
 
 
 def _is_recomputing() -> bool:
-    """Whether a checkpoint computes again, for its tensors alone, what it has computed before."""
+    """Whether a checkpoint computes again, for the tensors that backward needs."""
     if running_node() is None:
         return False
-    # A reentrant one computes it for the first time with gradients, and has no such hook.
+    # A reentrant one has no such hook: only now does it compute with gradients.
     return "_recomputation_hook" in getattr(saved_tensor_hook(), "__qualname__", "")

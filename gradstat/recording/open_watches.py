@@ -1,4 +1,4 @@
-"""Which watches of a model are open: each measures, also when nothing refers to it any more."""
+"""Which watches of a model are open: each goes on measuring when nothing refers to it any more."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from gradstat.recording.recorder import Recorder
 from gradstat.warning import warn
 
 Hooks = BackwardHooks | StepHook
+Others = OutputHooks | LearningRates
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class _Open:
     measures: Hashable
     recorder: Recorder
     hooks: weakref.ref[Hooks]
-    others: list[weakref.ref[OutputHooks | LearningRates]]
+    others: list[weakref.ref[Others]]
 
     @property
     def is_open(self) -> bool:
@@ -45,12 +46,9 @@ _OPEN: weakref.WeakKeyDictionary[nn.Module, list[_Open]] = weakref.WeakKeyDictio
 
 
 def make_room(model: nn.Module, name: str | None, measures: Hashable) -> None:
-    """Close the open watch of a model that has the name of a new one; warn of one without a name.
+    """Close the open watch that has a new one's name; without a name, warn of one like it.
 
-    Args:
-        model: that a new watch is to be hung on.
-        name: of the new watch.
-        measures: equal for watches that measure the same.
+    Arguments as of `add`, for the new watch.
     """
     still_open = [each for each in _OPEN.get(model, ()) if each.is_open]
     if name is None:
@@ -76,24 +74,24 @@ def add(
     measures: Hashable,
     recorder: Recorder,
     hooks: Hooks,
-    others: list[OutputHooks | LearningRates],
+    others: list[Others],
 ) -> None:
-    """Remember a watch that hangs on a model now; arguments as of `_Open`."""
+    """Remember a watch that hangs on a model now; other arguments as of `_Open`."""
     opened = _Open(name, measures, recorder, weakref.ref(hooks), list(map(weakref.ref, others)))
     _OPEN[model] = [*(each for each in _OPEN.get(model, ()) if each.is_open), opened]
 
 
-def close(recorder: Recorder, hooks: Hooks, others: list[OutputHooks | LearningRates]) -> None:
-    """Take a watch off its model; see `Watch.close`."""
+def close(recorder: Recorder, hooks: Hooks, others: list[Others]) -> None:
+    """Take a watch off its model, as `Watch.close` says."""
     with recorder.lock:
         recorder.is_closed = True
         hooks.remove()
         for each in others:
             each.remove()
-        # In a clean-up, or at the end of a with block, the exception that led there.
+        # In a clean-up, or at the end of a with block, there is the exception that led there.
         if sys.exc_info()[0] is not None or recorder.has_failed():
             if isinstance(hooks, StepHook):
                 hooks.add_unfinished()
             recorder.end_early()
-        # After an interrupt the end of the process does it again.
+        # Where an interrupt ends this, the end of the process does it again.
         recorder.finish()

@@ -112,10 +112,10 @@ def check_when(
         )
 
 
-def check_holds(optimizer: Optimizer, selected: dict[str, nn.Parameter]) -> None:
+def check_holds(optimizer: Optimizer, selected: Sequence[nn.Parameter]) -> None:
     """Raise ValueError unless an optimizer holds one of the parameters."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(id(parameter) in held for parameter in selected.values()):
+    if not any(id(parameter) in held for parameter in selected):
         raise ValueError(
             f"watch() needs an optimizer of the model's parameters; optimizer is "
             f"{type(optimizer).__name__} with {len(held)} others, {len(selected)} are selected"

@@ -10,13 +10,10 @@ from gradstat.recording.torch_internals import has_compiled
 
 
 class Order:
-    """Notes what comes in the first recorded pass, and tells a history by its end.
+    """Notes what comes in the first recorded pass, and tells a history at its end.
 
-    What torch.compile has compiled runs as a whole, and its gradients arrive in no order: then the
-    history keeps that of registration.
-
-    Args:
-        history: whose rows they are.
+    A model that torch.compile has compiled runs as a whole, and its gradients arrive in no order:
+    then the history keeps the order of registration.
     """
 
     def __init__(self, history: History) -> None:
@@ -52,13 +49,13 @@ class Order:
         if parameters or modules:
             history.depth = np.zeros(len(history.rows), np.int64)
             for kind in dict.fromkeys(history.kinds):
-                columns = np.flatnonzero(np.array(history.kinds) == kind)
+                rows = np.flatnonzero(np.array(history.kinds) == kind)
                 seen = modules if kind in OF_OUTPUTS else parameters
-                history.depth[columns] = _depths(len(columns), seen)
+                history.depth[rows] = _depths(len(rows), seen)
 
 
 def _depths(n: int, seen: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Place of each of n things; one that was not seen is taken to come after the one before it."""
+    """Place of each of n things; one that was not seen comes after the one before it."""
     place = dict(zip(seen, range(len(seen)), strict=True))
     key = -1
     keys = []

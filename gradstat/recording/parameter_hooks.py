@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,21 +31,19 @@ class BackwardHooks:
     Args:
         parameters: to hook, in the order of the recorder's rows.
         recorder: what sees their gradients.
-        first_rows: the row of the first parameter, by kind; which kinds there are.
         scaler: what scales the loss, or ``None``.
         at_once: measure each gradient before its hook returns.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Sequence[nn.Parameter],
         recorder: Recorder,
-        first_rows: Mapping[str, int],
         scaler: GradScaler | None,
         at_once: bool,
     ) -> None:
-        parameters = list(parameters)
         self._recorder, self._scaler, self._at_once = recorder, scaler, at_once
+        first_rows = recorder.first_rows
         self._first_gradient = first_rows.get(GRAD)
         # The hooks are on the parameters and keep this alive, not the other way round.
         self._weights = [
@@ -60,9 +58,7 @@ class BackwardHooks:
 
     def remove(self) -> None:
         """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _take_off(self._handles)
 
     def is_running(self) -> bool:
         """Whether a pass has begun that neither has ended nor been ended by an exception."""
@@ -102,29 +98,18 @@ class BackwardHooks:
             if node is None:
                 self._end()
                 return
-            # By the end of the outer pass others may have changed the gradients of this one.
+            # A node of an outer pass has run this one, as reentrant checkpoints do. By the end of
+            # the outer pass others may have changed the gradients of this one.
             self._recorder.measure_waiting()
-            if not self._await_end_outside(node):
+            call = _hook_nodes_after(node, self._on_outer_node)
+            if call is None:
                 self._end()
-
-    def _await_end_outside(self, node: torch.autograd.graph.Node) -> bool:
-        """Go on after a backward pass inside another one, as reentrant checkpointing runs them.
-
-        Args:
-            node: of the outer graph, which ran the inner pass.
-
-        Returns:
-            Whether there is a node after it, from which the end of the outer pass can be awaited.
-        """
-        call = _hook_nodes(node, self._on_outer_node)
-        if call is not None:
-            self._pass.await_call(call)
-        return call is not None
+            else:
+                self._pass.await_call(call)
 
     def _on_outer_node(self, handles: list[RemovableHandle], *_: object) -> None:
         with self._recorder.lock:
-            for handle in handles:
-                handle.remove()
+            _take_off(handles)
             self._pass.await_end(self._on_end)
 
 
@@ -134,27 +119,24 @@ class StepHook:
     Args:
         parameters: in the order of the recorder's rows.
         recorder: what sees their gradients.
-        first_rows: the row of the first parameter, by kind; which kinds there are.
         optimizer: whose steps are measured, and its updates after them, if there is one.
         calls_only: only `measure` makes records; those of updates wait for the step.
     """
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        parameters: Sequence[nn.Parameter],
         recorder: Recorder,
-        first_rows: Mapping[str, int],
         optimizer: Optimizer | None,
         *,
         calls_only: bool,
     ) -> None:
-        self._recorder, self._rows = recorder, first_rows
+        self._recorder, self._rows = recorder, recorder.first_rows
         self.calls_only = calls_only
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)
-        parameters = list(parameters)
         # Neither they nor the optimizer are to live for the sake of a history.
         self._parameters = [weakref.ref(parameter) for parameter in parameters]
-        self._indices = {id(p()): index for index, p in enumerate(self._parameters)}
+        self._indices = {id(parameter): index for index, parameter in enumerate(parameters)}
         self._before: dict[int, tuple[nn.Parameter, Tensor]] = {}
         self._has_closure = False
         # Of the first pass only, which tells the order of the layers.
@@ -169,16 +151,14 @@ class StepHook:
         if optimizer is not None:
             if not calls_only:
                 self._handles.append(optimizer.register_step_pre_hook(self._on_step))
-            if UPDATE in first_rows:
+            if UPDATE in self._rows:
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def remove(self) -> None:
         """Take the hooks off."""
         self._end_without_step()
-        for handle in self._handles + self._order_handles:
-            handle.remove()
-        self._handles.clear()
-        self._order_handles.clear()
+        _take_off(self._handles)
+        _take_off(self._order_handles)
         self._before.clear()
 
     def add_unfinished(self) -> None:
@@ -192,8 +172,7 @@ class StepHook:
             return
         # Those that were set to zero are of no pass.
         if any(bool(local_part(x).any()) for x in gradients):
-            alive = ((index, p()) for index, p in enumerate(self._parameters))
-            self._measure({index: p for index, p in alive if p is not None}, None)
+            self._measure(self._alive(), None)
 
     def is_running(self) -> bool:
         """Whether a step that the recorder has begun may go on while a module computes."""
@@ -203,8 +182,7 @@ class StepHook:
         """Measure all gradients as they are; a record of updates ends with the step."""
         with self._recorder.lock:
             self._end_without_step()
-            alive = ((index, p()) for index, p in enumerate(self._parameters))
-            self._measure({index: p for index, p in alive if p is not None}, None)
+            self._measure(self._alive(), None)
             optimizer = None if self._optimizer is None else self._optimizer()
             if UPDATE in self._rows and optimizer is not None and self._recorder.is_recording:
                 self._copy(self._held_by(optimizer))
@@ -260,23 +238,25 @@ class StepHook:
         gradients = [p.grad for p in some if p is not None]
         return [x for x in gradients if x is not None]
 
+    def _alive(self) -> dict[int, nn.Parameter]:
+        parameters = ((index, p()) for index, p in enumerate(self._parameters))
+        return {index: p for index, p in parameters if p is not None}
+
     def _held_by(self, optimizer: Optimizer) -> dict[int, nn.Parameter]:
         known: dict[int, nn.Parameter] = {}
         for group in optimizer.param_groups:
-            for parameter in group["params"]:
+            held: list[nn.Parameter] = group["params"]
+            for parameter in held:
                 index = self._indices.get(id(parameter))
-                watched = None if index is None else self._parameters[index]()
-                if index is not None and watched is not None and watched is parameter:
-                    known[index] = watched
+                if index is not None and self._parameters[index]() is parameter:
+                    known[index] = parameter
         return known
 
     def _measure(self, parameters: dict[int, nn.Parameter], scale: Tensor | None) -> None:
         self._recorder.begin(scale)
         self._seen = [(weakref.ref(x), x._version) for x in self._some_gradients()]
         if self._order_handles and self._recorder.is_recording:
-            for handle in self._order_handles:
-                handle.remove()
-            self._order_handles.clear()
+            _take_off(self._order_handles)
             for index in self._arrived:
                 self._recorder.order.note_gradient(index)
             self._arrived.clear()
@@ -293,10 +273,16 @@ def _note(arrived: dict[int, None], index: int, _: Tensor) -> None:
     arrived[index] = None
 
 
-def _hook_nodes(
+def _take_off(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
+def _hook_nodes_after(
     node: torch.autograd.graph.Node, function: Callable[..., None]
 ) -> weakref.ref[Callable[..., None]] | None:
-    """Have a function called, with the handles of its hooks, before a node that comes after one."""
+    """Have a function called, with its hooks' handles, before a node that comes after this one."""
     handles: list[RemovableHandle] = []
     call = partial(function, handles)
     handles += [after.register_prehook(call) for after, _ in node.next_functions if after]

@@ -1,7 +1,7 @@
 """`Recorder`: measures the gradients of one pass after another and hands the results on.
 
-Gradients are measured in buckets, each in one launch, and the results travel to the host while the
-device goes on: nothing here waits for the device but `Recorder.collect` when it is told to.
+Gradients are measured in buckets, each in one launch. The results travel to the host while the
+device goes on: only `Recorder.collect` waits for it, when it is told to.
 """
 
 from __future__ import annotations
@@ -11,31 +11,21 @@ import threading
 import torch
 from torch import Tensor
 
-from gradstat.diagnosis.alerts import Alerts
 from gradstat.forks import call_after_fork
-from gradstat.formats import parse_format
 from gradstat.history import History
-from gradstat.history.journal import Journal
 from gradstat.kinds import GRAD, OF_OUTPUTS
 from gradstat.ops import is_measurable
-from gradstat.recording.arrivals import (
-    Part,
-    Record,
-    combine,
-    send,
-    unit_peaks,
-)
+from gradstat.recording.arrivals import Part, Record, Transfer, combine_arrived, send
 from gradstat.recording.cuda_graphs import Cadence, CapturedPasses, is_capturing
-from gradstat.recording.delivery import Delivery, Sink
+from gradstat.recording.delivery import Delivery
 from gradstat.recording.launcher import Launcher
 from gradstat.recording.logged import Logged
 from gradstat.recording.order import Order
 from gradstat.recording.shards import local_part, note_holding
-from gradstat.recording.side_stream import SideStream
-from gradstat.recording.streams import Computed
+from gradstat.recording.streams import Computed, SideStream
 from gradstat.recording.torch_internals import running_pass
-from gradstat.recording.transfers import Transfer
 from gradstat.recording.unfinished import Unfinished
+from gradstat.recording.units import unit_peaks
 from gradstat.recording.waiting import Waiting
 from gradstat.warning import warn
 
@@ -50,20 +40,18 @@ _NO_OUTPUTS = (
 class Recorder:
     """Turns gradients into records.
 
-    A pass is ``begin()``, ``add()`` for each gradient, ``end()``; one that never ends, as an
-    exception or an interrupt may have it, leaves nothing. What `add_output` takes before it belongs
-    to it too. Callers hold `lock` meanwhile: autograd runs hooks in a thread for each device.
+    A pass is ``begin()``, ``add()`` for each gradient, ``end()``; what `add_output` took before
+    belongs to it too. A pass that never ends, after an exception or an interrupt, leaves nothing.
+    Callers hold `lock` meanwhile: autograd runs hooks in a thread for each device.
 
     Args:
         history: where the records go.
         cadence: which passes are recorded.
-        logged: what else the run tells of them.
+        logged: the values that the run logs.
+        delivery: takes the records there.
         bucket_bytes: gradients measured in one launch.
         engine: name, or ``None``.
-        sink: is given each record too.
-        journal: so is it.
         side: where launches run; ``None`` for the stream that computes the gradients.
-        alerts: looks at each record, too.
     """
 
     def __init__(
@@ -71,24 +59,22 @@ class Recorder:
         history: History,
         cadence: Cadence,
         logged: Logged,
+        delivery: Delivery,
         bucket_bytes: int,
         engine: str | None,
-        sink: Sink | None = None,
-        journal: Journal | None = None,
-        side: SideStream | None = None,
-        alerts: Alerts | None = None,
+        side: SideStream | None,
     ) -> None:
         self.history = history
         self.lock, self.is_closed = threading.RLock(), False
         self._cadence, self.logged, self.order = cadence, logged, Order(history)
-        formats = [parse_format("watch", name) for name in history.formats]
-        self._launcher = Launcher(history.bins, history.kinds, engine, cadence, formats)
+        self._launcher = Launcher(history, engine, cadence)
         self._bucket_bytes, self._side = bucket_bytes, side
-        self._outputs = frozenset(i for i, kind in enumerate(history.kinds) if kind in OF_OUTPUTS)
-        self._has_outputs = False
-        self._unfinished = self._nothing()
-        self._captured = CapturedPasses()
-        self._delivery = Delivery(history, self._outputs, cadence, sink, journal, alerts)
+        # The first row of each kind that is recorded.
+        self.first_rows = {kind: history.kinds.index(kind) for kind in dict.fromkeys(history.kinds)}
+        self._sees_outputs = not self.first_rows.keys().isdisjoint(OF_OUTPUTS)
+        self._lacks_outputs = self._sees_outputs  # so far
+        self.drop()
+        self._captured, self._delivery = CapturedPasses(), delivery
         call_after_fork(self)
 
     @property
@@ -97,7 +83,7 @@ class Recorder:
         return self._unfinished.is_recording
 
     def is_due(self) -> bool:
-        """Whether the pass that comes or goes on is one to record, as a captured one may be."""
+        """Whether to record the pass that comes or goes on; a captured one may be due later."""
         is_captured = is_capturing()
         if self._cadence.has_left_graph(is_captured=is_captured):
             self.drop()
@@ -109,12 +95,7 @@ class Recorder:
         return self._cadence.n_passes
 
     def begin(self, scale: Tensor | None = None) -> None:
-        """Start a pass.
-
-        Args:
-            scale: what the gradients of this pass are to be divided by, 0-dim, on any device; it
-                may be changed in place afterwards.
-        """
+        """Start a pass whose gradients are to be divided by a scale, as for `take_scale`."""
         if self._unfinished.is_recording:
             self.drop()
         if self.is_due():
@@ -122,14 +103,19 @@ class Recorder:
             self.take_scale(GRAD, scale)
 
     def take_scale(self, kind: str, scale: Tensor | None) -> None:
-        """Remember what a record's values of a kind are multiplied by in this run of autograd."""
+        """Remember what a record's values of a kind are multiplied by in this run of autograd.
+
+        Args:
+            kind: of the values.
+            scale: 0-dim, on any device; it may be changed in place afterwards.
+        """
         if scale is None:
             return
         run, unfinished = running_pass(), self._unfinished
         if unfinished.scaled_in.get(kind) == run:
             return
         if kind in unfinished.scales:
-            # What waits has the one before.
+            # Tensors that wait have the scale before.
             self.measure_waiting()
         computed = Computed.now(scale.detach().clone())
         unfinished.scales = {**unfinished.scales, kind: computed}
@@ -138,18 +124,16 @@ class Recorder:
     def add(self, index: int, gradient: Tensor) -> None:
         """Measure a layer's gradient, now or by the end of the pass; a later one replaces it.
 
-        Args:
-            index: of the layer.
-            gradient: any tensor; what cannot be measured is passed over.
+        A tensor that cannot be measured is passed over.
         """
         unfinished = self._unfinished
         if not unfinished.is_recording:
             return
-        # What is part of a larger buffer may be changed in it meanwhile, as DistributedDataParallel
-        # does; a shard is nobody else's.
+        # A part of a larger buffer may be changed in it meanwhile, as DistributedDataParallel does;
+        # a shard is nobody else's.
         at_once = gradient._is_view()
-        # No matter whether gradients are enabled here: switching that is nothing for a hook, which
-        # an interrupt may end before it switches back.
+        # Detached, since gradients may be enabled here. To disable them is not for a hook, which an
+        # interrupt may end before it enables them again.
         if gradient.requires_grad:
             gradient = gradient.detach()
         if type(gradient) is not Tensor:
@@ -162,18 +146,12 @@ class Recorder:
     def add_output(self, index: int, x: Tensor) -> bool:
         """Measure a layer's output, if `is_due`, and count it together with those before.
 
-        Args:
-            index: of the layer.
-            x: any tensor, which may be changed in place afterwards; what cannot be measured is
-                passed over.
-
-        Returns:
-            Whether it is measured.
+        It may be changed in place afterwards. Returns whether it can be measured.
         """
         x = self._own_part(index, x)
         if not is_measurable(x):
             return False
-        self._has_outputs = True
+        self._lacks_outputs = False
         # A copy of a small one costs less than a launch of its own.
         is_small = x.nbytes <= _SMALL_BYTES
         x = x.clone() if is_small else x
@@ -181,12 +159,9 @@ class Recorder:
         return True
 
     def add_peaks(self, index: int, x: Tensor, unit: int | None) -> None:
-        """Take the largest magnitude of each unit of a layer, in this output and those before.
+        """Take the largest magnitude of each unit in this output and those before.
 
-        Args:
-            index: of the layer.
-            x: the output.
-            unit: the dimension of the units, if there are any.
+        ``unit`` is their dimension in the output, if it has units; the layer is that of the peaks.
         """
         if unit is None:
             return
@@ -198,20 +173,20 @@ class Recorder:
         self._unfinished.peaks[key] = Computed.now(peaks)
 
     def measure_waiting(self) -> None:
-        """Measure now what `add` has taken, which may change then."""
+        """Measure now what `add` has taken; afterwards it may change."""
         self._unfinished.waiting.measure_all(self._measure)
 
     def end(self) -> None:
         """Finish the pass; its record is in `history` once it has arrived on the host.
 
-        One that becomes part of a CUDA graph has a record each time that `replayed` is called.
+        A captured pass has a record each time that `replayed` is called.
         """
         record, unfinished = None, self._unfinished
         if unfinished.is_recording:
             for (index, _, _), peaks in unfinished.peaks.items():
                 unfinished.waiting.join(index, peaks.get(), self._measure, at_once=False)
-            if self._outputs and not self._has_outputs:
-                self._has_outputs = True
+            if self._lacks_outputs:
+                self._lacks_outputs = False
                 warn(_NO_OUTPUTS)
             self.measure_waiting()
             if is_capturing():
@@ -234,7 +209,7 @@ class Recorder:
         """Take the results of captured passes that are due, which a replay has written anew.
 
         Args:
-            graph: what was replayed; ``None`` for the newest graph.
+            graph: that was replayed; ``None`` for the newest one.
 
         Returns:
             Whether any pass was captured in it.
@@ -251,7 +226,7 @@ class Recorder:
 
     def drop(self) -> None:
         """Forget an unfinished pass."""
-        self._unfinished = self._nothing()
+        self._unfinished = Unfinished(Waiting(self._bucket_bytes, self._side))
         self.order.forget()
 
     def has_failed(self) -> bool:
@@ -271,11 +246,7 @@ class Recorder:
             self.end()
 
     def collect(self, wait: bool) -> None:
-        """Move records and logged values that have arrived into the history, oldest first.
-
-        Args:
-            wait: for all of them.
-        """
+        """Move records and logged values into the history: those that have arrived, or all."""
         self.logged.collect(wait)
         self._delivery.collect(wait)
 
@@ -287,7 +258,7 @@ class Recorder:
         """Wait for all records if anybody else is to have them, and hand them on."""
         with self.lock:
             self.drop()
-            self._captured.clear()
+            self._captured = CapturedPasses()
             self.logged.collect(wait=True)
             self._delivery.finish()
 
@@ -297,14 +268,11 @@ class Recorder:
             self.collect(wait=False)
 
     def forget_other_threads(self) -> None:
-        """In a forked process: take no part in what the other one records."""
+        """In a forked process: leave to the other one what it records."""
         self.lock = threading.RLock()
         self.drop()
         self.logged.forget_pending()
         self._delivery.forget_other_threads()
-
-    def _nothing(self) -> Unfinished:
-        return Unfinished(Waiting(self._bucket_bytes, self._side))
 
     def _record(self, parts: list[Part], stamp: Tensor | None) -> Record:
         arriving = None if stamp is None else Transfer((stamp,))
@@ -316,20 +284,15 @@ class Recorder:
         n_rows = sum(len(launch.indices) for launch in unfinished.launches)
         if n_rows <= _MOST_ROWS or is_capturing():
             return
-        parts, n_arrived = [*unfinished.parts, *send(unfinished.launches)], 0
-        while n_arrived < len(parts) and parts[n_arrived].has_arrived(wait=False):
-            n_arrived += 1
-        if n_arrived > 1:
-            arrived = combine(parts[:n_arrived], self.history, self._outputs)
-            parts = [arrived, *parts[n_arrived:]]
+        parts = combine_arrived([*unfinished.parts, *send(unfinished.launches)], self.history)
         unfinished.launches, unfinished.parts = [], parts
 
     def _own_part(self, index: int, x: Tensor) -> Tensor:
-        """Of a DTensor what this rank holds, which the history is told."""
+        """What this rank holds of a tensor; for a DTensor the history is told of it."""
         return local_part(x) if note_holding(self.history, index, x) else x
 
     def _measure(self, tensors: dict[int, Tensor]) -> None:
         unfinished = self._unfinished
         unfinished.launches.append(self._launcher.measure(tensors, unfinished.scales))
-        if self._outputs:
+        if self._sees_outputs:
             self._send_early()

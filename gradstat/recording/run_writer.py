@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from gradstat.forks import call_after_fork
 from gradstat.history import History
-from gradstat.results import Statistics
+from gradstat.results import Statistics, as_arrays
 from gradstat.warning import warn
 
 
@@ -57,8 +57,7 @@ class RunWriter:
         if not self._is_writing:
             return
         record = History(history.rows, history.bins)
-        arrays = statistics.integers, statistics.floats, statistics.counts
-        record.append(step, *(x.numpy() for x in arrays))
+        record.append(step, *as_arrays(statistics))
         self._try(lambda: self.write_record(record, step))
 
     def add_scalar(self, name: str, step: int, value: float) -> None:

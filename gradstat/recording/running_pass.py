@@ -18,9 +18,9 @@ Call = weakref.ref[Callable[..., None]]
 class RunningPass:
     """A backward pass, from the hook on that begins to await its end.
 
-    Autograd calls what awaits the end; where an exception ends the pass, it drops that call. If a
-    device's own thread runs the hooks, it does so a moment after the exception has reached the
-    caller.
+    Autograd makes the call that awaits the end; where an exception ends the pass, it drops that
+    call. If a device's own thread runs the hooks, it does so a moment after the exception has
+    reached the caller.
     """
 
     def __init__(self) -> None:

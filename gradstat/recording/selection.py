@@ -32,18 +32,17 @@ def select_parameters(
         ValueError: none that needs a gradient, one without a shape so far, a bad expression.
     """
     matches = _is_weight if parameters is None else _matcher("parameters", parameters)
-    named = {plain_name(model, name): each for name, each in model.named_parameters()}
-    selected = {
-        name: parameter
-        for name, parameter in named.items()
-        if parameter.is_floating_point() and matches(name, parameter)
-    }
-    for name, parameter in selected.items():
+    selected = {}
+    for full_name, parameter in model.named_parameters():
+        name = plain_name(model, full_name)
+        if not parameter.is_floating_point() or not matches(name, parameter):
+            continue
         if is_lazy(parameter):
             raise ValueError(
                 f"watch() needs initialised parameters; {name} of {type(model).__name__} gets its "
                 f"shape from the first batch: run one first"
             )
+        selected[name] = parameter
     if not any(parameter.requires_grad for parameter in selected.values()):
         total = sum(1 for _ in model.parameters())
         raise ValueError(

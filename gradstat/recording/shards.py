@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -12,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradstat.history import History
 from gradstat.history.layout import PARTIAL, UNKNOWN, Layout
 from gradstat.history.records import OWN, SAME
-from gradstat.kinds import GRAD, OF_OUTPUTS
+from gradstat.kinds import GRAD, OF_OUTPUTS, OF_PARAMETERS
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -26,42 +27,22 @@ def rank_and_world() -> tuple[int, int] | tuple[None, None]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def local_part(gradient: Tensor) -> Tensor:
+def local_part(x: Tensor) -> Tensor:
     """What this rank holds of a detached DTensor; any other tensor as it is."""
-    if not hasattr(gradient, "to_local"):
-        return gradient
-    local = gradient.to_local()
+    if not hasattr(x, "to_local"):
+        return x
+    local = x.to_local()
     # A collective may still be under way.
     part: Tensor = local.wait() if hasattr(local, "wait") else local
     return part
 
 
-class Holding(NamedTuple):
-    """What this rank holds of a DTensor.
-
-    Args:
-        origin: the first rank of its mesh that holds the same; `OWN` outside of that.
-        part: as in `Layout`.
-        shape: of the whole tensor.
-    """
-
-    origin: int
-    part: tuple[int, int]
-    shape: tuple[int, ...]
-
-
-def holding_of(x: Tensor) -> Holding | None:
-    """What this rank holds of a DTensor; ``None`` for another tensor."""
-    mesh = getattr(x, "device_mesh", None)
-    if mesh is None:
-        return None
-    origin, part = _place(mesh, tuple(x.placements))  # type: ignore[attr-defined]
-    return Holding(origin, part, tuple(x.shape))
-
-
 @lru_cache(64)
 def _place(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> tuple[int, tuple[int, int]]:
-    """Origin and part, as in `Holding`; to look into a mesh takes longer than to measure."""
+    """The first rank of a mesh that holds the same, or `OWN` outside of it; and the part held.
+
+    To look into a mesh takes longer than to measure.
+    """
     at = mesh.get_coordinate()
     if at is None:
         return OWN, (UNKNOWN, UNKNOWN)
@@ -78,29 +59,30 @@ def _place(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> tuple[int, tu
 
 def note_holding(history: History, row: int, x: Tensor) -> bool:
     """Tell a history what this rank holds of a row; returns whether it is a DTensor."""
-    holding = holding_of(x)
-    if holding is None:
+    mesh = getattr(x, "device_mesh", None)
+    if mesh is None:
         return False
+    origin, part = _place(mesh, tuple(x.placements))  # type: ignore[attr-defined]
     if history.layout is None:
         history.layout = Layout.unknown(len(history.rows))
-    history.origins[row] = holding.origin
-    history.layout.set(row, holding.part, holding.shape)
+    history.origins[row] = origin
+    history.layout.set(row, part, tuple(x.shape))
     return True
 
 
 def copy_holding(history: History, row: int, like: int) -> None:
-    """Tell a history that it holds of a row what it holds of another one."""
+    """Tell a history that this rank holds the same part of a row as of another one."""
     history.origins[row] = history.origins[like]
     if (layout := history.layout) is not None:
         n, of = layout.parts[like].tolist()
         layout.set(row, (n, of), layout.shapes[like])
 
 
-def origin_beside_tensor_parallelism(model: nn.Module) -> int:
-    """Who holds the same gradients of parameters that are no DTensors, in a model that has some.
+def _origin_beside_tensor_parallelism(model: nn.Module) -> int:
+    """Who holds the same gradients of the plain parameters in a model that has DTensors too.
 
-    Tensor parallelism gives each rank of its mesh the same batch, so that what it leaves alone has
-    the same gradient on each. That is not so beside FSDP or DistributedDataParallel.
+    Tensor parallelism gives each rank of its mesh the same batch, so the parameters that it leaves
+    alone have the same gradients on each. That is not so beside FSDP or DistributedDataParallel.
 
     Returns:
         The first rank of the mesh; `OWN` where there is none, or several.
@@ -115,14 +97,15 @@ def origin_beside_tensor_parallelism(model: nn.Module) -> int:
     return int(meshes[0].mesh.flatten()[0])
 
 
-def usual_origin(kind: str, when: str, beside: int) -> int:
-    """Who holds the same values of a kind, unless they are DTensors.
+def usual_origins(model: nn.Module, kinds: Iterable[str], when: str) -> list[int]:
+    """Who holds the same values of each row, by its kind, unless they are DTensors.
 
     Args:
-        kind: of a row.
+        model: whose parameters and modules they are.
+        kinds: of the rows.
         when: they are measured, as for `watch`.
-        beside: `origin_beside_tensor_parallelism`.
     """
-    if kind in OF_OUTPUTS:
-        return OWN
-    return beside if kind == GRAD and when == "backward" else SAME
+    origins = dict.fromkeys(OF_PARAMETERS, SAME) | dict.fromkeys(OF_OUTPUTS, OWN)
+    if when == "backward":
+        origins[GRAD] = _origin_beside_tensor_parallelism(model)
+    return [origins[kind] for kind in kinds]

@@ -11,25 +11,16 @@ from gradstat.recording.torch_internals import step_states_of
 
 
 class SkippedSteps:
-    """Finds out that a scaler has skipped a step, for which an optimizer's hooks are not called.
-
-    Args:
-        scaler: what scales the loss.
-        optimizer: whose steps.
-    """
+    """Finds out that a scaler has skipped an optimizer's step, for which no hook is called."""
 
     def __init__(self, scaler: GradScaler, optimizer: Optimizer) -> None:
         self._scaler, self._optimizer = scaler, weakref.ref(optimizer)
-        # Of the iteration under way, which ``update()`` replaces by a new one.
+        # Of the iteration under way; ``update()`` puts a new dict in its place.
         self._states: dict[int, object] | None = None
         self._n_steps = 0
 
     def found(self, n_steps: int) -> bool:
-        """Whether the iteration before this one has ended with a skipped step.
-
-        Args:
-            n_steps: steps that the optimizer has made so far.
-        """
+        """Whether the iteration before has skipped its step, given how many were made so far."""
         states = step_states_of(self._scaler)
         if states is self._states:
             return False

@@ -19,8 +19,8 @@ class Unfinished:
         waiting: tensors that wait to be measured.
         is_recording: whether the pass has begun.
         scales: what values are multiplied by, by their kind.
-        scaled_in: in which run of autograd they were taken.
-        peaks: of units, by row, shape and device.
+        scaled_in: the run of autograd in which each was taken.
+        peaks: of units, by layer, shape and device.
         launches: what is measured already.
         parts: of the record, on their way already.
     """

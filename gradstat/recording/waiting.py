@@ -8,22 +8,21 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from gradstat.recording.side_stream import SideStream
-from gradstat.recording.streams import stream_of, take_over
+from gradstat.recording.streams import SideStream, stream_of, take_over
 
 Place = torch.Stream | torch.device
-# Is given the tensors of a bucket by layer, in the layers' order.
+# Takes the tensors of a bucket by layer, in the layers' order.
 Measure = Callable[[dict[int, Tensor]], None]
 
 
 class Waiting:
     """Buckets of tensors, each measured at once.
 
-    A bucket is of one device, and of one of its streams: it is measured there when it is full, and
-    waits for no other stream.
+    A bucket belongs to one stream of one device: it is measured there when it is full, and waits
+    for no other stream.
 
     Args:
-        bucket_bytes: of a bucket that is full.
+        bucket_bytes: size of a full bucket.
         side: where buckets are measured; ``None`` for where they are computed.
     """
 
@@ -44,9 +43,9 @@ class Waiting:
 
         Args:
             index: of the layer.
-            x: what the current stream computes, detached.
+            x: detached; the current stream computes it.
             measure: for buckets that are to be measured now.
-            at_once: it may change as soon as this returns.
+            at_once: whether the tensor may change as soon as this returns.
         """
         for place in self._buckets:
             if index in self._buckets[place]:
@@ -54,14 +53,14 @@ class Waiting:
         self._add(_place_of(x), index, x, measure, at_once)
 
     def join(self, index: int, x: Tensor, measure: Measure, *, at_once: bool) -> None:
-        """Add a tensor of a layer to those that wait; arguments as for `replace`."""
+        """Add a tensor of a layer to those that wait; arguments as of `replace`."""
         place = _place_of(x)
         if index in self._buckets.get(place, ()):
             self._measure_bucket(place, measure)
         self._add(place, index, x, measure, at_once)
 
     def measure_all(self, measure: Measure) -> None:
-        """Measure all; what was added may change then, on the current streams."""
+        """Measure all; afterwards the tensors may change, on the current streams."""
         for place in list(self._buckets):
             self._measure_bucket(place, measure)
         if self._side is not None:

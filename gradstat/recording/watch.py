@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import os
-import weakref
-from collections.abc import Callable, Sequence
-from numbers import Real
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 from torch.amp import GradScaler
-from torch.cuda import CUDAGraph
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -24,36 +20,23 @@ from gradstat.history.journal import Journal
 from gradstat.history.rank_directories import own_directory
 from gradstat.kinds import KINDS, OF_OUTPUTS, Row
 from gradstat.ops import check_bins, check_engine
-from gradstat.recording import open_watches
+from gradstat.recording import open_watches, options
 from gradstat.recording.cuda_graphs import Cadence
-from gradstat.recording.delivery import Sink
-from gradstat.recording.live_view import LiveView
+from gradstat.recording.delivery import Delivery, Sink
 from gradstat.recording.logged import LearningRates, Logged
 from gradstat.recording.module_hooks import OutputHooks
-from gradstat.recording.options import (
-    check_directory,
-    check_holds,
-    check_integer,
-    check_what,
-    check_when,
-)
 from gradstat.recording.parameter_hooks import BackwardHooks, StepHook
 from gradstat.recording.recorder import Recorder
 from gradstat.recording.run_writer import RunWriter
+from gradstat.recording.running_watch import Watch
 from gradstat.recording.selection import (
     ModuleSelector,
     ParameterSelector,
     select_modules,
     select_parameters,
 )
-from gradstat.recording.shards import (
-    origin_beside_tensor_parallelism,
-    rank_and_world,
-    usual_origin,
-)
-from gradstat.recording.side_stream import SideStream
-from gradstat.recording.torch_internals import disable_dynamo
-from gradstat.results import Statistics
+from gradstat.recording.shards import rank_and_world, usual_origins
+from gradstat.recording.streams import SideStream
 
 Kind = Literal["grad", "param", "update", "activation", "grad_output"]
 What = Kind | Literal["all"] | Sequence[Kind]
@@ -96,8 +79,8 @@ def watch(
     again. Compiled autograd needs ``when="step"``.
 
     In a distributed run each rank records what it has itself, and `History.reduce` puts the ranks
-    together. Of a DTensor, as FSDP2 makes them, that is its shard. DistributedDataParallel averages
-    gradients during backward, when they are measured before that; ``when="step"`` measures the
+    together. For a DTensor, as FSDP2 makes them, that is its shard. DistributedDataParallel
+    averages gradients during backward; they are measured before that. ``when="step"`` measures the
     average.
 
     Args:
@@ -109,16 +92,16 @@ def watch(
             ``"grad"``: gradients. ``"param"``: the parameters themselves, by the end of the pass or
             before the step. ``"update"``: by how much a step changes them, with ``"param"``, for
             `History.update_ratio`; it needs an ``optimizer``, with ``when="step"`` or ``"call"``,
-            and in the steps recorded memory for a copy of them. ``"activation"``: what modules
+            and memory for a copy of them in the steps recorded. ``"activation"``: what modules
             return while the model is in training mode, with the largest magnitude of each unit
-            (``"unit"``: of a channel of convolutions, of a feature otherwise), for
-            `History.dead_units`. ``"grad_output"``: the gradients with
-            respect to that. What a module returns several times before a record is counted
-            together, and what is large measured in a launch of its own.
+            (``"unit"``: a channel of convolutions, a feature otherwise), for
+            `History.dead_units`. ``"grad_output"``: the gradients with respect to that. What a
+            module returns several times before a record is counted together; a large output is
+            measured in a launch of its own.
         formats: narrow number formats, such as ``"mxfp8_e4m3"``, and what each would do to every
             tensor that is recorded: `History.quantization`, a finding, and ``gradstat formats``;
             names as for `quantization`, blocks along the last dimension. With a scaler they are
-            given the scaled gradients, as a cast would be; of a sharded tensor each rank's part.
+            given the scaled gradients, as a cast would be; for a sharded tensor each rank's part.
         parameters: which parameters: a regular expression searched for in their names, or a
             function of name and parameter. By default all but biases.
         modules: which modules return activations, as for ``parameters``. By default those that have
@@ -130,7 +113,7 @@ def watch(
             after reduction, unscaling and clipping; ``"call"`` measures where `Watch.measure` is
             called. Two watches of one model compare them.
         optimizer: whose learning rate is kept at each step, as the scalar ``lr``, or ``lr/0``,
-            ``lr/1`` and so on of several groups; and whose steps are records, for ``when="step"``:
+            ``lr/1`` and so on for several groups; and whose steps are records, for ``when="step"``:
             layers that it does not hold are absent, and so are the steps that a scaler skips (a
             fused optimizer skips them itself, with a record). A closure given to its ``step()``
             runs after the measurement: for that there is ``when="call"``.
@@ -161,7 +144,7 @@ def watch(
         engine: as in `statistics`.
         name: of the watch, for a cell of a notebook that is run again: an open watch of this model
             with the same name is closed first. Without a name an open watch goes on measuring
-            beside the new one, of which a RuntimeWarning tells if both measure the same.
+            beside the new one; a RuntimeWarning says so if both measure the same.
 
     Returns:
         The running Watch: a context manager, or to be closed with ``close()``.
@@ -185,22 +168,21 @@ def watch(
     scheme = check_bins("watch", Log2Bins() if bins is None else bins)
     if not isinstance(model, nn.Module):
         raise TypeError(f"watch() needs a torch.nn.Module; model is {type(model).__name__}")
-    check_integer("every", every, 1)
-    check_integer("accumulation_steps", accumulation_steps, 1)
-    check_integer("bucket_bytes", bucket_bytes, 1)
+    options.check_integer("every", every, 1)
+    options.check_integer("accumulation_steps", accumulation_steps, 1)
+    options.check_integer("bucket_bytes", bucket_bytes, 1)
     if capacity is not None:
-        check_integer("capacity", capacity, 2)
+        options.check_integer("capacity", capacity, 2)
     if first_step is not None:
-        check_integer("first_step", first_step, 0)
-    if sink is not None and not callable(sink):
-        raise TypeError(f"watch() needs a function; sink is {sink!r}")
+        options.check_integer("first_step", first_step, 0)
+    for argument, function in (("sink", sink), ("alert", alert)):
+        if function is not None and not callable(function):
+            raise TypeError(f"watch() needs a function; {argument} is {function!r}")
     writer = sink if isinstance(sink, RunWriter) else None
     if writer is not None:
         writer.check_new()
-    if alert is not None and not callable(alert):
-        raise TypeError(f"watch() needs a function; alert is {alert!r}")
     if path is not None:
-        check_directory("watch", "path", path)
+        options.check_directory("watch", "path", path)
     if name is not None and not isinstance(name, str):
         raise TypeError(f"watch() needs a string; name is {name!r}")
     if stream not in ("current", "side"):
@@ -209,12 +191,13 @@ def watch(
     parsed = asked_formats("watch", formats)
     if not isinstance(scaler, GradScaler | None):
         raise TypeError(f"watch() needs a torch.amp.GradScaler; scaler is {type(scaler).__name__}")
-    kinds = check_what(what, when, optimizer, scheme, modules)
+    kinds = options.check_what(what, when, optimizer, scheme, modules)
     has_outputs = not kinds.isdisjoint(OF_OUTPUTS)
-    check_when(when, optimizer, None if has_outputs else scaler, accumulation_steps)
+    options.check_when(when, optimizer, None if has_outputs else scaler, accumulation_steps)
     selected = select_parameters(model, parameters)
+    weights = list(selected.values())
     if optimizer is not None:
-        check_holds(optimizer, selected)
+        options.check_holds(optimizer, weights)
     seen = select_modules(model, modules) if has_outputs else {}
     rows = [
         Row(kind, name)
@@ -223,274 +206,42 @@ def watch(
         for name in (seen if kind in OF_OUTPUTS else selected)
     ]
     history = History(rows, scheme, capacity=capacity, formats=[each.name for each in parsed])
-    beside = origin_beside_tensor_parallelism(model)
-    history.origins[:] = [usual_origin(row.kind, when, beside) for row in rows]
-    first_rows = {kind: history.kinds.index(kind) for kind in dict.fromkeys(history.kinds)}
+    history.origins[:] = usual_origins(model, history.kinds, when)
     history.rank, history.world = rank_and_world()
     journal = None
     if path is not None:
         journal = Journal(own_directory(Path(path), history.rank), history, first_step)
     side = SideStream() if stream == "side" else None
-    cadence = Cadence(every, accumulation_steps, selected.values(), engine, first_step or 0)
+    cadence = Cadence(every, accumulation_steps, weights, engine, first_step or 0)
     alerts = None
     if alert is not None:
         alerts = Alerts(history, alert, is_scaled=scaler is not None)
-    logged = Logged(cadence, _keeper(history, journal, alerts, writer))
-    recorder = Recorder(history, cadence, logged, bucket_bytes, engine, sink, journal, side, alerts)
-    # Parameters by themselves: others may have taken their places since.
-    of = tuple(map(id, selected.values()))
-    measures = (
-        *rows,
-        *history.formats,
-        of,
-        scheme,
-        every,
-        when,
-        accumulation_steps,
-        capacity,
-        stream,
-        engine,
-    )
+    keepers = [each.add_scalar for each in (history, journal, writer) if each is not None]
+    logged = Logged(cadence, keepers, alerts)
+    delivery = Delivery(history, cadence, sink, journal, alerts)
+    recorder = Recorder(history, cadence, logged, delivery, bucket_bytes, engine, side)
+    # Parameters by their ids: others may have taken their places, and names, since.
+    watched = (*rows, *map(id, weights), *history.formats)
+    measures = (*watched, scheme, every, when, accumulation_steps, capacity, stream, engine)
     open_watches.make_room(model, name, measures)
     if writer is not None:
         writer.begin(history, first_step, recorder.finish)
-    hooks: BackwardHooks | StepHook
+    hooks: open_watches.Hooks
     stepping = optimizer if when == "step" else None
     if when == "backward":
         at_once = _is_changed_in_backward(model)
-        hooks = BackwardHooks(selected.values(), recorder, first_rows, scaler, at_once)
+        hooks = BackwardHooks(weights, recorder, scaler, at_once)
     else:
-        calls_only = when == "call"
-        hooks = StepHook(selected.values(), recorder, first_rows, optimizer, calls_only=calls_only)
-    others: list[OutputHooks | LearningRates] = []
+        hooks = StepHook(weights, recorder, optimizer, calls_only=when == "call")
+    others: list[open_watches.Others] = []
     if seen:
         others.append(
-            OutputHooks(
-                model, seen.values(), recorder, first_rows, scaler, stepping, hooks.is_running
-            )
+            OutputHooks(model, list(seen.values()), recorder, scaler, stepping, hooks.is_running)
         )
     if optimizer is not None:
         others.append(LearningRates(optimizer, logged.add))
     open_watches.add(model, name, measures, recorder, hooks, others)
     return Watch(recorder, hooks, others)
-
-
-class Watch:
-    """Running hooks; made by `watch`.
-
-    Args:
-        recorder: what the hooks feed.
-        hooks: on the parameters or the optimizer.
-        others: on the modules, if any, and on the optimizer, if it is known.
-    """
-
-    def __init__(
-        self,
-        recorder: Recorder,
-        hooks: BackwardHooks | StepHook,
-        others: list[OutputHooks | LearningRates],
-    ) -> None:
-        self._recorder, self._hooks, self._others = recorder, hooks, others
-        self._views: list[LiveView] = []
-        # A run that ends without close() loses nothing either: hooks live as long as the model.
-        self._finish = weakref.finalize(hooks, recorder.finish)
-
-    @property
-    def history(self) -> History:
-        """All records so far; waits for those still on their way from the device.
-
-        Always the same object, to which later records are added; any thread may read it meanwhile,
-        and `History.snapshot` holds those of one moment.
-        """
-        with self._recorder.lock:
-            self._recorder.collect(wait=True)
-        return self._recorder.history
-
-    @property
-    def last(self) -> Statistics:
-        """The newest record, shape ``(L,)``, on the CPU; waits for it.
-
-        Raises:
-            KeyError: there is none yet.
-        """
-        with self._recorder.lock:
-            return self.history.record(-1)
-
-    def _repr_html_(self) -> str:
-        """What a notebook shows: whether it is open, and its history."""
-        return _html(self.history, is_open=not self._recorder.is_closed)
-
-    def live(self, every_s: float = 3.0) -> None:
-        """Show the run below a notebook's cell, and draw it again as the training goes on.
-
-        Size, findings, the loss and a map, as for the watch as a cell's last line; call it in the
-        cell that trains, or in one before it. It is drawn in a thread of its own, which takes a
-        twentieth of the time at most, and once more when the watch is closed. It needs no server.
-
-        Args:
-            every_s: seconds from one drawing to the next, 0.1 to 86,400.
-
-        Raises:
-            TypeError: no number.
-            ValueError: fewer seconds, or more.
-            RuntimeError: outside a notebook, or the watch is closed.
-        """
-        if not isinstance(every_s, Real) or isinstance(every_s, bool):
-            raise TypeError(f"live() needs a number of seconds; every_s is {every_s!r}")
-        if not 0.1 <= every_s <= 86_400:
-            raise ValueError(f"live() needs 0.1 to 86,400 seconds; every_s is {every_s}")
-        self._check_open("live()")
-        recorder, hooks = self._recorder, weakref.ref(self._hooks)
-        history = recorder.history
-
-        def state() -> object:
-            sizes = [len(history.scalar(name)[0]) for name in history.scalars]
-            return history.steps[-1:].tolist(), sizes
-
-        self._views.append(
-            LiveView(
-                # Whatever refers to the watch would keep it open.
-                lambda: _html(history, is_open=not recorder.is_closed),
-                state,
-                lambda: not recorder.is_closed and hooks() is not None,
-                float(every_s),
-            )
-        )
-
-    def measure(self) -> None:
-        """Make a record of the gradients as they are, for ``when="call"``.
-
-        One with updates is done when the optimizer has stepped; without a step before the next call
-        it has none.
-
-        Raises:
-            ValueError: another ``when``.
-            RuntimeError: the watch is closed.
-        """
-        if not isinstance(self._hooks, StepHook) or not self._hooks.calls_only:
-            when = "step" if isinstance(self._hooks, StepHook) else "backward"
-            raise ValueError(f"measure() needs watch(when='call'); when is {when!r}")
-        self._check_open("measure()")
-        self._hooks.measure()
-
-    @disable_dynamo
-    def log(self, **values: float | Tensor) -> None:
-        """Keep numbers such as the loss with the record, at every step, recorded or not.
-
-        A value belongs to the pass that has just ended (a step, for ``when="step"``), unless that
-        one has a value of this name already: then to the coming one. So it may be called before or
-        after ``backward()``. Several values of one name in one step are all kept.
-
-        Nothing waits for a device, and no graph is kept alive. `History.scalar` has the values.
-
-        Args:
-            **values: by name, numbers or 0-dim tensors on any device; they may be changed
-                afterwards.
-
-        Raises:
-            TypeError: what is no number.
-            ValueError: a tensor that is not 0-dim.
-            RuntimeError: within the capture of a CUDA graph.
-
-        Example:
-            >>> import torch, gradstat
-            >>> model = torch.nn.Linear(3, 2)
-            >>> with gradstat.watch(model) as w:
-            ...     loss = model(torch.ones(1, 3)).square().sum()
-            ...     loss.backward()
-            ...     w.log(loss=loss, tokens=3)
-            >>> w.history.scalars, w.history.scalar("tokens")
-            (['loss', 'tokens'], (array([0]), array([3.])))
-        """
-        with self._recorder.lock:
-            self._recorder.logged.add(values)
-            self._recorder.tell_alerts()
-
-    def replayed(self, graph: CUDAGraph | None = None) -> None:
-        """Make records of the passes of a CUDA graph that was replayed, of those that are due.
-
-        Call it once after each ``graph.replay()``, before the next one, also where no record is
-        due: ``every`` and ``accumulation_steps`` count the passes of a replay like those outside
-        graphs. The capture itself counts as none.
-
-        The graph counts its passes itself, on the device, and measures only those that are due.
-        That count is what holds: the record of a replay has the step that the device counted. After
-        a replay without a call, or a call without a replay, the next record that arrives tells of
-        it: a warning says so, and calls are counted anew from there. Records that came due until
-        then may be missing; none has the values of another step. float64 tensors, more than 4,093
-        linear bins, narrow formats and the engines other than Triton's are measured in each replay.
-
-        Args:
-            graph: what was replayed; by default the graph that was captured last.
-
-        Raises:
-            RuntimeError: no pass was captured in it while this watched.
-        """
-        with self._recorder.lock:
-            if not self._recorder.replayed(graph):
-                raise RuntimeError(
-                    "replayed() needs a training step that was captured under watch(); there is "
-                    "none"
-                )
-
-    def close(self) -> None:
-        """Take the hooks off the model; `history` stays readable.
-
-        What a pass has measured that has not ended is kept as the last record, which
-        `History.partial_step` names, if an exception has stopped it or a value that is not finite
-        was logged for it: that of a script which stops at a NaN loss before its backward pass.
-
-        Waits for records on their way from the device if they are to be written or handed on.
-        """
-        with self._recorder.lock:
-            open_watches.close(self._recorder, self._hooks, self._others)
-            self._finish.detach()
-        for view in self._views:
-            view.finish()
-
-    def __enter__(self) -> Watch:
-        """The watch itself.
-
-        Raises:
-            RuntimeError: it is closed.
-        """
-        self._check_open("with")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close it."""
-        self.close()
-
-    def _check_open(self, function: str) -> None:
-        if self._recorder.is_closed:
-            raise RuntimeError(f"{function} needs a watch that is not closed; watch() again")
-
-
-def _html(history: History, *, is_open: bool) -> str:
-    return f"<div>Watch, {'open' if is_open else 'closed'}</div>{history._repr_html_()}"
-
-
-def _keeper(
-    history: History, journal: Journal | None, alerts: Alerts | None, writer: RunWriter | None
-) -> Callable[[str, int, float], None]:
-    """What is given each logged value."""
-    others = [each.add_scalar for each in (journal, writer) if each is not None]
-    if alerts is None and not others:
-        return history.add_scalar
-
-    def keep(name: str, step: int, value: float) -> None:
-        history.add_scalar(name, step, value)
-        for add_scalar in others:
-            add_scalar(name, step, value)
-        if alerts is not None:
-            alerts.see_scalar(name, value)
-
-    return keep
 
 
 def _is_changed_in_backward(model: nn.Module) -> bool:

@@ -88,7 +88,7 @@ def compile_entry(function: Function, name: str, arguments: str) -> Function:
 
 @functools.cache
 def _checksum() -> int:
-    """Of the processor, the compiler and what is compiled; Numba looks at one file only."""
+    """Checksum of processor, compiler and all that is compiled; Numba looks at one file only."""
     others = [Path(str(each.__file__)) for each in (bins, formats, reference_formats)]
     paths = [*sorted(Path(__file__).parent.glob("*.py")), *others]
     sources = [path.read_bytes() for path in paths]

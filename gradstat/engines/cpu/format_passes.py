@@ -118,7 +118,7 @@ def magnitudes(x: IR, n: IR, out: IR) -> Callable[..., Any]:
 
 @compiled_sums_for_types
 def sum_of_squares(x: IR, n: IR) -> Callable[..., Any]:
-    """Of float32 values, in float64: no square overflows or is lost."""
+    """Sum of squares of float32 values, in float64: no square overflows or is lost."""
 
     def add_up(x: Pointer, n: int) -> float:
         total = 0.0
@@ -132,7 +132,7 @@ def sum_of_squares(x: IR, n: IR) -> Callable[..., Any]:
 
 @compiled
 def largest(x: Pointer, n: int) -> Scalar:
-    """Of magnitudes given as their bits, uint32."""
+    """The largest of magnitudes given as their bits, uint32."""
     most = np.uint32(0)
     for j in range(n):
         most = x[j] if x[j] > most else most

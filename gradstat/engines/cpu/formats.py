@@ -58,7 +58,7 @@ class _Table:
     """The tensors of one dtype, and the stages of the work on them, see `format_work`."""
 
     def __init__(self, dtype: torch.dtype, formats: Sequence[Format]) -> None:
-        self._work, self._formats = work.work_on(dtype), formats
+        self._take_items, self._formats = work.work_on(dtype), formats
         self._columns = math.lcm(*(form.block[1] for form in formats if form.block))
         self._is_ordered = any(form.block for form in formats)
         self._held: list[Tensor] = []
@@ -69,10 +69,10 @@ class _Table:
         """Add a tensor whose results go to a row."""
         if x.numel() and not x.data_ptr():
             raise no_storage(row)
-        x, rows, width = as_matrix(x, dim, self._is_ordered)
+        x, height, width = as_matrix(x, dim, self._is_ordered)
         self._held.append(x)
         self._rows.append(row)
-        self._shapes.append((rows, width))
+        self._shapes.append((height, width))
 
     def run(self, integers: Array, floats: Array) -> None:
         """Do the stages; write the rows of the results."""
@@ -96,21 +96,21 @@ class _Table:
                 floats[k, self._rows] = np.sqrt(np.stack(squares, 1))
 
     def _run(self, stage: int, formats: Sequence[Format], maxima: Array) -> Array:
-        """What threads find, who share the items: float64 ``(N, 1 + F, FIELDS)``."""
+        """Partials of the tensors, whose items threads share: float64 ``(N, 1 + F, FIELDS)``."""
         lines: list[int] = []
         firsts: list[int] = []
         n_items = 0
-        for x, (rows, width) in zip(self._held, self._shapes, strict=True):
+        for x, (height, width) in zip(self._held, self._shapes, strict=True):
             size = _ITEM
             while x.numel() > size * _MAX_ITEMS:
                 size *= 2
             if stage == work.TILES:
-                n = -(-rows // work.TILE) * -(-width // work.TILE)
+                n = -(-height // work.TILE) * -(-width // work.TILE)
             else:
                 if x.numel() and (stage == work.MAXIMUM or width % self._columns == 0):
-                    rows, width = 1, x.numel()  # blocks lie one after the other
-                n = rows * -(-width // size) if width > CHUNK else -(-rows // (size // width))
-            lines += (x.data_ptr(), rows, width, n_items, size)
+                    height, width = 1, x.numel()  # blocks lie one after the other
+                n = height * -(-width // size) if width > CHUNK else -(-height // (size // width))
+            lines += (x.data_ptr(), height, width, n_items, size)
             firsts.append(n_items)
             n_items += max(n, 1)
         forms = np.array([form_row(form) for form in formats], np.int64)
@@ -124,7 +124,7 @@ class _Table:
                 scratch = _scratches.pop()
             except IndexError:  # all are in use
                 scratch = torch.empty(work.SCRATCH_BYTES, dtype=torch.uint8, device="cpu")
-            self._work(table.buffer_info()[0], stage, scratch.data_ptr())
+            self._take_items(table.buffer_info()[0], stage, scratch.data_ptr())
             _scratches.append(scratch)
 
         threads = count_threads()
@@ -150,7 +150,7 @@ def _integers(
         values: partials of the tensors' values, ``(N, FIELDS)``.
         found: partials of the format.
     """
-    numel = np.array([rows * width for rows, width in shapes])
+    numel = np.array([height * width for height, width in shapes])
     zeros = values[:, work.ZEROS] + values[:, work.SATURATED]
     blocks = np.array([form.count_blocks(*shape) for shape in shapes])
     empty = found[:, work.EMPTY]

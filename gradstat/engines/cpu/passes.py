@@ -141,7 +141,7 @@ def extremes(x: IR, n: IR, highest: IR) -> Callable[..., Any]:
 
 @compiled_sums_for_types
 def sums(x: IR, n: IR, scale: IR, all_finite: IR) -> Callable[..., Any]:
-    """Of the values times ``scale``: sum, sum of magnitudes, sum of squares.
+    """Sum, sum of magnitudes and sum of squares of the values times ``scale``.
 
     Values that are not finite are left out, or if ``all_finite`` is ``None`` not looked for.
     """
@@ -170,7 +170,7 @@ def sums(x: IR, n: IR, scale: IR, all_finite: IR) -> Callable[..., Any]:
 
 @compiled_sums_for_types
 def sums_about(x: IR, n: IR, scale: IR, pivot: IR) -> Callable[..., Any]:
-    """`finite_sums` in float64, but for the magnitudes of the distances to a pivot."""
+    """`sums` of the finite values in float64; sum and squares are those of distances to a pivot."""
 
     def add_up(x: Pointer, n: int, scale: float, pivot: float) -> tuple[float, float, float]:
         total, magnitude, squares = 0.0, 0.0, 0.0
