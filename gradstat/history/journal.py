@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import threading
 import time
@@ -25,6 +26,7 @@ from gradstat.quantized import PACKED
 from gradstat.warning import warn
 
 _INTERVAL_S = 5.0
+_PATIENCE_S = 10.0  # with a block that is written as the process ends
 _MOST_BYTES = 64 << 20  # kept for a disk that cannot be written
 _MOST_WAITING_BYTES = 32 << 20  # that are left to the timer
 
@@ -76,7 +78,7 @@ class Journal:
         self._state = _State([], [], 0, [], ([], [], []), 0, Link())
         self._newest_step = -1
         self._is_created = False
-        self._timer: threading.Timer | None = None
+        self._timer: _Timer | None = None
         self._has_warned, self._n_lost, self._n_told = False, 0, 0
         self._is_forked = False
         call_after_fork(self)
@@ -210,7 +212,7 @@ class Journal:
         )
 
     def _start_timer(self) -> None:
-        timer = threading.Timer(_INTERVAL_S, self._on_time)
+        timer = _Timer(_INTERVAL_S, self._on_time)
         timer.daemon = True
         try:
             self._timer = timer
@@ -287,3 +289,16 @@ class Journal:
 
 def _n_records(waiting: Sequence[Record], packed: Sequence[Records]) -> int:
     return len(waiting) + sum(len(each.steps) for each in packed)
+
+
+class _Timer(threading.Timer):
+    """Writes a journal's records after a while."""
+
+
+@atexit.register
+def _end_timers() -> None:
+    """Let no thread outlive the interpreter: as it frees tensors it would abort the process."""
+    for thread in threading.enumerate():
+        if isinstance(thread, _Timer):
+            thread.cancel()
+            thread.join(_PATIENCE_S)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gradstat.kinds import GRAD, PARAM, UPDATE
+from gradstat.recording.logged import LearningRates
 from gradstat.recording.recorder import Recorder
 from gradstat.recording.running_pass import RunningPass
 from gradstat.recording.shards import copy_holding, local_part
@@ -42,6 +43,8 @@ class BackwardHooks:
         scaler: GradScaler | None,
         at_once: bool,
     ) -> None:
+        # They go on as long as this does, whether anybody keeps the watch or not.
+        self.rates: LearningRates | None = None
         self._recorder, self._scaler, self._at_once = recorder, scaler, at_once
         first_rows = recorder.first_rows
         self._first_gradient = first_rows.get(GRAD)
@@ -131,6 +134,8 @@ class StepHook:
         *,
         calls_only: bool,
     ) -> None:
+        # They go on as long as this does, whether anybody keeps the watch or not.
+        self.rates: LearningRates | None = None
         self._recorder, self._rows = recorder, recorder.first_rows
         self.calls_only = calls_only
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)

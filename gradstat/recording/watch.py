@@ -239,7 +239,8 @@ def watch(
             OutputHooks(model, list(seen.values()), recorder, scaler, stepping, hooks.is_running)
         )
     if optimizer is not None:
-        others.append(LearningRates(optimizer, logged.add))
+        hooks.rates = LearningRates(optimizer, logged.add)
+        others.append(hooks.rates)
     open_watches.add(model, name, measures, recorder, hooks, others)
     return Watch(recorder, hooks, others)
 

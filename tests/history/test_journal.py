@@ -97,6 +97,24 @@ def test_watch_writes_a_few_seconds_after_a_record_though_no_more_come(
             assert len(History.load(tmp_path)) == expected
 
 
+ENDING = """
+import atexit, sys, threading
+atexit.register(lambda: print(sorted(type(x).__name__ for x in threading.enumerate())))
+import torch, gradstat
+model = torch.nn.Linear(2, 1)
+w = gradstat.watch(model, path=sys.argv[1])
+model(torch.ones(1, 2)).sum().backward()
+print(any(type(x).__name__ == "_Timer" for x in threading.enumerate()))
+"""
+
+
+def test_no_timer_of_a_journal_outlives_the_interpreter(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ENDING, str(tmp_path / "run")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout == "True\n['_MainThread']\n"
+    assert len(History.load(tmp_path / "run")) == 1
+
+
 def test_journal_writes_the_records_of_a_few_seconds_in_one_block(
     generator: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,21 @@ def loss_of(model: nn.Module) -> Tensor:
 def listed(w: Watch, name: str) -> list[tuple[int, float]]:
     steps, values = w.history.scalar(name)
     return list(zip(steps.tolist(), values.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("when", ["backward", "step"])
+def test_learning_rates_go_on_when_nobody_keeps_the_watch(when: str, tmp_path: Path) -> None:
+    model, optimizer = make()
+    gradstat.watch(model, optimizer=optimizer, when=when, path=tmp_path)
+    for _ in range(4):
+        loss_of(model).backward()
+        optimizer.step()
+        gc.collect()
+    del model, optimizer
+    gc.collect()
+    history = gradstat.History.load(tmp_path)
+    assert len(history) == 4
+    assert history.scalar("lr")[0].tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("is_before", [True, False], ids=["before", "after"])
