@@ -112,7 +112,8 @@ def test_quantile_of_a_bin_wider_than_float64_holds_is_within_it() -> None:
 def without_layers() -> History:
     history = History([], Log2Bins())
     for step in range(2):
-        history.append(step, np.empty((0, 8), np.int64), np.empty((0, 8)), np.empty((0, 2048)))
+        counts = np.empty((0, 2048), np.int64)
+        history.append(step, np.empty((0, 8), np.int64), np.empty((0, 8)), counts)
     return history
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -455,6 +456,35 @@ def test_run_together_waits_for_its_helpers_whatever_is_raised(
     with pytest.raises(KeyboardInterrupt):
         pool.run_together(job, 2)
     assert ended.is_set()
+
+
+@pytest.mark.parametrize("is_done", [False, True], ids=["withdrawn", "done"])
+def test_run_together_leaves_the_job_to_its_caller(
+    is_done: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A helper that frees tensors after the end of the interpreter aborts the process.
+    kept: list[pool._Share] = []
+
+    def submit(_: pool._Pool, shares: list[pool._Share]) -> None:
+        kept.extend(shares)
+        for share in shares if is_done else ():
+            share.do()
+
+    def job() -> None:
+        calls.append(1)
+
+    calls: list[int] = []
+    monkeypatch.setattr(pool._Pool, "submit", submit)
+    pool.run_together(job, 3)
+    assert len(kept) == 2
+    assert len(calls) == (3 if is_done else 1)
+    alive = weakref.ref(job)
+    del job
+    assert alive() is None
+    if not is_done:
+        for share in kept:
+            share.do()
+        assert len(calls) == 1
 
 
 # Raises where handlers of signals run, at one place after the other: as a function begins, and

@@ -23,7 +23,10 @@ _get_cpu: Callable[[], int] | None = getattr(ctypes.CDLL(None), "sched_getcpu", 
 
 
 class _Share:
-    """One helper's share of a job: done by it, or by nobody if the caller withdraws it first."""
+    """One helper's share of a job: done by it, or by nobody if the caller withdraws it first.
+
+    The job is the caller's to free: a helper that freed tensors as the process ends would abort it.
+    """
 
     def __init__(self, job: Callable[[], None]) -> None:
         self._job = job
@@ -35,6 +38,7 @@ class _Share:
             try:
                 self._job()
             finally:
+                self._job = _nothing
                 self._is_done = True
                 self._undone.release()
 
@@ -44,8 +48,13 @@ class _Share:
         `threading.Event` would do, were its own lock not lost where an interrupt comes as it is
         taken: no thread could wait for the event, or set it, any more.
         """
-        if self._taken_by.setdefault("whom", "caller") == "helper" and not self._is_done:
+        if self._taken_by.setdefault("whom", "caller") == "caller":
+            self._job = _nothing
+        elif not self._is_done:
             self._undone.acquire()
+
+
+def _nothing() -> None: ...
 
 
 def _locked() -> threading.Lock:
