@@ -26,7 +26,7 @@ from gradstat.quantized import PACKED
 from gradstat.warning import warn
 
 _INTERVAL_S = 5.0
-_PATIENCE_S = 10.0  # with a block that is written as the process ends
+_PATIENCE_S = 5.0  # with blocks that are written as the process ends
 _MOST_BYTES = 64 << 20  # kept for a disk that cannot be written
 _MOST_WAITING_BYTES = 32 << 20  # that are left to the timer
 
@@ -298,7 +298,9 @@ class _Timer(threading.Timer):
 @atexit.register
 def _end_timers() -> None:
     """Let no thread outlive the interpreter: as it frees tensors it would abort the process."""
-    for thread in threading.enumerate():
-        if isinstance(thread, _Timer):
-            thread.cancel()
-            thread.join(_PATIENCE_S)
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, _Timer)]
+    for timer in timers:
+        timer.cancel()
+    end_s = time.monotonic() + _PATIENCE_S
+    for timer in timers:
+        timer.join(max(0.0, end_s - time.monotonic()))
