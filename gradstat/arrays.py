@@ -49,6 +49,14 @@ class PackedRows(NamedTuple):
         """Bin and count of each: int64 ``(E, 2)``."""
         return self.numbers[self.n :].reshape(-1, 2)
 
+    def row(self, at: int) -> Array:
+        """One row, dense: int64 ``(bins,)``."""
+        start = self.sizes[:at].sum()
+        indices, values = self.entries[start : start + self.sizes[at]].T
+        dense = np.zeros(self.bins, np.int64)
+        dense[indices] = values
+        return dense
+
     def dense(self) -> Array:
         """All rows: int64 ``(N, bins)``."""
         dense, (indices, values) = np.zeros(self.shape, np.int64), self.entries.T

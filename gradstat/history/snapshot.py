@@ -190,7 +190,7 @@ class Snapshot(NamedTuple):
             return self.packed.row(at * self.integers.shape[1] + column, bins)
         counts = self.waiting[at - self.n].counts
         if isinstance(counts, PackedRows):
-            counts = counts.dense()
+            return counts.row(column)
         histogram: Array = counts[column].copy()
         return histogram
 

@@ -30,6 +30,7 @@ def append(history: History, step: int) -> None:
     entries = np.stack([places, marks], 1).ravel()
     packed = PackedRows(np.append(np.ones(len(LAYERS), np.int64), entries), len(LAYERS), bins)
     assert (packed.dense() == counts).all()
+    assert all((packed.row(at) == counts[at]).all() for at in range(len(LAYERS)))
     # They come packed for hundreds of steps, not so for hundreds, and in turns.
     is_packed = step % 400 < 100 if step % 2 else step % 1000 < 500
     history.append(step, integers, floats, packed if is_packed else counts)
