@@ -5,18 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from gradstat.cli.arguments import add_runs
+
 HELP = "put what the ranks of a run wrote into one file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument(
-        "run_paths",
-        metavar="RUN",
-        type=Path,
-        nargs="+",
-        help="directory that all ranks of a run write, or what each of them wrote",
-    )
+    add_runs(parser, "directory that all ranks of a run write, or what each of them wrote")
     parser.add_argument(
         "-o", "--output", required=True, metavar="FILE", type=Path, help="the .npz file to write"
     )

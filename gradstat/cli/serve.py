@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import threading
-from pathlib import Path
+
+from gradstat.cli.arguments import add_runs
 
 HELP = "show the report page of runs in a browser of this machine, while they are written"
 _LAST_PORT = 65_535
@@ -13,12 +14,9 @@ _LAST_PORT = 65_535
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument(
-        "run_paths",
-        metavar="RUN",
-        type=Path,
-        nargs="+",
-        help="what watch(path=...) writes or will write, a file that History.save() wrote, or a "
+    add_runs(
+        parser,
+        "what watch(path=...) writes or will write, a file that History.save() wrote, or a "
         "directory of such runs",
     )
     parser.add_argument(

@@ -107,30 +107,18 @@ def test_tail_waits_for_a_run_that_is_not_there_yet(
     assert f"\n{path}: step 0\n" in shown
 
 
-def test_tail_waits_for_a_directory_that_is_only_begun(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "00000000.gradstat").write_bytes(b"")
-
-    def train() -> None:
-        time.sleep(0.3)
-        make_history(Log2Bins(), 1, 1, noise).save(tmp_path / "00000001.npz")
-
-    trainer = threading.Thread(target=train)
-    trainer.start()
-    tail_text.tail(tmp_path, 0.02, updates=1)
-    trainer.join()
-    assert capsys.readouterr().out.startswith(f"{tmp_path} has no records yet\n{tmp_path}: step 0")
-
-
+@pytest.mark.parametrize("is_only_begun", [True, False])
 def test_tail_waits_for_a_directory_to_have_records(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    is_only_begun: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if is_only_begun:
+        (tmp_path / "00000000.gradstat").write_bytes(b"")
+    else:
+        History(["0.weight"], Log2Bins()).save(tmp_path / "00000000.npz")
+
     def train() -> None:
         time.sleep(0.3)
         make_history(Log2Bins(), 1, 1, noise).save(tmp_path / "00000001.npz")
-
-    History(["0.weight"], Log2Bins()).save(tmp_path / "00000000.npz")
 
     trainer = threading.Thread(target=train)
     trainer.start()

@@ -7,8 +7,8 @@ Beside a tensor it needs under 1 MB, whatever its strides; results do not depend
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ _ALONE_BELOW = 1 << 18  # elements: waking another thread takes longer than thes
 
 _MOST = 1 << 19  # numbers of a list's rows: 4 MB, kept between calls
 
+Memory = TypeVar("Memory")
 Rows = tuple[Array, Array, Array]  # integers, floats and counts, as of `Statistics`
 
 
@@ -86,10 +87,7 @@ def measure_rows(
     n, n_bins = len(tensors), bins.bins
     if n * (n_bins + NUMBERS) > _MOST:
         return _dense_rows(tensors, bins, low, high)
-    try:
-        room = _rooms.pop()
-    except IndexError:  # all are in use
-        room = _Room.new()
+    room = _take(_rooms, _Room.new)
     address, packed = room.addresses
     _measure_into(room.rows, address, tensors, bins, low, high)
     length = pack_rows()(address, n, n_bins, packed)
@@ -232,10 +230,7 @@ class _Table:
 
         def share(is_last: bool = False) -> None:
             _ = self, low, high  # whose memory the table has the addresses of
-            try:
-                scratch = _scratches.pop()
-            except IndexError:
-                scratch = _new_scratch()
+            scratch = _take(_scratches, _new_scratch)
             self._work(table.buffer_info()[0], stage, is_last, scratch[1])
             _scratches.append(scratch)
 
@@ -244,6 +239,14 @@ class _Table:
             if threads > 1:
                 run_together(share, threads)
         share(is_last=True)
+
+
+def _take(kept: list[Memory], make: Callable[[], Memory]) -> Memory:
+    """Memory that an earlier call has left, or new."""
+    try:
+        return kept.pop()
+    except IndexError:  # all is in use
+        return make()
 
 
 def _new_scratch() -> tuple[Tensor, int]:
