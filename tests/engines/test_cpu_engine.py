@@ -584,8 +584,10 @@ def exact_std(x: torch.Tensor) -> float:
 def test_std_is_right_where_the_mean_dominates(generator: torch.Generator) -> None:
     one = torch.full((4096,), 41 / 7)
     one[0] *= 1.0635
+    far = -torch.full((4096,), 41 / 7)
+    far[9] *= 1.89
     close = 1 + torch.randn(20_000, generator=generator, dtype=torch.float64) / 1e12
-    for x in (one, close, one.bfloat16(), one.half()):
+    for x in (one, far, close, one.bfloat16(), one.half()):
         assert float(measure(x).std) == pytest.approx(exact_std(x), rel=1e-9, abs=0)
 
 

@@ -31,10 +31,9 @@ from gradstat.results import INTEGERS
 
 LANES, PAIR_LANES = 16, 8
 LOG2_LAST = 2 * LOG2_MAGNITUDES - 1  # slot
-# Counters of a lane, 256 bytes off a multiple of 4096: lanes do not evict each other.
-STRIDE, PAIR_STRIDE = 2112, 8160
+STRIDE = 2112  # from lane to lane; 256 bytes off a multiple of 4096: lanes do not evict each other
 MAX_SLOTS, MAX_PAIR_SLOTS = 2050, 90  # more than these are counted straight, or one by one
-LANES_HOLD, PAIRS_HOLD = 1 << 24, 1 << 19  # values: no uint32, and no uint16, overflows
+LANES_HOLD, PAIRS_HOLD = 1 << 24, 2 * PAIR_LANES * 65535  # values: no counter overflows
 PAIRS_FROM = 1 << 15  # elements of a tensor: fewer do not pay for so many counters
 
 COUNTER_BYTES = 8 + 8 * STRIDE + 4 * LANES * STRIDE + 6 * BLOCK
@@ -53,7 +52,7 @@ class Counters(NamedTuple):
     is_shared: bool  # the row, by several threads
     waiting: Pointer  # int64, how many values the lanes hold; zero between tensors, as what follows
     totals: Pointer  # int64 (STRIDE,)
-    lanes: Pointer  # uint32 (LANES * STRIDE,), or uint16 (PAIR_LANES * PAIR_STRIDE,)
+    lanes: Pointer  # uint32 (LANES * STRIDE,), or uint16 if pairs
     wide: Pointer  # uint32 (BLOCK,)
     block: Pointer  # uint16 (BLOCK,), the slots of a block
 
@@ -84,16 +83,22 @@ def make_counters(
     )
 
 
-def _make_scatter(
-    width: int, shift: int, mask: int, lanes: int, stride: int
-) -> Callable[..., None]:
+@compiled
+def _pair_stride(slots: int) -> int:
+    """`STRIDE` of pairs: an odd multiple of 128 bytes, so few slots lie close together."""
+    return ((slots * slots + 63) // 64 | 1) * 64
+
+
+def _make_scatter(width: int, shift: int, mask: int, lanes: int) -> Callable[..., None]:
     """Counts slots that lie ``shift`` bits up in fields of ``width`` bits."""
     fields = 64 // width
     words = lanes // fields
 
     @compiled
-    def scatter(source: Pointer, n: int, counters: Pointer, ahead: Pointer, step: int) -> None:
-        """Count ``n`` fields, a multiple of the lanes.
+    def scatter(
+        source: Pointer, n: int, counters: Pointer, stride: int, ahead: Pointer, step: int
+    ) -> None:
+        """Count ``n`` fields, a multiple of the lanes, which are ``stride`` counters apart.
 
         Counting waits for the cache, not for memory: the time is used to fetch what comes
         ``ahead``, ``step`` elements for each word of fields.
@@ -110,10 +115,10 @@ def _make_scatter(
     return scatter
 
 
-_scatter_float32 = _make_scatter(32, LOG2_SHIFT, LOG2_LAST, LANES, STRIDE)  # Log2Bins
-_scatter_bfloat16 = _make_scatter(16, LOG2_SHIFT - 16, LOG2_LAST, LANES, STRIDE)
-_scatter_slots = _make_scatter(16, 0, 0xFFFF, LANES, STRIDE)
-_scatter_pairs = _make_scatter(16, 0, 0xFFFF, PAIR_LANES, PAIR_STRIDE)
+_scatter_float32 = _make_scatter(32, LOG2_SHIFT, LOG2_LAST, LANES)  # Log2Bins
+_scatter_bfloat16 = _make_scatter(16, LOG2_SHIFT - 16, LOG2_LAST, LANES)
+_scatter_slots = _make_scatter(16, 0, 0xFFFF, LANES)
+_scatter_pairs = _make_scatter(16, 0, 0xFFFF, PAIR_LANES)
 
 
 @compiled_for_types
@@ -124,13 +129,13 @@ def _count_in_lanes(x: IR, n: IR, within: IR, to: IR, ahead: IR) -> Callable[...
         for j in range(n):
             to.block[j] = np.uint16(slot_of(real(x[j]), within))
         whole = n // LANES * LANES
-        _scatter_slots(to.block, whole, to.lanes, ahead, 4)
+        _scatter_slots(to.block, whole, to.lanes, STRIDE, ahead, 4)
         for j in range(whole, n):
             to.lanes[to.block[j]] += 1
 
     def count_patterns(x: Pointer, n: int, within: Range, to: Counters, ahead: Pointer) -> None:
         whole = n // LANES * LANES
-        scatter(x, whole, to.lanes, ahead, step)
+        scatter(x, whole, to.lanes, STRIDE, ahead, step)
         for j in range(whole, n):
             to.lanes[slot_of(real(x[j]), within)] += 1
 
@@ -154,7 +159,8 @@ def count(x: Pointer, n: int, within: Range, plain: bool, to: Counters, ahead: P
     if within is not None and to.mode == IN_PAIRS:
         half = n // (2 * PAIR_LANES) * PAIR_LANES
         fill_pairs(y, half, within, plain, to.block)
-        _scatter_pairs(to.block, half, pointer(to.lanes, np.uint16), ahead, 8)
+        pairs, stride = pointer(to.lanes, np.uint16), _pair_stride(to.slots)
+        _scatter_pairs(to.block, half, pairs, stride, ahead, 8)
         for j in range(2 * half, n):
             to.totals[slot_of(real(y[j]), within)] += 1
     else:
@@ -182,13 +188,13 @@ def _empty_lanes(within: Range, to: Counters) -> None:
     to.waiting[0] = 0
     n = to.slots
     if within is not None and to.mode == IN_PAIRS:
-        pairs = pointer(to.lanes, np.uint16)
+        pairs, stride = pointer(to.lanes, np.uint16), _pair_stride(n)
         for j in range(n * n):
             to.wide[j] = 0
         for lane in range(PAIR_LANES):
             for j in range(n * n):
-                to.wide[j] += pairs[lane * PAIR_STRIDE + j]
-                pairs[lane * PAIR_STRIDE + j] = 0
+                to.wide[j] += pairs[lane * stride + j]
+                pairs[lane * stride + j] = 0
         for second in range(n):
             of_second = np.int64(0)
             for first in range(n):

@@ -18,8 +18,9 @@ FINITE, ZEROS, NAN, POSINF, NEGINF, NEGATIVE_ZEROS = range(6)
 MIN, MAX, UNIT, PIVOT, SHIFTED, L1, CENTRAL = range(6, 13)
 FIELDS = 13
 
-# Squares that the mean accounts for to this share are summed again about the mean.
-_CANCELLATION = 0.9
+# Squares that the mean accounts for to this share are summed about the mean. They always are where
+# values of one sign are within this factor of each other.
+_CANCELLATION, _CLOSE = 0.9, 1.9
 
 
 @compiled
@@ -76,13 +77,19 @@ def summarise(x: Pointer, size: int, partial: Pointer) -> None:
     if low == high:
         partial[PIVOT], partial[L1] = low * scale, n * abs(low * scale)
         return
-    if all_finite:
-        total, magnitude, squares = sums(x, size, scale, None)
+    pivot = 0.0
+    if (low > 0 and high < _CLOSE * low) or (high < 0 and low > _CLOSE * high):
+        pivot = 0.5 * (low * scale) + 0.5 * (high * scale)
     else:
-        total, magnitude, squares = sums(x, size, scale, False)
-    if total * total > _CANCELLATION * n * squares:
-        partial[PIVOT] = total / n
-        total, magnitude, squares = sums_about(x, size, scale, total / n)
+        if all_finite:
+            total, magnitude, squares = sums(x, size, scale, None)
+        else:
+            total, magnitude, squares = sums(x, size, scale, False)
+        if total * total > _CANCELLATION * n * squares:
+            pivot = total / n
+    if pivot != 0:
+        partial[PIVOT] = pivot
+        total, magnitude, squares = sums_about(x, size, scale, pivot)
     partial[SHIFTED], partial[L1] = total, magnitude
     partial[CENTRAL] = max(squares - total * (total / n), 0.0)
 
