@@ -110,6 +110,26 @@ def reinterpret(typing_context: IR, value: IR, dtype: IR) -> IR:
     )
 
 
+def _choose_by(comparison: str) -> Callable[..., IR]:
+    def choose(typing_context: IR, a: IR, b: IR) -> IR:
+        kind = typing_context.unify_types(a, b)
+
+        def generate(context: IR, builder: IR, signature: IR, arguments: IR) -> IR:
+            compare = builder.fcmp_ordered
+            if isinstance(kind, _types.Integer):
+                compare = builder.icmp_signed if kind.signed else builder.icmp_unsigned
+            a, b = arguments
+            return builder.select(compare(comparison, b, a), b, a)
+
+        return kind(kind, kind), generate
+
+    return choose
+
+
+# As `min` and `max` of two numbers, which Numba compiles by themselves for each of their types.
+smaller, larger = (compiler_intrinsic(_choose_by(comparison)) for comparison in "<>")
+
+
 @compiler_intrinsic
 def pointer(typing_context: IR, start: IR, dtype: IR) -> IR:
     """``pointer(start, dtype)``: memory to be indexed as an array, from an address or a pointer.

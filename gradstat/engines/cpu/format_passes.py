@@ -19,7 +19,9 @@ from gradstat.engines.cpu.compiling import (
     compiled_for_types,
     compiled_sums_for_types,
     compiler_intrinsic,
+    larger,
     reinterpret,
+    smaller,
 )
 from gradstat.engines.cpu.passes import real
 from gradstat.engines.reference_formats import (
@@ -151,8 +153,8 @@ def block_maxima(x: Pointer, n: int, width: int, columns: int, maxima: Pointer) 
         return n // columns
     count = 0
     for row in range(0, n, width):
-        for start in range(row, min(row + width, n), columns):
-            stop, most = min(start + columns, row + width, n), np.uint32(0)
+        for start in range(row, smaller(row + width, n), columns):
+            stop, most = smaller(smaller(start + columns, row + width), n), np.uint32(0)
             for j in range(start, stop):
                 most = x[j] if x[j] > most else most
             maxima[count] = most
@@ -171,8 +173,8 @@ def spread(values: Pointer, n: int, width: int, columns: int, out: Pointer) -> N
         return
     count = 0
     for row in range(0, n, width):
-        for start in range(row, min(row + width, n), columns):
-            for j in range(start, min(start + columns, row + width, n)):
+        for start in range(row, smaller(row + width, n), columns):
+            for j in range(start, smaller(smaller(start + columns, row + width), n)):
                 out[j] = values[count]
             count += 1
 
@@ -250,7 +252,7 @@ def extreme_scales(maxima: Pointer, scales: Pointer, n: int) -> tuple[Scalar, Sc
         if maxima[j] == 0:
             empty += 1
         elif scales[j] > 0:
-            least, most = min(least, scales[j]), max(most, scales[j])
+            least, most = smaller(least, scales[j]), larger(most, scales[j])
     return empty, np.float64(least), np.float64(most)
 
 

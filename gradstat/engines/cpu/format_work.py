@@ -23,8 +23,10 @@ from gradstat.engines.cpu.compiling import (
     atomic_add,
     compile_entry,
     compiled,
+    larger,
     pointer,
     reinterpret,
+    smaller,
 )
 from gradstat.engines.cpu.format_passes import (
     AMAX,
@@ -102,8 +104,8 @@ def _measure_chunk(
         block_scales(maxima, blocks, form, of_tensor, to_blocks, of_blocks)
         empty, least, greatest = extreme_scales(maxima, of_blocks, blocks)
         partial[EMPTY] += empty
-        partial[LEAST_SCALE] = min(partial[LEAST_SCALE], least)
-        partial[MOST_SCALE] = max(partial[MOST_SCALE], greatest)
+        partial[LEAST_SCALE] = smaller(partial[LEAST_SCALE], least)
+        partial[MOST_SCALE] = larger(partial[MOST_SCALE], greatest)
         if form[KIND] == NVFP4:
             for j in range(blocks):
                 of_blocks[j] = np.float32(of_blocks[j] * of_tensor)
@@ -160,8 +162,8 @@ def _make_work(element: object) -> Work:
             if stage == TILES:
                 across = (width + TILE - 1) // TILE
                 top, left = at // across * TILE, at % across * TILE
-                right, n = min(left + TILE, width), 0
-                for row in range(top, min(top + TILE, rows)):
+                right, n = smaller(left + TILE, width), 0
+                for row in range(top, smaller(top + TILE, rows)):
                     start = after(elements, row * width + left)
                     magnitudes(start, right - left, after(x, n))
                     n += right - left
@@ -172,25 +174,25 @@ def _make_work(element: object) -> Work:
             if width > CHUNK:
                 parts = (width + line[ITEM] - 1) // line[ITEM]
                 start = at // parts * width + at % parts * line[ITEM]
-                stop = min(start + line[ITEM], (at // parts + 1) * width)
+                stop = smaller(start + line[ITEM], (at // parts + 1) * width)
                 width = stop - start
             else:
                 start = at * (line[ITEM] // width) * width
-                stop = min(start + line[ITEM] // width * width, rows * width)
+                stop = smaller(start + line[ITEM] // width * width, rows * width)
             step = CHUNK if width > CHUNK else CHUNK // width * width
             for begin in range(start, stop, step):
-                n = min(step, stop - begin)
+                n = smaller(step, stop - begin)
                 zeros, nonfinite = magnitudes(after(elements, begin), n, x)
                 if stage == MAXIMUM:
                     bits = largest(pointer(scratch, np.uint32), n)
-                    partials[MOST_SCALE] = max(
+                    partials[MOST_SCALE] = larger(
                         partials[MOST_SCALE], np.float64(reinterpret(bits, np.float32))
                     )
                     continue
                 partials[ZEROS] += zeros
                 partials[SATURATED] += nonfinite
                 partials[SQUARES] += sum_of_squares(x, n)
-                _measure_formats(n, min(n, width), 0, head, most, scratch, partials)
+                _measure_formats(n, smaller(n, width), 0, head, most, scratch, partials)
             item = atomic_add(head, 1)
 
     return work

@@ -11,7 +11,14 @@ import math
 
 import numpy as np
 
-from gradstat.engines.cpu.compiling import Pointer, Scalar, compiled, reinterpret
+from gradstat.engines.cpu.compiling import (
+    Pointer,
+    Scalar,
+    compiled,
+    larger,
+    reinterpret,
+    smaller,
+)
 from gradstat.engines.cpu.passes import count_equal, extremes, limits, real, sums, sums_about
 
 FINITE, ZEROS, NAN, POSINF, NEGINF, NEGATIVE_ZEROS = range(6)
@@ -41,7 +48,7 @@ def merge(into: Pointer, other: Pointer) -> None:
         return
     if n == 0:
         into[UNIT], into[PIVOT] = other[UNIT], other[PIVOT]
-    unit = max(into[UNIT], other[UNIT])
+    unit = larger(into[UNIT], other[UNIT])
     a, b = into[UNIT] / unit, other[UNIT] / unit
     # Exact between close pivots, whose means may differ by less than the rounding of either.
     apart = other[PIVOT] * b - into[PIVOT] * a
@@ -51,7 +58,7 @@ def merge(into: Pointer, other: Pointer) -> None:
     into[SHIFTED] = into[SHIFTED] * a + (other[SHIFTED] * b + m * apart)
     into[L1] = into[L1] * a + other[L1] * b
     into[FINITE], into[UNIT], into[PIVOT] = n + m, unit, into[PIVOT] * a
-    into[MIN], into[MAX] = min(into[MIN], other[MIN]), max(into[MAX], other[MAX])
+    into[MIN], into[MAX] = smaller(into[MIN], other[MIN]), larger(into[MAX], other[MAX])
 
 
 @compiled
@@ -71,7 +78,7 @@ def summarise(x: Pointer, size: int, partial: Pointer) -> None:
     partial[MIN], partial[MAX] = low, high
     if zeros > 0 and math.copysign(1.0, low) < 0:
         partial[NEGATIVE_ZEROS] = count_equal(x, size, negative_zero)
-    unit = _power_of_two(max(abs(low), abs(high)), reach)
+    unit = _power_of_two(larger(abs(low), abs(high)), reach)
     scale = 1.0 / unit
     partial[UNIT] = unit
     if low == high:
@@ -91,7 +98,7 @@ def summarise(x: Pointer, size: int, partial: Pointer) -> None:
         partial[PIVOT] = pivot
         total, magnitude, squares = sums_about(x, size, scale, pivot)
     partial[SHIFTED], partial[L1] = total, magnitude
-    partial[CENTRAL] = max(squares - total * (total / n), 0.0)
+    partial[CENTRAL] = larger(squares - total * (total / n), 0.0)
 
 
 @compiled

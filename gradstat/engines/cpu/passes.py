@@ -22,7 +22,9 @@ from gradstat.engines.cpu.compiling import (
     compiled_for_types,
     compiled_sums_for_types,
     compiler_intrinsic,
+    larger,
     reinterpret,
+    smaller,
     target,
 )
 
@@ -128,10 +130,8 @@ def extremes(x: IR, n: IR, highest: IR) -> Callable[..., Any]:
             else:
                 is_counted = unsigned(bits & magnitude) == zero
             count = signed(count + signed(is_counted))
-            # Numba compiles each min() and max() by itself.
-            least = bits if bits < least else least
-            most = bits if bits > most else most
-            signed_most = signed(bits) if signed(bits) > signed_most else signed_most
+            least, most = smaller(least, bits), larger(most, bits)
+            signed_most = larger(signed_most, signed(bits))
         smallest = most if most >= sign else least
         largest = unsigned(signed_most) if signed_most >= 0 else least
         return pattern(smallest), pattern(largest), np.int64(count)

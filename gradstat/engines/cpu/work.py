@@ -22,7 +22,9 @@ from gradstat.engines.cpu.compiling import (
     compile_entry,
     compiled,
     inlined,
+    larger,
     pointer,
+    smaller,
 )
 from gradstat.engines.cpu.counters import ABOVE, BELOW, Counters
 from gradstat.engines.cpu.partials import FIELDS, MAX, MIN, NAN, NEGINF, POSINF
@@ -68,7 +70,7 @@ def _gather(x: Pointer, layout: Pointer, begin: int, size: int, block: Pointer) 
         for k in range(last - 2, 0, -2):
             source += row % layout[k] * layout[k + 1]
             row //= layout[k]
-        for j in range(done, min(done + inner - column, size)):
+        for j in range(done, smaller(done + inner - column, size)):
             block[j] = x[source]
             source += step
         done += inner - column
@@ -90,12 +92,12 @@ def _write_range(total: Pointer, floats: Pointer) -> None:
         floats[LOW], floats[HIGH] = 0.0, 1.0
         return
     low, high = slots.below(total[MIN]), np.float32(-slots.below(-total[MAX]))
-    low, high = max(low, np.float32(-slots.LARGEST)), min(high, slots.LARGEST)
+    low, high = larger(low, np.float32(-slots.LARGEST)), smaller(high, slots.LARGEST)
     if low == high:
-        half = max(np.float32(abs(low) * np.float32(2.0**-21)), np.float32(0.5))
+        half = larger(np.float32(abs(low) * np.float32(2.0**-21)), np.float32(0.5))
         low, high = np.float32(low - half), np.float32(high + half)
-    floats[LOW] = max(np.float32(low), np.float32(-slots.LARGEST))
-    floats[HIGH] = min(np.float32(high), slots.LARGEST)
+    floats[LOW] = larger(np.float32(low), np.float32(-slots.LARGEST))
+    floats[HIGH] = smaller(np.float32(high), slots.LARGEST)
 
 
 @inlined
@@ -117,14 +119,14 @@ def _item(
     that do not lie side by side.
     """
     start = (item - line[FIRST]) * line[ITEM]
-    stop = min(line[NUMEL], start + line[ITEM])
+    stop = smaller(line[NUMEL], start + line[ITEM])
     skipped = (next_item - item - 1) * line[ITEM]
     if stage == COUNTS_ONLY:
         known = partial
     else:
         partials.clear(partial)
     for begin in range(start, stop, BLOCK):
-        x, size = after(first, begin), min(BLOCK, stop - begin)
+        x, size = after(first, begin), smaller(BLOCK, stop - begin)
         if line[LAYOUT] != 0:
             _gather(first, pointer(line[LAYOUT], np.int64), begin, size, raw)
             x = raw
@@ -277,7 +279,7 @@ def pack_rows() -> Callable[[int, int, int, int], int]:
         for row in range(n):
             counts, before = after(rows, sizes + row * bins), end
             for start in range(0, bins, PACKED_AT_ONCE):
-                stop = min(start + PACKED_AT_ONCE, bins)
+                stop = smaller(start + PACKED_AT_ONCE, bins)
                 filled = np.int64(0)
                 for j in range(start, stop):
                     filled |= counts[j]
