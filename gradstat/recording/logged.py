@@ -67,31 +67,28 @@ class Logged:
         Raises:
             As `Watch.log`.
         """
-        # The values of each device together, in the order of their first ones.
-        groups: dict[torch.device | None, dict[str, Any]] = {}
+        numbers: dict[str, float] = {}
+        on_devices: dict[torch.device, dict[str, Tensor]] = {}
         for name, value in values.items():
-            device = None
-            if type(value) is not float and type(value) is not int:
+            if type(value) is not float:
                 value = _checked(name, value)
-                if isinstance(value, Tensor) and value.is_cpu:
-                    value = value.item()
-                elif isinstance(value, Tensor):
-                    device = value.device
-            groups.setdefault(device, {})[name] = value
-        last = self._cadence.n_passes - 1
-        for device, group in groups.items():
-            steps = [self._step_of(name, last) for name in group]
-            if device is not None:
-                with torch.no_grad():
-                    # In memory of its own: the values may be changed in place afterwards.
-                    source = torch.stack([_wide(value.detach()) for value in group.values()])
-                self._pending.append(_Entry(list(group), steps, None, Transfer((source,)), source))
-            elif self._pending:
-                numbers = list(group.values())
-                self._pending.append(_Entry(list(group), steps, numbers, None, None))
+            if isinstance(value, Tensor):
+                on_devices.setdefault(value.device, {})[name] = value
             else:
-                for (name, number), step in zip(group.items(), steps, strict=True):
-                    self._keep(name, step, number)
+                numbers[name] = value
+        last = self._cadence.n_passes - 1
+        for tensors in on_devices.values():
+            steps = [self._step_of(name, last) for name in tensors]
+            with torch.no_grad():
+                # In memory of its own: the values may be changed in place afterwards.
+                source = torch.stack([_wide(value.detach()) for value in tensors.values()])
+            self._pending.append(_Entry(list(tensors), steps, None, Transfer((source,)), source))
+        if numbers and self._pending:
+            steps = [self._step_of(name, last) for name in numbers]
+            self._pending.append(_Entry(list(numbers), steps, list(numbers.values()), None, None))
+        else:
+            for name, number in numbers.items():
+                self._keep(name, self._step_of(name, last), number)
 
     @property
     def is_pending(self) -> bool:
@@ -163,7 +160,7 @@ class LearningRates:
 
 
 def _checked(name: str, value: object) -> float | Tensor:
-    """A single number, or a tensor of one that can be read; anything else is refused."""
+    """A number, or a tensor of one on another device; anything else is refused."""
     if isinstance(value, Tensor):
         if value.dim() or value.is_complex() or value.is_meta:
             raise ValueError(
@@ -175,7 +172,8 @@ def _checked(name: str, value: object) -> float | Tensor:
                 f"log() needs a call outside the capture of a CUDA graph; {name} is on "
                 f"{value.device}"
             )
-        return value if type(value) is Tensor else local_part(value)
+        value = value if type(value) is Tensor else local_part(value)
+        return value.item() if value.is_cpu else value
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"log() needs numbers or 0-dim tensors; {name} is {value!r}")
     return float(value)
