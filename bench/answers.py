@@ -10,7 +10,6 @@ from torch import Tensor
 from gradstat import LinearBins, Log2Bins, Statistics
 from gradstat.bins import Bins
 from gradstat.engines import reference
-from gradstat.ops import known_range
 
 BINS, LOW, HIGH = 64, -1.0, 1.0
 SCHEMES: dict[str, Bins] = {"log2": Log2Bins(), "linear": LinearBins(BINS, LOW, HIGH)}
@@ -25,10 +24,9 @@ _PART = 1 << 23  # elements: what the reference measures at a time, for want of 
 def truth(x: Tensor, bins: Bins) -> Statistics:
     """The reference's answer for one tensor."""
     parts = x.detach().reshape(-1).split(_PART)
-    low, high = known_range(bins, x.device, 1)
-    result = reference.measure(parts[:1], bins, low, high)[0]
+    result = reference.measure(parts[:1], bins)[0]
     for part in parts[1:]:
-        result = result.merge(reference.measure([part], bins, low, high)[0])
+        result = result.merge(reference.measure([part], bins)[0])
     return result
 
 

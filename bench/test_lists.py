@@ -15,7 +15,6 @@ from torch import Tensor
 import gradstat
 from gradstat import Statistics
 from gradstat.engines import cpu
-from gradstat.ops import known_range
 
 MODELS = {"MLP": MLP, "ResNet-50": RESNET50, "GPT-2 small": GPT2_SMALL}
 SIZES = {"MLP": (4, 8_140), "ResNet-50": (161, 25_557_032), "GPT-2 small": (148, 124_439_808)}
@@ -43,9 +42,7 @@ def one_call(model: str, scheme: str) -> Call:
 
 def engine_alone(model: str, scheme: str) -> Call:
     """Without the checks of the arguments and the choice of the engine."""
-    tensors, bins = make(model), SCHEMES[scheme]
-    ends = known_range(bins, tensors[0].device, len(tensors))
-    return functools.partial(cpu.measure, tensors, bins, *ends)
+    return functools.partial(cpu.measure, make(model), SCHEMES[scheme])
 
 
 def one_tensor(model: str, scheme: str) -> Call:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from gradstat.bins import Bins, LinearBins, Log2Bins, parse_bins, widen
 from gradstat.engines import ENGINE_VARIABLE
-from gradstat.float_mode import keeps_subnormals
 from gradstat.results import FLOATS, INTEGERS, Statistics
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -59,8 +58,9 @@ def statistics(
     """
     tensors = listed("statistics", x)
     scheme = check_bins("statistics", Log2Bins() if bins is None else bins)
-    low, high = _check("statistics", tensors, scheme, engine)
-    result = measure(tensors, scheme, low, high, engine)
+    check_tensors("statistics", tensors)
+    check_engine("statistics", engine)
+    result = measure(tensors, scheme, engine)
     return result[0] if isinstance(x, Tensor) else result
 
 
@@ -113,14 +113,15 @@ def histogram(
 
 def _count(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor]:
     """Counts in the bins of a scheme, and the edges."""
-    low, high = _check("histogram", [x], bins)
+    check_tensors("histogram", [x])
+    check_engine("histogram", None)
     # A compiler takes `measure`, and then the edges, into its graph.
     if not torch.compiler.is_compiling():
         engine = choose_engine(None, x)
         if hasattr(engine, "histogram"):
-            counts, edges = engine.histogram(x, bins, low, high)
+            counts, edges = engine.histogram(x, bins)
             return counts, edges
-    result = measure([x], bins, low, high)[0]
+    result = measure([x], bins)[0]
     return result.counts, result.edges
 
 
@@ -147,29 +148,12 @@ def _check_edges(bins: Sequence[float] | Tensor | NDArray[Any], device: torch.de
     return edges
 
 
-def _check(
-    function: str, tensors: Sequence[Tensor], bins: Bins, engine: str | None = None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Check what a function was given, and return its `known_range`."""
-    check_tensors(function, tensors)
-    check_engine(function, engine)
-    return known_range(bins, tensors[0].device, len(tensors))
-
-
-def measure(
-    tensors: Sequence[Tensor],
-    bins: Bins,
-    low: Tensor | None = None,
-    high: Tensor | None = None,
-    engine: str | None = None,
-) -> Statistics:
+def measure(tensors: Sequence[Tensor], bins: Bins, engine: str | None = None) -> Statistics:
     """`statistics` of checked arguments: what watch calls during backward.
 
     Args:
         tensors: L tensors on one device.
         bins: scheme.
-        low: lower ends of linear ranges, float32 ``(L,)``, or ``None``.
-        high: upper ends.
         engine: name, or ``None``.
 
     Returns:
@@ -178,24 +162,20 @@ def measure(
     if torch.compiler.is_compiling():
         # One opaque node in the graph; called eagerly it would only cost its dispatch.
         values = [x.detach() for x in tensors]
-        packed = _measure_op(values, bins.spec, low, high, engine or "")
+        packed = _measure_op(values, bins.spec, engine or "")
         return Statistics(bins, *packed)
-    result: Statistics = choose_engine(engine, tensors[0]).measure(tensors, bins, low, high)
+    result: Statistics = choose_engine(engine, tensors[0]).measure(tensors, bins)
     return result
 
 
 @torch.library.custom_op("gradstat::measure", mutates_args=())
-def _measure_op(
-    tensors: list[Tensor], bins: str, low: Tensor | None, high: Tensor | None, engine: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    result = measure(tensors, parse_bins(bins), low, high, engine or None)
+def _measure_op(tensors: list[Tensor], bins: str, engine: str) -> tuple[Tensor, Tensor, Tensor]:
+    result = measure(tensors, parse_bins(bins), engine or None)
     return result.integers, result.floats, result.counts
 
 
 @_measure_op.register_fake
-def _(
-    tensors: list[Tensor], bins: str, low: Tensor | None, high: Tensor | None, engine: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(tensors: list[Tensor], bins: str, engine: str) -> tuple[Tensor, Tensor, Tensor]:
     n, x = len(tensors), tensors[0]
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     return (
@@ -203,25 +183,6 @@ def _(
         x.new_empty((n, len(FLOATS)), dtype=wide),
         x.new_empty((n, parse_bins(bins).bins), dtype=torch.int64),
     )
-
-
-@keeps_subnormals
-def known_range(bins: Bins, device: torch.device, n: int) -> tuple[Tensor | None, Tensor | None]:
-    """The range of the scheme, if it has one, for each of a list of tensors.
-
-    Args:
-        bins: scheme.
-        device: where the tensors are.
-        n: how many there are, L.
-
-    Returns:
-        low and high, float32 ``(L,)``, or ``None`` twice when the pass itself must find them.
-    """
-    ends = bins.known_range if isinstance(bins, LinearBins) else None
-    if ends is None:
-        return None, None
-    low, high = (torch.full((n,), end, dtype=torch.float32, device=device) for end in ends)
-    return low, high
 
 
 def is_measurable(x: Tensor) -> bool:

@@ -84,11 +84,9 @@ class Engine:
         self,
         tensors: Sequence[torch.Tensor],
         bins: Bins | None = None,
-        low: torch.Tensor | None = None,
-        high: torch.Tensor | None = None,
     ) -> Statistics:
         with numpy_silent_as_a_gpu() if self.is_interpreted else nullcontext():
-            return ops.measure(tensors, bins or Log2Bins(), low, high, self.name)
+            return ops.measure(tensors, bins or Log2Bins(), self.name)
 
     def measure_formats(
         self, tensors: Sequence[torch.Tensor], formats: Sequence[Format], dim: int = -1

@@ -1,4 +1,4 @@
-"""The engines: each offers ``measure(tensors, bins, low, high) -> Statistics``.
+"""The engines: each offers ``measure(tensors, bins) -> Statistics``.
 
 `reference` defines every number; `cpu` and `triton` compute the same, faster. What each offers for
 narrow formats, ``measure_formats(tensors, formats, dim)``, is in a module of its own:

@@ -15,32 +15,22 @@ from gradstat.results import Statistics
 
 
 @keeps_subnormals
-def measure(
-    tensors: Sequence[Tensor], bins: Bins, low: Tensor | None = None, high: Tensor | None = None
-) -> Statistics:
+def measure(tensors: Sequence[Tensor], bins: Bins) -> Statistics:
     """Statistics of each tensor of a list.
 
     Args:
         tensors: L floating-point tensors on one device, any shapes and strides.
         bins: scheme of the histogram.
-        low: lower ends of the ranges of `LinearBins`, float32 ``(L,)``; ``None`` for an automatic
-            range, and for `Log2Bins`.
-        high: upper ends.
 
     Returns:
         Statistics of shape ``(L,)``.
     """
-    rows = [
-        _measure_one(x, bins, *((None, None) if low is None or high is None else (low[i], high[i])))
-        for i, x in enumerate(tensors)
-    ]
+    rows = [_measure_one(x, bins) for x in tensors]
     integers, floats, counts = (torch.stack(column) for column in zip(*rows, strict=True))
     return Statistics(bins, integers, floats, counts)
 
 
-def _measure_one(
-    x: Tensor, bins: Bins, low: Tensor | None, high: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _measure_one(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor, Tensor]:
     x = x.detach().reshape(-1)
     is_finite = torch.isfinite(x)
     n = is_finite.sum()
@@ -62,11 +52,11 @@ def _measure_one(
     std = torch.where(n > 1, unit * (squared_deviation / (n - 1)).sqrt(), math.nan)
     l2 = unit * (scaled**2).sum().sqrt()
 
-    if isinstance(bins, LinearBins):
-        if low is None or high is None:
-            low, high = bins.automatic_range(minimum.to(x.dtype), maximum.to(x.dtype))
-    else:
-        low, high = minimum.new_full((), -math.inf), minimum.new_full((), math.inf)
+    ends = bins.known_range if isinstance(bins, LinearBins) else (-math.inf, math.inf)
+    if ends is not None:
+        low, high = (minimum.new_full((), end) for end in ends)
+    elif isinstance(bins, LinearBins):
+        low, high = bins.automatic_range(minimum.to(x.dtype), maximum.to(x.dtype))
     index = torch.where(is_finite, bins.index(values, low, high) + 1, bins.bins + 2)
     slots = torch.zeros(bins.bins + 3, dtype=torch.int64, device=x.device)
     slots.scatter_add_(0, index, torch.ones_like(index))

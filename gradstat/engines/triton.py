@@ -16,6 +16,7 @@ from gradstat.engines.triton_cadence import PassCounter as PassCounter
 from gradstat.engines.triton_cadence import on_device
 from gradstat.engines.triton_items import make_items
 from gradstat.engines.triton_plans import Group, find_plan
+from gradstat.float_mode import keeps_subnormals
 from gradstat.kernels.finish import finish_kernel
 from gradstat.kernels.histogram import histogram_kernel
 from gradstat.kernels.measure import PARTIAL_FIELDS, measure_kernel
@@ -31,13 +32,7 @@ ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16
 _tables = functools.partial(make_items, tile=EACH * THREADS)
 
 
-def measure(
-    tensors: Sequence[Tensor],
-    bins: Bins,
-    low: Tensor | None = None,
-    high: Tensor | None = None,
-    due: Tensor | None = None,
-) -> Statistics:
+def measure(tensors: Sequence[Tensor], bins: Bins, due: Tensor | None = None) -> Statistics:
     """Statistics of each tensor of a list, as `reference.measure`, without waiting for the device.
 
     float64 tensors, and all tensors when there are more than 4,093 linear bins, go to the reference
@@ -46,8 +41,6 @@ def measure(
     Args:
         tensors: L tensors on one CUDA device, or on the CPU when Triton interprets.
         bins: scheme of the histogram.
-        low: lower ends of known ranges, float32 ``(L,)``.
-        high: upper ends.
         due: for captures: a flag on the device, int64 ``(1,)``. In a replay where it is 0 no kernel
             reads a tensor, and the results are not to be used; the reference engine measures
             nevertheless.
@@ -61,7 +54,7 @@ def measure(
     device = tensors[0].device
     check_device(device)
     if bins.bins > MAX_BINS:
-        return reference.measure(tensors, bins, low, high)
+        return reference.measure(tensors, bins)
     if any(map(Tensor.is_neg, tensors)):
         tensors = [x.resolve_neg() for x in tensors]  # a copy where torch keeps a sign apart
     n = len(tensors)
@@ -71,7 +64,7 @@ def measure(
         torch.empty((n, len(FLOATS)), dtype=torch.float64, device=device),
         torch.zeros((n, bins.bins), dtype=torch.int64, device=device),
     )
-    ranges = None if low is None or high is None else torch.stack([low, high], 1)
+    ranges = _known_ranges(bins, n, device)
     with on_device(device):
         plan = find_plan(tensors, device, _tables)
         for group in plan.groups:
@@ -83,9 +76,17 @@ def measure(
             for group in plan.groups:
                 _count(group, result, found, due)
     for i in plan.float64_rows:
-        known = () if ranges is None else ranges[i : i + 1].unbind(1)
-        _copy_row(reference.measure([tensors[i]], bins, *known), result, i)
+        _copy_row(reference.measure([tensors[i]], bins), result, i)
     return result
+
+
+@keeps_subnormals
+def _known_ranges(bins: Bins, n: int, device: torch.device) -> Tensor | None:
+    """Low and high of each of ``n`` tensors, float32 ``(n, 2)``, if the scheme has a range."""
+    ends = bins.known_range if isinstance(bins, LinearBins) else None
+    if ends is None:
+        return None
+    return torch.stack([torch.full((n,), x, dtype=torch.float32, device=device) for x in ends], 1)
 
 
 def check_device(device: torch.device) -> None:

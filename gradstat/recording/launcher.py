@@ -14,7 +14,7 @@ from gradstat.format_ops import measure_formats
 from gradstat.formats import parse_format
 from gradstat.history import History
 from gradstat.kinds import UNIT
-from gradstat.ops import choose_engine, known_range
+from gradstat.ops import choose_engine
 from gradstat.quantized import PACKED, packed
 from gradstat.recording.arrivals import Launch
 from gradstat.recording.cuda_graphs import Cadence
@@ -45,7 +45,6 @@ class Launcher:
             tensors: by layer, measurable and on one device.
             scales: by kind; with `Log2Bins` the values are divided by them on the host.
         """
-        low = high = None
         # Of scaled gradients, as they would be cast.
         quantized = self._quantized(tensors) if self._formats else ()
         if self._is_linear:
@@ -55,19 +54,17 @@ class Launcher:
                     divided = _divide([tensors[i] for i in scaled], scale.get())
                     tensors = tensors | dict(zip(scaled, divided, strict=True))
             scales = {}
-            device = next(iter(tensors.values())).device
-            low, high = known_range(self._bins, device, len(tensors))
         listed = list(tensors.values())
         device = listed[0].device
         engine = self._engines.get(device.type)
         if engine is None:
             engine = self._engines[device.type] = choose_engine(self._engine, listed[0])
         if hasattr(engine, "measure_rows"):
-            rows = engine.measure_rows(listed, self._bins, low, high)
+            rows = engine.measure_rows(listed, self._bins)
             return Launch(tuple(tensors), (*rows, *(x.numpy() for x in quantized)), None, scales)
         due = self._cadence.flag(device)
         options = {} if due is None else {"due": due}
-        result = engine.measure(listed, self._bins, low, high, **options)
+        result = engine.measure(listed, self._bins, **options)
         rows = result.integers, result.floats, result.counts, *quantized
         return Launch(tuple(tensors), rows, stream_of(device), scales)
 

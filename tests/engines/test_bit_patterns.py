@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import Engine
-from test_engines import assert_counts_are_numpys, assert_floats_are_right, measure
+from test_engines import assert_counts_are_numpys, assert_floats_are_right
 
 from gradstat import LinearBins, Log2Bins
 from gradstat.bins import Bins
@@ -59,7 +59,7 @@ def test_measure_counts_every_payload_of_nan(
 ) -> None:
     patterns = nan_payloads(dtype)
     patterns *= max(1, size // len(patterns))
-    s = measure(engine, [from_bits(patterns, dtype).to(engine.device)], bins)[0]
+    s = engine.measure([from_bits(patterns, dtype).to(engine.device)], bins)[0]
     expected = Counter(kind_of(bits, dtype) for bits in patterns)
     for name in ("nan", "posinf", "neginf", "zeros"):
         assert int(getattr(s, name)) == expected[name], name
@@ -74,7 +74,7 @@ def test_measure_counts_each_of_the_patterns_of_sixteen_bits(
     x = from_bits(list(range(1 << 16)), dtype).to(engine.device)
     # A finite part too, which takes no careful path.
     parts = [x, x[x.isfinite()], x[x.isfinite() & (x > 0)]]
-    s = measure(engine, parts, bins)
+    s = engine.measure(parts, bins)
     assert_counts_are_numpys(s, parts)
     assert_floats_are_right(s, parts, engine)
     expected = Counter(kind_of(bits, dtype) for bits in range(1 << 16))
@@ -92,7 +92,7 @@ def test_measure_counts_arbitrary_patterns(
     bits = torch.randint(ends.min, ends.max, (20_000,), generator=generator, dtype=kind)
     parts = [bits.view(dtype), bits[:300].view(dtype)]
     parts = [x.to(engine.device) for x in parts]
-    s = measure(engine, parts, bins)
+    s = engine.measure(parts, bins)
     assert_counts_are_numpys(s, parts)
     mask = (1 << dtype.itemsize * 8) - 1
     expected = Counter(kind_of(each & mask, dtype) for each in bits.tolist())

@@ -11,7 +11,6 @@ from conftest import Engine, sized
 
 from gradstat import LinearBins, Log2Bins, Statistics
 from gradstat.bins import FLOAT64_MAX, Bins
-from gradstat.ops import known_range
 from gradstat.results import INTEGERS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -77,13 +76,9 @@ def samples(dtype: torch.dtype, device: str) -> list[torch.Tensor]:
     return [x.to(dtype).to(device) for x in tensors]
 
 
-def measure(engine: Engine, tensors: Sequence[torch.Tensor], bins: Bins) -> Statistics:
-    return engine.measure(tensors, bins, *known_range(bins, tensors[0].device, len(tensors)))
-
-
 @functools.cache
 def measured(engine: Engine, dtype: torch.dtype, bins: Bins) -> Statistics:
-    return measure(engine, samples(dtype, engine.device), bins).to("cpu")
+    return engine.measure(samples(dtype, engine.device), bins).to("cpu")
 
 
 def n_elements_of_several_items(engine: Engine) -> int:
@@ -147,9 +142,9 @@ def assert_floats_are_right(s: Statistics, tensors: Sequence[torch.Tensor], engi
 def test_measure_counts_the_ends_of_a_known_range(engine: Engine, dtype: torch.dtype) -> None:
     # Rounded to the nearest float32, 0.1 is above itself and 0.9 below.
     x = torch.tensor([0.1, 0.5, 0.9], dtype=dtype, device=engine.device)
-    s = measure(engine, [x, -x], LinearBins(2, 0.1, 0.9))[0]
+    s = engine.measure([x, -x], LinearBins(2, 0.1, 0.9))[0]
     assert int(s.counts.sum()) == 3
-    assert_counts_are_numpys(measure(engine, [x, -x], LinearBins(2, -0.9, -0.1)), [x, -x])
+    assert_counts_are_numpys(engine.measure([x, -x], LinearBins(2, -0.9, -0.1)), [x, -x])
 
 
 WIDE = {
@@ -173,7 +168,7 @@ def test_measure_finds_a_range_for_float64_beyond_float32(engine: Engine, bins: 
     tensors.append(1e305 * torch.randn(5000, generator=generator, dtype=torch.float64))
     tensors.append(torch.ones(3))
     tensors = [x.to(engine.device) for x in tensors]
-    s = measure(engine, tensors, bins)
+    s = engine.measure(tensors, bins)
     assert_counts_are_numpys(s, tensors)
     assert torch.equal(s.counts.sum(-1), s.finite)
 
@@ -184,7 +179,7 @@ def test_measure_bins_both_signs_alike(engine: Engine, dtype: torch.dtype) -> No
     x = torch.cat([x, torch.nextafter(x, torch.zeros_like(x)), 2 * x])
     if dtype == torch.float64:
         x = torch.cat([x, torch.tensor([2.0**-25 * (1 - 2.0**-30), 1e-300, 1e300], dtype=dtype)])
-    s = measure(engine, [x.to(engine.device), -x.to(engine.device)], Log2Bins())
+    s = engine.measure([x.to(engine.device), -x.to(engine.device)], Log2Bins())
     assert torch.equal(s.counts[0], s.counts[1].flip(0))
     assert torch.equal(s.underflow(torch.float16)[0], s.underflow(torch.float16)[1])
 
@@ -201,7 +196,7 @@ def test_measure_counts_and_ranges_equal_the_references(
     engine: Engine, dtype: torch.dtype, bins: Bins
 ) -> None:
     got = measured(engine, dtype, bins)
-    expected = measure(Engine("reference", "cpu"), samples(dtype, "cpu"), bins)
+    expected = Engine("reference", "cpu").measure(samples(dtype, "cpu"), bins)
     assert torch.equal(got.integers, expected.integers)
     assert torch.equal(got.counts, expected.counts)
     assert torch.equal(got.low, expected.low)
@@ -260,7 +255,7 @@ def test_measure_reads_any_strides(
     x[::10] = torch.tensor([math.nan, math.inf, 0.0, -math.inf]).repeat(5)
     x = x.to(dtype).to(engine.device)
     views = [view(x) for view in VIEWS.values()]
-    s = measure(engine, views, bins)
+    s = engine.measure(views, bins)
     assert_counts_are_numpys(s, views)
     assert_floats_are_right(s, views, engine)
 
@@ -273,7 +268,7 @@ def test_measure_takes_several_dtypes_in_one_list(
         torch.randn(50 + 7 * i, generator=generator).to(dtype).to(engine.device)
         for i, dtype in enumerate([*DTYPES, torch.float32, torch.bfloat16, torch.float16])
     ]
-    s = measure(engine, tensors, bins)
+    s = engine.measure(tensors, bins)
     assert_counts_are_numpys(s, tensors)
     assert_floats_are_right(s, tensors, engine)
 
@@ -290,7 +285,7 @@ def test_measure_joins_the_parts_of_a_tensor(
     tensors = [x, columns]
     if not engine.is_interpreted:
         tensors += [x[::2], x.double(), columns.t().half()]
-    s = measure(engine, tensors, bins)
+    s = engine.measure(tensors, bins)
     assert_counts_are_numpys(s, tensors)
     assert_floats_are_right(s, tensors, engine)
 
@@ -300,9 +295,9 @@ def test_measure_is_identical_from_run_to_run(
     engine: Engine, bins: Bins, generator: torch.Generator
 ) -> None:
     x = torch.randn(n_elements_of_several_items(engine), generator=generator).to(engine.device)
-    first = measure(engine, [x, x[:100]], bins)
+    first = engine.measure([x, x[:100]], bins)
     for _ in range(1 if engine.is_interpreted else 20):
-        again = measure(engine, [x, x[:100]], bins)
+        again = engine.measure([x, x[:100]], bins)
         assert torch.equal(again.integers, first.integers)
         assert torch.equal(again.floats, first.floats)
         assert torch.equal(again.counts, first.counts)
@@ -315,7 +310,7 @@ def test_measure_gives_a_constant_a_range_of_one_or_of_a_few_float32(
 ) -> None:
     values = [0.0, 1.0, -0.25, 1000.0, 2.0**20, -(2.0**20), 2.0**21, 3.0 * 2**24, 1e30, -3e38]
     tensors = [torch.full((n,), value, dtype=torch.float32).to(dtype) for value in values]
-    s = measure(engine, [x.to(engine.device) for x in tensors], LinearBins(30)).to("cpu")
+    s = engine.measure([x.to(engine.device) for x in tensors], LinearBins(30)).to("cpu")
     for i, tensor in enumerate(tensors):
         value = tensor[0].item()
         # Half a unit to each side up to 2**20; beyond, 2**-21 of the value: 4 to 8 float32.
@@ -330,11 +325,11 @@ def test_merge_of_an_engines_parts_is_the_union(
     engine: Engine, dtype: torch.dtype, bins: Bins
 ) -> None:
     tensors = samples(dtype, engine.device)
-    s = measure(engine, tensors, bins)
+    s = engine.measure(tensors, bins)
     merged = functools.reduce(Statistics.merge, s)
     union = torch.cat([x.reshape(-1) for x in tensors])
     # The bins of both are those of one engine, so the counts are equal.
-    expected = measure(engine, [union], bins)
+    expected = engine.measure([union], bins)
     assert torch.equal(merged.integers, expected.integers[0])
     assert torch.equal(merged.counts, expected.counts[0])
     row = Statistics(bins, merged.integers[None], merged.floats[None].clone(), merged.counts[None])
@@ -348,8 +343,8 @@ def test_merge_of_the_same_row_by_two_engines_is_of_twice_its_values(
 ) -> None:
     # But the first, of the smallest numbers, whose norm has few digits.
     tensors = samples(dtype, "cpu")[1:]
-    ours = measure(engine, [x.to(engine.device) for x in tensors], LinearBins(30, -0.5, 0.5))
-    theirs = measure(Engine("reference", "cpu"), tensors, LinearBins(30, -0.5, 0.5))
+    ours = engine.measure([x.to(engine.device) for x in tensors], LinearBins(30, -0.5, 0.5))
+    theirs = Engine("reference", "cpu").measure(tensors, LinearBins(30, -0.5, 0.5))
     for merged in (theirs.merge(ours), ours.merge(theirs)):
         doubled = [torch.cat([x.reshape(-1)] * 2) for x in tensors]
         assert_counts_are_numpys(merged.to("cpu"), doubled)

@@ -70,26 +70,22 @@ _scratches: list[tuple[Tensor, int]] = []  # between calls, with their addresses
 _rooms: list[_Room] = []  # between calls
 
 
-def measure(
-    tensors: Sequence[Tensor], bins: Bins, low: Tensor | None = None, high: Tensor | None = None
-) -> Statistics:
+def measure(tensors: Sequence[Tensor], bins: Bins) -> Statistics:
     """Statistics of each tensor of a list on the CPU, as `reference.measure`."""
-    return as_statistics(bins, _dense_rows(tensors, bins, low, high))
+    return as_statistics(bins, _dense_rows(tensors, bins))
 
 
-def measure_rows(
-    tensors: Sequence[Tensor], bins: Bins, low: Tensor | None = None, high: Tensor | None = None
-) -> tuple[Array, Array, Counts]:
+def measure_rows(tensors: Sequence[Tensor], bins: Bins) -> tuple[Array, Array, Counts]:
     """The same as arrays: a history keeps them, and tensors take long to make.
 
     Each NumPy call costs a training step more than to measure a small gradient: there are few.
     """
     n, n_bins = len(tensors), bins.bins
     if n * (n_bins + NUMBERS) > _MOST:
-        return _dense_rows(tensors, bins, low, high)
+        return _dense_rows(tensors, bins)
     room = _take(_rooms, _Room.new)
     address, packed = room.addresses
-    _measure_into(room.rows, address, tensors, bins, low, high)
+    _measure_into(room.rows, address, tensors, bins)
     length = pack_rows()(address, n, n_bins, packed)
     memory = bytearray(room.packed[: 8 * length])
     _rooms.append(room)
@@ -100,11 +96,9 @@ def measure_rows(
     return integers, floats, PackedRows(counts, n, n_bins)
 
 
-def _dense_rows(
-    tensors: Sequence[Tensor], bins: Bins, low: Tensor | None, high: Tensor | None
-) -> Rows:
+def _dense_rows(tensors: Sequence[Tensor], bins: Bins) -> Rows:
     memory = np.zeros(len(tensors) * (NUMBERS + bins.bins), np.int64)
-    _measure_into(memory, memory.ctypes.data, tensors, bins, low, high)
+    _measure_into(memory, memory.ctypes.data, tensors, bins)
     return _rows(memory, len(tensors), bins.bins)
 
 
@@ -115,14 +109,7 @@ def _rows(memory: Array, n: int, n_bins: int) -> Rows:
     return integers, floats.view(np.float64), counts.reshape(n, n_bins)
 
 
-def _measure_into(
-    memory: Array,
-    address: int,
-    tensors: Sequence[Tensor],
-    bins: Bins,
-    low: Tensor | None,
-    high: Tensor | None,
-) -> None:
+def _measure_into(memory: Array, address: int, tensors: Sequence[Tensor], bins: Bins) -> None:
     """Write the rows of tensors to memory that is zero."""
     tables: dict[torch.dtype, _Table] = {}
     is_linear = isinstance(bins, LinearBins)
@@ -131,26 +118,34 @@ def _measure_into(
         if table is None:
             table = tables[x.dtype] = _Table(x.dtype, is_linear)
         table.append(row, x)
-    is_automatic = is_linear and low is None
     n, n_bins = len(tensors), bins.bins
+    ranges = _known_ranges(bins, n)
+    is_automatic = is_linear and ranges is None
     to = address, address + 8 * n * len(INTEGERS), address + 8 * n * NUMBERS, n_bins
     for table in tables.values():
-        table.run(FLOATS_ONLY if is_automatic else FUSED, to, low, high)
+        table.run(FLOATS_ONLY if is_automatic else FUSED, to, ranges)
     if isinstance(bins, LinearBins) and is_automatic:
         rows = _rows(memory, n, n_bins)
         if bins.nice:
-            low, high = _nice_range(bins, rows[1])
+            ranges = _nice_ranges(bins, rows[1])
         for table in tables.values():
-            table.run(COUNTS_ONLY, to, low, high)
+            table.run(COUNTS_ONLY, to, ranges)
         if torch.float64 in tables:
             _measure_again_beyond_float32(tensors, bins, rows)
 
 
 @keeps_subnormals
-def _nice_range(bins: LinearBins, floats: Array) -> tuple[Tensor, Tensor]:
+def _known_ranges(bins: Bins, n: int) -> array[float] | None:
+    """The low and then the high ends of ``n`` tensors, float32, if the scheme has a range."""
+    ends = bins.known_range if isinstance(bins, LinearBins) else None
+    return None if ends is None else array("f", [ends[0]] * n + [ends[1]] * n)
+
+
+@keeps_subnormals
+def _nice_ranges(bins: LinearBins, floats: Array) -> array[float]:
     minimum, maximum = torch.from_numpy(floats[:, :2]).unbind(-1)  # the first of `FLOATS`
     low, high = bins.automatic_range(minimum, maximum)
-    return low.float(), high.float()
+    return array("f", low.tolist() + high.tolist())
 
 
 def _measure_again_beyond_float32(tensors: Sequence[Tensor], bins: Bins, rows: Rows) -> None:
@@ -162,11 +157,9 @@ def _measure_again_beyond_float32(tensors: Sequence[Tensor], bins: Bins, rows: R
             each[row] = new[0]
 
 
-def histogram(
-    x: Tensor, bins: Bins, low: Tensor | None, high: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def histogram(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor]:
     """Counts and edges of one tensor, as `measure` and `Bins.edges` have them."""
-    _, floats, counts = _dense_rows([x], bins, low, high)
+    _, floats, counts = _dense_rows([x], bins)
     start, end = floats[0, -2:].tolist()  # the last of `FLOATS`
     if isinstance(bins, LinearBins) and max(-start, end) <= FLOAT32_MAX:
         edges = torch.empty(bins.bins + 1, dtype=torch.float64, device="cpu")
@@ -207,29 +200,26 @@ class _Table:
         self._numel += numel
         self._held.append(x)
 
-    def run(
-        self, stage: int, to: tuple[int, int, int, int], low: Tensor | None, high: Tensor | None
-    ) -> None:
+    def run(self, stage: int, to: tuple[int, int, int, int], ranges: array[float] | None) -> None:
         """Do a stage of the work: threads share the items, then the rows are made.
 
         Args:
             stage: see `work`.
             to: addresses of integers, floats and counts, and how many bins there are.
-            low: ends of the ranges.
-            high: likewise.
+            ranges: as of `_known_ranges`.
         """
         if not self._partials:
             self._partials = array("d", bytes(8 * FIELDS * self._items))
         ends = 0, 0
-        if low is not None and high is not None:
-            low, high = low.contiguous(), high.contiguous()
-            ends = low.data_ptr(), high.data_ptr()
+        if ranges is not None:
+            address, length = ranges.buffer_info()
+            ends = address, address + length // 2 * ranges.itemsize
         n, items = len(self._lines) // COLUMNS, self._items
         head = 0, n, items, self._partials.buffer_info()[0], *to, *ends
         table = array("q", (*head, *self._lines, 0, 0, 0, 0, items, 0))
 
         def share(is_last: bool = False) -> None:
-            _ = self, low, high  # whose memory the table has the addresses of
+            _ = self, ranges  # whose memory the table has the addresses of
             scratch = _take(_scratches, _new_scratch)
             self._work(table.buffer_info()[0], stage, is_last, scratch[1])
             _scratches.append(scratch)
