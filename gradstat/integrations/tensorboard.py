@@ -16,7 +16,7 @@ import numpy as np
 from gradstat.arrays import Array
 from gradstat.history import History
 from gradstat.history.arguments import check_history
-from gradstat.integrations.buckets import (
+from gradstat.integrations.viewers import (
     buckets,
     check_tags,
     chosen_steps,

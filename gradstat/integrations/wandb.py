@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from gradstat.arrays import evenly_spread
 from gradstat.history import History
 from gradstat.history.arguments import check_history
-from gradstat.integrations.buckets import (
+from gradstat.integrations.viewers import (
     buckets,
     check_tags,
     chosen_steps,

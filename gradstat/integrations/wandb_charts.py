@@ -9,7 +9,7 @@ import numpy as np
 
 from gradstat.arrays import Array
 from gradstat.history import History
-from gradstat.integrations.buckets import chosen_steps, derived, group, layers_of, rows, scalars
+from gradstat.integrations.viewers import chosen_steps, derived, group, layers_of, rows, scalars
 from gradstat.kinds import NOUNS, UPDATE
 
 MAX_POINTS = 10_000  # of one custom chart

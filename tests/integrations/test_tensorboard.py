@@ -15,7 +15,7 @@ import gradstat
 from gradstat import History
 from gradstat.cli import main
 from gradstat.integrations import tensorboard
-from gradstat.integrations.buckets import buckets
+from gradstat.integrations.viewers import buckets
 
 pytestmark = pytest.mark.integrations
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
