@@ -29,6 +29,7 @@ CALLS, STEPS = 3000, 2000
 # Functions by what they do; each is inside one further up.
 CALL: list[tuple[Any, str, str]] = [
     (gradstat, "statistics", "`gradstat.statistics` of four weight gradients"),
+    (cpu, "measure", "of it, the engine"),
     (cpu, "measure_rows", "of it, the engine"),
     (cpu._Table, "append", "of the engine, reading addresses, sizes, dtypes"),
     (cpu._Table, "run", "of the engine, the work table and the compiled work"),
