@@ -136,6 +136,12 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     return selected
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Draw what a test draws without a generator, such as weights, the same in every run."""
+    torch.manual_seed(20)
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     """Random numbers that are the same in every run."""
