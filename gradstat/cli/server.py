@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import socketserver
 import sys
 from http import HTTPStatus
@@ -40,6 +41,8 @@ class Server(ThreadingHTTPServer):
     """
 
     daemon_threads = True
+    # With the usual 5, clients beyond it try again after a second, after two, after four.
+    request_queue_size = socket.SOMAXCONN
 
     def __init__(self, runs: RunList, port: int) -> None:
         self.runs = runs

@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -122,6 +123,29 @@ def test_server_needs_one_host(serve: Callable[..., Server], run: Path) -> None:
     assert raw(server, "GET / HTTP/1.0\r\n\r\n") == "HTTP/1.1 403 Forbidden"
     assert raw(server, f"GET / HTTP/1.1\r\n{own}Host: evil\r\n\r\n") == "HTTP/1.1 403 Forbidden"
     assert raw(server, f"GET http://evil/ HTTP/1.1\r\n{own}\r\n") == "HTTP/1.1 404 Not Found"
+
+
+def test_server_answers_two_hundred_clients_at_once(run: Path) -> None:
+    with Server(RunList([run]), 0) as server:
+        request = f"GET /run/0/data HTTP/1.0\r\nHost: localhost:{server.server_port}\r\n\r\n"
+        began_s = time.monotonic()
+        # Nobody accepts them yet: all of them wait in the queue.
+        clients = [
+            socket.create_connection(("127.0.0.1", server.server_port), timeout=5)
+            for _ in range(200)
+        ]
+        for client in clients:
+            client.sendall(request.encode())
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            for client in clients:
+                with client, client.makefile("rb") as answer:
+                    assert answer.readline() == b"HTTP/1.1 200 OK\r\n"
+        finally:
+            server.shutdown()
+            thread.join()
+    assert time.monotonic() - began_s < 5
 
 
 @pytest.mark.parametrize(
