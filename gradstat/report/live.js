@@ -28,9 +28,9 @@ function follow(address, take) {
   poll();
 }
 
-function liveState({ state, behind, quiet }) {
+function liveState({ state, behind, quiet, path }) {
   const last = T ? `, step ${whole(meta.steps[T - 1][1])}` : "";
-  if (state === "waiting") return ["waiting", "Waiting for the run: it is not there yet."];
+  if (state === "waiting") return ["waiting", `Waiting for the run: ${path} is not there yet.`];
   if (state === "gone") return ["stopped", "The run is no longer there; this is what it had."];
   if (state !== "there") return ["stopped", `The run ${state}`];
   if (behind) return ["waiting", `Reading${last} \u2026`];

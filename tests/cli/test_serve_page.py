@@ -78,7 +78,7 @@ def test_page_follows_a_run_that_ends_is_killed_and_is_resumed(
     path = tmp_path / "run"
     with serving(path) as server:
         page = look(server.address)
-        wait_for(page, "Waiting for the run: it is not there yet.")
+        wait_for(page, f"Waiting for the run: {path} is not there yet.")
         assert page.locator("#empty").is_visible()
         assert page.locator("main").is_hidden()
         writer = write(path)
