@@ -18,7 +18,7 @@ from playwright.sync_api import sync_playwright
 from gradstat import History, Log2Bins
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import OWN, Records, no_formats
-from gradstat.kinds import GRAD, Row
+from gradstat.record import GRAD, Row
 from gradstat.results import FLOATS, INTEGERS
 
 OCTAVES = 22

@@ -11,7 +11,7 @@ import numpy as np
 from gradstat.arrays import Array
 from gradstat.history import History
 from gradstat.history.arguments import check_history
-from gradstat.kinds import GRAD
+from gradstat.record import GRAD
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import gradstat
 from gradstat import History
 from gradstat.bins import Bins
 from gradstat.history.journal import Journal
-from gradstat.kinds import GRAD, Row
+from gradstat.record import GRAD, Row
 from gradstat.results import FLOATS, INTEGERS
 
 LONG_NAMES = [f"transformer.h.{i}.mlp.c_proj.weight" for i in range(12)]

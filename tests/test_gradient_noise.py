@@ -12,7 +12,7 @@ from watching import absent, arrays
 
 import gradstat
 from gradstat import History, Log2Bins
-from gradstat.kinds import Row
+from gradstat.record import Row
 
 N, BATCH = 400, (8, 64)
 NOISE, GRADIENT = (2.0, 0.5), (0.2, 0.1)  # of one example, rms of two layers

@@ -12,12 +12,13 @@ PACKAGE = ROOT / "gradstat"
 # Rooms in the order of the data, each from those before it; rooms of one line from one another.
 ORDER = (
     (
-        *("float_mode", "nice_ranges", "bins", "kinds", "arrays"),
+        *("float_mode", "nice_ranges", "bins", "arrays"),
         *("files", "forks", "escaping", "fourth_moment"),
     ),
     ("choices", "warning", "version", "thresholds"),
     ("formats",),
     ("results", "quantized"),
+    ("record",),
     ("kernels",),
     ("engines",),
     ("ops",),

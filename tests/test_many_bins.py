@@ -13,7 +13,7 @@ from gradstat.cli import main
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import OWN, Records, no_formats
 from gradstat.history.snapshot import Snapshot
-from gradstat.kinds import Row
+from gradstat.record import Row
 from gradstat.results import FLOATS, INTEGERS
 
 BINS, LAYERS = 1 << 20, 200

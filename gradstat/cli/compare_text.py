@@ -29,7 +29,7 @@ from gradstat.escaping import escaped
 from gradstat.files import replacing
 from gradstat.history import History
 from gradstat.history.arguments import check_history, first_rows
-from gradstat.kinds import PARAM, UNIT, UPDATE
+from gradstat.record import PARAM, UNIT, UPDATE
 
 _MOST_LINES = 10  # layers that a figure's key has room for
 

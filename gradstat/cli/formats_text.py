@@ -10,7 +10,7 @@ from gradstat.diagnosis.narrow_formats import Fit, layer_fits, recommendation
 from gradstat.diagnosis.run import Run
 from gradstat.escaping import escaped
 from gradstat.history import History
-from gradstat.kinds import NOUNS, UNIT
+from gradstat.record import NOUNS, UNIT
 from gradstat.thresholds import Thresholds
 
 

@@ -12,7 +12,7 @@ from gradstat.cli.text import MOST_LAYERS, bar, ends_of, findings, number, perce
 from gradstat.escaping import escaped
 from gradstat.history import History
 from gradstat.history.arguments import first_rows
-from gradstat.kinds import NOUNS
+from gradstat.record import NOUNS
 
 _NEWEST = ("rms", "abs_max", "numel", "finite", "zeros")  # fields that are shown
 

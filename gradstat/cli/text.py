@@ -17,7 +17,7 @@ from gradstat.diagnosis.run import median
 from gradstat.escaping import escaped
 from gradstat.history import History
 from gradstat.history.arguments import first_rows
-from gradstat.kinds import GRAD, NOUNS
+from gradstat.record import GRAD, NOUNS
 
 Item = TypeVar("Item")
 

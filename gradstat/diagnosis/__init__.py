@@ -22,7 +22,7 @@ from gradstat.diagnosis.stuck import find_stuck
 from gradstat.diagnosis.vanishing_exploding import find_growth, find_low, find_trend
 from gradstat.history import History
 from gradstat.history.arguments import check_history
-from gradstat.kinds import ACTIVATION, GRAD, UNIT, UPDATE
+from gradstat.record import ACTIVATION, GRAD, UNIT, UPDATE
 from gradstat.thresholds import Thresholds
 
 __all__ = ["FINDINGS", "SEVERITIES", "Finding", "Severity", "Thresholds", "diagnose"]

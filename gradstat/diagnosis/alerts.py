@@ -15,7 +15,7 @@ from gradstat.diagnosis.run import Run, is_loss, median
 from gradstat.diagnosis.spikes import find_gradient_spikes, find_loss_spikes
 from gradstat.diagnosis.vanishing_exploding import find_growth
 from gradstat.history import History
-from gradstat.kinds import GRAD, UNIT
+from gradstat.record import GRAD, UNIT
 from gradstat.results import FLOATS, INTEGERS
 from gradstat.thresholds import Thresholds
 

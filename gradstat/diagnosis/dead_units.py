@@ -9,7 +9,7 @@ import numpy as np
 from gradstat.arrays import Array
 from gradstat.diagnosis.findings import Finding, Severity
 from gradstat.diagnosis.run import Run
-from gradstat.kinds import ACTIVATION, OF_PARAMETERS
+from gradstat.record import ACTIVATION, OF_PARAMETERS
 from gradstat.thresholds import Thresholds
 
 

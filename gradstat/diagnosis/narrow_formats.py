@@ -12,7 +12,7 @@ from gradstat.arrays import Array
 from gradstat.diagnosis.findings import Finding
 from gradstat.diagnosis.run import Run, median
 from gradstat.formats import parse_format
-from gradstat.kinds import NOUNS, Row
+from gradstat.record import NOUNS, Row
 from gradstat.thresholds import Thresholds
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from gradstat.arrays import Array
 from gradstat.diagnosis.findings import Finding, Severity
 from gradstat.diagnosis.run import Run, is_loss
-from gradstat.kinds import ACTIVATION, FROM_THE_END, GRAD, GRAD_OUTPUT, PARAM, UNIT, UPDATE
+from gradstat.record import ACTIVATION, FROM_THE_END, GRAD, GRAD_OUTPUT, PARAM, UNIT, UPDATE
 from gradstat.thresholds import Thresholds
 
 # In the order in which a step computes them; the peaks of units are those of activations.

@@ -20,7 +20,7 @@ from gradstat.diagnosis.movers import (
     tell,
 )
 from gradstat.diagnosis.run import Run, is_loss, median
-from gradstat.kinds import ACTIVATION, GRAD, PARAM, UPDATE
+from gradstat.record import ACTIVATION, GRAD, PARAM, UPDATE
 from gradstat.thresholds import Thresholds
 
 _LASTING = 10  # values after which a spike that is not over is there to stay

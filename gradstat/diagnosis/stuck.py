@@ -9,7 +9,7 @@ import numpy as np
 from gradstat.arrays import Array
 from gradstat.diagnosis.findings import Finding, Severity
 from gradstat.diagnosis.run import Run, median
-from gradstat.kinds import GRAD, PARAM
+from gradstat.record import GRAD, PARAM
 from gradstat.thresholds import Thresholds
 
 _PERSISTENT = 3  # windows in a row, at least, in which a layer stands still

@@ -11,7 +11,7 @@ import numpy as np
 
 from gradstat.arrays import Array
 from gradstat.history.records import OWN, Records
-from gradstat.kinds import KINDS, Row
+from gradstat.record import KINDS, Row
 
 
 def union(parts: Sequence[tuple[Sequence[Row], Sequence[str]]]) -> tuple[list[Row], list[str]]:

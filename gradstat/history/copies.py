@@ -11,7 +11,7 @@ import numpy as np
 from gradstat.arrays import Array
 from gradstat.history.layout import PARTIAL, UNKNOWN
 from gradstat.history.records import OWN, SAME, Records
-from gradstat.kinds import GRAD, NOUNS, OF_OUTPUTS, Row
+from gradstat.record import GRAD, NOUNS, OF_OUTPUTS, Row
 from gradstat.results import FLOATS
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)

@@ -26,8 +26,8 @@ from gradstat.history.records import OWN, Records
 from gradstat.history.scalars import Scalars
 from gradstat.history.shapes import kurtosis_of
 from gradstat.history.snapshot import DENSE_BYTES, Record, Snapshot, check_step
-from gradstat.kinds import FROM_THE_END, GRAD, PARAM, UNIT, UPDATE, Row
 from gradstat.quantized import PACKED, QUANTIZATION_FIELDS, unpacked
+from gradstat.record import FROM_THE_END, GRAD, PARAM, UNIT, UPDATE, Row
 from gradstat.results import DERIVED, FLOATS, INTEGERS, SHAPES, Statistics
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from gradstat.formats import parse_format
 from gradstat.history.layout import Layout
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.scalars import Scalars
-from gradstat.kinds import KINDS, UNIT, Row
 from gradstat.quantized import NO_SCALE_MAX, NO_SCALE_MIN, PACKED
+from gradstat.record import KINDS, UNIT, Row
 from gradstat.results import FLOATS, INTEGERS
 
 # Origins that are no rank: values are of this rank alone, or the same ones on each rank.

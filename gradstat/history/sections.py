@@ -16,8 +16,8 @@ from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import OWN, Records, no_formats
 from gradstat.history.scalars import Scalars
 from gradstat.history.source import Shaped, Source, encoded, floats, integer, integers, names_of
-from gradstat.kinds import GRAD, Row
 from gradstat.quantized import PACKED
+from gradstat.record import GRAD, Row
 from gradstat.results import FLOATS, INTEGERS
 
 FORMAT = "gradstat history 2"

@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 from gradstat.choices import one_of
 from gradstat.formats import asked_formats
 from gradstat.history import History
-from gradstat.kinds import GRAD, GRAD_OUTPUT
+from gradstat.record import GRAD, GRAD_OUTPUT
 from gradstat.recording.options import EVERYTHING
 from gradstat.recording.running_watch import Watch
 from gradstat.recording.watch import watch

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradstat.integrations.callbacks import Watching
-from gradstat.kinds import UPDATE
+from gradstat.record import UPDATE
 
 try:
     from lightning.pytorch import Callback

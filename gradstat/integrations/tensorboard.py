@@ -26,7 +26,7 @@ from gradstat.integrations.viewers import (
     rows,
     scalars,
 )
-from gradstat.kinds import GRAD, Row
+from gradstat.record import GRAD, Row
 from gradstat.recording.options import check_directory
 from gradstat.recording.run_writer import RunWriter
 

@@ -10,7 +10,7 @@ import numpy as np
 from gradstat.arrays import Array, evenly_spread
 from gradstat.history import History
 from gradstat.history.arguments import check_count
-from gradstat.kinds import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE, Row
+from gradstat.record import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE, Row
 from gradstat.results import Statistics
 
 

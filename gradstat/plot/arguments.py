@@ -11,7 +11,7 @@ from gradstat.choices import one_of
 from gradstat.escaping import escaped
 from gradstat.history import FIELDS, History
 from gradstat.history.arguments import first_rows
-from gradstat.kinds import NOUNS, UNIT, UPDATE, Row
+from gradstat.record import NOUNS, UNIT, UPDATE, Row
 
 Histories: TypeAlias = History | Mapping[str, History] | Sequence[History]
 Layers: TypeAlias = Sequence[str] | Mapping[str, str]

@@ -11,8 +11,8 @@ import numpy as np
 from gradstat.arrays import OCTAVES, Array, divide, evenly_spread, octaves
 from gradstat.bins import Log2Bins
 from gradstat.history import History
-from gradstat.kinds import UPDATE
 from gradstat.plot.arguments import DERIVED, Limits
+from gradstat.record import UPDATE
 
 MAX_COLUMNS = 200  # of an image against time
 # Matplotlib widens limits before it draws, which must not overflow: on a linear axis and a log one.

@@ -15,8 +15,8 @@ from gradstat.arrays import PackedRows
 from gradstat.bins import Bins, LinearBins
 from gradstat.history import History
 from gradstat.history.union_quantized import union_of
-from gradstat.kinds import OF_OUTPUTS
 from gradstat.quantized import PACKED
+from gradstat.record import OF_OUTPUTS
 from gradstat.recording.streams import Computed, take_over
 from gradstat.results import FLOATS, INTEGERS, as_arrays, as_statistics
 

@@ -13,9 +13,9 @@ from gradstat.bins import LinearBins, widen
 from gradstat.format_ops import measure_formats
 from gradstat.formats import parse_format
 from gradstat.history import History
-from gradstat.kinds import UNIT
 from gradstat.ops import choose_engine
 from gradstat.quantized import PACKED, packed
+from gradstat.record import UNIT
 from gradstat.recording.arrivals import Launch
 from gradstat.recording.cuda_graphs import Cadence
 from gradstat.recording.streams import Computed, stream_of

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from gradstat.kinds import ACTIVATION, GRAD_OUTPUT, UNIT
+from gradstat.record import ACTIVATION, GRAD_OUTPUT, UNIT
 from gradstat.recording.recorder import Recorder
 from gradstat.recording.running_pass import RunningPass, remember_caller
 from gradstat.recording.skipped_steps import SkippedSteps

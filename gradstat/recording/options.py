@@ -11,7 +11,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from gradstat.bins import Bins, LinearBins
-from gradstat.kinds import ACTIVATION, GRAD, GRAD_OUTPUT, OF_OUTPUTS, PARAM, UNIT, UPDATE
+from gradstat.record import ACTIVATION, GRAD, GRAD_OUTPUT, OF_OUTPUTS, PARAM, UNIT, UPDATE
 from gradstat.recording.selection import ModuleSelector
 
 EVERYTHING = "all"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from gradstat.history import History
-from gradstat.kinds import OF_OUTPUTS
+from gradstat.record import OF_OUTPUTS
 from gradstat.recording.torch_internals import has_compiled
 
 

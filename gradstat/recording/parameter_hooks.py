@@ -13,7 +13,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gradstat.kinds import GRAD, PARAM, UPDATE
+from gradstat.record import GRAD, PARAM, UPDATE
 from gradstat.recording.logged import LearningRates
 from gradstat.recording.recorder import Recorder
 from gradstat.recording.running_pass import RunningPass

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gradstat.forks import call_after_fork
 from gradstat.history import History
-from gradstat.kinds import GRAD, OF_OUTPUTS
 from gradstat.ops import is_measurable
+from gradstat.record import GRAD, OF_OUTPUTS
 from gradstat.recording.arrivals import Part, Record, Transfer, combine_arrived, send
 from gradstat.recording.cuda_graphs import Cadence, CapturedPasses, is_capturing
 from gradstat.recording.delivery import Delivery

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gradstat.history import History
 from gradstat.history.layout import PARTIAL, UNKNOWN, Layout
 from gradstat.history.records import OWN, SAME
-from gradstat.kinds import GRAD, OF_OUTPUTS, OF_PARAMETERS
+from gradstat.record import GRAD, OF_OUTPUTS, OF_PARAMETERS
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

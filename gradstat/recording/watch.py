@@ -18,8 +18,8 @@ from gradstat.formats import Format, asked_formats
 from gradstat.history import History
 from gradstat.history.journal import Journal
 from gradstat.history.rank_directories import own_directory
-from gradstat.kinds import KINDS, OF_OUTPUTS, Row
 from gradstat.ops import check_bins, check_engine
+from gradstat.record import KINDS, OF_OUTPUTS, Row
 from gradstat.recording import open_watches, options
 from gradstat.recording.cuda_graphs import Cadence
 from gradstat.recording.delivery import Delivery, Sink

@@ -15,7 +15,7 @@ from gradstat.diagnosis import diagnose
 from gradstat.escaping import escaped
 from gradstat.history import History
 from gradstat.history.arguments import first_rows
-from gradstat.kinds import NOUNS
+from gradstat.record import NOUNS
 from gradstat.report import series, thin
 
 _WIDTH, _LINE_HEIGHT = 420, 56  # pixels

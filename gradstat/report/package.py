@@ -15,7 +15,7 @@ from gradstat.diagnosis import Finding
 from gradstat.diagnosis.run import Run
 from gradstat.escaping import escaped
 from gradstat.history import History
-from gradstat.kinds import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE
+from gradstat.record import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE
 from gradstat.report.series import Series
 from gradstat.report.thin import Columns, Sample
 from gradstat.version import __version__

@@ -11,7 +11,7 @@ import numpy as np
 from gradstat.arrays import Array, divide
 from gradstat.diagnosis.run import is_loss
 from gradstat.history import History
-from gradstat.kinds import NOUNS
+from gradstat.record import NOUNS
 from gradstat.report.thin import Columns
 
 Numbers: TypeAlias = tuple[Array, Array]  # steps, which do not fall, and a value at each

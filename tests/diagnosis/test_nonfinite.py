@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gradstat
 from gradstat import Finding, History, Log2Bins
-from gradstat.kinds import KINDS
+from gradstat.record import KINDS
 
 L = 4  # layers, each of them a module too
 Breaks = Callable[[int, str, int], float | None]

@@ -5,7 +5,7 @@ from findings import noise
 from histories import make_history
 
 from gradstat import Finding, Log2Bins
-from gradstat.kinds import ACTIVATION, GRAD
+from gradstat.record import ACTIVATION, GRAD
 
 
 def found(growth: float, kind: str = ACTIVATION, steps: int = 80) -> list[Finding]:

@@ -13,7 +13,7 @@ import gradstat
 from gradstat import History, LinearBins, Log2Bins, Thresholds
 from gradstat.diagnosis.run import Run
 from gradstat.diagnosis.saturation_underflow import NARROW
-from gradstat.kinds import GRAD
+from gradstat.record import GRAD
 
 
 def test_diagnose_of_noise_is_two_notes() -> None:

@@ -10,7 +10,7 @@ from findings import diagnose, noise, only
 from histories import make_history
 
 from gradstat import Finding, History, Log2Bins
-from gradstat.kinds import ACTIVATION, GRAD, PARAM, UPDATE
+from gradstat.record import ACTIVATION, GRAD, PARAM, UPDATE
 
 STEPS, AT = 80, 60
 KINDS = (GRAD, PARAM, UPDATE, ACTIVATION)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import gradstat
 from gradstat import History, Log2Bins
-from gradstat.kinds import Row
+from gradstat.record import Row
 from gradstat.results import INTEGERS
 
 L = 4

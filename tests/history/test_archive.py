@@ -17,7 +17,7 @@ from gradstat.bins import Bins
 from gradstat.history import npz, sections
 from gradstat.history.journal import Journal
 from gradstat.history.layout import Layout
-from gradstat.kinds import Row
+from gradstat.record import Row
 from gradstat.results import FLOATS, INTEGERS
 
 

@@ -11,7 +11,7 @@ from watching import arrays, assert_same
 import gradstat
 from gradstat import History, LinearBins, Log2Bins
 from gradstat.bins import Bins
-from gradstat.kinds import Row
+from gradstat.record import Row
 
 SAVED = Path(__file__).parent / "saved"
 ROWS = [

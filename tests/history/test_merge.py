@@ -23,7 +23,7 @@ from gradstat.history.journal import Journal
 from gradstat.history.layout import PARTIAL, Layout
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import OWN, SAME
-from gradstat.kinds import Row
+from gradstat.record import Row
 
 ROWS = ["a.weight", "b.weight"]
 

@@ -12,7 +12,7 @@ from legibility import assert_legible
 from matplotlib.figure import Figure
 
 from gradstat import History, LinearBins, Log2Bins, plot
-from gradstat.kinds import KINDS, NOUNS
+from gradstat.record import KINDS, NOUNS
 
 ALL = make_history(Log2Bins(), LONG_NAMES, kinds=KINDS)
 ALL_LINEAR = make_history(LinearBins(30, nice=True), LONG_NAMES, kinds=KINDS)

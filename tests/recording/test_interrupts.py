@@ -16,7 +16,7 @@ from watching import assert_same, make_model, n_hooks
 
 import gradstat
 from gradstat import History, Statistics
-from gradstat.kinds import OF_OUTPUTS
+from gradstat.record import OF_OUTPUTS
 
 PACKAGE = str(Path(gradstat.__file__).parent)
 Event = Callable[[FrameType], None]

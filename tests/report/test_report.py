@@ -14,7 +14,7 @@ from histories import LONG_NAMES, falling, make_history, repeat_record
 
 import gradstat
 from gradstat import History
-from gradstat.kinds import KINDS
+from gradstat.record import KINDS
 from gradstat.report import thin, write
 
 LOG2 = gradstat.Log2Bins()

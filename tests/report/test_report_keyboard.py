@@ -9,7 +9,7 @@ from histories import falling, make_history
 from pages import DISTRIBUTION, MAP, Open, detail
 
 import gradstat
-from gradstat.kinds import GRAD, PARAM
+from gradstat.record import GRAD, PARAM
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

@@ -9,7 +9,7 @@ from pages import Open, detail
 
 import gradstat
 from gradstat.diagnosis import Finding
-from gradstat.kinds import GRAD, PARAM, UPDATE
+from gradstat.record import GRAD, PARAM, UPDATE
 
 pytestmark = pytest.mark.integrations
 

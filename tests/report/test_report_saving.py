@@ -17,7 +17,7 @@ from histories import falling, make_history
 from pages import DISTRIBUTION, MAP, Open, detail, eventually, hover, place
 
 import gradstat
-from gradstat.kinds import GRAD, PARAM
+from gradstat.record import GRAD, PARAM
 from gradstat.report import thin
 
 if TYPE_CHECKING:
