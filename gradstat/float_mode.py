@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -11,8 +12,9 @@ import torch
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-# In a list, so that no compiler takes a product of it for a constant.
-_SUBNORMAL = [2.0**-1074]
+# The least float64, from its bits, as the module is imported. Python computes a constant when it
+# compiles: `2.0**-1074` is 0.0 for good in a module that it compiles while subnormals are flushed.
+(_SUBNORMAL,) = struct.unpack("<d", (1).to_bytes(8, "little"))
 
 
 def keeps_subnormals(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -24,7 +26,7 @@ def keeps_subnormals(function: Callable[Arguments, Result]) -> Callable[Argument
 
     @functools.wraps(function)
     def keeping(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if _SUBNORMAL[0] * 1.0 != 0.0 or torch.compiler.is_compiling():
+        if _SUBNORMAL * 1.0 != 0.0 or torch.compiler.is_compiling():
             return function(*args, **kwargs)
         threads = torch.get_num_threads()
         torch.set_flush_denormal(False)

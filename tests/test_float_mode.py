@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import CodeType
 
 import pytest
 import torch
@@ -117,3 +118,68 @@ def test_keeps_subnormals_returns_to_the_callers_mode_after_an_error() -> None:
 
     with flushing(), pytest.raises(RuntimeError, match="as planned"):
         fail()
+
+
+# What Python and Numba compile while subnormals are flushed is kept, and serves all processes.
+COMPILED = """
+import sys, torch
+flushes = sys.argv[1] == "flushing"
+torch.set_flush_denormal(flushes)
+import gradstat
+for dtype, pattern in ((torch.float32, torch.int32), (torch.float64, torch.int64)):
+    x = torch.arange(8, dtype=pattern).view(dtype)
+    for engine in ("reference", "cpu"):
+        for bins in (gradstat.Log2Bins(), gradstat.LinearBins(3)):
+            s = gradstat.statistics(x, bins, engine=engine)
+            print(s.integers.tolist(), s.floats.view(torch.int64).tolist(), s.counts[s.counts > 0])
+        q = gradstat.quantization(x, ("mxfp4_e2m1", "nvfp4"), engine=engine)
+        print([(each.integers, each.floats.view(torch.int64)) for each in q.values()])
+assert (float(torch.tensor(1e-41) * 1) == 0) == flushes
+"""
+
+
+def run_compiled(mode: str, caches: Path) -> str:
+    """Run `COMPILED` with caches of its own; they are empty at first."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONPYCACHEPREFIX": str(caches / "python"),
+        "NUMBA_CACHE_DIR": str(caches / "numba"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, mode],
+        env=environment,
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_what_is_first_compiled_where_torch_flushes_subnormals_is_right(tmp_path: Path) -> None:
+    first = run_compiled("flushing", tmp_path)
+    assert run_compiled("plain", tmp_path) == first
+    assert run_compiled("plain", tmp_path / "other") == first
+
+
+def constants(code: CodeType) -> Iterator[float]:
+    """All numbers that Python has computed when it compiled a module."""
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield from constants(each)
+        else:
+            several = each if isinstance(each, tuple | frozenset) else (each,)
+            yield from (x for x in several if isinstance(x, float))
+
+
+def test_constants_of_modules_are_normal_numbers() -> None:
+    found = []
+    # `rglob` does not follow the link to the kernels.
+    for path in (*(ROOT / "gradstat").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")):
+        # What other compilers read is float32.
+        least = 2.0**-126 if {"engines", "kernels"} & set(path.parts) else 2.0**-1022
+        code = compile(path.read_text(encoding="utf-8"), str(path), "exec")
+        found += [(path.name, x) for x in constants(code) if 0 < abs(x) < least]
+    assert not found
