@@ -1,14 +1,16 @@
 // Canvases that follow their width, the screen's resolution and the colour scheme.
 
+import { whole } from "./text.js";
+
 const VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"];
-const dark = matchMedia("screen and (prefers-color-scheme: dark)");
+export const dark = matchMedia("screen and (prefers-color-scheme: dark)");
 const drawings = [];
 
-function css(name) {
+export function css(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
-const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+export const rgb = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
 
 // 256 colours between the stops, [r, g, b] each.
 function ramp(stops) {
@@ -20,17 +22,17 @@ function ramp(stops) {
   });
 }
 
-const viridis = ramp(VIRIDIS);
-const densityLight = ramp(["#ffffff", "#fcdcc4", "#f59b73", "#d3546f", "#8a3a80", "#2b1550"]);
-const densityDark = ramp(["#171a1f", "#43206b", "#8a3a86", "#d3546f", "#f59b73", "#fdeec4"]);
+export const viridis = ramp(VIRIDIS);
+export const densityLight = ramp(["#ffffff", "#fcdcc4", "#f59b73", "#d3546f", "#8a3a80", "#2b1550"]);
+export const densityDark = ramp(["#171a1f", "#43206b", "#8a3a86", "#d3546f", "#f59b73", "#fdeec4"]);
 
-function colorAt(colors, x) {
+export function colorAt(colors, x) {
   return colors[Math.max(0, Math.min(255, Math.round(255 * x)))];
 }
 
 // A canvas of a height in a parent, drawn by draw(context, width, height) now and whenever its
 // size or the colour scheme changes. Without a label it is hidden from screen readers.
-function addCanvas(parent, height, draw, label = "") {
+export function addCanvas(parent, height, draw, label = "") {
   const canvas = document.createElement("canvas");
   describe(canvas, label);
   parent.append(canvas);
@@ -39,12 +41,12 @@ function addCanvas(parent, height, draw, label = "") {
   return drawing;
 }
 
-function removeCanvas(drawing) {
+export function removeCanvas(drawing) {
   drawing.canvas.remove();
   drawings.splice(drawings.indexOf(drawing), 1);
 }
 
-function describe(canvas, label) {
+export function describe(canvas, label) {
   if (canvas.getAttribute("role") !== "slider") canvas.setAttribute("role", label ? "img" : "presentation");
   canvas.removeAttribute("aria-hidden");
   if (label) canvas.setAttribute("aria-label", label);
@@ -63,12 +65,12 @@ function paint({ canvas, height, draw }) {
   draw(context, width, height);
 }
 
-function redrawAll() {
+export function redrawAll() {
   for (const drawing of drawings) drawing.redraw();
 }
 
 let waiting = 0;
-function redrawSoon() {
+export function redrawSoon() {
   cancelAnimationFrame(waiting);
   waiting = requestAnimationFrame(redrawAll);
 }
@@ -77,7 +79,7 @@ dark.addEventListener("change", redrawSoon);
 matchMedia("print").addEventListener("change", redrawAll);
 window.addEventListener("resize", redrawSoon);
 
-function type(context, size, align, baseline) {
+export function type(context, size, align, baseline) {
   context.font = `${size}px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif`;
   context.textAlign = align;
   context.textBaseline = baseline;
@@ -85,7 +87,7 @@ function type(context, size, align, baseline) {
 }
 
 // The longest end of a text that fits a width, after an ellipsis.
-function fitted(context, text, width) {
+export function fitted(context, text, width) {
   if (context.measureText(text).width <= width) return text;
   let [low, high] = [0, text.length];
   while (low < high) {
@@ -98,7 +100,7 @@ function fitted(context, text, width) {
 
 // Short names that tell layers apart: the whole ones, or without the parts that all begin or end
 // with, or the end of these; where even those are the same, with their number before them.
-function shortNames(context, names, width) {
+export function shortNames(context, names, width) {
   if (names.every((name) => context.measureText(name).width <= width)) return names;
   const parts = names.map((name) => name.split("."));
   const shortest = Math.min(...parts.map((each) => each.length));
@@ -116,7 +118,7 @@ function shortNames(context, names, width) {
 }
 
 // Round numbers between two ends, about as many as asked, at least 1 apart if they are whole.
-function roundTicks(low, high, about, integers) {
+export function roundTicks(low, high, about, integers) {
   const raw = (high - low) / Math.max(1, about) || 1;
   const power = 10 ** Math.floor(Math.log10(raw));
   let step = power * [1, 2, 5, 10].find((m) => m * power >= raw * 0.999);
@@ -128,7 +130,7 @@ function roundTicks(low, high, about, integers) {
 
 // Axis of steps under a plot, with its name in the margin: `first` is the first step of each of
 // its columns.
-function stepAxis(context, first, left, width, top) {
+export function stepAxis(context, first, left, width, top) {
   type(context, 11, "right", "top");
   context.fillText("step", left - 8, top + 6);
   type(context, 11, "center", "top");
@@ -148,15 +150,21 @@ function stepAxis(context, first, left, width, top) {
   }
 }
 
-function line(context, x0, y0, x1, y1) {
+export function line(context, x0, y0, x1, y1) {
   context.beginPath();
   context.moveTo(x0, y0);
   context.lineTo(x1, y1);
   context.stroke();
 }
 
+export function mark(context, x, bottom) {
+  context.strokeStyle = css("--ink");
+  context.lineWidth = 1;
+  line(context, x, 0, x, bottom);
+}
+
 // A line through log2 values with a band from `low` to `high`, and marks where `bad` is not zero.
-function curve(context, box, ends, level, low, high, bad) {
+export function curve(context, box, ends, level, low, high, bad) {
   const n = level.length;
   const x = (t) => box.left + ((t + 0.5) / n) * box.width;
   const y = (v) => box.top + box.height * (1 - (v - ends[0]) / (ends[1] - ends[0]));
@@ -194,7 +202,7 @@ function curve(context, box, ends, level, low, high, bad) {
 }
 
 // Smallest and largest finite value, at least `least` apart.
-function spread(values, least) {
+export function spread(values, least) {
   let [low, high] = [Infinity, -Infinity];
   for (const list of values) {
     for (const v of list) {

@@ -1,5 +1,12 @@
 // The table: a row for each layer of a kind with the line of its rms, in any order, filtered by name.
 
+import { byId, number, share, whole } from "./text.js";
+import { arrays, columnAt, K, meta, newest, nounOf, part, place, samples, state, titleOf, wholePart } from "./run.js";
+import { addCanvas, curve, removeCanvas, spread } from "./canvas.js";
+import { hideTip, showTip } from "./pointing.js";
+import { cellLines } from "./map.js";
+import { NAMES } from "./detail.js";
+
 const COLUMNS = [
   { name: "#", width: "52px", wide: "wider", order: (i) => place[i], text: (i) => String(place[i] + 1) },
   { name: "Layer", left: true, order: (i) => meta.layers[i], text: (i) => meta.layers[i] },
@@ -25,7 +32,7 @@ function zeroShare(layer) {
   return finite[layer] ? zeros[layer] / finite[layer] : NaN;
 }
 
-function buildLayers(select) {
+export function buildLayers(select, changed) {
   const body = byId("rows");
   const sparks = new Map();  // drawings by layer, of rows that have been seen
   let rows = [];  // by layer, those that have been shown
@@ -125,17 +132,17 @@ function buildLayers(select) {
   const head = buildHead((name, sign) => {
     sorting = { name, sign };
     show();
-    linkChanged();
+    changed();
   });
   byId("filter").addEventListener("input", () => {
     filter();
-    linkChanged();
+    changed();
   });
   byId("filter").addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || !byId("filter").value) return;
     byId("filter").value = "";
     filter();
-    linkChanged();
+    changed();
     event.stopPropagation();
   });
   return {
@@ -207,7 +214,7 @@ function drawSpark(context, layer, width, height) {
 }
 
 // The newest numbers of the rows that are shown, in their order.
-function layersTable(layers) {
+export function layersTable(layers) {
   const names = NAMES.filter(([name]) => newest(name, 0) !== undefined);
   const rows = [["layer", "kind", "step", ...names.map((each) => each[1]), "NaN or infinite in all records"]];
   for (const layer of layers) {

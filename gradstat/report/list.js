@@ -1,7 +1,8 @@
 // The list of runs, which follows the directory that they are in, and those side by side.
 
+import { ago, byId } from "./text.js";
+
 const POLL_MS = 2000;
-const byId = (id) => document.getElementById(id);
 const rows = new Map();  // by number
 const frames = new Map();
 

@@ -1,5 +1,9 @@
 // The page of a run that is written: asks the server each second for what is new.
 
+import { ago, byId, whole } from "./text.js";
+import { meta, nounOf, state, T } from "./run.js";
+import { contents, layerNamed, select, selectListeners, take } from "./main.js";
+
 const POLL_MS = 1000;
 const QUIET_S = 30;
 
@@ -51,7 +55,7 @@ function showLive(state, text) {
 // Pages side by side show the same layer and step, where they have it.
 if (window.parent !== window) {
   const besides = new BroadcastChannel(`gradstat ${new URLSearchParams(location.search).get("beside")}`);
-  hearSelected = () => besides.postMessage({ layer: meta.layers[state.layer], noun: nounOf(state.layer), step: state.step });
+  selectListeners.push(() => besides.postMessage({ layer: meta.layers[state.layer], noun: nounOf(state.layer), step: state.step }));
   besides.addEventListener("message", ({ data: { layer, noun, step } }) => {
     const found = T ? layerNamed(layer, noun) : undefined;
     if (found !== undefined) select(found, { from: "beside", step });

@@ -1,13 +1,136 @@
-// Puts the parts together; `state` is what is selected and what the pointer is on.
+// Puts the parts together.
 
-// `step` is the one that is looked at, null for the newest. `home` is its sample, which is shown
-// while the pointer is on no other. Columns: `cell` of the map, `t` of the rms, `seriesAt` of the lines.
-const state = { view: null, colour: "", layer: 0, step: null, home: 0, sample: 0, cell: null, t: null, seriesAt: null };
-let isTouched = false;  // whether the reader, a link, or a finding has chosen what to see
-let hearSelected = () => {};  // called when the reader has selected another layer or step
+import { byId, plural, whole } from "./text.js";
+import { byKind, isolateNames, isZoomed, K, meta, nounOf, receive, sampleNear, samples, see, seen, state, T, titleOf, zoom } from "./run.js";
+import { redrawAll, redrawSoon } from "./canvas.js";
+import { buildSave } from "./save.js";
+import { buildZoom, forgetPlaces, zoomTo } from "./pointing.js";
+import { seriesTable } from "./series.js";
+import { buildColours, buildMap, cellsTable, colourNow, RMS, viewOf } from "./map.js";
+import { buildDetail, countsTable } from "./detail.js";
+import { buildLayers, layersTable } from "./layers.js";
+
+// The findings, the worst first; a click on one leads to its layer and step.
+
+const SHOWN_FINDINGS = 6;
+let areAllShown = false;
+
+function showFindings(select) {
+  const section = byId("findings");
+  const focused = [...section.querySelectorAll("button")].indexOf(document.activeElement);
+  const add = (...items) => byId("findings-of").before(...items);
+  for (const old of section.querySelectorAll(":scope > :not(h2, #findings-of)")) old.remove();
+  if (meta.findings === null) return void add(hint("Looking for findings \u2026"));
+  if (!meta.findings.length) add(hint("Nothing stands out in this run."));
+  const items = meta.findings.map((finding, i) => findingItem(finding, i, select));
+  add(...items);
+  if (items.length > SHOWN_FINDINGS && !areAllShown) {
+    const more = document.createElement("button");
+    more.type = "button";
+    more.className = "more";
+    more.textContent = `Show ${items.length - SHOWN_FINDINGS} more`;
+    more.addEventListener("click", () => {
+      areAllShown = true;
+      for (const item of items) item.classList.remove("later");
+      items[SHOWN_FINDINGS].focus();
+      more.remove();
+      redrawSoon();
+    });
+    add(more);
+  }
+  if (focused >= 0) section.querySelectorAll("button")[focused]?.focus({ preventScroll: true });
+}
+
+// While a run is written, findings come later than records.
+function showFindingsOf() {
+  const line = byId("findings-of");
+  line.hidden = !meta.findings || meta.findingsOf >= meta.records;
+  line.textContent = `In the first ${plural(meta.findingsOf ?? 0, "record")}.`;
+}
+
+function hint(text) {
+  const line = document.createElement("p");
+  line.className = "hint";
+  line.textContent = text;
+  return line;
+}
+
+function findingItem(finding, i, select) {
+  const item = document.createElement("button");
+  item.type = "button";
+  item.className = `finding ${finding.severity}`;
+  item.classList.toggle("later", i >= SHOWN_FINDINGS && !areAllShown);
+  const [first, last] = finding.steps;
+  const texts = [
+    ["badge", finding.severity],
+    ["what", isolateNames(finding.sentence)],
+    ["when", `${finding.kind} \u00b7 ${first === last ? `step ${whole(first)}` : `steps ${whole(first)} to ${whole(last)}`}`],
+  ];
+  for (const [kind, text] of texts) {
+    const span = document.createElement("span");
+    span.className = kind;
+    span.textContent = text;
+    item.append(span);
+  }
+  item.addEventListener("click", () => select(finding.layer, { from: "findings", step: finding.at }));
+  return item;
+}
+
+// The view in the page's address, after "#": whoever opens the link sees the same.
+
+let linkTimer = 0;
+
+// Called after each change that the reader makes.
+function linkChanged() {
+  state.isTouched = true;
+  clearTimeout(linkTimer);
+  linkTimer = setTimeout(() => {
+    try {
+      history.replaceState(null, "", `#${linkOf()}`);
+    } catch {
+      // A page that another one holds as text has no address of its own.
+    }
+  }, 100);
+}
+
+function linkOf() {
+  const view = new URLSearchParams();
+  view.set("layer", meta.layers[state.layer]);
+  if (byKind.length > 1) view.set("kind", nounOf(state.layer));
+  if (state.step !== null) view.set("step", state.step);
+  if (zoom.first !== null || zoom.last !== null) view.set("steps", `${zoom.first ?? ""}-${zoom.last ?? ""}`);
+  if (colourNow() !== RMS) view.set("colour", state.colour);
+  if (byId("filter").value) view.set("filter", byId("filter").value);
+  const sorting = table.sorting();
+  if (sorting) view.set("sort", `${sorting.sign < 0 ? "-" : ""}${sorting.name}`);
+  return view;
+}
+
+// What a link asks for, of this run; what the run does not have is left out.
+function readLink() {
+  const view = new URLSearchParams(location.hash.slice(1));
+  const asked = (text) => (/^\d{1,15}$/.test(text ?? "") ? Number(text) : null);
+  const [first, last] = (view.get("steps") ?? "").split("-").map(asked);
+  const sort = view.get("sort") ?? "";
+  return {
+    layer: layerNamed(view.get("layer"), view.get("kind")),
+    step: asked(view.get("step")),
+    first: first ?? null,
+    last: last ?? null,
+    colour: view.get("colour") ?? "",
+    filter: view.get("filter") ?? "",
+    sort: sort && [sort.replace(/^-/, ""), sort.startsWith("-") ? -1 : 1],
+  };
+}
+
+// The layer of a name and a noun, or of the name alone; undefined where there is none.
+export function layerNamed(name, noun) {
+  const found = meta.order.filter((layer) => meta.layers[layer] === name);
+  return found.find((layer) => nounOf(layer) === noun) ?? found[0];
+}
 
 const map = buildMap(select);
-const table = buildLayers(select);
+const table = buildLayers(select, linkChanged);
 const detail = buildDetail(select);
 const seeOtherwise = () => {
   linkChanged();
@@ -15,10 +138,6 @@ const seeOtherwise = () => {
 };
 const zoomBar = buildZoom(seeOtherwise);
 const colourControl = buildColours(seeOtherwise);
-
-function zoomTo(first, last) {
-  zoomBar.to(first, last);
-}
 
 // A control for which kind is shown, where there are several.
 function showKinds() {
@@ -66,8 +185,11 @@ function showAll() {
   redrawAll();
 }
 
+// Called when the reader has selected another layer or step.
+export const selectListeners = [];
+
 // Shows a layer at a step, or at the newest one.
-function select(layer, { from, step = null }) {
+export function select(layer, { from, step = null }) {
   if (layer === undefined) return;
   const isOther = meta.kinds[layer] !== state.view.kind;
   Object.assign(state, { layer, step, cell: null });
@@ -83,7 +205,7 @@ function select(layer, { from, step = null }) {
   if (from === "start") return;
   linkChanged();
   if (from === "beside") return;
-  hearSelected();
+  for (const hear of selectListeners) hear();
   // Beside the rest on a wide page, and in view; above the table on a narrow one.
   const beside = getComputedStyle(byId("detail")).position === "sticky";
   if (!beside && !["detail", "kind"].includes(from)) byId("detail").scrollIntoView({ block: "start" });
@@ -95,7 +217,7 @@ function openView() {
   const asked = readLink();
   // While a run is written, the page opens on a finding only if it is more than a note.
   const found = meta.findings?.find(({ severity }) => !contents.live || severity !== "note");
-  isTouched ||= asked.layer !== undefined || found !== undefined;
+  state.isTouched ||= asked.layer !== undefined || found !== undefined;
   [zoom.first, zoom.last] = [asked.first, asked.last];
   state.colour = asked.colour;
   state.layer = asked.layer ?? found?.layer ?? byKind[0][0];
@@ -113,7 +235,7 @@ function openView() {
 window.addEventListener("hashchange", openView);
 
 // Takes a whole run, or what is new of it; the reader's place stays.
-function take(told, data) {
+export function take(told, data) {
   const before = T ? { layer: meta.layers[state.layer], noun: nounOf(state.layer), sample: state.sample === state.home ? null : samples[state.sample].step } : null;
   receive(told, data);
   byId("empty").hidden = T > 0;
@@ -129,7 +251,7 @@ function take(told, data) {
   if (told.findings !== undefined || told.head) showFindings(select);
   showFindingsOf();
   const layer = before ? layerNamed(before.layer, before.noun) : undefined;
-  if (layer === undefined || (!isTouched && told.findings)) return openView();
+  if (layer === undefined || (!state.isTouched && told.findings)) return openView();
   state.layer = layer;
   state.home = state.step === null ? K - 1 : sampleNear(state.step);
   state.sample = before.sample === null ? state.home : sampleNear(before.sample);
@@ -150,11 +272,10 @@ document.addEventListener("keydown", (event) => {
 buildSave("save-map", { name: "map", title: () => `${document.title}: ${colourNow().label} of each ${meta.nouns[state.view.kind]}`, drawings: map.drawings, table: () => cellsTable(state.view.layers) });
 buildSave("save-series", { name: "series", title: () => "", table: seriesTable });
 const ofLayer = (what) => () => `${titleOf(state.layer)}: ${what()}`;
-const { rms, distribution, legend, histogram } = detail.drawings;
-buildSave("save-rms", { name: "rms", title: ofLayer(() => "rms by step"), drawings: [rms], table: () => cellsTable([state.layer]) });
-buildSave("save-distribution", { name: "distribution", title: ofLayer(() => "distribution by step"), drawings: [distribution, legend], table: () => countsTable(state.layer, seen.samples) });
-buildSave("save-histogram", { name: "histogram", title: ofLayer(() => `histogram at step ${whole(samples[state.sample].step)}`), drawings: [histogram], table: () => countsTable(state.layer, [state.sample]) });
+buildSave("save-rms", { name: "rms", title: ofLayer(() => "rms by step"), drawings: [detail.drawings.rms], table: () => cellsTable([state.layer]) });
+buildSave("save-distribution", { name: "distribution", title: ofLayer(() => "distribution by step"), drawings: [detail.drawings.distribution, detail.drawings.legend], table: () => countsTable(state.layer, seen.samples) });
+buildSave("save-histogram", { name: "histogram", title: ofLayer(() => `histogram at step ${whole(samples[state.sample].step)}`), drawings: [detail.drawings.histogram], table: () => countsTable(state.layer, [state.sample]) });
 buildSave("save-layers", { name: "layers", title: () => "", table: () => layersTable(table.rows()) });
 
-const contents = JSON.parse(byId("meta").textContent);
+export const contents = JSON.parse(byId("meta").textContent);
 if (!contents.live) take(contents, byId("data").textContent);

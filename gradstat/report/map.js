@@ -1,9 +1,15 @@
 // The map: a row for each layer of a kind, a column for each column of records, log2 rms as colour.
 
+import { byId, magnitude, number, powerOfTwo, share, whole } from "./text.js";
+import { arrays, byKind, capacity, columnAt, columnMiddle, columnOf, columnSteps, firstSteps, meta, nounOf, part, place, seen, state, stepsOf, titleOf } from "./run.js";
+import { addCanvas, colorAt, css, describe, rgb, roundTicks, shortNames, stepAxis, type, viridis } from "./canvas.js";
+import { addFigure } from "./pointing.js";
+import { buildSeries } from "./series.js";
+
 const MAP_BOTTOM = 24;
 
 // How the layers of a kind are shown.
-function viewOf(kind) {
+export function viewOf(kind) {
   const layers = byKind[kind];
   const rowHeight = layers.length <= 36 ? 20 : Math.max(1, Math.floor(720 / layers.length));
   const top = rowHeight < 12 ? 7 : 0;
@@ -100,7 +106,7 @@ function drawMapMarks(context, width, left) {
   context.strokeRect(left + (marked.t - seen.from) * cell, rowTop(place[marked.layer]), Math.max(2, cell), Math.max(2, rowHeight - 1));
 }
 
-function buildMap(select) {
+export function buildMap(select) {
   const plot = byId("map-plot");
   let left = 0;
   const main = addCanvas(plot, 0, (context, width) => {
@@ -149,7 +155,7 @@ function buildMap(select) {
   };
 }
 
-function cellLines(layer, t) {
+export function cellLines(layer, t) {
   const at = layer * capacity + t;
   const lines = [stepsOf(t)];
   if (Number.isNaN(arrays.level[at]) && !arrays.nonfinite[at]) return [...lines, `no ${nounOf(layer)}`];
@@ -161,7 +167,7 @@ function cellLines(layer, t) {
 }
 
 // The numbers of some layers in the columns that are seen.
-function cellsTable(layers) {
+export function cellsTable(layers) {
   const rows = [["layer", "kind", "first step", "last step", "records", "rms", "least rms of a record", "most rms of a record", "share of zeros", "NaN or infinite"]];
   rows[0].push(...meta.formats.flatMap((name) => [`${name} SNR in dB`, `${name} share to zero`]));
   for (const layer of layers) {
@@ -176,4 +182,141 @@ function cellsTable(layers) {
     }
   }
   return rows;
+}
+
+// What the map's colours show: the rms, or what a narrow format would do, where that was measured.
+
+export const RMS = { key: "", label: "rms", title: "Magnitude by layer and step", scale: scaleOf, part: (layer) => part(arrays.level, layer) };
+
+// The choices, the rms first.
+function colours() {
+  return [RMS, ...(meta.formats ?? []).flatMap((name, f) => [snrOf(name, f), lostOf(name, f)])];
+}
+
+const ofFormat = (array, f) => (layer) => part(array, layer * meta.formats.length + f);
+
+const snrOf = (name, f) => ({
+  key: `snr ${name}`,
+  label: `SNR in ${name}`,
+  title: `Signal-to-noise ratio in ${name}`,
+  hint: (noun) => `Colour is how much larger a layer's ${noun} is than the error that ${name} would make, in dB; 20 dB is an error of a tenth.`,
+  scale: scaleOf,
+  part: ofFormat(arrays.snr, f),
+  tick: (k) => `${k} dB`,
+  isWhole: true,
+});
+
+const lostOf = (name, f) => ({
+  key: `zero ${name}`,
+  label: `to zero in ${name}`,
+  title: `Share that ${name} would flush to zero`,
+  hint: (noun) => `Colour is the share of a layer's ${noun} that ${name} would flush to zero, of what is not zero already.`,
+  scale: () => ({ low: 0, high: 1, below: false, above: false }),
+  part: ofFormat(arrays.lost, f),
+  tick: (k) => `${Math.round(100 * k)} %`,
+});
+
+export const colourNow = () => colours().find((each) => each.key === state.colour) ?? RMS;
+
+// What each format would do to a layer in a column, a line each.
+function formatLines(layer, t) {
+  return (meta.formats ?? []).flatMap((name, f) => {
+    const at = (layer * meta.formats.length + f) * capacity + t;
+    const [snr, lost] = [arrays.snr[at], arrays.lost[at]];
+    if (Number.isNaN(snr)) return [];
+    return [`${name}: ${snr === Infinity ? "exact" : `${(Math.abs(snr) < 0.05 ? 0 : snr).toFixed(1)} dB`}${lost ? `, ${share(lost)} to zero` : ""}`];
+  });
+}
+
+// A control for what the colours show, where there are formats.
+export function buildColours(changed) {
+  const control = byId("colour");
+  control.addEventListener("change", () => {
+    state.colour = control.value;
+    changed();
+  });
+  return {
+    begin() {
+      control.parentElement.hidden = colours().length < 2;
+      control.replaceChildren(...colours().map(({ key, label }) => new Option(label, key)));
+    },
+    show() {
+      control.value = colourNow().key;
+      byId("map-title").textContent = colourNow().title;
+    },
+  };
+}
+
+// What the colours of the map mean in numbers.
+
+function buildLegend() {
+  const holder = document.createElement("div");
+  holder.style.width = "min(420px, 100%)";
+  byId("map-legend").append(holder);
+  const drawing = addCanvas(holder, 42, drawScale, "Colour scale");
+  return {
+    // In a picture that is saved the other colours stand below the scale.
+    drawings: [drawing, { canvas: drawing.canvas, height: 16, draw: drawSwatches }],
+    show() {
+      const [{ scale }, { tick, label }] = [state.view, colourNow()];
+      const ends = scale && [scale.low, scale.high].map(tick ?? ((k) => number(2 ** k)));
+      holder.hidden = !scale;
+      if (scale) describe(drawing.canvas, `Colours from dark to light: ${label}, ${ends[0]} to ${ends[1]}`);
+      const swatches = otherColors().map(([text, color]) => {
+        const swatch = document.createElement("span");
+        swatch.className = "swatch";
+        swatch.style.setProperty("--of", color.startsWith("--") ? `var(${color})` : color);
+        swatch.textContent = text;
+        return swatch;
+      });
+      byId("map-legend").replaceChildren(holder, ...swatches);
+    },
+  };
+}
+
+// Colours of cells without a magnitude, those that there are.
+function otherColors() {
+  const { kind, level, shown, nonfinite } = state.view;
+  return [
+    ["exact", `rgb(${colorAt(viridis, 1).join()})`, shown.includes(Infinity)],
+    ["NaN or infinity", "--broken", nonfinite.some((n) => n > 0)],
+    ["all zero", "--zero", level.includes(-Infinity)],
+    [`no ${meta.nouns[kind]}`, "--sunken", level.some((x, i) => Number.isNaN(x) && !nonfinite[i])],
+    ["not measured", "--sunken", shown.some((x, i) => Number.isNaN(x) && Number.isFinite(level[i]) && !nonfinite[i])],
+  ].filter((each) => each[2]);
+}
+
+function drawSwatches(context) {
+  let x = 30;
+  for (const [text, color] of otherColors()) {
+    context.fillStyle = color.startsWith("--") ? css(color) : color;
+    context.fillRect(x, 2, 10, 10);
+    type(context, 11, "left", "middle");
+    context.fillText(text, x + 15, 7);
+    x += context.measureText(text).width + 32;
+  }
+}
+
+// Powers of two under the colours, and the same in decimals where there is room; or other numbers.
+function drawScale(context, width) {
+  const { scale } = state.view;
+  if (!scale) return;
+  const inner = width - 60;
+  for (let x = 0; x < inner; x++) {
+    context.fillStyle = `rgb(${colorAt(viridis, x / (inner - 1)).join()})`;
+    context.fillRect(30 + x, 0, 1, 10);
+  }
+  type(context, 11, "center", "top");
+  let edge = -Infinity;
+  const { tick, isWhole } = colourNow();
+  for (const k of roundTicks(scale.low, scale.high, 5, !tick || isWhole)) {
+    const x = 30 + ((k - scale.low) / (scale.high - scale.low)) * inner;
+    const sign = scale.below && k === scale.low ? "\u2264 " : scale.above && k === scale.high ? "\u2265 " : "";
+    context.fillText(sign + (tick ?? powerOfTwo)(k), x, 14);
+    if (tick) continue;
+    const half = context.measureText(number(2 ** k)).width / 2;
+    if (x - half < edge + 6) continue;
+    edge = x + half;
+    context.fillText(number(2 ** k), x, 28);
+  }
 }

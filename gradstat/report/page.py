@@ -20,26 +20,10 @@ from gradstat.history import History
 from gradstat.history.arguments import check_history
 from gradstat.report import package, series, thin
 
-# In this order: a script reads the constants of those before it when it starts.
-_SCRIPTS = (
-    "numbers.js",
-    "data.js",
-    "zoom.js",
-    "pointing.js",
-    "canvas.js",
-    "svg.js",
-    "save.js",
-    "series.js",
-    "colour.js",
-    "legend.js",
-    "map.js",
-    "layers.js",
-    "findings.js",
-    "distribution.js",
-    "detail.js",
-    "link.js",
-    "main.js",
-)
+# The scripts are modules. A page holds those that its own one imports, as a single module, since a
+# file of HTML can import no others.
+_IMPORT = re.compile(r'^import \{ [\w, ]+ \} from "\./(\w+\.js)";\n', re.MULTILINE)
+_EXPORT = re.compile(r"^export ", re.MULTILINE)
 
 
 def write(history: History, path: str | os.PathLike[str], *, title: str = "Gradients") -> None:
@@ -112,20 +96,36 @@ def render(title: str, contents: Mapping[str, Any], data: str = "") -> str:
     meta = json.dumps(contents, allow_nan=False).replace("<", "\\u003c")
     is_live = "live" in contents
     connect = "connect-src 'self'; " if is_live else ""
-    script = "".join(_read(name) for name in (*_SCRIPTS, *(["live.js"] if is_live else [])))
+    script = _bundle("live.js" if is_live else "main.js")
     return _filled("template.html", title, connect=connect, script=script, meta=meta, data=data)
 
 
 def render_list(title: str) -> str:
     """The page that lists runs, which asks a server for them."""
-    script = _read("numbers.js") + _read("list.js")
-    return _filled("list.html", title, script=script, list_style=_read("list.css"))
+    style = _read("list.css")
+    return _filled("list.html", title, script=_bundle("list.js"), list_style=style)
 
 
 def _filled(template: str, title: str, **parts: str) -> str:
     parts |= {"title": html.escape(escaped(title)), "style": _read("report.css")}
     # In one pass, so that what is put in is not searched again.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _read(template))
+
+
+@cache
+def _bundle(name: str) -> str:
+    """A module and those that it imports, each once and after those that it imports itself."""
+    modules: dict[str, str] = {}
+
+    def add(name: str) -> None:
+        text = _read(name)
+        for imported in _IMPORT.findall(text):
+            if imported not in modules:
+                add(imported)
+        modules[name] = _EXPORT.sub("", _IMPORT.sub("", text))
+
+    add(name)
+    return "\n".join(modules.values())
 
 
 @cache

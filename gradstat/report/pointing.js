@@ -1,9 +1,12 @@
 // Pointing at a place of a figure, with the pointer or the keys; the tip gives its numbers.
 
+import { byId } from "./text.js";
+import { isZoomed, meta, seen, T, zoom, zoomed } from "./run.js";
+
 const tip = byId("tip");
 const forgets = [];
 
-function showTip(x, y, title, lines) {
+export function showTip(x, y, title, lines) {
   const head = document.createElement("b");
   head.textContent = title;
   tip.replaceChildren(head, ...lines.map((text) => {
@@ -18,7 +21,7 @@ function showTip(x, y, title, lines) {
   tip.style.top = `${Math.max(8, Math.min(y + 14, window.innerHeight - box.height - 8))}px`;
 }
 
-function hideTip() {
+export function hideTip() {
   tip.hidden = true;
 }
 
@@ -28,7 +31,7 @@ function hideTip() {
 //   move(place, dx, dy): the place beside it, from null the first one to be on.
 //   where(place): its x and y. choose(place): it is clicked, or Enter is pressed.
 //   between(x0, x1): the steps of a stretch, to see nothing else. column(place): to see it nearer.
-function addFigure(canvas, { at, show, move, where, choose = () => {}, between = null, column = null }) {
+export function addFigure(canvas, { at, show, move, where, choose = () => {}, between = null, column = null }) {
   let [held, start, isDragged] = [null, null, false];
   const position = (event) => {
     const box = canvas.getBoundingClientRect();
@@ -110,7 +113,7 @@ function addFigure(canvas, { at, show, move, where, choose = () => {}, between =
 }
 
 // The places of figures change when a run begins anew or is thinned.
-function forgetPlaces() {
+export function forgetPlaces() {
   for (const forget of forgets) forget();
   hideTip();
 }
@@ -129,4 +132,36 @@ function showBand(canvas, x0, x1) {
 
 function hideBand() {
   band.hidden = true;
+}
+
+// Shows the steps from one to another; null for the first or the newest one.
+export let zoomTo = () => {};
+
+// Controls of the steps that are seen: numbers, and a button for all of them.
+export function buildZoom(changed) {
+  const [first, last] = [byId("zoom-first"), byId("zoom-last")];
+  zoomTo = (a, b) => {
+    const newestStep = meta.steps[T - 1][1];
+    zoom.first = a === null || a <= meta.steps[0][0] ? null : a;
+    zoom.last = b === null || b >= newestStep ? null : b;
+    changed();
+  };
+  const valueOf = (input) => (input.value === "" || !input.validity.valid ? null : Number(input.value));
+  for (const input of [first, last]) {
+    input.addEventListener("change", () => {
+      const [a, b] = [valueOf(first), valueOf(last)];
+      if (a !== null && b !== null && a > b) zoomTo(b, a);
+      else zoomTo(a, b);
+    });
+  }
+  byId("zoom-all").addEventListener("click", () => zoomTo(null, null));
+  return {
+    show() {
+      byId("zoom-all").disabled = !isZoomed();
+      if (!T) return;
+      for (const [input, step] of [[first, meta.steps[seen.from][0]], [last, meta.steps[seen.to - 1][1]]]) {
+        if (document.activeElement !== input) input.value = String(step);
+      }
+    },
+  };
 }

@@ -1,5 +1,10 @@
 // Loss, norm and learning rate over the map, on its axis of steps, with marks where findings begin.
 
+import { byId, number, short } from "./text.js";
+import { arrays, capacity, columnAt, columnMiddle, columnOf, columnSteps, isolated, meta, part, seen, state, stepsOf } from "./run.js";
+import { addCanvas, css, curve, describe, fitted, line, mark, spread, type } from "./canvas.js";
+import { addFigure } from "./pointing.js";
+
 const SERIES_HEIGHT = 58;
 const MARKS_HEIGHT = 14;
 
@@ -23,7 +28,7 @@ function marks() {
     .filter(({ t }) => t >= seen.from && t < seen.to);
 }
 
-function buildSeries(select, leftOf) {
+export function buildSeries(select, leftOf) {
   const drawing = addCanvas(byId("map-series"), 0, (context, width) => {
     const [left, bottom] = [leftOf(), seriesBottom()];
     meta.series.forEach((name, i) => drawOneSeries(context, name, seriesOf(i), { left, top: i * SERIES_HEIGHT + 6, width: width - left, height: SERIES_HEIGHT - 12 }));
@@ -104,7 +109,7 @@ function seriesText(i, t) {
   return (least === most ? number(mean) : `${number(mean)} (${number(least)} to ${number(most)})`) + broken;
 }
 
-function seriesTable() {
+export function seriesTable() {
   const rows = [["series", "first step", "last step", "mean", "least", "most", "NaN or infinite"]];
   meta.series.forEach((name, i) => {
     for (let t = seen.from; t < seen.to; t++) {

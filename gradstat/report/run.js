@@ -1,12 +1,16 @@
 // What the page holds of a run: `meta`, arrays of T columns of records, K sampled records; and how
 // later records are added. A layer is the index of a row, and each row has a kind.
 
-const byId = (id) => document.getElementById(id);
-const meta = { layers: [], nouns: [], kinds: [], order: [], formats: [], series: [], steps: [], sizes: [], records: 0, findings: null };
-const arrays = {};
-let samples = [];
-let [T, K, capacity] = [0, 0, 0];  // capacity: columns that a row of an array has room for
-let [byKind, place] = [[], []];  // the layers of each kind, and the place of a layer among them
+import { plural, whole } from "./text.js";
+
+export const meta = { layers: [], nouns: [], kinds: [], order: [], formats: [], series: [], steps: [], sizes: [], records: 0, findings: null };
+export const arrays = {};
+export let samples = [];
+export let T = 0;  // columns
+export let K = 0;  // samples
+export let capacity = 0;  // columns that a row of an array has room for
+export let byKind = [];  // the layers of each kind
+export let place = [];  // of a layer among those of its kind
 
 const TYPES = { u1: Uint8Array, u2: Uint16Array, u4: Uint32Array, f4: Float32Array, f8: Float64Array };
 const BY_LAYER = { level: Float32Array, least: Float32Array, most: Float32Array, zeros: Float32Array, nonfinite: Float64Array };
@@ -25,7 +29,7 @@ function unpack(layout, data) {
 }
 
 // Takes a whole run, or what is new of it.
-function receive(told, data) {
+export function receive(told, data) {
   const fresh = unpack(told.arrays, data);
   if (told.head) begin(told);
   meta.steps = meta.steps.slice(0, told.from).concat(told.steps);
@@ -78,18 +82,18 @@ function addSamples(told, fresh) {
 }
 
 // The columns of one layer or series.
-const wholePart = (array, i) => array.subarray(i * capacity, i * capacity + T);
+export const wholePart = (array, i) => array.subarray(i * capacity, i * capacity + T);
 
-const newest = (name, layer) => arrays[`newest${name[0].toUpperCase()}${name.slice(1)}`]?.[layer];
+export const newest = (name, layer) => arrays[`newest${name[0].toUpperCase()}${name.slice(1)}`]?.[layer];
 
-function countAt(layer, k, row) {
+export function countAt(layer, k, row) {
   const { first, rows, starts, counts } = samples[k];
   const at = row - first[layer];
   return at >= 0 && at < rows[layer] ? counts[starts[layer] + at] : 0;
 }
 
 // Lower and upper end of a row of a sample's histogram: log2 |value|, or value.
-function rowEnds(layer, k, row) {
+export function rowEnds(layer, k, row) {
   if (meta.log2) return [row - 127, row - 126];
   const { edges, rows } = samples[k];
   const [low, high] = edges.subarray(2 * layer, 2 * layer + 2);
@@ -97,7 +101,7 @@ function rowEnds(layer, k, row) {
 }
 
 // The row that a value is in, or null.
-function rowAt(layer, k, value) {
+export function rowAt(layer, k, value) {
   const { first, rows } = samples[k];
   for (let row = first[layer]; row < first[layer] + rows[layer]; row++) {
     const [low, high] = rowEnds(layer, k, row);
@@ -107,7 +111,7 @@ function rowAt(layer, k, value) {
 }
 
 // The ends of each filled row of a layer's distribution in one sample, and its share.
-function* filledRows(layer, k) {
+export function* filledRows(layer, k) {
   const { first, rows, finite } = samples[k];
   for (let row = first[layer]; row < first[layer] + rows[layer]; row++) {
     const count = countAt(layer, k, row);
@@ -117,18 +121,18 @@ function* filledRows(layer, k) {
 
 // Text around a name that is written from right to left keeps its own direction.
 const rightToLeft = /[\p{Script=Hebrew}\p{Script=Arabic}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}]/u;
-const isolated = (name) => (rightToLeft.test(name) ? `\u2068${name}\u2069` : name);
+export const isolated = (name) => (rightToLeft.test(name) ? `\u2068${name}\u2069` : name);
 
-function isolateNames(text) {
+export function isolateNames(text) {
   if (!rightToLeft.test(text)) return text;
   const names = [...new Set(meta.layers)].filter((name) => rightToLeft.test(name) && text.includes(name));
   return names.reduce((isolating, name) => isolating.replaceAll(name, isolated(name)), text);
 }
 
-const nounOf = (layer) => meta.nouns[meta.kinds[layer]];
-const titleOf = (layer) => isolated(meta.layers[layer]) + (nounOf(layer) === "gradient" ? "" : `\u00a0\u00b7 ${nounOf(layer)}`);
+export const nounOf = (layer) => meta.nouns[meta.kinds[layer]];
+export const titleOf = (layer) => isolated(meta.layers[layer]) + (nounOf(layer) === "gradient" ? "" : `\u00a0\u00b7 ${nounOf(layer)}`);
 
-function stepsOf(column) {
+export function stepsOf(column) {
   const [first, last] = meta.steps[column];
   return first === last
     ? `step ${whole(first)}`
@@ -136,7 +140,7 @@ function stepsOf(column) {
 }
 
 // The column of records that a step belongs to.
-function columnOf(step) {
+export function columnOf(step) {
   let [low, high] = [0, T - 1];
   while (low < high) {
     const middle = (low + high + 1) >> 1;
@@ -147,10 +151,74 @@ function columnOf(step) {
 }
 
 // The sample nearest to a step.
-function sampleNear(step) {
+export function sampleNear(step) {
   let nearest = 0;
   for (let k = 1; k < K; k++) {
     if (Math.abs(samples[k].step - step) < Math.abs(samples[nearest].step - step)) nearest = k;
   }
   return nearest;
 }
+
+// Which steps are seen: all, or those from one to another. Places on an axis of steps.
+
+export const zoom = { first: null, last: null };  // null: from the first one on, to the newest
+export const seen = { from: 0, to: 0, samples: [] };  // columns, and samples, of those steps
+
+export function see() {
+  let [first, last] = [zoom.first ?? -Infinity, zoom.last ?? Infinity];
+  [seen.from, seen.to] = [0, T];
+  // Another run, or a link, may have set steps that are not here: then all are seen.
+  if (!meta.steps.some(([a, b]) => b >= first && a <= last)) [first, last] = [-Infinity, Infinity];
+  while (seen.from < T - 1 && meta.steps[seen.from][1] < first) seen.from++;
+  while (seen.to > seen.from + 1 && meta.steps[seen.to - 1][0] > last) seen.to--;
+  const all = samples.map((_, k) => k);
+  const [low, high] = T ? [meta.steps[seen.from][0], meta.steps[seen.to - 1][1]] : [0, 0];
+  seen.samples = all.filter((k) => samples[k].step >= low && samples[k].step <= high);
+  if (!seen.samples.length && K) seen.samples = [sampleNear(low)];
+}
+
+export const isZoomed = () => seen.from > 0 || seen.to < T;
+
+// The columns that are seen of one layer or series.
+export const part = (array, i) => array.subarray(i * capacity + seen.from, i * capacity + seen.to);
+export const firstSteps = () => meta.steps.slice(seen.from, seen.to).map((each) => each[0]);
+export const sampleSteps = () => seen.samples.map((k) => samples[k].step);
+
+// Middle of a column between two ends, and the column or sample at a place; null beside them.
+export const columnMiddle = (t, left, width) => left + ((t - seen.from + 0.5) / (seen.to - seen.from)) * (width - left);
+
+export function columnAt(x, left, width) {
+  const t = seen.from + Math.floor(((x - left) / (width - left)) * (seen.to - seen.from));
+  return t >= seen.from && t < seen.to ? t : null;
+}
+
+export const sampleMiddle = (k, left, width) => left + ((seen.samples.indexOf(k) + 0.5) / seen.samples.length) * (width - left);
+
+export function sampleAt(x, left, width) {
+  return seen.samples[Math.floor(((x - left) / (width - left)) * seen.samples.length)] ?? null;
+}
+
+// Steps from one place of an axis to another.
+export function columnSteps(x0, x1, left, width) {
+  const [a, b] = [x0, x1].map((x) => columnAt(Math.max(left, Math.min(width - 0.01, x)), left, width));
+  return [meta.steps[a][0], meta.steps[b][1]];
+}
+
+export function sampleStepsBetween(x0, x1, left, width) {
+  return [x0, x1].map((x) => samples[sampleAt(Math.max(left, Math.min(width - 0.01, x)), left, width)].step);
+}
+
+// First and last step after zooming in or out around a column; nulls for all steps.
+export function zoomed(factor, t) {
+  const n = Math.max(2, Math.round((seen.to - seen.from) * factor));
+  if (n >= T) return [null, null];
+  const from = Math.max(0, Math.min(T - n, Math.round(t - n / 2)));
+  return [meta.steps[from][0], from + n === T ? null : meta.steps[from + n - 1][1]];
+}
+
+// What is selected and what the pointer is on.
+//
+// `step` is the one that is looked at, null for the newest. `home` is its sample, which is shown
+// while the pointer is on no other. Columns: `cell` of the map, `t` of the rms, `seriesAt` of the lines.
+// `isTouched`: the reader, a link, or a finding has chosen what to see.
+export const state = { view: null, colour: "", layer: 0, step: null, home: 0, sample: 0, cell: null, t: null, seriesAt: null, isTouched: false };

@@ -1,6 +1,8 @@
-// How numbers are written.
+// Numbers as the page writes them, and its elements.
 
-function number(x) {
+export const byId = (id) => document.getElementById(id);
+
+export function number(x) {
   if (x === null || Number.isNaN(x)) return "\u2013";
   if (x === 0) return "0";
   const size = Math.abs(x);
@@ -9,15 +11,15 @@ function number(x) {
 }
 
 // A round number with no more digits than it needs.
-function short(x) {
+export function short(x) {
   const [rounded, size] = [Number(x.toPrecision(6)), Math.abs(x)];
   const text = x === 0 || (size >= 1e-3 && size < 1e5) ? String(rounded) : rounded.toExponential();
   return text.replaceAll("-", "\u2212").replace("e+", "e");
 }
 
-const whole = (n) => n.toLocaleString("en-US");
+export const whole = (n) => n.toLocaleString("en-US");
 
-function share(x) {
+export function share(x) {
   if (Number.isNaN(x)) return "\u2013";
   const percent = 100 * x;
   if (percent === 0 || percent === 100) return `${percent} %`;
@@ -26,22 +28,22 @@ function share(x) {
   return `${percent.toPrecision(percent < 1 ? 1 : percent < 10 ? 2 : 3)} %`;
 }
 
-const plural = (n, what) => `${whole(n)} ${what}${n === 1 ? "" : "s"}`;
+export const plural = (n, what) => `${whole(n)} ${what}${n === 1 ? "" : "s"}`;
 
-function powerOfTwo(k) {
+export function powerOfTwo(k) {
   const digits = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079";
   return "2" + String(k).replace(/\d/g, (d) => digits[d]).replace("-", "\u207b");
 }
 
 // A magnitude that is known by its log2.
-function magnitude(level) {
+export function magnitude(level) {
   if (Number.isNaN(level)) return "\u2013";
   if (level === -Infinity) return "0";
   return `${number(2 ** level)} (2^${level.toFixed(1).replace("-", "\u2212")})`;
 }
 
 // How long ago, in a few letters.
-function ago(seconds) {
+export function ago(seconds) {
   if (seconds < 90) return `${Math.round(seconds)} s`;
   return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`;
 }
