@@ -83,7 +83,7 @@ def quantization(
     tensors = listed("quantization", x)
     parsed = check_formats("quantization", formats)
     check_tensors("quantization", tensors)
-    check_engine("quantization", engine)
+    check_engine("quantization", engine, tensors[0].device)
     _check_dim(tensors, dim)
     integers, floats = measure_formats(tensors, parsed, dim, engine)
     if isinstance(x, Tensor):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import Parameter
 
 from gradstat.bins import Bins, LinearBins, Log2Bins, parse_bins, widen
 from gradstat.engines import ENGINE_VARIABLE
@@ -59,7 +60,7 @@ def statistics(
     tensors = listed("statistics", x)
     scheme = check_bins("statistics", Log2Bins() if bins is None else bins)
     check_tensors("statistics", tensors)
-    check_engine("statistics", engine)
+    check_engine("statistics", engine, tensors[0].device)
     result = measure(tensors, scheme, engine)
     return result[0] if isinstance(x, Tensor) else result
 
@@ -114,7 +115,7 @@ def histogram(
 def _count(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor]:
     """Counts in the bins of a scheme, and the edges."""
     check_tensors("histogram", [x])
-    check_engine("histogram", None)
+    check_engine("histogram", None, x.device)
     # A compiler takes `measure`, and then the edges, into its graph.
     if not torch.compiler.is_compiling():
         engine = choose_engine(None, x)
@@ -138,10 +139,13 @@ def _count_between(x: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _check_edges(bins: Sequence[float] | Tensor | NDArray[Any], device: torch.device) -> Tensor:
-    # NumPy makes float64 of numbers, torch float32.
-    edges = bins if isinstance(bins, Tensor) else torch.as_tensor(np.asarray(bins))
-    if edges.dim() != 1 or len(edges) < 2 or edges.is_complex():
-        raise TypeError(f"histogram() needs two edges or more in a row; bins is {bins!r}")
+    try:
+        # NumPy makes float64 of numbers, torch float32.
+        edges = bins.detach() if isinstance(bins, Tensor) else torch.as_tensor(np.asarray(bins))
+    except (TypeError, ValueError):  # no numbers; rows of different lengths
+        edges = torch.empty(0)
+    if edges.dim() != 1 or len(edges) < 2 or edges.is_complex() or not _has_values(edges):
+        raise TypeError(f"histogram() needs edges, two numbers or more in a row; bins is {bins!r}")
     edges = widen(edges.to(device))
     if not bool((edges[1:] >= edges[:-1]).all()):
         raise ValueError(f"histogram() needs edges that do not decrease; bins is {bins!r}")
@@ -187,7 +191,7 @@ def _(tensors: list[Tensor], bins: str, engine: str) -> tuple[Tensor, Tensor, Te
 
 def is_measurable(x: Tensor) -> bool:
     """Whether `statistics` takes the tensor: dense, and of one of four floating-point dtypes."""
-    return x.layout == torch.strided and x.dtype in DTYPES
+    return x.layout == torch.strided and x.dtype in DTYPES and not x.is_nested
 
 
 def choose_engine(engine: str | None, x: Tensor) -> ModuleType:
@@ -207,13 +211,19 @@ def import_engine(module: str) -> ModuleType:
     return importlib.import_module(f"gradstat.engines.{module}")
 
 
-def check_engine(function: str, engine: str | None) -> None:
-    """Raise ValueError unless the engine, or the one the environment names, exists."""
+def check_engine(function: str, engine: str | None, device: torch.device | None = None) -> None:
+    """Raise ValueError unless the engine, or the one the environment names, exists.
+
+    With a device, also unless it measures tensors there.
+    """
     for source, name in (("engine", engine), (ENGINE_VARIABLE, os.environ.get(ENGINE_VARIABLE))):
         if name and name not in ENGINES:
             raise ValueError(
                 f"{function}() needs one of the engines {', '.join(ENGINES)}; {source} is {name!r}"
             )
+    name = engine or os.environ.get(ENGINE_VARIABLE)
+    if name == "triton" and device is not None and device.type != "cuda":
+        import_engine(name).check_device(function, "x", device)
 
 
 def check_bins(function: str, bins: int | Bins) -> Bins:
@@ -267,10 +277,44 @@ def check_tensors(function: str, tensors: Sequence[Tensor]) -> None:
                 f"{function}() needs tensors on one device; x[{i}] is on {x.device}, x[0] on "
                 f"{tensors[0].device}"
             )
+        if not _is_plain(x) and hasattr(x, "to_local"):
+            raise TypeError(
+                f"{function}() needs tensors, not parts of them; x[{i}] is a {type(x).__name__}: "
+                f"pass x.to_local() or x.full_tensor()"
+            )
+        if not _has_values(x):
+            raise ValueError(
+                f"{function}() needs tensors with values; x[{i}] is {_without_values(x)}"
+            )
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether engines find values in memory; a compiler's tensors have them when it is done."""
+    if not (x.is_cpu or x.is_cuda) or torch.compiler.is_compiling():
+        return not x.is_meta
+    try:
+        # A fake tensor warns when it is asked for an address.
+        if not _is_plain(x) and x.untyped_storage().device.type == "meta":
+            return False
+        return x.data_ptr() != 0 or x.numel() == 0
+    except RuntimeError:  # of a transform of torch.func
+        return False
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) is Tensor or type(x) is Parameter
+
+
+def _without_values(x: Tensor) -> str:
+    if x.is_meta:
+        return "on meta"
+    return f"a {type(x).__name__} without storage, as under torch.func.vmap or in fake mode"
 
 
 def _instead(x: Tensor) -> str:
     """What an unsupported tensor is and what to pass instead."""
+    if x.is_nested:
+        return "a nested tensor: pass x.unbind()"
     if x.layout != torch.strided:
         values = "x.coalesce().values()" if x.layout == torch.sparse_coo else "x.values()"
         return f"{x.layout} ({x.dtype}): pass {values} or x.to_dense()"

@@ -138,8 +138,11 @@ class Quantization:
             device.
 
         Raises:
+            TypeError: no Quantization.
             ValueError: another format or shape.
         """
+        if not isinstance(other, Quantization):
+            raise TypeError(f"merge() needs a Quantization; other is {type(other).__name__}")
         if self.format != other.format or self.integers.shape != other.integers.shape:
             raise ValueError(
                 f"merge() needs the same format and shape; other is {other.format.name} of "

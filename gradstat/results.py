@@ -244,8 +244,11 @@ class Statistics:
             Statistics of the union, on this one's device.
 
         Raises:
+            TypeError: no Statistics.
             ValueError: other bins, shapes or ranges. Comparing ranges waits for the device.
         """
+        if not isinstance(other, Statistics):
+            raise TypeError(f"merge() needs Statistics; other is {type(other).__name__}")
         if self.bins != other.bins or self.counts.shape != other.counts.shape:
             raise ValueError(
                 f"merge() needs the same bins and shape; other is {other.bins} of "
@@ -297,8 +300,11 @@ class Statistics:
             Statistics of ``x / scale``.
 
         Raises:
+            TypeError: neither a number nor a 0-dim tensor.
             ValueError: a number that is not a positive power of two.
         """
+        if not _is_scalar(scale):
+            raise TypeError(f"unscale() needs a number or a 0-dim tensor; scale is {scale!r}")
         if not isinstance(scale, Tensor):
             if not (math.isfinite(scale) and scale > 0 and math.frexp(scale)[0] == 0.5):
                 raise ValueError(f"unscale() needs a positive power of two; scale is {scale}")
@@ -330,7 +336,7 @@ class Statistics:
             TypeError: ``q`` is no number, such as a list of them.
             ValueError: ``q`` outside 0..1.
         """
-        if not isinstance(q, Real) and not (isinstance(q, Tensor) and q.dim() == 0):
+        if not _is_scalar(q):
             raise TypeError(f"quantile() needs a number between 0 and 1; q is {q!r}")
         if not 0 <= q <= 1:
             raise ValueError(f"quantile() needs q between 0 and 1; q is {q}")
@@ -365,8 +371,11 @@ class Statistics:
             float64, shape ``()`` or ``(L,)``; 0 where there is no non-zero value.
 
         Raises:
+            TypeError: no dtype.
             ValueError: another dtype, or a histogram that is not over `Log2Bins`.
         """
+        if not isinstance(dtype, torch.dtype):
+            raise TypeError(f"underflow() needs a torch.dtype; dtype is {dtype!r}")
         if dtype not in _FLUSHED_BELOW:
             names = ", ".join(str(known) for known in _FLUSHED_BELOW)
             raise ValueError(f"underflow() needs one of {names}; dtype is {dtype}")
@@ -377,6 +386,10 @@ class Statistics:
         small = (edges[1:] <= threshold) & (edges[:-1] > -threshold)
         lost = (self.counts * small).sum(-1) - self.zeros
         return lost.to(edges.dtype) / (self.finite - self.zeros).clamp(min=1)
+
+
+def _is_scalar(x: object) -> bool:
+    return isinstance(x, Real) or (isinstance(x, Tensor) and x.dim() == 0)
 
 
 def _union_std(a: Statistics, b: Statistics) -> Tensor:

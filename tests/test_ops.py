@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import gradstat
 from gradstat import LinearBins, Log2Bins
@@ -114,7 +117,24 @@ def test_statistics_refuses_by_argument(
         (
             lambda f: f(torch.ones(2), [1.0]),
             TypeError,
-            "histogram() needs two edges or more in a row; bins is [1.0]",
+            "histogram() needs edges, two numbers or more in a row; bins is [1.0]",
+        ),
+        *(
+            (
+                lambda f, edges=edges: f(torch.ones(2), edges),
+                TypeError,
+                f"histogram() needs edges, two numbers or more in a row; bins is {edges!r}",
+            )
+            for edges in (
+                ["0", "1"],
+                [0.0, None],
+                [[0.0, 1.0], [2.0]],
+                [[0.0, 1.0], [2.0, 3.0]],
+                [1j, 2j],
+                (),
+                [2**70, 2**71],
+                torch.empty(2, device="meta"),
+            )
         ),
     ],
 )
@@ -127,6 +147,7 @@ def test_histogram_refuses_by_argument(
 
 # torch deprecates quantised tensors, and warns once for each process.
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 @pytest.mark.parametrize("function", ["statistics", "histogram"])
 @pytest.mark.parametrize(
     ("make", "advice"),
@@ -146,6 +167,11 @@ def test_histogram_refuses_by_argument(
             lambda: torch.quantize_per_tensor(ONE, 1.0, 0, torch.qint8),
             "torch.qint8: pass x.dequantize()",
         ),
+        (lambda: torch.nested.nested_tensor([ONE, ONE]), "a nested tensor: pass x.unbind()"),
+        (
+            lambda: torch.nested.nested_tensor([ONE, ONE], layout=torch.jagged),
+            "a nested tensor: pass x.unbind()",
+        ),
     ],
 )
 def test_functions_say_what_to_pass_instead(
@@ -154,6 +180,68 @@ def test_functions_say_what_to_pass_instead(
     message = f"{function}() needs dense floating-point tensors; x[0] is {advice}"
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         getattr(gradstat, function)(make())
+
+
+def measurements() -> list[tuple[str, Callable[[torch.Tensor], object]]]:
+    """Each function that measures a tensor, by its name, with each engine that it takes."""
+    edges: list[int | list[float]] = [30, [0.0, 1.0]]
+    return [
+        *(
+            ("statistics", lambda x, e=engine: gradstat.statistics(x, engine=e))
+            for engine in (None, *gradstat.ops.ENGINES)
+        ),
+        *(
+            ("quantization", lambda x, e=engine: gradstat.quantization(x, "mxfp4_e2m1", engine=e))
+            for engine in (None, *gradstat.ops.ENGINES)
+        ),
+        *(("histogram", lambda x, b=bins: gradstat.histogram(x, b)) for bins in edges),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        (lambda: torch.ones(2, device="meta"), "on meta"),
+        (
+            lambda: FakeTensorMode().from_tensor(torch.ones(2)),
+            "a FakeTensor without storage, as under torch.func.vmap or in fake mode",
+        ),
+    ],
+    ids=["meta", "fake"],
+)
+def test_functions_refuse_tensors_without_values(
+    make: Callable[[], torch.Tensor], got: str
+) -> None:
+    for name, measure in measurements():
+        message = f"{name}() needs tensors with values; x[0] is {got}"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            measure(make())
+
+
+@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad], ids=["vmap", "grad"])
+def test_functions_refuse_tensors_of_transforms(transform: Callable[..., Any]) -> None:
+    for name, measure in measurements():
+        message = f"^{name}\\(\\) needs tensors with values; x\\[0\\] is a Tensor without storage, "
+        with pytest.raises(ValueError, match=message):
+            transform(measure)(torch.ones(2, 3))
+
+
+def test_functions_refuse_a_dtensor_and_name_its_parts() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for placement in (Shard(0), Replicate()):
+            x = distribute_tensor(torch.ones(4, 4), mesh, [placement])
+            for name, measure in measurements():
+                message = (
+                    f"{name}() needs tensors, not parts of them; x[0] is a DTensor: "
+                    f"pass x.to_local() or x.full_tensor()"
+                )
+                with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+                    measure(x)
+                measure(x.to_local())
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("function", [gradstat.statistics, gradstat.histogram])
@@ -203,9 +291,11 @@ def test_triton_refuses_cpu_tensors_that_it_cannot_read() -> None:
     run = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
-    message = "ValueError: engine 'triton' needs CUDA tensors, or TRITON_INTERPRET=1"
-    assert message in run.stderr
-    assert "the tensors are on cpu" in run.stderr
+    message = (
+        "ValueError: statistics() needs CUDA tensors for the engine 'triton', or "
+        "TRITON_INTERPRET=1 set before triton is imported; x is on cpu"
+    )
+    assert run.stderr.splitlines()[-1] == message
 
 
 @pytest.mark.parametrize("x", [torch.tensor(2.0), torch.ones(2, 3), torch.empty(0, 4)])

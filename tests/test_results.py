@@ -333,6 +333,20 @@ def test_underflow_of_float64_is_what_a_cast_loses_of_either_sign(value: float) 
         assert float(s.underflow(torch.float16)) == lost
 
 
+@pytest.mark.parametrize("other", [None, 3, "log2"])
+def test_merge_refuses_what_is_no_statistics(other: object) -> None:
+    s = measure(torch.ones(3))
+    q = gradstat.quantization(torch.ones(3), "float8_e5m2")
+    for wrong in (other, q):
+        message = f"merge() needs Statistics; other is {type(wrong).__name__}"
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            s.merge(wrong)
+    for wrong in (other, s):
+        message = f"merge() needs a Quantization; other is {type(wrong).__name__}"
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            q.merge(wrong)
+
+
 def test_underflow_to_bfloat16_takes_the_last_subnormals_to_be_lost() -> None:
     x = torch.tensor([2.0**-130, -(2.0**-140), 2.0**-127, 0.0])
     assert float(measure(x).underflow(torch.bfloat16)) == pytest.approx(2 / 3)
@@ -351,6 +365,20 @@ def test_underflow_refuses_other_types_and_bins() -> None:
     message = re.escape(f"underflow() needs statistics over Log2Bins; bins is {LinearBins(3)}")
     with pytest.raises(ValueError, match=f"^{message}$"):
         measure(torch.ones(2), LinearBins(3)).underflow(torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [[], {}, None, "float16"])
+def test_underflow_refuses_what_is_no_dtype(dtype: object) -> None:
+    message = f"underflow() needs a torch.dtype; dtype is {dtype!r}"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        measure(torch.ones(2)).underflow(dtype)
+
+
+@pytest.mark.parametrize("scale", ["a", None, [2.0], 2j, torch.ones(1)])
+def test_unscale_refuses_what_is_no_number(scale: object) -> None:
+    message = f"unscale() needs a number or a 0-dim tensor; scale is {scale!r}"
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        measure(torch.ones(2)).unscale(scale)
 
 
 def test_indexing_gives_the_statistics_of_one_tensor(generator: torch.Generator) -> None:

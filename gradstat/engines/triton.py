@@ -52,7 +52,7 @@ def measure(tensors: Sequence[Tensor], bins: Bins, due: Tensor | None = None) ->
         ValueError: tensors that are not on a CUDA device.
     """
     device = tensors[0].device
-    check_device(device)
+    check_device("measure", "tensors[0]", device)
     if bins.bins > MAX_BINS:
         return reference.measure(tensors, bins)
     if any(map(Tensor.is_neg, tensors)):
@@ -89,12 +89,12 @@ def _known_ranges(bins: Bins, n: int, device: torch.device) -> Tensor | None:
     return torch.stack([torch.full((n,), x, dtype=torch.float32, device=device) for x in ends], 1)
 
 
-def check_device(device: torch.device) -> None:
+def check_device(function: str, argument: str, device: torch.device) -> None:
     """Raise ValueError unless Triton runs there."""
     if device.type != "cuda" and not knobs.runtime.interpret:
         raise ValueError(
-            f"engine 'triton' needs CUDA tensors, or TRITON_INTERPRET=1 set before triton is "
-            f"imported; the tensors are on {device}"
+            f"{function}() needs CUDA tensors for the engine 'triton', or TRITON_INTERPRET=1 set "
+            f"before triton is imported; {argument} is on {device}"
         )
 
 

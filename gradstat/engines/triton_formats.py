@@ -84,7 +84,7 @@ def measure_formats(
         ValueError: tensors that are not on a CUDA device.
     """
     device, n = tensors[0].device, len(tensors)
-    check_device(device)
+    check_device("measure_formats", "tensors[0]", device)
     integers = torch.empty((len(formats), n, 8), dtype=torch.int64, device=device)
     floats = torch.empty((len(formats), n, 2), dtype=torch.float64, device=device)
     ordered = any(form.block for form in formats)
