@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import takewhile
+from contextlib import suppress
+from itertools import accumulate, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,25 +19,35 @@ from gradstat.history.union_quantized import union_of
 from gradstat.quantized import PACKED
 from gradstat.record import OF_OUTPUTS
 from gradstat.recording.streams import Computed, take_over
+from gradstat.recording.torch_internals import sparing_captures
 from gradstat.results import FLOATS, INTEGERS, as_arrays, as_statistics
 
 # Integers, floats and `Counts` of some layers; where formats are measured, what they would do too.
 Rows = tuple[Any, ...]
 
+_ALIGNMENT = 8  # bytes of the widest number
+_LEAST_BYTES = 1 << 9
+
+
+# Pinned memory that no copy uses, by its bytes, each block with the event after its last copy. It
+# is never freed: to free it, PyTorch records an event on the streams that have copied into it, and
+# where one of them is being captured, that event fails all who ask for pinned memory later.
+_BLOCKS: defaultdict[int, deque[tuple[Tensor, torch.cuda.Event]]] = defaultdict(deque)
+
 
 class Transfer:
     """Tensors on their way from one device to the host, or arrays that are there."""
 
-    __slots__ = ("_event", "_tensors")
+    __slots__ = ("_block", "_event", "_tensors")
 
     def __init__(self, tensors: tuple[Any, ...]) -> None:
+        self._block: Tensor | None = None
         self._event: torch.cuda.Event | None = None
         self._tensors = tensors
         if not isinstance(tensors[0], Tensor):
             return
         if tensors[0].is_cuda:
-            # PyTorch's cache of pinned blocks does not reuse one before its copy is over.
-            self._tensors = tuple(_copy_to_pinned(x) for x in tensors)
+            self._block, self._tensors = _copy_to_pinned(tensors)
             # The tensors' device need not be the current one.
             stream = torch.cuda.current_stream(tensors[0].device)
             self._event = stream.record_event()
@@ -45,17 +56,31 @@ class Transfer:
 
     def has_arrived(self, wait: bool) -> bool:
         """Whether they are there, which they are after waiting."""
-        if self._event is None or self._event.query():  # type: ignore[no-untyped-call]
+        if self._event is None:
             return True
-        if wait:
-            self._event.synchronize()
+        with sparing_captures():
+            if self._event.query():  # type: ignore[no-untyped-call]
+                return True
+            if wait:
+                self._event.synchronize()
         return wait
 
     def arrays(self) -> tuple[Any, ...]:
-        """The same as arrays, once they are there."""
+        """The same as arrays in ordinary memory, once they are there."""
         if isinstance(self._tensors[0], Tensor):
-            self._tensors = tuple([x.numpy() for x in self._tensors])
+            arrays = tuple([x.numpy() for x in self._tensors])
+            self._tensors = arrays if self._block is None else tuple([x.copy() for x in arrays])
+            self._give_back()
         return self._tensors
+
+    def _give_back(self) -> None:
+        block, self._block = self._block, None
+        if block is not None and self._event is not None:
+            _BLOCKS[block.nbytes].append((block, self._event))
+
+    def __del__(self) -> None:
+        # Of a pass that is given up, whose copy may still go on.
+        self._give_back()
 
 
 class Launch(NamedTuple):
@@ -249,6 +274,24 @@ def _absent(n_layers: int, history: History) -> Rows:
     return integers, floats, counts, quantized
 
 
-def _copy_to_pinned(x: Tensor) -> Tensor:
-    pinned = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
-    return pinned.copy_(x, non_blocking=True)
+def _copy_to_pinned(tensors: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Start to copy tensors into one block of pinned memory; their parts of it."""
+    ends = list(accumulate(-(-x.nbytes // _ALIGNMENT) * _ALIGNMENT for x in tensors))
+    block = _pinned_block(ends[-1])
+    parts = []
+    for x, start in zip(tensors, (0, *ends), strict=False):
+        part = block[start : start + x.nbytes].view(x.dtype).view(x.shape)
+        parts.append(part.copy_(x, non_blocking=True))
+    return block, tuple(parts)
+
+
+def _pinned_block(n_bytes: int) -> Tensor:
+    size = max(_LEAST_BYTES, 1 << (n_bytes - 1).bit_length())
+    blocks = _BLOCKS[size]
+    with suppress(IndexError):
+        block, copied = blocks.popleft()
+        with sparing_captures():
+            if copied.query():  # type: ignore[no-untyped-call]
+                return block
+        blocks.append((block, copied))
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)

@@ -6,9 +6,12 @@ first, by name.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import sys
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,6 +24,9 @@ from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+_EXCHANGE = "cudaThreadExchangeStreamCaptureMode"
+_RELAXED = 2  # cudaStreamCaptureModeRelaxed
 
 # All batch and instance norms: where their units are is known from it.
 BATCH_NORM = nn.modules.batchnorm._NormBase
@@ -87,6 +93,52 @@ def capturing_graph() -> object:
     graphs = torch.cuda.CUDAGraph
     graph: object = getattr(graphs, "get_currently_capturing_graph", lambda: graphs)()
     return graph
+
+
+@functools.cache
+def _exchange_capture_mode() -> Callable[..., object] | None:
+    """The runtime's own function, which PyTorch has for C++ alone."""
+    name = "hipThreadExchangeStreamCaptureMode" if torch.version.hip else _EXCHANGE
+    return None if sys.platform == "win32" else getattr(ctypes.PyDLL(None), name, None)
+
+
+@contextmanager
+def sparing_captures() -> Iterator[None]:
+    """Let this thread ask the device while any thread captures a CUDA graph.
+
+    Without it, as on Windows, a query breaks a capture of this thread, and one of another thread in
+    PyTorch's default mode.
+    """
+    exchange = _exchange_capture_mode()
+    if exchange is None:
+        yield
+        return
+    mode = ctypes.c_int(_RELAXED)
+    exchange(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))
+
+
+def call_after_replays(graph: object, method: Callable[[], None]) -> None:
+    """Have a method called after each launch of a CUDA graph, as long as its object lives.
+
+    Without it, before PyTorch 2.14, ``Watch.replayed`` must be called on the stream of the replay.
+    """
+    register = getattr(graph, "register_replay_end_hook", None)
+    if register is None or isinstance(graph, type):
+        return
+    reference = weakref.WeakMethod(method)
+
+    def hook(_: object) -> None:
+        call = reference()
+        if call is None:
+            handle.remove()
+        else:
+            call()
+
+    handle = register(hook)
 
 
 def is_compiled_autograd() -> bool:
