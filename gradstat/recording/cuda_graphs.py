@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradstat.ops import choose_engine
 from gradstat.recording.arrivals import Launch, Transfer
-from gradstat.recording.torch_internals import capturing_graph
+from gradstat.recording.torch_internals import call_after_replays, capturing_graph
 from gradstat.warning import warn
 
 if TYPE_CHECKING:
@@ -170,32 +170,44 @@ class CapturedPass(NamedTuple):
     stamp: Tensor | None
 
 
+class CapturedGraph:
+    """The passes of a graph, and the stream of its last replay, if that is known."""
+
+    def __init__(self, graph: object) -> None:
+        self.graph = weakref.ref(graph)
+        self.passes: list[CapturedPass] = []
+        self.stream: torch.cuda.Stream | None = None
+        call_after_replays(graph, self._on_replay)
+
+    def _on_replay(self) -> None:
+        self.stream = torch.cuda.current_stream()
+
+
 class CapturedPasses:
     """Results of captured passes, on their device; each replay writes those that are due."""
 
     def __init__(self) -> None:
-        # The passes of each graph that is alive, the newest graph last.
-        self._graphs: list[tuple[weakref.ref[object], list[CapturedPass]]] = []
+        # Those that are alive, the newest graph last.
+        self._graphs: list[CapturedGraph] = []
         self._is_open = False
 
     def add(self, launches: list[Launch], stamp: Tensor | None) -> None:
         """Keep the results of a pass that has just been captured."""
         graph = capturing_graph()
-        if not self._is_open or self._graphs[-1][0]() is not graph:
+        if not self._is_open or self._graphs[-1].graph() is not graph:
             # A graph that is captured anew no longer has the passes that it had.
-            kept = [each for each in self._graphs if each[0]() not in (None, graph)]
-            self._graphs = [*kept, (weakref.ref(graph), [])]
+            kept = [each for each in self._graphs if each.graph() not in (None, graph)]
+            self._graphs = [*kept, CapturedGraph(graph)]
             self._is_open = True
-        self._graphs[-1][1].append(CapturedPass(launches, stamp))
+        self._graphs[-1].passes.append(CapturedPass(launches, stamp))
 
-    def of(self, graph: object) -> list[CapturedPass]:
-        """Each pass of a graph, or of the newest one for ``None``."""
-        passes: list[CapturedPass]
-        for reference, passes in reversed(self._graphs):
-            known = reference()
+    def of(self, graph: object) -> CapturedGraph | None:
+        """What is known of a graph, or of the newest one for ``None``."""
+        for each in reversed(self._graphs):
+            known = each.graph()
             if known is not None and (graph is None or known is graph):
-                return passes
-        return []
+                return each
+        return None
 
     def end_graph(self) -> None:
         """Let no pass that is captured from now on belong to a graph captured so far."""

@@ -215,14 +215,20 @@ class Recorder:
             Whether any pass was captured in it.
         """
         self._captured.end_graph()
-        passes = self._captured.of(graph)
-        for launches, stamp in passes:
-            record = self._record(send(launches), stamp) if self.is_due() else None
+        captured = self._captured.of(graph)
+        if captured is None:
+            return False
+        for launches, stamp in captured.passes:
+            record = None
+            if self.is_due():
+                # After this replay, and before the next one on its stream.
+                with torch.cuda.stream(captured.stream):
+                    record = self._record(send(launches), stamp)
             self._cadence.count_replayed()
             if record is not None:
                 self._delivery.add(record)
         self._collect_pending()
-        return bool(passes)
+        return True
 
     def drop(self) -> None:
         """Forget an unfinished pass."""

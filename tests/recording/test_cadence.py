@@ -197,6 +197,54 @@ def test_replayed_counts_passes_outside_graphs_and_replays_of_several_graphs() -
     assert_same(histories[1], histories[0])
 
 
+@pytest.mark.parametrize("is_read", [True, False])
+def test_replayed_on_another_stream_than_the_replay(is_read: bool) -> None:
+    histories = []
+    for is_captured in (False, True):
+        training, stream = Training(), torch.cuda.Stream()
+        with gradstat.watch(training.model, what=("grad", "activation")) as w:
+            training.warm_up()
+            graph = capture(training.step) if is_captured else None
+            stream.wait_stream(torch.cuda.current_stream())
+            for _ in range(12):
+                with torch.cuda.stream(stream):
+                    training.load()
+                    if graph is None:
+                        training.step()
+                    else:
+                        graph.replay()
+                if graph is not None:
+                    w.replayed()
+                if is_read:
+                    assert w.history  # waits
+            torch.cuda.current_stream().wait_stream(stream)
+        histories.append(w.history)
+    assert_same(histories[1], histories[0])
+
+
+def test_replayed_divides_by_the_scale_of_the_replay() -> None:
+    training, scales = Training(), (8.0, 2.0, 0.5)
+    scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
+
+    def step() -> None:
+        training.optimizer.zero_grad(set_to_none=False)
+        y = training.model(training.inputs[0])
+        scaler.scale(nn.functional.smooth_l1_loss(y, torch.ones_like(y))).backward()
+
+    training.step = step
+    with gradstat.watch(training.model, scaler=scaler) as w:
+        graph = training.captured()
+        expected = []
+        for scale in scales:
+            scaler.update(scale)
+            graph.replay()
+            w.replayed()
+            weights = training.model[0].weight, training.model[2].weight
+            expected.append(gradstat.statistics([p.grad / scale for p in weights]).to("cpu"))
+    for number, each in enumerate(expected, 1):
+        assert torch.equal(w.history.record(number).counts, each.counts)
+
+
 @pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(8, -1e4, 1e4)], ids=repr)
 def test_a_replay_that_is_not_due_measures_nothing(bins: Log2Bins | LinearBins) -> None:
     training = Training()
@@ -204,7 +252,7 @@ def test_a_replay_that_is_not_due_measures_nothing(bins: Log2Bins | LinearBins) 
     options = {"what": what, "when": "step", "optimizer": training.optimizer}
     with gradstat.watch(training.model, bins, every=4, **options) as w:
         graph = training.captured()
-        (captured,) = w._recorder._captured.of(graph)
+        (captured,) = w._recorder._captured.of(graph).passes
         for number in range(1, 10):
             training.load()
             graph.replay()

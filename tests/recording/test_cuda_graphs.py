@@ -115,20 +115,6 @@ def test_replayed_takes_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (w.history["numel"] > 0).all()
 
 
-def test_replayed_reads_the_scale_of_the_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, graph = make_model(), Graph(monkeypatch)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    scaler.scale(torch.ones(()))
-    with gradstat.watch(model, scaler=scaler) as w:
-        with graph.capture():
-            backward(model)
-        w._recorder._captured.of(graph)[0].launches[0].scales["grad"].x.fill_(8.0)
-        gradients = new_gradients(model)
-        graph.replay()
-        w.replayed()
-    assert_record(w.history.record(), gradstat.statistics([x / 8 for x in gradients]))
-
-
 def test_replayed_needs_a_captured_step(monkeypatch: pytest.MonkeyPatch) -> None:
     model, graph = make_model(), Graph(monkeypatch)
     with gradstat.watch(model) as w:
