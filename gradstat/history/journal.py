@@ -6,7 +6,9 @@ import atexit
 import inspect
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -78,7 +80,7 @@ class Journal:
         self._state = _State([], [], 0, [], ([], [], []), 0, Link())
         self._newest_step = -1
         self._is_created = False
-        self._timer: _Timer | None = None
+        self._is_due = False  # to be flushed by the clock
         self._has_warned, self._n_lost, self._n_told = False, 0, 0
         self._is_forked = False
         call_after_fork(self)
@@ -140,7 +142,7 @@ class Journal:
         self._newest_step = step
         if len(waiting) >= self._most_waiting:
             self._pack_waiting()
-        if self._timer is None:
+        if not self._is_due:
             self._start_timer()
 
     def add_scalar(self, name: str, step: int, value: float) -> None:
@@ -149,11 +151,19 @@ class Journal:
             return
         with self._lock:
             self._state.scalars.append((name, step, value))
-        if self._timer is None:
+        if not self._is_due:
             self._start_timer()
 
     def flush(self) -> None:
-        """Write all records that are waiting; waits for those that are being written."""
+        """Write all records that are waiting; waits for those that are being written.
+
+        For the thread that adds records.
+        """
+        self._is_due = False
+        _CLOCK.forget(self)
+        self._flush()
+
+    def _flush(self) -> None:
         if self._is_forked or self._is_writing_here():
             return
         with self._writing:
@@ -212,22 +222,21 @@ class Journal:
         )
 
     def _start_timer(self) -> None:
-        timer = _Timer(_INTERVAL_S, self._on_time)
-        timer.daemon = True
+        self._is_due = True
         try:
-            self._timer = timer
-            timer.start()
+            _CLOCK.flush_later(self)
         except RuntimeError:  # the process ends, or may have no more threads
-            self._timer = None
-            self.flush()
+            self._is_due = False
+            self._flush()
         except BaseException:
-            self._timer = None
+            self._is_due = False
             raise
 
-    def _on_time(self) -> None:
-        # Before a block is begun: a record that comes later has a timer of its own.
-        self._timer = None
-        self.flush()
+    def on_time(self) -> None:
+        """Flush, for the clock."""
+        # Before a block is begun: for a record that comes later the clock is asked again.
+        self._is_due = False
+        self._flush()
 
     def _write_waiting(self) -> None:
         try:
@@ -292,7 +301,71 @@ def _n_records(waiting: Sequence[Record], packed: Sequence[Records]) -> int:
 
 
 class _Timer(threading.Timer):
-    """Writes a journal's records after a while."""
+    """Flushes the journals that wait for it, after a while."""
+
+
+class _Clock:
+    """One timer for all journals."""
+
+    def __init__(self) -> None:
+        self._due: deque[Journal] = deque()
+        self._timer: _Timer | None = None
+        call_after_fork(self)
+
+    def flush_later(self, journal: Journal) -> None:
+        """Have a journal's ``on_time`` called within the interval.
+
+        Raises:
+            RuntimeError: there can be no thread.
+        """
+        self._due.append(journal)
+        if self._timer is None:
+            self._start()
+
+    def forget(self, journal: Journal) -> None:
+        """Flush a journal no more, and end the timer where it was the last one."""
+        with suppress(ValueError):
+            self._due.remove(journal)
+        if self._due or self._timer is None:
+            return
+        timer, self._timer = self._timer, None
+        timer.cancel()
+        if self._due:  # since another thread has asked meanwhile
+            self._start()
+
+    def _start(self) -> None:
+        timer = _Timer(_INTERVAL_S, self._on_time)
+        timer.daemon = True
+        try:
+            self._timer = timer
+            timer.start()
+        except BaseException:
+            self._timer = None
+            raise
+
+    def forget_other_threads(self) -> None:
+        """In a forked process: that of the timer is not there."""
+        self._timer = None
+        self._due.clear()
+
+    def _on_time(self) -> None:
+        # First: who is due after the last one that is seen here starts another timer.
+        self._timer = None
+        try:
+            while (journal := self._next()) is not None:
+                journal.on_time()
+        finally:
+            if self._due:  # an error in one journal is none in the others
+                self._start()
+
+    def _next(self) -> Journal | None:
+        try:
+            return self._due.popleft()
+        except IndexError:
+            return None
+
+
+_CLOCK = _Clock()
 
 
 @atexit.register

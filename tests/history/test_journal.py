@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,30 @@ def test_no_timer_of_a_journal_outlives_the_interpreter(tmp_path: Path) -> None:
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout == "True\n['_MainThread']\n"
     assert len(History.load(tmp_path / "run")) == 1
+
+
+def test_many_journals_share_one_timer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "_INTERVAL_S", 0.5)
+    model, n_before = make_model(), threading.active_count()
+    with ExitStack() as stack:
+        for number in range(60):
+            w = gradstat.watch(model, path=tmp_path / str(number), name=str(number))
+            stack.enter_context(w)
+        backward(model)
+        assert threading.active_count() <= n_before + 1
+        deadline_s = time.monotonic() + 10
+        while time.monotonic() < deadline_s and any(
+            len(History.load(tmp_path / str(number))) == 0 for number in range(60)
+        ):
+            time.sleep(0.05)
+        assert len(History.load(tmp_path / "59")) == 1
+        monkeypatch.setattr(journal, "_INTERVAL_S", 60.0)
+        backward(model)
+    deadline_s = time.monotonic() + 10
+    while threading.active_count() > n_before and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert threading.active_count() <= n_before
+    assert [len(History.load(tmp_path / str(number))) for number in range(60)] == [2] * 60
 
 
 def test_journal_writes_the_records_of_a_few_seconds_in_one_block(
