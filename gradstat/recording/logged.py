@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from gradstat.diagnosis.alerts import Alerts
 from gradstat.recording.arrivals import Transfer
 from gradstat.recording.cuda_graphs import Cadence, is_capturing
+from gradstat.recording.selection import Replaced
 from gradstat.recording.shards import local_part
 
 Keep = Callable[[str, int, float], None]
@@ -50,12 +51,18 @@ class Logged:
         cadence: counts the passes.
         keepers: are given name, step and value, those of each name in order.
         alerts: looks at each value after that.
+        replaced: is asked now and then, as no pass may come any more.
     """
 
     def __init__(
-        self, cadence: Cadence, keepers: Sequence[Keep], alerts: Alerts | None = None
+        self,
+        cadence: Cadence,
+        keepers: Sequence[Keep],
+        alerts: Alerts | None,
+        replaced: Replaced,
     ) -> None:
         self._cadence, self._keepers, self._alerts = cadence, keepers, alerts
+        self._replaced = replaced
         self.broken_step = -1  # of the newest value that is not finite
         self._passes: dict[str, int] = {}  # that each name's last value belongs to
         self._n_before = cadence.n_passes  # passes before the first value
@@ -67,6 +74,7 @@ class Logged:
         Raises:
             As `Watch.log`.
         """
+        self._replaced.glance()
         numbers: dict[str, float] = {}
         on_devices: dict[torch.device, dict[str, Tensor]] = {}
         for name, value in values.items():

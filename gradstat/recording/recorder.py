@@ -21,6 +21,7 @@ from gradstat.recording.delivery import Delivery
 from gradstat.recording.launcher import Launcher
 from gradstat.recording.logged import Logged
 from gradstat.recording.order import Order
+from gradstat.recording.selection import Replaced
 from gradstat.recording.shards import local_part, note_holding
 from gradstat.recording.streams import Computed, SideStream
 from gradstat.recording.torch_internals import running_pass
@@ -49,6 +50,7 @@ class Recorder:
         cadence: which passes are recorded.
         logged: the values that the run logs.
         delivery: takes the records there.
+        replaced: tells of parameters that make no pass any more.
         bucket_bytes: gradients measured in one launch.
         engine: name, or ``None``.
         side: where launches run; ``None`` for the stream that computes the gradients.
@@ -60,6 +62,7 @@ class Recorder:
         cadence: Cadence,
         logged: Logged,
         delivery: Delivery,
+        replaced: Replaced,
         bucket_bytes: int,
         engine: str | None,
         side: SideStream | None,
@@ -75,6 +78,7 @@ class Recorder:
         self._lacks_outputs = self._sees_outputs  # so far
         self.drop()
         self._captured, self._delivery = CapturedPasses(), delivery
+        self._replaced = replaced
         call_after_fork(self)
 
     @property
@@ -200,6 +204,7 @@ class Recorder:
             # After an interrupt from here on the record is missing, or there as a whole.
             self.drop()
         self._captured.end_graph()
+        self._replaced.glance()
         self._cadence.count()
         if record is not None:
             self._delivery.add(record)
@@ -253,6 +258,8 @@ class Recorder:
 
     def collect(self, wait: bool) -> None:
         """Move records and logged values into the history: those that have arrived, or all."""
+        if wait and not self.is_closed:
+            self._replaced.look()
         self.logged.collect(wait)
         self._delivery.collect(wait)
 
@@ -265,6 +272,7 @@ class Recorder:
         with self.lock:
             self.drop()
             self._captured = CapturedPasses()
+            self._replaced.look()
             self.logged.collect(wait=True)
             self._delivery.finish()
 

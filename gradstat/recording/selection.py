@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from typing import TypeAlias, TypeVar
 
 import torch
@@ -11,6 +12,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from gradstat.recording.torch_internals import name_of_wrapped
+from gradstat.warning import warn
+
+_GLANCES = 64  # from one look at the parameters to the next
+_MOST_NAMES = 5  # in a warning
 
 Item = TypeVar("Item")
 Selector: TypeAlias = str | Callable[[str, Item], bool]
@@ -66,7 +71,7 @@ def select_modules(model: nn.Module, modules: ModuleSelector | None) -> dict[str
         TypeError: a selector of another kind.
         ValueError: none selected, a bad expression.
     """
-    matches = _is_leaf if modules is None else _matcher("modules", modules)
+    matches = _usual_modules(model) if modules is None else _matcher("modules", modules)
     selected = {}
     for full_name, module in model.named_modules():
         if name_of_wrapped(module) is not None:
@@ -82,6 +87,51 @@ def select_modules(model: nn.Module, modules: ModuleSelector | None) -> dict[str
             f"{total} modules, none of them selected by modules={modules!r}"
         )
     return selected
+
+
+class Replaced:
+    """Tells of watched parameters that the model no longer has: no hook sees what replaced them.
+
+    Args:
+        model: whose they are.
+        selected: by plain name.
+    """
+
+    def __init__(self, model: nn.Module, selected: Mapping[str, nn.Parameter]) -> None:
+        self._model = weakref.ref(model)
+        self._known = {name: weakref.ref(parameter) for name, parameter in selected.items()}
+        # FSDP puts others in their places while a pass computes.
+        is_flat = any("_fsdp_wrapped_module" in name for name, _ in model.named_modules())
+        self._may_leave = {
+            name for name, each in selected.items() if is_flat or hasattr(each, "device_mesh")
+        }
+        self._n_glances, self._has_told = 0, False
+
+    def glance(self) -> None:
+        """Look once in many calls, which come at each pass or more often."""
+        if self._n_glances % _GLANCES == 0:
+            self.look()
+        self._n_glances += 1
+
+    def look(self) -> None:
+        """Warn once if parameters have been replaced."""
+        model = self._model()
+        if model is None or self._has_told:
+            return
+        there = set(map(id, model.parameters()))
+        gone = [name for name in self._known if self._is_gone(name, there)]
+        if gone:
+            self._has_told = True
+            some = ", ".join(gone[:_MOST_NAMES]) + ", ..." * (len(gone) > _MOST_NAMES)
+            warn(
+                f"watch() sees {len(self._known) - len(gone)} of its {len(self._known)} parameters "
+                f"in the model, others have been replaced or taken out: {some}; watch() again to "
+                f"see what is there now"
+            )
+
+    def _is_gone(self, name: str, there: set[int]) -> bool:
+        parameter = self._known[name]()
+        return parameter is None or not (id(parameter) in there or name in self._may_leave)
 
 
 def plain_name(model: nn.Module, name: str) -> str:
@@ -118,5 +168,12 @@ def _is_weight(name: str, parameter: nn.Parameter) -> bool:
     return "bias" not in name.rpartition(".")[2]
 
 
-def _is_leaf(name: str, module: nn.Module) -> bool:
-    return next(module.children(), None) is None
+def _usual_modules(model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    """Those without modules in them, and attention, which never calls the projection in it."""
+    whole = [m for m in model.modules() if type(m).forward is nn.MultiheadAttention.forward]
+    inside = {id(part) for module in whole for part in module.children()}
+    outside = set(map(id, whole))
+    return lambda _, module: (
+        id(module) in outside
+        or (id(module) not in inside and next(module.children(), None) is None)
+    )

@@ -32,6 +32,7 @@ from gradstat.recording.running_watch import Watch
 from gradstat.recording.selection import (
     ModuleSelector,
     ParameterSelector,
+    Replaced,
     select_modules,
     select_parameters,
 )
@@ -76,7 +77,7 @@ def watch(
     unused, is a row of NaN and of zero counts; a shared parameter is one layer, under its first
     name. A sparse gradient is measured by its values, without the zeros around them. Parameters
     that are replaced, as ``load_state_dict(assign=True)`` does, or added later are not seen: watch
-    again. Compiled autograd needs ``when="step"``.
+    again; a RuntimeWarning names those that were replaced. Compiled autograd needs ``when="step"``.
 
     In a distributed run each rank records what it has itself, and `History.reduce` puts the ranks
     together. For a DTensor, as FSDP2 makes them, that is its shard. DistributedDataParallel
@@ -105,7 +106,7 @@ def watch(
         parameters: which parameters: a regular expression searched for in their names, or a
             function of name and parameter. By default all but biases.
         modules: which modules return activations, as for ``parameters``. By default those that have
-            no modules in them.
+            no modules in them, and `torch.nn.MultiheadAttention` as a whole.
         accumulation_steps: backward passes per optimizer step. The last of each is recorded, when
             the gradient is whole.
         when: ``"backward"`` measures gradients by the end of the pass, in buckets: other hooks must
@@ -217,9 +218,10 @@ def watch(
     if alert is not None:
         alerts = Alerts(history, alert, is_scaled=scaler is not None)
     keepers = [each.add_scalar for each in (history, journal, writer) if each is not None]
-    logged = Logged(cadence, keepers, alerts)
+    replaced = Replaced(model, selected)
+    logged = Logged(cadence, keepers, alerts, replaced)
     delivery = Delivery(history, cadence, sink, journal, alerts)
-    recorder = Recorder(history, cadence, logged, delivery, bucket_bytes, engine, side)
+    recorder = Recorder(history, cadence, logged, delivery, replaced, bucket_bytes, engine, side)
     # Parameters by their ids: others may have taken their places, and names, since.
     watched = (*rows, *map(id, weights), *history.formats)
     measures = (*watched, scheme, every, when, accumulation_steps, capacity, stream, engine)

@@ -400,7 +400,32 @@ def test_call_does_not_measure_parameters_that_were_replaced() -> None:
         model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
         gc.collect()
         w.measure()
-    assert (w.history["numel"] > 0).tolist() == [[True] * 6, [False] * 6]
+        with pytest.warns(RuntimeWarning, match="sees 0 of its 3 parameters"):
+            history = w.history
+    assert (history["numel"] > 0).tolist() == [[True] * 6, [False] * 6]
+
+
+def test_attention_is_measured_as_a_whole() -> None:
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    outputs: list[Tensor] = []
+    encoder.self_attn.register_forward_hook(lambda *args: outputs.append(args[2][0].clone()))
+    with gradstat.watch(encoder, what=BOTH) as w:
+        encoder(torch.randn(3, 5, 8)).square().mean().backward()
+    for kind in BOTH:
+        history = w.history.select(kind)
+        assert "self_attn" in history.layers
+        assert not any(name.startswith("self_attn.") for name in history.layers)
+        assert (history["numel"] > 0).all()
+    at = w.history.select("activation").layers.index("self_attn")
+    record = w.history.select("activation").record()[at]
+    assert torch.equal(record.counts, gradstat.statistics(outputs[0]).counts)
+
+
+@pytest.mark.parametrize("modules", [r"out_proj", lambda name, _: name == "self_attn.out_proj"])
+def test_attention_s_own_projection_can_be_asked_for(modules: Any) -> None:
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with gradstat.watch(encoder, what="activation", modules=modules) as w:
+        assert set(w.history.select("activation").layers) == {"self_attn.out_proj"}
 
 
 @pytest.mark.parametrize("when", ["backward", "step", "call"])

@@ -191,10 +191,58 @@ def test_watch_must_be_repeated_after_parameters_are_replaced() -> None:
         backward(model)
         model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
         backward(model)
-        assert len(w.history) == 1
+        with pytest.warns(
+            RuntimeWarning, match=r"sees 0 of its 3 parameters .* 0.weight, 2.weight"
+        ):
+            assert len(w.history) == 1
         with gradstat.watch(model) as again:
             backward(model)
     assert (len(w.history), len(again.history)) == (1, 1)
+
+
+@pytest.mark.parametrize("when", ["backward", "step"])
+def test_watch_names_a_head_that_was_replaced_at_the_next_pass(when: str) -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradstat.watch(model, when=when, optimizer=optimizer) as w:
+        model[4] = nn.Linear(4, 3)
+
+        def train(n_steps: int) -> None:
+            for _ in range(n_steps):
+                backward(model)
+                optimizer.step()
+
+        with pytest.warns(RuntimeWarning, match=r"sees 2 of its 3 parameters .*out: 4.weight;"):
+            train(1)
+        train(70)  # it is said once
+    assert is_absent(w.last) == [False, False, True]
+
+
+def test_log_names_parameters_that_no_pass_reaches_any_more() -> None:
+    model = make_model()
+    with gradstat.watch(model) as w:
+        for _ in range(10):
+            backward(model)
+            w.log(loss=1.0)
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+
+        def log(n_steps: int) -> None:
+            for _ in range(n_steps):
+                w.log(loss=1.0)
+
+        with pytest.warns(RuntimeWarning, match="sees 0 of its 3 parameters"):
+            log(64)
+    assert len(w.history) == 10
+
+
+def test_watch_sees_parameters_that_have_other_names_or_wrappers_now() -> None:
+    model = make_model()
+    with gradstat.watch(model) as w:
+        wrapped = nn.ModuleDict({"inner": model[4]})
+        model[4] = nn.Sequential(wrapped["inner"], nn.Identity())
+        for _ in range(3):
+            backward(model)
+        assert len(w.history) == 3
 
 
 def test_watch_must_be_repeated_after_parameters_are_added() -> None:
