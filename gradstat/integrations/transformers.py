@@ -56,10 +56,8 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
         **_: Any,  # noqa: ANN401
     ) -> None:
         """Watch the model."""
-        # Accelerate wraps the optimizer that will step.
-        inner = getattr(optimizer, "optimizer", optimizer)
         scaler = getattr(optimizer, "scaler", None)
-        self._start(model, scaler, state.global_step, when="step", optimizer=inner)
+        self._start(model, scaler, state.global_step, when="step", optimizer=optimizer)
         self._forget_losses()
         self._n_logged, self._has_losses = state.global_step, False
         if not getattr(args, "torch_compile", False):

@@ -21,6 +21,7 @@ from gradstat.recording.shards import copy_holding, local_part
 from gradstat.recording.torch_internals import (
     disable_dynamo,
     is_compiled_autograd,
+    run_first,
     running_node,
     scale_of,
 )
@@ -45,7 +46,7 @@ class BackwardHooks:
     ) -> None:
         # They go on as long as this does, whether anybody keeps the watch or not.
         self.rates: LearningRates | None = None
-        self._recorder, self._scaler, self._at_once = recorder, scaler, at_once
+        self._recorder, self._scaler = recorder, scaler
         first_rows = recorder.first_rows
         self._first_gradient = first_rows.get(GRAD)
         # The hooks are on the parameters and keep this alive, not the other way round.
@@ -54,10 +55,15 @@ class BackwardHooks:
             for index, parameter in enumerate(parameters if PARAM in first_rows else ())
         ]
         self._pass = RunningPass()
-        self._handles = [
-            _hook(parameter, partial(self._on_gradient, index))
-            for index, parameter in enumerate(parameters)
-        ]
+        self._handles = []
+        # Rows of gradients that others may change, or free, as soon as the hook returns.
+        self._at_once = set(range(len(parameters)) if at_once else ())
+        for index, parameter in enumerate(parameters):
+            handle = _hook(parameter, partial(self._on_gradient, index))
+            self._handles.append(handle)
+            # Such as an optimizer that makes its step here.
+            if not all(map(_is_ours, run_first(parameter, handle))):
+                self._at_once.add(index)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -83,7 +89,7 @@ class BackwardHooks:
             gradient = parameter.grad
             if gradient is not None and self._first_gradient is not None:
                 self._recorder.add(self._first_gradient + index, gradient)
-                if self._at_once:
+                if index in self._at_once:
                     self._recorder.measure_waiting()
 
     def _end(self) -> None:
@@ -276,6 +282,10 @@ class StepHook:
 def _note(arrived: dict[int, None], index: int, _: Tensor) -> None:
     """A hook that compiled autograd can trace, and that keeps nothing else alive."""
     arrived[index] = None
+
+
+def _is_ours(hook: Callable[..., None]) -> bool:
+    return isinstance(hook, partial) and hook.func.__module__ == __name__
 
 
 def _take_off(handles: list[RemovableHandle]) -> None:

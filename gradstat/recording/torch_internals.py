@@ -22,6 +22,8 @@ from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.amp import GradScaler
 from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -156,6 +158,19 @@ def scale_of(scaler: GradScaler | None) -> Tensor | None:
     return scale
 
 
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer whose hooks are called: accelerate's wrapper of one has no hooks of its own."""
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer):
+            raise TypeError(
+                f"watch() needs an optimizer that has step hooks; optimizer is "
+                f"{type(optimizer).__name__}, which has none and wraps none"
+            )
+        optimizer = inner
+    return optimizer
+
+
 def step_states_of(scaler: GradScaler) -> dict[int, object] | None:
     """A scaler's states of this iteration, by optimizer's id: they tell of steps that it skips."""
     states: dict[int, object] | None = getattr(scaler, "_per_optimizer_states", None)
@@ -183,6 +198,19 @@ def saved_tensor_hook() -> Callable[..., Any] | None:
 def multiplied(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
     """Copies of tensors times a 0-dim one, in few launches: unscaling for linear bins needs it."""
     return list(torch._foreach_mul(tensors, factor))
+
+
+def run_first(parameter: Tensor, handle: RemovableHandle) -> list[Callable[..., None]]:
+    """Move a hook on a parameter's gradient before the others, which are returned.
+
+    Without it what others do to a gradient in hooks that were there before comes first.
+    """
+    hooks: dict[int, Callable[..., None]] = parameter._post_accumulate_grad_hooks
+    others = [key for key in hooks if key != handle.id]
+    # PyTorch takes them in the order of insertion, not in that of OrderedDict.move_to_end(). In one
+    # call, in which an interrupt cannot lose one.
+    list(map(hooks.__setitem__, others, map(hooks.pop, others)))
+    return [hooks[key] for key in others]
 
 
 def name_of_wrapped(module: nn.Module) -> str | None:

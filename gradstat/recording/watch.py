@@ -38,6 +38,7 @@ from gradstat.recording.selection import (
 )
 from gradstat.recording.shards import rank_and_world, usual_origins
 from gradstat.recording.streams import SideStream
+from gradstat.recording.torch_internals import unwrapped
 
 Kind = Literal["grad", "param", "update", "activation", "grad_output"]
 What = Kind | Literal["all"] | Sequence[Kind]
@@ -198,6 +199,7 @@ def watch(
     selected = select_parameters(model, parameters)
     weights = list(selected.values())
     if optimizer is not None:
+        optimizer = unwrapped(optimizer)
         options.check_holds(optimizer, weights)
     seen = select_modules(model, modules) if has_outputs else {}
     rows = [

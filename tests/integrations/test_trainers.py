@@ -532,3 +532,38 @@ def test_transformers_measures_gradients_of_outputs_unscaled() -> None:
     scaler.scale(model(torch.randn(8, 6)).sum()).backward()
     optimizer.step()
     assert callback.history.select("grad_output")["max"].tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("n_batches", [1, 2])
+@pytest.mark.parametrize("when", ["backward", "step"])
+def test_watch_takes_what_accelerate_has_prepared(when: str, n_batches: int) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=n_batches)
+    plain = make_model()
+    inner = torch.optim.SGD(plain.parameters(), lr=0.1)
+    model, optimizer = accelerator.prepare(plain, inner)
+    options = {"accumulation_steps": n_batches} if when == "backward" else {}
+    expected = []
+    with gradstat.watch(model, when=when, optimizer=optimizer, **options) as w:
+        for batch in range(4):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(torch.randn(8, 6)).square().mean())
+                if batch % n_batches == n_batches - 1:
+                    weights = [plain.get_parameter(name) for name in WEIGHTS]
+                    expected.append(gradstat.statistics([p.grad.clone() for p in weights]))
+                optimizer.step()
+                optimizer.zero_grad()
+    assert len(w.history) == len(expected) == 4 // n_batches
+    for step, each in enumerate(expected):
+        assert_record(w.history.record(step), each)
+    assert w.history.scalar("lr")[1].tolist() == [0.1] * len(expected)
+    assert n_step_hooks(inner) == n_hooks(plain) == 0
+
+
+def test_watch_refuses_a_wrapper_without_an_optimizer_in_it() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            self.param_groups = []
+
+    with pytest.raises(TypeError, match=r"needs an optimizer that has step hooks; .* Wrapper"):
+        gradstat.watch(make_model(), optimizer=Wrapper())

@@ -29,6 +29,36 @@ def seed() -> None:
     torch.manual_seed(20)
 
 
+def test_watch_measures_before_an_optimizer_in_backward_frees_the_gradient() -> None:
+    model = make_model()
+    expected: dict[str, Tensor] = {}
+
+    def step_with(name: str, optimizer: torch.optim.Optimizer) -> Callable[[Tensor], None]:
+        def step(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            expected[name] = parameter.grad.clone()
+            optimizer.step()
+            parameter.grad.zero_()  # in place, and freed
+            parameter.grad = None
+
+        return step
+
+    for name, parameter in model.named_parameters():
+        optimizer = torch.optim.SGD([parameter], lr=0.1)
+        parameter.register_post_accumulate_grad_hook(step_with(name, optimizer))
+    before = n_hooks(model)
+    with gradstat.watch(model) as w, gradstat.watch(model, parameters="0.weight") as other:
+        for _ in range(3):
+            backward(model)
+            tensors = [expected[name] for name in WEIGHTS]
+            assert_record(w.last, gradstat.statistics(tensors))
+            assert_record(other.last, gradstat.statistics(tensors[:1]))
+    assert n_hooks(model) == before
+    weight = model[0].weight.detach().clone()
+    backward(model)
+    assert not torch.equal(model[0].weight, weight)
+
+
 @pytest.mark.parametrize("bucket_bytes", [1, 25 << 20])
 def test_watch_forgets_a_backward_that_fails(bucket_bytes: int) -> None:
     model = make_model()
