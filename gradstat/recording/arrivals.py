@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +20,7 @@ from gradstat.history.union_quantized import union_of
 from gradstat.quantized import PACKED
 from gradstat.record import OF_OUTPUTS
 from gradstat.recording.streams import Computed, take_over
-from gradstat.recording.torch_internals import sparing_captures
+from gradstat.recording.torch_internals import SparingCaptures
 from gradstat.results import FLOATS, INTEGERS, as_arrays, as_statistics
 
 # Integers, floats and `Counts` of some layers; where formats are measured, what they would do too.
@@ -29,28 +30,22 @@ _ALIGNMENT = 8  # bytes of the widest number
 _LEAST_BYTES = 1 << 9
 
 
-# Pinned memory that no copy uses, by its bytes, each block with the event after its last copy. It
-# is never freed: to free it, PyTorch records an event on the streams that have copied into it, and
-# where one of them is being captured, that event fails all who ask for pinned memory later.
-_BLOCKS: defaultdict[int, deque[tuple[Tensor, torch.cuda.Event]]] = defaultdict(deque)
-
-
 class Transfer:
     """Tensors on their way from one device to the host, or arrays that are there."""
 
-    __slots__ = ("_block", "_event", "_tensors")
+    __slots__ = ("__weakref__", "_event", "_tensors")
 
     def __init__(self, tensors: tuple[Any, ...]) -> None:
-        self._block: Tensor | None = None
         self._event: torch.cuda.Event | None = None
         self._tensors = tensors
         if not isinstance(tensors[0], Tensor):
             return
         if tensors[0].is_cuda:
-            self._block, self._tensors = _copy_to_pinned(tensors)
+            block, self._tensors = _copy_to_pinned(tensors)
             # The tensors' device need not be the current one.
             stream = torch.cuda.current_stream(tensors[0].device)
             self._event = stream.record_event()
+            _BLOCKS[block.nbytes].append(_Block(block, self._event, weakref.ref(self)))
         elif not tensors[0].is_cpu:
             self._tensors = tuple(x.cpu() for x in tensors)
 
@@ -58,7 +53,7 @@ class Transfer:
         """Whether they are there, which they are after waiting."""
         if self._event is None:
             return True
-        with sparing_captures():
+        with SparingCaptures():
             if self._event.query():  # type: ignore[no-untyped-call]
                 return True
             if wait:
@@ -68,19 +63,36 @@ class Transfer:
     def arrays(self) -> tuple[Any, ...]:
         """The same as arrays in ordinary memory, once they are there."""
         if isinstance(self._tensors[0], Tensor):
-            arrays = tuple([x.numpy() for x in self._tensors])
-            self._tensors = arrays if self._block is None else tuple([x.copy() for x in arrays])
-            self._give_back()
+            arrays = [x.numpy() for x in self._tensors]
+            self._tensors = tuple(arrays if self._event is None else [x.copy() for x in arrays])
         return self._tensors
 
-    def _give_back(self) -> None:
-        block, self._block = self._block, None
-        if block is not None and self._event is not None:
-            _BLOCKS[block.nbytes].append((block, self._event))
+    @property
+    def is_array(self) -> bool:
+        """Whether they are arrays by now."""
+        return not isinstance(self._tensors[0], Tensor)
 
-    def __del__(self) -> None:
-        # Of a pass that is given up, whose copy may still go on.
-        self._give_back()
+
+class _Block(NamedTuple):
+    """Pinned memory, the event after the last copy into it, and whom that was for."""
+
+    memory: Tensor
+    copied: torch.cuda.Event
+    owner: weakref.ref[Transfer]
+
+    def is_free(self) -> bool:
+        """Whether nobody reads it and nothing is copied into it any more."""
+        owner = self.owner()
+        if owner is not None and not owner.is_array:
+            return False
+        with SparingCaptures():
+            return bool(self.copied.query())  # type: ignore[no-untyped-call]
+
+
+# All pinned memory, by its bytes. It is used again and never freed: to free it, PyTorch records an
+# event on the streams that have copied into it, and where one of them is being captured, that event
+# fails all who ask for pinned memory later. So no record may keep it either.
+_BLOCKS: defaultdict[int, deque[_Block]] = defaultdict(deque)
 
 
 class Launch(NamedTuple):
@@ -289,9 +301,8 @@ def _pinned_block(n_bytes: int) -> Tensor:
     size = max(_LEAST_BYTES, 1 << (n_bytes - 1).bit_length())
     blocks = _BLOCKS[size]
     with suppress(IndexError):
-        block, copied = blocks.popleft()
-        with sparing_captures():
-            if copied.query():  # type: ignore[no-untyped-call]
-                return block
-        blocks.append((block, copied))
+        oldest = blocks.popleft()
+        if oldest.is_free():
+            return oldest.memory
+        blocks.append(oldest)
     return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)

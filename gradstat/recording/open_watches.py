@@ -13,7 +13,7 @@ from gradstat.recording.logged import LearningRates
 from gradstat.recording.module_hooks import OutputHooks
 from gradstat.recording.parameter_hooks import BackwardHooks, StepHook
 from gradstat.recording.recorder import Recorder
-from gradstat.recording.torch_internals import sparing_captures
+from gradstat.recording.torch_internals import SparingCaptures
 from gradstat.warning import warn
 
 Hooks = BackwardHooks | StepHook
@@ -84,7 +84,7 @@ def add(
 
 def close(recorder: Recorder, hooks: Hooks, others: list[Others]) -> None:
     """Take a watch off its model, as `Watch.close` says."""
-    with recorder.lock, sparing_captures():
+    with recorder.lock, SparingCaptures():
         recorder.is_closed = True
         hooks.remove()
         for each in others:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from gradstat.recording.torch_internals import name_of_wrapped
+from gradstat.recording.torch_internals import name_of_wrapped, parameter_ids
 from gradstat.warning import warn
 
 _GLANCES = 64  # from one look at the parameters to the next
@@ -118,7 +118,7 @@ class Replaced:
         model = self._model()
         if model is None or self._has_told:
             return
-        there = set(map(id, model.parameters()))
+        there = parameter_ids(model)
         gone = [name for name in self._known if self._is_gone(name, there)]
         if gone:
             self._has_told = True
@@ -170,7 +170,13 @@ def _is_weight(name: str, parameter: nn.Parameter) -> bool:
 
 def _usual_modules(model: nn.Module) -> Callable[[str, nn.Module], bool]:
     """Those without modules in them, and attention, which never calls the projection in it."""
-    whole = [m for m in model.modules() if type(m).forward is nn.MultiheadAttention.forward]
+    attention = nn.MultiheadAttention
+    # A subclass may call its projections, as PyTorch's quantizable one does.
+    whole = [
+        m
+        for m in model.modules()
+        if isinstance(m, attention) and type(m).forward is attention.forward
+    ]
     inside = {id(part) for module in whole for part in module.children()}
     outside = set(map(id, whole))
     return lambda _, module: (

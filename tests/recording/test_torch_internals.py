@@ -178,3 +178,36 @@ def test_capturing_graph_is_known_to_hooks_too() -> None:
         with torch.cuda.graph(graph):
             (x * x).sum().backward()
     assert seen == graphs
+
+
+def test_parameter_ids_are_those_of_all_modules_once() -> None:
+    shared = nn.Linear(2, 2, bias=False)
+    model = nn.ModuleDict({"a": nn.Sequential(shared, nn.ReLU()), "b": shared})
+    model.register_module("none", None)
+    model["a"].register_parameter("own", nn.Parameter(torch.ones(1)))
+    found = torch_internals.parameter_ids(model)
+    assert found == {id(p) for p in model.parameters()}
+    assert len(found) == 2
+
+
+def test_run_first_puts_a_hook_before_the_others() -> None:
+    x, order = nn.Parameter(torch.ones(2)), []
+    hooks = [lambda _, n=n: order.append(n) for n in range(3)]
+    handles = [x.register_post_accumulate_grad_hook(hook) for hook in hooks]
+    assert torch_internals.run_first(x, handles[2]) == hooks[:2]
+    x.sum().backward()
+    assert order == [2, 0, 1]
+    for handle in handles:
+        handle.remove()
+    x.sum().backward()
+    assert len(order) == 3
+
+
+def test_unwrapped_is_what_a_wrapper_without_hooks_has_in_it() -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+    inner = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    assert torch_internals.unwrapped(inner) is inner
+    assert torch_internals.unwrapped(Wrapper(Wrapper(inner))) is inner
