@@ -53,9 +53,7 @@ def take_report(browser: Browser, history: gradstat.History, folder: Path) -> No
 
 def write(journal: Journal, history: gradstat.History, start: int, stop: int) -> None:
     for step in history.steps[start:stop].tolist():
-        record = history.record(step)
-        parts = (record.integers, record.floats, record.counts)
-        journal.append(step, *(part.numpy() for part in parts))
+        journal.append(step, history.packed(step).data)
     journal.flush()
 
 

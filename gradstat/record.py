@@ -220,9 +220,9 @@ class RecordLayout:
         return packed
 
     def unpack(self, records: Sequence[Data]) -> Unpacked:
-        """Numbers of several records; views, if it is one."""
+        """Numbers of several records."""
         n, size = len(records), self._bins_at
-        fixed = records[0] if n == 1 else b"".join([data[:size] for data in records])
+        fixed = bytearray().join([data[:size] for data in records])  # which may be changed
         rows = np.frombuffer(fixed, np.uint8, n * size).reshape(n, size)
 
         def part(start: int, dtype: str, *shape: int) -> Array:
@@ -233,9 +233,7 @@ class RecordLayout:
         floats = part(self._floats_at, "<f8", self.n_rows, len(FLOATS))
         formats = part(self._formats_at, "<f8", self.n_rows, self.n_formats, len(PACKED))
         ends = part(self._ends_at, "<u4", self.n_rows).astype(np.int64)
-        if n != 1:
-            return Unpacked(integers, floats, formats, *self._entries_of(records, ends))
-        return Unpacked(integers, floats, formats, ends[0], *self.entries(records[0])[1:])
+        return Unpacked(integers, floats, formats, *self._entries_of(records, ends))
 
     def assemble(self, parts: Sequence[tuple[Sequence[int], RecordLayout, Data]]) -> bytes:
         """One record of several that have some of its rows each.

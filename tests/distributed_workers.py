@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from histories import append_rows
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -232,7 +233,7 @@ class Rank:
             self.run_two_dimensions()
         for name, tensors in (extreme_tensors(self.world) | edge_tensors(self.world)).items():
             history = History(["weight"], Log2Bins())
-            history.append(0, *arrays(gradstat.statistics([tensors[self.rank]])))
+            append_rows(history, 0, *arrays(gradstat.statistics([tensors[self.rank]])))
             self.keep_both(f"extreme_{name}", history)
 
     def run_tensor_parallel(self) -> None:
@@ -407,13 +408,13 @@ class Rank:
     def run_refused(self) -> None:
         one = arrays(gradstat.statistics([torch.full((3,), float(self.rank + 1))]))
         steps = History(["weight"], Log2Bins())
-        steps.append(self.rank, *one)
+        append_rows(steps, self.rank, *one)
         bins = History(["weight"], LinearBins(2048, 0.0, self.rank + 1.0))
         replicas = History(["weight"], Log2Bins())
-        replicas.append(7, *one)
+        append_rows(replicas, 7, *one)
         ranges = History(["weight"], LinearBins(2048))
         ranged = gradstat.statistics([torch.arange(4.0) * (self.rank + 1)], LinearBins(2048))
-        ranges.append(5, *arrays(ranged))
+        append_rows(ranges, 5, *arrays(ranged))
         for name, history, replicated in (
             ("steps", steps, None),
             ("bins", bins, None),

@@ -10,8 +10,7 @@ import gradstat
 from gradstat import History
 from gradstat.bins import Bins
 from gradstat.history.journal import Journal
-from gradstat.record import GRAD, Row
-from gradstat.results import FLOATS, INTEGERS
+from gradstat.record import GRAD, RecordLayout, Row
 
 LONG_NAMES = [f"transformer.h.{i}.mlp.c_proj.weight" for i in range(12)]
 
@@ -22,6 +21,21 @@ def falling(step: int, layer: int) -> torch.Tensor:
     """A gradient that is a tenth of the one of two layers before."""
     generator = torch.Generator().manual_seed(100 * step + layer)
     return torch.randn(50, generator=generator) * 10.0 ** (-layer / 2)
+
+
+def append_rows(
+    to: History | Journal,
+    step: int,
+    integers: np.ndarray,
+    floats: np.ndarray,
+    counts: np.ndarray,
+    formats: np.ndarray | None = None,
+    time_s: float | None = None,
+) -> None:
+    """Add a record to a history or a journal."""
+    n_formats = 0 if formats is None else formats.shape[1]
+    layout = RecordLayout(len(integers), n_formats, counts.shape[1])
+    to.append(step, layout.pack(integers, floats, formats, counts), time_s=time_s)
 
 
 def make_history(
@@ -46,19 +60,15 @@ def make_history(
         for at, layer in absent:
             if at == step:
                 integers[layer], floats[layer], counts[layer] = 0, np.nan, 0
-        history.append(step, integers, floats, counts)
+        append_rows(history, step, integers, floats, counts)
     return history
 
 
 def repeat_record(history: History, steps: int) -> History:
     """The newest record of a history as often as asked."""
-    record = history.record(-1)
-    parts = [part.numpy() for part in (record.integers, record.floats, record.counts)]
-    assert parts[0].shape[1] == len(INTEGERS)
-    assert parts[1].shape[1] == len(FLOATS)
     repeated = History(history.rows, history.bins)
     for step in range(steps):
-        repeated.append(step, *parts)
+        repeated.append(step, history.packed().data)
     return repeated
 
 
@@ -74,9 +84,7 @@ def begin_journal(
 def write_steps(journal: Journal, history: History, *steps: int) -> None:
     """Put some records of a history on the disk, and what was logged at their steps."""
     for step in steps:
-        record = history.record(step)
-        parts = (record.integers.numpy(), record.floats.numpy(), record.counts.numpy())
-        journal.append(step, *parts, time_s=float(step))
+        journal.append(step, history.packed(step).data, time_s=float(step))
         for name in history.scalars:
             at, values = history.scalar(name)
             for value in values[at == step].tolist():

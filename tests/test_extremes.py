@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from histories import make_history
+from histories import append_rows, make_history
 
 from gradstat import History, LinearBins, Log2Bins, plot
 from gradstat.bins import FLOAT64_MAX, Bins
@@ -113,7 +113,7 @@ def without_layers() -> History:
     history = History([], Log2Bins())
     for step in range(2):
         counts = np.empty((0, 2048), np.int64)
-        history.append(step, np.empty((0, 8), np.int64), np.empty((0, 8)), counts)
+        append_rows(history, step, np.empty((0, 8), np.int64), np.empty((0, 8)), counts)
     return history
 
 

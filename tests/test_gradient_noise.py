@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from histories import append_rows
 from torch import Tensor, nn
 from watching import absent, arrays
 
@@ -21,7 +22,7 @@ WHOLE = sum(s**2 for s in NOISE) / sum(g**2 for g in GRADIENT)
 
 
 def record(history: History, step: int, tensors: list[Tensor]) -> None:
-    history.append(step, *arrays(gradstat.statistics(tensors)))
+    append_rows(history, step, *arrays(gradstat.statistics(tensors)))
 
 
 def train(n_steps: int, *, ranks: int = 1, seed: int = 3) -> tuple[History, History]:
@@ -118,7 +119,7 @@ def test_noise_scale_is_nan_where_it_is_undefined() -> None:
             np.concatenate(x)
             for x in zip(arrays(gradstat.statistics([values])), absent(Log2Bins()), strict=True)
         ]
-        history.append(5, *rows)
+        append_rows(history, 5, *rows)
     noise = gradstat.noise_scale(small, big, 1, 8, decay=0)
     known = [
         [True, True],
@@ -141,10 +142,10 @@ def test_noise_scale_goes_on_after_what_is_not_finite() -> None:
     for step in range(4):
         tensors = [torch.full((N,), float("nan"))] * 2
         rows = arrays(small.record(step)) if step != 1 else arrays(gradstat.statistics(tensors))
-        broken.append(step, *rows)
+        append_rows(broken, step, *rows)
     left = History(["a", "b"], Log2Bins())
     for step in (0, 2, 3):
-        left.append(step, *arrays(small.record(step)))
+        append_rows(left, step, *arrays(small.record(step)))
     got = gradstat.noise_scale(broken, big, *BATCH)
     expected = gradstat.noise_scale(left, big, *BATCH)
     assert expected.steps.tolist() == [0, 2, 3]

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from histories import append_rows
 
-from gradstat import History, LinearBins, Statistics
+from gradstat import History, LinearBins
 from gradstat.cli import main
-from gradstat.history.packed_counts import SparseRows
-from gradstat.history.records import OWN, Records, no_formats
-from gradstat.history.snapshot import Snapshot
-from gradstat.record import Row
+from gradstat.quantized import PACKED
+from gradstat.record import RecordLayout, Unpacked
 from gradstat.results import FLOATS, INTEGERS
 
 BINS, LAYERS = 1 << 20, 200
@@ -25,28 +24,13 @@ def made_up(n_layers: int) -> History:
     """Each layer has one value in the first bin and two in the last."""
     integers = np.zeros((1, n_layers, len(INTEGERS)), np.int64)
     integers[..., :2] = 3
-    floats = np.broadcast_to([0.0, 1.0, 2.0, 0.57, 2.0, 1.41, 0.0, 1.0], (1, n_layers, 8))
-    assert len(FLOATS) == 8
-    counts = SparseRows(
-        np.full(n_layers, 2, np.int32),
-        np.tile(np.array([0, BINS - 1], np.uint32), n_layers),
-        np.tile(np.array([1, 2], np.uint32), n_layers),
-    )
-    names = [f"{i}.weight" for i in range(n_layers)]
-    return History.from_records(
-        Records(
-            rows=[Row("grad", name) for name in names],
-            layers=names,
-            bins=LinearBins(BINS, 0.0, 1.0),
-            steps=list(range(1)),
-            times=np.zeros(1),
-            integers=integers,
-            floats=floats.copy(),
-            quantized=no_formats(1, n_layers),
-            counts=counts,
-            origins=np.full(n_layers, OWN),
-        )
-    )
+    floats = np.broadcast_to([0.0, 1.0, 2.0, 0.57, 2.0, 1.41, 0.0, 1.0], (1, n_layers, len(FLOATS)))
+    history = History([f"{i}.weight" for i in range(n_layers)], LinearBins(BINS, 0.0, 1.0))
+    ends, bins = 2 * np.arange(1, n_layers + 1), np.tile([0, BINS - 1], n_layers)
+    none = np.empty((1, n_layers, 0, len(PACKED)))
+    unpacked = Unpacked(integers, floats, none, ends, bins, np.tile([1, 2], n_layers))
+    history.append(0, history.layout.pack_all(unpacked)[0])
+    return history
 
 
 def limit() -> None:
@@ -89,13 +73,14 @@ def test_commands_read_a_million_bins_layer_by_layer(
     made_up(3).save(tmp_path / "run.npz")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(History, "record", lambda *_: pytest.fail("all layers at once"))
-    read, sizes = History._record, []
+    read, sizes = RecordLayout.dense, []
 
-    def read_part(self: History, now: Snapshot, at: int, part: slice) -> Statistics:
-        sizes.append(part.stop - part.start)
-        return read(self, now, at, part)
+    def read_part(self: RecordLayout, data: bytes, rows: slice = slice(None)) -> np.ndarray:
+        found = read(self, data, rows)
+        sizes.append(len(found))
+        return found
 
-    monkeypatch.setattr(History, "_record", read_part)
+    monkeypatch.setattr(RecordLayout, "dense", read_part)
     for viewer in ("tensorboard", "wandb"):
         if viewer in command:
             pytest.importorskip(viewer)
@@ -117,9 +102,8 @@ def test_history_parts_are_a_record_in_parts() -> None:
         seen += history.layers[at]
     assert seen == history.layers
     few = History(["x", "y"], LinearBins(4))
-    few.append(
-        3, np.zeros((2, 8), int), np.full((2, 8), np.nan), np.arange(8, dtype=int).reshape(2, 4)
-    )
+    counts = np.arange(8).reshape(2, 4)
+    append_rows(few, 3, np.zeros((2, 8), int), np.full((2, 8), np.nan), counts)
     ((at, part),) = few.parts(3)
     assert at == slice(0, 2)
     assert part.counts.equal(few.record(3).counts)

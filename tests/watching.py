@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from histories import append_rows
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -112,7 +113,7 @@ def make_history(
     for step in range(n_steps):
         tensors = [torch.randn(n, generator=generator) * 10.0**-step for n in (100, 7)]
         records.append(gradstat.statistics(tensors, bins))
-        history.append(2 * step, *arrays(records[-1]))
+        append_rows(history, 2 * step, *arrays(records[-1]))
     return history, records
 
 

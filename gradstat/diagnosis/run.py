@@ -93,18 +93,12 @@ class Run:
         """Histograms of at most 64 records, the newest among them; none over linear bins."""
         if not isinstance(self.history.bins, Log2Bins):
             return []
-        at = evenly_spread(len(self.history), MAX_SAMPLES)
-        rows = at[:, None] * len(self.history.layers) + np.sort(self.columns)
-        sizes, bins, counts = self.history.to_records().counts.keep(rows.ravel()).arrays()
-        ends = np.cumsum(sizes, dtype=np.int64).reshape(rows.shape)[:, self.places]
-        sizes = sizes.reshape(rows.shape)[:, self.places]
-        samples = []
-        for record, end, size in zip(at.tolist(), ends, sizes, strict=True):
-            total = int(size.sum())
-            before = np.repeat(np.cumsum(size) - size, size)
-            entries = np.arange(total) - before + np.repeat(end - size, size)
-            samples.append(Sample(record, size, bins[entries], counts[entries]))
-        return samples
+        at = evenly_spread(len(self.history), MAX_SAMPLES).tolist()
+        return [
+            Sample(each, *records.histograms(self.columns))
+            for each in at
+            for records in self.history.unpacked([each])
+        ]
 
     def span(self, mask: Array, at: int) -> tuple[int, int]:
         """First and last step of the blocks around one that a mask, ``(B,)``, holds together."""

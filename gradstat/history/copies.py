@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gradstat.arrays import Array
-from gradstat.history.layout import PARTIAL, UNKNOWN
+from gradstat.history.placements import PARTIAL, UNKNOWN
 from gradstat.history.records import OWN, SAME, Records
 from gradstat.record import GRAD, NOUNS, OF_OUTPUTS, Row
 from gradstat.results import FLOATS

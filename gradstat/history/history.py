@@ -14,26 +14,39 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from gradstat.arrays import Array, Counts, divide
+from gradstat.arrays import Array, divide
 from gradstat.bins import Bins
 from gradstat.choices import one_of
 from gradstat.formats import Format, asked_formats, parse_format
 from gradstat.history import archive, merge, rank_directories
 from gradstat.history.alignment import with_columns
 from gradstat.history.copies import told_of_replicas
-from gradstat.history.layout import Layout
+from gradstat.history.memory import Memory
+from gradstat.history.packed_counts import SparseRows
+from gradstat.history.placements import Placements
 from gradstat.history.records import OWN, Records
 from gradstat.history.scalars import Scalars
-from gradstat.history.shapes import kurtosis_of
-from gradstat.history.snapshot import DENSE_BYTES, Record, Snapshot, check_step
 from gradstat.quantized import PACKED, QUANTIZATION_FIELDS, unpacked
-from gradstat.record import FROM_THE_END, GRAD, PARAM, UNIT, UPDATE, Row
+from gradstat.record import (
+    FROM_THE_END,
+    GRAD,
+    PARAM,
+    UNIT,
+    UPDATE,
+    Data,
+    Record,
+    RecordLayout,
+    Row,
+    Unpacked,
+)
 from gradstat.results import DERIVED, FLOATS, INTEGERS, SHAPES, Statistics
 
 if TYPE_CHECKING:
     import pandas
 
     from gradstat.diagnosis import Finding, Thresholds
+
+_DENSE_BYTES = 4 << 20  # of histograms at a time
 
 FIELDS = (*INTEGERS, *FLOATS, *DERIVED, *SHAPES)
 
@@ -92,13 +105,9 @@ class History:
         self.formats = [each.name for each in asked_formats("History", formats)]
         # Which ranks of a distributed run hold the same values of a layer, as in `Records`.
         self.origins = np.full(len(self.layers), OWN)
-        self.layout: Layout | None = None
-        self._capacity = capacity
-        n_layers = len(self.layers)
-        self._shapes = (n_layers, len(INTEGERS)), (n_layers, len(FLOATS)), (n_layers, bins.bins)
-        self._no_formats = np.full((n_layers, len(self.formats), len(PACKED)), np.nan)
-        # Each record replaces it as a whole: who reads meanwhile sees the one or the other.
-        self._now = Snapshot.empty(n_layers, len(self.formats))
+        self.placements: Placements | None = None
+        self.layout = RecordLayout(len(self.layers), len(self.formats), bins.bins)
+        self._memory = Memory(self.layout, bins, capacity)
         self._scalars = Scalars()
         self.depth: Array | None = None
         self.partial_step: int | None = None
@@ -108,16 +117,16 @@ class History:
     @property
     def steps(self) -> Array:
         """Number of each recorded step, from 0: int64 ``(S,)``."""
-        return np.array(self._now.all_steps, dtype=np.int64)
+        return np.array([record.step for record in self._memory.records], dtype=np.int64)
 
     @property
     def times(self) -> Array:
         """When each step was recorded, in seconds since 1970: float64 ``(S,)``; NaN if unknown."""
-        return np.array(self._now.all_times, dtype=np.float64)
+        return np.array([record.time_s for record in self._memory.records], dtype=np.float64)
 
     def __len__(self) -> int:
         """Number of recorded steps, S."""
-        return self._now.size
+        return len(self._memory)
 
     def __repr__(self) -> str:
         """Size and bins."""
@@ -129,47 +138,18 @@ class History:
 
         return fragment(self)
 
-    def append(
-        self,
-        step: int,
-        integers: Array,
-        floats: Array,
-        counts: Counts,
-        quantized: Array | None = None,
-        *,
-        time_s: float | None = None,
-    ) -> None:
+    def append(self, step: int, data: Data, *, time_s: float | None = None) -> None:
         """Add one record.
 
         Args:
             step: its number, higher than the last one's.
-            integers: int64 ``(L, 8)``, fields as in `Statistics`; kept for a while, not copied.
-            floats: float64 ``(L, 8)``; so are they.
-            counts: int64 ``(L, bins)``, or packed; so are they.
-            quantized: float64 ``(L, F, 10)``, what the F formats would do to each layer, the fields
-                of `gradstat.quantized.PACKED`; by default of none.
+            data: its numbers, as ``layout.pack()`` makes them; kept, not copied.
             time_s: when it was recorded, in seconds since 1970; by default now.
 
         Raises:
-            ValueError: a step that is not higher, arrays of other shapes.
+            ValueError: a step that is not higher, bytes of another layout.
         """
-        now = self._now
-        check_step(step, now.last_step)
-        shapes = integers.shape, floats.shape, counts.shape
-        if shapes != self._shapes:
-            raise ValueError(
-                f"append() needs arrays of shapes {self._shapes}; integers, floats and counts have "
-                f"{shapes}"
-            )
-        quantized = self._no_formats if quantized is None else quantized
-        if quantized.shape != self._no_formats.shape:
-            raise ValueError(
-                f"append() needs formats of shape {self._no_formats.shape}; quantized has "
-                f"{quantized.shape}"
-            )
-        time_s = time.time() if time_s is None else time_s
-        record = Record(step, time_s, integers, floats, counts, quantized)
-        self._now = now.followed_by(record, self._capacity)
+        self._memory.append(Record(step, time.time() if time_s is None else time_s, data))
 
     def __getitem__(self, field: str) -> Array:
         """One field of `Statistics` at every step and layer.
@@ -185,14 +165,7 @@ class History:
         """
         if field not in FIELDS:
             raise KeyError(f"History[] needs one of {', '.join(FIELDS)}; got {field!r}")
-        if field in SHAPES:
-            records = self.to_records()
-            at, columns = np.arange(len(records.steps)), np.arange(len(self.layers))
-            return kurtosis_of(records, at, columns)
-        integers, floats = map(torch.from_numpy, self._now.numbers())
-        statistics = Statistics(self.bins, integers, floats, torch.empty(0))
-        values: Array = getattr(statistics, field).numpy().copy()
-        return values
+        return self._memory.column(field)
 
     @property
     def order(self) -> list[str]:
@@ -283,8 +256,7 @@ class History:
         Raises:
             KeyError: a step that was not recorded.
         """
-        now = self._now
-        return self._record(now, now.find(step), slice(len(self.layers)))
+        return self.layout.statistics(self._memory.find(step).data, self.bins)
 
     def parts(self, step: int = -1) -> Iterator[tuple[slice, Statistics]]:
         """Everything measured in one step, some layers at a time, in memory for a few histograms.
@@ -298,12 +270,25 @@ class History:
         Raises:
             KeyError: a step that was not recorded.
         """
-        now, n_layers = self._now, len(self.layers)
-        at = now.find(step)
-        size = max(1, DENSE_BYTES // (8 * self.bins.bins))
+        data, n_layers = self._memory.find(step).data, len(self.layers)
+        size = max(1, _DENSE_BYTES // (8 * self.bins.bins))
         for start in range(0, max(n_layers, 1), size):
             part = slice(start, min(start + size, n_layers))
-            yield part, self._record(now, at, part)
+            yield part, self.layout.statistics(data, self.bins, part)
+
+    def packed(self, step: int = -1) -> Record:
+        """One step's record as it is kept, such as to append it elsewhere.
+
+        Args:
+            step: a number in `steps`, or negative to count back from the newest.
+
+        Returns:
+            Its step, time and bytes, in the order of ``layout``.
+
+        Raises:
+            KeyError: a step that was not recorded.
+        """
+        return self._memory.find(step)
 
     def histogram(self, layer: str, step: int = -1) -> tuple[Array, Array]:
         """Histogram of one layer in one step.
@@ -318,10 +303,8 @@ class History:
         Raises:
             KeyError: an unknown layer, or a step that was not recorded.
         """
-        column, now = self._find_layer(layer), self._now
-        at = now.find(step)
-        _, floats = now.row(at)
-        return now.counts(at, column, self.bins.bins), self._edges(floats[column])
+        row, data = self._find_layer(layer), self._memory.find(step).data
+        return self.layout.histogram(data, row), self._edges(self.layout.floats(data)[row])
 
     def histograms(self, layer: str) -> tuple[Array, Array]:
         """Histogram of one layer in every recorded step.
@@ -336,12 +319,13 @@ class History:
         Raises:
             KeyError: an unknown layer.
         """
-        column, now = self._find_layer(layer), self._now
-        counts = np.empty((now.size, self.bins.bins), dtype=np.int64)
-        for at in range(now.size):
-            counts[at] = now.counts(at, column, self.bins.bins)
-        _, floats = now.numbers()
-        return counts, self._edges(floats[:, column])
+        row, records = self._find_layer(layer), self._memory.records
+        counts = np.empty((len(records), self.bins.bins), dtype=np.int64)
+        floats = np.empty((len(records), len(FLOATS)))
+        for at, record in enumerate(records):
+            counts[at] = self.layout.histogram(record.data, row)
+            floats[at] = self.layout.floats(record.data)[row]
+        return counts, self._edges(floats)
 
     def select(self, kind: str) -> History:
         """The rows of one kind, where ``watch(what=...)`` has recorded several.
@@ -420,7 +404,9 @@ class History:
                 f"quantization() needs a format that was measured, one of "
                 f"{', '.join(self.formats) or 'none'}; name is {name!r}"
             )
-        fields = self._now.all_quantized()[:, :, self.formats.index(name)]
+        at = self.formats.index(name)
+        none = np.empty((0, len(self.layers), len(PACKED)))
+        fields = np.concatenate([none, *(each.formats[:, :, at] for each in self.unpacked())])
         is_absent = np.isnan(fields[..., -1])
         values = unpacked(parse_format("quantization", name), fields)
         found: dict[str, Array] = {}
@@ -545,65 +531,73 @@ class History:
             Another History, which takes no copy of the records.
         """
         taken = copy.copy(self)
-        taken.origins, taken._now = self.origins.copy(), self._now.alone()
-        taken.layout = None if self.layout is None else self.layout.copy()
+        taken.origins, taken._memory = self.origins.copy(), self._memory.snapshot()
+        taken.placements = None if self.placements is None else self.placements.copy()
         taken._scalars = self._scalars.copy()
         return taken
 
+    def unpacked(self, at: Sequence[int] | None = None) -> Iterator[Unpacked]:
+        """Numbers of records as arrays, of some records at a time.
+
+        Args:
+            at: their positions; by default all.
+        """
+        records = self._memory.records
+        return self._memory.unpacked(records if at is None else [records[each] for each in at])
+
     def to_records(self) -> Records:
         """All arrays, which are not to be changed, but for ``origins`` and ``layout``, copies."""
-        now = self._now
-        integers, floats = now.numbers()
+        records = self._memory.records
+        integers, floats, formats, ends, bins, counts = self.layout.unpack(
+            [record.data for record in records]
+        )
+        counts = counts.astype(np.int64) if counts.itemsize == 8 else counts
         return Records(
             self.rows,
             self.layers,
             self.bins,
-            now.all_steps,
-            np.array(now.all_times, dtype=np.float64),
+            [record.step for record in records],
+            np.array([record.time_s for record in records], dtype=np.float64),
             integers,
             floats,
-            now.all_quantized(),
-            now.all_counts(),
+            formats,
+            SparseRows(np.diff(ends, prepend=0).astype(np.int32), bins, counts),
             self.origins.copy(),
             self._scalars,
             self.depth,
             self.partial_step,
             self.rank,
             self.world,
-            None if self.layout is None else self.layout.copy(),
+            None if self.placements is None else self.placements.copy(),
             formats=self.formats,
         )
 
     @classmethod
     def from_records(cls, records: Records) -> History:
-        """A History of such arrays, which it keeps."""
+        """A History of such arrays."""
         history = cls(records.rows, records.bins, formats=records.formats)
         history.layers = records.layers
         history.origins = records.origins
-        history._now = Snapshot.of(records)
+        sizes, bins, counts = records.counts.arrays()
+        ends = np.cumsum(sizes, dtype=np.int64)
+        numbers = records.integers, records.floats, records.quantized
+        packed = history.layout.pack_all(Unpacked(*numbers, ends, bins, counts))
+        kept = list(map(Record, records.steps, records.times.tolist(), packed))
+        history._memory = Memory.of(history.layout, history.bins, kept)
         history._scalars, history.depth = records.scalars, records.depth
         history.partial_step = records.partial_step
         history.rank, history.world = records.rank, records.world
-        history.layout = records.layout
+        history.placements = records.layout
         return history
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the records take."""
-        return self._now.nbytes + self._scalars.nbytes
-
-    def _record(self, now: Snapshot, at: int, part: slice) -> Statistics:
-        """Statistics of some layers in the record at a position."""
-        columns = range(*part.indices(len(self.layers)))
-        counts = np.empty((len(columns), self.bins.bins), dtype=np.int64)
-        for row, column in enumerate(columns):
-            counts[row] = now.counts(at, column, self.bins.bins)
-        integers, floats = (torch.from_numpy(rows[part].copy()) for rows in now.row(at))
-        return Statistics(self.bins, integers, floats, torch.from_numpy(counts))
+        return self._memory.nbytes + self._scalars.nbytes
 
     def _edges(self, floats: Array) -> Array:
         """Edges for rows of `FLOATS`."""
-        ends = torch.from_numpy(np.ascontiguousarray(floats[..., 6:]))
+        ends = torch.from_numpy(floats[..., -2:].copy())
         edges: Array = self.bins.edges(ends[..., 0], ends[..., 1]).numpy()
         return edges
 

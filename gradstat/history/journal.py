@@ -15,21 +15,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradstat.arrays import Array, Counts
 from gradstat.forks import call_after_fork
 from gradstat.history import History, archive, sections
 from gradstat.history.blocks import Link, encode
+from gradstat.history.memory import check_next
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import Records, concatenate
 from gradstat.history.scalars import Scalars
-from gradstat.history.snapshot import DENSE_BYTES as _DENSE_BYTES
-from gradstat.history.snapshot import Record, check_step
-from gradstat.quantized import PACKED
+from gradstat.record import Data, Record
 from gradstat.warning import warn
 
 _INTERVAL_S = 5.0
 _PATIENCE_S = 5.0  # with blocks that are written as the process ends
 _MOST_BYTES = 64 << 20  # kept for a disk that cannot be written
+_MOST_WAITING = 256  # records that wait to be packed together
 _MOST_WAITING_BYTES = 32 << 20  # that are left to the timer
 
 _Scalar = tuple[str, int, float]  # name, step, value
@@ -76,7 +75,6 @@ class Journal:
         # Where it is now, whatever directory the process changes to.
         self._path = path.absolute()
         self._like = like
-        self._no_formats = np.empty((len(like.rows), 0, len(PACKED)))
         self._state = _State([], [], 0, [], ([], [], []), 0, Link())
         self._newest_step = -1
         self._is_created = False
@@ -84,7 +82,6 @@ class Journal:
         self._has_warned, self._n_lost, self._n_told = False, 0, 0
         self._is_forked = False
         call_after_fork(self)
-        self._most_waiting = max(1, _DENSE_BYTES // max(1, 8 * len(like.rows) * like.bins.bins))
         # The first is held for a moment, to take a record or to begin a block, the second while a
         # block is written. A signal's handler may take both again.
         self._lock, self._writing = threading.RLock(), threading.RLock()
@@ -115,32 +112,21 @@ class Journal:
         """In a forked process: write nothing, which is for the other one to do."""
         self._is_forked = True
 
-    def append(
-        self,
-        step: int,
-        integers: Array,
-        floats: Array,
-        counts: Counts,
-        quantized: Array | None = None,
-        *,
-        time_s: float | None = None,
-    ) -> None:
+    def append(self, step: int, data: Data, *, time_s: float | None = None) -> None:
         """Take a record, as `History.append`; it is written within a few seconds.
 
         Raises:
-            ValueError: a step that is not higher than the last one.
+            ValueError: a step that is not higher than the last one, bytes of another layout.
         """
         if self._is_forked:
             return
-        check_step(step, self._newest_step)
-        time_s = time.time() if time_s is None else time_s
-        quantized = self._no_formats if quantized is None else quantized
-        record = Record(step, time_s, integers, floats, counts, quantized)
+        record = Record(step, time.time() if time_s is None else time_s, data)
+        check_next(self._like.layout, record, self._newest_step)
         with self._lock:
             waiting = self._state.waiting
             waiting.append(record)
         self._newest_step = step
-        if len(waiting) >= self._most_waiting:
+        if len(waiting) >= _MOST_WAITING:
             self._pack_waiting()
         if not self._is_due:
             self._start_timer()
@@ -206,19 +192,22 @@ class Journal:
         if not records:
             none = History(like.rows, like.bins, formats=like.formats).to_records()
             return replace(none, origins=like.origins.copy())
-        steps, times, integers, floats, counts, quantized = zip(*records, strict=True)
+        unpacked = like.layout.unpack([record.data for record in records])
+        sizes = np.diff(unpacked.ends, prepend=0).astype(np.int32)
+        counts = unpacked.counts
+        counts = counts.astype(np.int64) if counts.itemsize == 8 else counts
         return Records(
             rows=like.rows,
             layers=like.layers,
             bins=like.bins,
-            steps=list(steps),
-            times=np.array(times),
-            integers=np.stack(integers),
-            floats=np.stack(floats),
-            counts=SparseRows.empty().followed_by(counts),
+            steps=[record.step for record in records],
+            times=np.array([record.time_s for record in records], np.float64),
+            integers=unpacked.integers,
+            floats=unpacked.floats,
+            counts=SparseRows(sizes, unpacked.bins, counts),
             origins=like.origins.copy(),
             formats=like.formats,
-            quantized=np.stack(quantized),
+            quantized=unpacked.formats,
         )
 
     def _start_timer(self) -> None:
@@ -274,7 +263,7 @@ class Journal:
             partial_step=like.partial_step,
             rank=like.rank,
             world=like.world,
-            layout=like.layout,
+            layout=like.placements,
         )
         arrays = sections.head(records) | self._resumed if end == 0 else {}
         arrays |= sections.body(records)

@@ -12,8 +12,8 @@ import numpy as np
 from gradstat.arrays import Array
 from gradstat.bins import Bins
 from gradstat.formats import parse_format
-from gradstat.history.layout import Layout
 from gradstat.history.packed_counts import SparseRows
+from gradstat.history.placements import Placements
 from gradstat.history.scalars import Scalars
 from gradstat.quantized import NO_SCALE_MAX, NO_SCALE_MIN, PACKED
 from gradstat.record import KINDS, UNIT, Row
@@ -75,7 +75,7 @@ class Records:
     partial_step: int | None = None
     rank: int | None = None
     world: int | None = None
-    layout: Layout | None = None
+    layout: Placements | None = None
     resumption: tuple[int, int] | None = None
     formats: list[str] = field(default_factory=list)
 

@@ -11,8 +11,8 @@ import numpy as np
 from gradstat.arrays import Array
 from gradstat.bins import parse_bins
 from gradstat.history.blocks import Sections
-from gradstat.history.layout import Layout
 from gradstat.history.packed_counts import SparseRows
+from gradstat.history.placements import Placements
 from gradstat.history.records import OWN, Records, no_formats
 from gradstat.history.scalars import Scalars
 from gradstat.history.source import Shaped, Source, encoded, floats, integer, integers, names_of
@@ -258,8 +258,8 @@ def _scalars(source: Source) -> Scalars:
     return Scalars.from_flat(names, ids, steps, floats(source, "scalar_values"))
 
 
-def _layout(source: Source) -> Layout:
-    return Layout.from_flat(*(integers(source, name) for name in _LAYOUT))
+def _layout(source: Source) -> Placements:
+    return Placements.from_flat(*(integers(source, name) for name in _LAYOUT))
 
 
 def _resumption(source: Source) -> tuple[int, int] | None:

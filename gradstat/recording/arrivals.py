@@ -18,7 +18,7 @@ from gradstat.bins import Bins, LinearBins
 from gradstat.history import History
 from gradstat.history.union_quantized import union_of
 from gradstat.quantized import PACKED
-from gradstat.record import OF_OUTPUTS
+from gradstat.record import OF_OUTPUTS, RecordLayout
 from gradstat.recording.streams import Computed, take_over
 from gradstat.recording.torch_internals import SparingCaptures
 from gradstat.results import FLOATS, INTEGERS, as_arrays, as_statistics
@@ -194,6 +194,12 @@ def dense(rows: Rows) -> Rows:
     integers, floats, counts, *others = rows
     counts = counts.dense() if isinstance(counts, PackedRows) else counts
     return integers, floats, counts, *others
+
+
+def packed(layout: RecordLayout, rows: Rows) -> bytes:
+    """The same as a packed record."""
+    integers, floats, counts, *others = dense(rows)
+    return layout.pack(integers, floats, others[0] if others else None, counts)
 
 
 def _counted_together(bins: Bins, before: Rows, new: Rows) -> Rows:

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from gradstat.diagnosis.alerts import Alerts
 from gradstat.history import History
 from gradstat.history.journal import Journal
-from gradstat.recording.arrivals import Record, Rows, dense
+from gradstat.recording.arrivals import Record, Rows, dense, packed
 from gradstat.recording.cuda_graphs import Cadence
 from gradstat.recording.run_writer import RunWriter
 from gradstat.results import Statistics, as_statistics
@@ -120,10 +120,11 @@ class Delivery:
                 continue  # replayed() was not called once for each replay
             self._newest_step = step
             rows = record.rows()
-            self._history.append(step, *rows)
+            data = packed(self._history.layout, rows)
+            self._history.append(step, data)
             self._watch_memory()
             if self._journal is not None:
-                self._journal.append(step, *rows)
+                self._journal.append(step, data)
             if self._alerts is not None:
                 self._alerts.see_record(*rows[:2])
             if self._sink is not None:

@@ -57,7 +57,8 @@ class RunWriter:
         if not self._is_writing:
             return
         record = History(history.rows, history.bins)
-        record.append(step, *as_arrays(statistics))
+        integers, floats, counts = as_arrays(statistics)
+        record.append(step, record.layout.pack(integers, floats, None, counts))
         self._try(lambda: self.write_record(record, step))
 
     def add_scalar(self, name: str, step: int, value: float) -> None:

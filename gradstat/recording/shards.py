@@ -11,7 +11,7 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from gradstat.history import History
-from gradstat.history.layout import PARTIAL, UNKNOWN, Layout
+from gradstat.history.placements import PARTIAL, UNKNOWN, Placements
 from gradstat.history.records import OWN, SAME
 from gradstat.record import GRAD, OF_OUTPUTS, OF_PARAMETERS
 
@@ -63,19 +63,19 @@ def note_holding(history: History, row: int, x: Tensor) -> bool:
     if mesh is None:
         return False
     origin, part = _place(mesh, tuple(x.placements))  # type: ignore[attr-defined]
-    if history.layout is None:
-        history.layout = Layout.unknown(len(history.rows))
+    if history.placements is None:
+        history.placements = Placements.unknown(len(history.rows))
     history.origins[row] = origin
-    history.layout.set(row, part, tuple(x.shape))
+    history.placements.set(row, part, tuple(x.shape))
     return True
 
 
 def copy_holding(history: History, row: int, like: int) -> None:
     """Tell a history that this rank holds the same part of a row as of another one."""
     history.origins[row] = history.origins[like]
-    if (layout := history.layout) is not None:
-        n, of = layout.parts[like].tolist()
-        layout.set(row, (n, of), layout.shapes[like])
+    if (placements := history.placements) is not None:
+        n, of = placements.parts[like].tolist()
+        placements.set(row, (n, of), placements.shapes[like])
 
 
 def _origin_beside_tensor_parallelism(model: nn.Module) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from findings import noise
-from histories import make_history
+from histories import append_rows, make_history
 
 from gradstat import History, Log2Bins
 from gradstat.cli import main
@@ -166,7 +166,7 @@ def test_report_does_not_write_over_a_file_of_the_directory_that_it_reads(
     history = History.load(healthy)
     journal = Journal(tmp_path / "run", history)
     record = history.record()
-    journal.append(0, *(x.numpy() for x in (record.integers, record.floats, record.counts)))
+    append_rows(journal, 0, *(x.numpy() for x in (record.integers, record.floats, record.counts)))
     journal.flush()
     file = tmp_path / "run" / "00000000.gradstat"
     before = file.read_bytes()

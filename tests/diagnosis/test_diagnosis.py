@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from findings import N, diagnose, noise, only
-from histories import make_history
+from histories import append_rows, make_history
 from torch import Tensor, nn
 
 import gradstat
@@ -116,7 +116,7 @@ def test_diagnose_finds_exploding_in_a_run_of_thousands_of_records() -> None:
     history = make_history(LinearBins(1, -1.0, 1.0), 1, 1000, lambda step, layer: noise(step, 0))
     integers, floats = history.record().integers.numpy(), history.record().floats.numpy()
     for step in range(1000, 1100):
-        history.append(step, integers, floats * 1e6, history.record().counts.numpy())
+        append_rows(history, step, integers, floats * 1e6, history.record().counts.numpy())
     finding = only(history, "exploding")
     assert finding.severity == "severe"
     assert finding.steps[0] == pytest.approx(1000, abs=5)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from histories import append_rows
 
 import gradstat
 from gradstat import History, Log2Bins
@@ -32,7 +33,7 @@ def recorded(
             parts = ("integers", "floats")
             fields = packed(*(torch.stack([getattr(one, part) for one in q]) for part in parts))
         arrays = s.integers, s.floats, s.counts, fields
-        history.append(step, *(x.numpy() for x in arrays))
+        append_rows(history, step, *(x.numpy() for x in arrays))
     return history
 
 

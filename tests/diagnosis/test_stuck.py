@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from findings import N, diagnose, noise, only
-from histories import make_history
+from histories import append_rows, make_history
 from torch import Tensor
 
 import gradstat
@@ -37,7 +37,7 @@ def moving(rate: Rate, steps: int = 120, weight: float = 1.0, gradient: float = 
         floats[:, :-2] *= sizes[:, None]
         integers[sizes == 0, INTEGERS.index("zeros")] = N
         counts[sizes == 0] = only_zeros
-        history.append(step, integers, floats, counts)
+        append_rows(history, step, integers, floats, counts)
     return history
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from histories import append_rows
 from watching import LAYERS, SCHEMES, absent, arrays, assert_same, make_history
 
 import gradstat
@@ -16,7 +17,7 @@ from gradstat import History, LinearBins, Log2Bins
 from gradstat.bins import Bins
 from gradstat.history import npz, sections
 from gradstat.history.journal import Journal
-from gradstat.history.layout import Layout
+from gradstat.history.placements import Placements
 from gradstat.record import Row
 from gradstat.results import FLOATS, INTEGERS
 
@@ -29,14 +30,14 @@ def test_history_survives_save_and_load(
     history, _ = make_history(bins, generator, n_steps)
     pairs = zip(absent(bins), absent(bins), strict=True)
     if n_steps:
-        history.append(100, *(np.concatenate(pair) for pair in pairs))
+        append_rows(history, 100, *(np.concatenate(pair) for pair in pairs))
     history.save(tmp_path / "run.npz")
     loaded = History.load(str(tmp_path / "run.npz"))
     assert_same(loaded, history)
     # What was loaded goes on recording.
     more = arrays(gradstat.statistics([torch.ones(3), torch.zeros(2)], bins))
     for each in (history, loaded):
-        each.append(101, *more)
+        append_rows(each, 101, *more)
     assert_same(loaded, history)
 
 
@@ -68,7 +69,7 @@ def test_history_save_that_fails_leaves_the_old_file_alone(
         raise OSError("No space left on device")
 
     monkeypatch.setattr(np, "savez_compressed", fail)
-    history.append(9, *arrays(records[0]))
+    append_rows(history, 9, *arrays(records[0]))
     with pytest.raises(OSError, match="No space left"):
         history.save(path)
     assert [p.name for p in tmp_path.iterdir()] == ["run.npz"]
@@ -78,7 +79,7 @@ def test_history_save_that_fails_leaves_the_old_file_alone(
 def test_history_save_replaces_an_older_file(generator: torch.Generator, tmp_path: Path) -> None:
     history, records = make_history(Log2Bins(), generator)
     history.save(tmp_path / "run.npz")
-    history.append(9, *arrays(records[0]))
+    append_rows(history, 9, *arrays(records[0]))
     history.save(tmp_path / "run.npz")
     assert History.load(tmp_path / "run.npz").steps.tolist() == [0, 2, 4, 9]
 
@@ -93,7 +94,7 @@ def test_history_saves_when_each_step_was_recorded(
 ) -> None:
     before = time.time()
     history, records = make_history(Log2Bins(), generator)
-    history.append(9, *arrays(records[0]), time_s=12.5)
+    append_rows(history, 9, *arrays(records[0]), time_s=12.5)
     assert all(before <= each <= time.time() for each in history.times[:3])
     history.save(tmp_path / "run.npz")
     loaded = History.load(tmp_path / "run.npz")
@@ -106,7 +107,7 @@ def test_history_capacity_thins_times_with_steps(generator: torch.Generator) -> 
     _, (record, *_) = make_history(Log2Bins(), generator)
     history = History(LAYERS, Log2Bins(), capacity=4)
     for step in range(21):
-        history.append(step, *arrays(record), time_s=float(step))
+        append_rows(history, step, *arrays(record), time_s=float(step))
     assert history.times.tolist() == history.steps.tolist()
 
 
@@ -127,7 +128,7 @@ NAMES = [
 def test_history_names_of_any_kind_survive_save_and_load(is_selected: bool, tmp_path: Path) -> None:
     history = History(NAMES, Log2Bins())
     s = gradstat.statistics([torch.full((3,), float(i)) for i in range(len(NAMES))])
-    history.append(0, *arrays(s))
+    append_rows(history, 0, *arrays(s))
     if is_selected:
         history = history.select("param")
     history.save(tmp_path / "run.npz")
@@ -136,7 +137,7 @@ def test_history_names_of_any_kind_survive_save_and_load(is_selected: bool, tmp_
     assert loaded.layers == history.layers
     assert_same(loaded, history)
     kept = Journal(tmp_path / "run", history)
-    kept.append(0, *arrays(history.record()))
+    append_rows(kept, 0, *arrays(history.record()))
     kept.flush()
     assert History.load(tmp_path / "run").rows == history.rows
     if not is_selected:
@@ -182,8 +183,8 @@ def test_saved_file_can_be_read_with_numpy_alone(
 def with_layout(generator: torch.Generator) -> History:
     history, _ = make_history(Log2Bins(), generator)
     history.rank, history.world = 3, 8
-    history.layout = Layout.unknown(2)
-    history.layout.set(1, (2, 4), (24, 8))
+    history.placements = Placements.unknown(2)
+    history.placements.set(1, (2, 4), (24, 8))
     return history
 
 
@@ -193,16 +194,16 @@ def test_history_keeps_what_a_rank_holds_of_which_tensor(
     history = with_layout(generator)
     history.save(tmp_path / "run.npz")
     kept = Journal(tmp_path / "run", history)
-    kept.append(0, *arrays(history.record(0)))
+    append_rows(kept, 0, *arrays(history.record(0)))
     kept.flush()
     kept.add_scalar("loss", 1, 2.0)
     kept.flush()
     for loaded in (History.load(tmp_path / "run.npz"), History.load(tmp_path / "run")):
         assert (loaded.rank, loaded.world) == (3, 8)
-        for layout in (loaded.layout, loaded.select("grad").layout, loaded.snapshot().layout):
-            assert layout is not None
-            assert layout.parts.tolist() == [[-1, -1], [2, 4]]
-            assert layout.shapes == [(), (24, 8)]
+        for each in (loaded, loaded.select("grad"), loaded.snapshot()):
+            assert each.placements is not None
+            assert each.placements.parts.tolist() == [[-1, -1], [2, 4]]
+            assert each.placements.shapes == [(), (24, 8)]
 
 
 DIVIDE = "its shape_ends do not divide the 2 numbers of its shapes"

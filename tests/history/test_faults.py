@@ -14,6 +14,7 @@ from types import FrameType
 import numpy as np
 import pytest
 import torch
+from histories import append_rows
 from watching import LAYERS, arrays
 
 from gradstat import History, Log2Bins, statistics
@@ -30,7 +31,7 @@ def small(n_records: int = 3) -> History:
     history = History(LAYERS, Log2Bins())
     for step in range(n_records):
         s = statistics([torch.arange(4.0) - step, torch.tensor([float("nan"), 2.0])])
-        history.append(step, *arrays(s))
+        append_rows(history, step, *arrays(s))
     return history
 
 
@@ -49,7 +50,7 @@ def write_journal(folder: Path, history: History) -> list[int]:
     kept = Journal(folder, history)
     ends = [(folder / NAME).stat().st_size]
     for at, step in enumerate(history.steps.tolist()):
-        kept.append(step, *arrays(history.record(step)), time_s=float(history.times[at]))
+        append_rows(kept, step, *arrays(history.record(step)), time_s=float(history.times[at]))
         kept.flush()
         ends.append((folder / NAME).stat().st_size)
     return ends
@@ -307,9 +308,9 @@ def test_journal_interrupted_at_any_line_loses_at_most_that_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     history = small(9)
-    monkeypatch.setattr(journal, "_DENSE_BYTES", 2 * 8 * 2 * 2048)  # two records
+    monkeypatch.setattr(journal, "_MOST_WAITING", 2)
     monkeypatch.setattr(journal, "_MOST_WAITING_BYTES", 4 * 2 * 128)
-    records = [arrays(history.record(step)) for step in range(9)]
+    records = [history.packed(step).data for step in range(9)]
     n_lines = at = 0
     while at <= n_lines:
         at += 1
@@ -320,7 +321,7 @@ def test_journal_interrupted_at_any_line_loses_at_most_that_record(
         sys.settrace(interrupts)
         for step, record in enumerate(records):
             try:
-                kept.append(step, *record)
+                kept.append(step, record)
                 if step == 6:
                     kept.flush()
             except KeyboardInterrupt:

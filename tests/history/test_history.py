@@ -15,7 +15,7 @@ import gradstat
 from gradstat import History, LinearBins, Log2Bins
 from gradstat.bins import Bins
 from gradstat.history import FIELDS
-from gradstat.history.packed_counts import SparseRows
+from gradstat.record import RecordLayout
 from gradstat.results import INTEGERS, SHAPES
 
 
@@ -81,7 +81,7 @@ def test_history_shows_a_layer_without_a_gradient_as_nan_and_zero_counts(
     history = History(LAYERS, bins)
     present = arrays(gradstat.statistics([torch.randn(9, generator=generator)], bins))
     pairs = zip(present, absent(bins), strict=True)
-    history.append(0, *(np.concatenate(pair) for pair in pairs))
+    histories.append_rows(history, 0, *(np.concatenate(pair) for pair in pairs))
     for field in FIELDS:
         values = history[field]
         assert np.isnan(values[0, 1]) if field not in INTEGERS else values[0, 1] == 0
@@ -127,7 +127,7 @@ def test_history_append_refuses_a_step_that_is_not_higher(
 ) -> None:
     history, records = make_history(Log2Bins(), generator)
     with pytest.raises(ValueError, match=f"^append\\(\\) needs a step after 4; step is {step}$"):
-        history.append(step, *arrays(records[0]))
+        histories.append_rows(history, step, *arrays(records[0]))
     assert history.steps.tolist() == [0, 2, 4]
 
 
@@ -152,20 +152,10 @@ def test_history_packs_a_record_of_gpt2_into_less_than_200_kb(
         size: gradstat.statistics(1e-3 * torch.randn(size, generator=generator)).counts
         for size in set(sizes)
     }
-    rows = SparseRows.empty().followed_by([torch.stack([one[size] for size in sizes]).numpy()])
-    assert 20_000 < sum(array.nbytes for array in rows.arrays()) < 200_000
-
-
-def test_sparse_rows_keep_counts_and_bins_too_large_for_the_small_types() -> None:
-    dense = np.zeros((2, 70_000), dtype=np.int64)
-    dense[0, [0, 69_999]] = 1, 2**40
-    first = SparseRows.empty().followed_by([dense[1:]])
-    rows = first.followed_by([dense])
-    assert (len(first), len(rows)) == (1, 3)
-    for at, expected in enumerate((dense[1], dense[0], dense[1])):
-        np.testing.assert_array_equal(rows.row(at, 70_000), expected)
-    again = SparseRows(*rows.arrays())
-    np.testing.assert_array_equal(again.row(1, 70_000), dense[0])
+    counts = torch.stack([one[size] for size in sizes]).numpy()
+    layout = RecordLayout(len(sizes), 0, Log2Bins().bins)
+    numbers = np.zeros((len(sizes), 8), np.int64), np.zeros((len(sizes), 8))
+    assert 20_000 < len(layout.pack(*numbers, None, counts)) < 200_000
 
 
 def seconds_per_step(n_steps: int) -> float:
@@ -175,7 +165,7 @@ def seconds_per_step(n_steps: int) -> float:
     record = arrays(gradstat.statistics([x] * 20))
     start = time.process_time()
     for step in range(n_steps):
-        history.append(step, *record)
+        histories.append_rows(history, step, *record)
         history.record()
         history.histogram("1")
         history.histogram("1", step // 2)
@@ -220,7 +210,7 @@ def test_norm_leaves_out_what_is_absent_or_not_finite() -> None:
 def test_scalars_keep_every_value_with_its_step() -> None:
     history = History(["weight"], Log2Bins(), capacity=2)
     for step in range(5):
-        history.append(step, *absent(Log2Bins()))
+        histories.append_rows(history, step, *absent(Log2Bins()))
         history.add_scalar("loss", step, 1 / (step + 1))
     history.add_scalar("tokens", 3, 7)
     history.add_scalar("loss", 4, math.nan)

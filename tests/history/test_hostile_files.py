@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from histories import append_rows
 from watching import arrays, make_history
 
 import gradstat
@@ -402,11 +403,11 @@ def test_history_load_takes_at_most_three_times_the_memory_of_the_history(tmp_pa
     s = gradstat.statistics(list(torch.randn(20, 100_000)))
     history = History([str(i) for i in range(20)], Log2Bins())
     for step in range(1_500):
-        history.append(step, *arrays(s))
+        append_rows(history, step, *arrays(s))
     history.save(tmp_path / "run.npz")
     kept = Journal(tmp_path / "run", history)
     for step in range(1_500):
-        kept.append(step, *arrays(s))
+        append_rows(kept, step, *arrays(s))
         if step % 10 == 0:
             kept.flush()
     kept.flush()

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from histories import append_rows
 from watching import SCHEMES, arrays, assert_same, backward, make_history, make_model
 
 import gradstat
@@ -23,6 +24,7 @@ from gradstat import History, Log2Bins
 from gradstat.bins import Bins
 from gradstat.history import archive, blocks, journal
 from gradstat.history.journal import Journal
+from gradstat.record import Data
 
 NAME = "00000000.gradstat"
 
@@ -37,8 +39,8 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every record is written at once."""
     append = Journal.append
 
-    def append_and_flush(self: Journal, *record: object) -> None:
-        append(self, *record)
+    def append_and_flush(self: Journal, step: int, data: Data, time_s: float | None = None) -> None:
+        append(self, step, data, time_s=time_s)
         self.flush()
 
     monkeypatch.setattr(Journal, "append", append_and_flush)
@@ -147,7 +149,7 @@ def test_journal_writes_the_records_of_a_few_seconds_in_one_block(
     history, records = make_history(Log2Bins(), generator, 40)
     kept = Journal(tmp_path, history)
     for step, record in zip(history.steps.tolist(), records, strict=True):
-        kept.append(step, *arrays(record))
+        append_rows(kept, step, *arrays(record))
         time.sleep(0.01)
     kept.flush()
     assert_same(History.load(tmp_path), history)
@@ -161,11 +163,11 @@ def test_journal_writes_early_rather_than_fill_the_memory(
     generator: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(journal, "_MOST_WAITING_BYTES", 20_000)
-    monkeypatch.setattr(journal, "_DENSE_BYTES", 1)
+    monkeypatch.setattr(journal, "_MOST_WAITING", 1)
     history, records = make_history(Log2Bins(), generator, 40)
     kept = Journal(tmp_path, history)
     for step, record in zip(history.steps.tolist(), records, strict=True):
-        kept.append(step, *arrays(record))
+        append_rows(kept, step, *arrays(record))
     assert len(History.load(tmp_path)) > 30
 
 
@@ -181,11 +183,11 @@ def test_journal_does_not_wait_for_the_disk_to_take_a_record(
         write(self)
 
     monkeypatch.setattr(Journal, "_write_block", write_slowly)
-    kept.append(0, *arrays(records[0]))
+    append_rows(kept, 0, *arrays(records[0]))
     writer = threading.Thread(target=kept.flush)
     writer.start()
     for step, record in zip(history.steps.tolist()[1:], records[1:], strict=True):
-        kept.append(step, *arrays(record))
+        append_rows(kept, step, *arrays(record))
     assert writer.is_alive()
     may_go_on.set()
     writer.join()
@@ -306,7 +308,7 @@ def test_journal_flush_in_a_forked_process_does_not_wait_for_another_thread(
 ) -> None:
     history, records = make_history(Log2Bins(), generator)
     kept = Journal(tmp_path, history)
-    kept.append(0, *arrays(records[0]))
+    append_rows(kept, 0, *arrays(records[0]))
     is_held, may_go_on = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -330,19 +332,19 @@ def test_journal_flush_within_a_flush_leaves_the_file_whole(
 ) -> None:
     history, records = make_history(Log2Bins(), generator)
     kept = Journal(tmp_path, history)
-    kept.append(0, *arrays(records[0]))
+    append_rows(kept, 0, *arrays(records[0]))
     write = Journal._write_block
 
     def write_with_signal(self: Journal) -> None:
         monkeypatch.undo()
         # As a signal's handler does that closes the watch.
-        self.append(2, *arrays(records[1]))
+        append_rows(self, 2, *arrays(records[1]))
         self.flush()
         write(self)
 
     monkeypatch.setattr(Journal, "_write_block", write_with_signal)
     kept.flush()
-    kept.append(4, *arrays(records[2]))
+    append_rows(kept, 4, *arrays(records[2]))
     kept.flush()
     assert_same(History.load(tmp_path), history)
 
@@ -352,7 +354,7 @@ def test_journal_that_is_interrupted_in_a_write_loses_nothing(
 ) -> None:
     history, records = make_history(Log2Bins(), generator)
     kept = Journal(tmp_path, history)
-    kept.append(0, *arrays(records[0]))
+    append_rows(kept, 0, *arrays(records[0]))
     encode = blocks.encode
 
     def encode_half(*arguments: object) -> tuple[list[bytes], blocks.Link]:
@@ -371,7 +373,7 @@ def test_journal_that_is_interrupted_in_a_write_loses_nothing(
     with pytest.warns(RuntimeWarning, match="which is cut off: at most 1 records"):
         assert len(History.load(tmp_path)) == 0
     for step, record in zip((2, 4), records[1:], strict=True):
-        kept.append(step, *arrays(record))
+        append_rows(kept, step, *arrays(record))
     kept.flush()
     assert_same(History.load(tmp_path), history)
 
@@ -381,11 +383,11 @@ def test_journal_append_refuses_a_step_that_is_not_higher(
 ) -> None:
     history, records = make_history(Log2Bins(), generator)
     kept = Journal(tmp_path, history)
-    kept.append(3, *arrays(records[0]))
+    append_rows(kept, 3, *arrays(records[0]))
     for step in (3, 2):
         message = f"^append\\(\\) needs a step after 3; step is {step}$"
         with pytest.raises(ValueError, match=message):
-            kept.append(step, *arrays(records[1]))
+            append_rows(kept, step, *arrays(records[1]))
         kept.flush()
     assert History.load(tmp_path).steps.tolist() == [3]
 
@@ -455,7 +457,7 @@ def test_watch_does_not_fill_the_memory_for_a_disk_that_stays_full(
 
     monkeypatch.setattr(Journal, "_write_block", full)
     monkeypatch.setattr(journal, "_MOST_BYTES", 20_000)
-    monkeypatch.setattr(journal, "_DENSE_BYTES", 1)
+    monkeypatch.setattr(journal, "_MOST_WAITING", 1)
     with pytest.warns(RuntimeWarning, match="No space left on device"):
         w = gradstat.watch(model, path=tmp_path, capacity=4)
     for _ in range(50):

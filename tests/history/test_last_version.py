@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from histories import append_rows
 from torch import Tensor
 from watching import arrays, assert_same
 
@@ -37,7 +38,7 @@ def expected(rows: list[Row], bins: Bins) -> History:
         integers, floats, counts = arrays(gradstat.statistics(tensors, bins, engine="reference"))
         if step == 2:
             integers[0], floats[0], counts[0] = 0, np.nan, 0
-        history.append(3 * step, integers, floats, counts)
+        append_rows(history, 3 * step, integers, floats, counts)
     return history
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from histories import append_rows
 from watching import LAYERS, arrays, assert_same, make_history
 
 from gradstat import History, Log2Bins
@@ -93,7 +94,7 @@ def write_in_blocks(path: Path, history: History, size: int) -> list[int]:
     """Write a history in blocks of so many records; where each block ends."""
     kept, ends = Journal(path, history), []
     for at, step in enumerate(history.steps.tolist()):
-        kept.append(step, *arrays(history.record(step)))
+        append_rows(kept, step, *arrays(history.record(step)))
         if (at + 1) % size == 0 or at + 1 == len(history):
             kept.flush()
             ends.append((path / NAME).stat().st_size)
@@ -112,7 +113,7 @@ def test_history_load_leaves_out_the_end_that_is_cut_off_with_a_warning(
     file.write_bytes(file.read_bytes()[:kept])
     expected = History(LAYERS, Log2Bins())
     for step, record in zip((0, 2), records[:2], strict=True):
-        expected.append(step, *arrays(record))
+        append_rows(expected, step, *arrays(record))
     what = "an unknown number of records" if lost < 0 else "at most 2 records"
     message = f"History.load() leaves out the end of {file}, which is cut off: {what}"
     for path in (tmp_path, file):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from histories import append_rows
 from torch import Tensor
 from watching import absent, arrays, assert_same
 
@@ -20,8 +21,8 @@ from gradstat.bins import Bins
 from gradstat.cli import main
 from gradstat.history import merge_files
 from gradstat.history.journal import Journal
-from gradstat.history.layout import PARTIAL, Layout
 from gradstat.history.packed_counts import SparseRows
+from gradstat.history.placements import PARTIAL, Placements
 from gradstat.history.records import OWN, SAME
 from gradstat.record import Row
 
@@ -49,7 +50,7 @@ def make_rank(
     for step in steps:
         source = rank if origin is None else 0
         tensors = [values(source, step, row) for row in range(len(rows))]
-        history.append(step, *arrays(gradstat.statistics(tensors, history.bins)))
+        append_rows(history, step, *arrays(gradstat.statistics(tensors, history.bins)))
         history.add_scalar("loss", step, 10.0 * rank + step)
     return history
 
@@ -59,7 +60,7 @@ def write(path: Path, history: History, size: int, first_step: int | None = None
     kept = Journal(path / f"rank-{history.rank}", history, first_step)
     losses = history.scalar("loss")[1] if len(history) else []
     for at, step in enumerate(history.steps.tolist()):
-        kept.append(step, *arrays(history.record(step)), time_s=float(step))
+        append_rows(kept, step, *arrays(history.record(step)), time_s=float(step))
         kept.add_scalar("loss", step, losses[at])
         if at % size == size - 1:
             kept.flush()
@@ -153,7 +154,7 @@ def test_history_merge_counts_gradients_as_it_is_told() -> None:
 def test_history_merge_refuses_copies_that_differ() -> None:
     ranks = [make_rank(rank, 5, origin=SAME) for rank in range(3)]
     other = make_rank(4, 5, origin=SAME, steps=range(4))
-    other.append(4, *arrays(gradstat.statistics([values(0, 4, 0), values(1, 4, 1)])))
+    append_rows(other, 4, *arrays(gradstat.statistics([values(0, 4, 0), values(1, 4, 1)])))
     message = (
         "History.merge() needs what is the same on several ranks to be equal there; the gradient "
         "of b.weight in step 4 is not the same on ranks 0 and 4: measure it when it is whole, as "
@@ -168,9 +169,9 @@ def make_on_mesh(rank: int, source: int, origin: int, part: int, kind: str = "gr
     history = History([Row(kind, "a")], Log2Bins())
     history.rank = rank
     history.origins[0] = origin
-    history.layout = Layout.unknown(1)
-    history.layout.set(0, (part, 2), (80,))
-    history.append(0, *arrays(gradstat.statistics([values(source, 0, 0)])))
+    history.placements = Placements.unknown(1)
+    history.placements.set(0, (part, 2), (80,))
+    append_rows(history, 0, *arrays(gradstat.statistics([values(source, 0, 0)])))
     return history
 
 
@@ -232,15 +233,15 @@ def test_history_merge_has_the_layers_of_all_stages() -> None:
 def test_history_merge_takes_layers_that_some_ranks_lack_or_have_at_times() -> None:
     ranks = [make_rank(0, 2, steps=range(2)), History(ROWS[:1], Log2Bins())]
     ranks[1].rank = 1
-    ranks[1].append(0, *absent(Log2Bins()))
-    ranks[1].append(1, *arrays(gradstat.statistics([values(1, 1, 0)])))
+    append_rows(ranks[1], 0, *absent(Log2Bins()))
+    append_rows(ranks[1], 1, *arrays(gradstat.statistics([values(1, 1, 0)])))
     merged = History.merge(ranks)
     whole = torch.cat([values(0, 1, 0), values(1, 1, 0)])
     for step, first in ((0, values(0, 0, 0)), (1, whole)):
         right = gradstat.statistics([first, values(0, step, 1)], engine="reference")
         assert_close(merged.record(step), right)
     none = History(ROWS[:1], Log2Bins())
-    none.append(0, *absent(Log2Bins()))
+    append_rows(none, 0, *absent(Log2Bins()))
     assert np.isnan(History.merge([none, none])["l2"]).all()
 
 
@@ -319,9 +320,9 @@ def make_sharded(rank: int, parts: int, steps: Sequence[int]) -> History:
     """Of four ranks one of a mesh that cuts into so many parts, and else has replicas."""
     history = make_rank(rank % parts, 4, steps)
     history.rank, history.origins[:] = rank, rank % parts
-    history.layout = Layout.unknown(len(ROWS))
+    history.placements = Placements.unknown(len(ROWS))
     for row in range(len(ROWS)):
-        history.layout.set(row, (rank % parts, parts), (80,))
+        history.placements.set(row, (rank % parts, parts), (80,))
     return history
 
 
@@ -584,7 +585,7 @@ def test_history_merge_has_the_arithmetic_of_statistics_merge(values: list[list[
     ranks = []
     for part in parts:
         ranks.append(History(["a"], Log2Bins()))
-        ranks[-1].append(0, *arrays(part))
+        append_rows(ranks[-1], 0, *arrays(part))
     got = History.merge(ranks).record(0)
     right = parts[0]
     for part in parts[1:]:

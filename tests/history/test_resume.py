@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from histories import append_rows
 from torch import nn
 from watching import arrays, assert_record, assert_same, backward, make_history, make_model
 
@@ -210,7 +211,7 @@ def test_journal_keeps_origins_where_its_last_block_has_scalars_alone(
     history, records = make_history(Log2Bins(), generator, 1)
     kept = Journal(tmp_path, history)
     history.origins[:] = [-2, 5]
-    kept.append(0, *arrays(records[0]))
+    append_rows(kept, 0, *arrays(records[0]))
     kept.flush()
     kept.add_scalar("loss", 1, 2.0)
     kept.flush()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from histories import append_rows
 
 from gradstat import History, LinearBins, Log2Bins, plot
-from gradstat.arrays import PackedRows
 from gradstat.bins import Bins
 from gradstat.history.records import Records
 from gradstat.results import FLOATS, INTEGERS
@@ -27,13 +27,7 @@ def append(history: History, step: int) -> None:
     bins, places = history.bins.bins, marks % history.bins.bins
     counts = np.zeros((len(LAYERS), bins), np.int64)
     counts[np.arange(len(LAYERS)), places] = marks
-    entries = np.stack([places, marks], 1).ravel()
-    packed = PackedRows(np.append(np.ones(len(LAYERS), np.int64), entries), len(LAYERS), bins)
-    assert (packed.dense() == counts).all()
-    assert all((packed.row(at) == counts[at]).all() for at in range(len(LAYERS)))
-    # They come packed for hundreds of steps, not so for hundreds, and in turns.
-    is_packed = step % 400 < 100 if step % 2 else step % 1000 < 500
-    history.append(step, integers, floats, packed if is_packed else counts)
+    append_rows(history, step, integers, floats, counts)
 
 
 def check(records: Records) -> None:

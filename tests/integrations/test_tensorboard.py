@@ -227,9 +227,7 @@ def test_write_gives_each_point_the_time_of_its_record(tmp_path: Path) -> None:
     h = make_history(gradstat.Log2Bins(), layers=1, steps=4)
     timed = History(h.rows, h.bins)
     for step in range(4):
-        record = [x.numpy() for x in (h.record(step).integers, h.record(step).floats)]
-        counts = h.record(step).counts.numpy()
-        timed.append(10 * step, *record, counts, time_s=1e9 + 60.0 * step)
+        timed.append(10 * step, h.packed(step).data, time_s=1e9 + 60.0 * step)
     for step, value in ((0, 1.0), (5, 0.5), (30, 0.2)):
         timed.add_scalar("loss", step, value)
     tensorboard.write(timed, tmp_path)

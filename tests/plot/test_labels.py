@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from histories import LONG_NAMES, make_history
+from histories import LONG_NAMES, append_rows, make_history
 from legibility import assert_legible
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -152,7 +152,7 @@ def test_more_panels_than_can_be_seen_are_refused(
     many = History([f"{i}" for i in range(2000)], Log2Bins())
     row = make_history(Log2Bins(), 1).record()
     parts = [part.numpy().repeat(2000, 0) for part in (row.integers, row.floats, row.counts)]
-    many.append(0, *parts)
+    append_rows(many, 0, *parts)
     message = (
         f"{function}() needs layers for at most 100 panels: choose some, as in "
         "layers=history.layers[:8]; layers are 2000, of 1 history"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from histories import falling, make_history
+from histories import append_rows, falling, make_history
 from pages import DISTRIBUTION, MAP, Open, detail, hover, pixels, written
 
 from gradstat import History, Log2Bins
@@ -91,7 +91,7 @@ def test_control_keeps_to_the_module_the_order_and_the_filter(open_report: Open)
     )
     for step in range(3):
         record = whole.record(step)
-        h.append(step, record.integers.numpy(), record.floats.numpy(), record.counts.numpy())
+        append_rows(h, step, record.integers.numpy(), record.floats.numpy(), record.counts.numpy())
     page = open_report(h)
     page.get_by_role("button", name="rms, newest").click()
     page.get_by_role("button", name="rms, newest").click()

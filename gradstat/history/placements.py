@@ -1,4 +1,4 @@
-"""`Layout`: which part of which tensor a rank holds of each row."""
+"""`Placements`: which part of which tensor a rank holds of each row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNKNOWN, PARTIAL = -1, -2
 
 
 @dataclass(frozen=True)
-class Layout:
+class Placements:
     """The part that a rank holds of each of L rows; nothing is known of rows that are no DTensors.
 
     Args:
@@ -28,7 +28,7 @@ class Layout:
     shapes: list[tuple[int, ...]]
 
     @classmethod
-    def unknown(cls, n_rows: int) -> Layout:
+    def unknown(cls, n_rows: int) -> Placements:
         """Nothing is known of so many rows."""
         return cls(np.full((n_rows, 2), UNKNOWN, np.int64), [()] * n_rows)
 
@@ -36,19 +36,19 @@ class Layout:
         """Learn of a row."""
         self.parts[row], self.shapes[row] = part, shape
 
-    def equals(self, other: Layout | None) -> bool:
+    def equals(self, other: Placements | None) -> bool:
         """Whether the same is known of the same rows."""
         if other is None:
             return False
         return np.array_equal(self.parts, other.parts) and self.shapes == other.shapes
 
-    def copy(self) -> Layout:
+    def copy(self) -> Placements:
         """The same, which stays as it is."""
-        return Layout(self.parts.copy(), list(self.shapes))
+        return Placements(self.parts.copy(), list(self.shapes))
 
-    def rows(self, columns: Sequence[int]) -> Layout:
+    def rows(self, columns: Sequence[int]) -> Placements:
         """That of some rows; -1 stands for one of which nothing is known."""
-        found = Layout.unknown(len(columns))
+        found = Placements.unknown(len(columns))
         for row, column in enumerate(columns):
             if column >= 0:
                 n, of = self.parts[column].tolist()
@@ -56,7 +56,7 @@ class Layout:
         return found
 
     @classmethod
-    def from_flat(cls, parts: Array, sizes: Array, ends: Array) -> Layout:
+    def from_flat(cls, parts: Array, sizes: Array, ends: Array) -> Placements:
         """That of shapes one after the other, and where each ends.
 
         Raises:
