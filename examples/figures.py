@@ -80,7 +80,7 @@ def draw_activations() -> Figure:
         ax.set_xlim(-5, 5)
     axes[1].set_ylim(-0.04, 1.04)
     labels.label_axes(figure, "x", "")
-    labels.add_key(figure, ["f(x)", "derivative"], panels.HUES)
+    labels.add_key(figure, ["f(x)", "derivative"], panels.HUES[:2])
     labels.add_titles(axes, list(curves))
     return figure
 
@@ -93,7 +93,7 @@ def draw_loss(losses: dict[str, Array]) -> Figure:
         panels.add_line(ax, np.arange(1, len(loss) + 1), loss, color, log=False)
     ax.set_ylim(bottom=0)
     labels.label_axes(figure, "iteration", "cross-entropy")
-    labels.add_key(figure, list(losses), panels.HUES)
+    labels.add_key(figure, list(losses), panels.HUES[: len(losses)])
     return figure
 
 

@@ -117,10 +117,11 @@ def curves(
 ) -> Figure:
     """Draw a statistic of each layer, or a scalar such as the loss, against time.
 
-    The key of many lines names those that stand out at some time, and some of the others.
+    Of more than eight lines the first, the last and those that stand out at some time have a colour
+    and a name at their end; the others are grey.
 
     A scalar, or the norm of all layers together, has one panel with a line for each history;
-    triangles on the time axis mark where severe findings (red) and warnings begin.
+    triangles on the time axis mark where severe findings and warnings begin.
 
     Args:
         history: one History, or several in a mapping of names or a sequence.
@@ -170,35 +171,42 @@ def curves(
     if not by_layer:
         heads, keys = keys, heads
     keys = [labels.shorten(key, labels.KEY_INCHES, 9) for key in keys]
+    log = field in _MAGNITUDES if log is None else log
+    drawn = []
+    for i in range(len(heads)):
+        lines = []
+        for j in range(len(keys)):
+            each = list(named.values())[j if by_layer else i]
+            layer = list(titles)[i if by_layer else j]
+            time = data.block_last(data.times(each, steps_per_epoch), average)
+            lines.append((time, data.block_mean(data.values(each, layer, field), average)))
+        drawn.append(lines)
+    marked = data.standing_out([[value for _, value in lines] for lines in drawn], log=log)
+    colors = panels.line_colors(len(keys), marked, ordered=not by_layer)
+    beside = max(0.4, labels.longest_inches([keys[i] for i in marked] or keys, 9))
+    width, height = (2.7, 2.2) if by_layer else (3.9, 3.0)
     figure, axes = panels.grid_2d(
         figure,
         len(heads),
         4 if by_layer else 2,
-        (2.7, 2.2) if by_layer else (3.9, 3.0),
-        margin=0.5 + max(0.4, labels.longest_inches(keys, 9)),
+        (width + beside, height) if marked else (width, height),
+        margin=0.5 if marked else 0.5 + beside,
         sharex=True,
         sharey=not by_layer,
     )
-    log = field in _MAGNITUDES if log is None else log
-    colors = panels.line_colors(len(keys), ordered=not by_layer)
-    score = np.zeros(len(keys))
-    for i, ax in enumerate(axes):
+    for ax, lines in zip(axes, drawn, strict=True):
         panels.style_2d(ax)
-        lines = []
-        for j, color in enumerate(colors):
-            each = list(named.values())[j if by_layer else i]
-            layer = list(titles)[i if by_layer else j]
-            time = data.block_last(data.times(each, steps_per_epoch), average)
-            value = data.block_mean(data.values(each, layer, field), average)
+        for (time, value), color in zip(lines, colors, strict=True):
             panels.add_line(ax, time, value, color, log=log)
-            lines.append(value)
-        score = np.maximum(score, data.standing_out(lines, log=log))
     label = labels.field_label(field, arguments.noun(named, titles))
     labels.label_axes(figure, labels.time_label(steps_per_epoch), label)
-    if any(keys):
-        labels.add_key(figure, keys, colors, score)
     for ax in axes:
         labels.label_log(ax)
+    if marked:
+        for ax in axes:
+            labels.label_ends(ax, {i: keys[i] for i in marked})
+    elif any(keys):
+        labels.add_key(figure, keys, colors)
     labels.add_titles(axes, heads)
     return figure
 

@@ -15,6 +15,7 @@ from gradstat.plot.arguments import DERIVED, Limits
 from gradstat.record import UPDATE
 
 MAX_COLUMNS = 200  # of an image against time
+_MAX_COLORED, _MAX_MARKED = 8, 4  # lines of a panel
 # Matplotlib widens limits before it draws, which must not overflow: on a linear axis and a log one.
 _LARGEST, _LOG_LARGEST = 1e300, 1e250
 
@@ -74,13 +75,29 @@ def block_mean(x: Array, size: int) -> Array:
     return divide(total, count)
 
 
-def standing_out(lines: Sequence[Array], *, log: bool) -> Array:
-    """How far each line strays at most from its usual place among the others: float64 ``(N,)``.
+def standing_out(panels: Sequence[Sequence[Array]], *, log: bool) -> list[int]:
+    """Which of many lines have a colour and a name: the first, the last, and those that stray.
+
+    A line strays when it is once much further from its usual place among the others than most ever
+    are.
 
     Args:
-        lines: values at the same times; of other lengths none stands out.
+        panels: the same lines in each.
         log: whether they are drawn on a logarithmic axis.
+
+    Returns:
+        Their numbers, at most six; none where all lines have colours.
     """
+    n = len(panels[0])
+    if n <= _MAX_COLORED:
+        return []
+    score = np.max([_strays(lines, log=log) for lines in panels], axis=0)
+    most = np.argsort(-score, kind="stable")[:_MAX_MARKED].tolist()
+    return sorted({0, n - 1, *(i for i in most if score[i] > 2 * np.median(score))})
+
+
+def _strays(lines: Sequence[Array], *, log: bool) -> Array:
+    """How far each line is at most from its usual place among the others: float64 ``(N,)``."""
     if len({len(line) for line in lines}) != 1 or not len(lines[0]):
         return np.zeros(len(lines))
     y = np.stack(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -26,16 +26,30 @@ from matplotlib.ticker import (
     ScalarFormatter,
 )
 
-from gradstat.arrays import Array, evenly_spread
-
-Color: TypeAlias = tuple[float, ...]
+Color: TypeAlias = tuple[float, float, float, float]
 
 INK = "#333333"
 _NAME_GAP = "  "  # between a history's name and a layer's
-_RATIOS = {"update_ratio": "update / parameter", "dead_units": "share of dead units"}
-_MAX_KEYS, _MAX_MARKED = 12, 4
+_COLORBAR_LETTERS = 22
+_WHOLE_LABELS = {
+    "update_ratio": "update / parameter",
+    "dead_units": "share of dead units",
+    "mean": "mean {}",
+    "mean_abs": "mean |{}|",
+}
+_NAMES = {
+    "abs_max": "max magnitude",
+    "l1": "l1 norm",
+    "l2": "l2 norm",
+    "norm": "l2 norm",
+    "numel": "elements",
+    "nan": "NaN",
+    "posinf": "+infinity",
+    "neginf": "-infinity",
+}
 _MEASURED = 200  # letters
 KEY_INCHES = 6.0  # of a line's or a row's name, at most
+_LINE_POINTS = 12.0  # from one label of a line to the next
 
 
 def heading(name: str, title: str) -> str:
@@ -45,20 +59,20 @@ def heading(name: str, title: str) -> str:
 
 def time_label(steps_per_epoch: int | None) -> str:
     """Label of an axis of time."""
-    return "iteration" if steps_per_epoch is None else "epoch"
+    if steps_per_epoch is None:
+        return "step"
+    return f"epoch of {steps_per_epoch:,} steps" if steps_per_epoch > 1 else "epoch"
 
 
 def field_label(field: str, noun: str) -> str:
-    """Label of a field. The noun is what its values are called; gradients go without saying."""
-    if field in _RATIOS:
-        return _RATIOS[field]
-    if field in ("mean", "mean_abs"):
-        return f"mean {noun}" if field == "mean" else f"mean |{noun}|"
-    if noun in ("gradient", "value"):
-        return "standard deviation" if field == "std" else field
-    # In two lines where it would be longer than a colour bar.
-    gap = "\n" if " " in noun else " "
-    return f"{field} of the{gap}{noun}"
+    """Label of a field: what it is, and of what. The noun is what its values are called."""
+    if field in _WHOLE_LABELS:
+        return _WHOLE_LABELS[field].format(noun)
+    name = _NAMES.get(field, field)
+    if noun == "value":
+        return name
+    label = f"{name} of the {noun}"
+    return label if len(label) <= _COLORBAR_LETTERS else f"{name} of the\n{noun}"
 
 
 def value_label(axis: Axis, noun: str, *, log2: bool) -> str:
@@ -88,31 +102,71 @@ def label_axes(figure: Figure, x: str, y: str) -> None:
 
 
 def add_key(
-    figure: Figure, names: list[str], colors: list[Color], score: Array | None = None
+    figure: Figure, names: list[str], colors: list[Color], marks: dict[str, Color] | None = None
 ) -> None:
-    """Name the lines beside the panels: if many, those that stand out and some evenly spread.
+    """Name the lines beside the panels.
 
     Args:
         figure: of the panels.
         names: of N lines.
         colors: of them.
-        score: how much each stands out, ``(N,)``; by default all the same.
+        marks: colours of triangles by what they mark.
     """
-    if score is None:
-        score = np.zeros(len(names))
-    marked = set(np.argsort(-score, kind="stable")[:_MAX_MARKED].tolist())
-    n_spread = len(names) if len(names) <= _MAX_KEYS else _MAX_KEYS - len(marked)
-    kept = sorted(marked | set(evenly_spread(len(names), n_spread).tolist()))
-    lines = [Line2D([], [], color=colors[i], linewidth=2) for i in kept]
+    marks = marks or {}
+    lines = [Line2D([], [], color=color, linewidth=2) for color in colors]
+    lines += [Line2D([], [], color=color, marker="^", linestyle="") for color in marks.values()]
     figure.legend(
         lines,
-        [names[i] for i in kept],
+        [*names, *marks],
         loc="outside right upper",
         fontsize=9,
         labelcolor=INK,
         frameon=False,
         handlelength=1.2,
     )
+
+
+def label_ends(ax: Axes, names: dict[int, str]) -> None:
+    """Name some lines of a panel at their ends, those of neighbours apart from each other.
+
+    Args:
+        ax: panel of a constrained layout.
+        names: by the number of the line.
+    """
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()
+    ends = []
+    for i, name in names.items():
+        data = np.asarray(ax.lines[i].get_data(), np.float64)
+        known = np.flatnonzero(np.isfinite(data[1]))
+        if len(known):
+            end = float(data[0, known[-1]]), float(data[1, known[-1]])
+            ends.append((float(ax.transData.transform(end)[1]) * 72 / figure.dpi, i, name, end))
+    ends.sort()
+    points = [end[0] for end in ends]
+    # From the lowest up, each at least a line's height over the one before; then all moved down by
+    # half of what that took, so that as many are above their line's end as below it.
+    for k in range(1, len(points)):
+        points[k] = max(points[k], points[k - 1] + _LINE_POINTS)
+    middle = np.mean([at - end[0] for at, end in zip(points, ends, strict=True)]) if ends else 0
+    for at, (y, i, name, end) in zip(points, ends, strict=True):
+        color, place = ax.lines[i].get_color(), (14, at - middle - y)
+        ax.lines[i].set_zorder(3)
+        leader: dict[str, Any] = {
+            "arrowstyle": "-",
+            "color": color,
+            "linewidth": 0.6,
+            "shrinkA": 0,
+            "shrinkB": 1,
+        }
+        offset: dict[str, Any] = {
+            "textcoords": "offset points",
+            "va": "center",
+            "annotation_clip": False,
+        }
+        ax.annotate("", end, xytext=place, arrowprops=leader, **offset)
+        ax.annotate(name, end, xytext=place, color=color, fontsize=9, **offset)
 
 
 def add_titles(axes: list[Axes], titles: list[str]) -> None:

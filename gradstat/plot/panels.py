@@ -29,6 +29,7 @@ HUES = [
     to_rgba(f"#{code}") for code in ("0072B2", "D55E00", "009E73", "CC79A7", "E69F00", "56B4E9")
 ]
 LINE, GRID = "#999999", "#e4e4e4"
+_PALE = to_rgba("#c4c4c4")  # of lines without a name
 CELL = 3.0  # inches, width of a 3-D panel
 
 
@@ -188,8 +189,14 @@ def add_line(ax: Axes, time: Array, value: Array, color: Color, *, log: bool) ->
         ax.yaxis.set_major_locator(MaxNLocator(5))
 
 
-def line_colors(count: int, *, ordered: bool) -> list[Color]:
-    """Return a colour for each line: a scale where their order says something, else hues."""
+def line_colors(count: int, marked: list[int] | None = None, *, ordered: bool) -> list[Color]:
+    """Return a colour for each line: a scale where their order says something, else hues.
+
+    Where some are marked these have hues, and the others are grey.
+    """
+    if marked:
+        hues = dict(zip(marked, HUES, strict=False))
+        return [hues.get(i, _PALE) for i in range(count)]
     if ordered:
         return [colormaps["viridis"](0.88 * i / max(1, count - 1)) for i in range(count)]
     return [HUES[i % len(HUES)] for i in range(count)]

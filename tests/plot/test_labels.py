@@ -115,7 +115,7 @@ NAMES = ["a$b$c", "$\\sqrt{", "cost in $", " ", "\t", "\u200b", "a\\$b", "$$", "
     "draw",
     [
         plot.ridge,
-        plot.curves,
+        lambda h: plot.curves(h, layers=NAMES[:8]),
         plot.heatmap,
         lambda h: plot.curves(h, split="layer"),
         lambda h: plot.heatmap(h, "counts"),

@@ -9,7 +9,10 @@ import pytest
 import torch
 from histories import LONG_NAMES, falling, make_history
 from legibility import assert_legible
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from gradstat import History, LinearBins, Log2Bins, plot
 from gradstat.record import KINDS, NOUNS
@@ -57,11 +60,11 @@ def test_rows_of_another_kind_are_those_of_its_history() -> None:
 @pytest.mark.parametrize(
     ("kind", "mean_abs", "mean", "std"),
     [
-        ("grad", "mean |gradient|", "mean gradient", "standard deviation"),
+        ("grad", "mean |gradient|", "mean gradient", "std of the gradient"),
         ("param", "mean |parameter|", "mean parameter", "std of the parameter"),
         ("update", "mean |update|", "mean update", "std of the update"),
         ("activation", "mean |activation|", "mean activation", "std of the activation"),
-        ("unit", "mean |unit peak|", "mean unit peak", "std of the\nunit peak"),
+        ("unit", "mean |unit peak|", "mean unit peak", "std of the unit peak"),
         (
             "grad_output",
             "mean |output gradient|",
@@ -127,7 +130,9 @@ def test_ridge_of_small_and_large_values_writes_their_power_of_ten_once(
 
 
 @pytest.mark.parametrize("spiking", [13, 14, 25])
-def test_curves_name_the_line_that_stands_out_of_many(spiking: int) -> None:
+def test_curves_color_and_name_the_line_that_stands_out_of_many(
+    spiking: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def gradient(step: int, layer: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(100 * step + layer)
         return torch.randn(50, generator=generator) * (
@@ -136,12 +141,39 @@ def test_curves_name_the_line_that_stands_out_of_many(spiking: int) -> None:
 
     history = make_history(Log2Bins(), [f"block.{i}" for i in range(28)], 12, gradient)
     for field in ("mean_abs", "mean"):
-        (legend,) = plot.curves(history, field, log=field == "mean_abs").legends
-        names = [text.get_text() for text in legend.get_texts()]
-        assert f"block.{spiking}" in names
-        assert names == sorted(names, key=lambda name: int(name[6:]))
-        assert (names[0], names[-1]) == ("block.0", "block.27")
-        assert 8 <= len(names) <= 12
+        figure = plot.curves(history, field, log=field == "mean_abs")
+        assert figure.legends == []
+        (ax,) = figure.axes
+        assert_legible(figure, monkeypatch)
+        named = {text.get_text(): text.get_color() for text in ax.texts if text.get_text()}
+        assert set(named) == {"block.0", f"block.{spiking}", "block.27"}
+        others = {to_hex(line.get_color()) for line in ax.lines}
+        for name, color in named.items():
+            line = ax.lines[int(name[6:])]
+            assert to_hex(line.get_color()) == to_hex(color)
+            assert max(color[:3]) - min(color[:3]) > 0.3
+            assert text_beside(ax, name, line)
+            others.remove(to_hex(color))
+        (other,) = others
+        assert len(set(to_rgb(other))) == 1
+
+
+def text_beside(ax: Axes, name: str, line: Line2D) -> bool:
+    """Whether a label is at the end of its line: to its right, and pointing there."""
+    (text,) = (text for text in ax.texts if text.get_text() == name)
+    x, y = line.get_data()
+    box = text.get_window_extent()
+    end = ax.transData.transform((x[-1], y[-1]))
+    return bool(text.xy == (x[-1], y[-1]) and box.x0 > end[0] and abs(box.y0 - end[1]) < 120)
+
+
+@pytest.mark.parametrize("lines", [8, 9])
+def test_curves_of_up_to_eight_lines_have_a_key(lines: int) -> None:
+    figure = plot.curves(make_history(Log2Bins(), lines, 3))
+    assert len(figure.legends) == (lines == 8)
+    assert len({to_hex(line.get_color()) for line in figure.axes[0].lines}) == (
+        8 if lines == 8 else 3
+    )
 
 
 DRAWN = {

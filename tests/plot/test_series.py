@@ -67,12 +67,22 @@ def test_curves_marks_findings_on_the_time_axis() -> None:
     assert marks(gradstat.plot.curves(quiet, "norm")) == []
 
 
+def test_curves_explains_the_marks_that_it_has() -> None:
+    (key,) = gradstat.plot.curves(spiked(), "loss").legends
+    assert [text.get_text() for text in key.get_texts()] == ["a warning begins"]
+    (mark,) = key.legend_handles
+    assert (mark.get_marker(), to_hex(mark.get_color())) == ("^", "#c77700")
+    assert gradstat.plot.curves(make_history(Log2Bins(), 2, 40, noise), "norm").legends == []
+
+
 def test_curves_draws_a_line_for_each_history_that_has_the_scalar() -> None:
     other = spiked(50)
     without = make_history(Log2Bins(), 2, 40, noise)
     figure = gradstat.plot.curves({"one": spiked(), "other": other, "none": without}, "loss")
     assert len(lines(figure)) == 2
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "other", "none"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "one", "other", "none", "a warning begins",
+    ]  # fmt: skip
     assert [time for time, _ in marks(figure)] == [AT, 50]
 
 
