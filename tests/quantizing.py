@@ -76,6 +76,14 @@ def samples(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         "zeros": torch.zeros(33, 40, device="cpu"),
         "empty": torch.zeros(3, 0, device="cpu"),
         "number": torch.tensor(-3.3, device="cpu"),
+        # Of float64: what comes to zero in float32, alone and beside others, and what comes to its
+        # largest value, the first of these two, or beyond, the others.
+        "zero in float32": torch.full((3, 40), 1e-50, dtype=torch.float64, device="cpu"),
+        "ends of float32": torch.tensor(
+            [[1e-50, 1.0], [3.40282347e38, 3.4028235677973362e38], [3.4028235677973366e38, 1e300]],
+            dtype=torch.float64,
+            device="cpu",
+        ),
         "halves of the largest": torch.tensor(
             [[448, 464, 464.001, 480, 57344, 61440, 61439, 6, 7, 7.001, 7.5, 7.75, 28, 30, 65520]],
             device="cpu",
@@ -98,7 +106,8 @@ def expected(x: torch.Tensor, form: Format, dim: int = -1) -> tuple[list[int], l
     is_finite = np.isfinite(matrix)
     with np.errstate(over="ignore", invalid="ignore"):
         magnitudes = np.abs(np.where(is_finite, matrix, 0))
-        scale_of = _scale_rule(form, np.float32(magnitudes.max(initial=0)))
+        most = min(magnitudes.max(initial=0), np.finfo(np.float32).max)
+        scale_of = _scale_rule(form, np.float32(most))
     counts, scales, norms = np.zeros(3, int), [], [_norm(magnitudes), 0.0]
     blocks = _blocks(magnitudes, form)
     for block in blocks:
@@ -140,7 +149,7 @@ def _scale_rule(
         return scale, one / scale, float(scale)
 
     def to_largest(largest: np.float32) -> tuple[np.float32, np.float32, float]:
-        inverse = min(np.float32(form.largest) / largest, np.float32(2.0**126)) if largest else one
+        inverse = min(np.float32(form.largest) / largest, np.float32(2.0**126))
         return one / inverse, inverse, float(one / inverse)
 
     def power_of_two(largest: np.float32) -> tuple[np.float32, np.float32, float]:
@@ -167,7 +176,8 @@ def _cast(
 ) -> tuple[int, int, float, float]:
     """How many values of a block come to zero and saturate; norm of the error; stored scale."""
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        narrow = np.minimum(block.astype(np.float32), np.finfo(np.float32).max)
+        rounded = block.astype(np.float32)
+        narrow = np.minimum(rounded, np.finfo(np.float32).max)
         scale, inverse, stored = scale_of(narrow.max(initial=np.float32(0)))
         quotient = narrow * inverse
         element = quotient.astype(ELEMENTS[form.exponent_bits, form.mantissa_bits])
@@ -177,7 +187,7 @@ def _cast(
     half, is_odd = form.largest + step / 2, form.largest / step % 2 == 1
     saturated = (quotient >= half) if is_odd else (quotient > half)
     element = np.where(saturated, form.largest, element)
-    saturated = saturated | (block > np.finfo(np.float32).max)
+    saturated = saturated | np.isinf(rounded)
     assert np.isfinite(element).all()
     assert element.max(initial=0) <= form.largest
     underflowed = np.count_nonzero((block > 0) & (element == 0))

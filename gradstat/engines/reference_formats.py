@@ -62,14 +62,16 @@ def _measure_one(x: Tensor, form: Format) -> tuple[Tensor, Tensor]:
     values = torch.where(is_finite, x, 0.0).abs()
     # One row for each group of values that share a scale, filled up with zeros.
     grouped = _blocks(values, form.block) if form.block else values.reshape(1, -1)
-    narrow = grouped.float().clamp(max=FLOAT32_MAX)
+    narrow = grouped.float()
+    is_beyond = torch.isinf(narrow)
+    narrow = narrow.clamp(max=FLOAT32_MAX)
     largest = pad(narrow, (0, 1)).amax(1, keepdim=True)  # one more: amax refuses no values
     scale, inverse, stored = _scales(largest, form)
 
     element = _rounded((narrow * inverse).double(), form)
     is_nonzero = grouped != 0
     is_zero = is_nonzero & (element == 0)
-    is_saturated = (element > form.largest) | (grouped.double() > FLOAT32_MAX)
+    is_saturated = (element > form.largest) | is_beyond
     error = grouped.double() - element.clamp(max=form.largest) * scale.double()
 
     has_blocks = form.scaling != "none" and x.numel() > 0
@@ -128,7 +130,6 @@ def _scales(largest: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor]:
         return stored * of_tensor, torch.where(stored == 0, 0.0, inverse), stored
     if form.scaling in ("amax", "block"):
         inverse = _quotient(form.largest, largest).clamp(max=1 / LEAST_SCALE)
-        inverse = torch.where(largest == 0, 1.0, inverse)
         scale = _quotient(1.0, inverse)
         return scale, inverse, scale
     scale = torch.full_like(largest, form.scale)
