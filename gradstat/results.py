@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradstat.bins import LOG2_MAGNITUDES, Bins, LinearBins, Log2Bins
+from gradstat.bins import FLOAT32_MAX, LOG2_MAGNITUDES, Bins, LinearBins, Log2Bins
 from gradstat.fourth_moment import kurtosis
 
 INTEGERS = ("numel", "finite", "zeros", "nan", "posinf", "neginf", "below", "above")
@@ -161,11 +161,13 @@ class Statistics:
         """Fourth central moment over the squared second one: 3 for a normal distribution.
 
         Read off the histogram, with the known count, mean, deviation and extremes. Over `Log2Bins`
-        it is within 5 % where the distribution is smooth, within 15 % where single elements make
+        it is within 5 % where the distribution is smooth and symmetric, within 12 % where it is
+        smooth and has a long side, as values of one sign do, within 15 % where single elements make
         it, unless they are the least or the greatest, and within a factor of 2.5 wherever in their
         bins all elements lie, if their mean is near zero. NaN for fewer than 4 elements, where all
-        are equal, and where the mean is more than 2 standard deviations from zero: bins are too
-        wide there to tell.
+        are equal, and where bins are too wide to tell: where the mean is more than 2 standard
+        deviations from zero, where the deviation is below 2**-126 and, over `Log2Bins`, where an
+        element is beyond float32.
         """
         return self.kurtosis_over(None)
 
@@ -182,7 +184,11 @@ class Statistics:
             low = torch.cat([torch.minimum(*ends[:2]), low, ends[2]], -1)
             high = torch.cat([ends[1], high, torch.maximum(*ends[2:])], -1)
             counts = torch.cat([self.below[..., None], counts, self.above[..., None]], -1)
-        return kurtosis(counts, low, high, (self.min, self.max), self.mean, self.std)
+        result = kurtosis(counts, low, high, (self.min, self.max), self.mean, self.std)
+        is_told = self.std >= 2.0**-126
+        if isinstance(self.bins, Log2Bins):
+            is_told &= self.abs_max <= FLOAT32_MAX
+        return torch.where(is_told, result, math.nan)
 
     @property
     def edges(self) -> Tensor:

@@ -31,15 +31,25 @@ def sample(name: str, generator: torch.Generator) -> Tensor:
         "normal": normal,
         "shifted": normal + 1.5,
         "uniform": torch.rand(N, generator=generator) - 0.5,
+        "laplace": normal.sign() * torch.empty(N).exponential_(generator=generator),
         "lognormal": normal.exp(),
+        "gamma": torch.empty(2, N).exponential_(generator=generator).sum(0),
+        "rayleigh": torch.empty(N).exponential_(generator=generator).sqrt(),
+        "half-normal": normal.abs(),
+        "gelu": torch.nn.functional.gelu(normal),
     }[name]
 
 
-# Of what is smooth, and of what single elements make.
+# Of what is smooth, has a long side, and of what single elements make.
 TOLERANCES = {
     "normal": 0.05,
     "shifted": 0.05,
     "uniform": 0.05,
+    "laplace": 0.05,
+    "gamma": 0.12,
+    "rayleigh": 0.12,
+    "half-normal": 0.12,
+    "gelu": 0.12,
     "sparse": 0.05,
     "one outlier": 1e-6,
     "lognormal": 0.15,
@@ -54,6 +64,24 @@ def test_kurtosis_is_that_of_the_elements(name: str, seed: int, scale: float) ->
     x = sample(name, torch.Generator().manual_seed(seed)) * scale
     got = float(gradstat.statistics(x).kurtosis)
     assert got == pytest.approx(true(x), rel=TOLERANCES[name])
+
+
+@pytest.mark.parametrize("name", TOLERANCES)
+@pytest.mark.parametrize(
+    "scale", [2.0**-1040, 1e-300, 1e-42, 1e-40, 1e39, 1e300], ids=lambda scale: f"{scale:.0e}"
+)
+def test_kurtosis_is_nan_outside_of_the_normal_numbers_of_float32(name: str, scale: float) -> None:
+    x = sample(name, torch.Generator().manual_seed(0)).double() * scale
+    assert math.isnan(gradstat.statistics(x).kurtosis)
+
+
+@pytest.mark.parametrize("name", TOLERANCES)
+def test_kurtosis_is_within_its_bound_or_nan_at_the_ends_of_the_normal_numbers(name: str) -> None:
+    x = sample(name, torch.Generator().manual_seed(0)).double()
+    for exponent in (*range(-140, -112), *range(115, 131)):
+        y = x * 2.0**exponent
+        got = float(gradstat.statistics(y).kurtosis)
+        assert math.isnan(got) or got == pytest.approx(true(y), rel=TOLERANCES[name]), exponent
 
 
 def test_kurtosis_is_within_its_bound_wherever_elements_lie_in_their_bins() -> None:
@@ -77,6 +105,13 @@ def test_kurtosis_leaves_out_what_is_not_finite(generator: torch.Generator) -> N
 )
 def test_kurtosis_is_nan_where_a_histogram_cannot_tell(x: list[float]) -> None:
     assert math.isnan(gradstat.statistics(torch.tensor(x)).kurtosis)
+
+
+def test_kurtosis_over_linear_bins_has_the_range_of_float64(generator: torch.Generator) -> None:
+    x = torch.randn(N, generator=generator).double()
+    assert math.isnan(gradstat.statistics(x * 1e-300, LinearBins(200)).kurtosis)
+    beyond = gradstat.statistics(x * 1e300, LinearBins(200)).kurtosis
+    assert float(beyond) == pytest.approx(true(x), rel=0.05)
 
 
 @pytest.mark.parametrize("bins", [LinearBins(200), LinearBins(200, -3.0, 3.0)], ids=repr)
