@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import csv
 import importlib
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from gradstat.arrays import Array
 from gradstat.files import replacing
 from gradstat.history import FIELDS, History
 from gradstat.quantized import QUANTIZATION_COUNTS, QUANTIZATION_FIELDS
+from gradstat.util import json_text
 
 if TYPE_CHECKING:
     import pandas
@@ -137,7 +137,7 @@ def to_csv(
         writer.writerow([*names, *LISTS])
         for part in rows(history, progress):
             plain = [_texts(part.columns[name]) for name in names]
-            lists = [[_json(cell) for cell in _cells(part, name)] for name in LISTS]
+            lists = [[json_text(cell.tolist()) for cell in _cells(part, name)] for name in LISTS]
             writer.writerows(zip(*plain, *lists, strict=True))
 
 
@@ -224,13 +224,6 @@ def _texts(column: Array) -> list[Any]:
     if column.dtype.kind == "f":
         values = [repr(value) if math.isfinite(value) else "" for value in values]
     return values
-
-
-def _json(cell: Array) -> str:
-    values = cell.tolist()
-    if not np.isfinite(cell).all():
-        values = [value if math.isfinite(value) else None for value in values]
-    return json.dumps(values)
 
 
 def _dtype(name: str) -> np.dtype[Any]:

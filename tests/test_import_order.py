@@ -13,7 +13,7 @@ PACKAGE = ROOT / "gradstat"
 ORDER = (
     (
         *("float_mode", "nice_ranges", "bins", "arrays"),
-        *("files", "forks", "escaping", "fourth_moment"),
+        *("util", "files", "forks", "escaping", "fourth_moment"),
     ),
     ("choices", "warning", "version", "thresholds"),
     ("formats",),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 
 from gradstat.choices import one_of
 from gradstat.cli.arguments import add_run
 from gradstat.thresholds import Thresholds
+from gradstat.util import json_text
 
 HELP = "say what is wrong with a run's gradients; exit code 1 for something severe"
 _SEVERE = 1  # exit code
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     history = load(options.run_path)
     findings = history.diagnose(Thresholds(**dict(options.threshold)))
     if options.json:
-        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+        print(json_text([dataclasses.asdict(finding) for finding in findings], indent=1))
     else:
         print(text.heading(str(options.run_path), history))
         print(text.findings(findings, most=None if options.all else 3))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 import socketserver
@@ -14,6 +13,7 @@ from urllib.parse import parse_qs
 from gradstat.cli.run_list import RunList
 from gradstat.escaping import escaped
 from gradstat.report import page
+from gradstat.util import json_text
 from gradstat.version import __version__
 
 _HOST, _USUAL_PORT = "127.0.0.1", 80
@@ -160,12 +160,12 @@ def _data(runs: RunList, number: str, query: _Query) -> _Answer:
         return None
     told = found.live.since(int(since)) | {"single": runs.is_single}
     told["path"] = escaped(found.live.path)
-    return _JSON, json.dumps(told, allow_nan=False)
+    return _JSON, json_text(told)
 
 
 def _list(runs: RunList, _: str, __: _Query) -> _Answer:
     told = {"single": runs.is_single, "show": runs.side_by_side(), "runs": runs.listed()}
-    return _JSON, json.dumps(told)
+    return _JSON, json_text(told)
 
 
 _ROUTES = (

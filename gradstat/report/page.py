@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from gradstat.files import replacing
 from gradstat.history import History
 from gradstat.history.arguments import check_history
 from gradstat.report import package, series, thin
+from gradstat.util import json_text
 
 # The scripts are modules. A page holds those that its own one imports, as a single module, since a
 # file of HTML can import no others.
@@ -93,7 +93,7 @@ def render(title: str, contents: Mapping[str, Any], data: str = "") -> str:
         HTML.
     """
     # In a script element only "<" can end the text early.
-    meta = json.dumps(contents, allow_nan=False).replace("<", "\\u003c")
+    meta = json_text(contents).replace("<", "\\u003c")
     is_live = "live" in contents
     connect = "connect-src 'self'; " if is_live else ""
     script = _bundle("live.js" if is_live else "main.js")

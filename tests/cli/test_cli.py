@@ -124,6 +124,19 @@ def test_diagnose_prints_json(ill: Path, capsys: pytest.CaptureFixture[str]) -> 
     ]
 
 
+def test_diagnose_prints_null_for_what_json_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rising(step: int, layer: int) -> Tensor:
+        return noise(step, layer, 1.0).double() * (1e-200 if step < 15 else 1e200)
+
+    make_history(Log2Bins(), 2, 25, rising).save(tmp_path / "run.npz")
+    run("diagnose", tmp_path / "run.npz", "--json")
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    (spike,) = (each for each in found if each["kind"] == "gradient spike")
+    assert spike["numbers"]["times"] is None
+
+
 def test_diagnose_sums_up_layers_that_show_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
