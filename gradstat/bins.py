@@ -138,6 +138,7 @@ class LinearBins:
         if not isinstance(self.bins, Integral) or isinstance(self.bins, bool):
             raise TypeError(f"LinearBins() needs an integer number of bins; bins is {self.bins!r}")
         object.__setattr__(self, "bins", int(self.bins))
+        object.__setattr__(self, "nice", bool(self.nice))
         if not 1 <= self.bins <= 1 << 20:
             raise ValueError(f"LinearBins() needs 1 to 1048576 bins; bins is {self.bins}")
         if (self.low is None) != (self.high is None):
@@ -313,7 +314,9 @@ def parse_bins(spec: str) -> Bins:
     if kind == "linear" and len(fields) in (4, 5):
         bins, low, high, nice = fields[:4]
         ends = [None if end == "None" else float(end) for end in (low, high)]
-        return LinearBins(int(bins), ends[0], ends[1], nice == "True")
+        scheme = LinearBins(int(bins), ends[0], ends[1], nice == "True")
+        if spec in (scheme.spec, f"{scheme.spec} True", f"{scheme.spec} False"):
+            return scheme
     raise ValueError(f"parse_bins() needs the spec of a bin scheme; spec is {spec!r}")
 
 

@@ -303,7 +303,19 @@ def test_parse_bins_returns_an_equal_scheme(
     assert parse_bins(Log2Bins().spec) == Log2Bins()
 
 
-@pytest.mark.parametrize("spec", ["", "log", "log2 1", "linear", "linear 3", "linear 3 0 1"])
+def test_parse_bins_knows_nice_however_it_was_given() -> None:
+    assert parse_bins(LinearBins(3, nice=1).spec) == LinearBins(3, nice=True)
+    assert LinearBins(3, nice=0).spec == LinearBins(3).spec
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *("", "log", "log2 1", "linear", "linear 3", "linear 3 0 1"),
+        *("linear 2048 0 1 maybe 7", "linear 2048 0.0 1.0 False 7", "linear 2048 0.0 1.0 maybe"),
+        *("linear 3 None None False maybe", "linear 03 None None False", "linear 3 0 1 False"),
+    ],
+)
 def test_parse_bins_refuses_other_text(spec: str) -> None:
     with pytest.raises(ValueError, match="needs the spec of a bin scheme; spec is " + repr(spec)):
         parse_bins(spec)
