@@ -234,8 +234,12 @@ def _wrong_integers(integers: Array) -> list[_Wrong]:
 def _wrong_floats(integers: Array, floats: Array) -> list[_Wrong]:
     _, finite, zeros, *_ = integers.T
     least, most, _, std, l1, l2, low, high = floats.T
-    # NaN is never wrong, and needed where no element is finite.
+    undefined = np.isnan(floats)
+    # Where the sum of magnitudes is beyond float64, the sum and the deviation may be anything.
+    undefined[np.isinf(l1), 2:4] = False
+    undefined[finite < 2, 3] = False
     return [
+        ((finite > 0) & undefined.any(1), "statistics are NaN beside finite elements"),
         (least > most, "min is above its max"),
         ((finite == 0) & ~(np.isnan(least) & np.isnan(most)), "min and max are of no element"),
         ((zeros > 0) & ((least > _FLUSHED) | (most < -_FLUSHED)), "zeros are outside min and max"),

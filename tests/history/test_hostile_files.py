@@ -190,6 +190,14 @@ WHERE = ", in step 0 of 'second.weight'"
         ("floats", set_field("min", 9.0), f"its min is above its max{WHERE}"),
         ("floats", set_field("std", -1.0), f"its std and norms are negative{WHERE}"),
         ("floats", set_field("l1", -1.0), f"its std and norms are negative{WHERE}"),
+        *(
+            (
+                "floats",
+                set_field(name, np.nan),
+                f"its statistics are NaN beside finite elements{WHERE}",
+            )
+            for name in FLOATS
+        ),
         ("floats", set_field("low", np.inf), None),
         ("floats", set_field("high", -np.inf), None),
         ("sizes", lambda x: x[:-1], OTHERS),
@@ -244,6 +252,23 @@ def test_history_load_refuses_values_of_no_element(
     data |= {name: data[name][kept:] for name in ("indices", "values")}
     write(tmp_path / "run.npz", data)
     assert_load_refuses(tmp_path / "run.npz", "its min and max are of no element, in step 0 of")
+
+
+def test_history_load_takes_nan_where_there_is_no_number(tmp_path: Path) -> None:
+    largest = np.finfo(np.float64).max
+    tensors = [
+        torch.tensor(x, dtype=torch.float64)
+        for x in ([], [np.nan, np.inf], [3.0, np.nan], [largest, -largest] * 4096)
+    ]
+    s = gradstat.statistics(tensors)
+    s = s.merge(gradstat.statistics([x * 0.5 for x in tensors]))
+    history = History([str(i) for i in range(4)], Log2Bins())
+    append_rows(history, 0, *arrays(s))
+    append_rows(history, 1, *arrays(gradstat.statistics(tensors)))
+    assert history["finite"][1].tolist() == [0, 0, 1, 8192]
+    assert np.isnan(history["std"]).any(0).tolist() == [True, True, True, True]
+    history.save(tmp_path / "run.npz")
+    assert len(History.load(tmp_path / "run.npz")) == 2
 
 
 def test_history_load_refuses_zeros_outside_min_and_max(
