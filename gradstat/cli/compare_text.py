@@ -103,12 +103,11 @@ def draw(runs: Mapping[str, History], path: Path) -> None:
         ValueError: an unknown format.
     """
     from gradstat import plot
-    from gradstat.plot.arguments import literal
 
     layers = list(dict.fromkeys(row for history in runs.values() for row in first_rows(history)))
     average = max(1, max(len(history) for history in runs.values()) // 100)
     figure = plot.curves(
-        {literal(name): history for name, history in runs.items()},
+        runs,
         split="history",
         layers=some(layers, _MOST_LINES),
         average=average,

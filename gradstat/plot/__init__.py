@@ -167,7 +167,7 @@ def curves(
         raise ValueError(f"curves() needs split 'layer' or 'history'; split is {split!r}")
     by_layer = split == "layer"
     arguments.check_panels("curves", 1, len(titles) if by_layer else len(named))
-    heads, keys = list(titles.values()), list(named)
+    heads, keys = list(titles.values()), list(map(labels.literal, named))
     if not by_layer:
         heads, keys = keys, heads
     keys = [labels.shorten(key, labels.KEY_INCHES, 9) for key in keys]
@@ -288,5 +288,5 @@ def heatmap(
     labels.label_axes(figure, labels.time_label(steps_per_epoch), "")
     label = labels.field_label(field, arguments.noun(named, titles))
     panels.add_colorbar(figure, drawn, label, axes)
-    labels.add_titles(axes, list(named))
+    labels.add_titles(axes, list(map(labels.literal, named)))
     return figure

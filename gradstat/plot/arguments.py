@@ -8,9 +8,9 @@ from typing import TypeAlias
 
 from gradstat.bins import Log2Bins
 from gradstat.choices import one_of
-from gradstat.escaping import escaped
 from gradstat.history import FIELDS, History
 from gradstat.history.arguments import first_rows
+from gradstat.plot.labels import literal
 from gradstat.record import NOUNS, UNIT, UPDATE, Row
 
 Histories: TypeAlias = History | Mapping[str, History] | Sequence[History]
@@ -44,11 +44,6 @@ def check_histories(function: str, history: Histories) -> dict[str, History]:
         if len(each) == 0 or not each.layers:
             raise ValueError(f"{function}() needs a History with records; {where} is {each!r}")
     return {name: each.snapshot() for name, each in named.items()}
-
-
-def literal(name: str) -> str:
-    """A name that Matplotlib writes as it is, and does not take dollar signs for mathematics."""
-    return escaped(name).replace("$", r"\$")
 
 
 def check_panels(function: str, histories: int, layers: int) -> None:

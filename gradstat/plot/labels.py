@@ -26,6 +26,8 @@ from matplotlib.ticker import (
     ScalarFormatter,
 )
 
+from gradstat.escaping import escaped
+
 Color: TypeAlias = tuple[float, float, float, float]
 
 INK = "#333333"
@@ -52,9 +54,14 @@ KEY_INCHES = 6.0  # of a line's or a row's name, at most
 _LINE_POINTS = 12.0  # from one label of a line to the next
 
 
+def literal(name: str) -> str:
+    """A name that Matplotlib writes as it is, and does not take dollar signs for mathematics."""
+    return escaped(name).replace("$", r"\$")
+
+
 def heading(name: str, title: str) -> str:
     """Title of a panel: that of its layer, after the name of its history, which may be ""."""
-    return f"{name}{_NAME_GAP}{title}" if name else title
+    return f"{literal(name)}{_NAME_GAP}{title}" if name else title
 
 
 def time_label(steps_per_epoch: int | None) -> str:

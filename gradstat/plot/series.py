@@ -45,7 +45,7 @@ def series_curves(
         log: by default where the values span much.
         figure: cleared and drawn into.
     """
-    names = list(named)
+    names = list(map(labels.literal, named))
     lines = [_series(each, field) for each in named.values()]
     marks = [mark for each in named.values() for mark in _marks(each, steps_per_epoch)]
     drawn = {color for _, color in marks}
@@ -77,7 +77,9 @@ def series_curves(
         )
     is_norm = all(field not in each.scalars for each in named.values())
     label = labels.field_label(field, NOUNS[next(iter(named.values())).kinds[0]])
-    labels.label_axes(figure, labels.time_label(steps_per_epoch), label if is_norm else field)
+    labels.label_axes(
+        figure, labels.time_label(steps_per_epoch), label if is_norm else labels.literal(field)
+    )
     if any(names):
         labels.add_key(figure, names, colors, shown)
     elif shown:

@@ -132,6 +132,33 @@ def test_figure_shows_names_of_layers_as_they_are(draw: Callable[[History], Figu
         assert (layer, False) in drawn
 
 
+@pytest.mark.parametrize(
+    "draw",
+    [
+        plot.ridge,
+        plot.curves,
+        plot.heatmap,
+        lambda h: plot.curves(h, split="history"),
+        lambda h: plot.heatmap(h, "counts"),
+        lambda h: plot.curves(h, "norm"),
+        lambda h: plot.curves(h, "$\\sqrt{$"),
+    ],
+)
+def test_figure_shows_names_of_histories_and_scalars_as_they_are(
+    draw: Callable[[dict[str, History]], Figure],
+) -> None:
+    history = make_history(Log2Bins(), ["weight"])
+    history.add_scalar("$\\sqrt{$", 0, 1.0)
+    figure = draw({"$\\nosuch{$": history, "a$b$\x1b": history})
+    figure.savefig(io.BytesIO())
+    drawn = [
+        Text(0, 0, text.get_text())._preprocess_math(text.get_text())
+        for text in figure.findobj(Text)
+    ]
+    for name in ("$\\nosuch{$", "a$b$\\x1b"):
+        assert any(text.startswith(name) and not is_math for text, is_math in drawn)
+
+
 def test_title_of_a_layer_may_be_mathematics() -> None:
     history = make_history(Log2Bins(), ["weight"])
     figure = plot.heatmap(history, "counts", layers={"weight": r"$\sigma_1$"})
