@@ -7,6 +7,7 @@ two. What a command prints is in ``NAME_text.py`` where that is long, and in `te
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -65,7 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     before, warnings.formatwarning = warnings.formatwarning, _one_line
+    out, errors = sys.stdout, sys.stdout.errors
     try:
+        if isinstance(out, io.TextIOWrapper):
+            out.reconfigure(errors="backslashreplace")  # as stderr: a terminal may know ASCII alone
         code: int = options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -80,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(options, error)
     finally:
         warnings.formatwarning = before
+        if isinstance(out, io.TextIOWrapper):
+            out.reconfigure(errors=errors)
     return code
 
 

@@ -1,5 +1,6 @@
 """Names that contain what a terminal acts on."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,23 @@ def test_commands_print_no_more_than_text(
     assert shown.err == ""
     assert all(line.isprintable() for line in shown.out.split("\n"))
     assert r"\x1b" in shown.out
+
+
+@pytest.mark.parametrize("command", [["diagnose", "--all"], ["info"], ["tail", "--updates=1"]])
+def test_commands_escape_what_an_ascii_terminal_cannot_show(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = make_history(Log2Bins(), ["größe.weight", "層"], 25, lambda *_: torch.zeros(9))
+    history.add_scalar("verlust·層", 0, 1.0)
+    history.save(tmp_path / "läufe")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert main([command[0], str(tmp_path / "läufe"), *command[1:]]) < 2
+    shown = terminal.buffer.getvalue().decode("ascii")
+    assert r"l\xe4ufe" in shown
+    assert (r"\xb7\u5c64" if command == ["info"] else r"\u5c64") in shown
+    # It is the caller's afterwards.
+    assert terminal.errors == "strict"
 
 
 @pytest.mark.parametrize("command", ["diagnose", "report", "tail"])
