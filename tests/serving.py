@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from conftest import ROOT
 
-from gradstat.cli.run_list import RunList
+from gradstat.cli.runs import RunList
 from gradstat.cli.server import Server
 
 if TYPE_CHECKING:

@@ -150,7 +150,7 @@ def test_imports_of_finds_what_is_hidden() -> None:
     source = """
 def late():
     if True:
-        from gradstat.cli import text
+        from gradstat.cli import printing
 class A:
     from gradstat import bins
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ if TYPE_CHECKING:
 """
     found = [(each.imported, each.is_late) for each in imports_of("x", ast.parse(source))]
     assert found == [
-        ("gradstat.cli.text", True),
+        ("gradstat.cli.printing", True),
         ("gradstat.bins", False),
         ("gradstat.report.page", False),
     ]

@@ -1,47 +1,39 @@
 """The command ``gradstat``: what a run's record says, without writing a script.
 
-Each command is a file of its name, which imports PyTorch only when it runs: that takes a second or
-two. What a command prints is in ``NAME_text.py`` where that is long, and in `text` what several do.
+What a command does is a function of its name in the module that `COMMANDS` gives, which is imported
+when it is asked for: PyTorch takes a second or two.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib
 import io
 import os
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import NoReturn, Protocol
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn, TypeAlias
 
-from gradstat.cli import compare, diagnose, export, formats, info, merge, report, serve, tail
+from gradstat.choices import one_of
 from gradstat.escaping import escaped
+from gradstat.thresholds import Thresholds
 from gradstat.version import __version__
 
-_FAILED = 2  # exit code
-
-
-class _Command(Protocol):
-    """The file of a command: its line in the help, its arguments, and what it does."""
-
-    HELP: str
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
-
-    def run(self, options: argparse.Namespace) -> int: ...
-
-
-COMMANDS: dict[str, _Command] = {
-    "info": info,
-    "diagnose": diagnose,
-    "formats": formats,
-    "export": export,
-    "report": report,
-    "compare": compare,
-    "merge": merge,
-    "tail": tail,
-    "serve": serve,
+COMMANDS = {
+    "info": "info",
+    **dict.fromkeys(("diagnose", "formats", "compare", "tail"), "printing"),
+    **dict.fromkeys(("export", "report", "merge"), "writing"),
+    "serve": "server",
 }
+TARGETS = ("parquet", "csv", "tensorboard", "wandb")  # of export
+_THRESHOLDS = [field.name for field in dataclasses.fields(Thresholds)]
+_FAILED = 2  # exit code
+_LAST_PORT = 65_535
+
+_Add: TypeAlias = Callable[[str, str], argparse.ArgumentParser]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -70,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if isinstance(out, io.TextIOWrapper):
             out.reconfigure(errors="backslashreplace")  # as stderr: a terminal may know ASCII alone
-        code: int = options.run(options)
+        home = importlib.import_module(f"gradstat.cli.{COMMANDS[options.command]}")
+        code: int = getattr(home, options.command)(options)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader has read enough, as in `gradstat diagnose RUN | head`.
@@ -108,8 +101,126 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"gradstat {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        added = commands.add_parser(name, help=command.HELP, description=command.HELP)
-        command.add_arguments(added)
-        added.set_defaults(run=command.run)
+
+    def add(name: str, what: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=what, description=what)
+
+    _add_printing(add)
+    _add_writing(add)
+    serve = add(
+        "serve", "show the report page of runs in a browser of this machine, while they are written"
+    )
+    _add_runs(
+        serve,
+        "what watch(path=...) writes or will write, a file that History.save() wrote, or a "
+        "directory of such runs",
+    )
+    serve.add_argument(
+        "--port", type=_port, default=0, help="to listen on; by default any that is free"
+    )
     return parser
+
+
+def _add_printing(add: _Add) -> None:
+    """Add what commands are told that print."""
+    info = add("info", "show versions, engines, and what will run where; or what a run has logged")
+    info.add_argument(
+        "run_path", metavar="RUN", type=Path, nargs="?", help="instead: what this run has logged"
+    )
+    diagnose = add(
+        "diagnose", "say what is wrong with a run's gradients; exit code 1 for something severe"
+    )
+    _add_run(diagnose)
+    diagnose.add_argument("--all", action="store_true", help="also where many layers show the same")
+    diagnose.add_argument("--json", action="store_true", help="print the findings as a JSON list")
+    diagnose.add_argument(
+        "--threshold",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        type=_threshold,
+        help=f"another threshold; may be repeated. Names: {', '.join(_THRESHOLDS)}",
+    )
+    formats = add(
+        "formats", "say what narrow number formats would do to each layer, and which one fits"
+    )
+    _add_run(formats)
+    formats.add_argument(
+        "--snr",
+        type=float,
+        default=Thresholds().format_snr,
+        metavar="DB",
+        help="signal-to-noise ratio to keep, by default %(default)g dB",
+    )
+    formats.add_argument("--all", action="store_true", help="every layer of a deep network")
+    formats.add_argument(
+        "--scales", action="store_true", help="exponents of the smallest and the largest scale too"
+    )
+    compare = add("compare", "compare two runs layer by layer")
+    _add_run(compare)
+    _add_run(compare, "other")
+    compare.add_argument("--all", action="store_true", help="every layer of a deep network")
+    _add_output(compare, "also draw the curves of both into a PNG")
+    tail = add("tail", "show a run's newest record as it is written, and wait for the next")
+    _add_run(tail)
+    tail.add_argument("--interval", type=float, default=1.0, help="seconds between two looks")
+    tail.add_argument("--updates", type=int, help="stop after so many tables")
+
+
+def _add_writing(add: _Add) -> None:
+    """Add what commands are told that write files."""
+    export = add("export", "write a run for other programs")
+    _add_run(export)
+    export.add_argument(
+        "--to", required=True, choices=TARGETS, help="what to write; wandb: an offline run"
+    )
+    export.add_argument(
+        "--tags",
+        choices=["layer", "kind"],
+        help="of tensorboard and wandb: kind names them as wandb.watch, gradients/LAYER",
+    )
+    export.add_argument(
+        "directory", metavar="DIR", type=Path, help="where to; made if it is not there"
+    )
+    report = add("report", "write a run as an HTML page to look around in")
+    _add_run(report)
+    _add_output(report, "the page; by default RUN's name and .html")
+    merge = add("merge", "put what the ranks of a run wrote into one file")
+    _add_runs(merge, "directory that all ranks of a run write, or what each of them wrote")
+    _add_output(merge, "the .npz file to write", required=True)
+    merge.add_argument(
+        "--not-replicated",
+        action="store_true",
+        help="count what each rank has as its own, but for replicas on one mesh",
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser, name: str = "run_path") -> None:
+    what = "file that History.save() wrote, or directory that watch(path=...) writes"
+    parser.add_argument(name, metavar="RUN", type=Path, help=what)
+
+
+def _add_runs(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("run_paths", metavar="RUN", type=Path, nargs="+", help=what)
+
+
+def _add_output(parser: argparse.ArgumentParser, what: str, *, required: bool = False) -> None:
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help=what, required=required)
+
+
+def _threshold(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    if name not in _THRESHOLDS:
+        raise argparse.ArgumentTypeError(
+            f"needs NAME=VALUE with a name, {one_of(name, _THRESHOLDS)}; got {text!r}"
+        )
+    try:
+        return name, int(value) if name == "window" else float(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"needs a number; got {text!r}") from error
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) <= _LAST_PORT):
+        raise argparse.ArgumentTypeError(f"needs a number from 0 to {_LAST_PORT}; got {text!r}")
+    return int(text)

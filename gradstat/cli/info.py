@@ -1,4 +1,4 @@
-"""The command ``gradstat info``: what is known of this machine, or of a run.
+"""The command ``info``: what is known of this machine, or what a run has logged.
 
 PyTorch is not imported where there is no device.
 """
@@ -15,30 +15,21 @@ from pathlib import Path
 from gradstat.engines import ENGINE_VARIABLE
 from gradstat.version import __version__
 
-HELP = "show versions, engines, and what will run where; or what a run has logged"
 _PACKAGES = ("torch", "triton", "numba", "numpy", "matplotlib", "pandas", "pyarrow")
 # Devices of the drivers of NVIDIA, of Windows under WSL, of Jetson, and of AMD.
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap", "/dev/kfd")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
-    parser.add_argument(
-        "run_path", metavar="RUN", type=Path, nargs="?", help="instead: what this run has logged"
-    )
-
-
-def run(options: argparse.Namespace) -> int:
+def info(options: argparse.Namespace) -> int:
     """Print what is known of the machine or of the run."""
     if options.run_path is None:
         print(environment())
         return 0
-    from gradstat.cli import text
+    from gradstat.cli.printing import heading, logged
     from gradstat.cli.runs import load
 
     history = load(options.run_path)
-    print(text.heading(str(options.run_path), history))
-    print(f"\n{text.scalars(history)}")
+    print(f"{heading(str(options.run_path), history)}\n\n{logged(history)}")
     return 0
 
 

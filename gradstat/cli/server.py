@@ -1,16 +1,19 @@
-"""The pages of `gradstat serve`, on this machine alone: requests, and what they are answered."""
+"""The command ``serve``: pages of runs, to this machine alone, and what requests are answered."""
 
 from __future__ import annotations
 
+import argparse
+import os
 import re
 import socket
 import socketserver
 import sys
+import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs
 
-from gradstat.cli.run_list import RunList
+from gradstat.cli.runs import RunList
 from gradstat.escaping import escaped
 from gradstat.report import page
 from gradstat.util import json_text
@@ -27,6 +30,20 @@ _HEADERS = {
     "Content-Security-Policy": "frame-ancestors 'self'",
 }
 _JSON, _HTML = "application/json", "text/html; charset=utf-8"
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serve the report page of runs until Ctrl-C."""
+    with Server(RunList(options.run_paths), options.port) as server:
+        print(server.address, flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print(flush=True)
+    if threading.active_count() > 1:
+        # PyTorch aborts the process when the interpreter ends while another thread is inside it.
+        os._exit(0)
+    return 0
 
 
 class Server(ThreadingHTTPServer):
@@ -158,8 +175,8 @@ def _data(runs: RunList, number: str, query: _Query) -> _Answer:
     since = query.get("since", ["0"])[-1]
     if found is None or not re.fullmatch(r"[0-9]{1,15}", since):
         return None
-    told = found.live.since(int(since)) | {"single": runs.is_single}
-    told["path"] = escaped(found.live.path)
+    told = found.since(int(since)) | {"single": runs.is_single}
+    told["path"] = escaped(found.path)
     return _JSON, json_text(told)
 
 

@@ -20,7 +20,6 @@ from torch import Tensor
 import gradstat
 from gradstat import History, LinearBins, Log2Bins
 from gradstat.cli import main
-from gradstat.cli.export import TARGETS
 
 
 def vanishing(step: int, layer: int) -> Tensor:
@@ -225,15 +224,14 @@ def test_export_gives_a_target_the_run_its_name_and_a_progress_bar(
 ) -> None:
     given = []
 
-    def write(history: History, folder: Path, name: str, progress: Callable[[int], object]) -> Path:
+    def to_csv(history: History, path: Path, progress: Callable[[int], object]) -> None:
         progress(len(history))
-        given.append((len(history), folder, name))
-        return folder / name
+        given.append((len(history), path))
 
-    monkeypatch.setitem(TARGETS, "elsewhere", write)
-    assert run("export", ill, "--to", "elsewhere", tmp_path) == 0
-    assert given == [(25, tmp_path, "ill")]
-    assert capsys.readouterr().out == f"{tmp_path / 'ill'}\n"
+    monkeypatch.setattr("gradstat.tables.to_csv", to_csv)
+    assert run("export", ill, "--to", "csv", tmp_path) == 0
+    assert given == [(25, tmp_path / "ill.csv")]
+    assert capsys.readouterr().out == f"{tmp_path / 'ill.csv'}\n"
 
 
 def test_export_says_which_package_is_missing(

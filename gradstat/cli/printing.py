@@ -1,0 +1,413 @@
+"""The commands that print what a run says: ``diagnose``, ``formats``, ``compare`` and ``tail``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import shutil
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from gradstat.arrays import Array, evenly_spread
+from gradstat.cli.runs import check_output, load, run_name
+from gradstat.diagnosis import Finding
+from gradstat.diagnosis.narrow_formats import Fit, layer_fits, recommendation
+from gradstat.diagnosis.run import Run, median
+from gradstat.escaping import escaped
+from gradstat.files import CutOffError, replacing
+from gradstat.history import History, rank_directories
+from gradstat.history.arguments import check_history, first_rows
+from gradstat.record import GRAD, NOUNS, PARAM, UNIT, UPDATE
+from gradstat.thresholds import Thresholds
+from gradstat.util import json_text
+
+Item = TypeVar("Item")
+
+_SEVERE = 1  # exit code of diagnose
+_MOST_LAYERS = 24  # lines of a table
+_MOST_LINES = 10  # layers that a figure's key has room for
+_BAR = 12  # characters
+_LATE = 20  # values whose median says where a series is now
+_NEWEST = ("rms", "abs_max", "numel", "finite", "zeros")  # fields that tail shows
+
+
+def diagnose(options: argparse.Namespace) -> int:
+    """Print what is wrong with a run; 1 for something severe."""
+    history = load(options.run_path)
+    found = history.diagnose(Thresholds(**dict(options.threshold)))
+    if options.json:
+        print(json_text([dataclasses.asdict(finding) for finding in found], indent=1))
+    else:
+        print(heading(str(options.run_path), history))
+        print(findings(found, most=None if options.all else 3))
+    return _SEVERE if any(each.severity == "severe" for each in found) else 0
+
+
+def formats(options: argparse.Namespace) -> int:
+    """Print what narrow formats would do to each layer, the worst first, and what fits."""
+    thresholds = Thresholds(format_snr=options.snr)
+    history = load(options.run_path)
+    if not history.formats:
+        raise ValueError(
+            f"formats needs a run of watch(formats=...); {options.run_path} has measured none"
+        )
+    print(heading(str(options.run_path), history))
+    layers = layer_fits(Run(history, thresholds.window, None))
+    if not layers:
+        print("\nno layer has values")
+        return 0
+    lines = []
+    for kind in dict.fromkeys(each.row.kind for each in layers):
+        of_kind = sorted((x for x in layers if x.row.kind == kind), key=lambda x: x.worst)
+        shown = of_kind if options.all else of_kind[:_MOST_LAYERS]
+        rows: list[tuple[str, ...]] = [(NOUNS[kind], "narrowest", *history.formats)]
+        for each in shown:
+            cells = [_fit(fit, scales=options.scales) for fit in each.fits.values()]
+            rows.append((escaped(each.row.name), each.narrowest(thresholds) or "none", *cells))
+        lines += ["", *_table(rows)]
+        if len(of_kind) > len(shown):
+            lines.append(f"and {len(of_kind) - len(shown)} better ones (--all shows them)")
+    if n_left_out := sum(row.kind != UNIT for row in history.rows) - len(layers):
+        lines += ["", f"{_count(n_left_out, 'row')} without values other than zero left out"]
+    sentence = escaped(recommendation(layers, history.formats, thresholds))
+    print("\n".join([*lines, "", textwrap.fill(sentence, _width())]))
+    return 0
+
+
+def _fit(fit: Fit, *, scales: bool) -> str:
+    """SNR, and what share is lost if any is."""
+    text = "exact" if fit.snr == math.inf else f"{round(fit.snr, 1) + 0.0:.1f} dB"
+    for share, what in ((fit.underflow, "to 0"), (fit.saturated, "clipped")):
+        if share:
+            text += f", {f'{share:.0%}' if share >= 0.005 else '<1%'} {what}"
+    least, most = fit.scales
+    if scales and not math.isnan(least):
+        text += f", 2^{least:.0f}..{most:.0f}"
+    return text
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Print two runs side by side, and draw them if asked to."""
+    paths = (options.run_path, options.other)
+    names = [run_name(path) for path in paths]
+    if names[0] == names[1]:
+        names = [str(path) for path in paths]
+    if names[0] == names[1]:
+        raise ValueError(f"compare needs two runs; both are {names[0]}")
+    if options.output:
+        for path in paths:
+            check_output(path, options.output)
+    runs = {name: load(path) for name, path in zip(names, paths, strict=True)}
+    print(comparison(runs, every_layer=options.all))
+    if options.output:
+        draw(runs, options.output)
+        print(f"\n{escaped(options.output)}")
+    return 0
+
+
+def comparison(runs: Mapping[str, History], *, every_layer: bool = False) -> str:
+    """Two runs layer by layer: rms of each, their ratio, first over last layer, and findings.
+
+    Of several kinds of rows the first that both runs have is compared. So are update ratios and
+    dead units where both have them.
+
+    Args:
+        runs: two histories with records, by name.
+        every_layer: also where a network has more layers than a screen has lines.
+
+    Raises:
+        ValueError: a history without records or layers.
+    """
+    for history in runs.values():
+        check_history("compare", history)
+    one, other = runs
+    common = next((kind for kind in runs[one].kinds if kind in runs[other].kinds), None)
+    typical = {
+        name: _typical(
+            history.select(common) if common not in (None, history.kinds[0]) else history
+        )
+        for name, history in runs.items()
+    }
+    layers = list(dict.fromkeys(layer for values in typical.values() for layer in values))
+    shown = layers if every_layer else _some(layers, _MOST_LAYERS)
+    ends = _ends_of([x for values in typical.values() for x in values.values()])
+    rows: list[tuple[str, ...]] = [("rms, median of all records", "A", "", "B", "", "B / A")]
+    for layer in shown:
+        a, b = (typical[name].get(layer, math.nan) for name in (one, other))
+        bars = _bar(a, *ends), _bar(b, *ends)
+        rows.append((escaped(layer), _number(a), bars[0], _number(b), bars[1], _ratio(b, a)))
+    shares = [_ratio(_first_over_last(list(values.values())), 1) for values in typical.values()]
+    rows.append(("first layer / last layer", shares[0], "", shares[1], "", ""))
+    rows += _derived(list(runs.values()))
+    a_series, b_series = (_series_of(history) for history in runs.values())
+    for series in a_series:
+        if series in b_series:
+            a, b = _late(a_series[series]), _late(b_series[series])
+            what = f"{escaped(series)}, lately"
+            rows.append((what, _plain(a), "", _plain(b), "", _ratio(b, a)))
+    lines = [f"A  {heading(one, runs[one])}", f"B  {heading(other, runs[other])}", ""]
+    lines += _table(rows)
+    if not set(typical[one]) & set(typical[other]):
+        lines.append("A and B have no layer in common")
+    if len(shown) < len(layers):
+        lines.append(f"{len(layers) - len(shown)} layers between them are left out (--all)")
+    for name, history in runs.items():
+        lines += ["", f"{'A' if name == one else 'B'}  {escaped(name)}:"]
+        lines.append(findings(_worse_than_notes(history), most=2, indent="   "))
+    return "\n".join(lines)
+
+
+def _typical(history: History) -> dict[str, float]:
+    """Median rms of each layer of the first kind over all records."""
+    rms: Array = median(history["rms"])
+    typical = dict(zip(history.layers, rms.tolist(), strict=True))
+    return {row: typical[row] for row in first_rows(history)}
+
+
+def _first_over_last(typical: Sequence[float]) -> float:
+    present = [rms for rms in typical if rms > 0]
+    return present[0] / present[-1] if present else math.nan
+
+
+def _derived(runs: Sequence[History]) -> list[tuple[str, ...]]:
+    """Lines on two runs' updates and units, medians over all records, where both have them."""
+    rows: list[tuple[str, ...]] = []
+    if all({UPDATE, PARAM} <= set(run.kinds) for run in runs):
+        a, b = (float(median(median(run.update_ratio()))) for run in runs)
+        rows.append(("update / parameter, median", _number(a), "", _number(b), "", _ratio(b, a)))
+    if all(UNIT in run.kinds for run in runs):
+        a, b = (float(np.fmax.reduce(median(run.dead_units()))) for run in runs)
+        rows.append(("dead units, most in a layer", _percent(a), "", _percent(b), "", ""))
+    return rows
+
+
+def draw(runs: Mapping[str, History], path: Path) -> None:
+    """Write the curves of several runs: mean |gradient| of some of the layers against time.
+
+    Args:
+        runs: histories with records, by name.
+        path: of the file, which appears whole or not at all; its suffix is the format.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: an unknown format.
+    """
+    from gradstat import plot
+
+    layers = list(dict.fromkeys(row for history in runs.values() for row in first_rows(history)))
+    average = max(1, max(len(history) for history in runs.values()) // 100)
+    shown = _some(layers, _MOST_LINES)
+    figure = plot.curves(runs, split="history", layers=shown, average=average)
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format=path.suffix[1:] or "png")
+
+
+def tail(options: argparse.Namespace) -> int:
+    """Print the newest record of a run whenever there is another one, until Ctrl-C."""
+    if not options.interval > 0:
+        raise ValueError(f"--interval needs a number of seconds above 0; it is {options.interval}")
+    try:
+        follow(options.run_path, options.interval, options.updates)
+    except KeyboardInterrupt:
+        print()
+    return 0
+
+
+def follow(path: Path, interval_s: float, updates: int | None = None) -> None:
+    """Print the newest record of a run whenever there is another one.
+
+    Waits for a run that is not there yet. Reads only what was written last to a directory, however
+    long the run is.
+
+    Args:
+        path: file or directory.
+        interval_s: seconds from one look to the next.
+        updates: tables to print; by default until interrupted.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is damaged or another kind of file.
+    """
+    seen: object = ()  # nothing has been looked at
+    printed = 0
+    while updates is None or printed < updates:
+        stats = rank_directories.stats_of(path).values()
+        found = [(each.st_mtime_ns, each.st_size) for each in stats]
+        if found != seen:
+            seen = found
+            history = _read_newest(path) if found else None
+            if history:
+                clear = "\x1b[H\x1b[2J" if sys.stdout.isatty() else "\n" if printed else ""
+                print(clear + newest(str(path), history), flush=True)
+                printed += 1
+                continue
+            if not printed:
+                what = "has no records yet" if found else "is not there yet"
+                print(f"{escaped(path)} {what}", flush=True)
+        time.sleep(interval_s)
+
+
+def _read_newest(path: Path) -> History | None:
+    """The records that were written last; ``None`` for a directory that is only begun."""
+    try:
+        return History.from_records(rank_directories.newest(path))
+    except CutOffError:
+        if path.is_dir():
+            return None
+        raise
+
+
+def newest(name: str, history: History) -> str:
+    """The newest record as a table of the layers of the first kind, and the worst findings."""
+    numbers = {name: history[name][-1].tolist() for name in _NEWEST}
+    rms = numbers["rms"]
+    shown = [history.layers.index(row) for row in first_rows(history)]
+    ends = _ends_of([rms[at] for at in shown])
+    rows = [("layer", "rms", "", "largest", "zeros", "NaN, infinite")]
+    for at in shown:
+        numel, finite, zeros = (numbers[name][at] for name in ("numel", "finite", "zeros"))
+        rows.append(
+            (
+                escaped(history.layers[at]),
+                _number(rms[at]),
+                _bar(rms[at], *ends),
+                _number(numbers["abs_max"][at]),
+                _percent(zeros / finite if finite else math.nan),
+                str(numel - finite) if numel else f"no {NOUNS[history.kinds[0]]}",
+            )
+        )
+    lines = [f"{escaped(name)}: step {history.steps[-1]}", ""]
+    lines += _table([rows[0], *_some(rows[1:], _MOST_LAYERS)])
+    return "\n".join([*lines, "", findings(_worse_than_notes(history), most=2)])
+
+
+def logged(history: History) -> str:
+    """What was logged, and the norm of the whole gradient: a line for each."""
+    rows: list[tuple[str, ...]] = [("", "values", "first", "lately", "least", "most")]
+    for name, values in _series_of(history).items():
+        known = values[np.isfinite(values)]
+        ends = (float(known.min()), float(known.max())) if len(known) else (math.nan, math.nan)
+        numbers = (values[0], _late(values), *ends)
+        rows.append((escaped(name), str(len(values)), *map(_plain, numbers)))
+    return "\n".join(_table(rows))
+
+
+def heading(name: str, history: History) -> str:
+    """A run in one line: its layers are those of its first kind."""
+    steps = history.steps
+    kinds = ", ".join(dict.fromkeys(history.kinds))
+    layers = _count(len(first_rows(history)), "layer")
+    layers += f" ({escaped(kinds)})" if kinds != GRAD else ""
+    return (
+        f"{escaped(name)}: {_count(len(history), 'record')} of {layers}, "
+        f"steps {steps[0]} to {steps[-1]}, {history.bins}"
+    )
+
+
+def findings(found: Sequence[Finding], most: int | None = 3, indent: str = "") -> str:
+    """Findings, a paragraph each.
+
+    Args:
+        found: the worst first.
+        most: paragraphs for each kind and severity; ``None`` for all.
+        indent: before each line.
+
+    Returns:
+        Text; says so where there are none.
+    """
+    lines = []
+    shown: Counter[tuple[str, str]] = Counter()
+    total = Counter((each.severity, each.kind) for each in found)
+    for each in found:
+        group = each.severity, each.kind
+        shown[group] += 1
+        if most is None or shown[group] <= most:
+            lines.append(textwrap.fill(escaped(each), _width(), subsequent_indent="  "))
+        elif shown[group] == total[group]:
+            lines.append(f"  and {total[group] - most} more like it (--all shows them)")
+    return textwrap.indent("\n".join(lines) or "nothing found", indent)
+
+
+def _worse_than_notes(history: History) -> list[Finding]:
+    return [each for each in history.diagnose() if each.severity != "note"]
+
+
+def _series_of(history: History) -> dict[str, Array]:
+    """Values of each scalar, and the norm of the records' first kind."""
+    series = {name: history.scalar(name)[1] for name in history.scalars}
+    kind = history.kinds[0]
+    return series | {f"{NOUNS[kind]} norm": history.norm(kind)}
+
+
+def _late(values: Array) -> float:
+    """Median of the newest values, which says where a series is now."""
+    return float(median(values[-_LATE:]))
+
+
+def _some(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many items, evenly spread, the first and the last among them."""
+    return [items[i] for i in evenly_spread(len(items), most)]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns side by side; the first one and bars are aligned to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left = {0} | {i for i in range(len(widths)) if any(row[i].startswith("#") for row in rows)}
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def _ends_of(values: Sequence[float]) -> tuple[float, float]:
+    """Smallest and largest of the values that a bar shows."""
+    known = [x for x in values if x > 0 and math.isfinite(x)]
+    return (min(known), max(known)) if known else (1.0, 1.0)
+
+
+def _bar(value: float, low: float, high: float) -> str:
+    """A bar on a log scale from the smallest value, one character long, to the largest."""
+    if not (value > 0 and math.isfinite(value)):
+        return ""
+    # Differences, since a quotient of float64 may overflow.
+    span = math.log(high) - math.log(low)
+    share = (math.log(value) - math.log(low)) / span if span else 1.0
+    return "#" * (1 + round(share * (_BAR - 1)))
+
+
+def _number(value: float) -> str:
+    """A magnitude: two digits and its exponent; a dash for NaN."""
+    return "-" if math.isnan(value) else f"{value:.1e}" if value else "0"
+
+
+def _plain(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _ratio(value: float, by: float) -> str:
+    return f"{value / by:.2g}" if by > 0 and not math.isnan(value) else "-"
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.0%}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _width() -> int:
+    """Characters of a line."""
+    return max(60, min(shutil.get_terminal_size().columns, 100))
