@@ -80,6 +80,12 @@ def evenly_spread(n: int, most: int) -> Array:
     return np.linspace(0, n - 1, min(most, n)).round().astype(np.int64)
 
 
+def octave_of(bins: Array) -> Array:
+    """Octave of each of some bins of `Log2Bins`, whatever its sign: 0 to 255."""
+    bins = bins.astype(np.int64)
+    return np.where(bins < LOG2_MAGNITUDES, LOG2_MAGNITUDES - 1 - bins, bins - LOG2_MAGNITUDES) >> 2
+
+
 def octaves(counts: Array, zeros: Array) -> Array:
     """Histograms of magnitudes over `OCTAVES`, without zeros.
 

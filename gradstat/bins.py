@@ -74,15 +74,17 @@ class Log2Bins:
         return torch.where(x < 0, negative, LOG2_MAGNITUDES + magnitude).long()
 
     @keeps_subnormals
-    def edges(self, low: Tensor, high: Tensor) -> Tensor:
+    def edges(self, low: Tensor, high: Tensor, at: Tensor | None = None) -> Tensor:
         """The smallest float64 of each bin, then the end of the last.
 
         Args:
             low: any shape; only its device is used.
             high: ignored.
+            at: numbers of edges, int64 of any shape, 0 to 2048; by default all.
 
         Returns:
-            float64, shape ``(2049,)``, not decreasing; infinite at the outer bins.
+            float64, shape ``(2049,)`` or that of ``at``, not decreasing; infinite at the outer
+            bins.
         """
         magnitude = torch.arange(LOG2_FINITE + 1, device=low.device, dtype=torch.int32)
         magnitude <<= LOG2_SHIFT
@@ -91,7 +93,8 @@ class Log2Bins:
         negative = torch.nextafter(ends, torch.zeros_like(ends))
         negative[0] = -math.inf
         outer = positive.new_full((LOG2_MAGNITUDES - LOG2_FINITE,), math.inf)
-        return torch.cat([-outer, negative, positive, outer])
+        edges = torch.cat([-outer, negative, positive, outer])
+        return edges if at is None else edges[at]
 
 
 @dataclass(frozen=True)
@@ -200,7 +203,7 @@ class LinearBins:
         return torch.where(x < low, -1, torch.where(x > high, self.bins, inside))
 
     @keeps_subnormals
-    def edges(self, low: Tensor, high: Tensor) -> Tensor:
+    def edges(self, low: Tensor, high: Tensor, at: Tensor | None = None) -> Tensor:
         """The smallest value of each bin, then ``high``.
 
         Found by bisection over the ordered float32 bit patterns, so the edges are those of
@@ -209,26 +212,26 @@ class LinearBins:
         Args:
             low: lower ends, float32 or float64, any shape ``(...)``.
             high: like ``low``.
+            at: numbers of edges, int64 ``(..., K)``, 0 to ``bins``; by default all.
 
         Returns:
-            float64, shape ``(..., bins + 1)``, not decreasing.
+            float64, shape ``(..., bins + 1)`` or ``(..., K)``, not decreasing.
         """
-        if torch.compiler.is_compiling():
+        if at is None and torch.compiler.is_compiling():
             edges: Tensor = _linear_edges_op(low, high, self.bins)
             return edges
+        at = torch.arange(self.bins + 1, device=low.device) if at is None else at
         low, high = widen(low)[..., None], widen(high)[..., None]
         unit = _unit(low, high)
         low32, high32 = _float32_hull(low, high, unit)
-        target = torch.arange(1, self.bins, device=low.device)
-        first, last = _ordered(low32).expand(*low.shape[:-1], self.bins - 1), _ordered(high32)
-        last = last.expand_as(first)
+        first, last = _ordered(low32), _ordered(high32)
         for _ in range(33):
             middle = (first + last) >> 1
-            reached = self._index_inside(_from_ordered(middle), low32, high32) >= target
+            reached = self._index_inside(_from_ordered(middle), low32, high32) >= at
             first = torch.where(reached, first, middle + 1)
             last = torch.where(reached, middle, last)
-        inner = (widen(_from_ordered(last)) + 0.0) * unit
-        return torch.cat([low, torch.minimum(inner, high), high], -1)
+        inner = torch.minimum((widen(_from_ordered(last)) + 0.0) * unit, high)
+        return torch.where(at == 0, low, torch.where(at == self.bins, high, inner))
 
     @keeps_subnormals
     def automatic_range(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:

@@ -289,6 +289,14 @@ class Unpacked(NamedTuple):
     bins: Array
     counts: Array
 
+    def edges(self, bins: Bins) -> Array:
+        """Lower and upper edge of each filled bin: float64 ``(E, 2)``."""
+        ranges = self.floats.reshape(-1, len(FLOATS))[:, FLOATS.index("low") :]
+        low, high = torch.from_numpy(np.repeat(ranges, np.diff(self.ends, prepend=0), axis=0)).T
+        at = torch.from_numpy(self.bins.astype(np.int64))[:, None] + torch.arange(2)
+        edges: Array = bins.edges(low, high, at).numpy()
+        return edges
+
     def take(self, columns: Array) -> Unpacked:
         """Other rows of each record, by their numbers; -1 stands for a row without values.
 

@@ -173,10 +173,11 @@ class Statistics:
 
     def kurtosis_over(self, bins: Tensor | None) -> Tensor:
         """The same where `counts` are of some of the bins: int64, of the same shape."""
-        edges = self.edges.expand(*self.counts.shape[:-1], -1)
-        low, high = edges[..., :-1], edges[..., 1:]
-        if bins is not None:
-            low, high = low.gather(-1, bins), high.gather(-1, bins)
+        if bins is None:
+            edges = self.edges.expand(*self.counts.shape[:-1], -1)
+            low, high = edges[..., :-1], edges[..., 1:]
+        else:
+            low, high = (self.bins.edges(self.low, self.high, at) for at in (bins, bins + 1))
         counts = self.counts
         if isinstance(self.bins, LinearBins):
             # What is outside the range lies somewhere between its end and the extreme.

@@ -37,7 +37,6 @@ LISTS = ("bin_low", "bin_high", "bin_count")
 TEXTS = ("kind", "layer")
 COLUMNS = ("step", *TEXTS, *FIELDS, *LISTS)  # where no formats were measured
 _COUNTS = tuple(f"_{name}" for name in QUANTIZATION_FIELDS if name in QUANTIZATION_COUNTS)
-_BATCH = 64  # records turned into rows at a time
 
 Progress = Callable[[int], object]
 
@@ -142,7 +141,7 @@ def to_csv(
 
 
 def rows(history: History, progress: Progress | None = None) -> Iterator[Rows]:
-    """Rows of the table, some dozen records at a time.
+    """Rows of the table, some records at a time.
 
     Args:
         history: S records of L layers.
@@ -152,7 +151,7 @@ def rows(history: History, progress: Progress | None = None) -> Iterator[Rows]:
         The next rows.
     """
     history = history.snapshot()
-    n_layers, steps = len(history.layers), history.steps
+    n_layers, steps, start = len(history.layers), history.steps, 0
     fields = {name: history[name] for name in FIELDS} | {
         f"{form}_{name}": values
         for form in history.formats
@@ -160,24 +159,19 @@ def rows(history: History, progress: Progress | None = None) -> Iterator[Rows]:
     }
     layers = np.array([row.name for row in history.rows], dtype=object)
     kinds = np.array(history.kinds, dtype=object)
-    for start in range(0, len(steps), _BATCH):
-        batch = slice(start, start + _BATCH)
-        numbers = steps[batch].tolist()
+    for records in history.unpacked():
+        n = len(records.integers)
+        batch, start = slice(start, start + n), start + n
         columns = {
             "step": np.repeat(steps[batch], n_layers),
-            "kind": np.tile(kinds, len(numbers)),
-            "layer": np.tile(layers, len(numbers)),
+            "kind": np.tile(kinds, n),
+            "layer": np.tile(layers, n),
         } | {name: values[batch].ravel() for name, values in fields.items()}
-        sizes, lists = [], []
-        for _, part in (each for step in numbers for each in history.parts(step)):
-            row, column = np.nonzero(counts := part.counts.numpy())
-            edges = np.broadcast_to(part.edges.numpy(), (len(counts), counts.shape[1] + 1))
-            sizes.append(np.bincount(row, minlength=len(counts)))
-            lists.append((edges[row, column], edges[row, column + 1], counts[row, column]))
-        joined = [np.concatenate(each) for each in zip(*lists, strict=True)]
-        yield Rows(columns, np.concatenate(sizes), dict(zip(LISTS, joined, strict=True)))
+        low, high = records.edges(history.bins).T
+        lists = dict(zip(LISTS, (low, high, records.counts.astype(np.int64)), strict=True))
+        yield Rows(columns, np.diff(records.ends, prepend=0), lists)
         if progress is not None:
-            progress(len(numbers))
+            progress(n)
     for name in history.scalars:
         yield _scalar_rows(name, *history.scalar(name), _plain(history))
 

@@ -243,6 +243,22 @@ def test_automatic_range_beyond_float32_holds_every_value(
     assert np.array_equal(counts, np.histogram(x, edges)[0])
 
 
+@given(
+    ends=st.tuples(finite_float32, finite_float32).map(sorted),
+    bins=st.integers(1, 300),
+    at=st.lists(st.integers(0, 300), min_size=1, max_size=9),
+)
+def test_edges_of_some_bins_are_those_among_all(
+    ends: list[float], bins: int, at: list[int]
+) -> None:
+    lows, highs = torch.tensor([ends, ends], dtype=torch.float64).T
+    some = torch.tensor([at, at[::-1]])
+    for scheme in (LinearBins(bins), Log2Bins()):
+        chosen = some.clamp(max=scheme.bins)
+        every = scheme.edges(lows, highs).expand(2, -1)
+        assert scheme.edges(lows, highs, chosen).equal(every.gather(-1, chosen))
+
+
 def test_linear_edges_beyond_float32_are_evenly_spaced() -> None:
     low, high = torch.tensor([-3e300, 1e301], dtype=torch.float64)
     edges = LinearBins(30).edges(low, high).numpy()

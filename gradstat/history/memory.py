@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from gradstat.arrays import Array
-from gradstat.bins import LOG2_MAGNITUDES, Bins, LinearBins
+from gradstat.bins import Bins
 from gradstat.record import Record, RecordLayout, Unpacked
 from gradstat.results import SHAPES, Statistics
 
@@ -207,23 +207,20 @@ def kurtosis_of(bins: Bins, records: Unpacked) -> Array:
     Returns:
         float64 ``(S, L)``.
     """
-    shape = records.integers.shape[:2]
-    integers, floats = (torch.from_numpy(each.reshape(-1, each.shape[-1])) for each in records[:2])
-    n_rows = max(1, _CELLS // (bins.bins if isinstance(bins, LinearBins) else LOG2_MAGNITUDES))
-    found = [np.empty(0)]
-    for start in range(0, len(integers), n_rows):
-        rows = np.arange(start, min(start + n_rows, len(integers)))
+    integers, floats = (each.reshape(-1, each.shape[-1]) for each in records[:2])
+    n_filled = np.diff(records.ends, prepend=0)
+    # Those with the most filled bins first: a row has as many places as the first beside it.
+    order, start = np.argsort(-n_filled, kind="stable"), 0
+    found = np.empty(len(order))
+    while start < len(order):
+        most = max(1, int(n_filled[order[start]]))
+        rows = order[start : start + max(1, _CELLS // most)]
+        start += len(rows)
         sizes, indices, values = records.histograms(rows)
         row = np.repeat(np.arange(len(rows)), sizes)
-        # Each filled bin has a place; of linear bins, which are few, the others have one too.
         place = np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-        at = np.zeros((len(rows), int(sizes.max(initial=1))), np.int64)
-        if isinstance(bins, LinearBins):
-            place = indices.astype(np.int64)
-            at = np.tile(np.arange(bins.bins), (len(rows), 1))
-        counts = np.zeros_like(at)
+        counts, at = np.zeros((2, len(rows), most), np.int64)
         counts[row, place], at[row, place] = values, indices
-        part = slice(rows[0], rows[-1] + 1)
-        some = Statistics(bins, integers[part], floats[part], torch.from_numpy(counts))
-        found.append(some.kurtosis_over(torch.from_numpy(at)).numpy())
-    return np.concatenate(found).reshape(shape)
+        numbers = map(torch.from_numpy, (integers[rows], floats[rows], counts))
+        found[rows] = Statistics(bins, *numbers).kurtosis_over(torch.from_numpy(at)).numpy()
+    return found.reshape(records.integers.shape[:2])

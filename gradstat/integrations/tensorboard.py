@@ -212,10 +212,10 @@ class _Events:
             if isfinite(column[at]):
                 points[f"{self._prefix(row)}/{name}"] = column[at]
         summary = self._api.Summary()
-        for row, statistics, edges in rows(history, step):
+        for row, statistics, filled in rows(history, step):
             prefix = self._prefix(row)
             points |= {f"{prefix}/{name}": value for name, value in scalars(statistics).items()}
-            counts, ends = buckets(statistics, edges)
+            counts, ends = buckets(statistics, filled)
             if len(counts):
                 histogram = self._api.histogram_raw(
                     prefix

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from gradstat.arrays import Array, evenly_spread
 from gradstat.history import History
@@ -14,7 +16,21 @@ from gradstat.record import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE, Row
 from gradstat.results import Statistics
 
 
-def buckets(statistics: Statistics, edges: Array, most: int | None = None) -> tuple[Array, Array]:
+class Filled(NamedTuple):
+    """The filled bins of a histogram.
+
+    Args:
+        numbers: of E of its bins, which rise, int64.
+        counts: of them, int64.
+        edges: lower and upper edge of each, float64 ``(E, 2)``.
+    """
+
+    numbers: Array
+    counts: Array
+    edges: Array
+
+
+def buckets(statistics: Statistics, filled: Filled, most: int | None = None) -> tuple[Array, Array]:
     """Counts and edges of one tensor's histogram, from its first filled bin to its last.
 
     Nothing is redistributed: the counts are those of the record, or sums of neighbours. Empty
@@ -23,46 +39,51 @@ def buckets(statistics: Statistics, edges: Array, most: int | None = None) -> tu
     or largest of them. The smallest or largest value takes the place of an infinite edge.
 
     Args:
-        statistics: of one tensor, on the CPU.
-        edges: its bins', float64 ``(bins + 1,)``.
+        statistics: of one tensor, on the CPU; its counts are not read.
+        filled: its filled bins.
         most: most buckets; if there are more, neighbours are added up.
 
     Returns:
         counts, int64 ``(B,)``, and edges, float64 ``(B + 1,)``; B is 0 where no value is finite.
     """
-    counts = statistics.counts.numpy()
-    below, above = int(statistics.below), int(statistics.above)
-    low, high = float(statistics.min), float(statistics.max)
-    if below:
-        counts, edges = np.append(below, counts), np.append(low, edges)
-    if above:
-        counts, edges = np.append(counts, above), np.append(edges, high)
-    filled = np.flatnonzero(counts)
-    if not len(filled):
+    numbers, counts, edges = filled
+    least, low, high, greatest = (
+        float(getattr(statistics, name)) for name in ("min", "low", "high", "max")
+    )
+    if below := int(statistics.below):
+        numbers, counts = np.append(-1, numbers), np.append(below, counts)
+        edges = np.concatenate([[[least, low]], edges])
+    if above := int(statistics.above):
+        numbers, counts = np.append(numbers, statistics.bins.bins), np.append(counts, above)
+        edges = np.concatenate([edges, [[high, greatest]]])
+    if not len(numbers):
         return np.zeros(0, np.int64), np.zeros(0)
-    counts = counts[filled[0] : filled[-1] + 1]
-    edges = edges[filled[0] : filled[-1] + 2].copy()
+    starts, stops = edges.T
+    gaps = np.flatnonzero(np.diff(numbers) > 1) + 1
+    counts = np.insert(counts, gaps, 0)
+    edges = np.append(np.insert(starts, gaps, stops[gaps - 1]), stops[-1])
     if math.isinf(edges[0]):
-        edges[0] = low
+        edges[0] = least
     if math.isinf(edges[-1]):
-        edges[-1] = high
-    starts = np.flatnonzero((counts > 0) | np.append(True, counts[:-1] > 0))
-    counts, edges = counts[starts], np.append(edges[starts], edges[-1])
+        edges[-1] = greatest
     if most is not None and len(counts) > most:
-        starts = np.arange(0, len(counts), math.ceil(len(counts) / most))
-        counts = np.add.reduceat(counts, starts)
-        edges = np.append(edges[starts], edges[-1])
+        first = np.arange(0, len(counts), math.ceil(len(counts) / most))
+        counts = np.add.reduceat(counts, first)
+        edges = np.append(edges[first], edges[-1])
     return counts, edges
 
 
-def rows(history: History, step: int) -> Iterator[tuple[Row, Statistics, Array]]:
-    """Each row that has values in a step, its statistics and edges."""
-    for at, part in history.parts(step):
-        edges = part.edges.numpy()
-        edges = np.broadcast_to(edges, (len(part), edges.shape[-1]))
-        for row, statistics, ends in zip(history.rows[at], part, edges, strict=True):
-            if int(statistics.numel):
-                yield row, statistics, ends
+def rows(history: History, step: int) -> Iterator[tuple[Row, Statistics, Filled]]:
+    """Each row that has values in a step, its statistics without a histogram, its filled bins."""
+    (record,) = history.unpacked([int(np.searchsorted(history.steps, step))])
+    numbers, counts = record.bins.astype(np.int64), record.counts.astype(np.int64)
+    edges, starts = record.edges(history.bins), np.append(0, record.ends)
+    for at, row in enumerate(history.rows):
+        if record.integers[0, at, 0]:
+            integers, floats = (torch.from_numpy(x[0, at].copy()) for x in record[:2])
+            part = slice(starts[at], starts[at + 1])
+            filled = Filled(numbers[part], counts[part], edges[part])
+            yield row, Statistics(history.bins, integers, floats, torch.empty(0)), filled
 
 
 def layers_of(history: History, kind: str) -> dict[int, str]:

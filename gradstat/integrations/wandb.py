@@ -238,8 +238,8 @@ def _histograms(history: History, step: int, tags: str) -> dict[str, object]:
     import wandb
 
     found: dict[str, object] = {}
-    for (kind, layer), statistics, edges in rows(history, step):
-        counts, ends = buckets(statistics, edges, _MAX_BUCKETS)
+    for (kind, layer), statistics, filled in rows(history, step):
+        counts, ends = buckets(statistics, filled, _MAX_BUCKETS)
         if len(counts):
             histogram = wandb.Histogram(np_histogram=(counts, ends))
             found[_histogram_name(kind, tags) + layer] = histogram

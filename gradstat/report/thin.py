@@ -10,15 +10,15 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from gradstat.arrays import Array, divide, evenly_spread, octaves
+from gradstat.arrays import Array, divide, evenly_spread, octave_of
 from gradstat.bins import Log2Bins
 from gradstat.history import History
-from gradstat.results import Statistics
 
 _MAX_COLUMNS, _MAX_CELLS = 600, 120_000
 _MAX_SAMPLES, _MAX_HISTOGRAMS = 120, 24_000
 _MIN_COLUMNS, _MIN_SAMPLES = 20, 4  # however many layers there are
 _MAX_ROWS = 64  # of a histogram over linear bins
+_OCTAVES = 255  # that hold finite values
 _LARGEST = 1e308  # magnitude that the page draws: 2 to its logarithm is finite in float64
 
 
@@ -206,45 +206,33 @@ def samples(history: History) -> list[Sample]:
 
 def sample(history: History, at: int) -> Sample:
     """Take the histograms of the record at a position."""
-    log2 = isinstance(history.bins, Log2Bins)
-    step = int(history.steps[at])
-    # Part by part, so that one part's histograms are in memory at a time.
-    found = [_of_part(part, log2) for _, part in history.parts(step)]
-    counts, numel, finite, zeros, edges = (
-        np.concatenate(each) for each in zip(*found, strict=True)
-    )
+    (record,) = history.unpacked([at])
+    numel, finite, zeros, *_ = record.integers[0].T
+    log2, n_bins = isinstance(history.bins, Log2Bins), history.bins.bins
+    width = -(-n_bins // _MAX_ROWS)  # bins of a row
+    n_rows = _OCTAVES if log2 else -(-n_bins // width)
+    counts = np.zeros((len(numel), n_rows), np.int64)
+    layer = np.repeat(np.arange(len(numel)), np.diff(record.ends, prepend=0))
+    row = octave_of(record.bins) if log2 else record.bins // width
+    np.add.at(counts, (layer, row), record.counts)
+    if log2:
+        counts[:, 0] -= zeros
     filled: Array = counts > 0 if log2 else np.ones(counts.shape, bool)
-    first, n_rows = filled.argmax(1), counts.shape[1]
+    first = filled.argmax(1)
     rows = np.where(filled.any(1), n_rows - filled[:, ::-1].argmax(1) - first, 0)
-    row = np.arange(n_rows)
-    kept = (row >= first[:, None]) & (row < (first + rows)[:, None])
+    number = np.arange(n_rows)
+    kept = (number >= first[:, None]) & (number < (first + rows)[:, None])
+    edges = record.floats[0, :, -2:].clip(-_LARGEST / 2, _LARGEST / 2)
     return Sample(
-        step,
+        int(history.steps[at]),
         first,
         rows,
         counts[kept],
         finite,
         zeros,
         numel - finite,
-        np.full_like(edges, np.nan) if log2 else edges.clip(-_LARGEST / 2, _LARGEST / 2),
+        np.full_like(edges, np.nan) if log2 else edges,
     )
-
-
-def _of_part(part: Statistics, log2: bool) -> tuple[Array, ...]:
-    """Rows of the histograms, elements, finite ones, zeros and edges of some layers."""
-    integers = (getattr(part, name).numpy() for name in ("numel", "finite", "zeros"))
-    edges = np.stack([part.low.numpy(), part.high.numpy()], -1)
-    return _rows(part, log2), *integers, edges
-
-
-def _rows(part: Statistics, log2: bool) -> Array:
-    """Histograms of some layers over a page's rows: int64 ``(layers, rows)``."""
-    counts = part.counts.numpy()
-    if log2:
-        return octaves(counts, part.zeros.numpy())[:, :255]
-    starts = np.arange(0, counts.shape[1], -(-counts.shape[1] // _MAX_ROWS))
-    rows: Array = np.add.reduceat(counts, starts, axis=1)
-    return rows
 
 
 def _log2(x: Array) -> Array:
