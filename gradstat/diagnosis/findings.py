@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 Severity: TypeAlias = Literal["severe", "warning", "note"]
 
 SEVERITIES: tuple[Severity, ...] = ("severe", "warning", "note")
+COLORS: dict[Severity, str] = {"severe": "#d8392f", "warning": "#b87700", "note": "#7a8594"}
 FINDINGS = (
     "non-finite",
     "loss spike",

@@ -15,18 +15,29 @@ import math
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import Normalize, to_rgba
 from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d import Axes3D
 
+from gradstat.arrays import OCTAVES, Array
+from gradstat.diagnosis import diagnose
+from gradstat.diagnosis.findings import COLORS
+from gradstat.history import History
 from gradstat.history.arguments import check_count
 from gradstat.plot import arguments, data, labels, panels
 from gradstat.plot.arguments import Histories, Layers, Limits
-from gradstat.plot.octaves import counts_heatmap
-from gradstat.plot.series import is_series, series_curves
+from gradstat.plot.labels import Color
+from gradstat.record import NOUNS
 
 _MAGNITUDES = ("mean_abs", "std", "var", "l1", "l2", "rms", "abs_max", "update_ratio")
 _MAX_RIDGES = 60
+_NORM = "norm"  # field of all layers together
+_WIDE = 30.0  # ratio of a series' ends from which its axis is logarithmic
+_MARKS = {severity: to_rgba(COLORS[severity]) for severity in ("severe", "warning")}
+_MARK_NAMES = {
+    "a severe finding begins": _MARKS["severe"],
+    "a warning begins": _MARKS["warning"],
+}
 
 
 def ridge(
@@ -77,7 +88,7 @@ def ridge(
     drawn = []
     for name, each in named.items():
         kept = data.select(each.steps, steps_per_epoch, _MAX_RIDGES)
-        time = data.times(each, steps_per_epoch)[kept]
+        time = data.times(each.steps, steps_per_epoch)[kept]
         for layer, title in titles.items():
             drawn.append((labels.heading(name, title), time, *data.histograms(each, layer, kept)))
     if limits is None:
@@ -158,8 +169,8 @@ def curves(
     if steps_per_epoch is not None:
         check_count("curves", "steps_per_epoch", steps_per_epoch)
     check_count("curves", "average", average)
-    if is_series(named, field):
-        return series_curves(named, field, steps_per_epoch, average, log, figure)
+    if field == _NORM or any(field in each.scalars for each in named.values()):
+        return _series_curves(named, field, steps_per_epoch, average, log, figure)
     arguments.check_field("curves", field)
     if split is None:
         split = "layer" if len(named) > 1 else "history"
@@ -178,7 +189,7 @@ def curves(
         for j in range(len(keys)):
             each = list(named.values())[j if by_layer else i]
             layer = list(titles)[i if by_layer else j]
-            time = data.block_last(data.times(each, steps_per_epoch), average)
+            time = data.block_last(data.times(each.steps, steps_per_epoch), average)
             lines.append((time, data.block_mean(data.values(each, layer, field), average)))
         drawn.append(lines)
     marked = data.standing_out([[value for _, value in lines] for lines in drawn], log=log)
@@ -264,11 +275,11 @@ def heatmap(
         if not arguments.check_bins("heatmap", named):
             raise ValueError("heatmap() needs Log2Bins for 'counts'; history is over LinearBins")
         arguments.check_panels("heatmap", len(named), len(titles))
-        return counts_heatmap(named, titles, steps_per_epoch, log, figure)
+        return _counts_heatmap(named, titles, steps_per_epoch, log, figure)
     images = []
     for each in named.values():
         size = math.ceil(len(each) / data.MAX_COLUMNS)
-        time = data.block_mean(data.times(each, steps_per_epoch), size)
+        time = data.block_mean(data.times(each.steps, steps_per_epoch), size)
         means = [data.block_mean(data.values(each, layer, field), size) for layer in titles]
         images.append((time, np.stack(means)))
     log = field in _MAGNITUDES if log is None else log
@@ -289,4 +300,111 @@ def heatmap(
     label = labels.field_label(field, arguments.noun(named, titles))
     panels.add_colorbar(figure, drawn, label, axes)
     labels.add_titles(axes, list(map(labels.literal, named)))
+    return figure
+
+
+def _series_curves(
+    named: dict[str, History],
+    field: str,
+    steps_per_epoch: int | None,
+    average: int,
+    log: bool | None,
+    figure: Figure | None,
+) -> Figure:
+    """`curves` of one number a step: a line for each history, marks where findings begin."""
+    names = list(map(labels.literal, named))
+    lines = [_series(each, field) for each in named.values()]
+    marks = [mark for each in named.values() for mark in _marks(each, steps_per_epoch)]
+    drawn = {color for _, color in marks}
+    shown = {name: color for name, color in _MARK_NAMES.items() if color in drawn}
+    beside = labels.longest_inches([*names, *shown], 9)
+    figure, (ax,) = panels.grid_2d(figure, 1, 1, (5.2, 3.0), margin=0.5 + max(0.4, beside))
+    panels.style_2d(ax)
+    everything = np.concatenate([values for _, values in lines])
+    log = _spans_much(everything) if log is None else log
+    colors = panels.line_colors(len(names), ordered=False)
+    for (steps, values), color in zip(lines, colors, strict=True):
+        times = data.times(steps, steps_per_epoch)
+        if len(times):
+            times, values = data.block_last(times, average), data.block_mean(values, average)
+            panels.add_line(ax, times, values, color, log=log)
+    for time, color in marks:
+        ax.plot(
+            [time],
+            [0.0],
+            transform=ax.get_xaxis_transform(),
+            color=color,
+            marker="^",
+            markersize=6,
+            linestyle="",
+            clip_on=False,
+            zorder=5,
+        )
+    is_norm = all(field not in each.scalars for each in named.values())
+    label = labels.field_label(field, NOUNS[next(iter(named.values())).kinds[0]])
+    labels.label_axes(
+        figure, labels.time_label(steps_per_epoch), label if is_norm else labels.literal(field)
+    )
+    if any(names):
+        labels.add_key(figure, names, colors, shown)
+    elif shown:
+        labels.add_key(figure, [], [], shown)
+    labels.label_log(ax)
+    return figure
+
+
+def _series(history: History, field: str) -> tuple[Array, Array]:
+    if field == _NORM and field not in history.scalars:
+        return history.steps, history.norm(history.kinds[0])
+    if field not in history.scalars:
+        return np.empty(0, np.int64), np.empty(0)
+    return history.scalar(field)
+
+
+def _spans_much(values: Array) -> bool:
+    known = values[np.isfinite(values)]
+    return bool(len(known) and known.min() > 0 and known.max() > _WIDE * known.min())
+
+
+def _marks(history: History, steps_per_epoch: int | None) -> list[tuple[float, Color]]:
+    """Where each severe finding or warning begins, the worst last, and the colour of its mark."""
+    marks = []
+    for finding in diagnose(history):
+        if finding.severity in _MARKS:
+            step = np.array(finding.numbers.get("first_step", finding.steps[0]))
+            marks.append((float(data.times(step, steps_per_epoch)), _MARKS[finding.severity]))
+    return marks[::-1]
+
+
+def _counts_heatmap(
+    named: dict[str, History],
+    titles: dict[str, str],
+    steps_per_epoch: int | None,
+    log: bool | None,
+    figure: Figure | None,
+) -> Figure:
+    """`heatmap` of whole histograms: the share of the elements in each octave, against time."""
+    drawn = []
+    for name, each in named.items():
+        size = math.ceil(len(each) / data.MAX_COLUMNS)
+        time = data.block_mean(data.times(each.steps, steps_per_epoch), size)
+        for layer, title in titles.items():
+            drawn.append((labels.heading(name, title), time, data.octave_shares(each, layer, size)))
+    everything = np.concatenate([shares for _, _, shares in drawn])
+    norm = panels.color_norm(everything, log=bool(log))
+    cmap = panels.density_colormap()
+    figure, axes = panels.grid_2d(
+        figure, len(titles), 4, (2.5, 2.1), groups=len(named), sharex=True, sharey=True
+    )
+    for ax, (_, time, shares) in zip(axes, drawn, strict=True):
+        panels.style_2d(ax)
+        image = panels.add_image(ax, time, OCTAVES, shares.T, norm, cmap)
+    # Stray elements far below would squeeze the picture: show octaves that ever hold one in 100.
+    shown = np.nan_to_num(everything).max(0, keepdims=True) > 0.01
+    axes[0].set_ylim(*data.extent([(shown, OCTAVES[None])], symmetric=False))
+    labels.powers_of_two(axes[0].yaxis, 6)
+    noun = arguments.noun(named, titles)
+    labels.label_axes(figure, labels.time_label(steps_per_epoch), f"|{noun}|")
+    panels.add_colorbar(figure, image, "share of elements", axes)
+    labels.add_titles(axes, [head for head, *_ in drawn])
     return figure

@@ -28,11 +28,11 @@ def drawable(x: Array, *, log: bool) -> Array:
     return np.where(clipped > 0, np.maximum(clipped, 1 / largest), clipped) if log else clipped
 
 
-def times(history: History, steps_per_epoch: int | None) -> Array:
-    """Time of each record: its step, or the epochs done with it."""
+def times(steps: Array, steps_per_epoch: int | None) -> Array:
+    """Time of each step: its number, or the epochs done with it."""
     if steps_per_epoch is None:
-        return history.steps.astype(np.float64)
-    done: Array = (history.steps + 1) / steps_per_epoch
+        return steps.astype(np.float64)
+    done: Array = (steps + 1) / steps_per_epoch
     return done
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from matplotlib import colormaps
@@ -20,7 +21,6 @@ from gradstat.arrays import Array
 from gradstat.plot.arguments import Limits
 from gradstat.plot.data import drawable, outline
 from gradstat.plot.labels import INK, Color, log_ticks, powers_apart, whole_numbers
-from gradstat.plot.shown import ShownFigure
 
 Box: TypeAlias = tuple[float, float, float, float]
 
@@ -31,6 +31,45 @@ HUES = [
 LINE, GRID = "#999999", "#e4e4e4"
 _PALE = to_rgba("#c4c4c4")  # of lines without a name
 CELL = 3.0  # inches, width of a 3-D panel
+
+
+class ShownFigure(Figure):
+    """A figure that a notebook shows when it is the last line of a cell.
+
+    Nothing of pyplot is involved: it opens no window, and is gone with its last name.
+    """
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
+
+    def show(self, warn: bool = True) -> None:
+        """Show the figure in a notebook.
+
+        Args:
+            warn: unused; `Figure.show` has it.
+
+        Raises:
+            RuntimeError: this is no notebook.
+        """
+        display = _display()
+        if display is None:
+            raise RuntimeError(
+                "show() needs a notebook: the figure belongs to no window; savefig(path) writes it"
+            )
+        display(self)
+
+
+def _display() -> Any:  # noqa: ANN401 (IPython has types only where it is installed)
+    """The function of IPython that shows an object; ``None`` outside of it."""
+    try:
+        from IPython import get_ipython
+        from IPython.display import display
+    except ImportError:
+        return None
+    return display if get_ipython() is not None else None
 
 
 def check_figure(function: str, figure: Figure | None) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from gradstat.arrays import Array
 from gradstat.diagnosis import diagnose
+from gradstat.diagnosis.findings import COLORS
 from gradstat.escaping import escaped
 from gradstat.history import History
 from gradstat.history.arguments import first_rows
@@ -26,7 +27,6 @@ _STOPS = np.array(
 _BROKEN, _ZERO = (229, 53, 43), (150, 157, 166)
 # The notebook's own colours, light or dark.
 _STYLE = "font: 13px/1.45 system-ui, sans-serif; color: inherit; max-width: 760px"
-_SEVERITIES = {"severe": "#d8392f", "warning": "#b87700", "note": "#7a8594"}
 
 
 def fragment(history: History) -> str:
@@ -57,7 +57,7 @@ def _size(history: History) -> str:
 def _findings(history: History) -> str:
     found = diagnose(history)
     lines = [
-        f'<div><span style="color: {_SEVERITIES[each.severity]}; font-weight: 600">'
+        f'<div><span style="color: {COLORS[each.severity]}; font-weight: 600">'
         f"{each.severity}</span> {_text(each.sentence)}</div>"
         for each in found[:_MAX_FINDINGS]
     ]

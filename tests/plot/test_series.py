@@ -60,9 +60,9 @@ def test_curves_draws_the_norm_of_all_layers() -> None:
 
 
 def test_curves_marks_findings_on_the_time_axis() -> None:
-    assert marks(gradstat.plot.curves(spiked(), "loss")) == [(AT, "#c77700")]
+    assert marks(gradstat.plot.curves(spiked(), "loss")) == [(AT, "#b87700")]
     in_epochs = gradstat.plot.curves(spiked(), "loss", steps_per_epoch=10)
-    assert marks(in_epochs) == [((AT + 1) / 10, "#c77700")]
+    assert marks(in_epochs) == [((AT + 1) / 10, "#b87700")]
     quiet = make_history(Log2Bins(), 2, 40, noise)
     assert marks(gradstat.plot.curves(quiet, "norm")) == []
 
@@ -71,7 +71,7 @@ def test_curves_explains_the_marks_that_it_has() -> None:
     (key,) = gradstat.plot.curves(spiked(), "loss").legends
     assert [text.get_text() for text in key.get_texts()] == ["a warning begins"]
     (mark,) = key.legend_handles
-    assert (mark.get_marker(), to_hex(mark.get_color())) == ("^", "#c77700")
+    assert (mark.get_marker(), to_hex(mark.get_color())) == ("^", "#b87700")
     assert gradstat.plot.curves(make_history(Log2Bins(), 2, 40, noise), "norm").legends == []
 
 
