@@ -1,5 +1,7 @@
 """PyTorch's private names: each does what gradstat takes it to do."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -50,6 +52,20 @@ def test_inherited_is_what_the_caller_of_the_pass_has_bequeathed() -> None:
     x.sum().backward()
     assert seen == [("caller", True)]
     assert not torch_internals.is_in_backward()
+
+
+def test_bequeathed_values_are_kept_and_freed() -> None:
+    values = [nn.Identity() for _ in range(3)]
+    alive = [weakref.ref(each) for each in values]
+    for each in values:
+        torch_internals.bequeath("gradstat.test", each)
+    del each
+    values.clear()
+    gc.collect()
+    assert [each() is not None for each in alive] == [False, False, True]
+    assert torch_internals.inherited("gradstat.test") is alive[2]()
+    torch_internals.bequeath("gradstat.test", None)
+    assert alive[2]() is None
 
 
 def test_batch_norm_is_that_of_all_batch_and_instance_norms() -> None:

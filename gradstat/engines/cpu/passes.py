@@ -109,9 +109,10 @@ def extremes(x: IR, n: IR, highest: IR) -> Callable[..., Any]:
     looked at, and the number is theirs.
     """
     pattern, unsigned, signed, _ = _types(x)
-    sign = unsigned(1 << (x.dtype.bitwidth - 1))
-    magnitude, zero, most_of_all = unsigned(sign - 1), unsigned(0), unsigned(2 * int(sign) - 1)
-    least_of_all = signed(-int(sign))
+    # Of Python's numbers: of uint64 and one of them NumPy 1 makes float64, without the last bits.
+    half = 1 << (x.dtype.bitwidth - 1)
+    sign, magnitude, most_of_all = (unsigned(each) for each in (half, half - 1, 2 * half - 1))
+    zero, least_of_all = unsigned(0), signed(-half)
 
     def find(x: Pointer, n: int, highest: Scalar | None) -> tuple[Scalar, Scalar, Scalar]:
         least, most, signed_most, count = most_of_all, zero, least_of_all, signed(0)
