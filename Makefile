@@ -7,8 +7,6 @@ ARGS ?=
 JOBS ?= $(shell nproc)
 # Where benchmarks leave their results.
 RESULTS ?= .benchmarks
-# A CUDA device in software, for tests on a machine without a card.
-FAKECUDA ?= ../shared/tools/fakecuda
 BIN := $(VENV)/bin
 
 .PHONY: help study images test test-cuda test-slow test-faults test-integrations lint format bench bench-training bench-results bench-gpu roofline clean
@@ -21,7 +19,7 @@ help:
 	@echo "make study      train two small networks and draw how their gradients are distributed"
 	@echo "make images     the same, for the figures of the documentation"
 	@echo "make test       run the tests"
-	@echo "make test-cuda  run those of CUDA: on a card, or on a device in software (FAKECUDA=path)"
+	@echo "make test-cuda  run those of CUDA: on a card, or without one on a CUDA device in software"
 	@echo "make test-slow  run the long property tests: 10,000 examples each"
 	@echo "make test-faults"
 	@echo "                test that interrupts, forks, threads and damaged files do no harm"
@@ -48,7 +46,7 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-cuda: $(VENV)/installed-test
-	$(BIN)/python tests/cuda_suite.py --fakecuda $(FAKECUDA) $(ARGS)
+	$(BIN)/python tests/cuda_suite.py $(ARGS)
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -16,7 +16,7 @@ import torch
 
 CUDA = torch.cuda.is_available()
 # A CUDA device in software: the order of what runs there is right or wrong, its speed is nothing.
-IN_SOFTWARE = hasattr(torch, "_fakecuda")
+IN_SOFTWARE = "SOFTWARE_CUDA" in os.environ
 if not CUDA:
     # Triton reads it when it is imported: without a GPU its kernels run in its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"

@@ -1,0 +1,1 @@
+"""A CUDA device in software: see README.md."""
