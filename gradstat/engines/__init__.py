@@ -1,7 +1,6 @@
-"""The engines: each offers ``measure(tensors, bins) -> Statistics``.
+"""The engines: `reference` defines every number; `cpu` and `triton` compute the same, faster.
 
-`reference` defines every number; `cpu` and `triton` compute the same, faster. What each offers for
-narrow formats, ``measure_formats(tensors, formats, dim)``, is in a module of its own:
+What each offers is in `protocol`. Those of narrow formats are in modules of their own:
 `reference_formats`, `cpu.formats`, `triton_formats`.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import torch
 import triton.language as tl
@@ -12,6 +13,7 @@ from triton import knobs
 
 from gradstat.bins import Bins, LinearBins, Log2Bins
 from gradstat.engines import reference
+from gradstat.engines.protocol import NUMBERS, together
 from gradstat.engines.triton_cadence import PassCounter as PassCounter
 from gradstat.engines.triton_cadence import on_device
 from gradstat.engines.triton_items import make_items
@@ -20,7 +22,9 @@ from gradstat.float_mode import keeps_subnormals
 from gradstat.kernels.finish import finish_kernel
 from gradstat.kernels.histogram import histogram_kernel
 from gradstat.kernels.measure import PARTIAL_FIELDS, measure_kernel
-from gradstat.results import FLOATS, INTEGERS, Statistics
+from gradstat.results import Statistics
+
+Kernel: TypeAlias = Any  # of Triton, which ships no types, compiled or not
 
 MAX_BINS = 4093  # a program keeps its histogram, with three more slots, in registers
 FINISH_BLOCK = 128
@@ -51,33 +55,109 @@ def measure(tensors: Sequence[Tensor], bins: Bins, due: Tensor | None = None) ->
     Raises:
         ValueError: tensors that are not on a CUDA device.
     """
-    device = tensors[0].device
-    check_device("measure", "tensors[0]", device)
+    check_device("measure", "tensors[0]", tensors[0].device)
     if bins.bins > MAX_BINS:
         return reference.measure(tensors, bins)
     if any(map(Tensor.is_neg, tensors)):
         tensors = [x.resolve_neg() for x in tensors]  # a copy where torch keeps a sign apart
-    n = len(tensors)
+    n, device = len(tensors), tensors[0].device
+    rows = torch.zeros(n * (NUMBERS + bins.bins), dtype=torch.int64, device=device)
+    return _measure(tensors, bins, rows, _known_ranges(bins, n, device), due)
+
+
+class Plan:
+    """How to measure tensors of which there are others like them at each step of a training.
+
+    Args:
+        tensors: L on one CUDA device.
+        bins: scheme.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], bins: Bins) -> None:
+        self._bins, self._device = bins, tensors[0].device
+        self._types, self._dtypes = list(map(type, tensors)), [x.dtype for x in tensors]
+        self._ranges: Tensor | None = None
+
+    def run(
+        self, tensors: Sequence[Tensor], formats: Tensor | None = None, due: Tensor | None = None
+    ) -> Tensor | None:
+        """All numbers of the rows in one tensor; as `gradstat.engines.protocol.Plan`."""
+        bins, n = self._bins, len(tensors)
+        if (
+            list(map(type, tensors)) != self._types
+            or [x.dtype for x in tensors] != self._dtypes
+            or any(x.layout != torch.strided or x.is_neg() for x in tensors)
+        ):
+            return None
+        if bins.bins > MAX_BINS:
+            return together(reference.measure(tensors, bins), formats)
+        n_formats = 0 if formats is None else formats.numel()
+        size = n * (NUMBERS + bins.bins) + n_formats
+        rows = torch.zeros(size, dtype=torch.int64, device=self._device)
+        ranges = self._ranges
+        if ranges is None:
+            ranges = _known_ranges(bins, n, self._device)
+            # What a capture makes is written by its replays alone.
+            if self._device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+                self._ranges = ranges
+        _measure(tensors, bins, rows, ranges, due)
+        if formats is not None:
+            rows[-n_formats:] = formats.view(torch.int64).flatten()
+        return rows
+
+
+def _measure(
+    tensors: Sequence[Tensor],
+    bins: Bins,
+    rows: Tensor,
+    ranges: Tensor | None,
+    due: Tensor | None,
+) -> Statistics:
+    """Write the rows of tensors: integers, floats and counts of all, into zeros."""
+    n, device = len(tensors), rows.device
+    floats_at, counts_at, end = n * NUMBERS // 2, n * NUMBERS, n * (NUMBERS + bins.bins)
     result = Statistics(
         bins,
-        torch.empty((n, len(INTEGERS)), dtype=torch.int64, device=device),
-        torch.empty((n, len(FLOATS)), dtype=torch.float64, device=device),
-        torch.zeros((n, bins.bins), dtype=torch.int64, device=device),
+        rows[:floats_at].view(n, -1),
+        rows[floats_at:counts_at].view(torch.float64).view(n, -1),
+        rows[counts_at:end].view(n, -1),
     )
-    ranges = _known_ranges(bins, n, device)
     with on_device(device):
         plan = find_plan(tensors, device, _tables)
         for group in plan.groups:
-            _measure(group, result, ranges, due)
+            _summarise(group, result, ranges, due)
         if isinstance(bins, LinearBins) and ranges is None:
-            ends = bins.automatic_range(result.min.float(), result.max.float())
-            found = torch.stack(ends, 1)
+            found = torch.stack(bins.automatic_range(result.min.float(), result.max.float()), 1)
             result.floats[:, -2:] = found
             for group in plan.groups:
                 _count(group, result, found, due)
     for i in plan.float64_rows:
         _copy_row(reference.measure([tensors[i]], bins), result, i)
     return result
+
+
+_compiled: dict[
+    tuple[object, ...], Kernel
+] = {}  # what was launched before, by kernel and constants
+
+
+def _launch(
+    kernel: Kernel, grid: int, tensors: Sequence[Tensor], *others: object, **options: object
+) -> None:
+    """Launch a kernel over a grid of one dimension, the second time without the JIT's front.
+
+    The front binds and classifies all arguments, which takes several times as long as the launch.
+    It finds the same each time: all pointers are aligned as memory of PyTorch's is, and what else
+    a kernel takes is part of the key.
+    """
+    key = (kernel.__name__, tensors[0].get_device(), *others)
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[grid, 1, 1](*tensors, *others)
+        return
+    compiled = kernel[(grid,)](*tensors, *others, **options)
+    if hasattr(compiled, "packed_metadata"):  # nothing is, where Triton interprets
+        _compiled[key] = compiled
 
 
 @keeps_subnormals
@@ -98,20 +178,19 @@ def check_device(function: str, argument: str, device: torch.device) -> None:
         )
 
 
-def _measure(group: Group, result: Statistics, ranges: Tensor | None, due: Tensor | None) -> None:
+def _summarise(group: Group, result: Statistics, ranges: Tensor | None, due: Tensor | None) -> None:
     """Launch all but the histogram of automatic ranges, which are not known yet."""
     bins, n_items, due = result.bins, len(group.items), group.always if due is None else due
     element, vector = ELEMENTS[group.dtype], VECTOR_BYTES // group.dtype.itemsize
     is_log2 = isinstance(bins, Log2Bins)
     num_warps = warps_on(result.floats.device)
     partials = result.floats.new_empty((n_items, PARTIAL_FIELDS.value))
+    known = result.floats if ranges is None else ranges  # else not read
     if n_items:
-        measure_kernel[(n_items,)](
-            due,
-            group.items,
-            result.floats if ranges is None else ranges,  # else not read
-            partials,
-            result.counts,
+        _launch(
+            measure_kernel,
+            n_items,
+            (due, group.items, known, partials, result.counts),
             element,
             bins.bins if is_log2 or ranges is not None else 0,
             slots_of(bins),
@@ -121,13 +200,10 @@ def _measure(group: Group, result: Statistics, ranges: Tensor | None, due: Tenso
             vector,
             num_warps=num_warps,
         )
-    finish_kernel[(len(group.spans),)](
-        due,
-        group.spans,
-        partials,
-        result.floats if ranges is None else ranges,  # else not read
-        result.integers,
-        result.floats,
+    _launch(
+        finish_kernel,
+        len(group.spans),
+        (due, group.spans, partials, known, result.integers, result.floats),
         ranges is not None,
         FINISH_BLOCK,
         num_warps=num_warps,
@@ -139,11 +215,10 @@ def _count(group: Group, result: Statistics, ranges: Tensor, due: Tensor | None)
     """Launch the histogram over ranges that the measurement has found."""
     n_items, vector = len(group.items), VECTOR_BYTES // group.dtype.itemsize
     if n_items:
-        histogram_kernel[(n_items,)](
-            group.always if due is None else due,
-            group.items,
-            ranges,
-            result.counts,
+        _launch(
+            histogram_kernel,
+            n_items,
+            (group.always if due is None else due, group.items, ranges, result.counts),
             ELEMENTS[group.dtype],
             result.bins.bins,
             slots_of(result.bins),

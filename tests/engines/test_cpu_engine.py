@@ -18,14 +18,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from torch import Tensor, nn
 
 import gradstat
 from gradstat import LinearBins, Log2Bins, Statistics
-from gradstat.arrays import PackedRows
 from gradstat.bins import Bins
 from gradstat.engines import cpu
 from gradstat.engines.cpu import compiling, pool
 from gradstat.engines.cpu.work import MAX_SHARED_BINS
+from gradstat.record import RecordLayout
 
 measure = functools.partial(gradstat.statistics, engine="cpu")
 
@@ -95,7 +96,7 @@ def test_measure_is_safe_from_several_threads(bins: Bins, generator: torch.Gener
 
 @pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(7), LinearBins(90_000, -1, 1)], ids=repr)
 @pytest.mark.parametrize("names", [("_scratches", "_rooms"), ()], ids=["contended", "free"])
-def test_measure_rows_is_measure_without_the_empty_bins(
+def test_plan_makes_records_of_what_measure_counts(
     bins: Bins, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
 ) -> None:
     class Contended(list[object]):
@@ -111,21 +112,58 @@ def test_measure_rows_is_measure_without_the_empty_bins(
     for n in (6, 1, 3):  # what one call has left is nothing to the next
         tensors = [torch.randn(10**i, generator=generator) for i in range(n)]
         tensors[0] = tensors[0].double()
-        integers, floats, counts = cpu.measure_rows(tensors, bins)
-        expected = measure(tensors, bins)
-        assert isinstance(counts, PackedRows) == (n * bins.bins < 2**19)
-        dense = counts.dense() if isinstance(counts, PackedRows) else counts
-        assert_identical(
-            Statistics(bins, *map(torch.from_numpy, (integers, floats, dense))), expected
-        )
+        plan, layout = cpu.Plan(tensors, bins), RecordLayout(n, 0, bins.bins)
+        for _ in range(2):
+            tensors = [x * 2 for x in tensors]
+            data = plan.run(tensors)
+            assert data is not None
+            assert layout.fits(data)
+            assert_identical(layout.statistics(data, bins), measure(tensors, bins))
 
 
-def test_measure_rows_after_a_refusal_starts_afresh() -> None:
+OTHERS = {
+    "size": lambda x: x[:-1],
+    "dtype": lambda x: x.bfloat16(),
+    "strides": lambda x: torch.stack([x, x], 1)[:, 0],
+    "type": nn.Parameter,
+    "sparse": lambda x: x.to_sparse(),
+    "negated": lambda x: torch.complex(x, x).conj().imag,
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS.keys())
+def test_plan_refuses_tensors_that_it_was_not_made_for(
+    other: Callable[[Tensor], Tensor],
+) -> None:
     x = torch.arange(10.0)
+    plan = cpu.Plan([x, x], Log2Bins())
+    assert plan.run([x, other(x)]) is None
+    assert plan.run([x, x + 1]) is not None
+
+
+@pytest.mark.parametrize("n_bins", [2, 70_000])
+@pytest.mark.parametrize("numel", [3, 2**32 + 3])
+def test_pack_makes_what_record_layout_makes(numel: int, n_bins: int) -> None:
+    rows = torch.zeros(3 * (16 + n_bins), dtype=torch.int64)
+    integers, counts = rows[:24].view(3, 8), rows[48:].view(3, n_bins)
+    floats = rows[24:48].view(torch.float64).view(3, 8)
+    integers[1, 0], counts[1, -1], counts[2, 0] = numel, numel, 7
+    floats[:] = torch.arange(24.0, dtype=torch.float64).view(3, 8)
+    layout = RecordLayout(3, 0, n_bins)
+    expected = layout.pack(integers.numpy(), floats.numpy(), None, counts.numpy())
+    assert cpu.pack(rows, 3, n_bins, 0) == expected
+    assert not rows.any()
+
+
+def test_plan_after_a_refusal_starts_afresh() -> None:
+    x = torch.arange(10.0)
+    empty = torch.empty(10)
+    plan = cpu.Plan([x, empty], Log2Bins())
+    empty.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="has no storage"):
-        cpu.measure_rows([x, torch.empty(3, device="meta")], Log2Bins())
-    _, _, counts = cpu.measure_rows([x, x], Log2Bins())
-    assert counts.dense().sum(1).tolist() == [10, 10]
+        plan.run([x, empty])
+    data = cpu.Plan([x, x], Log2Bins()).run([x, x])
+    assert RecordLayout(2, 0, 2048).dense(data).sum(1).tolist() == [10, 10]
 
 
 def test_measure_takes_new_scratch_when_another_thread_took_the_last(

@@ -159,7 +159,7 @@ def test_kernels_read_and_write_nothing_where_the_flag_is_zero(
     ranges = torch.full((3, 2), 7.0, device=DEVICE)
     due = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     result = Statistics(bins, *sevens)
-    triton_engine._measure(group, result, ranges if kind == "known range" else None, due)
+    triton_engine._summarise(group, result, ranges if kind == "known range" else None, due)
     if kind == "automatic range":
         triton_engine._count(group, result, ranges, due)
     assert all(bool((x == 7).all()) for x in (*sevens, ranges))

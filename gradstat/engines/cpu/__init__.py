@@ -7,63 +7,69 @@ Beside a tensor it needs under 1 MB, whatever its strides; results do not depend
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradstat.arrays import Array, Counts, PackedRows
+from gradstat.arrays import Array
 from gradstat.bins import FLOAT32_MAX, Bins, LinearBins
 from gradstat.engines import reference
 from gradstat.engines.cpu.partials import FIELDS
 from gradstat.engines.cpu.pool import count_threads, run_together
 from gradstat.engines.cpu.work import (
+    ADDRESS,
     COLUMNS,
     COUNTS_ONLY,
     FLOATS_ONLY,
     FUSED,
+    HEAD,
+    INTEGERS,
     MAX_SHARED_BINS,
+    NEXT,
     NUMBERS,
     SCRATCH_BYTES,
+    TOUCHED,
     fill_edges,
     pack_rows,
     work_on,
 )
 from gradstat.engines.memory import merge_dims, no_storage
 from gradstat.float_mode import keeps_subnormals
-from gradstat.results import FLOATS, INTEGERS, Statistics, as_statistics
+from gradstat.results import Statistics, as_statistics
 
 _ITEM = 1 << 16  # elements: enough to hide the taking of an item, few enough to share a tensor out
 _MAX_ITEMS = 2048  # of one tensor: its partials stay under 250 KB
 _ALONE_BELOW = 1 << 18  # elements: waking another thread takes longer than these
+_KEPT_BYTES = 64 << 20  # of one room, between calls
 
-_MOST = 1 << 19  # numbers of a list's rows: 4 MB, kept between calls
-
-Memory = TypeVar("Memory")
 Rows = tuple[Array, Array, Array]  # integers, floats and counts, as of `Statistics`
 
 
-class _Room(NamedTuple):
-    """Memory for the rows of a call, which the next one uses again.
-
-    New memory for them costs more than to measure small tensors.
+class _Rows:
+    """Memory for the rows of a call, `_split` tells how, and for what they have touched.
 
     Args:
-        rows: int64, as `_rows` has them; zero between calls.
-        packed: the same with the counts packed, as bytes.
-        addresses: of both.
+        n: int64 numbers, zero.
     """
 
-    rows: Array
-    packed: memoryview
-    addresses: tuple[int, int]
+    def __init__(self, n: int) -> None:
+        self.size = n
+        self.held, self.touched = np.zeros(n, np.int64), np.zeros(n // 8 + 1, np.uint8)
+        self.address, self.touched_address = self.held.ctypes.data, self.touched.ctypes.data
 
-    @classmethod
-    def new(cls) -> _Room:
-        rows, packed = (np.zeros(n * _MOST, np.int64) for n in (1, 2))
-        return cls(rows, packed.data.cast("B"), (rows.ctypes.data, packed.ctypes.data))
+
+class _Room(_Rows):
+    """The same, zero again after each call, and as much for the rows packed.
+
+    The next call uses it again: new memory costs more than to measure small tensors.
+    """
+
+    def __init__(self, n: int) -> None:
+        super().__init__(n)
+        packed = np.empty(2 * n, np.int64)
+        self.packed, self.packed_address = packed.data.cast("B"), packed.ctypes.data
 
 
 _scratches: list[tuple[Tensor, int]] = []  # between calls, with their addresses; zero
@@ -72,66 +78,237 @@ _rooms: list[_Room] = []  # between calls
 
 def measure(tensors: Sequence[Tensor], bins: Bins) -> Statistics:
     """Statistics of each tensor of a list on the CPU, as `reference.measure`."""
-    return as_statistics(bins, _dense_rows(tensors, bins))
+    return as_statistics(bins, _measure(tensors, bins))
 
 
-def measure_rows(tensors: Sequence[Tensor], bins: Bins) -> tuple[Array, Array, Counts]:
-    """The same as arrays: a history keeps them, and tensors take long to make.
+def histogram(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor]:
+    """Counts and edges of one tensor, as `measure` and `Bins.edges` have them."""
+    _, floats, counts = _measure([x], bins)
+    start, end = floats[0, -2:].tolist()  # the last of `FLOATS`
+    if isinstance(bins, LinearBins) and max(-start, end) <= FLOAT32_MAX:
+        edges = torch.empty(bins.bins + 1, dtype=torch.float64, device="cpu")
+        fill_edges()(start, end, bins.bins, edges.data_ptr())
+    else:
+        edges = bins.edges(*torch.from_numpy(floats[0, -2:]))
+    return torch.from_numpy(counts[0]), edges
 
-    Each NumPy call costs a training step more than to measure a small gradient: there are few.
+
+class Plan:
+    """How to measure tensors of which there are others like them at each step of a training.
+
+    All that is the same each time is made once: the work tables and what they point to. One call at
+    a time uses a plan; one that an exception has ended leaves it unusable.
+
+    Args:
+        tensors: L on the CPU.
+        bins: scheme.
     """
-    n, n_bins = len(tensors), bins.bins
-    if n * (n_bins + NUMBERS) > _MOST:
-        return _dense_rows(tensors, bins)
-    room = _take(_rooms, _Room.new)
-    address, packed = room.addresses
-    _measure_into(room.rows, address, tensors, bins)
-    length = pack_rows()(address, n, n_bins, packed)
-    memory = bytearray(room.packed[: 8 * length])
-    _rooms.append(room)
-    integers = np.ndarray((n, len(INTEGERS)), np.int64, memory)
-    floats = np.ndarray((n, len(FLOATS)), np.float64, memory, integers.nbytes)
-    start = n * NUMBERS
-    counts = np.ndarray((length - start,), np.int64, memory, 8 * start)
-    return integers, floats, PackedRows(counts, n, n_bins)
+
+    def __init__(self, tensors: Sequence[Tensor], bins: Bins) -> None:
+        self._bins, self._n = bins, len(tensors)
+        self._types, self._dtypes = list(map(type, tensors)), [x.dtype for x in tensors]
+        self._numels, self._pack = [x.numel() for x in tensors], pack_rows()
+        self._strides = _strides_of(tensors)
+        is_linear, self._ranges = isinstance(bins, LinearBins), _known_ranges(bins, self._n)
+        self._is_automatic = is_linear and self._ranges is None
+        self._room: _Rows | None = None  # where the tables have the results written
+        self._tables = [
+            _Table(dtype, is_linear, rows, [tensors[row] for row in rows])
+            for dtype in dict.fromkeys(self._dtypes)
+            for rows in [[row for row, each in enumerate(self._dtypes) if each == dtype]]
+        ]
+
+    def run(
+        self, tensors: Sequence[Tensor], formats: Tensor | None = None, due: Tensor | None = None
+    ) -> bytes | None:
+        """Measure tensors: a record of their rows, see `gradstat.record`.
+
+        Args:
+            tensors: L on the CPU.
+            formats: what narrow formats would do to each, float64 ``(L, F, 10)``.
+            due: of no use here: nothing is captured on a CPU.
+
+        Returns:
+            ``None`` where the tensors are not like those that the plan was made for.
+        """
+        if not self._fits(tensors):
+            return None
+        n_formats = 0 if formats is None else formats.numel()
+        n, n_bins = self._n, self._bins.bins
+        n_rows = n * (NUMBERS + n_bins)
+        try:
+            room = _rooms.pop()
+        except IndexError:  # all are in use
+            room = _Room(n_rows + n_formats)
+        if room.size < n_rows + n_formats:
+            room = _Room(n_rows + n_formats)
+        self.measure(tensors, room)
+        if formats is not None:
+            room.held.view(np.float64)[n_rows : n_rows + n_formats] = formats.numpy().ravel()
+        end = self._pack(
+            room.address, n, n_bins, n_formats, room.touched_address, room.packed_address
+        )
+        data = bytes(room.packed[:end])
+        _leave(room)
+        return data
+
+    def _fits(self, tensors: Sequence[Tensor]) -> bool:
+        # Mapped methods: this is most of what a call with many tensors costs.
+        return (
+            list(map(type, tensors)) == self._types
+            and list(map(Tensor.numel, tensors)) == self._numels
+            and [x.dtype for x in tensors] == self._dtypes
+            and (
+                all(map(Tensor.is_contiguous, tensors))
+                if self._strides is None
+                else _strides_of(tensors) == self._strides
+            )
+            and not any(map(Tensor.is_neg, tensors))
+        )
+
+    def measure(self, tensors: Sequence[Tensor], to: _Rows) -> None:
+        """Write the rows of tensors that fit to memory that is zero: `_split` tells how."""
+        addresses = list(map(Tensor.data_ptr, tensors))
+        if not all(addresses):
+            _check_storage(addresses, self._numels)
+        if to is not self._room:
+            self._room = to
+            for table in self._tables:
+                table.write_to(to, self._n, self._bins.bins, self._ranges)
+        stage = FLOATS_ONLY if self._is_automatic else FUSED
+        for table in self._tables:
+            table.run(stage, addresses)
+        if isinstance(self._bins, LinearBins) and self._is_automatic:
+            rows = _split(to.held, self._n, self._bins.bins)
+            ranges = _nice_ranges(self._bins, rows[1]) if self._bins.nice else None
+            for table in self._tables:
+                table.write_to(to, self._n, self._bins.bins, ranges)
+                table.run(COUNTS_ONLY, addresses)
+            self._room = None
+            if torch.float64 in self._dtypes:
+                to.touched[:] = 1
+                _measure_again_beyond_float32(tensors, self._bins, rows)
 
 
-def _dense_rows(tensors: Sequence[Tensor], bins: Bins) -> Rows:
-    memory = np.zeros(len(tensors) * (NUMBERS + bins.bins), np.int64)
-    _measure_into(memory, memory.ctypes.data, tensors, bins)
-    return _rows(memory, len(tensors), bins.bins)
+class _Table:
+    """The tensors of one dtype as a work table, see `work`, and what must live as long as it.
+
+    Args:
+        dtype: of the tensors.
+        is_linear: whether their bins are.
+        rows: where the results of each go.
+        tensors: N of them.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, is_linear: bool, rows: Sequence[int], tensors: Sequence[Tensor]
+    ) -> None:
+        self._work, self._rows = work_on(dtype, is_linear), rows
+        self._layouts: list[array[int]] = []
+        lines: list[int] = []
+        n_items = 0
+        for row, x in zip(rows, tensors, strict=True):
+            numel, size = x.numel(), _ITEM
+            while numel > size * _MAX_ITEMS:
+                size *= 2
+            lines += (0, numel, self._layout_of(x), row, n_items, size)
+            n_items += -(-numel // size)
+        self._partials = array("d", bytes(8 * FIELDS * n_items))
+        head = 0, len(rows), n_items, self._partials.buffer_info()[0], *[0] * (HEAD - 4)
+        self._table = array("q", (*head, *lines, 0, 0, 0, 0, n_items, 0))
+        self._address = self._table.buffer_info()[0]
+        self._addresses = slice(HEAD + ADDRESS, HEAD + COLUMNS * len(rows), COLUMNS)
+        self._is_large = sum(x.numel() for x in tensors) >= _ALONE_BELOW
+
+    def write_to(self, rows: _Rows, n: int, n_bins: int, ranges: array[float] | None) -> None:
+        """Let later runs write ``n`` rows there, over known ranges if any."""
+        low = high = 0
+        if ranges is not None:
+            low = ranges.buffer_info()[0]
+            high = low + n * ranges.itemsize
+        address = rows.address
+        to = address, address + 64 * n, address + 8 * NUMBERS * n, n_bins
+        self._table[INTEGERS : TOUCHED + 1] = array("q", (*to, low, high, rows.touched_address))
+        self._ranges = ranges  # whose memory the table has the address of
+        self._is_shared = self._is_large and n_bins <= MAX_SHARED_BINS
+
+    def run(self, stage: int, addresses: list[int]) -> None:
+        """Do a stage of the work, see `work`: threads share the items, then the rows are made.
+
+        Args:
+            stage: of the work.
+            addresses: of the elements of all tensors, by row.
+        """
+        if len(addresses) != len(self._rows):
+            addresses = [addresses[row] for row in self._rows]
+        self._table[self._addresses] = array("q", addresses)
+        self._table[NEXT] = 0
+        if self._is_shared:
+            threads = count_threads()
+            if threads > 1:
+                run_together(lambda: self._share(stage, False), threads)
+        self._share(stage, True)
+
+    def _share(self, stage: int, is_last: bool) -> None:
+        try:
+            scratch = _scratches.pop()
+        except IndexError:  # all are in use
+            scratch = _new_scratch()
+        self._work(self._address, stage, is_last, scratch[1])
+        _scratches.append(scratch)
+
+    def _layout_of(self, x: Tensor) -> int:
+        """Address of sizes and strides; 0 for a tensor without gaps."""
+        if x.is_contiguous():
+            return 0
+        dims = merge_dims(x)
+        if dims == [(x.numel(), 1)]:
+            return 0
+        numbers = array("q", [len(dims), *(number for pair in dims for number in pair)])
+        self._layouts.append(numbers)
+        return numbers.buffer_info()[0]
 
 
-def _rows(memory: Array, n: int, n_bins: int) -> Rows:
-    """All integers, then all floats, then all counts."""
-    integers, floats = memory[: n * NUMBERS].reshape(2, n, len(INTEGERS))
+def pack(rows: Tensor, n: int, n_bins: int, n_formats: int) -> bytes:
+    """A record of rows that another engine has measured, see `gradstat.record`.
+
+    Args:
+        rows: int64 on the host, contiguous: integers, floats and counts of ``n`` rows, and what
+            formats would do to each; zero afterwards.
+        n: how many.
+        n_bins: bins of each.
+        n_formats: how many numbers the formats' are, for all rows.
+    """
+    packed = np.empty(2 * rows.numel(), np.int64)
+    end = pack_rows()(rows.data_ptr(), n, n_bins, n_formats, 0, packed.ctypes.data)
+    return bytes(packed.data.cast("B")[:end])
+
+
+def _measure(tensors: Sequence[Tensor], bins: Bins) -> Rows:
+    tensors = [x.resolve_neg() if x.is_neg() else x for x in tensors]  # torch keeps the sign apart
+    rows = _Rows(len(tensors) * (NUMBERS + bins.bins))
+    Plan(tensors, bins).measure(tensors, rows)
+    return _split(rows.held, len(tensors), bins.bins)
+
+
+def _split(memory: Array, n: int, n_bins: int) -> Rows:
+    """Rows in memory: all integers, then all floats, then all counts."""
+    integers, floats = memory[: n * NUMBERS].reshape(2, n, NUMBERS // 2)
     counts = memory[n * NUMBERS : n * (NUMBERS + n_bins)]
     return integers, floats.view(np.float64), counts.reshape(n, n_bins)
 
 
-def _measure_into(memory: Array, address: int, tensors: Sequence[Tensor], bins: Bins) -> None:
-    """Write the rows of tensors to memory that is zero."""
-    tables: dict[torch.dtype, _Table] = {}
-    is_linear = isinstance(bins, LinearBins)
-    for row, x in enumerate(tensors):
-        table = tables.get(x.dtype)
-        if table is None:
-            table = tables[x.dtype] = _Table(x.dtype, is_linear)
-        table.append(row, x)
-    n, n_bins = len(tensors), bins.bins
-    ranges = _known_ranges(bins, n)
-    is_automatic = is_linear and ranges is None
-    to = address, address + 8 * n * len(INTEGERS), address + 8 * n * NUMBERS, n_bins
-    for table in tables.values():
-        table.run(FLOATS_ONLY if is_automatic else FUSED, to, ranges)
-    if isinstance(bins, LinearBins) and is_automatic:
-        rows = _rows(memory, n, n_bins)
-        if bins.nice:
-            ranges = _nice_ranges(bins, rows[1])
-        for table in tables.values():
-            table.run(COUNTS_ONLY, to, ranges)
-        if torch.float64 in tables:
-            _measure_again_beyond_float32(tensors, bins, rows)
+def _strides_of(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, tuple[int, ...]]] | None:
+    """Shapes and strides; ``None`` where no tensor has gaps: then only sizes matter."""
+    if all(map(Tensor.is_contiguous, tensors)):
+        return None
+    return [(x.shape, x.stride()) for x in tensors]
+
+
+def _check_storage(addresses: Sequence[int], numels: Sequence[int]) -> None:
+    for row, (address, numel) in enumerate(zip(addresses, numels, strict=True)):
+        if numel and not address:
+            raise no_storage(row)
 
 
 @keeps_subnormals
@@ -157,86 +334,10 @@ def _measure_again_beyond_float32(tensors: Sequence[Tensor], bins: Bins, rows: R
             each[row] = new[0]
 
 
-def histogram(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor]:
-    """Counts and edges of one tensor, as `measure` and `Bins.edges` have them."""
-    _, floats, counts = _dense_rows([x], bins)
-    start, end = floats[0, -2:].tolist()  # the last of `FLOATS`
-    if isinstance(bins, LinearBins) and max(-start, end) <= FLOAT32_MAX:
-        edges = torch.empty(bins.bins + 1, dtype=torch.float64, device="cpu")
-        fill_edges()(start, end, bins.bins, edges.data_ptr())
-    else:
-        edges = bins.edges(*torch.from_numpy(floats[0, -2:]))
-    return torch.from_numpy(counts[0]), edges
-
-
-class _Table:
-    """The tensors of one dtype as a work table, see `work`, and what must live as long as it."""
-
-    def __init__(self, dtype: torch.dtype, is_linear: bool) -> None:
-        self._work = work_on(dtype, is_linear)
-        self._held: list[object] = []
-        self._lines: list[int] = []
-        self._items = self._numel = 0
-        self._partials = array("d")
-
-    def append(self, row: int, x: Tensor) -> None:
-        """Add a tensor whose results go to a row."""
-        if x.is_neg():  # torch keeps the sign apart
-            x = x.resolve_neg()
-        numel, address, layout = x.numel(), x.data_ptr(), 0
-        if numel and not address:
-            raise no_storage(row)
-        if not x.is_contiguous():
-            dims = merge_dims(x)
-            if dims != [(numel, 1)]:
-                numbers = array("q", [len(dims), *(number for pair in dims for number in pair)])
-                self._held.append(numbers)
-                layout = numbers.buffer_info()[0]
-        size = _ITEM
-        while numel > size * _MAX_ITEMS:
-            size *= 2
-        self._lines += (address, numel, layout, row, self._items, size)
-        self._items += -(-numel // size)
-        self._numel += numel
-        self._held.append(x)
-
-    def run(self, stage: int, to: tuple[int, int, int, int], ranges: array[float] | None) -> None:
-        """Do a stage of the work: threads share the items, then the rows are made.
-
-        Args:
-            stage: see `work`.
-            to: addresses of integers, floats and counts, and how many bins there are.
-            ranges: as of `_known_ranges`.
-        """
-        if not self._partials:
-            self._partials = array("d", bytes(8 * FIELDS * self._items))
-        ends = 0, 0
-        if ranges is not None:
-            address, length = ranges.buffer_info()
-            ends = address, address + length // 2 * ranges.itemsize
-        n, items = len(self._lines) // COLUMNS, self._items
-        head = 0, n, items, self._partials.buffer_info()[0], *to, *ends
-        table = array("q", (*head, *self._lines, 0, 0, 0, 0, items, 0))
-
-        def share(is_last: bool = False) -> None:
-            _ = self, ranges  # whose memory the table has the addresses of
-            scratch = _take(_scratches, _new_scratch)
-            self._work(table.buffer_info()[0], stage, is_last, scratch[1])
-            _scratches.append(scratch)
-
-        if self._numel >= _ALONE_BELOW and to[-1] <= MAX_SHARED_BINS:
-            threads = count_threads()
-            if threads > 1:
-                run_together(share, threads)
-        share(is_last=True)
-
-
-def _take(kept: list[Memory], make: Callable[[], Memory]) -> Memory:
-    """Memory that an earlier call has left, or new."""
-    try:
-        return kept.pop()
-    except IndexError:  # all is in use
-        return make()
+def _leave(room: _Room) -> None:
+    """Keep memory for the next call, if that is not too much."""
+    if 8 * room.size <= _KEPT_BYTES:
+        _rooms.append(room)
 
 
 def _new_scratch() -> tuple[Tensor, int]:

@@ -34,6 +34,7 @@ LOG2_LAST = 2 * LOG2_MAGNITUDES - 1  # slot
 STRIDE = 2112  # from lane to lane; 256 bytes off a multiple of 4096: lanes do not evict each other
 MAX_SLOTS, MAX_PAIR_SLOTS = 2050, 90  # more than these are counted straight, or one by one
 LANES_HOLD, PAIRS_HOLD = 1 << 24, 2 * PAIR_LANES * 65535  # values: no counter overflows
+TOUCHED_BINS = 64  # most of a small tensor's are empty, and need not be looked at again
 PAIRS_FROM = 1 << 15  # elements of a tensor: fewer do not pay for so many counters
 
 COUNTER_BYTES = 8 + 8 * STRIDE + 4 * LANES * STRIDE + 6 * BLOCK
@@ -49,6 +50,7 @@ class Counters(NamedTuple):
     counts: Pointer  # int64 (bins,), of the row
     slots: int
     mode: int
+    touched: Pointer  # uint8, whether something was counted in each `TOUCHED_BINS` of the row
     is_shared: bool  # the row, by several threads
     waiting: Pointer  # int64, how many values the lanes hold; zero between tensors, as what follows
     totals: Pointer  # int64 (STRIDE,)
@@ -59,7 +61,13 @@ class Counters(NamedTuple):
 
 @inlined
 def make_counters(
-    integers: Pointer, counts: Pointer, slots: int, numel: int, is_shared: bool, memory: int
+    integers: Pointer,
+    counts: Pointer,
+    touched: Pointer,
+    slots: int,
+    numel: int,
+    is_shared: bool,
+    memory: int,
 ) -> Counters:
     """Counters in `COUNTER_BYTES` at an address, of a mode that a tensor of ``numel`` pays for."""
     mode = IN_PAIRS
@@ -74,6 +82,7 @@ def make_counters(
         counts,
         slots,
         mode,
+        touched,
         is_shared,
         pointer(memory, np.int64),
         pointer(memory + 8, np.int64),
@@ -170,12 +179,15 @@ def count(x: Pointer, n: int, within: Range, plain: bool, to: Counters, ahead: P
 @compiled
 def _add_to_row(slot: int, n: int, within: Range, to: Counters) -> None:
     """Count ``n`` values of one slot in the row."""
-    cell = after(to.counts, slot - 1)
+    at = slot - 1
     if within is None:
         # In the order of values: behind a sign, patterns run backwards.
-        cell = after(to.counts, slot ^ (LOG2_LAST if slot >= LOG2_MAGNITUDES else LOG2_MAGNITUDES))
-    elif slot in (0, to.slots - 1):
+        at = slot ^ (LOG2_LAST if slot >= LOG2_MAGNITUDES else LOG2_MAGNITUDES)
+    cell = after(to.counts, at)
+    if within is not None and slot in (0, to.slots - 1):
         cell = after(to.integers, BELOW if slot == 0 else ABOVE)
+    else:
+        to.touched[at // TOUCHED_BINS] = 1
     if to.is_shared:
         atomic_add(cell, n)
     else:

@@ -26,7 +26,7 @@ from gradstat.engines.cpu.compiling import (
     pointer,
     smaller,
 )
-from gradstat.engines.cpu.counters import ABOVE, BELOW, Counters
+from gradstat.engines.cpu.counters import ABOVE, BELOW, TOUCHED_BINS, Counters
 from gradstat.engines.cpu.partials import FIELDS, MAX, MIN, NAN, NEGINF, POSINF
 from gradstat.engines.cpu.passes import BLOCK, ELEMENTS
 from gradstat.float_mode import keeps_subnormals
@@ -34,9 +34,10 @@ from gradstat.results import FLOATS
 
 # The next item that nobody has taken, how many tensors and items there are, and addresses:
 # partials, float64 (items, FIELDS); integers, floats and counts of the results; low and high, the
-# ends of linear ranges, float32, or 0 where the floats have them.
-NEXT, TENSORS, ITEMS, PARTIALS, INTEGERS, RESULTS, COUNTS, BINS, LOWS, HIGHS = range(10)
-HEAD = 10
+# ends of linear ranges, float32, or 0 where the floats have them; which parts of each row's
+# histogram are touched, see `Counters`.
+NEXT, TENSORS, ITEMS, PARTIALS, INTEGERS, RESULTS, COUNTS, BINS, LOWS, HIGHS, TOUCHED = range(11)
+HEAD = 11
 # Addresses of the elements and the layout (or 0), row of the results, items before, item's size.
 ADDRESS, NUMEL, LAYOUT, ROW, FIRST, ITEM = range(6)
 COLUMNS = 6
@@ -45,7 +46,7 @@ COLUMNS = 6
 FUSED, FLOATS_ONLY, COUNTS_ONLY = range(3)
 
 NUMBERS = 2 * 8  # integers and floats of a row
-PACKED_AT_ONCE = 64  # counts that are looked at together, most of which are zero
+NARROW_BINS = 1 << 16  # whose numbers take 16 bits
 
 SCRATCH_BYTES = counters.COUNTER_BYTES + 8 * FIELDS + 8 * BLOCK
 MAX_SHARED_BINS = counters.MAX_SLOTS - 2  # more are counted straight into a row
@@ -147,16 +148,23 @@ def _item(
 
 
 @inlined
+def parts_of(bins: int) -> int:
+    """How many parts of a histogram are touched or not."""
+    return (bins + TOUCHED_BINS - 1) // TOUCHED_BINS
+
+
+@inlined
 def _counters(head: Pointer, line: Pointer, n: int, scratch: int) -> Counters:
     """Counters of ``n`` slots for a tensor."""
     integers = pointer(head[INTEGERS] + line[ROW] * 8 * 8, np.int64)
     counts = pointer(head[COUNTS] + line[ROW] * 8 * head[BINS], np.int64)
+    touched = pointer(head[TOUCHED] + line[ROW] * parts_of(head[BINS]), np.uint8)
     is_shared = line[COLUMNS + FIRST] > line[FIRST] + 1
-    return counters.make_counters(integers, counts, n, line[NUMEL], is_shared, scratch)
+    return counters.make_counters(integers, counts, touched, n, line[NUMEL], is_shared, scratch)
 
 
 @compiled
-def _close_log2(total: Pointer, floats: Pointer, counts: Pointer) -> None:
+def _close_log2(total: Pointer, floats: Pointer, counts: Pointer, touched: Pointer) -> None:
     """Write the range; put NaN and infinities into no bin, -0.0 into that of 0.0."""
     floats[LOW], floats[HIGH] = -np.inf, np.inf
     for j in range(LOG2_MAGNITUDES - LOG2_FINITE):
@@ -164,6 +172,7 @@ def _close_log2(total: Pointer, floats: Pointer, counts: Pointer) -> None:
         counts[2 * LOG2_MAGNITUDES - 1 - j] = 0
     counts[LOG2_MAGNITUDES - 1] -= np.int64(total[partials.NEGATIVE_ZEROS])
     counts[LOG2_MAGNITUDES] += np.int64(total[partials.NEGATIVE_ZEROS])
+    touched[LOG2_MAGNITUDES // TOUCHED_BINS] = 1
 
 
 def _make_work(element: object, is_linear: bool) -> Work:
@@ -210,7 +219,7 @@ def _make_work(element: object, is_linear: bool) -> Work:
                     partials.merge(total, after(parts, item * FIELDS))
                 partials.write_row(total, line[NUMEL], to.integers, floats)
                 if not is_linear:
-                    _close_log2(total, floats, to.counts)
+                    _close_log2(total, floats, to.counts, to.touched)
                 elif stage == FLOATS_ONLY:
                     _write_range(total, floats)
                 else:
@@ -254,42 +263,90 @@ def fill_edges() -> Callable[[float, float, int, int], None]:
 
 
 @functools.cache
-def pack_rows() -> Callable[[int, int, int, int], int]:
-    """The compiled function that takes rows out of memory, which is zero then."""
+def pack_rows() -> Callable[[int, int, int, int, int, int], int]:
+    """The compiled function that makes rows a record, see `gradstat.record`, and their memory zero.
 
-    def pack(source: int, n: int, bins: int, target: int) -> int:
-        """Pack rows: their integers and floats as they are, and of the counts those above zero.
+    `watch` calls it for the results of every engine.
+    """
+
+    def pack(source: int, n: int, bins: int, n_formats: int, touched: int, target: int) -> int:
+        """Pack rows.
 
         Args:
-            source: address of int64, numbers and counts of the rows.
+            source: address of int64: integers, floats and counts of the rows, and what formats
+                would do to each.
             n: how many rows.
             bins: of each.
-            target: address of the same numbers, of how many counts follow for each row, and of
-                these, each with its bin before it.
+            n_formats: how many numbers the formats' are, for all rows.
+            touched: address of uint8, which parts of each histogram to look at; 0: all.
+            target: address of twice as much memory.
 
         Returns:
-            How many int64 are in it.
+            How many bytes are in it.
         """
         rows, packed = pointer(source, np.int64), pointer(target, np.int64)
-        sizes = n * NUMBERS
-        for j in range(sizes):
+        numbers = n * NUMBERS
+        is_wide = False
+        for row in range(n):
+            is_wide |= rows[8 * row] >= 1 << 32
+        for j in range(numbers):
             packed[j] = rows[j]
             rows[j] = 0
-        end = sizes + n
+        after_counts = n * (NUMBERS + bins)
+        for j in range(n_formats):
+            packed[numbers + j] = rows[after_counts + j]
+            rows[after_counts + j] = 0
+        start = target + 8 * (numbers + n_formats)
+        ends = pointer(start, np.uint32)
+        if n & 1:
+            ends[n] = 0
+        start += 4 * (n + (n & 1))
+        narrow, wide = pointer(start, np.uint16), pointer(start, np.uint32)
+        # How many bins there are decides where their counts begin: they wait behind all that.
+        held, end = after(packed, after_counts + n_formats), 0
+        parts = parts_of(bins)
+        marks = pointer(touched, np.uint8)
         for row in range(n):
-            counts, before = after(rows, sizes + row * bins), end
-            for start in range(0, bins, PACKED_AT_ONCE):
-                stop = smaller(start + PACKED_AT_ONCE, bins)
+            counts = after(rows, numbers + row * bins)
+            for part in range(parts):
+                if touched != 0:
+                    if marks[row * parts + part] == 0:
+                        continue
+                    marks[row * parts + part] = 0
+                first = part * TOUCHED_BINS
+                stop = smaller(first + TOUCHED_BINS, bins)
                 filled = np.int64(0)
-                for j in range(start, stop):
+                for j in range(first, stop):
                     filled |= counts[j]
                 if filled != 0:
-                    for j in range(start, stop):
+                    for j in range(first, stop):
                         if counts[j] != 0:
-                            packed[end], packed[end + 1] = j, counts[j]
+                            if bins <= NARROW_BINS:
+                                narrow[end] = j
+                            else:
+                                wide[end] = j
+                            held[end] = counts[j]
                             counts[j] = 0
-                            end += 2
-            packed[sizes + row] = (end - before) // 2
-        return end
+                            end += 1
+            ends[row] = end
+        if bins <= NARROW_BINS:
+            for j in range(end, (end + 3) // 4 * 4):
+                narrow[j] = 0
+            start += (end + 3) // 4 * 8
+        else:
+            if end & 1:
+                wide[end] = 0
+            start += (end + 1) // 2 * 8
+        if is_wide:
+            longs = pointer(start, np.int64)
+            for j in range(end):
+                longs[j] = held[j]
+            return start + 8 * end - target
+        shorts = pointer(start, np.uint32)
+        for j in range(end):
+            shorts[j] = held[j]
+        if end & 1:
+            shorts[end] = 0
+        return start + (end + 1) // 2 * 8 - target
 
-    return compile_entry(pack, "rows", "int64(int64, int64, int64, int64)")
+    return compile_entry(pack, "rows", "int64(int64, int64, int64, int64, int64, int64)")
