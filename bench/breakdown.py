@@ -22,7 +22,7 @@ from training import Run, WithGradstat, build_mlp, seconds_per_step
 
 import gradstat
 from gradstat.engines import cpu
-from gradstat.recording import parameter_hooks, recorder
+from gradstat.recording import delivery, gradients, passes
 
 CALLS, STEPS = 3000, 2000
 
@@ -30,15 +30,16 @@ CALLS, STEPS = 3000, 2000
 CALL: list[tuple[Any, str, str]] = [
     (gradstat, "statistics", "`gradstat.statistics` of four weight gradients"),
     (cpu, "measure", "of it, the engine"),
-    (cpu, "measure_rows", "of it, the engine"),
-    (cpu._Table, "append", "of the engine, reading addresses, sizes, dtypes"),
-    (cpu._Table, "run", "of the engine, the work table and the compiled work"),
+    (cpu.Plan, "__init__", "of the engine, the work table"),
+    (cpu.Plan, "measure", "of the engine, reading addresses and the compiled work"),
 ]
 WATCH: list[tuple[Any, str, str]] = [
-    (parameter_hooks.BackwardHooks, "_on_gradient", "the hooks of four parameters"),
-    (recorder.Recorder, "end", "end of backward"),
-    *CALL[1:],
-    (recorder.Recorder, "collect", "of the end, the record into the history"),
+    (gradients.BackwardHooks, "_begin", "of the first hook, the beginning of a pass"),
+    (gradients.BackwardHooks, "_on_end", "end of backward"),
+    (passes.Recorder, "measure_waiting", "of it, all that is measured"),
+    (cpu.Plan, "run", "of that, the engine"),
+    (cpu._Table, "run", "of the engine, the compiled work"),
+    (delivery.Delivery, "collect", "of the end, the record into the history"),
 ]
 
 

@@ -1,4 +1,6 @@
-"""What a call of the Triton engine costs the host, with the launches themselves left out.
+"""What the Triton engine costs the host, with the launches themselves left out.
+
+A call for a list of tensors, and a watched backward pass, from the first hook to the filed record.
 
 Usage: python bench/host.py
 """
@@ -12,7 +14,9 @@ from collections.abc import Callable
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: the engine takes CPU tensors
 
 import torch
+from torch import nn
 
+import gradstat
 from gradstat.bins import Bins, LinearBins
 from gradstat.engines import triton as triton_engine
 
@@ -21,10 +25,15 @@ ROUNDS = 1000
 
 
 class NoLaunch:
-    """A kernel that does nothing."""
+    """A kernel that does nothing, as compiled once it was launched."""
+
+    packed_metadata = ()
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = name
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
-        return lambda *arguments, **options: None
+        return lambda *arguments, **options: self
 
 
 def microseconds(tensors: int, bins: Bins) -> float:
@@ -41,11 +50,29 @@ def microseconds(tensors: int, bins: Bins) -> float:
     return 1e6 * min(times)
 
 
+def pass_microseconds(layers: int, bins: Bins) -> float:
+    """What a watched backward pass takes longer than a bare one, least of the rounds of each."""
+    times = {}
+    for is_watched in (False, True):
+        model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(layers)])
+        watch = gradstat.watch(model, bins, engine="triton", capacity=2) if is_watched else None
+        found = []
+        for _ in range(ROUNDS // 5):
+            loss = model(torch.ones(1, 16)).sum()
+            start = time.perf_counter()
+            loss.backward()
+            found.append(time.perf_counter() - start)
+            model.zero_grad(set_to_none=False)  # a GPU gives the same memory again
+        times[is_watched] = min(found)
+        if watch is not None:
+            watch.close()
+    return 1e6 * (times[True] - times[False])
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    triton_engine.measure_kernel = triton_engine.finish_kernel = triton_engine.histogram_kernel = (
-        NoLaunch()
-    )
+    for name in ("measure_kernel", "finish_kernel", "histogram_kernel"):
+        setattr(triton_engine, name, NoLaunch(name))
     # A CPU tensor's counts are zeroed by the host, a GPU's are not: few bins, so that it is small.
     bins = LinearBins(64, -1.0, 1.0)
     times = {tensors: microseconds(tensors, bins) for tensors in TENSORS}
@@ -53,6 +80,8 @@ def main() -> None:
         print(f"{tensors:4} tensors: {time_:6.1f} us a call")
     first, last = TENSORS[0], TENSORS[-1]
     print(f"{(times[last] - times[first]) / (last - first):.2f} us a tensor")
+    for layers in (4, 148):
+        print(f"{layers:4} layers: {pass_microseconds(layers, bins):6.1f} us a watched pass")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,7 @@ if typing.TYPE_CHECKING:
     from gradstat.history import History
     from gradstat.ops import histogram, statistics
     from gradstat.quantized import Quantization
-    from gradstat.recording.running_watch import Watch
-    from gradstat.recording.watch import watch
+    from gradstat.recording.watch import Watch, watch
     from gradstat.results import Statistics
     from gradstat.thresholds import Thresholds
 
@@ -50,7 +49,7 @@ _HOMES = {
     "Quantization": "quantized",
     "Statistics": "results",
     "Thresholds": "thresholds",
-    "Watch": "recording.running_watch",
+    "Watch": "recording.watch",
     "histogram": "ops",
     "noise_scale": "gradient_noise",
     "quantization": "format_ops",

@@ -174,17 +174,19 @@ COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "ba
 def counted_launches() -> Iterator[list[int]]:
     """How many gradients each call of the engine measures."""
     sizes: list[int] = []
-    original = cpu.measure_rows
+    original = cpu.Plan.run
 
-    def measure(tensors: list[Tensor], *arguments: object) -> object:
-        sizes.append(len(tensors))
-        return original(tensors, *arguments)
+    def run(plan: cpu.Plan, tensors: list[Tensor], *arguments: object) -> object:
+        result = original(plan, tensors, *arguments)
+        if result is not None:
+            sizes.append(len(tensors))
+        return result
 
-    cpu.measure_rows = measure
+    cpu.Plan.run = run
     try:
         yield sizes
     finally:
-        cpu.measure_rows = original
+        cpu.Plan.run = original
 
 
 @contextmanager

@@ -151,6 +151,10 @@ class History:
         """
         self._memory.append(Record(step, time.time() if time_s is None else time_s, data))
 
+    def add(self, record: Record) -> None:
+        """Add a record that `watch` has made: of a higher step, and of this history's layout."""
+        self._memory.add(record)
+
     def __getitem__(self, field: str) -> Array:
         """One field of `Statistics` at every step and layer.
 

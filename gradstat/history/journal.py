@@ -118,14 +118,18 @@ class Journal:
         Raises:
             ValueError: a step that is not higher than the last one, bytes of another layout.
         """
-        if self._is_forked:
-            return
         record = Record(step, time.time() if time_s is None else time_s, data)
         check_next(self._like.layout, record, self._newest_step)
+        self.add(record)
+
+    def add(self, record: Record) -> None:
+        """Take a record, as `History.add`."""
+        if self._is_forked:
+            return
         with self._lock:
             waiting = self._state.waiting
             waiting.append(record)
-        self._newest_step = step
+        self._newest_step = record.step
         if len(waiting) >= _MOST_WAITING:
             self._pack_waiting()
         if not self._is_due:

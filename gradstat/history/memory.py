@@ -92,8 +92,12 @@ class Memory:
         Raises:
             ValueError: a step that is not higher than the last one's, bytes of another layout.
         """
+        check_next(self.layout, record, self.last_step)
+        self.add(record)
+
+    def add(self, record: Record) -> None:
+        """Add a record of a higher step, which an engine has made for this layout."""
         records = self._kept.records
-        check_next(self.layout, record, records[-1].step if records else -math.inf)
         if self._is_snapshot:
             self._columns, self._is_snapshot = {}, False
         if self._capacity is None:
@@ -110,6 +114,12 @@ class Memory:
         if len(records) >= capacity:
             records, stride = records[::2], 2 * stride
         return _Kept([*records, record], n_appended + 1, stride)
+
+    @property
+    def last_step(self) -> float:
+        """The number of the newest one; minus infinity without any."""
+        records = self._kept.records
+        return records[-1].step if records else -math.inf
 
     def __len__(self) -> int:
         """Number of records, S."""

@@ -15,8 +15,7 @@ from gradstat.formats import asked_formats
 from gradstat.history import History
 from gradstat.record import GRAD, GRAD_OUTPUT
 from gradstat.recording.options import EVERYTHING
-from gradstat.recording.running_watch import Watch
-from gradstat.recording.watch import watch
+from gradstat.recording.watch import Watch, watch
 
 _KNOWN = ("model", "when", "optimizer", "scaler", "accumulation_steps", "first_step")
 _OPTIONS = tuple(name for name in inspect.signature(watch).parameters if name not in _KNOWN)

@@ -27,8 +27,8 @@ from gradstat.integrations.viewers import (
     scalars,
 )
 from gradstat.record import GRAD, Row
+from gradstat.recording.delivery import RunWriter
 from gradstat.recording.options import check_directory
-from gradstat.recording.run_writer import RunWriter
 
 _HISTOGRAM = {GRAD: "gradient"}  # others: "histogram"
 _NUMBERS = itertools.count()  # of files of this process

@@ -20,7 +20,7 @@ from gradstat.integrations.viewers import (
     rows,
 )
 from gradstat.integrations.wandb_charts import MAX_POINTS, summary
-from gradstat.recording.run_writer import RunWriter
+from gradstat.recording.delivery import RunWriter
 
 if TYPE_CHECKING:
     import wandb

@@ -1,19 +1,38 @@
-"""`Delivery`: hands records that have arrived to the history, the journal and the sink."""
+"""From the device to whoever is to have it: transfers to the host, records that have arrived.
+
+A pass leaves launches, whose results are sent to the host: parts of a record. When all of them have
+arrived they become the bytes of one record, see `gradstat.record`, which goes to the history, the
+journal and the sink. No memory of a transfer is kept after that.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from itertools import takewhile
+from typing import NamedTuple, TypeAlias
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradstat.arrays import Array
+from gradstat.bins import LinearBins
 from gradstat.diagnosis.alerts import Alerts
+from gradstat.engines.protocol import NUMBERS
+from gradstat.forks import call_after_fork
 from gradstat.history import History
 from gradstat.history.journal import Journal
-from gradstat.recording.arrivals import Record, Rows, dense, packed
-from gradstat.recording.cuda_graphs import Cadence
-from gradstat.recording.run_writer import RunWriter
-from gradstat.results import Statistics, as_statistics
+from gradstat.history.union_quantized import union_of
+from gradstat.ops import import_engine
+from gradstat.quantized import PACKED
+from gradstat.record import OF_OUTPUTS, Record, RecordLayout
+from gradstat.recording.cuda import Computed, Launch, Schedule, Transfer, take_over
+from gradstat.results import Statistics, as_arrays, as_statistics
 from gradstat.warning import warn
 
 _NOTHING = nullcontext()
@@ -29,6 +48,303 @@ _FORKED = (
 MANY_BYTES = 1 << 30  # of records in memory, from which on a warning is given
 _LOOK = 64  # records from one look at the memory to the next
 
+# Integers, floats, histograms and formats of some rows, dense.
+_Dense: TypeAlias = tuple[Array, ...]
+
+
+class Part(NamedTuple):
+    """Some rows of a record on their way from one device, or on the host.
+
+    Args:
+        rows: which, in order.
+        data: their bytes; ``None`` while they are on their way.
+        arriving: what holds them then, for several parts together.
+        start: where they begin in it.
+        scales: what the values of a kind are still to be divided by.
+    """
+
+    rows: tuple[int, ...]
+    data: bytes | None
+    arriving: Transfer | None
+    start: int
+    scales: dict[str, Transfer]
+
+    def has_arrived(self, wait: bool) -> bool:
+        """Whether it is there, which it is after waiting."""
+        if self.scales and not all(x.has_arrived(wait) for x in self.scales.values()):
+            return False
+        return self.arriving is None or self.arriving.has_arrived(wait)
+
+
+class ArrivingRecord(NamedTuple):
+    """What one pass measured.
+
+    Args:
+        step: its number, as the host counts.
+        parts: its rows.
+        n_told: passes before it that the host knew of.
+        stamp: of a replay, how many there were in truth, for `Schedule.take_stamp`.
+    """
+
+    step: int
+    parts: list[Part]
+    n_told: int
+    stamp: Transfer | None
+
+    def has_arrived(self, wait: bool) -> bool:
+        """Whether it is there, which it is after waiting."""
+        if self.stamp is not None and not self.stamp.has_arrived(wait):
+            return False
+        for part in self.parts:
+            if (part.arriving is not None or part.scales) and not part.has_arrived(wait):
+                return False
+        return True
+
+
+def send(launches: Sequence[Launch]) -> list[Part]:
+    """Start the results of launches on their way to the host, those of a device in one transfer."""
+    parts: list[Part] = []
+    together: dict[object, list[Launch]] = {}
+    for launch in launches:
+        if isinstance(launch.result, Tensor):
+            scales = tuple(map(id, launch.scales.values()))
+            together.setdefault((launch.result.device, scales), []).append(launch)
+        else:
+            parts.append(Part(launch.rows, launch.result, None, 0, _sent(launch.scales)))
+    for group in together.values():
+        results = [launch.result for launch in group if isinstance(launch.result, Tensor)]
+        for result, launch in zip(results, group, strict=True):
+            take_over([result], launch.stream)
+        arriving = Transfer(results[0] if len(results) == 1 else torch.cat(results))
+        arriving_scales, start = _sent(group[0].scales), 0
+        for result, launch in zip(results, group, strict=True):
+            parts.append(Part(launch.rows, None, arriving, start, arriving_scales))
+            start += result.numel()
+    return parts
+
+
+def _sent(scales: Mapping[str, Computed]) -> dict[str, Transfer]:
+    return {kind: Transfer(scale.get()) for kind, scale in scales.items()} if scales else {}
+
+
+class Assembly:
+    """Makes the bytes of a record of parts that have arrived.
+
+    Args:
+        history: whose records they are.
+    """
+
+    def __init__(self, history: History) -> None:
+        self._bins, self._kinds = history.bins, history.kinds
+        self.layout = history.layout
+        self._is_linear = isinstance(history.bins, LinearBins)
+
+    def record(self, parts: Sequence[Part]) -> bytes:
+        """The whole record; rows that no part has are without values."""
+        n = self.layout.n_rows
+        if len(parts) == 1 and len(parts[0].rows) == n and not self._is_scaled(parts[0]):
+            return parts[0].data or self._data(parts[0])
+        seen = Counter(row for part in parts for row in part.rows)
+        joins = any(n > 1 and self._kinds[row] in OF_OUTPUTS for row, n in seen.items())
+        if joins or not parts or any(map(self._is_scaled, parts)):
+            return self._joined(parts, range(n))
+        layouts = [(part.rows, self._of(part.rows), self._data(part)) for part in parts]
+        return self.layout.assemble(layouts)
+
+    def combined(self, parts: list[Part]) -> list[Part]:
+        """Parts in their order, the first of them that have arrived as one."""
+        arrived = list(takewhile(lambda part: part.has_arrived(wait=False), parts))
+        if len(arrived) < 2:
+            return parts
+        rows = tuple(sorted({row for part in arrived for row in part.rows}))
+        whole = Part(rows, self._joined(arrived, rows), None, 0, {})
+        return [whole, *parts[len(arrived) :]]
+
+    def _joined(self, parts: Sequence[Part], rows: Sequence[int]) -> bytes:
+        """Parts as one, without scales, that has the rows in that order.
+
+        Several rows of a module's outputs are counted together; of others the last one counts.
+        """
+        whole = self._absent(len(rows))
+        place = {row: at for at, row in enumerate(rows)}
+        seen: Counter[int] = Counter()
+        for part in parts:
+            dense = self._unscaled(part)
+            for joins, at in _turns(part.rows, seen, self._kinds):
+                to = [place[part.rows[i]] for i in at]
+                new = tuple(each[at] for each in dense)
+                if joins:
+                    new = self._counted_together(tuple(each[to] for each in whole), new)
+                for each, values in zip(whole, new, strict=True):
+                    each[to] = values
+        return self._of(rows).pack(whole[0], whole[1], whole[3], whole[2])
+
+    def _counted_together(self, before: _Dense, new: _Dense) -> _Dense:
+        """The same rows, counted together."""
+        a, b = (as_statistics(self._bins, each[:3]) for each in (before, new))
+        return *as_arrays(a.merge(b)), union_of(np.stack([before[3], new[3]]))
+
+    def _unscaled(self, part: Part) -> _Dense:
+        layout, data = self._of(part.rows), self._data(part)
+        dense: _Dense = (layout.integers(data), layout.floats(data), layout.dense(data))
+        dense = (*dense, layout.formats(data))
+        if not self._is_scaled(part):
+            return dense
+        dense = tuple(each.copy() for each in dense)
+        for kind, scale in part.scales.items():
+            at = [i for i, row in enumerate(part.rows) if self._kinds[row] == kind]
+            if at:
+                scaled = as_statistics(self._bins, tuple(each[at] for each in dense[:3]))
+                unscaled = scaled.unscale(scale.host().double())
+                for each, new in zip(dense, as_arrays(unscaled), strict=False):
+                    each[at] = new
+        return dense
+
+    def _is_scaled(self, part: Part) -> bool:
+        return bool(part.scales) and not self._is_linear
+
+    def _data(self, part: Part) -> bytes:
+        if part.data is not None:
+            return part.data
+        layout, arriving = self._of(part.rows), part.arriving
+        assert arriving is not None
+        n_formats = len(part.rows) * layout.n_formats * len(PACKED)
+        size = len(part.rows) * (NUMBERS + layout.n_bins) + n_formats
+        rows = arriving.host()[part.start : part.start + size]
+        # Compiled, and so not imported before it is needed.
+        packed: bytes = import_engine("cpu").pack(rows, len(part.rows), layout.n_bins, n_formats)
+        return packed
+
+    def _of(self, rows: Sequence[int]) -> RecordLayout:
+        return replace(self.layout, n_rows=len(rows))
+
+    def _absent(self, n: int) -> _Dense:
+        """Rows without values."""
+        layout = self.layout
+        numbers = NUMBERS // 2
+        return (
+            np.zeros((n, numbers), np.int64),
+            np.full((n, numbers), np.nan),
+            np.zeros((n, layout.n_bins), np.int64),
+            np.full((n, layout.n_formats, len(PACKED)), np.nan),
+        )
+
+
+def _turns(
+    rows: Sequence[int], seen: Counter[int], kinds: list[str]
+) -> Iterable[tuple[bool, list[int]]]:
+    """Positions in turns, in each of which no row comes twice.
+
+    Returns:
+        For each turn whether its rows join those before, and where they are.
+    """
+    turns: dict[tuple[int, bool], list[int]] = {}
+    for at, row in enumerate(rows):
+        joins = seen[row] > 0 and kinds[row] in OF_OUTPUTS
+        turns.setdefault((seen[row], joins), []).append(at)
+        seen[row] += 1
+    return [(joins, at) for (_, joins), at in turns.items()]
+
+
+class RunWriter:
+    """Takes what a watch records and what is logged in it; never stops a training.
+
+    The first exception becomes a RuntimeWarning, and nothing more is written. A forked process
+    writes nothing. When one run has ended, the writer takes another one.
+
+    Args:
+        name: of the function that made it, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._history: History | None = None
+        self._is_writing = False
+        call_after_fork(self)
+
+    def check_new(self) -> None:
+        """Raise ValueError if it writes another run, which has not ended."""
+        if self._is_writing:
+            raise ValueError(
+                f"watch() needs a sink of its own; sink is a {self._name} that writes another run"
+            )
+
+    def begin(self, history: History, first_step: int | None, collect: Callable[[], None]) -> None:
+        """Take the run that is to be written.
+
+        Args:
+            history: to which its records are added.
+            first_step: of a run that is resumed: those from there on are superseded.
+            collect: waits for all of its records and ends it; for viewers that end before it.
+        """
+        self._history, self._collect, self._is_writing = history, collect, True
+        self._try(lambda: self.start(history, first_step))
+
+    def __call__(self, step: int, statistics: Statistics) -> None:
+        """Write a record.
+
+        Args:
+            step: its number.
+            statistics: shape ``(L,)``, on the CPU.
+        """
+        history = self._history
+        if history is None:
+            raise RuntimeError(f"{self._name} needs a watch, as in watch(model, sink=...)")
+        if not self._is_writing:
+            return
+        record = History(history.rows, history.bins)
+        integers, floats, counts = as_arrays(statistics)
+        record.append(step, record.layout.pack(integers, floats, None, counts))
+        self._try(lambda: self.write_record(record, step))
+
+    def add_scalar(self, name: str, step: int, value: float) -> None:
+        """Write a logged value; arguments as of `History.add_scalar`."""
+        self._try(lambda: self.write_scalar(name, step, value))
+
+    def finish(self) -> None:
+        """Write what is left; the run has ended."""
+        history = self._history
+        if history is not None:
+            self._try(lambda: self.end(history))
+        self._is_writing = False
+
+    def forget_other_threads(self) -> None:
+        """In a forked process: write nothing, which is for the other one to do."""
+        self._is_writing = False
+
+    def end_run(self) -> None:
+        """End the run that is written, before its watch does."""
+        if self._is_writing:
+            self._collect()
+
+    def start(self, history: History, first_step: int | None) -> None:
+        """Open what is written to; of each viewer."""
+        raise NotImplementedError
+
+    def write_record(self, record: History, step: int) -> None:
+        """Write the one record of a history; of each viewer."""
+        raise NotImplementedError
+
+    def write_scalar(self, name: str, step: int, value: float) -> None:
+        """Write a logged value; of each viewer."""
+        raise NotImplementedError
+
+    def end(self, history: History) -> None:
+        """Write what is left, and close; of each viewer."""
+        raise NotImplementedError
+
+    def _try(self, write: Callable[[], object]) -> None:
+        if not self._is_writing:
+            return
+        try:
+            write()
+        except Exception as error:
+            self._is_writing = False
+            warn(
+                f"{self._name} has stopped writing, the training and its record go on: "
+                f"{type(error).__name__}: {error}"
+            )
+
 
 class Delivery:
     """Records on their way to whoever is to have them, oldest first.
@@ -38,7 +354,7 @@ class Delivery:
 
     Args:
         history: is given each record.
-        cadence: tells the steps of captured passes.
+        schedule: tells the steps of captured passes.
         sink: is given each record too.
         journal: so is it.
         alerts: look at each record, too.
@@ -47,25 +363,30 @@ class Delivery:
     def __init__(
         self,
         history: History,
-        cadence: Cadence,
+        schedule: Schedule,
         sink: Sink | None,
         journal: Journal | None,
         alerts: Alerts | None,
     ) -> None:
-        self._history, self._cadence = history, cadence
+        self._history, self._schedule = history, schedule
         self._sink, self._journal, self._alerts = sink, journal, alerts
-        self._pending: deque[Record] = deque()
+        self._assembly = Assembly(history)
+        self._pending: deque[ArrivingRecord] = deque()
         self._newest_step = -1
-        self._arrived: deque[tuple[int, Rows]] = deque()
+        self._arrived: deque[Record] = deque()
         # Held while records are moved, and handed on, by whoever does so further out in the thread.
         # `_NOTHING` goes with each: an interrupt just before the end of a single context would
         # leave it locked.
         self._moving, self._handing_on = threading.Lock(), threading.Lock()
         self._is_to_warn = self._has_told_bytes = False
 
-    def add(self, record: Record) -> None:
+    def add(self, record: ArrivingRecord) -> None:
         """Take a record that may still be on its way from its device."""
         self._pending.append(record)
+
+    def combine_arrived(self, parts: list[Part]) -> list[Part]:
+        """Parts of a record in their order, the first of them that have arrived as one."""
+        return self._assembly.combined(parts)
 
     def collect(self, wait: bool) -> None:
         """Hand on records: those that have arrived, or all."""
@@ -77,9 +398,10 @@ class Delivery:
         if sink is not None and self._arrived and not self._handing_on.locked():
             with self._handing_on, _NOTHING:
                 while self._arrived:
-                    step, rows = self._arrived.popleft()
-                    sink(step, as_statistics(self._history.bins, dense(rows)[:3]))
-        self.tell_alerts()
+                    record, layout = self._arrived.popleft(), self._assembly.layout
+                    sink(record.step, layout.statistics(record.data, self._history.bins))
+        if self._alerts is not None:
+            self._alerts.tell()
 
     @property
     def is_pending(self) -> bool:
@@ -115,20 +437,22 @@ class Delivery:
             record = self._pending.popleft()
             step: int | None = record.step
             if record.stamp is not None:
-                step = self._cadence.take_stamp(record.stamp, record.n_told)
+                step = self._schedule.take_stamp(record.stamp, record.n_told)
             if step is None or step <= self._newest_step:
                 continue  # replayed() was not called once for each replay
             self._newest_step = step
-            rows = record.rows()
-            data = packed(self._history.layout, rows)
-            self._history.append(step, data)
-            self._watch_memory()
+            data = self._assembly.record(record.parts)
+            filed = Record(step, time.time(), data)
+            self._history.add(filed)
+            if not self._has_told_bytes and len(self._history) % _LOOK == 0:
+                self._watch_memory()
             if self._journal is not None:
-                self._journal.append(step, data)
+                self._journal.add(filed)
             if self._alerts is not None:
-                self._alerts.see_record(*rows[:2])
+                layout = self._assembly.layout
+                self._alerts.see_record(layout.integers(data), layout.floats(data))
             if self._sink is not None:
-                self._arrived.append((step, rows))
+                self._arrived.append(filed)
             if self._is_to_warn:
                 self._is_to_warn = False
                 warn(_FORKED)
@@ -136,7 +460,7 @@ class Delivery:
     def _watch_memory(self) -> None:
         """Say once that the records take a lot of memory."""
         history = self._history
-        if self._has_told_bytes or len(history) % _LOOK or history.nbytes < MANY_BYTES:
+        if history.nbytes < MANY_BYTES:
             return
         self._has_told_bytes = True
         warn(

@@ -1,19 +1,32 @@
-"""Options of `watch` that are checked before anything is changed."""
+"""Options of `watch`, checked before anything is changed, and what of a model they select."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import re
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias, TypeVar
 
+import torch
 from torch import nn
 from torch.amp import GradScaler
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from gradstat.bins import Bins, LinearBins
 from gradstat.record import ACTIVATION, GRAD, GRAD_OUTPUT, OF_OUTPUTS, PARAM, UNIT, UPDATE
-from gradstat.recording.selection import ModuleSelector
+from gradstat.recording.torch_internals import name_of_wrapped, parameter_ids
+from gradstat.warning import warn
 
+Item = TypeVar("Item")
+Selector: TypeAlias = str | Callable[[str, Item], bool]
+ParameterSelector: TypeAlias = Selector[nn.Parameter]
+ModuleSelector: TypeAlias = Selector[nn.Module]
+
+_MOST_NAMES = 5  # in a warning
+LOOKS = 64  # passes, or calls, from one look at whether parameters were replaced to the next
 EVERYTHING = "all"
 # What may be asked for, and the kinds of rows it makes.
 _WHAT = {
@@ -120,3 +133,159 @@ def check_holds(optimizer: Optimizer, selected: Sequence[nn.Parameter]) -> None:
             f"watch() needs an optimizer of the model's parameters; optimizer is "
             f"{type(optimizer).__name__} with {len(held)} others, {len(selected)} are selected"
         )
+
+
+def select_parameters(
+    model: nn.Module, parameters: ParameterSelector | None
+) -> dict[str, nn.Parameter]:
+    """Floating-point parameters to watch, by plain name; by default all but biases.
+
+    Args:
+        model: whose they are.
+        parameters: regular expression or function of name and parameter.
+
+    Raises:
+        TypeError: a selector of another kind.
+        ValueError: none that needs a gradient, one without a shape so far, a bad expression.
+    """
+    matches = _is_weight if parameters is None else _matcher("parameters", parameters)
+    selected = {}
+    for full_name, parameter in model.named_parameters():
+        name = plain_name(model, full_name)
+        if not parameter.is_floating_point() or not matches(name, parameter):
+            continue
+        if is_lazy(parameter):
+            raise ValueError(
+                f"watch() needs initialised parameters; {name} of {type(model).__name__} gets its "
+                f"shape from the first batch: run one first"
+            )
+        selected[name] = parameter
+    if not any(parameter.requires_grad for parameter in selected.values()):
+        total = sum(1 for _ in model.parameters())
+        raise ValueError(
+            f"watch() needs a model with parameters that require gradients; model is "
+            f"{type(model).__name__} with {total} parameters, {len(selected)} selected by "
+            f"parameters={parameters!r}, none of them requiring a gradient"
+        )
+    return selected
+
+
+def select_modules(model: nn.Module, modules: ModuleSelector | None) -> dict[str, nn.Module]:
+    """Modules whose outputs to watch, by plain name; by default those without modules in them.
+
+    What wraps another module is none of them: it returns the same.
+
+    Args:
+        model: whose they are; its own name is that of its class in parentheses.
+        modules: regular expression or function of name and module.
+
+    Raises:
+        TypeError: a selector of another kind.
+        ValueError: none selected, a bad expression.
+    """
+    matches = _usual_modules(model) if modules is None else _matcher("modules", modules)
+    selected = {}
+    for full_name, module in model.named_modules():
+        if name_of_wrapped(module) is not None:
+            continue
+        name = plain_name(model, full_name) or f"({type(module).__name__})"
+        # Those of TorchScript take no hooks.
+        if matches(name, module) and not isinstance(module, torch.jit.ScriptModule):
+            selected[name] = module
+    if not selected:
+        total = sum(1 for _ in model.modules())
+        raise ValueError(
+            f"watch() needs modules to see the outputs of; model is {type(model).__name__} with "
+            f"{total} modules, none of them selected by modules={modules!r}"
+        )
+    return selected
+
+
+class Replaced:
+    """Tells of watched parameters that the model no longer has: no hook sees what replaced them.
+
+    Args:
+        model: whose they are.
+        selected: by plain name.
+    """
+
+    def __init__(self, model: nn.Module, selected: Mapping[str, nn.Parameter]) -> None:
+        self._model = weakref.ref(model)
+        self._known = {name: weakref.ref(parameter) for name, parameter in selected.items()}
+        # FSDP puts others in their places while a pass computes.
+        is_flat = any("_fsdp_wrapped_module" in name for name, _ in model.named_modules())
+        self._may_leave = {
+            name for name, each in selected.items() if is_flat or hasattr(each, "device_mesh")
+        }
+        self._has_told = False
+
+    def look(self) -> None:
+        """Warn once if parameters have been replaced."""
+        model = self._model()
+        if model is None or self._has_told:
+            return
+        there = parameter_ids(model)
+        gone = [name for name in self._known if self._is_gone(name, there)]
+        if gone:
+            self._has_told = True
+            some = ", ".join(gone[:_MOST_NAMES]) + ", ..." * (len(gone) > _MOST_NAMES)
+            warn(
+                f"watch() sees {len(self._known) - len(gone)} of its {len(self._known)} parameters "
+                f"in the model, others have been replaced or taken out: {some}; watch() again to "
+                f"see what is there now"
+            )
+
+    def _is_gone(self, name: str, there: set[int]) -> bool:
+        parameter = self._known[name]()
+        return parameter is None or not (id(parameter) in there or name in self._may_leave)
+
+
+def plain_name(model: nn.Module, name: str) -> str:
+    """The name of a parameter or module without those that wrappers put into it.
+
+    Args:
+        model: whose it is.
+        name: in the model, wrappers such as ``torch.compile`` or DistributedDataParallel included.
+    """
+    module: nn.Module | None = model
+    kept = []
+    for part in name.split("."):
+        if module is None or part != name_of_wrapped(module):
+            kept.append(part)
+        module = None if module is None else dict(module.named_children()).get(part)
+    return ".".join(kept)
+
+
+def _matcher(argument: str, selector: Selector[Item]) -> Callable[[str, Item], bool]:
+    if isinstance(selector, str):
+        try:
+            pattern = re.compile(selector)
+        except re.error as error:
+            raise ValueError(
+                f"watch() needs a regular expression; {argument} is {selector!r}: {error}"
+            ) from error
+        return lambda name, _: pattern.search(name) is not None
+    if callable(selector):
+        return selector
+    raise TypeError(f"watch() needs a regular expression or a function; {argument} is {selector!r}")
+
+
+def _is_weight(name: str, parameter: nn.Parameter) -> bool:
+    return "bias" not in name.rpartition(".")[2]
+
+
+def _usual_modules(model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    """Those without modules in them, and attention, which never calls the projection in it."""
+    attention = nn.MultiheadAttention
+    # A subclass may call its projections, as PyTorch's quantizable one does.
+    whole = [
+        m
+        for m in model.modules()
+        if isinstance(m, attention) and type(m).forward is attention.forward
+    ]
+    inside = {id(part) for module in whole for part in module.children()}
+    outside = set(map(id, whole))
+    return lambda _, module: (
+        id(module) in outside
+        or (id(module) not in inside and next(module.children(), None) is None)
+    )

@@ -57,7 +57,7 @@ def _place(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> tuple[int, tu
     return int(mesh.mesh[tuple(first)]), (PARTIAL if is_partial else part, n_parts)
 
 
-def note_holding(history: History, row: int, x: Tensor) -> bool:
+def note_placement(history: History, row: int, x: Tensor) -> bool:
     """Tell a history what this rank holds of a row; returns whether it is a DTensor."""
     mesh = getattr(x, "device_mesh", None)
     if mesh is None:
@@ -70,7 +70,7 @@ def note_holding(history: History, row: int, x: Tensor) -> bool:
     return True
 
 
-def copy_holding(history: History, row: int, like: int) -> None:
+def copy_placement(history: History, row: int, like: int) -> None:
     """Tell a history that this rank holds the same part of a row as of another one."""
     history.origins[row] = history.origins[like]
     if (placements := history.placements) is not None:

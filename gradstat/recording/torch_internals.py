@@ -54,21 +54,31 @@ def disable_dynamo(function: Function) -> Function:
     return cast(Function, call)
 
 
-def call_at_end_of_backward(function: Callable[[], None]) -> None:
-    """Have autograd call a function when the running pass ends; without it no pass has a record."""
-    torch.autograd.Variable._execution_engine.queue_callback(function)
+def is_cuda_initialized() -> bool:
+    """Whether this process uses CUDA: asked for at each pass, so it must cost next to nothing."""
+    return torch.cuda._initialized and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
 
 
-def running_node() -> Node | None:
-    """The node of a graph whose backward runs in this thread: tells checkpoints from other code."""
-    node: Node | None = torch._C._current_autograd_node()
-    return node
+# What compiles frames that run now, if anything does: hooks stay out of its way. This and the next
+# are PyTorch's own functions, not ours around them, since hooks call them at each gradient.
+compiler_callback: Callable[[], object] = get_eval_frame_callback
+
+# Number of the backward pass of this thread, -1 outside: a scale is taken once in each.
+running_pass: Callable[[], int] = torch._C._current_graph_task_id
+
+# The node of a graph whose backward runs in this thread: tells checkpoints from other code.
+running_node: Callable[[], Node | None] = torch._C._current_autograd_node
 
 
-def running_pass() -> int:
-    """Number of the backward pass of this thread, -1 outside: a scale is taken once in each."""
-    number: int = torch._C._current_graph_task_id()
-    return number
+def raw_stream(device: int) -> int:
+    """The current stream of a CUDA device, as CUDA's own number; asking for it takes little."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
+# Has autograd call a function when the running pass ends; without it no pass has a record.
+call_at_end_of_backward: Callable[[Callable[[], None]], None] = (
+    torch.autograd.Variable._execution_engine.queue_callback
+)
 
 
 def is_in_backward() -> bool:
@@ -209,8 +219,14 @@ def multiplied(tensors: list[Tensor], factor: Tensor) -> list[Tensor]:
     return list(torch._foreach_mul(tensors, factor))
 
 
-def run_first(parameter: Tensor, handle: RemovableHandle) -> list[Callable[..., None]]:
-    """Move a hook on a parameter's gradient before the others, which are returned.
+def hooks_on_gradient(parameter: Tensor) -> list[Callable[..., None]]:
+    """The hooks that see a parameter's gradient when it has been accumulated."""
+    hooks: dict[int, Callable[..., None]] | None = parameter._post_accumulate_grad_hooks
+    return [*(hooks or {}).values()]
+
+
+def run_first(parameter: Tensor, handle: RemovableHandle) -> None:
+    """Move a hook on a parameter's gradient before the others.
 
     Without it what others do to a gradient in hooks that were there before comes first.
     """
@@ -219,7 +235,6 @@ def run_first(parameter: Tensor, handle: RemovableHandle) -> list[Callable[..., 
     # PyTorch takes them in the order of insertion, not in that of OrderedDict.move_to_end(). In one
     # call, in which an interrupt cannot lose one.
     list(map(hooks.__setitem__, others, map(hooks.pop, others)))
-    return [hooks[key] for key in others]
 
 
 def parameter_ids(model: nn.Module) -> set[int]:

@@ -1,14 +1,20 @@
-"""`watch`: hooks on a model that measure its gradients during backward, into a `History`."""
+"""`watch` hangs hooks on a model that measure its gradients, and returns the running `Watch`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import sys
+import weakref
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
+from types import TracebackType
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.cuda import CUDAGraph
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -20,28 +26,29 @@ from gradstat.history.journal import Journal
 from gradstat.history.rank_directories import own_directory
 from gradstat.ops import check_bins, check_engine
 from gradstat.record import KINDS, OF_OUTPUTS, Row
-from gradstat.recording import open_watches, options
-from gradstat.recording.cuda_graphs import Cadence
-from gradstat.recording.delivery import Delivery, Sink
-from gradstat.recording.logged import LearningRates, Logged
-from gradstat.recording.module_hooks import OutputHooks
-from gradstat.recording.parameter_hooks import BackwardHooks, StepHook
-from gradstat.recording.recorder import Recorder
-from gradstat.recording.run_writer import RunWriter
-from gradstat.recording.running_watch import Watch
-from gradstat.recording.selection import (
+from gradstat.recording import options
+from gradstat.recording.cuda import Schedule, SideStream
+from gradstat.recording.delivery import Delivery, RunWriter, Sink
+from gradstat.recording.gradients import BackwardHooks, StepHook
+from gradstat.recording.live import LiveView, html_of
+from gradstat.recording.options import (
     ModuleSelector,
     ParameterSelector,
-    Replaced,
     select_modules,
     select_parameters,
 )
+from gradstat.recording.outputs import OutputHooks
+from gradstat.recording.passes import Recorder
+from gradstat.recording.scalars import LearningRates, Scalars
 from gradstat.recording.shards import rank_and_world, usual_origins
-from gradstat.recording.streams import SideStream
-from gradstat.recording.torch_internals import unwrapped
+from gradstat.recording.torch_internals import SparingCaptures, disable_dynamo, unwrapped
+from gradstat.results import Statistics
+from gradstat.warning import warn
 
 Kind = Literal["grad", "param", "update", "activation", "grad_output"]
 What = Kind | Literal["all"] | Sequence[Kind]
+Hooks = BackwardHooks | StepHook
+Others = OutputHooks | LearningRates
 
 
 def watch(
@@ -215,37 +222,37 @@ def watch(
     if path is not None:
         journal = Journal(own_directory(Path(path), history.rank), history, first_step)
     side = SideStream() if stream == "side" else None
-    cadence = Cadence(every, accumulation_steps, weights, engine, first_step or 0)
+    schedule = Schedule(every, accumulation_steps, weights, engine, first_step or 0)
     alerts = None
     if alert is not None:
         alerts = Alerts(history, alert, is_scaled=scaler is not None)
     keepers = [each.add_scalar for each in (history, journal, writer) if each is not None]
-    replaced = Replaced(model, selected)
-    logged = Logged(cadence, keepers, alerts, replaced)
-    delivery = Delivery(history, cadence, sink, journal, alerts)
-    recorder = Recorder(history, cadence, logged, delivery, replaced, bucket_bytes, engine, side)
+    replaced = options.Replaced(model, selected)
+    scalars = Scalars(schedule, keepers, alerts, replaced)
+    delivery = Delivery(history, schedule, sink, journal, alerts)
+    recorder = Recorder(history, schedule, scalars, delivery, replaced, bucket_bytes, engine, side)
     # Parameters by their ids: others may have taken their places, and names, since.
     watched = (*rows, *map(id, weights), *history.formats)
     measures = (*watched, scheme, every, when, accumulation_steps, capacity, stream, engine)
-    open_watches.make_room(model, name, measures)
+    _make_room(model, name, measures)
     if writer is not None:
         writer.begin(history, first_step, recorder.finish)
-    hooks: open_watches.Hooks
+    hooks: Hooks
     stepping = optimizer if when == "step" else None
     if when == "backward":
         at_once = _is_changed_in_backward(model)
         hooks = BackwardHooks(weights, recorder, scaler, at_once)
     else:
         hooks = StepHook(weights, recorder, optimizer, calls_only=when == "call")
-    others: list[open_watches.Others] = []
+    others: list[Others] = []
     if seen:
         others.append(
             OutputHooks(model, list(seen.values()), recorder, scaler, stepping, hooks.is_running)
         )
     if optimizer is not None:
-        hooks.rates = LearningRates(optimizer, logged.add)
+        hooks.rates = LearningRates(optimizer, scalars.add)
         others.append(hooks.rates)
-    open_watches.add(model, name, measures, recorder, hooks, others)
+    _add_open(model, name, measures, recorder, hooks, others)
     return Watch(recorder, hooks, others)
 
 
@@ -255,3 +262,257 @@ def _is_changed_in_backward(model: nn.Module) -> bool:
         isinstance(module, DistributedDataParallel) and module.static_graph
         for module in model.modules()
     )
+
+
+class Watch:
+    """Running hooks; made by `watch`.
+
+    Args:
+        recorder: what the hooks feed.
+        hooks: on the parameters or the optimizer.
+        others: on the modules, if any, and on the optimizer, if it is known.
+    """
+
+    def __init__(self, recorder: Recorder, hooks: Hooks, others: list[Others]) -> None:
+        self._recorder, self._hooks, self._others = recorder, hooks, others
+        self._views: list[LiveView] = []
+        # A run that ends without close() loses nothing either: hooks live as long as the model.
+        self._finish = weakref.finalize(hooks, recorder.finish)
+
+    @property
+    def history(self) -> History:
+        """All records so far; waits for those still on their way from the device.
+
+        Always the same object, to which later records are added; any thread may read it meanwhile,
+        and `History.snapshot` holds those of one moment.
+        """
+        with self._recorder.lock:
+            self._recorder.collect(wait=True)
+        return self._recorder.history
+
+    @property
+    def last(self) -> Statistics:
+        """The newest record, shape ``(L,)``, on the CPU; waits for it.
+
+        Raises:
+            KeyError: there is none yet.
+        """
+        with self._recorder.lock:
+            return self.history.record(-1)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: whether it is open, and its history."""
+        return html_of(self.history, is_open=not self._recorder.is_closed)
+
+    def live(self, every_s: float = 3.0) -> None:
+        """Show the run below a notebook's cell, and draw it again as the training goes on.
+
+        Size, findings, the loss and a map, as for the watch as a cell's last line; call it in the
+        cell that trains, or in one before it. It is drawn in a thread of its own, which takes a
+        twentieth of the time at most, and once more when the watch is closed. It needs no server.
+
+        Args:
+            every_s: seconds from one drawing to the next, 0.1 to 86,400.
+
+        Raises:
+            TypeError: no number.
+            ValueError: fewer seconds, or more.
+            RuntimeError: outside a notebook, or the watch is closed.
+        """
+        if not isinstance(every_s, Real) or isinstance(every_s, bool):
+            raise TypeError(f"live() needs a number of seconds; every_s is {every_s!r}")
+        if not 0.1 <= every_s <= 86_400:
+            raise ValueError(f"live() needs 0.1 to 86,400 seconds; every_s is {every_s}")
+        self._check_open("live()")
+        self._views.append(LiveView(self._recorder, self._hooks, float(every_s)))
+
+    def measure(self) -> None:
+        """Make a record of the gradients as they are, for ``when="call"``.
+
+        One with updates is done when the optimizer has stepped; without a step before the next call
+        it has none.
+
+        Raises:
+            ValueError: another ``when``.
+            RuntimeError: the watch is closed.
+        """
+        if not isinstance(self._hooks, StepHook) or not self._hooks.calls_only:
+            when = "step" if isinstance(self._hooks, StepHook) else "backward"
+            raise ValueError(f"measure() needs watch(when='call'); when is {when!r}")
+        self._check_open("measure()")
+        self._hooks.measure()
+
+    @disable_dynamo
+    def log(self, **values: float | Tensor) -> None:
+        """Keep numbers such as the loss with the record, at every step, recorded or not.
+
+        A value belongs to the pass that has just ended (a step, for ``when="step"``), unless that
+        one has a value of this name already: then to the coming one. So it may be called before or
+        after ``backward()``. Several values of one name in one step are all kept.
+
+        Nothing waits for a device, and no graph is kept alive. `History.scalar` has the values.
+
+        Args:
+            **values: by name, numbers or 0-dim tensors on any device; they may be changed
+                afterwards.
+
+        Raises:
+            TypeError: what is no number.
+            ValueError: a tensor that is not 0-dim.
+            RuntimeError: within the capture of a CUDA graph.
+
+        Example:
+            >>> import torch, gradstat
+            >>> model = torch.nn.Linear(3, 2)
+            >>> with gradstat.watch(model) as w:
+            ...     loss = model(torch.ones(1, 3)).square().sum()
+            ...     loss.backward()
+            ...     w.log(loss=loss, tokens=3)
+            >>> w.history.scalars, w.history.scalar("tokens")
+            (['loss', 'tokens'], (array([0]), array([3.])))
+        """
+        with self._recorder.lock:
+            self._recorder.scalars.add(values)
+            self._recorder.tell_alerts()
+
+    def replayed(self, graph: CUDAGraph | None = None) -> None:
+        """Make records of the passes of a CUDA graph that was replayed, of those that are due.
+
+        Call it once after each ``graph.replay()``, before the next one, also where no record is
+        due: ``every`` and ``accumulation_steps`` count the passes of a replay like those outside
+        graphs. The capture itself counts as none.
+
+        The graph counts its passes itself, on the device, and measures only those that are due.
+        That count is what holds: the record of a replay has the step that the device counted. After
+        a replay without a call, or a call without a replay, the next record that arrives tells of
+        it: a warning says so, and calls are counted anew from there. Records that came due until
+        then may be missing; none has the values of another step. float64 tensors, more than 4,093
+        linear bins, narrow formats and the engines other than Triton's are measured in each replay.
+
+        Args:
+            graph: what was replayed; by default the graph that was captured last.
+
+        Raises:
+            RuntimeError: no pass was captured in it while this watched.
+        """
+        with self._recorder.lock:
+            if not self._recorder.replayed(graph):
+                raise RuntimeError(
+                    "replayed() needs a training step that was captured under watch(); there is "
+                    "none"
+                )
+
+    def close(self) -> None:
+        """Take the hooks off the model; `history` stays readable.
+
+        What a pass has measured that has not ended is kept as the last record, which
+        `History.partial_step` names, if an exception has stopped it or a value that is not finite
+        was logged for it: that of a script which stops at a NaN loss before its backward pass.
+
+        Waits for records on their way from the device if they are to be written or handed on.
+        """
+        with self._recorder.lock:
+            _close(self._recorder, self._hooks, self._others)
+            self._finish.detach()
+        for view in self._views:
+            view.finish()
+
+    def __enter__(self) -> Watch:
+        """The watch itself.
+
+        Raises:
+            RuntimeError: it is closed.
+        """
+        self._check_open("with")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    def _check_open(self, function: str) -> None:
+        if self._recorder.is_closed:
+            raise RuntimeError(f"{function} needs a watch that is not closed; watch() again")
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A watch, without what would keep its model alive.
+
+    Args:
+        name: given by the user, or ``None``.
+        measures: equal for watches that measure the same.
+        recorder: what the hooks feed.
+        hooks: on the parameters or the optimizer.
+        others: on the modules and for the learning rate.
+    """
+
+    name: str | None
+    measures: Hashable
+    recorder: Recorder
+    hooks: weakref.ref[Hooks]
+    others: list[weakref.ref[Others]]
+
+    @property
+    def is_open(self) -> bool:
+        return not self.recorder.is_closed and self.hooks() is not None
+
+
+_OPEN: weakref.WeakKeyDictionary[nn.Module, list[_Open]] = weakref.WeakKeyDictionary()
+
+
+def _make_room(model: nn.Module, name: str | None, measures: Hashable) -> None:
+    """Close the open watch that has a new one's name; without a name, warn of one like it.
+
+    Arguments as of `_add_open`, for the new watch.
+    """
+    still_open = [each for each in _OPEN.get(model, ()) if each.is_open]
+    if name is None:
+        n_same = sum(each.name is None and each.measures == measures for each in still_open)
+        if n_same:
+            which = "a watch" if n_same == 1 else f"{n_same} watches"
+            warn(
+                f"watch() has {which} of this {type(model).__name__} open that measure"
+                f"{'s' * (n_same == 1)} the same at each step: close() what is no longer needed, "
+                f"or give it a name, as in watch(model, name='main'): a new watch then takes the "
+                f"place of the open one of its name"
+            )
+    for each in still_open:
+        hooks = each.hooks()
+        if name is not None and each.name == name and hooks is not None:
+            others = [other for other in (ref() for ref in each.others) if other is not None]
+            _close(each.recorder, hooks, others)
+
+
+def _add_open(
+    model: nn.Module,
+    name: str | None,
+    measures: Hashable,
+    recorder: Recorder,
+    hooks: Hooks,
+    others: list[Others],
+) -> None:
+    """Remember a watch that hangs on a model now; other arguments as of `_Open`."""
+    opened = _Open(name, measures, recorder, weakref.ref(hooks), list(map(weakref.ref, others)))
+    _OPEN[model] = [*(each for each in _OPEN.get(model, ()) if each.is_open), opened]
+
+
+def _close(recorder: Recorder, hooks: Hooks, others: list[Others]) -> None:
+    """Take a watch off its model, as `Watch.close` says."""
+    with recorder.lock, SparingCaptures():
+        recorder.is_closed = True
+        hooks.remove()
+        for each in others:
+            each.remove()
+        # In a clean-up, or at the end of a with block, there is the exception that led there.
+        if sys.exc_info()[0] is not None or recorder.has_failed():
+            if isinstance(hooks, StepHook):
+                hooks.add_unfinished()
+            recorder.end_early()
+        # Where an interrupt ends this, the end of the process does it again.
+        recorder.finish()

@@ -499,7 +499,7 @@ def test_journal_writes_what_is_logged_beside_its_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What other tests have compiled in this process would hide the order.
-    monkeypatch.setattr("gradstat.recording.order.has_compiled", lambda: False)
+    monkeypatch.setattr("gradstat.recording.passes.has_compiled", lambda: False)
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     w = gradstat.watch(model, path=tmp_path / "run", every=2, optimizer=optimizer)

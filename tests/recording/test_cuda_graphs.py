@@ -4,10 +4,9 @@ Here a graph is imitated on the CPU: what is captured runs at once, and a replay
 tensors again, into the same results.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,10 +15,18 @@ from watching import assert_record, backward, make_model
 
 import gradstat
 from gradstat import History, LinearBins, Log2Bins
-from gradstat.recording.arrivals import Transfer
-from gradstat.recording.launcher import Launcher
+from gradstat.engines import cpu
+from gradstat.engines.protocol import together
+from gradstat.recording.delivery import Transfer
 
 pytestmark = pytest.mark.host("imitates a graph on the CPU")
+
+
+class Plan(cpu.Plan):
+    """Of an engine for devices, which returns tensors."""
+
+    def run(self, tensors: Sequence[Tensor], *_: object) -> Tensor:
+        return together(gradstat.statistics(tensors, self._bins), None)
 
 
 class Graph:
@@ -27,36 +34,32 @@ class Graph:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
-        self._launches: list[tuple[list[Tensor], Log2Bins | LinearBins, tuple[Any, ...]]] = []
-        # An engine for devices returns tensors.
-        monkeypatch.delattr("gradstat.engines.cpu.measure_rows")
+        self._runs: list[tuple[Plan, Sequence[Tensor], Tensor]] = []
+        monkeypatch.setattr("gradstat.engines.cpu.Plan", Plan)
         # From a device results are copied to the host, and the next replay does not change those.
         monkeypatch.setattr(
-            "gradstat.recording.arrivals.Transfer",
-            lambda tensors: Transfer(tuple(torch.as_tensor(x).clone() for x in tensors)),
+            "gradstat.recording.delivery.Transfer", lambda x: Transfer(torch.as_tensor(x).clone())
         )
 
     @contextmanager
     def capture(self) -> Iterator[None]:
-        original = Launcher.measure
+        original = Plan.run
 
-        def measure(launcher: Launcher, tensors: dict[int, Tensor], scales: Any) -> Any:
-            launch = original(launcher, tensors, scales)
-            self._launches.append((list(tensors.values()), launcher._bins, launch.rows))
-            return launch
+        def run(plan: Plan, tensors: Sequence[Tensor], *_: object) -> Tensor:
+            result = original(plan, tensors)
+            self._runs.append((plan, tensors, result))
+            return result
 
         with self._monkeypatch.context() as patch:
-            for module in ("cuda_graphs", "recorder"):
+            for module in ("cuda", "passes"):
                 patch.setattr(f"gradstat.recording.{module}.is_capturing", lambda: True)
-            patch.setattr("gradstat.recording.cuda_graphs.capturing_graph", lambda: self)
-            patch.setattr(Launcher, "measure", measure)
+            patch.setattr("gradstat.recording.cuda.capturing_graph", lambda: self)
+            patch.setattr(Plan, "run", run)
             yield
 
     def replay(self) -> None:
-        for tensors, bins, rows in self._launches:
-            new = gradstat.statistics(tensors, bins)
-            for row, name in zip(rows, ("integers", "floats", "counts"), strict=True):
-                row[:] = getattr(new, name)
+        for plan, tensors, result in self._runs:
+            result[:] = plan.run(tensors)
 
 
 def new_gradients(model: nn.Module) -> list[Tensor]:

@@ -8,7 +8,7 @@ import torch
 
 import gradstat
 from gradstat import History
-from gradstat.recording.run_writer import RunWriter
+from gradstat.recording.delivery import RunWriter
 
 
 class Kept(RunWriter):

@@ -210,7 +210,9 @@ def test_run_first_puts_a_hook_before_the_others() -> None:
     x, order = nn.Parameter(torch.ones(2)), []
     hooks = [lambda _, n=n: order.append(n) for n in range(3)]
     handles = [x.register_post_accumulate_grad_hook(hook) for hook in hooks]
-    assert torch_internals.run_first(x, handles[2]) == hooks[:2]
+    assert torch_internals.hooks_on_gradient(x) == hooks
+    torch_internals.run_first(x, handles[2])
+    assert torch_internals.hooks_on_gradient(x) == [hooks[2], *hooks[:2]]
     x.sum().backward()
     assert order == [2, 0, 1]
     for handle in handles:

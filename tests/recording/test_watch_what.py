@@ -19,7 +19,7 @@ from watching import Fails, assert_record, backward, make_model, n_hooks, n_step
 import gradstat
 from gradstat import History, LinearBins, Log2Bins, Statistics
 from gradstat.bins import Bins
-from gradstat.recording import parameter_hooks
+from gradstat.recording import gradients
 
 EVERYTHING = ("grad", "param", "update", "activation", "grad_output")
 WEIGHTS = ["0.weight", "2.weight", "4.weight"]
@@ -58,18 +58,18 @@ def assert_close(record: Statistics, expected: Statistics) -> None:
     torch.testing.assert_close(record.floats, expected.floats, rtol=1e-5, atol=1e-12)
 
 
-@pytest.mark.parametrize("is_host", [True, False], ids=["host", "device"])
+@pytest.mark.parametrize("engine", [None, "reference"])
 @pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(8, -1, 1)], ids=str)
 def test_what_measures_each_kind_as_statistics_does(
-    bins: Bins, is_host: bool, monkeypatch: pytest.MonkeyPatch
+    bins: Bins, engine: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradstat.recording.arrivals._is_host", lambda device: is_host)
     # Larger outputs are launched one by one.
-    monkeypatch.setattr("gradstat.recording.recorder._SMALL_BYTES", 130)
+    monkeypatch.setattr("gradstat.recording.passes._SMALL_BYTES", 130)
     model = make_model()
     seen = Seen(model, MODULES)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    with gradstat.watch(model, bins, what=EVERYTHING, when="step", optimizer=optimizer) as w:
+    options = {"what": EVERYTHING, "when": "step", "optimizer": optimizer, "engine": engine}
+    with gradstat.watch(model, bins, **options) as w:
         backward(model)
         weights = [model.get_parameter(name).detach().clone() for name in WEIGHTS]
         gradients = [model.get_parameter(name).grad.clone() for name in WEIGHTS]
@@ -87,7 +87,8 @@ def test_what_measures_each_kind_as_statistics_does(
     for kind, tensors in expected.items():
         history = w.history.select(kind)
         assert history.layers == (WEIGHTS if len(tensors) == 3 else MODULES)
-        assert_record(history.record(), measure(tensors, bins))
+        expected_record = gradstat.statistics(tensors, bins, engine=engine)
+        assert_record(history.record(), expected_record)
 
 
 @pytest.mark.parametrize("when", ["backward", "step", "call"])
@@ -149,8 +150,8 @@ def test_update_of_what_the_optimizer_does_not_hold_is_absent() -> None:
 
 def test_update_copies_weights_only_in_recorded_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     copies = []
-    original = parameter_hooks._wide_copy
-    monkeypatch.setattr(parameter_hooks, "_wide_copy", lambda p: copies.append(p) or original(p))
+    original = gradients._wide_copy
+    monkeypatch.setattr(gradients, "_wide_copy", lambda p: copies.append(p) or original(p))
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with gradstat.watch(model, every=3, what="update", when="step", optimizer=optimizer) as w:

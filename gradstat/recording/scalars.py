@@ -15,9 +15,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gradstat.diagnosis.alerts import Alerts
-from gradstat.recording.arrivals import Transfer
-from gradstat.recording.cuda_graphs import Cadence, is_capturing
-from gradstat.recording.selection import Replaced
+from gradstat.recording.cuda import Schedule, Transfer, is_capturing
+from gradstat.recording.options import LOOKS, Replaced
 from gradstat.recording.shards import local_part
 
 Keep = Callable[[str, int, float], None]
@@ -41,14 +40,14 @@ class _Entry(NamedTuple):
     source: Tensor | None
 
 
-class Logged:
+class Scalars:
     """Gives each value its step, and keeps it once it is on the host.
 
     A value belongs to the pass that has just ended, unless that one has a value of this name: then
     to the coming one. So it does not matter whether it is logged before or after a pass.
 
     Args:
-        cadence: counts the passes.
+        schedule: counts the passes.
         keepers: are given name, step and value, those of each name in order.
         alerts: looks at each value after that.
         replaced: is asked now and then, as no pass may come any more.
@@ -56,16 +55,16 @@ class Logged:
 
     def __init__(
         self,
-        cadence: Cadence,
+        schedule: Schedule,
         keepers: Sequence[Keep],
         alerts: Alerts | None,
         replaced: Replaced,
     ) -> None:
-        self._cadence, self._keepers, self._alerts = cadence, keepers, alerts
-        self._replaced = replaced
+        self._replaced, self._n_calls = replaced, 0
+        self._schedule, self._keepers, self._alerts = schedule, keepers, alerts
         self.broken_step = -1  # of the newest value that is not finite
         self._passes: dict[str, int] = {}  # that each name's last value belongs to
-        self._n_before = cadence.n_passes  # passes before the first value
+        self._n_before = schedule.n_passes  # passes before the first value
         self._pending: deque[_Entry] = deque()
 
     def add(self, values: Mapping[str, float | Tensor]) -> None:
@@ -74,7 +73,9 @@ class Logged:
         Raises:
             As `Watch.log`.
         """
-        self._replaced.glance()
+        self._n_calls += 1
+        if self._n_calls % LOOKS == 0:
+            self._replaced.look()
         numbers: dict[str, float] = {}
         on_devices: dict[torch.device, dict[str, Tensor]] = {}
         for name, value in values.items():
@@ -84,13 +85,13 @@ class Logged:
                 on_devices.setdefault(value.device, {})[name] = value
             else:
                 numbers[name] = value
-        last = self._cadence.n_passes - 1
+        last = self._schedule.n_passes - 1
         for tensors in on_devices.values():
             steps = [self._step_of(name, last) for name in tensors]
             with torch.no_grad():
                 # In memory of its own: the values may be changed in place afterwards.
                 source = torch.stack([_wide(value.detach()) for value in tensors.values()])
-            self._pending.append(_Entry(list(tensors), steps, None, Transfer((source,)), source))
+            self._pending.append(_Entry(list(tensors), steps, None, Transfer(source), source))
         if numbers and self._pending:
             steps = [self._step_of(name, last) for name in numbers]
             self._pending.append(_Entry(list(numbers), steps, list(numbers.values()), None, None))
@@ -110,7 +111,7 @@ class Logged:
             if arriving is not None:
                 if not arriving.has_arrived(wait):
                     return
-                values = arriving.arrays()[0].tolist()
+                values = arriving.host().tolist()
             self._pending.popleft()
             for name, step, value in zip(names, steps, values or (), strict=True):
                 self._keep(name, step, value)
@@ -130,7 +131,7 @@ class Logged:
     def _step_of(self, name: str, last: int) -> int:
         newest = self._passes.get(name, self._n_before - 1)
         of = self._passes[name] = max(last + (newest >= last), newest)
-        return self._cadence.step_of(of)
+        return self._schedule.step_of(of)
 
 
 class LearningRates:

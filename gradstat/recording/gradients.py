@@ -1,7 +1,11 @@
-"""Hooks through which a `Recorder` sees gradients; taking them off leaves nothing behind."""
+"""Hooks on parameters and optimizers: each backward pass, step or call is a pass of the recorder.
+
+Taking them off leaves nothing behind.
+"""
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,18 +17,81 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from gradstat.forks import call_after_fork
 from gradstat.record import GRAD, PARAM, UPDATE
-from gradstat.recording.logged import LearningRates
-from gradstat.recording.recorder import Recorder
-from gradstat.recording.running_pass import RunningPass
-from gradstat.recording.shards import copy_holding, local_part
+from gradstat.recording import torch_internals
+from gradstat.recording.passes import Recorder
+from gradstat.recording.scalars import LearningRates
+from gradstat.recording.shards import copy_placement, local_part
 from gradstat.recording.torch_internals import (
+    compiler_callback,
     disable_dynamo,
+    hooks_on_gradient,
     is_compiled_autograd,
+    is_in_backward,
     run_first,
     running_node,
     scale_of,
 )
+
+_CALLER = "gradstat.caller"
+Call = weakref.ref[Callable[..., None]]
+
+
+class RunningPass:
+    """A backward pass, from the hook on that begins to await its end.
+
+    Autograd makes the call that awaits the end; where an exception ends the pass, it drops that
+    call. If a device's own thread runs the hooks, it does so a moment after the exception has
+    reached the caller.
+
+    Args:
+        is_asked: whether anybody asks from outside of a hook if it is running.
+    """
+
+    def __init__(self, *, is_asked: bool) -> None:
+        self._is_asked = is_asked
+        # What is awaited, while it is to come; dead where an exception has ended the pass.
+        self.call: Call | None = None
+        self._caller: object = None  # the thread that called the pass
+        call_after_fork(self)
+
+    def await_end(self, function: Callable[[], None]) -> None:
+        """Have a function called at the end of the pass that the caller of this is a hook of."""
+        call = partial(function)
+        torch_internals.call_at_end_of_backward(call)
+        self.await_call(weakref.ref(call))
+
+    def await_call(self, call: Call) -> None:
+        """Await a call that autograd alone keeps: no frame does, which an exception would keep."""
+        self.call = call
+        if self._is_asked:
+            self._caller = torch_internals.inherited(_CALLER)
+
+    def end(self) -> None:
+        """Await nothing any more."""
+        self.call = None
+
+    def forget_other_threads(self) -> None:
+        """In a forked process: await no pass of a thread that is not there."""
+        self.call = None
+
+    def has_begun(self) -> bool:
+        """Whether it has begun and not ended, unless by an exception."""
+        return self.call is not None
+
+    def is_running(self) -> bool:
+        """Whether the pass has begun and neither ended nor been ended by an exception."""
+        call = self.call
+        return (call is not None and call() is not None) and (
+            torch_internals.running_pass() != -1 or self._caller != threading.get_ident()
+        )
+
+
+def remember_caller() -> None:
+    """Let the passes that this thread will call know that it is their caller."""
+    if not is_in_backward():
+        torch_internals.bequeath(_CALLER, threading.get_ident())
 
 
 class BackwardHooks:
@@ -54,16 +121,21 @@ class BackwardHooks:
             (first_rows[PARAM] + index, weakref.ref(parameter))
             for index, parameter in enumerate(parameters if PARAM in first_rows else ())
         ]
-        self._pass = RunningPass()
+        self._pass = RunningPass(is_asked=recorder.sees_outputs)
+        # Indices of gradients that others may change, or free, as soon as the hook returns, such as
+        # an optimizer that makes its step in a hook of its own.
+        self._at_once = {
+            index
+            for index, parameter in enumerate(parameters)
+            if at_once or not all(map(_is_ours, hooks_on_gradient(parameter)))
+        }
+        n_bytes = sum(parameter.nbytes for parameter in parameters)
+        self._fit_in_bucket = n_bytes < recorder.bucket_bytes
         self._handles = []
-        # Rows of gradients that others may change, or free, as soon as the hook returns.
-        self._at_once = set(range(len(parameters)) if at_once else ())
         for index, parameter in enumerate(parameters):
-            handle = _hook(parameter, partial(self._on_gradient, index))
+            handle = _hook(parameter, self._hook_of(index))
             self._handles.append(handle)
-            # Such as an optimizer that makes its step here.
-            if not all(map(_is_ours, run_first(parameter, handle))):
-                self._at_once.add(index)
+            run_first(parameter, handle)
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -73,35 +145,67 @@ class BackwardHooks:
         """Whether a pass has begun that neither has ended nor been ended by an exception."""
         return self._pass.is_running()
 
-    @disable_dynamo
+    def _hook_of(self, index: int) -> Callable[[Tensor], None]:
+        """What notes a parameter's gradient: the part of a step that comes most often.
+
+        A training step fills the caches with its own, so each call of Python's costs several times
+        what it costs alone: this is one function, and takes no lock.
+        """
+        recorder, note, running = self._recorder, self._recorder.note, self._pass
+        row = (self._first_gradient or 0) + index
+        waits = self._fit_in_bucket and index not in self._at_once
+        waits &= self._first_gradient is not None
+
+        def on_gradient(parameter: Tensor) -> None:
+            if torch.compiler.is_compiling() or compiler_callback() is not None:
+                self._on_gradient_uncompiled(index, parameter)
+                return
+            call = running.call
+            if call is None or call() is None:
+                self._begin()
+            if recorder.is_recording:
+                gradient = parameter.grad
+                # All gradients wait for the end of the pass, but for those that may change before.
+                if waits and gradient is not None and gradient.is_cpu and not gradient._is_view():
+                    note((row, gradient))
+                else:
+                    self._on_gradient(index, parameter)
+
+        return on_gradient
+
     def _on_gradient(self, index: int, parameter: Tensor) -> None:
-        with self._recorder.lock:
-            if not self._pass.is_running():
-                if is_compiled_autograd():
-                    # The end of the pass would not be told.
-                    raise RuntimeError("watch() needs when='step' under compiled autograd")
-                # There is no scale before the first loss, nor in a scaler that is not enabled.
-                self._recorder.begin(scale_of(self._scaler))
-                self._pass.await_end(self._on_end)
-            order = self._recorder.order
-            if not order.is_known and self._recorder.is_recording:
-                order.note_gradient(index)
+        recorder, call = self._recorder, self._pass.call
+        if call is None or call() is None:
+            self._begin()
+        with recorder.lock:
+            if not recorder.is_recording:
+                return
+            if not recorder.order.is_known:
+                recorder.order.note_gradient(index)
             gradient = parameter.grad
             if gradient is not None and self._first_gradient is not None:
-                self._recorder.add(self._first_gradient + index, gradient)
+                recorder.add(self._first_gradient + index, gradient)
                 if index in self._at_once:
-                    self._recorder.measure_waiting()
+                    recorder.measure_waiting()
 
-    def _end(self) -> None:
-        for row, reference in self._weights:
-            weight = reference()
-            if weight is not None:
-                self._recorder.add(row, weight)
-        self._pass.end()
-        self._recorder.end()
+    _on_gradient_uncompiled = disable_dynamo(_on_gradient)
 
-    @disable_dynamo
+    def _begin(self) -> None:
+        if is_compiled_autograd():
+            # The end of the pass would not be told.
+            raise RuntimeError("watch() needs when='step' under compiled autograd")
+        with self._recorder.lock:
+            call = self._pass.call
+            if call is not None and call() is not None:  # another thread's hook was first
+                return
+            # There is no scale before the first loss, nor in a scaler that is not enabled.
+            self._recorder.begin(None if self._scaler is None else scale_of(self._scaler))
+            self._pass.await_end(self._on_end)
+
     def _on_end(self) -> None:
+        if compiler_callback() is not None:
+            self._end_uncompiled()  # which calls this one
+            return
         with self._recorder.lock:
             node = running_node()
             if node is None:
@@ -115,6 +219,16 @@ class BackwardHooks:
                 self._end()
             else:
                 self._pass.await_call(call)
+
+    _end_uncompiled = disable_dynamo(_on_end)
+
+    def _end(self) -> None:
+        for row, reference in self._weights:
+            weight = reference()
+            if weight is not None:
+                self._recorder.add(row, weight)
+        self._pass.end()
+        self._recorder.end()
 
     def _on_outer_node(self, handles: list[RemovableHandle], *_: object) -> None:
         with self._recorder.lock:
@@ -239,7 +353,7 @@ class StepHook:
             for index, (parameter, before) in before_step.items():
                 change = torch.sub(local_part(parameter.detach()), before, out=before)
                 row = self._rows[UPDATE] + index
-                copy_holding(history, row, self._rows[PARAM] + index)
+                copy_placement(history, row, self._rows[PARAM] + index)
                 self._recorder.add(row, change)
             self._recorder.end()
 
@@ -285,7 +399,8 @@ def _note(arrived: dict[int, None], index: int, _: Tensor) -> None:
 
 
 def _is_ours(hook: Callable[..., None]) -> bool:
-    return isinstance(hook, partial) and hook.func.__module__ == __name__
+    function: object = getattr(hook, "func", hook)
+    return getattr(function, "__module__", None) == __name__
 
 
 def _take_off(handles: list[RemovableHandle]) -> None:

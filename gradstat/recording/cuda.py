@@ -1,21 +1,36 @@
-"""Passes captured in CUDA graphs: which of their replays are due, and where their results are."""
+"""CUDA: streams, transfers to the host, and passes captured in graphs.
+
+Nothing may be asked of a device while a graph is captured. What a graph computes is asked for after
+a replay, which only the user knows of.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from gradstat.engines.protocol import Result
 from gradstat.ops import choose_engine
-from gradstat.recording.arrivals import Launch, Transfer
-from gradstat.recording.torch_internals import call_after_replays, capturing_graph
+from gradstat.recording.torch_internals import (
+    SparingCaptures,
+    call_after_replays,
+    capturing_graph,
+    is_cuda_initialized,
+    raw_stream,
+)
 from gradstat.warning import warn
 
 if TYPE_CHECKING:
     from gradstat.engines.triton_cadence import PassCounter
+
+# Where a tensor is computed: a stream of a CUDA device, another device, or `None` for the CPU.
+Place: TypeAlias = tuple[int, int] | torch.device | None
 
 _MISSED = (
     "replayed() needs to be called once after each replay of a graph that was captured under "
@@ -23,13 +38,174 @@ _MISSED = (
 )
 
 
+def place_of(x: Tensor) -> Place:
+    """Where the current code computes a tensor."""
+    if x.is_cpu:
+        return None
+    if not x.is_cuda:
+        return x.device
+    index = x.get_device()
+    return index, raw_stream(index)
+
+
+def stream_of(device: torch.device) -> torch.Stream | None:
+    """The current stream of a CUDA device."""
+    if device.type != "cuda":
+        return None
+    # In a fifth of the time of torch.cuda.current_stream().
+    return torch.accelerator.current_stream(device)
+
+
+def take_over(tensors: Iterable[Tensor], stream: torch.Stream | None) -> None:
+    """Let the current stream use what another one computes.
+
+    It waits for all that the other stream has to do so far. The tensors' memory is given to no
+    other tensor before the current stream has done what it has to do by then.
+
+    Args:
+        tensors: on that stream's device.
+        stream: that computes them.
+    """
+    if stream is None:
+        return
+    current = torch.accelerator.current_stream(stream.device)
+    if current != stream:
+        current.wait_stream(stream)
+        for x in tensors:
+            x.record_stream(current)
+
+
+class Computed(NamedTuple):
+    """A tensor, and the stream that computes it."""
+
+    x: Tensor
+    stream: torch.Stream | None
+
+    @classmethod
+    def now(cls, x: Tensor) -> Computed:
+        """A tensor that the current stream computes."""
+        return cls(x, stream_of(x.device))
+
+    def get(self) -> Tensor:
+        """The tensor, for the current stream."""
+        take_over([self.x], self.stream)
+        return self.x
+
+
+class SideStream:
+    """A stream of each CUDA device on which to measure beside the one that computes gradients."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._busy: set[torch.device] = set()
+
+    @contextmanager
+    def beside(self, device: torch.device) -> Iterator[None]:
+        """Run what follows on the side stream of a CUDA device."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._busy.add(device)
+        with torch.cuda.stream(self._streams[device]):
+            yield
+
+    def join(self) -> None:
+        """Let the current streams wait for what runs beside them: then gradients may change."""
+        for device in self._busy:
+            torch.cuda.current_stream(device).wait_stream(self._streams[device])
+
+    def forget(self) -> None:
+        """Wait no more for what runs so far."""
+        self._busy.clear()
+
+
+class Transfer:
+    """A tensor on its way from a device to the host."""
+
+    __slots__ = ("__weakref__", "_event", "_x")
+
+    def __init__(self, x: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._x = x
+        if x.is_cuda:
+            memory = _pinned_memory(x.nbytes)
+            self._x = memory[: x.nbytes].view(x.dtype).view(x.shape).copy_(x, non_blocking=True)
+            # The tensor's device need not be the current one.
+            self._event = torch.cuda.current_stream(x.device).record_event()
+            _BLOCKS[memory.nbytes].append(_Block(memory, self._event, weakref.ref(self)))
+        elif not x.is_cpu:
+            self._x = x.cpu()
+
+    def has_arrived(self, wait: bool) -> bool:
+        """Whether it is there, which it is after waiting."""
+        if self._event is None:
+            return True
+        with SparingCaptures():
+            if self._event.query():  # type: ignore[no-untyped-call]
+                return True
+            if wait:
+                self._event.synchronize()
+        return wait
+
+    def host(self) -> Tensor:
+        """The same on the host, once it is there; as long as this object is."""
+        return self._x
+
+
+class _Block(NamedTuple):
+    """Pinned memory, the event after the last copy into it, and whom that was for."""
+
+    memory: Tensor
+    copied: torch.cuda.Event
+    owner: weakref.ref[Transfer]
+
+    def is_free(self) -> bool:
+        """Whether nobody reads it and nothing is copied into it any more."""
+        if self.owner() is not None:
+            return False
+        with SparingCaptures():
+            return bool(self.copied.query())  # type: ignore[no-untyped-call]
+
+
+# All pinned memory, by its bytes. It is used again and never freed: to free it, PyTorch records an
+# event on the streams that have copied into it, and where one of them is being captured, that event
+# fails all who ask for pinned memory later. So no record may keep it either.
+_BLOCKS: defaultdict[int, deque[_Block]] = defaultdict(deque)
+_LEAST_BYTES = 1 << 9
+
+
+def _pinned_memory(n_bytes: int) -> Tensor:
+    size = max(_LEAST_BYTES, 1 << (n_bytes - 1).bit_length())
+    blocks = _BLOCKS[size]
+    with suppress(IndexError):
+        oldest = blocks.popleft()
+        if oldest.is_free():
+            return oldest.memory
+        blocks.append(oldest)
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
+
+
+class Launch(NamedTuple):
+    """What was measured at once.
+
+    Args:
+        rows: whose tensors they were, in order.
+        result: of the engine.
+        stream: that computes it.
+        scales: what the values of a kind are still to be divided by.
+    """
+
+    rows: tuple[int, ...]
+    result: Result
+    stream: torch.Stream | None
+    scales: Mapping[str, Computed]
+
+
 def is_capturing() -> bool:
     """Whether what runs now becomes part of a CUDA graph, and runs when that is replayed."""
-    is_initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return is_initialized and torch.cuda.is_current_stream_capturing()
+    return is_cuda_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-class Cadence:
+class Schedule:
     """Which passes are recorded: every so many steps the last pass of a step.
 
     The host counts all passes, those of a graph when it is told of a replay. A graph runs without
@@ -76,15 +252,17 @@ class Cadence:
     @property
     def step(self) -> int:
         """Number of the step that the pass belongs to."""
-        return self.step_of(self.n_passes)
+        return (self.n_told + self._n_missed) // self._accumulation_steps
 
     def step_of(self, number: int) -> int:
         """Number of the step that a pass belongs to, by its own number."""
         return number // self._accumulation_steps
 
-    def is_due(self) -> bool:
-        """Whether the pass that comes or goes on is one to record, if it is not captured."""
-        step, within = divmod(self.n_passes, self._accumulation_steps)
+    def is_due(self, *, is_captured: bool) -> bool:
+        """Whether to record the pass that comes or goes on; a captured one may be due later."""
+        if is_captured:
+            return True
+        step, within = divmod(self.n_told + self._n_missed, self._accumulation_steps)
         return within == self._accumulation_steps - 1 and step % self._every == 0
 
     def has_left_graph(self, *, is_captured: bool) -> bool:
@@ -92,6 +270,8 @@ class Cadence:
 
         What that pass has kept is then lost: its capture has failed.
         """
+        if not is_captured and self._graph is None:
+            return False
         graph = weakref.ref(capturing_graph()) if is_captured else None
         if graph == self._graph:
             return False
@@ -155,7 +335,7 @@ class Cadence:
         Returns:
             Number of the step; ``None`` if the replay was not due, and has measured nothing.
         """
-        n_counted, is_due = stamp.arrays()[0].tolist()
+        n_counted, is_due = stamp.host().tolist()
         n_passes = n_counted + (self._n_uncounted or 0)
         if n_passes - n_told != self._n_missed:
             self._n_missed = n_passes - n_told
@@ -164,7 +344,7 @@ class Cadence:
 
 
 class CapturedPass(NamedTuple):
-    """Results and the stamp of `Cadence.count_captured`; a replay writes both."""
+    """Results and the stamp of `Schedule.count_captured`; a replay writes both."""
 
     launches: list[Launch]
     stamp: Tensor | None

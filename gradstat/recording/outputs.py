@@ -15,10 +15,10 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from gradstat.record import ACTIVATION, GRAD_OUTPUT, UNIT
-from gradstat.recording.recorder import Recorder
-from gradstat.recording.running_pass import RunningPass, remember_caller
-from gradstat.recording.skipped_steps import SkippedSteps
+from gradstat.recording.gradients import RunningPass, remember_caller
+from gradstat.recording.passes import Recorder
 from gradstat.recording.torch_internals import (
+    BATCH_NORM,
     base_of,
     disable_dynamo,
     is_transformed,
@@ -27,8 +27,23 @@ from gradstat.recording.torch_internals import (
     running_node,
     saved_tensor_hook,
     scale_of,
+    step_states_of,
 )
-from gradstat.recording.units import Layout
+
+_SPATIAL = ("Conv", "ConvTranspose", "MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool")
+_BY_DIMENSIONS = {n: tuple(getattr(nn, f"{name}{n}d") for name in _SPATIAL) for n in (1, 2, 3)}
+_SECOND = (BATCH_NORM, nn.GroupNorm, nn.Upsample)
+_LAST = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
 
 _KEYS = itertools.count()
 _RUNNING: weakref.WeakValueDictionary[int, OutputHooks] = weakref.WeakValueDictionary()
@@ -64,10 +79,10 @@ class OutputHooks:
         self._scaler, self._is_running = scaler, is_running
         self._skips = None
         if scaler is not None and optimizer is not None:
-            self._skips = SkippedSteps(scaler, optimizer)
-        self._layout, self._is_closed = Layout(modules), False
+            self._skips = _SkippedSteps(scaler, optimizer)
+        self._unit_dims, self._is_closed = _UnitDims(modules), False
         self._is_seeing = False  # still true afterwards where an exception has ended `see`
-        self._pass = RunningPass()
+        self._pass = RunningPass(is_asked=True)
         self.sees_gradients = GRAD_OUTPUT in self._rows
         self.key = next(_KEYS)
         _RUNNING[self.key] = self
@@ -103,13 +118,13 @@ class OutputHooks:
                 order.note_output(index, is_gradient)
             self._is_seeing = True
             if is_gradient:
-                if not self._pass.has_begun:
+                if not self._pass.has_begun():
                     self._pass.await_end(self._on_end)
                 if self.sees_gradients:
                     recorder.take_scale(GRAD_OUTPUT, scale_of(self._scaler))
                     recorder.add_output(self._rows[GRAD_OUTPUT] + index, x)
             elif ACTIVATION in self._rows and not _is_recomputing():
-                unit = self._layout.unit_dim(index, x)
+                unit = self._unit_dims.unit_dim(index, x)
                 if recorder.add_output(self._rows[ACTIVATION] + index, x):
                     recorder.add_peaks(self._rows[UNIT] + index, x, unit)
             self._is_seeing = False
@@ -120,7 +135,7 @@ class OutputHooks:
 
     def _has_failed(self) -> bool:
         failed = self._is_seeing
-        if self._pass.has_begun and not self._pass.is_running():
+        if self._pass.has_begun() and not self._pass.is_running():
             self._pass.end()
             failed = True
         if self._recorder.is_recording and not self._is_running():
@@ -160,6 +175,70 @@ class _OnOutput:
     def __reduce__(self) -> tuple[Any, ...]:
         # Any callable would do that takes three arguments, returns None and needs no gradstat.
         return getattr, (nullcontext(), "__exit__")
+
+
+class _SkippedSteps:
+    """Finds out that a scaler has skipped an optimizer's step, for which no hook is called."""
+
+    def __init__(self, scaler: GradScaler, optimizer: Optimizer) -> None:
+        self._scaler, self._optimizer = scaler, weakref.ref(optimizer)
+        # Of the iteration under way; ``update()`` puts a new dict in its place.
+        self._states: dict[int, object] | None = None
+        self._n_steps = 0
+
+    def found(self, n_steps: int) -> bool:
+        """Whether the iteration before has skipped its step, given how many were made so far."""
+        states = step_states_of(self._scaler)
+        if states is self._states:
+            return False
+        before, stepped = self._states, n_steps != self._n_steps
+        self._states, self._n_steps = states, n_steps
+        return before is not None and id(self._optimizer()) in before and not stepped
+
+
+class _UnitDims:
+    """Which dimension of an output has a unit in each of its places.
+
+    Convolutions, their norms and pooling have their channels after the batch, ``(N, C, ...)``;
+    linear layers, layer norms, embeddings and recurrent ones have their features last. Any other
+    module, such as an activation, has its units where the newest of those had them, if its output
+    has the same shape; if not, after the batch in four dimensions or more, and last otherwise.
+
+    Args:
+        modules: in the order of their indices.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._known = [_known_dim(module) for module in modules]
+        self._newest: tuple[torch.Size, int] | None = None
+
+    def unit_dim(self, index: int, x: Tensor) -> int | None:
+        """The dimension of a module's output, from 0; ``None`` where there are no units."""
+        known = self._known[index]
+        if x.dim() == 0 or x.numel() == 0:
+            return None
+        if known is not None:
+            unit = min(known, x.dim() - 1) if known >= 0 else max(x.dim() + known, 0)
+            self._newest = x.shape, unit
+            return unit
+        if self._newest is not None and self._newest[0] == x.shape:
+            return self._newest[1]
+        if x.dim() == 1:
+            return None
+        return 1 if x.dim() >= 4 else x.dim() - 1
+
+
+def _known_dim(module: nn.Module) -> int | None:
+    """The dimension, from the end if it is negative; ``None`` if the module does not say."""
+    if isinstance(module, _LAST):
+        return -1
+    if isinstance(module, _SECOND):
+        return 1
+    for n, types in _BY_DIMENSIONS.items():
+        # From the end, as there need not be a batch.
+        if isinstance(module, types):
+            return -n - 1
+    return None
 
 
 def _hook_gradient(

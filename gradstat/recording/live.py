@@ -13,8 +13,8 @@ from typing import Any
 
 from gradstat.forks import call_after_fork
 from gradstat.history import History
-from gradstat.recording.open_watches import Hooks
-from gradstat.recording.recorder import Recorder
+from gradstat.recording.gradients import BackwardHooks, StepHook
+from gradstat.recording.passes import Recorder
 
 _MOST_OF_THE_TIME = 0.05  # that is spent drawing
 _PATIENCE_S = 1.0  # with a drawing that goes on when the watch is closed
@@ -33,7 +33,7 @@ class LiveView:
         RuntimeError: this is no notebook.
     """
 
-    def __init__(self, recorder: Recorder, hooks: Hooks, every_s: float) -> None:
+    def __init__(self, recorder: Recorder, hooks: BackwardHooks | StepHook, every_s: float) -> None:
         if not _is_notebook():
             raise RuntimeError(
                 "live() needs a notebook, which this is not: watch(path=) and `gradstat serve` "

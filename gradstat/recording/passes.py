@@ -1,0 +1,591 @@
+"""`Recorder`: a pass, from its first gradient to its record or its failure.
+
+Gradients wait in buckets, one for each stream that computes some. What is the same each time that
+the rows of a bucket are measured is in a plan, made once; a bucket's end looks at each tensor once
+and makes one call of an engine. Results travel to the host while the device goes on: only
+`Recorder.collect` waits for it, when it is told to.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradstat.bins import LinearBins, widen
+from gradstat.engines.protocol import Plan
+from gradstat.forks import call_after_fork
+from gradstat.format_ops import measure_formats
+from gradstat.formats import parse_format
+from gradstat.history import History
+from gradstat.ops import choose_engine, is_measurable
+from gradstat.quantized import PACKED, packed
+from gradstat.record import GRAD, OF_OUTPUTS, UNIT
+from gradstat.recording.cuda import (
+    CapturedPasses,
+    Computed,
+    Launch,
+    Place,
+    Schedule,
+    SideStream,
+    Transfer,
+    is_capturing,
+    place_of,
+    stream_of,
+    take_over,
+)
+from gradstat.recording.delivery import ArrivingRecord, Delivery, Part, send
+from gradstat.recording.options import LOOKS, Replaced
+from gradstat.recording.scalars import Scalars
+from gradstat.recording.shards import local_part, note_placement
+from gradstat.recording.torch_internals import has_compiled, multiplied, running_pass
+from gradstat.warning import warn
+
+_SMALL_BYTES = 1 << 16
+_MOST_ROWS = 256  # that wait on their device, 16 KB each over Log2Bins
+_NO_OUTPUTS = (
+    "watch() has seen no output of the model's modules, which are NaN in its records: they must be "
+    "run in training mode, and compiled after watch()"
+)
+
+
+class _Bucket:
+    """Tensors of some rows that wait to be measured together.
+
+    Args:
+        stream: that computes them; ``None`` where there are no streams.
+    """
+
+    __slots__ = ("n_bytes", "stream", "tensors")
+
+    def __init__(self, stream: torch.Stream | None) -> None:
+        self.tensors: dict[int, Tensor] = {}
+        self.stream, self.n_bytes = stream, 0
+
+
+class _RowsPlan(NamedTuple):
+    """How the tensors of some rows are measured.
+
+    Args:
+        rows: whose tensors they are, in the order of a record.
+        take: puts a bucket's tensors in that order.
+        measuring: what the engine has prepared for them.
+    """
+
+    rows: tuple[int, ...]
+    take: Callable[[Mapping[int, Tensor]], Sequence[Tensor]]
+    measuring: Plan
+
+
+class _Pass:
+    """What there is of a pass that has not ended, or of one to come.
+
+    Attributes:
+        buckets: tensors that wait, by where they are computed.
+        launches: what is measured already.
+        parts: of the record, on their way already.
+        scales: what values are multiplied by, by their kind.
+        scaled_in: the run of autograd in which each was taken.
+        peaks: of units, by row, shape and device.
+    """
+
+    __slots__ = ("buckets", "launches", "parts", "peaks", "scaled_in", "scales")
+
+    def __init__(self) -> None:
+        self.buckets: dict[Place, _Bucket] = {}
+        self.launches: list[Launch] = []
+        self.parts: list[Part] = []
+        self.scales: dict[str, Computed] = {}
+        self.scaled_in: dict[str, int] = {}
+        self.peaks: dict[tuple[int, torch.Size, torch.device], Computed] = {}
+
+
+class Recorder:
+    """Turns gradients into records.
+
+    A pass is ``begin()``, ``add()`` for each gradient, ``end()``; what `add_output` took before
+    belongs to it too. A pass that never ends, after an exception or an interrupt, leaves nothing.
+    Callers hold `lock` meanwhile: autograd runs hooks in a thread for each device.
+
+    Args:
+        history: where the records go.
+        schedule: which passes are recorded.
+        scalars: the values that the run logs.
+        delivery: takes the records there.
+        replaced: tells of parameters that make no pass any more.
+        bucket_bytes: gradients measured in one launch.
+        engine: name, or ``None``.
+        side: where launches run; ``None`` for the stream that computes the gradients.
+    """
+
+    def __init__(
+        self,
+        history: History,
+        schedule: Schedule,
+        scalars: Scalars,
+        delivery: Delivery,
+        replaced: Replaced,
+        bucket_bytes: int,
+        engine: str | None,
+        side: SideStream | None,
+    ) -> None:
+        self.history = history
+        self.lock, self.is_closed = threading.RLock(), False
+        self.is_recording = False  # a pass has begun that has not ended
+        self._schedule, self.scalars, self.order = schedule, scalars, Order(history)
+        self.bucket_bytes, self._engine, self._side = bucket_bytes, engine, side
+        # Gradients that hooks have noted: they append, in whatever thread, and need no lock.
+        self._noted: list[tuple[int, Tensor]] = []
+        self.note = self._noted.append
+        self._kinds, self._formats = (
+            history.kinds,
+            [parse_format("watch", name) for name in history.formats],
+        )
+        self._is_linear = isinstance(history.bins, LinearBins)
+        # By device and rows.
+        self._plans: dict[tuple[Any, ...], _RowsPlan] = {}
+        self._most_plans = 2 * len(history.rows) + 16
+        # The first row of each kind that is recorded.
+        self.first_rows = {kind: history.kinds.index(kind) for kind in dict.fromkeys(history.kinds)}
+        self.sees_outputs = not self.first_rows.keys().isdisjoint(OF_OUTPUTS)
+        self._lacks_outputs = self.sees_outputs  # so far
+        self.drop()
+        self._captured, self._delivery, self._replaced = CapturedPasses(), delivery, replaced
+        call_after_fork(self)
+
+    def is_due(self) -> bool:
+        """Whether to record the pass that comes or goes on; a captured one may be due later."""
+        is_captured = is_capturing()
+        if self._schedule.has_left_graph(is_captured=is_captured):
+            self.drop()
+        return self._schedule.is_due(is_captured=is_captured)
+
+    @property
+    def n_passes(self) -> int:
+        """Passes that have ended, those of graphs included."""
+        return self._schedule.n_passes
+
+    def begin(self, scale: Tensor | None = None) -> None:
+        """Start a pass whose gradients are to be divided by a scale, as for `take_scale`."""
+        if self.is_recording:
+            self.drop()
+        if self.is_due():
+            if scale is not None:
+                self.take_scale(GRAD, scale)
+            self.is_recording = True
+
+    def take_scale(self, kind: str, scale: Tensor | None) -> None:
+        """Remember what a record's values of a kind are multiplied by in this run of autograd.
+
+        Args:
+            kind: of the values.
+            scale: 0-dim, on any device; it may be changed in place afterwards.
+        """
+        if scale is None:
+            return
+        run, unfinished = running_pass(), self._pass
+        if unfinished.scaled_in.get(kind) == run:
+            return
+        if kind in unfinished.scales:
+            # Tensors that wait have the scale before.
+            self.measure_waiting()
+        computed = Computed.now(scale.detach().clone())
+        unfinished.scales = {**unfinished.scales, kind: computed}
+        unfinished.scaled_in[kind] = run
+
+    def add(self, row: int, gradient: Tensor) -> None:
+        """Measure a row's tensor, now or by the end of the pass; a later one replaces it.
+
+        A tensor that cannot be measured is passed over.
+        """
+        if not self.is_recording:
+            return
+        place = None if gradient.is_cpu else place_of(gradient)
+        buckets = self._pass.buckets
+        if self._noted:
+            buckets.setdefault(None, _Bucket(None)).tensors.update(self._take_noted())
+        bucket = buckets.get(place)
+        if bucket is None:
+            bucket = buckets[place] = _Bucket(stream_of(gradient.device))
+        if len(buckets) > 1:
+            for each in buckets.values():
+                each.tensors.pop(row, None)
+        bucket.tensors[row] = gradient
+        bucket.n_bytes += gradient.element_size() * gradient.numel()
+        # A part of a larger buffer may be changed in it meanwhile, as DistributedDataParallel does;
+        # a shard is nobody else's.
+        is_view = gradient._is_view()
+        if is_view or bucket.n_bytes >= self.bucket_bytes:
+            self._measure_bucket(place, is_to_change=is_view)
+
+    def add_output(self, row: int, x: Tensor) -> bool:
+        """Measure a row's output, if `is_due`, and count it together with those before.
+
+        It may be changed in place afterwards. Returns whether it can be measured.
+        """
+        x = self._own_part(row, x)
+        if not is_measurable(x):
+            return False
+        self._lacks_outputs = False
+        # A copy of a small one costs less than a launch of its own.
+        is_small = x.nbytes <= _SMALL_BYTES
+        self._join(row, x.clone() if is_small else x, at_once=not is_small)
+        return True
+
+    def add_peaks(self, row: int, x: Tensor, unit: int | None) -> None:
+        """Take the largest magnitude of each unit in this output and those before.
+
+        ``unit`` is their dimension in the output, if it has units; the row is that of the peaks.
+        """
+        if unit is None:
+            return
+        peaks = _unit_peaks(self._own_part(row, x), unit)
+        key = row, peaks.shape, peaks.device
+        before = self._pass.peaks.get(key)
+        if before is not None:
+            peaks = torch.maximum(before.get(), peaks)
+        self._pass.peaks[key] = Computed.now(peaks)
+
+    def measure_waiting(self) -> None:
+        """Measure now what `add` has taken; afterwards it may change, on the current streams."""
+        if self._noted:
+            tensors, bucket = self._take_noted(), self._pass.buckets.get(None)
+            if bucket is None:
+                self._measure(tensors, None, None)
+            else:
+                bucket.tensors.update(tensors)
+        for place in list(self._pass.buckets):
+            self._measure_bucket(place, is_to_change=False)
+        if self._side is not None:
+            self._side.join()
+
+    def end(self) -> None:
+        """Finish the pass; its record is in `history` once it has arrived on the host.
+
+        A captured pass has a record each time that `replayed` is called.
+        """
+        record, unfinished = None, self._pass
+        if self.is_recording:
+            for (row, _, _), peaks in unfinished.peaks.items():
+                self._join(row, peaks.get(), at_once=False)
+            if self._lacks_outputs:
+                self._lacks_outputs = False
+                warn(_NO_OUTPUTS)
+            self.measure_waiting()
+            if is_capturing():
+                # It has not run yet, and nothing may be asked of the device now.
+                self._captured.add(unfinished.launches, self._schedule.count_captured())
+                self.drop()
+                return
+            if not self.order.is_known:
+                self.order.settle()
+            record = self._record(unfinished.parts, unfinished.launches, None)
+            # After an interrupt from here on the record is missing, or there as a whole.
+            self.drop()
+        self._captured.end_graph()
+        if self._schedule.n_told % LOOKS == 0:
+            self._replaced.look()
+        self._schedule.count()
+        if record is not None:
+            self._delivery.add(record)
+        self._collect_pending()
+
+    def replayed(self, graph: object) -> bool:
+        """Take the results of captured passes that are due, which a replay has written anew.
+
+        Args:
+            graph: that was replayed; ``None`` for the newest one.
+
+        Returns:
+            Whether any pass was captured in it.
+        """
+        self._captured.end_graph()
+        captured = self._captured.of(graph)
+        if captured is None:
+            return False
+        for launches, stamp in captured.passes:
+            record = None
+            if self.is_due():
+                # After this replay, and before the next one on its stream.
+                with torch.cuda.stream(captured.stream):
+                    record = self._record([], launches, stamp)
+            self._schedule.count_replayed()
+            if record is not None:
+                self._delivery.add(record)
+        self._collect_pending()
+        return True
+
+    def drop(self) -> None:
+        """Forget an unfinished pass."""
+        self.is_recording, self._pass = False, _Pass()
+        self._noted.clear()
+        if self._side is not None:
+            self._side.forget()
+        if not self.order.is_known:
+            self.order.forget()
+
+    def has_failed(self) -> bool:
+        """Whether a value that is not finite was logged for the pass that has not ended."""
+        self.scalars.collect(wait=True)
+        return self.scalars.broken_step == self._schedule.step
+
+    def end_early(self) -> None:
+        """Keep what an unfinished pass has measured so far as the last record, a partial one."""
+        if is_capturing() or not self.is_due():
+            return
+        unfinished = self._pass
+        waits = self._noted or unfinished.buckets or unfinished.peaks
+        if waits or unfinished.launches or unfinished.parts:
+            self.is_recording = True
+            self.history.partial_step = self._schedule.step
+            self.end()
+
+    def collect(self, wait: bool) -> None:
+        """Move records and logged values into the history: those that have arrived, or all."""
+        if wait and not self.is_closed:
+            self._replaced.look()
+        self.scalars.collect(wait)
+        self._delivery.collect(wait)
+
+    def tell_alerts(self) -> None:
+        """Tell of what is new and severe, if anybody is to be told."""
+        self._delivery.tell_alerts()
+
+    def finish(self) -> None:
+        """Wait for all records if anybody else is to have them, and hand them on."""
+        with self.lock:
+            self.drop()
+            self._captured = CapturedPasses()
+            self._replaced.look()
+            self.scalars.collect(wait=True)
+            self._delivery.finish()
+
+    def forget_other_threads(self) -> None:
+        """In a forked process: leave to the other one what it records."""
+        self.lock = threading.RLock()
+        self.drop()
+        self.scalars.forget_pending()
+        self._delivery.forget_other_threads()
+
+    def _collect_pending(self) -> None:
+        # A pass without a record says nothing of what alerts have told of.
+        if self._delivery.is_pending or self.scalars.is_pending:
+            self.collect(wait=False)
+
+    def _record(
+        self, parts: list[Part], launches: Sequence[Launch], stamp: Tensor | None
+    ) -> ArrivingRecord:
+        schedule = self._schedule
+        arriving = None if stamp is None else Transfer(stamp)
+        return ArrivingRecord(schedule.step, [*parts, *send(launches)], schedule.n_told, arriving)
+
+    def _take_noted(self) -> dict[int, Tensor]:
+        """The gradients that hooks have noted so far, by row."""
+        n = len(self._noted)  # another thread may note one meanwhile
+        noted = self._noted[:n]
+        del self._noted[:n]
+        if not self.order.is_known:
+            for row, _ in noted:
+                self.order.note_gradient(row - self.first_rows[GRAD])
+        return dict(noted)
+
+    def _join(self, row: int, x: Tensor, *, at_once: bool) -> None:
+        """Add an output to those that wait; one of the same row is measured before it."""
+        place, unfinished = place_of(x), self._pass
+        bucket = unfinished.buckets.get(place)
+        if bucket is not None and row in bucket.tensors:
+            self._measure_bucket(place, is_to_change=False)
+            bucket = None
+        if bucket is None:
+            bucket = unfinished.buckets[place] = _Bucket(stream_of(x.device))
+        bucket.tensors[row] = x
+        bucket.n_bytes += x.nbytes
+        if at_once or bucket.n_bytes >= self.bucket_bytes:
+            self._measure_bucket(place, is_to_change=at_once)
+
+    def _measure_bucket(self, place: Place, *, is_to_change: bool) -> None:
+        """Measure what waits in a bucket, whose tensors may be changed as soon as this returns."""
+        bucket = self._pass.buckets.pop(place)
+        if not bucket.tensors:  # others, in another bucket, have replaced them
+            return
+        if bucket.stream is None:
+            self._measure(bucket.tensors, None, None)
+            return
+        device = bucket.stream.device
+        with nullcontext() if self._side is None else self._side.beside(device):
+            take_over(bucket.tensors.values(), bucket.stream)
+            self._measure(bucket.tensors, device, self._schedule.flag(device))
+        if is_to_change and self._side is not None:
+            self._side.join()
+
+    def _measure(
+        self, tensors: dict[int, Tensor], device: torch.device | None, due: Tensor | None
+    ) -> None:
+        """Measure the tensors of some rows, by a plan if there is one that fits.
+
+        Args:
+            tensors: by row.
+            device: a CUDA device that they are on.
+            due: as for `Plan.run`.
+        """
+        unfinished, key, result = self._pass, (device, *tensors), None
+        # Taken out while it is used: whoever measures within that, as the handler of a signal may,
+        # has another one.
+        plan = self._plans.pop(key, None)
+        if plan is not None and not self._formats and not (self._is_linear and unfinished.scales):
+            result = plan.measuring.run(plan.take(tensors), None, due)
+        if plan is None or result is None:
+            tensors = self._prepared(tensors)
+            if not tensors:
+                return
+            rows, listed = zip(*sorted(tensors.items()), strict=True)
+            formats = self._measured_formats(rows, listed) if self._formats else None
+            key = (device, *tensors)
+            plan = self._plans.pop(key, plan)
+            if plan is None or (result := plan.measuring.run(listed, formats, due)) is None:
+                plan = self._new_plan(rows, listed)
+                result = plan.measuring.run(listed, formats, due)
+                assert result is not None
+        self._plans[key] = plan
+        if len(self._plans) > self._most_plans:
+            del self._plans[next(iter(self._plans))]
+        scales = {} if self._is_linear else unfinished.scales
+        stream = None if device is None else stream_of(device)
+        unfinished.launches.append(Launch(plan.rows, result, stream, scales))
+        if self.sees_outputs:
+            self._send_early()
+
+    def _new_plan(self, rows: tuple[int, ...], tensors: Sequence[Tensor]) -> _RowsPlan:
+        engine = choose_engine(self._engine, tensors[0])
+        take = itemgetter(*rows) if len(rows) > 1 else lambda tensors: (tensors[rows[0]],)
+        return _RowsPlan(rows, take, engine.Plan(tensors, self.history.bins))
+
+    def _prepared(self, tensors: dict[int, Tensor]) -> dict[int, Tensor]:
+        """What is measured of tensors of any kind; those that cannot be measured are left out."""
+        prepared = {}
+        for row, x in tensors.items():
+            # To disable gradients here is not for a hook: an interrupt may end it before it enables
+            # them again.
+            x = self._own_part(row, x.detach() if x.requires_grad else x)
+            if x.is_sparse:
+                x = x.coalesce().values()
+            if is_measurable(x) and not x.is_meta:
+                prepared[row] = x.resolve_neg() if x.is_neg() else x
+        if self._is_linear:
+            for kind, scale in self._pass.scales.items():
+                scaled = [row for row in prepared if self._kinds[row] == kind]
+                if scaled:
+                    divided = _divide([prepared[row] for row in scaled], scale.get())
+                    prepared.update(zip(scaled, divided, strict=True))
+        return prepared
+
+    def _own_part(self, row: int, x: Tensor) -> Tensor:
+        """What this rank holds of a tensor; for a DTensor the history is told of it."""
+        return local_part(x) if note_placement(self.history, row, x) else x
+
+    def _measured_formats(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
+        """What the formats would do to the tensors, ``(L, F, 10)``; NaN for peaks of units.
+
+        They are given scaled gradients, as a cast would be. Peaks would not be cast.
+        """
+        cast = [at for at, row in enumerate(rows) if self._kinds[row] != UNIT]
+        shape = len(tensors), len(self._formats), len(PACKED)
+        if not cast:
+            return tensors[0].new_full(shape, math.nan, dtype=torch.float64)
+        chosen = [tensors[at].detach() for at in cast]
+        measured = packed(*measure_formats(chosen, self._formats, engine=self._engine))
+        if len(cast) == len(rows):
+            return measured
+        fields = measured.new_full(shape, math.nan)
+        fields[cast] = measured
+        return fields
+
+    def _send_early(self) -> None:
+        """Keep what waits for the end of a record from growing with the outputs it counts."""
+        unfinished = self._pass
+        n_rows = sum(len(launch.rows) for launch in unfinished.launches)
+        if n_rows <= _MOST_ROWS or is_capturing():
+            return
+        parts = [*unfinished.parts, *send(unfinished.launches)]
+        unfinished.launches, unfinished.parts = [], self._delivery.combine_arrived(parts)
+
+
+class Order:
+    """The order in which gradients arrive and modules run, as the first recorded pass shows it.
+
+    A model that torch.compile has compiled runs as a whole, and its gradients arrive in no order:
+    then the history keeps the order of registration.
+    """
+
+    def __init__(self, history: History) -> None:
+        self._history = history
+        self.is_known = False
+        # Numbers of parameters and modules; dicts, as they keep their order.
+        self._gradients: dict[int, None] = {}
+        self._outputs: dict[int, None] = {}
+        self._output_gradients: dict[int, None] = {}
+
+    def note_gradient(self, parameter: int) -> None:
+        """A parameter's gradient has arrived."""
+        self._gradients.setdefault(parameter)
+
+    def note_output(self, module: int, is_gradient: bool) -> None:
+        """A module has run, or the gradient with respect to its output has arrived."""
+        (self._output_gradients if is_gradient else self._outputs).setdefault(module)
+
+    def forget(self) -> None:
+        """The pass has come to nothing."""
+        self._gradients.clear()
+        self._outputs.clear()
+        self._output_gradients.clear()
+
+    def settle(self) -> None:
+        """The pass is over: tell the history."""
+        self.is_known = True
+        if has_compiled():
+            return
+        parameters = [*reversed(self._gradients)]
+        modules = [*self._outputs] or [*reversed(self._output_gradients)]
+        history = self._history
+        if parameters or modules:
+            history.depth = np.zeros(len(history.rows), np.int64)
+            for kind in dict.fromkeys(history.kinds):
+                rows = np.flatnonzero(np.array(history.kinds) == kind)
+                seen = modules if kind in OF_OUTPUTS else parameters
+                history.depth[rows] = _depths(len(rows), seen)
+
+
+def _depths(n: int, seen: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Place of each of n things; one that was not seen comes after the one before it."""
+    place = dict(zip(seen, range(len(seen)), strict=True))
+    key = -1
+    keys = []
+    for each in range(n):
+        key = place.get(each, key)
+        keys.append(key)
+    depths = np.empty(n, np.int64)
+    depths[np.argsort(keys, kind="stable")] = np.arange(n)
+    return depths
+
+
+def _unit_peaks(x: Tensor, unit: int) -> Tensor:
+    """Largest magnitude of each of C units along a dimension: ``(C,)``, NaN where one is."""
+    others = [dim for dim in range(x.dim()) if dim != unit]
+    if not others:
+        return x.abs()
+    # Ten times faster on a CPU than torch.linalg.vector_norm, and without a copy of magnitudes.
+    return torch.maximum(x.amax(others), -x.amin(others))
+
+
+def _divide(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:
+    """Unscaled copies, by the arithmetic of `torch.amp.GradScaler`; in float32 at least."""
+    wide = [x.float() if x.itemsize < 4 else x for x in gradients]
+    inverse = widen(scale.to(wide[0].device, non_blocking=True)).reciprocal().float()
+    return multiplied(wide, inverse)
