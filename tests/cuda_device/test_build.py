@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import CUDA
 
 from cuda_device import build
 
@@ -92,3 +93,19 @@ def test_exit_status_is_the_commands() -> None:
     assert run(sys.executable, "-c", "raise SystemExit(7)").returncode == 7
     assert run("no-such-command").returncode == 127
     assert run().returncode == 2
+
+
+@pytest.mark.skipif(CUDA, reason="the suite takes the CUDA device that is here")
+def test_suite_without_a_compiler_skips_in_one_line(tmp_path: Path) -> None:
+    suite = RUN.parent.parent / "cuda_suite.py"
+    done = subprocess.run(
+        [sys.executable, str(suite)],
+        env=environment(PATH="/nonexistent", SOFTWARE_CUDA_CACHE=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("skipped: there is no CUDA device, and none in software: g++ is not")
