@@ -84,18 +84,19 @@ def kernel_arguments(name: str, dtype: torch.dtype, scheme: str) -> tuple[Any, .
     bins = SCHEMES[scheme]
     is_log2 = isinstance(bins, Log2Bins)
     slots = triton_engine.slots_of(bins)
-    vector = triton_engine.VECTOR_BYTES // dtype.itemsize
     tables = {"due_ptr": "*i64", "items_ptr": "*i64", "ranges_ptr": "*fp32", "counts_ptr": "*i64"}
     elements = {
         "DTYPE": triton_engine.ELEMENTS[dtype],
         "BINS": bins.bins,
         "SLOTS": slots,
-        "ROWS": triton_engine.EACH // vector,
         "THREADS": triton_engine.THREADS,
-        "VECTOR": vector,
     }
     if name == "measure":
-        return measure_kernel, {**tables, "partials_ptr": "*fp64"}, {**elements, "LOG2": is_log2}
+        return (
+            measure_kernel,
+            {**tables, "partials_ptr": "*fp64"},
+            {**elements, "LOG2": is_log2, "PAIRS": dtype.itemsize == 2},
+        )
     if name == "histogram":
         return histogram_kernel, tables, elements
     results = {"due_ptr": "*i64", "spans_ptr": "*i64", "partials_ptr": "*fp64"}
@@ -133,29 +134,36 @@ def format_arguments(name: str, dtype: torch.dtype, formats: str) -> tuple[Any, 
     return formats_kernel, tables, {**elements, "FORMS": constants}
 
 
+def elements_of_thread(name: str, dtype: torch.dtype) -> int:
+    """Elements of a tile for each thread."""
+    if name == "formats":
+        return triton_engine.EACH
+    return triton_engine.TILE_BYTES // triton_engine.THREADS // dtype.itemsize
+
+
 def examine(architecture: int, name: str, dtype: torch.dtype, scheme: str) -> dict[str, Any]:
     """Figures of a kernel's main loop."""
     kernel, signature, constants = kernel_arguments(name, dtype, scheme)
+    options = {}
+    if name == "measure":
+        slots = constants["SLOTS"]
+        options = triton_engine.limit_registers(dtype.itemsize, slots, architecture)
     target = GPUTarget("cuda", architecture, 32)
+    warps = triton_engine.THREADS // target.warp_size
     code = sass.inspect(
-        sass.compile_kernel(
-            kernel,
-            signature,
-            constants,
-            target,
-            num_warps=triton_engine.THREADS // target.warp_size,
-        )
+        sass.compile_kernel(kernel, signature, constants, target, num_warps=warps, **options)
     )
-    programs = min(
-        REGISTERS // (triton_engine.THREADS * code.registers), 2048 // triton_engine.THREADS
-    )
+    each = elements_of_thread(name, dtype)
+    # They come in eights.
+    registers = -(-code.registers // 8) * 8
+    programs = min(REGISTERS // (triton_engine.THREADS * registers), 2048 // triton_engine.THREADS)
     return {
         "architecture": architecture,
         "kernel": name,
         "dtype": str(dtype).removeprefix("torch."),
         "bins": scheme,
-        "instructions": len(code.loop) / triton_engine.EACH,
-        "pipes": {pipe: count / triton_engine.EACH for pipe, count in sorted(code.pipes().items())},
+        "instructions": len(code.loop) / each,
+        "pipes": {pipe: count / each for pipe, count in sorted(code.pipes().items())},
         "registers": code.registers,
         "spills": code.spills,
         "barriers": code.count("BAR"),
@@ -168,7 +176,7 @@ def examine(architecture: int, name: str, dtype: torch.dtype, scheme: str) -> di
         "load_bytes": min(
             sass.load_bytes(each.opcode) for each in code.loop if sass.load_bytes(each.opcode)
         ),
-        "in_flight": programs * triton_engine.THREADS * triton_engine.EACH * dtype.itemsize,
+        "in_flight": programs * triton_engine.THREADS * each * dtype.itemsize,
     }
 
 

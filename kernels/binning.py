@@ -27,11 +27,25 @@ def log2_bin(slot):
 
 @triton.jit
 def linear_factors(low, high, BINS: tl.constexpr):
-    """Scale and bins per scaled unit, as `LinearBins._factors`; scalars."""
+    """Scale, as `LinearBins._factors`, and quarter bins per scaled unit; scalars.
+
+    Quarters, which are as exact: a slot's address is four bytes times its number, so where a value
+    is in quarter bins, the two lowest bits cleared are the address, and no shift is needed.
+    """
     width = high - low
     scale = tl.where(width < 7.888609052210118e-31, 1.2676506002282294e30, 1.0)
     scale = tl.where(width > 8.507059173023462e37, 0.00390625, scale)
-    return scale, tl.div_rn(BINS * 1.0, high * scale - low * scale)
+    return scale, 4.0 * tl.div_rn(BINS * 1.0, high * scale - low * scale)
+
+
+@triton.jit
+def quarters_above(x, low, scale, quarters):
+    """How far values are above ``low``, in quarter bins.
+
+    Fusing the first product with the addition changes no bin. Not -(low * scale): -0.0 must come to
+    0.0 where low is zero, without a sign.
+    """
+    return (x * scale + (0.0 - low * scale)) * quarters
 
 
 @triton.jit
@@ -42,28 +56,36 @@ def aligned_where_unscaled(n_aligned, scale):
 
 @triton.jit
 def linear_slot(
-    x, low, high, scale, inv_width, BINS: tl.constexpr, SLOTS: tl.constexpr, SIGN: tl.constexpr
+    x, low, high, scale, quarters, BINS: tl.constexpr, SLOTS: tl.constexpr, SIGN: tl.constexpr
 ):
     """Bin of each value in 0..BINS-1, or BINS where rounding takes the end of the last bin there.
 
-    BINS + 1 above the range and for NaN, SLOTS - 1 below it. What is below, the sign of t says, an
-    instruction cheaper than a comparison: not where values are scaled down, since subnormals then
-    round to zero. Fusing the first product with the addition changes no bin.
+    BINS + 1 above the range, SLOTS - 1 below it, either of them for NaN. What is above, a
+    comparison says, since t is rounded. What is below, the sign of t says, an instruction cheaper:
+    not where values are scaled down, since subnormals then round to zero.
 
     Args:
         x: values, float32.
         low: lower end of the range, float32, as high.
         high: upper end.
-        scale: see `linear_factors`, as inv_width.
-        inv_width: bins per scaled unit.
+        scale: see `linear_factors`, as quarters.
+        quarters: quarter bins per scaled unit.
         BINS: bins.
         SLOTS: power of two, more than BINS + 2.
         SIGN: take the sign of t; ``scale`` is at least 1.
     """
-    # Not -(low * scale): -0.0 must come to 0.0 where low is zero, without a sign.
-    t = (x * scale + (0.0 - low * scale)) * inv_width
-    if SIGN:
-        slot = t.to(tl.int32) | (t.to(tl.int32, bitcast=True) >> 31)
-    else:
-        slot = tl.where(x >= low, t.to(tl.int32), -1)
-    return tl.where(x <= high, slot & (SLOTS - 1), BINS + 1)
+    t = quarters_above(x, low, scale, quarters)
+    slot = tl.where(x <= high, t.to(tl.int32), 4 * (BINS + 1))
+    below = t.to(tl.int32, bitcast=True) >> 31 if SIGN else tl.where(x < low, -1, 0)
+    # The mask tells the compiler that no slot lies outside the histogram.
+    return ((slot | below) >> 2) & (SLOTS - 1)
+
+
+@triton.jit
+def inner_slot(x, low, scale, quarters, BINS: tl.constexpr, SLOTS: tl.constexpr):
+    """The same for a range that holds all finite values: BINS + 1 for NaN and infinities.
+
+    A minimum takes the number, not the NaN. (In Triton's interpreter before 3.8 it does not.)
+    """
+    t = tl.minimum(tl.abs(quarters_above(x, low, scale, quarters)), 4.0 * (BINS + 1))
+    return (t.to(tl.int32) >> 2) & (SLOTS - 1)

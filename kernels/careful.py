@@ -36,20 +36,17 @@ def find_unit(address, strides, n, DTYPE, THREADS: tl.constexpr):
 
 
 @triton.jit
-def zero_counts(address, strides, n, DTYPE, THREADS: tl.constexpr):
-    """Elements equal to zero, and those of them with a minus sign."""
-    threads = tl.arange(0, THREADS)
-    zeros = tl.zeros((THREADS,), tl.int32)
+def negative_zeros(address, strides, n, DTYPE, THREADS: tl.constexpr):
+    """Elements that are -0.0."""
     negative = tl.zeros((THREADS,), tl.int32)
     for start in range(0, n, THREADS):
-        x = load_any(address, strides, start + threads, n, 1.0, DTYPE)
-        zeros += (x == 0.0).to(tl.int32)
+        x = load_any(address, strides, start + tl.arange(0, THREADS), n, 0.0, DTYPE)
         negative += (x.to(tl.int32, bitcast=True) == -0x80000000).to(tl.int32)
-    return tl.sum(zeros), tl.sum(negative)
+    return tl.sum(negative)
 
 
 @triton.jit
-def careful_sums(address, strides, n, DTYPE, THREADS: tl.constexpr):
+def careful_sums(address, strides, n, low, high, DTYPE, THREADS: tl.constexpr):
     """Sums over the finite elements in float64, and non-finite counts.
 
     Deviations are taken from the mean in a pass of their own. The item is still in cache.
@@ -58,12 +55,15 @@ def careful_sums(address, strides, n, DTYPE, THREADS: tl.constexpr):
         address: see items.py, as strides and n.
         strides: see items.py.
         n: elements.
+        low: lower end of the histogram's range, float32; minus infinity where there is none.
+        high: upper end; infinity where there is none.
         DTYPE: element type; int16 for bfloat16.
         THREADS: elements loaded at once.
 
     Returns:
         sum, l1, sum of squared deviations from the mean (float64); smallest and largest (float32,
-        infinite when there is no finite element); finite, nan, posinf, neginf (int32).
+        infinite when there is no finite element); finite, nan, posinf, neginf and, of the finite
+        ones, below and above the range (int32).
     """
     threads = tl.arange(0, THREADS)
     total = tl.zeros((THREADS,), tl.float64)
@@ -73,6 +73,8 @@ def careful_sums(address, strides, n, DTYPE, THREADS: tl.constexpr):
     nans = tl.zeros((THREADS,), tl.int32)
     posinfs = tl.zeros((THREADS,), tl.int32)
     neginfs = tl.zeros((THREADS,), tl.int32)
+    belows = tl.zeros((THREADS,), tl.int32)
+    aboves = tl.zeros((THREADS,), tl.int32)
     for start in range(0, n, THREADS):
         offsets = start + threads
         x = load_any(address, strides, offsets, n, 0.0, DTYPE)
@@ -86,6 +88,8 @@ def careful_sums(address, strides, n, DTYPE, THREADS: tl.constexpr):
         nans += (x != x).to(tl.int32)
         posinfs += (x == INF).to(tl.int32)
         neginfs += (x == -INF).to(tl.int32)
+        belows += (used & (x < low)).to(tl.int32)
+        aboves += (used & (x > high)).to(tl.int32)
     nan = tl.sum(nans)
     posinf = tl.sum(posinfs)
     neginf = tl.sum(neginfs)
@@ -109,4 +113,6 @@ def careful_sums(address, strides, n, DTYPE, THREADS: tl.constexpr):
         nan,
         posinf,
         neginf,
+        tl.sum(belows),
+        tl.sum(aboves),
     )

@@ -3,8 +3,15 @@
 import triton
 import triton.language as tl
 
-from gradstat.kernels.binning import aligned_where_unscaled, linear_factors, linear_slot
-from gradstat.kernels.items import load_any, load_item, load_tile
+from gradstat.kernels.binning import inner_slot, linear_factors
+from gradstat.kernels.items import (
+    ROWS,
+    load_any,
+    load_item,
+    load_tile,
+    together,
+    values_of,
+)
 from gradstat.kernels.measure import add_histogram
 
 
@@ -17,42 +24,38 @@ def histogram_kernel(
     DTYPE: tl.constexpr,
     BINS: tl.constexpr,
     SLOTS: tl.constexpr,
-    ROWS: tl.constexpr,
     THREADS: tl.constexpr,
-    VECTOR: tl.constexpr,
 ):
     """Linear histogram of work item ``program_id``.
 
     Args:
         due_ptr: int64 (1,), 0 to count nothing.
         items_ptr: int64 (W, 9), see items.py.
-        ranges_ptr: float32 (L, 2), low and high of each tensor.
+        ranges_ptr: float32 (L, 2), low and high of each tensor, around its finite values.
         counts_ptr: int64 (L, BINS); bins are added to it.
         DTYPE: element type of the tensors; int16 for bfloat16.
         BINS: bins of the scheme.
         SLOTS: power of two: slots of the histogram in shared memory.
-        ROWS: vectors of a tile for each thread.
         THREADS: threads of the program.
-        VECTOR: elements in 16 bytes.
     """
     address, tensor, n, n_aligned, strides = load_item(items_ptr)
     if tl.load(due_ptr) == 0:
         return
-    threads = tl.arange(0, THREADS)
     low = tl.load(ranges_ptr + 2 * tensor)
     high = tl.load(ranges_ptr + 2 * tensor + 1)
-    scale, inv_width = linear_factors(low, high, BINS)
-    n_aligned = aligned_where_unscaled(n_aligned, scale)
+    scale, quarters = linear_factors(low, high, BINS)
     histogram = tl.zeros((SLOTS,), tl.int32)
-    TILE: tl.constexpr = ROWS * THREADS * VECTOR
+    TILE: tl.constexpr = ROWS * THREADS * 128 // DTYPE.primitive_bitwidth
     for start in range(0, n_aligned, TILE):
-        x = load_tile(address, start, DTYPE, ROWS, THREADS, VECTOR)
-        slot = linear_slot(x, low, high, scale, inv_width, BINS, SLOTS, True)
-        slot = tl.reshape(slot, [TILE], can_reorder=True)
-        histogram += tl.histogram(slot, SLOTS)
+        rows = load_tile(address, start, DTYPE, ROWS, THREADS)
+        slots = ()
+        for row in tl.static_range(ROWS):
+            x = values_of(rows[row], DTYPE)
+            slots = slots + (inner_slot(x, low, scale, quarters, BINS, SLOTS),)
+        histogram += tl.histogram(together(slots), SLOTS)
     for start in range(n_aligned, n, THREADS):
-        offsets = start + threads
+        offsets = start + tl.arange(0, THREADS)
         x = load_any(address, strides, offsets, n, 0.0, DTYPE)
-        slot = linear_slot(x, low, high, scale, inv_width, BINS, SLOTS, False)
+        slot = inner_slot(x, low, scale, quarters, BINS, SLOTS)
         histogram += tl.histogram(slot, SLOTS, mask=offsets < n)
     add_histogram(histogram, counts_ptr + tensor * BINS, BINS, SLOTS, False)

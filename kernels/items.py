@@ -5,19 +5,28 @@ by program w. Its fields, in order:
 
     address       of its first element, in bytes
     tensor        row of its results
-    n             elements, below 2**24
+    n             elements, below 2**21
     n_aligned     of these, elements in whole tiles, contiguous from a 16-byte boundary
     inner         length of a row of the rest; element i is in row i // inner
     inner_stride  elements between neighbours in a row
     middle        rows of a plane
     middle_stride elements between rows
     outer_stride  elements between planes
+
+A tile is `ROWS` rows, and a row is 16 bytes for each thread: the widest load there is. What is done
+to each row stays within a thread, so that no loop over tiles needs a shuffle.
+
+16-bit elements lie in pairs in 32-bit words. A GPU from Ampere on compares both of a pair with one
+instruction. Triton has no words for it, so these are written in PTX, and a constant of the kernel,
+``PAIRS``, takes the plain form elsewhere: in the interpreter, on AMD and on older GPUs.
 """
 
 import triton
 import triton.language as tl
 
 ITEM_FIELDS = tl.constexpr(9)
+ROWS = tl.constexpr(4)
+WORDS = tl.constexpr(4)  # of 32 bits, in 16 bytes
 
 
 @triton.jit
@@ -38,38 +47,46 @@ def load_item(items_ptr):
 
 
 @triton.jit
+def load_tile(address, start, DTYPE: tl.constexpr, N_ROWS: tl.constexpr, THREADS: tl.constexpr):
+    """Rows of an aligned tile from element ``start`` on, each int32 (THREADS, 4) words, no mask."""
+    words_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16)
+    words_ptr += start // (32 // DTYPE.primitive_bitwidth)
+    at = tl.arange(0, THREADS)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    rows = ()
+    for row in tl.static_range(N_ROWS):
+        rows = rows + (tl.load(words_ptr + row * (THREADS * WORDS) + at),)
+    return rows
+
+
+@triton.jit
+def values_of(words, DTYPE: tl.constexpr):
+    """Elements of words (THREADS, 4) in the order of memory, float32 (THREADS, 4 or 8)."""
+    if tl.float32 == DTYPE:
+        values = words.to(tl.float32, bitcast=True)
+    else:
+        if tl.int16 == DTYPE:
+            # A bfloat16 is the upper half of a float32.
+            pairs = tl.join(words << 16, words & -65536).to(tl.float32, bitcast=True)
+        else:
+            pairs = tl.join((words & 0xFFFF).to(tl.int16), (words >> 16).to(tl.int16))
+            pairs = pairs.to(tl.float16, bitcast=True).to(tl.float32)
+        values = tl.reshape(pairs, [words.shape[0], 2 * words.shape[1]])
+    return values
+
+
+@triton.jit
+def together(rows):
+    """Four rows as one tensor, in any order: no value moves to another thread."""
+    four = tl.join(tl.join(rows[0], rows[1]), tl.join(rows[2], rows[3]))
+    return tl.reshape(four, [four.numel], can_reorder=True)
+
+
+@triton.jit
 def widen(x, DTYPE: tl.constexpr):
     """float32 of loaded elements; bfloat16 arrives as its bits, int16, and widens exactly."""
     if tl.int16 == DTYPE:
         return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return x.to(tl.float32)
-
-
-@triton.jit
-def load_tile(
-    address,
-    start,
-    DTYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    THREADS: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    """Elements of an aligned run from ``start`` on, float32 (ROWS, THREADS, VECTOR), no mask.
-
-    A vector is 16 bytes and one load. bfloat16 comes in 32-bit words, two to a word.
-    """
-    rows = tl.arange(0, ROWS)[:, None, None]
-    threads = tl.arange(0, THREADS)[None, :, None]
-    if tl.int16 == DTYPE:
-        WORDS: tl.constexpr = VECTOR // 2
-        words_ptr = tl.multiple_of(address.to(tl.pointer_type(tl.int32)), 16) + start // 2
-        offsets = (rows * THREADS + threads) * WORDS + tl.arange(0, WORDS)[None, None, :]
-        words = tl.load(words_ptr + offsets)
-        pairs = tl.join(words << 16, words & -65536).to(tl.float32, bitcast=True)
-        return tl.reshape(pairs, [ROWS, THREADS, VECTOR])
-    x_ptr = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16) + start
-    offsets = (rows * THREADS + threads) * VECTOR + tl.arange(0, VECTOR)[None, None, :]
-    return tl.load(x_ptr + offsets).to(tl.float32)
 
 
 @triton.jit
@@ -82,3 +99,39 @@ def load_any(address, strides, offsets, n, other, DTYPE: tl.constexpr):
     mask = offsets < n
     x = widen(tl.load(address.to(tl.pointer_type(DTYPE)) + where, mask=mask, other=0), DTYPE)
     return tl.where(mask, x, other)
+
+
+@triton.jit
+def pair_min(a, b, DTYPE: tl.constexpr):
+    """The smaller of each two 16-bit elements in words; a NaN is not taken."""
+    if tl.int16 == DTYPE:
+        return _of_words(a, b, "min.bf16x2 $0, $1, $2;")
+    return _of_words(a, b, "min.f16x2 $0, $1, $2;")
+
+
+@triton.jit
+def pair_max(a, b, DTYPE: tl.constexpr):
+    """The larger of each two 16-bit elements in words; a NaN is not taken."""
+    if tl.int16 == DTYPE:
+        return _of_words(a, b, "max.bf16x2 $0, $1, $2;")
+    return _of_words(a, b, "max.f16x2 $0, $1, $2;")
+
+
+@triton.jit
+def pair_zeros(counts, words):
+    """Counts with one more for each of a pair that is zero, float16 pairs: exact up to 2,048.
+
+    Of bfloat16 elements as well: the same bits are zero, and no others compare equal to it.
+    """
+    # An immediate operand does not assemble.
+    return _of_words(
+        counts,
+        words,
+        "{ .reg .b32 zero, is_zero; mov.b32 zero, 0;"
+        " set.eq.f16x2.f16x2 is_zero, $2, zero; add.rn.f16x2 $0, $1, is_zero; }",
+    )
+
+
+@triton.jit
+def _of_words(a, b, PTX: tl.constexpr):
+    return tl.inline_asm_elementwise(PTX, "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)

@@ -6,30 +6,38 @@ import triton.language as tl
 from gradstat.kernels.binning import (
     LOG2_FINITE,
     LOG2_MAGNITUDES,
-    LOG2_SHIFT,
     aligned_where_unscaled,
     linear_factors,
     linear_slot,
     log2_bin,
     log2_slot,
 )
-from gradstat.kernels.careful import careful_sums, find_unit, zero_counts
-from gradstat.kernels.items import load_any, load_item, load_tile
+from gradstat.kernels.careful import careful_sums, find_unit, negative_zeros
+from gradstat.kernels.items import (
+    ROWS,
+    WORDS,
+    load_any,
+    load_item,
+    load_tile,
+    pair_max,
+    pair_min,
+    pair_zeros,
+    together,
+    values_of,
+)
 
 # Fields of a row of partials, float64.
 PARTIAL_FIELDS = tl.constexpr(13)
 
 # A sum of squares from here on has lost less to underflow than a float32 does to rounding.
 SAFE_SQUARES = tl.constexpr(2.0**-100)
-# Bits of 2**-128: smaller magnitudes share their slot with zero.
-NEAR_ZERO = tl.constexpr(1 << LOG2_SHIFT.value)
 INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _magnitude_keys(x):
-    """uint32 that ascend with the magnitude, but for zero, which has the largest."""
-    return ((x.to(tl.int32, bitcast=True) << 1) - 1).to(tl.uint32, bitcast=True)
+def _sums_in_pairs(x, THREADS: tl.constexpr, VECTOR: tl.constexpr):
+    """Sums of a row's values, two for each thread: Blackwell adds two float32 at once."""
+    return tl.sum(tl.reshape(x, [THREADS, VECTOR // 2, 2]), 1)
 
 
 @triton.jit
@@ -39,8 +47,8 @@ def find_slots(
     """Slot of each value: see `log2_slot` and `linear_slot`."""
     if LOG2:
         return log2_slot(x)
-    low, high, scale, inv_width = ends
-    return linear_slot(x, low, high, scale, inv_width, BINS, SLOTS, SIGN)
+    low, high, scale, quarters = ends
+    return linear_slot(x, low, high, scale, quarters, BINS, SLOTS, SIGN)
 
 
 @triton.jit
@@ -54,9 +62,8 @@ def measure_kernel(
     BINS: tl.constexpr,
     SLOTS: tl.constexpr,
     LOG2: tl.constexpr,
-    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
     THREADS: tl.constexpr,
-    VECTOR: tl.constexpr,
 ):
     """Sums, extremes, zero and non-finite counts and the histogram of work item ``program_id``.
 
@@ -71,62 +78,80 @@ def measure_kernel(
         BINS: bins of the scheme; 0 for no histogram.
         SLOTS: power of two: slots of the histogram in shared memory.
         LOG2: log2 bins, not linear ones.
-        ROWS: vectors of a tile for each thread.
+        PAIRS: take minima, maxima and zeros of 16-bit elements in pairs, see items.py.
         THREADS: threads of the program.
-        VECTOR: elements in 16 bytes.
     """
-    # float16 has no value but zero in the slots of zero, so these count zeros. Another dtype may:
-    # then the smallest magnitude beside zero says so.
+    # float16 has no value but zero in the slots of zero, so these count zeros.
     ZERO_SLOTS: tl.constexpr = LOG2 and tl.float16 == DTYPE
-    NEAR_ZERO_SLOTS: tl.constexpr = LOG2 and tl.float16 != DTYPE
+    VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # elements in 16 bytes
+    TILE: tl.constexpr = ROWS * THREADS * VECTOR
     # Before the flag is there: one wait for both.
     address, tensor, n, n_aligned, strides = load_item(items_ptr)
     if tl.load(due_ptr) == 0:
         return
     threads = tl.arange(0, THREADS)
     slots = tl.arange(0, SLOTS)
-    low = 0.0
-    high = 0.0
+    low = -INF
+    high = INF
     scale = 0.0
-    inv_width = 0.0
+    quarters = 0.0
     if BINS > 0 and not LOG2:
         low = tl.load(ranges_ptr + 2 * tensor)
         high = tl.load(ranges_ptr + 2 * tensor + 1)
-        scale, inv_width = linear_factors(low, high, BINS)
+        scale, quarters = linear_factors(low, high, BINS)
         n_aligned = aligned_where_unscaled(n_aligned, scale)
-    ends = (low, high, scale, inv_width)
+    ends = (low, high, scale, quarters)
 
     # Sums are of y = x * unit - center: where that is of the order of 1, no square overflows or
     # underflows, and the variance does not cancel. The first elements say what to take.
     unit, center = find_unit(address, strides, n, DTYPE, THREADS)
-    total = tl.zeros((THREADS,), tl.float32)
-    squares = tl.zeros((THREADS,), tl.float32)
-    magnitudes = tl.zeros((THREADS,), tl.float32)
-    smallest = tl.full((THREADS,), INF, tl.float32)
-    largest = tl.full((THREADS,), -INF, tl.float32)
-    # Exact in float32, and an instruction cheaper: an item has fewer than 2**24 elements.
-    zeros = tl.zeros((THREADS,), tl.float32)
-    nearest = tl.full((THREADS,), 0xFFFFFFFF, tl.uint32)
+    total = tl.zeros((THREADS, 2), tl.float32)
+    magnitudes = tl.zeros((THREADS, 2), tl.float32)
+    # A sum for each value of a row: a square and its addition are then one instruction.
+    squares = tl.zeros((THREADS, VECTOR), tl.float32)
+    if PAIRS:
+        INF_PAIR: tl.constexpr = 0x7F807F80 if tl.int16 == DTYPE else 0x7C007C00
+        smallest = tl.full((THREADS, WORDS), INF_PAIR, tl.int32)
+        largest = smallest | -0x7FFF8000  # minus infinity
+        zeros = tl.zeros((THREADS, WORDS), tl.int32)
+    else:
+        smallest = tl.full((THREADS,), INF, tl.float32)
+        largest = tl.full((THREADS,), -INF, tl.float32)
+        zeros = tl.zeros((THREADS,), tl.float32)
     histogram = tl.zeros((SLOTS,), tl.int32)
 
-    TILE: tl.constexpr = ROWS * THREADS * VECTOR
     for start in range(0, n_aligned, TILE):
-        x = load_tile(address, start, DTYPE, ROWS, THREADS, VECTOR)
-        y = x * unit - center
-        # These reductions stay inside a thread.
-        total += tl.sum(tl.sum(y, 2), 0)
-        squares += tl.sum(tl.sum(y * y, 2), 0)
-        magnitudes += tl.sum(tl.sum(tl.abs(x), 2), 0)
-        smallest = tl.minimum(smallest, tl.min(tl.min(x, 2), 0))
-        largest = tl.maximum(largest, tl.max(tl.max(x, 2), 0))
-        if NEAR_ZERO_SLOTS:
-            nearest = tl.minimum(nearest, tl.min(tl.min(_magnitude_keys(x), 2), 0))
-        elif not ZERO_SLOTS:
-            zeros += tl.sum(tl.sum((x == 0.0).to(tl.float32), 2), 0)
+        rows = load_tile(address, start, DTYPE, ROWS, THREADS)
+        row_slots = ()
+        for row in tl.static_range(ROWS):
+            x = values_of(rows[row], DTYPE)
+            y = x * unit - center
+            total += _sums_in_pairs(y, THREADS, VECTOR)
+            magnitudes += _sums_in_pairs(tl.abs(x), THREADS, VECTOR)
+            squares += y * y
+            if PAIRS:
+                smallest = pair_min(smallest, rows[row], DTYPE)
+                largest = pair_max(largest, rows[row], DTYPE)
+                if not ZERO_SLOTS:
+                    zeros = pair_zeros(zeros, rows[row])
+            else:
+                smallest = tl.minimum(smallest, tl.min(x, 1))
+                largest = tl.maximum(largest, tl.max(x, 1))
+                if not ZERO_SLOTS:
+                    # Exact in float32, and an instruction cheaper.
+                    zeros += tl.sum((x == 0.0).to(tl.float32), 1)
+            if BINS > 0:
+                row_slots = row_slots + (find_slots(x, ends, BINS, SLOTS, LOG2, True),)
         if BINS > 0:
-            slot = find_slots(x, ends, BINS, SLOTS, LOG2, True)
-            histogram += tl.histogram(tl.reshape(slot, [TILE], can_reorder=True), SLOTS)
+            histogram += tl.histogram(together(row_slots), SLOTS)
 
+    total = tl.sum(total, 1)
+    magnitudes = tl.sum(magnitudes, 1)
+    squares = tl.sum(squares, 1)
+    if PAIRS:
+        smallest = tl.min(values_of(smallest, DTYPE), 1)
+        largest = tl.max(values_of(largest, DTYPE), 1)
+        zeros = tl.sum(values_of(zeros, tl.float16), 1)
     for start in range(n_aligned, n, THREADS):
         offsets = start + threads
         mask = offsets < n
@@ -137,10 +162,7 @@ def measure_kernel(
         magnitudes += tl.abs(x)
         smallest = tl.minimum(smallest, tl.where(mask, x, INF))
         largest = tl.maximum(largest, tl.where(mask, x, -INF))
-        if NEAR_ZERO_SLOTS:
-            nearest = tl.minimum(nearest, _magnitude_keys(x))
-        elif not ZERO_SLOTS:
-            zeros += (mask & (x == 0.0)).to(tl.float32)
+        zeros += (mask & (x == 0.0)).to(tl.float32)
         if BINS > 0:
             slot = find_slots(x, ends, BINS, SLOTS, LOG2, False)
             histogram += tl.histogram(slot, SLOTS, mask=mask)
@@ -153,6 +175,11 @@ def measure_kernel(
     # Not where the squares underflowed, where the center is large beside the values, or where it is
     # far from their mean. A NaN or an infinity makes q one as well.
     centered = (tl.abs(center) * n <= 4.0 * unit * a) & (s * s <= 0.5 * q * n)
+    below = 0
+    above = 0
+    if BINS > 0 and not LOG2:
+        below = tl.sum(tl.where(slots == SLOTS - 1, histogram, 0))
+        above = tl.sum(tl.where(slots == BINS + 1, histogram, 0))
     if ((lo == hi) | ((q >= SAFE_SQUARES) & centered)) & (q < INF) & (a < INF):
         inverse = 1.0 / unit.to(tl.float64)
         shift = center.to(tl.float64) * n
@@ -164,26 +191,24 @@ def measure_kernel(
         posinf = 0
         neginf = 0
     else:
-        sum64, l1, deviations, lo, hi, finite, nan, posinf, neginf = careful_sums(
-            address, strides, n, DTYPE, THREADS
+        sum64, l1, deviations, lo, hi, finite, nan, posinf, neginf, below, above = careful_sums(
+            address, strides, n, low, high, DTYPE, THREADS
         )
     squares64 = deviations + sum64 * sum64 / tl.maximum(finite, 1)
 
     z = tl.sum(zeros).to(tl.int32)
-    below = 0
-    above = 0
     if LOG2:
-        z = tl.sum(tl.where((slots & (LOG2_MAGNITUDES - 1)) == 0, histogram, 0))
+        in_zero_slots = tl.sum(tl.where((slots & (LOG2_MAGNITUDES - 1)) == 0, histogram, 0))
         negative = tl.sum(tl.where(slots == LOG2_MAGNITUDES, histogram, 0))
-        if NEAR_ZERO_SLOTS:
-            if tl.min(nearest) < 2 * NEAR_ZERO - 1:
-                z, negative = zero_counts(address, strides, n, DTYPE, THREADS)
+        if ZERO_SLOTS:
+            z = in_zero_slots
+        else:
+            # Magnitudes below 2**-128 are in these slots too.
+            if in_zero_slots != z:
+                negative = negative_zeros(address, strides, n, DTYPE, THREADS)
         # A zero with a minus sign counts as one without.
         moved = (slots == 0).to(tl.int32) - (slots == LOG2_MAGNITUDES).to(tl.int32)
         histogram += moved * negative
-    elif BINS > 0:
-        below = tl.sum(tl.where(slots == SLOTS - 1, histogram, 0)) - neginf
-        above = tl.sum(tl.where(slots == BINS + 1, histogram, 0)) - nan - posinf
     partial_ptr = partials_ptr + tl.program_id(0).to(tl.int64) * PARTIAL_FIELDS
     tl.store(partial_ptr, sum64)
     tl.store(partial_ptr + 1, l1)

@@ -21,6 +21,7 @@ from gradstat.engines.triton_plans import Group, find_plan
 from gradstat.float_mode import keeps_subnormals
 from gradstat.kernels.finish import finish_kernel
 from gradstat.kernels.histogram import histogram_kernel
+from gradstat.kernels.items import ROWS
 from gradstat.kernels.measure import PARTIAL_FIELDS, measure_kernel
 from gradstat.results import Statistics
 
@@ -29,11 +30,13 @@ Kernel: TypeAlias = Any  # of Triton, which ships no types, compiled or not
 MAX_BINS = 4093  # a program keeps its histogram, with three more slots, in registers
 FINISH_BLOCK = 128
 THREADS = 256
-EACH = 16  # elements of a tile for each thread
+EACH = 16  # elements of a tile for each thread, of narrow formats
 VECTOR_BYTES = 16
+TILE_BYTES = ROWS.value * VECTOR_BYTES * THREADS
+BLACKWELL = 100  # the first of its compute capabilities
 # Element types in device code; bfloat16 as its bits.
 ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.int16}
-_tables = functools.partial(make_items, tile=EACH * THREADS)
+_tables = functools.partial(make_items, tile_bytes=TILE_BYTES)
 
 
 def measure(tensors: Sequence[Tensor], bins: Bins, due: Tensor | None = None) -> Statistics:
@@ -181,9 +184,8 @@ def check_device(function: str, argument: str, device: torch.device) -> None:
 def _summarise(group: Group, result: Statistics, ranges: Tensor | None, due: Tensor | None) -> None:
     """Launch all but the histogram of automatic ranges, which are not known yet."""
     bins, n_items, due = result.bins, len(group.items), group.always if due is None else due
-    element, vector = ELEMENTS[group.dtype], VECTOR_BYTES // group.dtype.itemsize
-    is_log2 = isinstance(bins, Log2Bins)
-    num_warps = warps_on(result.floats.device)
+    device, is_log2, slots = result.floats.device, isinstance(bins, Log2Bins), slots_of(bins)
+    capability, itemsize = capability_of(device), group.dtype.itemsize
     partials = result.floats.new_empty((n_items, PARTIAL_FIELDS.value))
     known = result.floats if ranges is None else ranges  # else not read
     if n_items:
@@ -191,14 +193,14 @@ def _summarise(group: Group, result: Statistics, ranges: Tensor | None, due: Ten
             measure_kernel,
             n_items,
             (due, group.items, known, partials, result.counts),
-            element,
+            ELEMENTS[group.dtype],
             bins.bins if is_log2 or ranges is not None else 0,
-            slots_of(bins),
+            slots,
             is_log2,
-            EACH // vector,
+            compares_pairs(itemsize, capability),
             THREADS,
-            vector,
-            num_warps=num_warps,
+            num_warps=warps_on(device),
+            **limit_registers(itemsize, slots, capability),
         )
     _launch(
         finish_kernel,
@@ -206,14 +208,14 @@ def _summarise(group: Group, result: Statistics, ranges: Tensor | None, due: Ten
         (due, group.spans, partials, known, result.integers, result.floats),
         ranges is not None,
         FINISH_BLOCK,
-        num_warps=num_warps,
+        num_warps=warps_on(device),
         enable_fp_fusion=False,
     )
 
 
 def _count(group: Group, result: Statistics, ranges: Tensor, due: Tensor | None) -> None:
     """Launch the histogram over ranges that the measurement has found."""
-    n_items, vector = len(group.items), VECTOR_BYTES // group.dtype.itemsize
+    n_items = len(group.items)
     if n_items:
         _launch(
             histogram_kernel,
@@ -222,9 +224,7 @@ def _count(group: Group, result: Statistics, ranges: Tensor, due: Tensor | None)
             ELEMENTS[group.dtype],
             result.bins.bins,
             slots_of(result.bins),
-            EACH // vector,
             THREADS,
-            vector,
             num_warps=warps_on(ranges.device),
         )
 
@@ -239,6 +239,34 @@ def warps_on(device: torch.device) -> int:
     """Warps of a program: of 32 threads, on AMD's data-centre GPUs of 64."""
     warp = torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
     return int(THREADS // warp)
+
+
+@functools.cache
+def capability_of(device: torch.device) -> int:
+    """Compute capability of an NVIDIA GPU, as 90; 0 of another device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def compares_pairs(itemsize: int, capability: int) -> bool:
+    """Whether a GPU has minima of 16-bit elements in pairs: from Ampere on."""
+    return itemsize == 2 and capability >= 80
+
+
+def limit_registers(itemsize: int, slots: int, capability: int) -> dict[str, int]:
+    """The option that holds `measure_kernel` to so many registers as let enough programs run.
+
+    Left alone, the compiler takes as many as let two programs of 256 threads run on a
+    multiprocessor. Where three to five run, more bytes are on their way from memory at once, and
+    the loop grows by 1 % at most. A program's histogram is in its registers too. For 16-bit
+    elements Blackwell needs no limit, and spills with one.
+    """
+    if not capability or (itemsize == 2 and capability >= BLACKWELL):
+        return {}
+    least = 72 if itemsize == 2 else 48 if capability < BLACKWELL else 56
+    return {"maxnreg": least + -(-(slots // THREADS) // 8) * 8}  # they come in eights
 
 
 def _copy_row(source: Statistics, target: Statistics, row: int) -> None:

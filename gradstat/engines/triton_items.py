@@ -34,13 +34,15 @@ class Run(NamedTuple):
     strides: tuple[int, int, int]
 
 
-def make_items(tensors: Sequence[Tensor], rows: Sequence[int], tile: int) -> tuple[Array, Array]:
+def make_items(
+    tensors: Sequence[Tensor], rows: Sequence[int], tile_bytes: int
+) -> tuple[Array, Array]:
     """Tables for one launch over tensors of one dtype.
 
     Args:
         tensors: N tensors.
         rows: row of each one's results.
-        tile: elements of a whole tile.
+        tile_bytes: bytes of a whole tile.
 
     Returns:
         items, int64 ``(W, 9)``, see kernels/items.py; and spans, int64 ``(N, 4)``: row, first
@@ -53,7 +55,7 @@ def make_items(tensors: Sequence[Tensor], rows: Sequence[int], tile: int) -> tup
     for i, (x, row) in enumerate(zip(tensors, rows, strict=True)):
         first = n_items
         for run in _runs(x, size):
-            block = _split_run(x, row, run, size, tile)
+            block = _split_run(x, row, run, size, tile_bytes // x.element_size())
             blocks.append(block)
             n_items += len(block)
         spans[i] = row, first, n_items, x.numel()

@@ -63,7 +63,7 @@ def large_items() -> dict[str, torch.Tensor]:
 def test_sums_of_the_largest_items_are_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_items, "MIN_ITEM", triton_items.MAX_ITEM)
     x = large_items()[name].to(DEVICE)
-    assert len(triton_items.make_items([x], [0], 4096)[0]) == 1
+    assert len(triton_items.make_items([x], [0], triton_engine.TILE_BYTES)[0]) == 1
     assert_is_reference([x])
 
 
@@ -85,7 +85,7 @@ def test_strided_tensors_are_read_in_place(x: torch.Tensor) -> None:
 
 def test_a_slice_of_many_small_rows_takes_few_items() -> None:
     x = torch.empty(512, 512, 3, 3)[:, :, :2, :2]
-    items, _ = triton_items.make_items([x], [0], 4096)
+    items, _ = triton_items.make_items([x], [0], triton_engine.TILE_BYTES)
     assert len(items) <= 2 * x.numel() / triton_items.MIN_ITEM
     assert items[:, 2].sum() == x.numel()
     assert items[:, 2].max() <= triton_items.MAX_ITEM
