@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from gradstat import History, plot
-from gradstat.files import replacing
 from gradstat.plot import labels, panels
+from gradstat.util import replacing
 
 Array = NDArray[Any]
 

@@ -14,13 +14,11 @@ if typing.TYPE_CHECKING:
     from gradstat import plot as plot
     from gradstat.bins import LinearBins, Log2Bins
     from gradstat.diagnosis.findings import Finding
-    from gradstat.format_ops import quantization
     from gradstat.gradient_noise import NoiseScale, noise_scale
     from gradstat.history import History
-    from gradstat.ops import histogram, statistics
-    from gradstat.quantized import Quantization
+    from gradstat.ops import histogram, quantization, statistics
     from gradstat.recording.watch import Watch, watch
-    from gradstat.results import Statistics
+    from gradstat.results import Quantization, Statistics
     from gradstat.thresholds import Thresholds
 
 __all__ = [
@@ -46,13 +44,13 @@ _HOMES = {
     "LinearBins": "bins",
     "Log2Bins": "bins",
     "NoiseScale": "gradient_noise",
-    "Quantization": "quantized",
+    "Quantization": "results",
     "Statistics": "results",
     "Thresholds": "thresholds",
     "Watch": "recording.watch",
     "histogram": "ops",
     "noise_scale": "gradient_noise",
-    "quantization": "format_ops",
+    "quantization": "ops",
     "statistics": "ops",
     "watch": "recording.watch",
 }

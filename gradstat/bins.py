@@ -8,16 +8,19 @@ direction that takes no value across an edge, so a bin is the same interval
 
 from __future__ import annotations
 
+import functools
 import math
+import struct
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass
 from numbers import Integral, Real
-from typing import TypeAlias
+from typing import ParamSpec, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gradstat.float_mode import keeps_subnormals
-from gradstat.nice_ranges import nice_range
+from gradstat.util import Array
 
 FLOAT32_MAX = 3.4028234663852886e38
 FLOAT64_MAX = 1.7976931348623157e308
@@ -26,6 +29,39 @@ FLOAT64_MAX = 1.7976931348623157e308
 LOG2_SHIFT = 21  # bits of a float32 below those
 LOG2_MAGNITUDES = 1024  # that they tell apart: bins on each side of zero
 LOG2_FINITE = 1020  # of these, before infinity and NaN
+
+# Each float32 exponent is an octave; the first holds subnormals, the last nothing finite.
+OCTAVES = np.arange(-127.0, 130.0)
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+# The least float64, from its bits, as the module is imported. Python computes a constant when it
+# compiles: `2.0**-1074` is 0.0 for good in a module that it compiles while subnormals are flushed.
+(_SUBNORMAL,) = struct.unpack("<d", (1).to_bytes(8, "little"))
+
+
+def keeps_subnormals(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Run a function as if `torch.set_flush_denormal` were off.
+
+    Bins end at subnormals, and no count should depend on the mode of the thread that asks for it.
+    Threads that torch started in that mode keep it for good, so the caller's computes alone.
+    """
+
+    @functools.wraps(function)
+    def keeping(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if _SUBNORMAL * 1.0 != 0.0 or torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        threads = torch.get_num_threads()
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(1)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_flush_denormal(True)
+
+    return keeping
 
 
 @dataclass(frozen=True)
@@ -394,3 +430,63 @@ def _ordered(x: Tensor) -> Tensor:
 
 def _from_ordered(key: Tensor) -> Tensor:
     return (key ^ ((key >> 31) & 0x7FFFFFFF)).int().view(torch.float32)
+
+
+def nice_range(lo: Tensor, hi: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Bin range as MATLAB's ``histcounts(x, n)`` picks it; float64 in and out.
+
+    Powers of ten come from a table, not from ``log10``, whose last digit differs by device.
+    """
+    table = powers_of_ten(lo.device)
+
+    def power_of_ten(x: Tensor) -> Tensor:
+        at = torch.searchsorted(table, x.contiguous(), right=True) - 1
+        return table.take(at.clamp(min=0))
+
+    size = torch.maximum(lo.abs(), hi.abs())
+    constant = hi - lo <= 2.0**-26 * size
+    raw = (hi - lo) / n
+    power = power_of_ten(raw)
+    width = power * torch.floor(raw / power).clamp(min=1.0)
+    left = torch.minimum(width * torch.floor(lo / width), lo)
+    narrow = (hi - left) / n
+    spread = (hi - left) / (n - 1) - narrow if n > 1 else narrow
+    power = power_of_ten(spread)
+    width = power * torch.ceil(narrow / power)
+    right = torch.maximum(left + n * width, hi)
+    # A constant is a range of 1 around it, or of as many float32 as there are bins if that is more.
+    spacing = size * 2.0**-23
+    room = torch.ceil(max(n, 16) * spacing).clamp(min=1.0) / 4
+    left = torch.where(constant, torch.floor(2 * (lo - room)) / 2, left)
+    right = torch.where(constant, torch.ceil(2 * (hi + room)) / 2, right)
+    # A range so wide that float64 cannot hold its width stays as it is.
+    is_held = (hi - lo).isfinite() & left.isfinite() & right.isfinite()
+    return torch.where(is_held, left, lo), torch.where(is_held, right, hi)
+
+
+@functools.cache
+def powers_of_ten(device: torch.device) -> Tensor:
+    """Powers of ten from 1e-80 to 1e308 in order, float64 ``(389,)``."""
+    return torch.tensor([float(f"1e{k}") for k in range(-80, 309)], dtype=torch.float64).to(device)
+
+
+def octave_of(bins: Array) -> Array:
+    """Octave of each of some bins of `Log2Bins`, whatever its sign: 0 to 255."""
+    bins = bins.astype(np.int64)
+    return np.where(bins < LOG2_MAGNITUDES, LOG2_MAGNITUDES - 1 - bins, bins - LOG2_MAGNITUDES) >> 2
+
+
+def octaves(counts: Array, zeros: Array) -> Array:
+    """Histograms of magnitudes over `OCTAVES`, without zeros.
+
+    Args:
+        counts: histograms over `Log2Bins`, ``(N, 2048)``.
+        zeros: how many zeros are in each, ``(N,)``.
+
+    Returns:
+        int64 ``(N, 256)``.
+    """
+    magnitudes = counts[:, LOG2_MAGNITUDES:] + counts[:, LOG2_MAGNITUDES - 1 :: -1]
+    summed: Array = magnitudes.reshape(len(counts), 256, 4).sum(2)
+    summed[:, 0] -= zeros
+    return summed

@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from gradstat.choices import one_of
+from gradstat.util import one_of
 
 Scaling = Literal["none", "given", "amax", "block", "e8m0", "nvfp4"]
 

@@ -8,10 +8,10 @@ from numbers import Real
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.history import History
 from gradstat.history.arguments import check_history
 from gradstat.record import GRAD
+from gradstat.util import Array
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,10 +15,9 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from gradstat.arrays import Array
 from gradstat.bins import Bins
-from gradstat.quantized import PACKED
-from gradstat.results import FLOATS, INTEGERS, Statistics
+from gradstat.results import FLOATS, INTEGERS, PACKED, Statistics
+from gradstat.util import Array
 
 GRAD, PARAM, UPDATE = "grad", "param", "update"
 ACTIVATION, UNIT, GRAD_OUTPUT = "activation", "unit", "grad_output"
@@ -276,7 +275,7 @@ class Unpacked(NamedTuple):
     Args:
         integers: int64 ``(S, L, 8)``, as `gradstat.results.INTEGERS`.
         floats: float64 ``(S, L, 8)``, as `gradstat.results.FLOATS`.
-        formats: float64 ``(S, L, F, 10)``, as `gradstat.quantized.PACKED`.
+        formats: float64 ``(S, L, F, 10)``, as `gradstat.results.PACKED`.
         ends: int64 ``(S L,)``, where the filled bins of each row of each record end.
         bins: numbers of the filled bins, ``(E,)``, which rise within a row.
         counts: their counts, ``(E,)``.

@@ -24,11 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradstat.arrays import Array
-from gradstat.files import replacing
 from gradstat.history import FIELDS, History
-from gradstat.quantized import QUANTIZATION_COUNTS, QUANTIZATION_FIELDS
-from gradstat.util import json_text
+from gradstat.results import QUANTIZATION_COUNTS, QUANTIZATION_FIELDS
+from gradstat.util import Array, json_text, replacing
 
 if TYPE_CHECKING:
     import pandas

@@ -1,10 +1,160 @@
-"""What has no other home: JSON as others can read it."""
+"""What has no other home: whole files, escapes, names that would do, warnings, forks, JSON, arrays.
+
+Nothing here needs NumPy or PyTorch before it is called: the command line starts without them.
+"""
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import json
 import math
-from collections.abc import Mapping
+import os
+import secrets
+import stat
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Array: TypeAlias = "NDArray[Any]"
+
+_MOST_NAMES = 8  # in a message
+# Lines that no warning is about. Torch calls hooks from its own code.
+_INSIDE: tuple[str, ...] = (f"{Path(__file__).parent}{os.sep}", threading.__file__)
+
+
+class CutOffError(ValueError):
+    """A file ends before what it should hold."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which takes the place of ``path`` once all is written.
+
+    A link stays, and the file that it leads to is replaced. The new file has the mode of the old
+    one. A file that is not regular, such as a pipe or ``/dev/null``, is written to as it is.
+
+    Args:
+        path: the file; one that is there stays as it is if what follows fails.
+
+    Yields:
+        Another name in the same directory, of an empty file, which is gone afterwards.
+
+    Raises:
+        OSError: it cannot be written; its ``filename`` is ``path``, as it was given.
+    """
+    try:
+        with _writing(Path(os.path.realpath(path))) as unfinished:
+            yield unfinished
+    except OSError as error:
+        # The error of a full disk has no name at all, others have that of the unfinished file.
+        if error.errno is not None and not error.filename2:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[Path]:
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    if mode is not None and not stat.S_ISREG(mode):
+        yield path
+        return
+    # Nobody can have put a link there: the name is random, and the file must be new.
+    unfinished = path.with_name(f".gradstat.{secrets.token_hex(8)}.tmp")
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+    os.close(os.open(unfinished, flags, 0o666 if mode is None else 0o600))
+    try:
+        yield unfinished
+        if mode is not None:
+            with suppress(OSError):  # some file systems have no modes
+                unfinished.chmod(stat.S_IMODE(mode))
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def escaped(text: object) -> str:
+    r"""Text in one line, with escapes in place of all that is acted on or not shown.
+
+    Args:
+        text: a name, a path or a sentence that contains one.
+
+    Returns:
+        The same if it is printable. Control characters, line breaks, marks of direction, other
+        spaces and undecodable bytes are written as Python writes them, such as ``\x1b``.
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in str(text)
+    )
+
+
+def one_of(name: object, names: Sequence[str]) -> str:
+    """Those like the name that was given, or the first ones.
+
+    Args:
+        name: that is none of them.
+        names: of which there may be hundreds.
+
+    Example:
+        >>> one_of("stp", ["backward", "step", "call"])
+        "one of 'backward', 'step', 'call' (did you mean 'step'?)"
+    """
+    close = difflib.get_close_matches(str(name), names, 3)
+    shown = ", ".join(map(repr, names[:_MOST_NAMES])) or "none"
+    if len(names) > _MOST_NAMES:
+        shown += f" and {len(names) - _MOST_NAMES} others"
+    question = f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+    return f"one of {shown}{question}"
+
+
+def warn(message: str) -> None:
+    """Give a RuntimeWarning, at the innermost line that is neither gradstat's nor PyTorch's.
+
+    Args:
+        message: of the warning.
+    """
+    torch = sys.modules.get("torch")
+    inside = _INSIDE
+    if torch is not None:
+        inside = (*_INSIDE, f"{Path(inspect.getfile(torch)).parent}{os.sep}")
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
+class _Forgetful(Protocol):
+    def forget_other_threads(self) -> None:
+        """Give up locks that nobody will release, and what another thread has begun."""
+
+
+_FORGETFUL: weakref.WeakSet[_Forgetful] = weakref.WeakSet()
+
+
+def call_after_fork(x: _Forgetful) -> None:
+    """Have an object's ``forget_other_threads`` called in each process that is forked from here."""
+    _FORGETFUL.add(x)
+
+
+def _forget_other_threads() -> None:
+    for x in list(_FORGETFUL):
+        x.forget_other_threads()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
+    os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 def json_text(value: object, indent: int | None = None) -> str:
@@ -28,3 +178,19 @@ def _finite(value: object) -> object:
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
     return value
+
+
+def divide(total: Array, count: Array) -> Array:
+    """Quotient; NaN where there is nothing to divide by."""
+    import numpy as np
+
+    quotient = np.full(np.broadcast_shapes(total.shape, count.shape), math.nan)
+    np.divide(total, count, out=quotient, where=count > 0)
+    return quotient
+
+
+def evenly_spread(n: int, most: int) -> Array:
+    """Positions of at most so many of n things, the first and the last among them."""
+    import numpy as np
+
+    return np.linspace(0, n - 1, min(most, n)).round().astype(np.int64)

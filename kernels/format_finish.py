@@ -7,7 +7,7 @@ from gradstat.kernels.formats import FORMAT_FIELDS
 from gradstat.kernels.rounding import AMAX, CONSTANT, KIND, SCALE, TILES, find_scales
 
 INF = tl.constexpr(float("inf"))
-# Exponents of scales where there is none, as `gradstat.quantized` has them.
+# Exponents of scales where there is none, as `gradstat.results` has them.
 _NO_LEAST = tl.constexpr(1 << 15)
 
 
@@ -53,8 +53,8 @@ def finish_formats_kernel(
             its items, row of the maximum of the first block of 128 x 128, blocks of each format.
         maxima_ptr: float32 (M,), see formats.py.
         partials_ptr: float64 (W, 1 + F, 6), see formats.py.
-        integers_ptr: int64 (F, L, 8), fields of `gradstat.quantized.QUANTIZATION_INTEGERS`.
-        floats_ptr: float64 (F, L, 2), fields of `gradstat.quantized.QUANTIZATION_FLOATS`.
+        integers_ptr: int64 (F, L, 8), fields of `gradstat.results.QUANTIZATION_INTEGERS`.
+        floats_ptr: float64 (F, L, 2), fields of `gradstat.results.QUANTIZATION_FLOATS`.
         n_rows: L.
         FORMS: formats, see rounding.py.
         BLOCK: items merged at once.

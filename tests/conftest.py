@@ -25,7 +25,7 @@ os.environ["MPLBACKEND"] = "agg"
 os.environ.pop("GRADSTAT_ENGINE", None)
 
 # The environment comes first.
-from gradstat import History, Log2Bins, Statistics, format_ops, ops  # noqa: E402
+from gradstat import History, Log2Bins, Statistics, ops  # noqa: E402
 from gradstat.bins import Bins  # noqa: E402
 from gradstat.formats import Format  # noqa: E402
 
@@ -92,7 +92,7 @@ class Engine:
         self, tensors: Sequence[torch.Tensor], formats: Sequence[Format], dim: int = -1
     ) -> tuple[torch.Tensor, torch.Tensor]:
         with numpy_silent_as_a_gpu() if self.is_interpreted else nullcontext():
-            integers, floats = format_ops.measure_formats(tensors, formats, dim, self.name)
+            integers, floats = ops.measure_formats(tensors, formats, dim, self.name)
         return integers.cpu(), floats.cpu()
 
 

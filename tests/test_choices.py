@@ -1,4 +1,4 @@
-from gradstat.choices import one_of
+from gradstat.util import one_of
 
 NAMES = [f"transformer.h.{i}.mlp.c_proj.weight" for i in range(146)]
 

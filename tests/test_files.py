@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gradstat import History, Log2Bins, statistics
-from gradstat.files import replacing
+from gradstat.util import replacing
 
 
 def write(path: Path, text: str) -> None:
@@ -81,7 +81,7 @@ def test_replacing_does_not_write_through_a_link_in_place_of_its_unfinished_file
 ) -> None:
     (tmp_path / "other").write_text("another's")
     # As if somebody had guessed.
-    monkeypatch.setattr("gradstat.files.secrets.token_hex", lambda n: "guessed")
+    monkeypatch.setattr("gradstat.util.secrets.token_hex", lambda n: "guessed")
     (tmp_path / ".gradstat.guessed.tmp").symlink_to("other")
     with pytest.raises(FileExistsError) as raised:
         write(tmp_path / "x", "mine")

@@ -14,8 +14,7 @@ from conftest import ROOT
 
 import gradstat
 from gradstat import LinearBins, Log2Bins
-from gradstat.bins import Bins
-from gradstat.float_mode import keeps_subnormals
+from gradstat.bins import Bins, keeps_subnormals
 
 TINY = torch.tensor([1e-44, 2e-44, 5e-44, 7e-44, -3e-39, 1e-39, 4e-39, 0.0])
 

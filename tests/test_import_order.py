@@ -11,18 +11,14 @@ from conftest import ROOT
 PACKAGE = ROOT / "gradstat"
 # Rooms in the order of the data, each from those before it; rooms of one line from one another.
 ORDER = (
-    (
-        *("float_mode", "nice_ranges", "bins", "arrays"),
-        *("util", "files", "forks", "escaping", "fourth_moment"),
-    ),
-    ("choices", "warning", "version", "thresholds"),
+    ("util", "version", "thresholds"),
+    ("bins",),
     ("formats",),
-    ("results", "quantized"),
+    ("results",),
     ("record",),
     ("kernels",),
     ("engines",),
     ("ops",),
-    ("format_ops",),
     ("history",),
     ("diagnosis",),
     ("recording",),

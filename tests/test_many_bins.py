@@ -15,9 +15,8 @@ from watching import arrays
 import gradstat
 from gradstat import History, LinearBins, Log2Bins
 from gradstat.cli import main
-from gradstat.quantized import PACKED
 from gradstat.record import RecordLayout, Unpacked
-from gradstat.results import FLOATS, INTEGERS
+from gradstat.results import FLOATS, INTEGERS, PACKED
 
 BINS, LAYERS = 1 << 20, 200
 # All dense histograms of one record take 1.6 GB, beside what Python and its libraries take.

@@ -9,7 +9,7 @@ from quantizing import samples
 
 import gradstat
 from gradstat.formats import FORMATS
-from gradstat.quantized import PACKED, packed, unpacked
+from gradstat.results import PACKED, packed, unpacked
 
 E5M2 = "float8_e5m2"
 PAIR = ("integers", "floats")

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 import gradstat
 from gradstat.bins import Bins, LinearBins, Log2Bins
-from gradstat.quantized import PACKED
 from gradstat.record import RecordLayout, Unpacked
-from gradstat.results import FLOATS, INTEGERS
+from gradstat.results import FLOATS, INTEGERS, PACKED
 
 LAYOUT = RecordLayout(5, 2, 7)
 

@@ -10,7 +10,7 @@ from torch import nn
 from watching import backward, make_model
 
 import gradstat
-from gradstat.warning import warn
+from gradstat.util import warn
 
 
 def line_of(part: str) -> int:

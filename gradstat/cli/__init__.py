@@ -17,9 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from gradstat.choices import one_of
-from gradstat.escaping import escaped
 from gradstat.thresholds import Thresholds
+from gradstat.util import escaped, one_of
 from gradstat.version import __version__
 
 COMMANDS = {

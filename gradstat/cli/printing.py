@@ -16,18 +16,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from gradstat.arrays import Array, evenly_spread
 from gradstat.cli.runs import check_output, load, run_name
 from gradstat.diagnosis import Finding
 from gradstat.diagnosis.narrow_formats import Fit, layer_fits, recommendation
 from gradstat.diagnosis.run import Run, median
-from gradstat.escaping import escaped
-from gradstat.files import CutOffError, replacing
 from gradstat.history import History, rank_directories
 from gradstat.history.arguments import check_history, first_rows
 from gradstat.record import GRAD, NOUNS, PARAM, UNIT, UPDATE
 from gradstat.thresholds import Thresholds
-from gradstat.util import json_text
+from gradstat.util import Array, CutOffError, escaped, evenly_spread, json_text, replacing
 
 Item = TypeVar("Item")
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import Any
 
-from gradstat.escaping import escaped
 from gradstat.history import History, rank_directories
 from gradstat.history.opening import opened
 from gradstat.report.live_run import LiveRun
+from gradstat.util import escaped
 
 _MOST_SIDE_BY_SIDE = 4
 _FIRST_NUMBER = 1000  # of runs of a directory

@@ -14,9 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs
 
 from gradstat.cli.runs import RunList
-from gradstat.escaping import escaped
 from gradstat.report import page
-from gradstat.util import json_text
+from gradstat.util import escaped, json_text
 from gradstat.version import __version__
 
 _HOST, _USUAL_PORT = "127.0.0.1", 80

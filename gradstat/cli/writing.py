@@ -12,8 +12,8 @@ from tqdm import tqdm
 from gradstat import tables
 from gradstat.cli.printing import heading
 from gradstat.cli.runs import check_output, load, run_name
-from gradstat.escaping import escaped
 from gradstat.history import History
+from gradstat.util import escaped
 
 
 def export(options: argparse.Namespace) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.diagnosis.bands import WINDOW
 from gradstat.diagnosis.findings import Finding
 from gradstat.diagnosis.nonfinite import find_nonfinite
@@ -18,6 +17,7 @@ from gradstat.history import History
 from gradstat.record import GRAD, UNIT
 from gradstat.results import FLOATS, INTEGERS
 from gradstat.thresholds import Thresholds
+from gradstat.util import Array
 
 Alert = Callable[[Finding], object]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.diagnosis.run import median
+from gradstat.util import Array
 
 WINDOW, _LEAST = 32, 10  # values before one that say where it should be
 _CELLS = 1 << 16  # looked at together

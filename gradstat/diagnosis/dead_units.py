@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.diagnosis.findings import Finding, Severity
 from gradstat.diagnosis.run import Run
 from gradstat.record import ACTIVATION, OF_PARAMETERS
 from gradstat.thresholds import Thresholds
+from gradstat.util import Array
 
 
 def find_dead_units(run: Run, thresholds: Thresholds) -> list[Finding]:

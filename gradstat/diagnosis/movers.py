@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.diagnosis.bands import WINDOW, log, outside
 from gradstat.diagnosis.findings import rounded
 from gradstat.diagnosis.run import Run, around
 from gradstat.record import ACTIVATION, GRAD, GRAD_OUTPUT, NOUNS, PARAM, UNIT, UPDATE
+from gradstat.util import Array
 
 # In the order in which a step computes them; the loss comes after the forward pass.
 _PHASES = {PARAM: 0, ACTIVATION: 1, GRAD_OUTPUT: 3, GRAD: 4, UPDATE: 5}

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.diagnosis.findings import Finding
 from gradstat.diagnosis.run import Run, median
 from gradstat.formats import parse_format
 from gradstat.record import NOUNS, Row
 from gradstat.thresholds import Thresholds
+from gradstat.util import Array
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.diagnosis.findings import Finding, Severity
 from gradstat.diagnosis.run import Run, is_loss
 from gradstat.record import ACTIVATION, FROM_THE_END, GRAD, GRAD_OUTPUT, PARAM, UNIT, UPDATE
 from gradstat.thresholds import Thresholds
+from gradstat.util import Array
 
 # In the order in which a step computes them; the peaks of units are those of activations.
 _FORWARD, _BACKWARD = (PARAM, ACTIVATION), (GRAD_OUTPUT, GRAD, UPDATE)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradstat.arrays import evenly_spread
 from gradstat.diagnosis.findings import Finding
 from gradstat.diagnosis.run import MAX_SAMPLES, Run, median
 from gradstat.history.memory import kurtosis_of
 from gradstat.thresholds import Thresholds
+from gradstat.util import evenly_spread
 
 _PARTS = 4  # of a run; kurtosis must grow from each to the next
 _LEAST = 20.0  # a normal distribution has 3

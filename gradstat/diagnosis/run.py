@@ -8,10 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
-from gradstat.arrays import Array, evenly_spread
 from gradstat.bins import FLOAT64_MAX, Log2Bins
 from gradstat.history import History
-from gradstat.quantized import QUANTIZATION_COUNTS
+from gradstat.results import QUANTIZATION_COUNTS
+from gradstat.util import Array, evenly_spread
 
 _MAX_BLOCKS = 200
 MAX_SAMPLES = 64

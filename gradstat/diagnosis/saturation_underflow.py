@@ -8,12 +8,12 @@ import math
 import numpy as np
 import torch
 
-from gradstat.arrays import Array
 from gradstat.bins import Log2Bins
 from gradstat.diagnosis.findings import Finding
 from gradstat.diagnosis.run import Run, around
 from gradstat.results import FLOATS, INTEGERS, Statistics
 from gradstat.thresholds import Thresholds
+from gradstat.util import Array
 
 FLOAT16_MAX = 65504.0
 NARROW = {

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.diagnosis.bands import WINDOW, Spike, find_spikes, log
 from gradstat.diagnosis.findings import Finding, Severity, rounded
 from gradstat.diagnosis.movers import (
@@ -22,6 +21,7 @@ from gradstat.diagnosis.movers import (
 from gradstat.diagnosis.run import Run, is_loss, median
 from gradstat.record import ACTIVATION, GRAD, PARAM, UPDATE
 from gradstat.thresholds import Thresholds
+from gradstat.util import Array
 
 _LASTING = 10  # values after which a spike that is not over is there to stay
 _SMALL = 0.7  # of the median batch

@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.diagnosis.findings import Finding, Severity
 from gradstat.diagnosis.run import Run, median
 from gradstat.record import GRAD, PARAM
 from gradstat.thresholds import Thresholds
+from gradstat.util import Array
 
 _PERSISTENT = 3  # windows in a row, at least, in which a layer stands still
 _STEADY = 2.0  # a line from zero or to zero changes threefold between its halves

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gradstat.bins import Bins, LinearBins, widen
+from gradstat.bins import Bins, LinearBins, keeps_subnormals, widen
 from gradstat.engines.protocol import together
-from gradstat.float_mode import keeps_subnormals
 from gradstat.results import Statistics
 
 

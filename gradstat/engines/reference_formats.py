@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gradstat.float_mode import keeps_subnormals
+from gradstat.bins import keeps_subnormals
 from gradstat.formats import FORMATS, Format
-from gradstat.quantized import NO_SCALE_MAX, NO_SCALE_MIN
+from gradstat.results import NO_SCALE_MAX, NO_SCALE_MIN
 
 FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
 # A scale that is computed is no smaller: its reciprocal stays finite, and so does that of the
@@ -39,7 +39,7 @@ def measure_formats(
 
     Returns:
         integers, int64 ``(F, L, 8)``, and floats, float64 ``(F, L, 2)``, the fields of
-        `gradstat.quantized`.
+        `gradstat.results`.
     """
     rows = [[_measure_one(_matrix(x, dim), form) for x in tensors] for form in formats]
     integers, floats = (

@@ -11,14 +11,13 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from gradstat.bins import Bins, LinearBins, Log2Bins
+from gradstat.bins import Bins, LinearBins, Log2Bins, keeps_subnormals
 from gradstat.engines import reference
 from gradstat.engines.protocol import NUMBERS, together
 from gradstat.engines.triton_cadence import PassCounter as PassCounter
 from gradstat.engines.triton_cadence import on_device
 from gradstat.engines.triton_items import make_items
 from gradstat.engines.triton_plans import Group, find_plan
-from gradstat.float_mode import keeps_subnormals
 from gradstat.kernels.finish import finish_kernel
 from gradstat.kernels.histogram import histogram_kernel
 from gradstat.kernels.items import ROWS

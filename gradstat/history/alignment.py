@@ -9,9 +9,9 @@ from itertools import pairwise
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.history.records import OWN, Records
 from gradstat.record import KINDS, Row
+from gradstat.util import Array
 
 
 def union(parts: Sequence[tuple[Sequence[Row], Sequence[str]]]) -> tuple[list[Row], list[str]]:

@@ -11,12 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from gradstat.files import CutOffError, replacing
 from gradstat.history import blocks, npz, sections
 from gradstat.history.opening import damage_of, opened
 from gradstat.history.records import Records, check, concatenate
 from gradstat.history.source import Source
-from gradstat.warning import warn
+from gradstat.util import CutOffError, replacing, warn
 
 SUFFIX = ".gradstat"
 

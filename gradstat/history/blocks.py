@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from gradstat.arrays import Array
+from gradstat.util import Array
 
 MAGIC = b"gradstat"
 _VERSION = 2

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.history.placements import PARTIAL, UNKNOWN
 from gradstat.history.records import OWN, SAME, Records
 from gradstat.record import GRAD, NOUNS, OF_OUTPUTS, Row
 from gradstat.results import FLOATS
+from gradstat.util import Array
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _SHIFT = np.uint64(32)

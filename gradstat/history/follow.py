@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from gradstat.files import CutOffError
 from gradstat.history import archive, rank_directories
 from gradstat.history.merge_files import RankRecords, bytes_at_a_time, merge_files
 from gradstat.history.records import Records, concatenate
+from gradstat.util import CutOffError
 
 _BYTES = 4 << 20  # of a file that are read at a look, or a block more
 

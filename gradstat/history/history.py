@@ -14,9 +14,7 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from gradstat.arrays import Array, divide
 from gradstat.bins import Bins
-from gradstat.choices import one_of
 from gradstat.formats import Format, asked_formats, parse_format
 from gradstat.history import archive, merge, rank_directories
 from gradstat.history.alignment import with_columns
@@ -26,7 +24,6 @@ from gradstat.history.packed_counts import SparseRows
 from gradstat.history.placements import Placements
 from gradstat.history.records import OWN, Records
 from gradstat.history.scalars import Scalars
-from gradstat.quantized import PACKED, QUANTIZATION_FIELDS, unpacked
 from gradstat.record import (
     FROM_THE_END,
     GRAD,
@@ -39,7 +36,17 @@ from gradstat.record import (
     Row,
     Unpacked,
 )
-from gradstat.results import DERIVED, FLOATS, INTEGERS, SHAPES, Statistics
+from gradstat.results import (
+    DERIVED,
+    FLOATS,
+    INTEGERS,
+    PACKED,
+    QUANTIZATION_FIELDS,
+    SHAPES,
+    Statistics,
+    unpacked,
+)
+from gradstat.util import Array, divide, one_of
 
 if TYPE_CHECKING:
     import pandas

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradstat.forks import call_after_fork
 from gradstat.history import History, archive, sections
 from gradstat.history.blocks import Link, encode
 from gradstat.history.memory import check_next
@@ -23,7 +22,7 @@ from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import Records, concatenate
 from gradstat.history.scalars import Scalars
 from gradstat.record import Data, Record
-from gradstat.warning import warn
+from gradstat.util import call_after_fork, warn
 
 _INTERVAL_S = 5.0
 _PATIENCE_S = 5.0  # with blocks that are written as the process ends

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gradstat.arrays import Array
 from gradstat.bins import Bins
 from gradstat.record import Record, RecordLayout, Unpacked
 from gradstat.results import SHAPES, Statistics
+from gradstat.util import Array
 
 WINDOW_BYTES = 4 << 20  # of records that are unpacked at a time
 _CELLS = 1 << 20  # of histograms that are dense at a time

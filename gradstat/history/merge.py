@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import distributed as dist
 
-from gradstat.arrays import Array
 from gradstat.history import union_quantized
 from gradstat.history.alignment import join_depths, union, with_rows
 from gradstat.history.copies import Copies, Holding
@@ -17,6 +16,7 @@ from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import SAME, Records
 from gradstat.history.scalars import Scalars
 from gradstat.history.union_floats import check_ranges, extremes_of, terms, union_floats
+from gradstat.util import Array
 
 _FUNCTION = "reduce()"
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.history.alignment import join_depths, ranges_of, union, with_rows
 from gradstat.history.copies import Copies, Holding, told_of_replicas
 from gradstat.history.packed_counts import SparseRows
@@ -18,7 +17,7 @@ from gradstat.history.records import SAME, Records, concatenate
 from gradstat.history.scalars import Scalars
 from gradstat.history.union_floats import check_ranges, extremes_of, terms, union_floats
 from gradstat.history.union_quantized import union_of
-from gradstat.warning import warn
+from gradstat.util import Array, warn
 
 _FUNCTION = "History.merge()"
 # That are held at a time of each rank, and of all of them.

@@ -16,8 +16,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from gradstat.arrays import Array
-from gradstat.files import CutOffError
+from gradstat.util import Array, CutOffError
 
 _SEAL = b"gradstat crc32 "
 _SEAL_BYTES = len(_SEAL) + 8

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from gradstat.files import CutOffError
+from gradstat.util import CutOffError
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradstat.arrays import Array, Counts, PackedRows
+from gradstat.util import Array
 
 _SUMMED_ROWS = 2048  # that are dense at a time
 
@@ -55,16 +55,9 @@ class SparseRows:
             for edges, indices, values in self._blocks
         )
 
-    def followed_by(self, records: Sequence[Counts]) -> SparseRows:
+    def followed_by(self, records: Sequence[Array]) -> SparseRows:
         """These rows and after them those of one record or more."""
-        packed = [each for each in records if isinstance(each, PackedRows)]
-        if len(packed) == len(records):
-            entries = np.concatenate([each.entries for each in packed])
-            sizes = np.concatenate([each.sizes for each in packed])
-            new = SparseRows.narrowed(sizes, entries[:, 0], entries[:, 1], packed[0].bins)
-        else:
-            dense = [x.dense() if isinstance(x, PackedRows) else x for x in records]
-            new = SparseRows.of(dense[0] if len(dense) == 1 else np.concatenate(dense))
+        new = SparseRows.of(np.concatenate(records))
         if before := len(self):
             new._starts = [*self._starts, before]
             new._blocks = [*self._blocks, *new._blocks]

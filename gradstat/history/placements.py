@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradstat.arrays import Array
+from gradstat.util import Array
 
 # Parts without a number: nothing is known of them, and they are of a sum that was not taken.
 UNKNOWN, PARTIAL = -1, -2

@@ -10,12 +10,11 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
-from gradstat.files import CutOffError
 from gradstat.history import archive
 from gradstat.history.alignment import ranges_of
 from gradstat.history.merge_files import RankRecords, bytes_at_a_time, merge_files
 from gradstat.history.records import Records, concatenate
-from gradstat.warning import warn
+from gradstat.util import CutOffError, warn
 
 _NAME = re.compile(r"rank-(\d+)")
 

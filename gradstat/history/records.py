@@ -9,15 +9,14 @@ from itertools import pairwise
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.bins import Bins
 from gradstat.formats import parse_format
 from gradstat.history.packed_counts import SparseRows
 from gradstat.history.placements import Placements
 from gradstat.history.scalars import Scalars
-from gradstat.quantized import NO_SCALE_MAX, NO_SCALE_MIN, PACKED
 from gradstat.record import KINDS, UNIT, Row
-from gradstat.results import FLOATS, INTEGERS
+from gradstat.results import FLOATS, INTEGERS, NO_SCALE_MAX, NO_SCALE_MIN, PACKED
+from gradstat.util import Array
 
 # Origins that are no rank: values are of this rank alone, or the same ones on each rank.
 OWN, SAME = -1, -2
@@ -45,7 +44,7 @@ class Records:
         times: when each was recorded, in seconds since 1970: float64 ``(S,)``; NaN where unknown.
         integers: int64 ``(S, L, 8)``.
         floats: float64 ``(S, L, 8)``.
-        quantized: float64 ``(S, L, F, 10)``, the fields of `gradstat.quantized.PACKED`; NaN where a
+        quantized: float64 ``(S, L, F, 10)``, the fields of `gradstat.results.PACKED`; NaN where a
             layer is absent.
         counts: S times L histograms.
         origins: int64 ``(L,)``: the first rank of a distributed run that holds the same values of

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradstat.arrays import Array
+from gradstat.util import Array
 
 
 class Scalars:

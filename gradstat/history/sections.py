@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.bins import parse_bins
 from gradstat.history.blocks import Sections
 from gradstat.history.packed_counts import SparseRows
@@ -16,9 +15,9 @@ from gradstat.history.placements import Placements
 from gradstat.history.records import OWN, Records, no_formats
 from gradstat.history.scalars import Scalars
 from gradstat.history.source import Shaped, Source, encoded, floats, integer, integers, names_of
-from gradstat.quantized import PACKED
 from gradstat.record import GRAD, Row
-from gradstat.results import FLOATS, INTEGERS
+from gradstat.results import FLOATS, INTEGERS, PACKED
+from gradstat.util import Array
 
 FORMAT = "gradstat history 2"
 _FORMAT_1 = "gradstat history 1"

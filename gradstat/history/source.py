@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gradstat.arrays import Array
+from gradstat.util import Array
 
 
 class Shaped(Protocol):

@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from gradstat.arrays import Array
 from gradstat.bins import Bins, LinearBins
 from gradstat.history.records import Records
 from gradstat.results import FLOATS, Statistics, mean_between_extremes
+from gradstat.util import Array
 
 # Columns whose extremes over the parts are taken; the mean comes after them.
 _COLUMNS = ("min", "max", "low", "high", "std", "l2")

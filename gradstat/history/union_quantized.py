@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradstat.arrays import Array
-from gradstat.quantized import PACKED
+from gradstat.results import PACKED
+from gradstat.util import Array
 
 _N_COUNTS = PACKED.index("scale_min")
 _LEAST, _GREATEST, _NORM, _ERROR = range(4)  # columns of `extremes_of`

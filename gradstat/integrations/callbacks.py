@@ -10,12 +10,12 @@ from typing import Any, TypeGuard
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
-from gradstat.choices import one_of
 from gradstat.formats import asked_formats
 from gradstat.history import History
 from gradstat.record import GRAD, GRAD_OUTPUT
 from gradstat.recording.options import EVERYTHING
 from gradstat.recording.watch import Watch, watch
+from gradstat.util import one_of
 
 _KNOWN = ("model", "when", "optimizer", "scaler", "accumulation_steps", "first_step")
 _OPTIONS = tuple(name for name in inspect.signature(watch).parameters if name not in _KNOWN)

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.history import History
 from gradstat.history.arguments import check_history
 from gradstat.integrations.viewers import (
@@ -29,6 +28,7 @@ from gradstat.integrations.viewers import (
 from gradstat.record import GRAD, Row
 from gradstat.recording.delivery import RunWriter
 from gradstat.recording.options import check_directory
+from gradstat.util import Array
 
 _HISTOGRAM = {GRAD: "gradient"}  # others: "histogram"
 _NUMBERS = itertools.count()  # of files of this process

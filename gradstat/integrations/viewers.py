@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gradstat.arrays import Array, evenly_spread
 from gradstat.history import History
 from gradstat.history.arguments import check_count
 from gradstat.record import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE, Row
 from gradstat.results import Statistics
+from gradstat.util import Array, evenly_spread
 
 
 class Filled(NamedTuple):

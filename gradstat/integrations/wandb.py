@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gradstat.arrays import evenly_spread
 from gradstat.history import History
 from gradstat.history.arguments import check_history
 from gradstat.integrations.viewers import (
@@ -21,6 +20,7 @@ from gradstat.integrations.viewers import (
 )
 from gradstat.integrations.wandb_charts import MAX_POINTS, summary
 from gradstat.recording.delivery import RunWriter
+from gradstat.util import evenly_spread
 
 if TYPE_CHECKING:
     import wandb

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.history import History
 from gradstat.integrations.viewers import chosen_steps, derived, group, layers_of, rows, scalars
 from gradstat.record import NOUNS, UPDATE
+from gradstat.util import Array
 
 MAX_POINTS = 10_000  # of one custom chart
 _COLUMNS = ("layer", "numel", "mean", "std", "rms", "l2", "zero_fraction", "nonfinite")

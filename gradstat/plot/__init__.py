@@ -19,7 +19,7 @@ from matplotlib.colors import Normalize, to_rgba
 from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d import Axes3D
 
-from gradstat.arrays import OCTAVES, Array
+from gradstat.bins import OCTAVES
 from gradstat.diagnosis import diagnose
 from gradstat.diagnosis.findings import COLORS
 from gradstat.history import History
@@ -28,6 +28,7 @@ from gradstat.plot import arguments, data, labels, panels
 from gradstat.plot.arguments import Histories, Layers, Limits
 from gradstat.plot.labels import Color
 from gradstat.record import NOUNS
+from gradstat.util import Array
 
 _MAGNITUDES = ("mean_abs", "std", "var", "l1", "l2", "rms", "abs_max", "update_ratio")
 _MAX_RIDGES = 60

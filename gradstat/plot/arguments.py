@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
 from gradstat.bins import Log2Bins
-from gradstat.choices import one_of
 from gradstat.history import FIELDS, History
 from gradstat.history.arguments import first_rows
 from gradstat.plot.labels import literal
 from gradstat.record import NOUNS, UNIT, UPDATE, Row
+from gradstat.util import one_of
 
 Histories: TypeAlias = History | Mapping[str, History] | Sequence[History]
 Layers: TypeAlias = Sequence[str] | Mapping[str, str]

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradstat.arrays import OCTAVES, Array, divide, evenly_spread, octaves
-from gradstat.bins import Log2Bins
+from gradstat.bins import OCTAVES, Log2Bins, octaves
 from gradstat.history import History
 from gradstat.plot.arguments import DERIVED, Limits
 from gradstat.record import UPDATE
+from gradstat.util import Array, divide, evenly_spread
 
 MAX_COLUMNS = 200  # of an image against time
 _MAX_COLORED, _MAX_MARKED = 8, 4  # lines of a panel

@@ -26,7 +26,7 @@ from matplotlib.ticker import (
     ScalarFormatter,
 )
 
-from gradstat.escaping import escaped
+from gradstat.util import escaped
 
 Color: TypeAlias = tuple[float, float, float, float]
 

@@ -17,10 +17,10 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from mpl_toolkits.mplot3d import Axes3D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
-from gradstat.arrays import Array
 from gradstat.plot.arguments import Limits
 from gradstat.plot.data import drawable, outline
 from gradstat.plot.labels import INK, Color, log_ticks, powers_apart, whole_numbers
+from gradstat.util import Array
 
 Box: TypeAlias = tuple[float, float, float, float]
 

@@ -24,7 +24,7 @@ from gradstat.recording.torch_internals import (
     is_cuda_initialized,
     raw_stream,
 )
-from gradstat.warning import warn
+from gradstat.util import warn
 
 if TYPE_CHECKING:
     from gradstat.engines.triton_cadence import PassCounter

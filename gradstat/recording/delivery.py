@@ -20,20 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstat.arrays import Array
 from gradstat.bins import LinearBins
 from gradstat.diagnosis.alerts import Alerts
 from gradstat.engines.protocol import NUMBERS
-from gradstat.forks import call_after_fork
 from gradstat.history import History
 from gradstat.history.journal import Journal
 from gradstat.history.union_quantized import union_of
 from gradstat.ops import import_engine
-from gradstat.quantized import PACKED
 from gradstat.record import OF_OUTPUTS, Record, RecordLayout
 from gradstat.recording.cuda import Computed, Launch, Schedule, Transfer, take_over
-from gradstat.results import Statistics, as_arrays, as_statistics
-from gradstat.warning import warn
+from gradstat.results import PACKED, Statistics, as_arrays, as_statistics
+from gradstat.util import Array, call_after_fork, warn
 
 _NOTHING = nullcontext()
 

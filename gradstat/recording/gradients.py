@@ -17,7 +17,6 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gradstat.forks import call_after_fork
 from gradstat.record import GRAD, PARAM, UPDATE
 from gradstat.recording import torch_internals
 from gradstat.recording.passes import Recorder
@@ -33,6 +32,7 @@ from gradstat.recording.torch_internals import (
     running_node,
     scale_of,
 )
+from gradstat.util import call_after_fork
 
 _CALLER = "gradstat.caller"
 Call = weakref.ref[Callable[..., None]]

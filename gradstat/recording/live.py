@@ -11,10 +11,10 @@ import weakref
 from contextlib import suppress
 from typing import Any
 
-from gradstat.forks import call_after_fork
 from gradstat.history import History
 from gradstat.recording.gradients import BackwardHooks, StepHook
 from gradstat.recording.passes import Recorder
+from gradstat.util import call_after_fork
 
 _MOST_OF_THE_TIME = 0.05  # that is spent drawing
 _PATIENCE_S = 1.0  # with a drawing that goes on when the watch is closed

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from gradstat.bins import Bins, LinearBins
 from gradstat.record import ACTIVATION, GRAD, GRAD_OUTPUT, OF_OUTPUTS, PARAM, UNIT, UPDATE
 from gradstat.recording.torch_internals import name_of_wrapped, parameter_ids
-from gradstat.warning import warn
+from gradstat.util import warn
 
 Item = TypeVar("Item")
 Selector: TypeAlias = str | Callable[[str, Item], bool]

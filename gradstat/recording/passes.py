@@ -21,12 +21,9 @@ from torch import Tensor
 
 from gradstat.bins import LinearBins, widen
 from gradstat.engines.protocol import Plan
-from gradstat.forks import call_after_fork
-from gradstat.format_ops import measure_formats
 from gradstat.formats import parse_format
 from gradstat.history import History
-from gradstat.ops import choose_engine, is_measurable
-from gradstat.quantized import PACKED, packed
+from gradstat.ops import choose_engine, is_measurable, measure_formats
 from gradstat.record import GRAD, OF_OUTPUTS, UNIT
 from gradstat.recording.cuda import (
     CapturedPasses,
@@ -46,7 +43,8 @@ from gradstat.recording.options import LOOKS, Replaced
 from gradstat.recording.scalars import Scalars
 from gradstat.recording.shards import local_part, note_placement
 from gradstat.recording.torch_internals import has_compiled, multiplied, running_pass
-from gradstat.warning import warn
+from gradstat.results import PACKED, packed
+from gradstat.util import call_after_fork, warn
 
 _SMALL_BYTES = 1 << 16
 _MOST_ROWS = 256  # that wait on their device, 16 KB each over Log2Bins

@@ -43,7 +43,7 @@ from gradstat.recording.scalars import LearningRates, Scalars
 from gradstat.recording.shards import rank_and_world, usual_origins
 from gradstat.recording.torch_internals import SparingCaptures, disable_dynamo, unwrapped
 from gradstat.results import Statistics
-from gradstat.warning import warn
+from gradstat.util import warn
 
 Kind = Literal["grad", "param", "update", "activation", "grad_output"]
 What = Kind | Literal["all"] | Sequence[Kind]

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.bins import Log2Bins
 from gradstat.history import History
 from gradstat.history.scalars import Scalars
 from gradstat.report import package, thin
 from gradstat.report.series import Series, series_of
+from gradstat.util import Array
 
 
 class Growing:

@@ -12,12 +12,12 @@ from queue import SimpleQueue
 from typing import Any
 
 from gradstat.diagnosis import diagnose
-from gradstat.escaping import escaped
 from gradstat.history import History
 from gradstat.history.follow import Follower, read_quietly
 from gradstat.history.records import Records
 from gradstat.report import package
 from gradstat.report.growing import Growing
+from gradstat.util import escaped
 
 _LOOK_S = 0.5  # between two looks at the files
 _READ_S = 0.5  # for which a look may read; a long run takes several

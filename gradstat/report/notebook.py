@@ -10,14 +10,13 @@ import zlib
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.diagnosis import diagnose
 from gradstat.diagnosis.findings import COLORS
-from gradstat.escaping import escaped
 from gradstat.history import History
 from gradstat.history.arguments import first_rows
 from gradstat.record import NOUNS
 from gradstat.report import series, thin
+from gradstat.util import Array, escaped
 
 _WIDTH, _LINE_HEIGHT = 420, 56  # pixels
 _MAX_FINDINGS, _MAX_ROWS = 3, 200

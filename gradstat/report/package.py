@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from gradstat.arrays import Array
 from gradstat.bins import Log2Bins
 from gradstat.diagnosis import Finding
 from gradstat.diagnosis.run import Run
-from gradstat.escaping import escaped
 from gradstat.history import History
 from gradstat.record import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE
 from gradstat.report.series import Series
 from gradstat.report.thin import Columns, Sample
+from gradstat.util import Array, escaped
 from gradstat.version import __version__
 
 _NUMBERS = ("numel", "mean", "std", "rms", "l2", "min", "max", "zeros", "nan", "posinf", "neginf")

@@ -13,12 +13,10 @@ from typing import Any
 
 from gradstat.bins import Log2Bins
 from gradstat.diagnosis import diagnose
-from gradstat.escaping import escaped
-from gradstat.files import replacing
 from gradstat.history import History
 from gradstat.history.arguments import check_history
 from gradstat.report import package, series, thin
-from gradstat.util import json_text
+from gradstat.util import escaped, json_text, replacing
 
 # The scripts are modules. A page holds those that its own one imports, as a single module, since a
 # file of HTML can import no others.

@@ -8,11 +8,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from gradstat.arrays import Array, divide
 from gradstat.diagnosis.run import is_loss
 from gradstat.history import History
 from gradstat.record import NOUNS
 from gradstat.report.thin import Columns
+from gradstat.util import Array, divide
 
 Numbers: TypeAlias = tuple[Array, Array]  # steps, which do not fall, and a value at each
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from gradstat.arrays import Array, divide, evenly_spread, octave_of
-from gradstat.bins import Log2Bins
+from gradstat.bins import Log2Bins, octave_of
 from gradstat.history import History
+from gradstat.util import Array, divide, evenly_spread
 
 _MAX_COLUMNS, _MAX_CELLS = 600, 120_000
 _MAX_SAMPLES, _MAX_HISTOGRAMS = 120, 24_000

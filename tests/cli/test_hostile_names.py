@@ -9,7 +9,7 @@ from histories import make_history
 
 from gradstat import Log2Bins
 from gradstat.cli import main
-from gradstat.escaping import escaped
+from gradstat.util import escaped
 
 # Clears the screen, sets the title, goes back, breaks the line, turns the direction, erases.
 HOSTILE = "a\x1b[2J\x1b]0;title\x07\rb\nc\u202ed\u2028e\x9b1mf\x7f\u200bg\u2066h"

@@ -14,8 +14,8 @@ from gradstat import History, Log2Bins
 from gradstat.cli import main
 from gradstat.diagnosis.narrow_formats import layer_fits
 from gradstat.diagnosis.run import Run
-from gradstat.quantized import PACKED, packed
 from gradstat.record import Row
+from gradstat.results import PACKED, packed
 
 FORMATS = ("float8_e5m2", "mxfp8_e4m3", "mxfp4_e2m1")
 

@@ -7,7 +7,7 @@ import torch
 from conftest import IN_SOFTWARE, Engine, no_waiting
 from quantizing import ALL_FORMATS, KINDS, every_pattern, expected, samples
 
-from gradstat import format_ops
+from gradstat import ops
 from gradstat.formats import FORMATS, Format
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -129,9 +129,9 @@ def test_measure_formats_does_not_depend_on_threads() -> None:
 def test_measure_formats_does_not_wait_for_the_device() -> None:
     tensors = [x.cuda() for dtype in DTYPES for x in samples(dtype).values()]
     tensors.append(torch.randn(64, 40, device="cuda").T)
-    before = format_ops.measure_formats(tensors, KINDS)
+    before = ops.measure_formats(tensors, KINDS)
     with no_waiting():
-        after = format_ops.measure_formats(tensors, KINDS)
+        after = ops.measure_formats(tensors, KINDS)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 

@@ -31,7 +31,7 @@ from watching import assert_same, is_absent
 import gradstat
 from gradstat import History, Log2Bins, Statistics
 from gradstat.bins import Bins
-from gradstat.quantized import QUANTIZATION_COUNTS
+from gradstat.results import QUANTIZATION_COUNTS
 
 pytestmark = [
     pytest.mark.distributed,

@@ -11,8 +11,8 @@ from torch import nn
 import gradstat
 from gradstat import History
 from gradstat.formats import FORMATS
-from gradstat.quantized import QUANTIZATION_COUNTS, QUANTIZATION_FIELDS
 from gradstat.record import Row
+from gradstat.results import QUANTIZATION_COUNTS, QUANTIZATION_FIELDS
 
 NAMES = ("float8_e4m3fn", "mxfp8_e4m3", "nvfp4")
 

@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstat.arrays import Array
-from gradstat.bins import FLOAT32_MAX, Bins, LinearBins
+from gradstat.bins import FLOAT32_MAX, Bins, LinearBins, keeps_subnormals
 from gradstat.engines import reference
 from gradstat.engines.cpu.partials import FIELDS
 from gradstat.engines.cpu.pool import count_threads, run_together
@@ -36,8 +35,8 @@ from gradstat.engines.cpu.work import (
     work_on,
 )
 from gradstat.engines.memory import merge_dims, no_storage
-from gradstat.float_mode import keeps_subnormals
 from gradstat.results import Statistics, as_statistics
+from gradstat.util import Array
 
 _ITEM = 1 << 16  # elements: enough to hide the taking of an item, few enough to share a tensor out
 _MAX_ITEMS = 2048  # of one tensor: its partials stay under 250 KB

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from gradstat.bins import keeps_subnormals
 from gradstat.engines.cpu.compiling import (
     Pointer,
     Scalar,
@@ -51,7 +52,6 @@ from gradstat.engines.cpu.format_passes import (
 )
 from gradstat.engines.cpu.format_passes import COLUMNS as BLOCK_COLUMNS
 from gradstat.engines.cpu.passes import ELEMENTS
-from gradstat.float_mode import keeps_subnormals
 
 MAXIMUM, IN_ROWS, TILES = range(3)
 

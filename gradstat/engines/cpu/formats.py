@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstat.arrays import Array
+from gradstat.bins import keeps_subnormals
 from gradstat.engines import reference_formats
 from gradstat.engines.cpu import format_work as work
 from gradstat.engines.cpu.format_passes import CHUNK, form_row, tensor_scale
 from gradstat.engines.cpu.pool import count_threads, run_together
 from gradstat.engines.memory import as_matrix, no_storage
-from gradstat.float_mode import keeps_subnormals
 from gradstat.formats import Format
-from gradstat.quantized import NO_SCALE_MAX, NO_SCALE_MIN
+from gradstat.results import NO_SCALE_MAX, NO_SCALE_MIN
+from gradstat.util import Array
 
 _ITEM = 1 << 15  # elements, at least
 _MAX_ITEMS = 2048  # of one tensor

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from gradstat.forks import call_after_fork
+from gradstat.util import call_after_fork
 
 _CGROUP = Path("/sys/fs/cgroup")  # in a container: its own
 

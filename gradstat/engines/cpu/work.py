@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from gradstat.bins import LOG2_FINITE, LOG2_MAGNITUDES
+from gradstat.bins import LOG2_FINITE, LOG2_MAGNITUDES, keeps_subnormals
 from gradstat.engines.cpu import counters, partials, slots
 from gradstat.engines.cpu.compiling import (
     Pointer,
@@ -29,7 +29,6 @@ from gradstat.engines.cpu.compiling import (
 from gradstat.engines.cpu.counters import ABOVE, BELOW, TOUCHED_BINS, Counters
 from gradstat.engines.cpu.partials import FIELDS, MAX, MIN, NAN, NEGINF, POSINF
 from gradstat.engines.cpu.passes import BLOCK, ELEMENTS
-from gradstat.float_mode import keeps_subnormals
 from gradstat.results import FLOATS
 
 # The next item that nobody has taken, how many tensors and items there are, and addresses:
