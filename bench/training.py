@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +44,15 @@ def build_mlp() -> tuple[nn.Module, Tensor, Tensor]:
     for _ in range(3):
         layers += [nn.ReLU(), nn.Linear(10, 10)]
     return nn.Sequential(*layers), torch.rand(128, 784), torch.randint(10, (128,))
+
+
+def build_layers() -> tuple[nn.Module, Tensor, Tensor]:
+    """148 layers of 16 x 16, on a batch of 2: as many gradients as GPT-2 small has, all small."""
+    return (
+        nn.Sequential(*[nn.Linear(16, 16) for _ in range(148)]),
+        torch.rand(2, 16),
+        torch.ones(2).long(),
+    )
 
 
 def build_gpt() -> tuple[nn.Module, Tensor, Tensor]:
@@ -94,6 +106,18 @@ class WithEverything(Run):
         self.watch = gradstat.watch(self.model, what=what, when="step", optimizer=self.optimizer)
 
 
+class WithLog(Run):
+    """The loss and the learning rate as well, all of it written to a directory."""
+
+    def __init__(self, build: Build) -> None:
+        super().__init__(build)
+        path = Path(tempfile.mkdtemp()) / "run"
+        self.watch = gradstat.watch(self.model, optimizer=self.optimizer, path=path)
+
+    def measure(self) -> None:
+        self.watch.log(loss=self.loss)
+
+
 class WithWandb(Run):
     def __init__(self, build: Build) -> None:
         super().__init__(build)
@@ -118,16 +142,22 @@ class WithTensorBoard(Run):
 
 @dataclass(frozen=True)
 class Workload:
-    """A network, how many steps are timed at a time, and how many times."""
+    """A network, how many steps are timed at a time, how many times, and on how many threads."""
 
     build: Build
     steps: int
     pairs: int
+    threads: int = 1
 
 
-WORKLOADS = {"MLP": Workload(build_mlp, 5, 300), "small GPT": Workload(build_gpt, 1, 40)}
+WORKLOADS = {
+    "MLP": Workload(build_mlp, 5, 300),
+    "148 layers": Workload(build_layers, 1, 100),
+    "small GPT": Workload(build_gpt, 1, 40, 2),
+}
 WAYS: dict[str, type[Run]] = {
     "gradstat.watch": WithGradstat,
+    "gradstat.watch, loss, path=": WithLog,
     "gradstat.watch, every kind": WithEverything,
     "wandb.watch": WithWandb,
     "TensorBoard add_histogram": WithTensorBoard,
@@ -142,6 +172,7 @@ def seconds_per_step(run: Run, steps: int) -> float:
 
 
 def compare(workload: Workload, way: type[Run], pairs: int) -> dict[str, float]:
+    torch.set_num_threads(workload.threads)
     bare, measured = Run(workload.build), way(workload.build)
     for run in (bare, measured):
         seconds_per_step(run, max(3, workload.steps // 4))
@@ -163,6 +194,21 @@ def compare(workload: Workload, way: type[Run], pairs: int) -> dict[str, float]:
     }
 
 
+def compare_elsewhere(folder: str, name: str, way: str, pairs: float) -> float:
+    """The ratio that another checkout's gradstat has, in a process of its own."""
+    with tempfile.TemporaryDirectory() as out:
+        path = Path(out) / "training.json"
+        options = ["--networks", name, "--ways", way, "--pairs", str(pairs), "--json", str(path)]
+        subprocess.run(
+            [sys.executable, __file__, *options],
+            env={**os.environ, "PYTHONPATH": folder},
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        ratio: float = json.loads(path.read_text())["benchmarks"][0]["ratio"]
+    return ratio
+
+
 @contextlib.contextmanager
 def quiet_exit() -> Iterator[None]:
     """wandb's helper process is asked to end even if a comparison fails."""
@@ -176,19 +222,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--pairs", type=float, default=1.0, help="times as many pairs as usual")
+    parser.add_argument("--networks", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument(
+        "--against", metavar="FOLDER", help="also time the gradstat of another checkout, in turn"
+    )
     arguments = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with quiet_exit():
-        for name, workload in WORKLOADS.items():
-            for way, kind in WAYS.items():
-                result = compare(workload, kind, max(4, round(workload.pairs * arguments.pairs)))
-                rows.append({"network": name, "way": way, **result})
-                print(
-                    f"{name:10} {way:27} bare {1e3 * result['bare']:8.3f} ms a step, "
-                    f"measured {1e3 * result['measured']:8.3f}, ratio {result['ratio']:.3f} "
-                    f"({result['lower quartile']:.3f} to {result['upper quartile']:.3f})",
-                    flush=True,
-                )
+        for name, way in itertools.product(arguments.networks, arguments.ways):
+            workload, kind = WORKLOADS[name], WAYS[way]
+            result = compare(workload, kind, max(4, round(workload.pairs * arguments.pairs)))
+            before = ""
+            if arguments.against:
+                other = compare_elsewhere(arguments.against, name, way, arguments.pairs)
+                result["ratio against"] = other
+                before = f", there {other:.3f}"
+            rows.append({"network": name, "way": way, **result})
+            print(
+                f"{name:10} {way:27} bare {1e3 * result['bare']:8.3f} ms a step, "
+                f"measured {1e3 * result['measured']:8.3f}, ratio {result['ratio']:.3f} "
+                f"({result['lower quartile']:.3f} to {result['upper quartile']:.3f}){before}",
+                flush=True,
+            )
     if arguments.json:
         packages = ("gradstat", "torch", "numba", "numpy", "wandb", "tensorboard")
         document = {**describe(packages), "benchmarks": rows}
