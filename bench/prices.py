@@ -27,7 +27,7 @@ LINES = {
     "l1": ("magnitudes +=",),
     "min": ("smallest = tl.minimum", "smallest = pair_min"),
     "max": ("largest = tl.maximum", "largest = pair_max"),
-    "zeros": ("zeros +=", "zeros = pair_zeros"),
+    "zeros": ("zeros +=", "zeros = pair_add"),
     "histogram": ("histogram += tl.histogram",),
 }
 
@@ -55,7 +55,7 @@ def instructions(kernel: Any, dtype: torch.dtype, scheme: str, architecture: int
     compiled = sass.compile_kernel(
         kernel, signature, constants, target, num_warps=triton_engine.THREADS // target.warp_size
     )
-    return len(sass.inspect(compiled).loop) / roofline.elements_of_thread("measure", dtype)
+    return len(sass.inspect(compiled).loop) / roofline.elements_of_thread(dtype)
 
 
 def main(architecture: int) -> None:

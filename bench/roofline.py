@@ -118,26 +118,21 @@ def format_arguments(name: str, dtype: torch.dtype, formats: str) -> tuple[Any, 
         results |= {"integers_ptr": "*i64", "floats_ptr": "*fp64", "n_rows": "i32"}
         blocks = {"FORMS": constants, "BLOCK": triton_engine.FINISH_BLOCK}
         return finish_formats_kernel, results, blocks
-    vector = triton_engine.VECTOR_BYTES // dtype.itemsize
     elements = {
         "DTYPE": triton_engine.ELEMENTS[dtype],
         "IN_TILES": triton_formats.in_tiles(forms),
         "GRANULE": triton_formats.granule_of(forms),
-        "ROWS": triton_engine.EACH // vector,
         "THREADS": triton_engine.THREADS,
-        "VECTOR": vector,
     }
     tables = {"items_ptr": "*i64", "maxima_ptr": "*i32"}
     if name == "maxima":
         return maxima_kernel, tables, elements
     tables |= {"maxima_ptr": "*fp32", "partials_ptr": "*fp64"}
-    return formats_kernel, tables, {**elements, "FORMS": constants}
+    return formats_kernel, tables, {**elements, "FORMS": constants, "PAIRS": True}
 
 
-def elements_of_thread(name: str, dtype: torch.dtype) -> int:
+def elements_of_thread(dtype: torch.dtype) -> int:
     """Elements of a tile for each thread."""
-    if name == "formats":
-        return triton_engine.EACH
     return triton_engine.TILE_BYTES // triton_engine.THREADS // dtype.itemsize
 
 
@@ -153,7 +148,7 @@ def examine(architecture: int, name: str, dtype: torch.dtype, scheme: str) -> di
     code = sass.inspect(
         sass.compile_kernel(kernel, signature, constants, target, num_warps=warps, **options)
     )
-    each = elements_of_thread(name, dtype)
+    each = elements_of_thread(dtype)
     # They come in eights.
     registers = -(-code.registers // 8) * 8
     programs = min(REGISTERS // (triton_engine.THREADS * registers), 2048 // triton_engine.THREADS)

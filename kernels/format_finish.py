@@ -27,7 +27,7 @@ def _tile_scales(maxima_ptr, first, end, FORM: tl.constexpr, BLOCK: tl.constexpr
     for start in range(first, end, BLOCK):
         at = start + block
         largest = tl.load(maxima_ptr + at, mask=at < end, other=0.0)
-        _, scale, _ = find_scales(largest, largest, FORM)
+        _, scale, _ = find_scales(largest, largest, FORM, False)
         is_used = largest > 0.0
         used += is_used.to(tl.float64)
         least = tl.minimum(least, tl.where(is_used, scale, INF).to(tl.float64))
@@ -77,7 +77,7 @@ def finish_formats_kernel(
                 maxima_ptr, tiles, tiles + n_blocks, FORMS[k], BLOCK
             )
         elif FORMS[k][KIND] == AMAX:
-            _, scale, _ = find_scales(most, most, FORMS[k])
+            _, scale, _ = find_scales(most, most, FORMS[k], False)
             used = (nonzero > 0.0).to(tl.float64)
             least = scale.to(tl.float64)
             greatest = least

@@ -4,12 +4,16 @@ import triton
 import triton.language as tl
 
 from gradstat.kernels.careful import power_of_two
-from gradstat.kernels.granules import (
-    load_granules,
-    load_ragged,
-    load_tile_maxima,
-    load_whole,
-    magnitudes,
+from gradstat.kernels.granules import load_granules, load_ragged, load_tile_maxima, magnitudes
+from gradstat.kernels.items import (
+    ROWS,
+    load_tile,
+    pair_above,
+    pair_add,
+    pair_count,
+    pair_unequal,
+    pairs_of,
+    values_of,
 )
 from gradstat.kernels.rounding import (
     AMAX,
@@ -17,9 +21,11 @@ from gradstat.kernels.rounding import (
     CONSTANT,
     E8M0,
     INVERSE,
+    IS_BFLOAT16,
     IS_POWER,
     KIND,
     LARGEST,
+    LARGEST_PAIR,
     NVFP4,
     SCALE,
     TILES,
@@ -29,6 +35,8 @@ from gradstat.kernels.rounding import (
 
 # Fields of a row of partials, float64.
 FORMAT_FIELDS = tl.constexpr(6)
+RAGGED_VECTOR = tl.constexpr(4)  # values of a thread, fewer since squares are in float64
+LEAST_MOST = tl.constexpr(2.0**-78)
 
 # A sum of squares from here on has lost less to underflow than a float32 does to rounding.
 SAFE_SQUARES = tl.constexpr(2.0**-100)
@@ -36,12 +44,12 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _no_sums(FORMS: tl.constexpr, THREADS: tl.constexpr, TILE: tl.constexpr):
-    """Sums of no values: of these, and for each format of what it does to them."""
-    none = tl.zeros((THREADS,), tl.float32)
-    sums = ((none,),)
+def _no_sums(FORMS: tl.constexpr, PAIRS: tl.constexpr, ROW: tl.constexpr, THREADS: tl.constexpr):
+    """Sums of what each format does to no values."""
+    sums = ()
     for k in tl.static_range(len(FORMS)):
-        blocks = tl.zeros((TILE // FORMS[k][COLUMNS] if FORMS[k][COLUMNS] > 0 else 1,), tl.float32)
+        none = tl.zeros((THREADS,), tl.int32 if PAIRS and not FORMS[k][IS_BFLOAT16] else tl.float32)
+        blocks = tl.zeros((ROW // FORMS[k][COLUMNS] if FORMS[k][COLUMNS] > 0 else 1,), tl.float32)
         sums = sums + ((none, none, blocks, blocks + INF, blocks),)
     return sums
 
@@ -49,37 +57,49 @@ def _no_sums(FORMS: tl.constexpr, THREADS: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 def _no_squares(FORMS: tl.constexpr, THREADS: tl.constexpr, NUMBER: tl.constexpr):
     """Sums of squares of no values and no errors."""
-    squares = (tl.zeros((THREADS,), NUMBER),)
+    squares = (tl.zeros((THREADS, 2), NUMBER),)
     for _ in tl.static_range(len(FORMS)):
-        squares = squares + (tl.zeros((THREADS,), NUMBER),)
+        squares = squares + (tl.zeros((THREADS, 2), NUMBER),)
     return squares
 
 
 @triton.jit
-def _kept(is_safe, sums, none, FORMS: tl.constexpr):
-    """Sums, or those of no values."""
-    chosen = ()
-    for k in tl.static_range(1 + len(FORMS)):
-        of_format = ()
-        for field in tl.static_range(len(sums[k])):
-            of_format = of_format + (tl.where(is_safe, sums[k][field], none[k][field]),)
-        chosen = chosen + (of_format,)
-    return chosen
+def _add_squares(squares, x):
+    """Sums of squares (THREADS, 2) with those of values (THREADS, N).
+
+    One after the other: a square and its addition are one instruction.
+    """
+    if x.shape[1] == 2:
+        squares += x * x
+    else:
+        a, b = tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
+        squares = _add_squares(_add_squares(squares, a), b)
+    return squares
 
 
 @triton.jit
-def count(is_so):
-    """How many of a thread's values of a tile are so, float32 (THREADS,)."""
-    return tl.sum(tl.sum(tl.where(is_so, 1.0, 0.0), 2), 0)
+def _count_above(counts, x, bound, PAIRS: tl.constexpr):
+    """Counts of each thread with those values that are larger; in pairs if they are."""
+    if PAIRS:
+        counts = pair_add(counts, pair_count(pair_above(x, bound)))
+    else:
+        counts += tl.sum((x > bound).to(tl.float32), 1)
+    return counts
 
 
 @triton.jit
-def _spread(
-    x, COLUMNS_: tl.constexpr, ROWS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr
-):
-    """Give each value of a tile what its block has."""
+def _sum_counts(counts):
+    """Sum over the threads; float32."""
+    if counts.dtype == tl.int32:
+        counts = values_of(counts[:, None], tl.float16)
+    return tl.sum(counts)
+
+
+@triton.jit
+def _spread(x, COLUMNS_: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
+    """Give each value of a row what its block has."""
     wide = tl.broadcast_to(x[:, None], [x.shape[0], COLUMNS_])
-    return tl.reshape(wide, [ROWS, THREADS, VECTOR])
+    return tl.reshape(wide, [THREADS, VECTOR])
 
 
 @triton.jit
@@ -91,14 +111,15 @@ def _add_format(
     most,
     largest,
     FORM: tl.constexpr,
-    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    FAST: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Sums and squares with what a format does to a tile of magnitudes.
+    """Sums and squares with what a format does to a row of magnitudes.
 
     Args:
-        x: magnitudes, float32 (ROWS, THREADS, VECTOR).
+        x: magnitudes, float32 (THREADS, VECTOR).
         sums: values that do not come to zero; that saturate; blocks that are not empty; least and
             greatest of the scales that are stored with those, but zero.
         squares: of errors times unit.
@@ -106,48 +127,52 @@ def _add_format(
         most: the tensor's largest magnitude.
         largest: that of the block of 128 x 128 for each granule of 128.
         FORM: see rounding.py.
-        ROWS: vectors of a tile for each thread.
+        PAIRS: count in pairs of float16, which hold every element but bfloat16.
+        FAST: see `find_scales`.
         THREADS: threads of the program.
         VECTOR: elements in 16 bytes.
     """
+    IN_PAIRS: tl.constexpr = PAIRS and not FORM[IS_BFLOAT16]
     kept, saturated, blocks, least, greatest = sums
     COLUMNS_: tl.constexpr = FORM[COLUMNS]
     if FORM[KIND] == CONSTANT:
         inverse = FORM[INVERSE]
         scale = FORM[SCALE] * unit
     elif FORM[KIND] == AMAX:
-        inverse, scale, _ = find_scales(most, most, FORM)
+        inverse, scale, _ = find_scales(most, most, FORM, FAST)
         scale = scale * unit
     else:
         if FORM[KIND] != TILES:
-            largest = tl.max(tl.reshape(x, [ROWS * THREADS * VECTOR // COLUMNS_, COLUMNS_]), 1)
-        inverse, scale, stored = find_scales(largest, most, FORM)
+            largest = tl.max(tl.reshape(x, [THREADS * VECTOR // COLUMNS_, COLUMNS_]), 1)
+        inverse, scale, stored = find_scales(largest, most, FORM, FAST)
         if FORM[KIND] != TILES:
             is_used = largest > 0.0
             blocks += is_used.to(tl.float32)
             is_used = is_used & (stored > 0.0)
             least = tl.minimum(least, tl.where(is_used, stored, INF))
             greatest = tl.maximum(greatest, tl.where(is_used, stored, 0.0))
-        inverse = _spread(inverse, COLUMNS_, ROWS, THREADS, VECTOR)
-        scale = _spread(scale * unit, COLUMNS_, ROWS, THREADS, VECTOR)
+        inverse = _spread(inverse, COLUMNS_, THREADS, VECTOR)
+        scale = _spread(scale * unit, COLUMNS_, THREADS, VECTOR)
     element = elements_of(x, inverse, FORM)
+    counted = pairs_of(element) if IN_PAIRS else element
     if (FORM[KIND] == CONSTANT) | (FORM[KIND] == E8M0) | (FORM[KIND] == NVFP4):
-        saturated += count(element > FORM[LARGEST])
+        bound = FORM[LARGEST_PAIR] if IN_PAIRS else FORM[LARGEST]
+        saturated = _count_above(saturated, counted, bound, IN_PAIRS)
         element = tl.minimum(element, FORM[LARGEST])
-    kept += count(element > 0.0)
+    kept = _count_above(kept, counted, 0 if IN_PAIRS else 0.0, IN_PAIRS)
     if FORM[IS_POWER]:
         error = x * unit - element * scale
     else:
         # Elements times 12 digits of the scale are exact: the error is rounded as a difference.
         high = (scale.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
         error = (x * unit - element * high) - element * (scale - high)
-    error = error.to(squares.dtype)
-    squares += tl.sum(tl.sum(error * error, 2), 0)
-    return (kept, saturated, blocks, least, greatest), squares
+    return (kept, saturated, blocks, least, greatest), _add_squares(
+        squares, error.to(squares.dtype)
+    )
 
 
 @triton.jit
-def _add_tile(
+def _add_row(
     x,
     sums,
     squares,
@@ -155,17 +180,17 @@ def _add_tile(
     most,
     largest,
     FORMS: tl.constexpr,
-    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    FAST: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """The same of all formats, and of the magnitudes themselves."""
-    scaled = (x * unit).to(squares[0].dtype)
-    new_sums = ((sums[0][0] + count(x > 0.0),),)
-    new_squares = (squares[0] + tl.sum(tl.sum(scaled * scaled, 2), 0),)
+    """The same of all formats, and squares of the magnitudes themselves."""
+    new_sums = ()
+    new_squares = (_add_squares(squares[0], (x * unit).to(squares[0].dtype)),)
     for k in tl.static_range(len(FORMS)):
         added, squared = _add_format(
-            x, sums[1 + k], squares[1 + k], unit, most, largest, FORMS[k], ROWS, THREADS, VECTOR
+            x, sums[k], squares[1 + k], unit, most, largest, FORMS[k], PAIRS, FAST, THREADS, VECTOR
         )
         new_sums = new_sums + (added,)
         new_squares = new_squares + (squared,)
@@ -175,9 +200,8 @@ def _add_tile(
 @triton.jit
 def _find_unit(address, place, n, DTYPE, GRANULE: tl.constexpr, THREADS: tl.constexpr):
     """A power of two that brings the first values of an item to the order of 1."""
-    x = load_ragged(address, place, n, 0, DTYPE, GRANULE, 1, THREADS, 1)
-    x, _ = magnitudes(x)
-    return power_of_two(tl.max(tl.reshape(x, [THREADS])))
+    x, _ = magnitudes(load_ragged(address, place, n, 0, DTYPE, GRANULE, THREADS, 1))
+    return power_of_two(tl.max(x))
 
 
 @triton.jit
@@ -189,9 +213,8 @@ def formats_kernel(
     FORMS: tl.constexpr,
     IN_TILES: tl.constexpr,
     GRANULE: tl.constexpr,
-    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
     THREADS: tl.constexpr,
-    VECTOR: tl.constexpr,
 ):
     """What F formats do to work item ``program_id``, which is read once.
 
@@ -206,56 +229,97 @@ def formats_kernel(
         FORMS: formats, see rounding.py.
         IN_TILES: whether a format has blocks of 128 x 128; then a granule is 128 columns.
         GRANULE: columns of a granule.
-        ROWS: vectors of a tile for each thread.
+        PAIRS: count in pairs, see items.py.
         THREADS: threads of the program.
-        VECTOR: elements in 16 bytes.
     """
     address, tensor, n, n_whole, place = load_granules(items_ptr)
-    TILE: tl.constexpr = ROWS * THREADS * VECTOR
+    VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # elements in 16 bytes
+    ROW: tl.constexpr = THREADS * VECTOR
     most = tl.load(maxima_ptr + tensor)
-    largest = tl.zeros((TILE // 128,), tl.float32)
+    for k in tl.static_range(len(FORMS)):
+        # Quotients below may be subnormal: the other loop divides them slowly.
+        if PAIRS and FORMS[k][KIND] == NVFP4:
+            n_whole = tl.where(most < LEAST_MOST, 0, n_whole)
+    largest = tl.zeros((ROW // 128,), tl.float32)
     unit = _find_unit(address, place, n, DTYPE, GRANULE, THREADS)
-    sums = _no_sums(FORMS, THREADS, TILE)
+    sums = _no_sums(FORMS, PAIRS, ROW, THREADS)
     squares = _no_squares(FORMS, THREADS, tl.float32)
-    for start in range(0, n_whole * GRANULE, TILE):
-        x = tl.abs(load_whole(address, start, DTYPE, ROWS, THREADS, VECTOR))
-        if IN_TILES:
-            largest = load_tile_maxima(maxima_ptr, place, n, start, TILE)
-        sums, squares = _add_tile(
-            x, sums, squares, unit, most, largest, FORMS, ROWS, THREADS, VECTOR
-        )
+    IN_PAIRS: tl.constexpr = PAIRS and DTYPE.primitive_bitwidth == 16
+    counts = tl.zeros((THREADS,), tl.int32 if IN_PAIRS else tl.float32)
+    for start in range(0, n_whole * GRANULE, ROWS * ROW):
+        rows = load_tile(address, start, DTYPE, ROWS, THREADS)
+        for row in tl.static_range(ROWS):
+            x = tl.abs(values_of(rows[row], DTYPE))
+            if IN_PAIRS:
+                counts = pair_add(counts, pair_count(pair_unequal(rows[row], 0)))
+            else:
+                counts = _count_above(counts, x, 0.0, False)
+            if IN_TILES:
+                largest = load_tile_maxima(maxima_ptr, place, n, start + row * ROW, ROW)
+            sums, squares = _add_row(
+                x, sums, squares, unit, most, largest, FORMS, PAIRS, PAIRS, THREADS, VECTOR
+            )
 
     # The item is read again where a float32 sum of squares may have lost some, where it overflowed,
     # or where a value is not finite, which makes the sum that too.
-    is_safe = n_whole >= 0
+    nonzero = _sum_counts(counts)
+    is_safe = (nonzero == 0.0) & (tl.sum(squares[0]) == 0.0)
+    are_safe = n_whole >= 0
     for k in tl.static_range(1 + len(FORMS)):
         q = tl.sum(squares[k])
-        is_safe = is_safe & (q < INF) & (q >= SAFE_SQUARES)
-    is_safe = is_safe | ((tl.sum(sums[0][0]) == 0.0) & (tl.sum(squares[0]) == 0.0))
+        are_safe = are_safe & (q < INF) & (q >= SAFE_SQUARES)
+    is_safe = is_safe | are_safe
     begin = tl.where(is_safe, n_whole * GRANULE, 0)
-    sums = _kept(is_safe, sums, _no_sums(FORMS, THREADS, TILE), FORMS)
+    RAGGED_ROW: tl.constexpr = THREADS * RAGGED_VECTOR
     one = tl.full((), 1.0, tl.float32)
+    more = _no_sums(FORMS, PAIRS, RAGGED_ROW, THREADS)
     wide = _no_squares(FORMS, THREADS, tl.float64)
+    largest = tl.zeros((RAGGED_ROW // 128,), tl.float32)
+    others = tl.zeros((THREADS,), tl.float32)
     nonfinite = tl.zeros((THREADS,), tl.float32)
-    for start in range(begin, n * GRANULE, TILE):
-        x = load_ragged(address, place, n, start, DTYPE, GRANULE, ROWS, THREADS, VECTOR)
+    for start in range(begin, n * GRANULE, RAGGED_ROW):
+        x = load_ragged(address, place, n, start, DTYPE, GRANULE, THREADS, RAGGED_VECTOR)
         x, is_not = magnitudes(x)
-        nonfinite += count(is_not)
+        nonfinite += tl.sum(is_not.to(tl.float32), 1)
+        others = _count_above(others, x, 0.0, False)
         if IN_TILES:
-            largest = load_tile_maxima(maxima_ptr, place, n, start, TILE)
-        sums, wide = _add_tile(x, sums, wide, one, most, largest, FORMS, ROWS, THREADS, VECTOR)
+            largest = load_tile_maxima(maxima_ptr, place, n, start, RAGGED_ROW)
+        more, wide = _add_row(
+            x, more, wide, one, most, largest, FORMS, PAIRS, False, THREADS, RAGGED_VECTOR
+        )
 
     partial_ptr = partials_ptr + tl.program_id(0).to(tl.int64) * (1 + len(FORMS)) * FORMAT_FIELDS
     inverse = tl.where(is_safe, 1.0 / unit.to(tl.float64), 0.0)
     for k in tl.static_range(1 + len(FORMS)):
         field_ptr = partial_ptr + k * FORMAT_FIELDS
-        tl.store(field_ptr, tl.sum(sums[k][0]).to(tl.float64))
         narrow = tl.where(is_safe, tl.sum(squares[k]), 0.0).to(tl.float64) * inverse * inverse
         tl.store(field_ptr + 2, narrow + tl.sum(wide[k]))
         if k == 0:
+            tl.store(field_ptr, (tl.where(is_safe, nonzero, 0.0) + tl.sum(others)).to(tl.float64))
             tl.store(field_ptr + 1, tl.sum(nonfinite).to(tl.float64))
         else:
-            tl.store(field_ptr + 1, tl.sum(sums[k][1]).to(tl.float64))
-            tl.store(field_ptr + 3, tl.sum(sums[k][2]).to(tl.float64))
-            tl.store(field_ptr + 4, tl.min(sums[k][3]).to(tl.float64))
-            tl.store(field_ptr + 5, tl.max(sums[k][4]).to(tl.float64))
+            kept, saturated, blocks, least, greatest = _totals(sums[k - 1])
+            kept_, saturated_, blocks_, least_, greatest_ = _totals(more[k - 1])
+            tl.store(field_ptr, (tl.where(is_safe, kept, 0.0) + kept_).to(tl.float64))
+            tl.store(field_ptr + 1, (tl.where(is_safe, saturated, 0.0) + saturated_).to(tl.float64))
+            tl.store(field_ptr + 3, (tl.where(is_safe, blocks, 0.0) + blocks_).to(tl.float64))
+            tl.store(
+                field_ptr + 4, tl.minimum(tl.where(is_safe, least, INF), least_).to(tl.float64)
+            )
+            tl.store(
+                field_ptr + 5,
+                tl.maximum(tl.where(is_safe, greatest, 0.0), greatest_).to(tl.float64),
+            )
+
+
+@triton.jit
+def _totals(sums):
+    """Sums over the threads."""
+    kept, saturated, blocks, least, greatest = sums
+    return (
+        _sum_counts(kept),
+        _sum_counts(saturated),
+        tl.sum(blocks),
+        tl.min(least),
+        tl.max(greatest),
+    )

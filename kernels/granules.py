@@ -45,23 +45,6 @@ def magnitudes(x):
 
 
 @triton.jit
-def load_whole(
-    address,
-    start,
-    DTYPE: tl.constexpr,
-    ROWS: tl.constexpr,
-    THREADS: tl.constexpr,
-    VECTOR: tl.constexpr,
-):
-    """Values of an aligned tile, float32 (ROWS, THREADS, VECTOR); a vector is 16 bytes."""
-    rows = tl.arange(0, ROWS)[:, None, None]
-    threads = tl.arange(0, THREADS)[None, :, None]
-    at = (rows * THREADS + threads) * VECTOR + tl.arange(0, VECTOR)[None, None, :]
-    x_ptr = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16) + start
-    return widen(tl.load(x_ptr + at), DTYPE)
-
-
-@triton.jit
 def load_ragged(
     address,
     place,
@@ -69,15 +52,12 @@ def load_ragged(
     start,
     DTYPE: tl.constexpr,
     GRANULE: tl.constexpr,
-    ROWS: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """Values of a tile of any item, float32 (ROWS, THREADS, VECTOR); 0 beyond the ends."""
+    """Values of a row of a tile of any item, float32 (THREADS, VECTOR); 0 beyond the ends."""
     column, per_row, pad, _, _ = place
-    rows = tl.arange(0, ROWS)[:, None, None]
-    threads = tl.arange(0, THREADS)[None, :, None]
-    at = start + (rows * THREADS + threads) * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    at = start + tl.arange(0, THREADS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     granule = column + at // GRANULE
     row = granule // per_row
     is_there = (granule - row * per_row < per_row - 1) | (at % GRANULE < GRANULE - pad)
@@ -88,17 +68,17 @@ def load_ragged(
 
 
 @triton.jit
-def load_tile_maxima(maxima_ptr, place, n, start, TILE: tl.constexpr):
-    """Of the block of 128 x 128 that each granule of 128 of a tile is part of, float32."""
-    at, mask = find_tiles(place, n, start, TILE)
+def load_tile_maxima(maxima_ptr, place, n, start, VALUES: tl.constexpr):
+    """Of the block of 128 x 128 that each granule of 128 is part of, float32 (VALUES // 128,)."""
+    at, mask = find_tiles(place, n, start, VALUES)
     return tl.load(maxima_ptr + at, mask=mask, other=0.0)
 
 
 @triton.jit
-def find_tiles(place, n, start, TILE: tl.constexpr):
+def find_tiles(place, n, start, VALUES: tl.constexpr):
     """Row of the maximum of that block, int64, and which granules are there."""
     column, per_row, _, first_row, tiles = place
-    at = start // 128 + tl.arange(0, TILE // 128)
+    at = start // 128 + tl.arange(0, VALUES // 128)
     granule = column + at
     row = granule // per_row
     return tiles + (first_row + row) // 128 * per_row + (granule - row * per_row), at < n

@@ -118,17 +118,50 @@ def pair_max(a, b, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def pair_zeros(counts, words):
-    """Counts with one more for each of a pair that is zero, float16 pairs: exact up to 2,048.
+def pair_add(a, b):
+    """Sums of float16 pairs in words: counts, exact up to 2,048."""
+    return _of_words(a, b, "add.rn.f16x2 $0, $1, $2;")
 
-    Of bfloat16 elements as well: the same bits are zero, and no others compare equal to it.
+
+@triton.jit
+def pair_equal(a, b):
+    """1 for each of a float16 pair that is equal, as a float16 pair.
+
+    Zeros of bfloat16 elements as well: the same bits are zero, and no others equal to it.
     """
-    # An immediate operand does not assemble.
-    return _of_words(
-        counts,
-        words,
-        "{ .reg .b32 zero, is_zero; mov.b32 zero, 0;"
-        " set.eq.f16x2.f16x2 is_zero, $2, zero; add.rn.f16x2 $0, $1, is_zero; }",
+    return _of_words(a, b, "set.eq.f16x2.f16x2 $0, $1, $2;")
+
+
+@triton.jit
+def pair_unequal(a, b):
+    """1 for each of a float16 pair that is not equal, NaN too."""
+    return _of_words(a, b, "set.neu.f16x2.f16x2 $0, $1, $2;")
+
+
+@triton.jit
+def pair_above(a, b):
+    """1 for each of a float16 pair that is larger."""
+    return _of_words(a, b, "set.gt.f16x2.f16x2 $0, $1, $2;")
+
+
+@triton.jit
+def pairs_of(x):
+    """Words with pairs of float32 values (THREADS, 2 * N) rounded to float16."""
+    even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+    return _of_words(odd, even, "cvt.rn.f16x2.f32 $0, $1, $2;")
+
+
+@triton.jit
+def pair_count(flags):
+    """How many of each thread's flags are set, a float16 pair."""
+    return tl.reduce(flags, 1, pair_add)
+
+
+@triton.jit
+def nearly_reciprocal(x):
+    """1 / x of float32, wrong in the last digit, one instruction."""
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], tl.float32, is_pure=True, pack=1
     )
 
 

@@ -19,9 +19,10 @@ from gradstat.kernels.items import (
     load_any,
     load_item,
     load_tile,
+    pair_add,
+    pair_equal,
     pair_max,
     pair_min,
-    pair_zeros,
     together,
     values_of,
 )
@@ -133,7 +134,7 @@ def measure_kernel(
                 smallest = pair_min(smallest, rows[row], DTYPE)
                 largest = pair_max(largest, rows[row], DTYPE)
                 if not ZERO_SLOTS:
-                    zeros = pair_zeros(zeros, rows[row])
+                    zeros = pair_add(zeros, pair_equal(rows[row], 0))
             else:
                 smallest = tl.minimum(smallest, tl.min(x, 1))
                 largest = tl.maximum(largest, tl.max(x, 1))

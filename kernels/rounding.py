@@ -7,12 +7,15 @@ are float32; no instruction of a narrow type is needed.
 import triton
 import triton.language as tl
 
+from gradstat.kernels.items import nearly_reciprocal
+
 INF = tl.constexpr(float("inf"))
 
 # Fields of a format: which scale; columns of a block, 0 for none; bits of the smallest normal
 # element; what takes the bits of a power of two to those of the number that rounds its octave;
 # largest element and exponent; scale and reciprocal, of a constant one; whether the elements are
-# bfloat16, whose largest octave has no such number; whether all scales are powers of two.
+# bfloat16, whose largest octave has no such number; whether all scales are powers of two; the
+# largest element as a pair of float16.
 KIND = tl.constexpr(0)
 COLUMNS = tl.constexpr(1)
 LEAST = tl.constexpr(2)
@@ -23,6 +26,7 @@ SCALE = tl.constexpr(6)
 INVERSE = tl.constexpr(7)
 IS_BFLOAT16 = tl.constexpr(8)
 IS_POWER = tl.constexpr(9)
+LARGEST_PAIR = tl.constexpr(10)
 
 # Scales: one that is known; from the tensor's largest magnitude; of blocks of a row; of blocks of
 # 128 rows; powers of two; e4m3.
@@ -58,13 +62,31 @@ def rounded_bfloat16(x):
 
 
 @triton.jit
-def find_scales(largest, most, FORM: tl.constexpr):
+def _divided(a, b, inverse):
+    """Quotients rounded right, for a b of few digits, as an e4m3, and about its reciprocal.
+
+    The remainder is exact, and no such quotient is close to halfway between two numbers.
+    """
+    q = a * inverse
+    return tl.fma(tl.fma(-b, q, a), inverse, q)
+
+
+@triton.jit
+def _divided_twice(a, b, inverse):
+    """Quotients rounded right, for any b and its reciprocal, rounded right (Markstein)."""
+    q = _divided(a, b, inverse)
+    return tl.fma(tl.fma(-b, q, a), inverse, q)
+
+
+@triton.jit
+def find_scales(largest, most, FORM: tl.constexpr, FAST: tl.constexpr):
     """Scales of groups of values.
 
     Args:
         largest: largest magnitude of each group, float32.
         most: that of the tensor, float32.
         FORM: format.
+        FAST: no quotient is subnormal, and products are fused.
 
     Returns:
         reciprocal and scale, and the scale that is stored with a block, float32.
@@ -79,12 +101,20 @@ def find_scales(largest, most, FORM: tl.constexpr):
     if FORM[KIND] == NVFP4:
         of_tensor = tl.maximum(tl.div_rn(most, 2688.0), 6.018531076210112e-36)  # 2**-117
         inverse_of_tensor = tl.div_rn(1.0, of_tensor)
-        exact = tl.minimum(tl.div_rn(tl.div_rn(largest, 6.0), of_tensor), 448.0)
-        stored = rounded(exact, _E4M3_LEAST, _E4M3_TO_ROUNDER)
-        divisor = tl.where(stored > 0.0, stored, INF)
+        if FAST:
+            exact = _divided(largest, 6.0, 1 / 6)
+            exact = _divided_twice(exact, of_tensor, inverse_of_tensor)
+        else:
+            exact = tl.div_rn(tl.div_rn(largest, 6.0), of_tensor)
+        stored = rounded(tl.minimum(exact, 448.0), _E4M3_LEAST, _E4M3_TO_ROUNDER)
         # A minimum, so that no difference is fused with the product before it is rounded.
         scale = tl.minimum(stored * of_tensor, 3.4028234663852886e38)
-        return tl.div_rn(inverse_of_tensor, divisor), scale, stored
+        divisor = tl.where(stored > 0.0, stored, 1.0)
+        if FAST:
+            inverse = _divided(inverse_of_tensor, divisor, nearly_reciprocal(divisor))
+        else:
+            inverse = tl.div_rn(inverse_of_tensor, divisor)
+        return tl.where(stored > 0.0, inverse, 0.0), scale, stored
     used = tl.where(largest > 0.0, largest, FORM[LARGEST])
     inverse = tl.minimum(tl.div_rn(FORM[LARGEST] * 1.0, used), 8.507059173023462e37)  # 2**126
     scale = tl.div_rn(1.0, inverse)
@@ -98,6 +128,8 @@ def elements_of(x, inverse, FORM: tl.constexpr):
     if FORM[IS_BFLOAT16]:
         element = rounded_bfloat16(element)
     else:
-        element = tl.minimum(element, 2.0 * FORM[LARGEST])
+        # A block's power of two takes none further, and a product with it is exact.
+        if FORM[KIND] != E8M0:
+            element = tl.minimum(element, 2.0 * FORM[LARGEST])
         element = rounded(element, FORM[LEAST], FORM[TO_ROUNDER])
     return element

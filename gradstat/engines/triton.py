@@ -29,7 +29,6 @@ Kernel: TypeAlias = Any  # of Triton, which ships no types, compiled or not
 MAX_BINS = 4093  # a program keeps its histogram, with three more slots, in registers
 FINISH_BLOCK = 128
 THREADS = 256
-EACH = 16  # elements of a tile for each thread, of narrow formats
 VECTOR_BYTES = 16
 TILE_BYTES = ROWS.value * VECTOR_BYTES * THREADS
 BLACKWELL = 100  # the first of its compute capabilities

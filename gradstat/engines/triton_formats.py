@@ -20,12 +20,13 @@ from torch import Tensor
 from gradstat.engines import reference_formats
 from gradstat.engines.memory import as_matrix
 from gradstat.engines.triton import (
-    EACH,
     ELEMENTS,
     FINISH_BLOCK,
     THREADS,
-    VECTOR_BYTES,
+    TILE_BYTES,
+    capability_of,
     check_device,
+    compares_pairs,
     warps_on,
 )
 from gradstat.engines.triton_cadence import on_device
@@ -60,6 +61,7 @@ def form_constants(form: Format) -> tuple[Any, ...]:
         float(np.float32(1) / np.float32(form.scale)),
         form.exponent_bits == 8,
         form.scaling == "e8m0" or (kind is CONSTANT and math.frexp(form.scale)[0] == 0.5),
+        0 if form.exponent_bits == 8 else 0x10001 * int(np.float16(form.largest).view(np.uint16)),
     )
 
 
@@ -110,18 +112,29 @@ def _measure(
     group: Group, formats: Sequence[Format], maxima: Tensor, integers: Tensor, floats: Tensor
 ) -> None:
     """Launch the kernels for the tensors of one dtype."""
-    n_items, vector = len(group.items), VECTOR_BYTES // group.dtype.itemsize
-    element, warps = ELEMENTS[group.dtype], warps_on(floats.device)
-    has_tiles = in_tiles(formats)
-    shape = (has_tiles, granule_of(formats), EACH // vector, THREADS, vector)
+    n_items, device = len(group.items), floats.device
+    element, warps = ELEMENTS[group.dtype], warps_on(device)
+    has_tiles, granule = in_tiles(formats), granule_of(formats)
+    in_pairs = compares_pairs(2, capability_of(device))
     forms = tuple(form_constants(form) for form in formats)
     if n_items and (has_tiles or any(form.scaling in ("amax", "nvfp4") for form in formats)):
-        maxima_kernel[(n_items,)](group.items, maxima, element, *shape, num_warps=warps)
+        maxima_kernel[(n_items,)](
+            group.items, maxima, element, has_tiles, granule, THREADS, num_warps=warps
+        )
     maxima = maxima.view(torch.float32)
     partials = floats.new_empty((n_items, 1 + len(formats), FORMAT_FIELDS.value))
     if n_items:
         formats_kernel[(n_items,)](
-            group.items, maxima, partials, element, forms, *shape, num_warps=warps
+            group.items,
+            maxima,
+            partials,
+            element,
+            forms,
+            has_tiles,
+            granule,
+            in_pairs,
+            THREADS,
+            num_warps=warps,
         )
     finish_formats_kernel[(len(group.spans),)](
         group.spans,
@@ -159,7 +172,7 @@ def _tables(
     """
     granule, n_items = granule_of(formats), 0
     size = item_size(tensors) // granule
-    per_tile = EACH * THREADS // granule
+    per_tile = TILE_BYTES // tensors[0].element_size() // granule
     tables = [np.empty((0, 9), np.int64)]
     spans = np.empty((len(rows), 4 + len(formats)), np.int64)
     for i, (x, row) in enumerate(zip(tensors, rows, strict=True)):
