@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from histories import append_rows
 
 from gradstat import History, Log2Bins, statistics
 from gradstat.util import replacing
@@ -130,7 +131,7 @@ def test_two_threads_write_one_path_and_a_reader_always_finds_a_whole_file(
         history = History(["x"], Log2Bins())
         s = statistics([torch.full((3,), float(n))])
         for step in range(10 * n):
-            history.append(step, s.integers.numpy(), s.floats.numpy(), s.counts.numpy())
+            append_rows(history, step, s.integers.numpy(), s.floats.numpy(), s.counts.numpy())
         histories.append(history)
         getattr(history, what)(path)
         pages.add(path.read_bytes())
