@@ -6,17 +6,19 @@ Beside a tensor it needs under 1 MB, whatever its strides; results do not depend
 
 from __future__ import annotations
 
+import functools
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradstat.bins import FLOAT32_MAX, Bins, LinearBins, keeps_subnormals
+from gradstat.bins import FLOAT32_MAX, Bins, LinearBins, Log2Bins, keeps_subnormals
 from gradstat.engines import reference
 from gradstat.engines.cpu.partials import FIELDS
 from gradstat.engines.cpu.pool import count_threads, run_together
+from gradstat.engines.cpu.trial import passes_trial, trial_tensors
 from gradstat.engines.cpu.work import (
     ADDRESS,
     COLUMNS,
@@ -84,9 +86,8 @@ def histogram(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor]:
     """Counts and edges of one tensor, as `measure` and `Bins.edges` have them."""
     _, floats, counts = _measure([x], bins)
     start, end = floats[0, -2:].tolist()  # the last of `FLOATS`
-    if isinstance(bins, LinearBins) and max(-start, end) <= FLOAT32_MAX:
-        edges = torch.empty(bins.bins + 1, dtype=torch.float64, device="cpu")
-        fill_edges()(start, end, bins.bins, edges.data_ptr())
+    if isinstance(bins, LinearBins) and max(-start, end) <= FLOAT32_MAX and _are_edges_trusted():
+        edges = _edges(start, end, bins.bins)
     else:
         edges = bins.edges(*torch.from_numpy(floats[0, -2:]))
     return torch.from_numpy(counts[0]), edges
@@ -101,9 +102,17 @@ class Plan:
     Args:
         tensors: L on the CPU.
         bins: scheme.
+        is_trusted: says of a dtype and whether bins are linear if what is compiled for them is to
+            be used; `reference` measures the others.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], bins: Bins) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        bins: Bins,
+        is_trusted: Callable[[torch.dtype, bool], bool] | None = None,
+    ) -> None:
+        is_trusted = is_trusted or _is_trusted
         self._bins, self._n = bins, len(tensors)
         self._types, self._dtypes = list(map(type, tensors)), [x.dtype for x in tensors]
         self._numels, self._pack = [x.numel() for x in tensors], pack_rows()
@@ -111,11 +120,14 @@ class Plan:
         is_linear, self._ranges = isinstance(bins, LinearBins), _known_ranges(bins, self._n)
         self._is_automatic = is_linear and self._ranges is None
         self._room: _Rows | None = None  # where the tables have the results written
-        self._tables = [
-            _Table(dtype, is_linear, rows, [tensors[row] for row in rows])
-            for dtype in dict.fromkeys(self._dtypes)
-            for rows in [[row for row, each in enumerate(self._dtypes) if each == dtype]]
-        ]
+        self._tables: list[_Table] = []
+        self._others: list[int] = []  # rows that `reference` measures
+        for dtype in dict.fromkeys(self._dtypes):
+            rows = [row for row, each in enumerate(self._dtypes) if each == dtype]
+            if is_trusted(dtype, is_linear):
+                self._tables.append(_Table(dtype, is_linear, rows, [tensors[row] for row in rows]))
+            else:
+                self._others += rows
 
     def run(
         self, tensors: Sequence[Tensor], formats: Tensor | None = None, due: Tensor | None = None
@@ -174,7 +186,7 @@ class Plan:
             self._room = to
             for table in self._tables:
                 table.write_to(to, self._n, self._bins.bins, self._ranges)
-        stage = FLOATS_ONLY if self._is_automatic else FUSED
+        stage, others = FLOATS_ONLY if self._is_automatic else FUSED, self._others
         for table in self._tables:
             table.run(stage, addresses)
         if isinstance(self._bins, LinearBins) and self._is_automatic:
@@ -185,8 +197,19 @@ class Plan:
                 table.run(COUNTS_ONLY, addresses)
             self._room = None
             if torch.float64 in self._dtypes:
-                to.touched[:] = 1
-                _measure_again_beyond_float32(tensors, self._bins, rows)
+                # They have no range in float32; by `reference` they have one in float64.
+                beyond = as_statistics(self._bins, rows).abs_max > FLOAT32_MAX
+                others = others + beyond.nonzero().flatten().tolist()
+        if others:
+            to.touched[:] = 1
+            self._measure_by_reference(others, tensors, to)
+
+    def _measure_by_reference(self, rows: list[int], tensors: Sequence[Tensor], to: _Rows) -> None:
+        memory = _split(to.held, self._n, self._bins.bins)
+        for row in rows:
+            again = reference.measure([tensors[row]], self._bins)
+            for each, new in zip(memory, (again.integers, again.floats, again.counts), strict=True):
+                each[row] = new[0]
 
 
 class _Table:
@@ -290,6 +313,49 @@ def _measure(tensors: Sequence[Tensor], bins: Bins) -> Rows:
     return _split(rows.held, len(tensors), bins.bins)
 
 
+@functools.cache
+def _is_trusted(dtype: torch.dtype, is_linear: bool) -> bool:
+    """Whether what is compiled for a dtype and a kind of bins computes what `reference` does."""
+    tensors, schemes = trial_tensors(dtype), list[Bins]([Log2Bins()])
+    if is_linear:
+        schemes = [LinearBins(20), LinearBins(200, -1.0, 2.0)]
+
+    def measured() -> list[Tensor]:
+        found: list[Tensor] = []
+        for bins in schemes:
+            rows = _Rows(len(tensors) * (NUMBERS + bins.bins))
+            Plan(tensors, bins, lambda *_: True).measure(tensors, rows)
+            found += map(torch.from_numpy, _split(rows.held, len(tensors), bins.bins))
+        return found
+
+    def defined() -> list[Tensor]:
+        each = [reference.measure(tensors, bins) for bins in schemes]
+        return [x for s in each for x in (s.integers, s.floats, s.counts)]
+
+    return passes_trial(work_on(dtype, is_linear), f"statistics of {dtype}", measured, defined)
+
+
+def _edges(low: float, high: float, bins: int) -> Tensor:
+    """As `LinearBins.edges`, compiled."""
+    edges = torch.empty(bins + 1, dtype=torch.float64, device="cpu")
+    fill_edges()(low, high, bins, edges.data_ptr())
+    return edges
+
+
+@functools.cache
+def _are_edges_trusted() -> bool:
+    ends = (-1.0, 2.0), (0.0, 2.0**-120), (-(2.0**127), 2.0**127)
+    return passes_trial(
+        fill_edges(),
+        "edges",
+        lambda: [_edges(*each, 20) for each in ends],
+        lambda: [
+            LinearBins(20).edges(*torch.tensor(each, dtype=torch.float64, device="cpu"))
+            for each in ends
+        ],
+    )
+
+
 def _split(memory: Array, n: int, n_bins: int) -> Rows:
     """Rows in memory: all integers, then all floats, then all counts."""
     integers, floats = memory[: n * NUMBERS].reshape(2, n, NUMBERS // 2)
@@ -322,15 +388,6 @@ def _nice_ranges(bins: LinearBins, floats: Array) -> array[float]:
     minimum, maximum = torch.from_numpy(floats[:, :2]).unbind(-1)  # the first of `FLOATS`
     low, high = bins.automatic_range(minimum, maximum)
     return array("f", low.tolist() + high.tolist())
-
-
-def _measure_again_beyond_float32(tensors: Sequence[Tensor], bins: Bins, rows: Rows) -> None:
-    """Measure rows that have no range in float32 by `reference`, which has one in float64."""
-    abs_max = as_statistics(bins, rows).abs_max
-    for row in (abs_max > FLOAT32_MAX).nonzero().flatten().tolist():
-        again = reference.measure([tensors[row]], bins)
-        for each, new in zip(rows, (again.integers, again.floats, again.counts), strict=True):
-            each[row] = new[0]
 
 
 def _leave(room: _Room) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
+import llvmlite
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core.registry import cpu_target
@@ -92,7 +94,9 @@ def _checksum() -> int:
     others = [Path(str(each.__file__)) for each in (bins, formats, reference_formats)]
     paths = [*sorted(Path(__file__).parent.glob("*.py")), *others]
     sources = [path.read_bytes() for path in paths]
-    return zlib.crc32(b"".join([repr((target(), numba.__version__)).encode(), *sources]))
+    # NumPy computes constants that are compiled.
+    versions = numba.__version__, llvmlite.__version__, np.__version__
+    return zlib.crc32(b"".join([repr((target(), versions)).encode(), *sources]))
 
 
 def target() -> tuple[str, str, str]:

@@ -7,9 +7,10 @@ need its largest magnitude, or whole blocks, and so a second read.
 
 from __future__ import annotations
 
+import functools
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,8 +21,9 @@ from gradstat.engines import reference_formats
 from gradstat.engines.cpu import format_work as work
 from gradstat.engines.cpu.format_passes import CHUNK, form_row, tensor_scale
 from gradstat.engines.cpu.pool import count_threads, run_together
+from gradstat.engines.cpu.trial import passes_trial, trial_tensors
 from gradstat.engines.memory import as_matrix, no_storage
-from gradstat.formats import Format
+from gradstat.formats import FORMATS, Format
 from gradstat.results import NO_SCALE_MAX, NO_SCALE_MIN
 from gradstat.util import Array
 
@@ -37,11 +39,21 @@ def measure_formats(
     tensors: Sequence[Tensor], formats: Sequence[Format], dim: int = -1
 ) -> tuple[Tensor, Tensor]:
     """What each format would do to each tensor, as `reference_formats.measure_formats`."""
+    return _measure(tensors, formats, dim, _is_trusted)
+
+
+def _measure(
+    tensors: Sequence[Tensor],
+    formats: Sequence[Format],
+    dim: int,
+    is_trusted: Callable[[torch.dtype], bool],
+) -> tuple[Tensor, Tensor]:
+    """The same; ``is_trusted`` says of a dtype if what is compiled for it is to be used."""
     integers = torch.zeros((len(formats), len(tensors), 8), dtype=torch.int64, device="cpu")
     floats = torch.zeros((len(formats), len(tensors), 2), dtype=torch.float64, device="cpu")
     tables: dict[torch.dtype, _Table] = {}
     for row, x in enumerate(tensors):
-        if x.dtype == torch.float64:
+        if x.dtype == torch.float64 or not is_trusted(x.dtype):
             again = reference_formats.measure_formats([x], formats, dim)
             integers[:, row], floats[:, row] = again[0][:, 0], again[1][:, 0]
             continue
@@ -52,6 +64,18 @@ def measure_formats(
     for table in tables.values():
         table.run(integers.numpy(), floats.numpy())
     return integers, floats
+
+
+@functools.cache
+def _is_trusted(dtype: torch.dtype) -> bool:
+    """Whether what is compiled for a dtype computes what `reference_formats` does."""
+    tensors, formats = trial_tensors(dtype)[:2], list(FORMATS.values())
+    return passes_trial(
+        work.work_on(dtype),
+        f"narrow formats of {dtype}",
+        lambda: _measure(tensors, formats, -1, lambda _: True),
+        lambda: reference_formats.measure_formats(tensors, formats),
+    )
 
 
 class _Table:
