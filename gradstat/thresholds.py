@@ -9,7 +9,7 @@ _SHARES = (
     "nonfinite_share",
     "saturation_share",
     "underflow_share",
-    "clipped_share",
+    "format_saturation_share",
     "stuck_ratio",
     "stuck_pace",
     "dead_units_share",
@@ -39,16 +39,16 @@ class Thresholds:
         exploding_ratio: largest gradient of the first layer as a multiple of the last one's.
         exploding_growth: largest growth of a layer's rms over its median so far.
         exploding_severe: the growth above which that is severe.
-        nonfinite_share: largest share of records with NaN or infinities that pass for a loss scale
-            being tried, as long as the newest record has none.
-        spike_deviations: how many deviations above its trailing median a value must be to be a
-            spike, in the logarithm.
+        nonfinite_share: largest share of records whose outputs have NaN or infinities that may
+            pass, as long as the newest record has none.
+        spike_deviations: how many deviations above its trend a value must be to be a spike, in the
+            logarithm.
         spike_loss: least factor by which the loss must rise above it.
         spike_gradient: least factor for the norm of the gradient.
         spike_single: how many times that a single value must rise where the sizes of the batches
             are not known: it may be a small one.
-        jump: least factor for a layer's update or activation.
-        jump_weights: least factor for its weights.
+        jump: least factor for a layer's update or activation; its root if it rises at once.
+        jump_weights: likewise, for its weights.
         saturation_octaves: how many octaves below its layer's rms an element counts as stopped.
         saturation_share: largest share of stopped ones among the elements that are not zero.
         stuck_ratio: smallest change of a layer's weights in a step, as a share of their size.
@@ -59,8 +59,8 @@ class Thresholds:
         outliers_growth: from which growth of an activation's kurtosis over the run it is noted.
         underflow_share: largest share of a layer's values that float16, or a format of
             ``watch(formats=...)``, may flush to zero.
-        clipped_share: largest share of a layer's values that a format of ``watch(formats=...)`` may
-            clip.
+        format_saturation_share: largest share of a layer's values that a format of
+            ``watch(formats=...)`` may cut off.
         format_snr: smallest signal-to-noise ratio, in dB, that a format may leave of a layer.
         float16_headroom: how many times larger the largest gradient must be able to grow before
             float16 overflows.
@@ -91,7 +91,7 @@ class Thresholds:
     spike_gradient: float = 5.0
     spike_single: float = 5.0
     jump: float = 20.0
-    jump_weights: float = 3.0
+    jump_weights: float = 2.0
     saturation_octaves: float = 10.0
     saturation_share: float = 0.5
     stuck_ratio: float = 1e-6
@@ -100,7 +100,7 @@ class Thresholds:
     dead_units_severe: float = 0.9
     outliers_growth: float = 4.0
     underflow_share: float = 0.5
-    clipped_share: float = 1e-3
+    format_saturation_share: float = 1e-3
     format_snr: float = 20.0
     float16_headroom: float = 2.0
     float16_floor: float = 2.0**-14

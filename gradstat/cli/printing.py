@@ -18,8 +18,8 @@ import numpy as np
 
 from gradstat.cli.runs import check_output, load, run_name
 from gradstat.diagnosis import Finding
-from gradstat.diagnosis.narrow_formats import Fit, layer_fits, recommendation
-from gradstat.diagnosis.run import Run, median
+from gradstat.diagnosis.evidence import Evidence, median
+from gradstat.diagnosis.narrow_formats import FormatFit, layer_fits, recommendation
 from gradstat.history import History, rank_directories
 from gradstat.history.arguments import check_history, first_rows
 from gradstat.record import GRAD, NOUNS, PARAM, UNIT, UPDATE
@@ -57,7 +57,7 @@ def formats(options: argparse.Namespace) -> int:
             f"formats needs a run of watch(formats=...); {options.run_path} has measured none"
         )
     print(heading(str(options.run_path), history))
-    layers = layer_fits(Run(history, thresholds.window, None))
+    layers = layer_fits(Evidence(history, thresholds.window))
     if not layers:
         print("\nno layer has values")
         return 0
@@ -79,10 +79,10 @@ def formats(options: argparse.Namespace) -> int:
     return 0
 
 
-def _fit(fit: Fit, *, scales: bool) -> str:
+def _fit(fit: FormatFit, *, scales: bool) -> str:
     """SNR, and what share is lost if any is."""
     text = "exact" if fit.snr == math.inf else f"{round(fit.snr, 1) + 0.0:.1f} dB"
-    for share, what in ((fit.underflow, "to 0"), (fit.saturated, "clipped")):
+    for share, what in ((fit.underflow, "to 0"), (fit.saturated, "saturated")):
         if share:
             text += f", {f'{share:.0%}' if share >= 0.005 else '<1%'} {what}"
     least, most = fit.scales

@@ -8,17 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-from gradstat.diagnosis.dead_layers import find_absent, find_dead
-from gradstat.diagnosis.dead_units import find_dead_units
-from gradstat.diagnosis.findings import FINDINGS, SEVERITIES, Finding, Severity
-from gradstat.diagnosis.narrow_formats import find_clipped, find_narrowest, find_starved
+from gradstat.diagnosis.evidence import Evidence
+from gradstat.diagnosis.findings import FINDINGS, SEVERITIES, Finding, Severity, put_in_order
+from gradstat.diagnosis.narrow_formats import (
+    find_format_saturation,
+    find_format_underflow,
+    find_narrowest,
+    find_outliers,
+    find_scale,
+    find_underflow,
+)
 from gradstat.diagnosis.nonfinite import find_nonfinite
-from gradstat.diagnosis.outliers import find_outliers
-from gradstat.diagnosis.ranking import put_in_order
-from gradstat.diagnosis.run import Run
-from gradstat.diagnosis.saturation_underflow import find_saturation, find_scale, find_underflow
+from gradstat.diagnosis.not_learning import (
+    find_absent,
+    find_dead,
+    find_dead_units,
+    find_saturation,
+    find_stuck,
+)
 from gradstat.diagnosis.spikes import find_all_spikes
-from gradstat.diagnosis.stuck import find_stuck
 from gradstat.diagnosis.vanishing_exploding import find_growth, find_low, find_trend
 from gradstat.history import History
 from gradstat.history.arguments import check_history
@@ -27,10 +35,16 @@ from gradstat.thresholds import Thresholds
 
 __all__ = ["FINDINGS", "SEVERITIES", "Finding", "Severity", "Thresholds", "diagnose"]
 
-_Rule: TypeAlias = Callable[[Run, Thresholds], list[Finding]]
+_Rule: TypeAlias = Callable[[Evidence, Thresholds], list[Finding]]
 # By the kind of the rows that a rule reads; ``None``: all rows.
 _RULES: dict[str | None, tuple[_Rule, ...]] = {
-    None: (find_nonfinite, find_all_spikes, find_starved, find_clipped, find_narrowest),
+    None: (
+        find_nonfinite,
+        find_all_spikes,
+        find_format_underflow,
+        find_format_saturation,
+        find_narrowest,
+    ),
     GRAD: (
         find_growth,
         find_trend,
@@ -83,9 +97,9 @@ def diagnose(history: History, thresholds: Thresholds | None = None) -> list[Fin
     if not isinstance(thresholds, Thresholds):
         raise TypeError(f"diagnose() needs Thresholds; thresholds is {type(thresholds).__name__}")
     history = check_history("diagnose", history)
-    findings = []
+    findings, whole = [], Evidence(history, thresholds.window)
     for kind, rules in _RULES.items():
         if kind is None or kind in history.kinds:
-            run = Run(history, thresholds.window, kind)
+            run = whole if kind is None else whole.of(kind)
             findings += [finding for rule in rules for finding in rule(run, thresholds)]
     return put_in_order(findings, history, thresholds.window)

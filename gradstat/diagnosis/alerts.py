@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gradstat.diagnosis.bands import WINDOW
+from gradstat.diagnosis.evidence import Evidence, is_loss, median
 from gradstat.diagnosis.findings import Finding
 from gradstat.diagnosis.nonfinite import find_nonfinite
-from gradstat.diagnosis.run import Run, is_loss, median
 from gradstat.diagnosis.spikes import find_gradient_spikes, find_loss_spikes
+from gradstat.diagnosis.usual import WINDOW
 from gradstat.diagnosis.vanishing_exploding import find_growth
 from gradstat.history import History
 from gradstat.record import GRAD, UNIT
@@ -118,19 +118,22 @@ class Alerts:
         """What the newest record or loss shows."""
         if not len(self._history):
             return []
-        run = Run(self._history, self._thresholds.window, None)
-        found = [*find_nonfinite(run, self._thresholds), *find_loss_spikes(run, self._thresholds)]
+        run = Evidence(self._history, self._thresholds.window)
+        found = [
+            *find_nonfinite(run, self._thresholds),
+            *find_loss_spikes(run, self._thresholds),
+        ]
         if self._is_scaled:
-            found = [each for each in found if each.kind != "non-finite" or _lasts(each, run)]
+            found = [each for each in found if each.kind != "non-finite" or _is_meant(each, run)]
         found += find_gradient_spikes(run, self._thresholds)
         if len(self._gradients):
-            found += find_growth(Run(self._history, run.window, GRAD), self._thresholds)
+            found += find_growth(run.of(GRAD), self._thresholds)
         # A loss may come before its record: its step is then above the newest one.
         newest = int(run.steps[-1])
         return [each for each in found if each.steps[1] >= newest]
 
 
-def _lasts(finding: Finding, run: Run) -> bool:
-    """Whether it goes on for longer than a loss scale is tried."""
+def _is_meant(finding: Finding, run: Evidence) -> bool:
+    """Whether it is no loss scale that is tried."""
     first, last = np.searchsorted(run.steps, finding.steps)
-    return bool(last - first >= _TRIED)
+    return bool(last - first >= _TRIED) and finding.severity == "severe"

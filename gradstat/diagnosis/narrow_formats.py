@@ -1,23 +1,38 @@
-"""What narrow formats would have done to the layers of a run, and the rules about it."""
+"""What narrow number formats would do to a run: what they lose, the scales and formats that fit."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from gradstat.bins import Log2Bins
+from gradstat.diagnosis.evidence import MAX_SAMPLES, Evidence, around, median
 from gradstat.diagnosis.findings import Finding
-from gradstat.diagnosis.run import Run, median
 from gradstat.formats import parse_format
+from gradstat.history.memory import kurtosis_of
 from gradstat.record import NOUNS, Row
+from gradstat.results import FLOATS, INTEGERS, Statistics
 from gradstat.thresholds import Thresholds
-from gradstat.util import Array
+from gradstat.util import Array, evenly_spread
+
+FLOAT16_MAX = 65504.0
+NARROW = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8_e5m2": torch.float8_e5m2,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+}
+_PARTS = 4  # of a run; kurtosis must grow from each to the next
+_LEAST = 20.0  # a normal distribution has 3
 
 
 @dataclass(frozen=True)
-class Fit:
+class FormatFit:
     """What a format would have done to a layer, at its worst in a run.
 
     Args:
@@ -39,7 +54,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class LayerFits:
-    """The `Fit` of each format to a row of a history.
+    """The `FormatFit` of each format to a row of a history.
 
     Args:
         row: the row.
@@ -49,7 +64,7 @@ class LayerFits:
 
     row: Row
     layer: str
-    fits: dict[str, Fit]
+    fits: dict[str, FormatFit]
 
     def narrowest(self, thresholds: Thresholds) -> str | None:
         """The format of the fewest bits that keeps the layer; ``None``: none does."""
@@ -62,7 +77,7 @@ class LayerFits:
         return min(fit.snr for fit in self.fits.values())
 
 
-def layer_fits(run: Run) -> list[LayerFits]:
+def layer_fits(run: Evidence) -> list[LayerFits]:
     """What each format would have done at its worst to each row with values other than zero.
 
     Args:
@@ -71,7 +86,7 @@ def layer_fits(run: Run) -> list[LayerFits]:
     Returns:
         Those rows, kind by kind, the one nearest to the input first.
     """
-    found: list[dict[str, Fit]] = [{} for _ in run.layers]
+    found: list[dict[str, FormatFit]] = [{} for _ in run.layers]
     for name in run.history.formats:
         fields = run.of_format(name)
         snr = _over_blocks(fields["snr"], run.blocks).min(0)
@@ -83,7 +98,9 @@ def layer_fits(run: Run) -> list[LayerFits]:
         for at, fits in enumerate(found):
             if not math.isnan(snr[at]):
                 scales = float(least[at]), float(most[at])
-                fits[name] = Fit(float(snr[at]), float(underflow[at]), float(saturated[at]), scales)
+                fits[name] = FormatFit(
+                    float(snr[at]), float(underflow[at]), float(saturated[at]), scales
+                )
     return [
         LayerFits(Row(kind, name), layer, fits)
         for kind, name, layer, fits in zip(run.kinds, run.names, run.layers, found, strict=True)
@@ -123,23 +140,25 @@ def _for_kind(layers: Sequence[LayerFits], formats: Sequence[str], thresholds: T
     return f"{most} for the {nouns} but {exceptions}, {others}"
 
 
-def find_starved(run: Run, thresholds: Thresholds) -> list[Finding]:
+def find_format_underflow(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Formats that would flush much of a layer to zero."""
     said = "would flush {share} of {layer}'s {noun} to zero"
-    return _exceeding(run, "starved", "underflow", thresholds.underflow_share, said)
+    return _exceeding(run, "format underflow", "underflow", thresholds.underflow_share, said)
 
 
-def find_clipped(run: Run, thresholds: Thresholds) -> list[Finding]:
+def find_format_saturation(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Formats without scales of blocks that many of a layer's values are too large for.
 
-    The scales of blocks follow the values. A power of two clips an eighth
-    at most, which the SNR counts.
+    The scales of blocks follow the values: a power of two cuts an eighth off at most, which the SNR
+    counts.
     """
-    said = "is too narrow for {share} of {layer}'s {noun}, which would be clipped"
-    return _exceeding(run, "clipped", "saturated", thresholds.clipped_share, said)
+    said = "is too narrow for {share} of {layer}'s {noun}, which would saturate"
+    return _exceeding(
+        run, "format saturation", "saturated", thresholds.format_saturation_share, said
+    )
 
 
-def find_narrowest(run: Run, thresholds: Thresholds) -> list[Finding]:
+def find_narrowest(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """A note on which of the formats would do."""
     history = run.history
     layers = layer_fits(run) if history.formats else []
@@ -153,7 +172,110 @@ def find_narrowest(run: Run, thresholds: Thresholds) -> list[Finding]:
     return [Finding("narrowest format", "note", worst.layer, steps, numbers, sentence)]
 
 
-def _exceeding(run: Run, kind: str, field: str, limit: float, said: str) -> list[Finding]:
+def find_underflow(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+    """Layers much of which float16 would flush to zero; else a note on all narrow types."""
+    if not run.samples:
+        return []
+    flushed = {name: _flushed(run, dtype) for name, dtype in NARROW.items()}
+    # (types, layers)
+    worst = np.stack([shares.max(0) for shares in flushed.values()])
+    findings = []
+    for each in run.lasting(flushed["float16"], thresholds.underflow_share):
+        layer = run.layers[each.column]
+        numbers = dict(zip(NARROW, worst[:, each.column].tolist(), strict=True))
+        sentence = (
+            f"float16 without a loss scale would flush {each.share:.0%} of {layer}'s gradient to "
+            f"zero, bfloat16 {numbers['bfloat16']:.0%}."
+        )
+        findings.append(Finding("underflow", "warning", layer, each.steps, numbers, sentence))
+    if findings:
+        return findings
+    by_layer = worst.T.tolist()
+    column = max(range(len(by_layer)), key=by_layer.__getitem__)
+    numbers = dict(zip(NARROW, by_layer[column], strict=True))
+    listed = ", ".join(f"{name} {share:.2g}" for name, share in numbers.items())
+    return [
+        Finding(
+            "underflow",
+            "note",
+            run.layers[column],
+            (int(run.steps[0]), int(run.steps[-1])),
+            numbers,
+            f"Largest share of {run.layers[column]}'s gradient that a narrow type would flush to "
+            f"zero, with no loss scale: {listed}.",
+        )
+    ]
+
+
+def find_scale(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+    """Largest magnitudes against float16's range, and the loss scales that would fit."""
+    sizes = np.nan_to_num(run["abs_max"])
+    by_record = sizes.max(1)
+    at = int(by_record.argmax())
+    largest = float(by_record[at])
+    if largest == 0:
+        return []
+    layer = run.layers[int(sizes[at].argmax())]
+    fits = FLOAT16_MAX / thresholds.float16_headroom
+    highest = math.floor(math.log2(min(fits / largest, 2.0**1023)))
+    numbers = {"abs_max": largest, "log2_highest_scale": float(highest)}
+    if largest > fits:
+        mask = by_record > fits
+        steps = tuple(int(run.steps[i]) for i in around(mask, at))
+        sentence = (
+            f"{layer}'s gradient reaches {largest:.3g}, and float16 ends at 65504: in float16 the "
+            f"loss scale is 2**{-highest} too high."
+        )
+        return [Finding("scale", "warning", layer, (steps[0], steps[1]), numbers, sentence)]
+    by_block = np.array([by_record[block].max() for block in run.blocks])
+    mask = (by_block > 0) & (by_block < thresholds.float16_floor)
+    if mask.any():
+        low = int(np.argmin(np.where(mask, by_block, math.inf)))
+        top = float(by_block[low])
+        numbers["abs_max"] = top
+        column = int(sizes[run.blocks[low]].max(0).argmax())
+        sentence = (
+            f"The largest gradient is {top:.1e}, in {run.layers[column]}, where float16 has lost "
+            f"digits already: in float16 the loss needs a scale, at most 2**{highest}."
+        )
+        span = run.span(mask, low)
+        return [Finding("scale", "warning", run.layers[column], span, numbers, sentence)]
+    sentence = (
+        f"The largest gradient is {largest:.3g}, in {layer}: for float16 a loss scale of up to "
+        f"2**{highest} fits."
+    )
+    steps = (int(run.steps[0]), int(run.steps[-1]))
+    return [Finding("scale", "note", layer, (steps[0], steps[1]), numbers, sentence)]
+
+
+def find_outliers(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+    """Outputs whose kurtosis grows steadily over the run."""
+    if len(run.history) < _PARTS * 2:
+        return []
+    at = evenly_spread(len(run.history), MAX_SAMPLES)
+    sampled = run.history.unpacked(at.tolist())
+    kurtosis = np.concatenate(
+        [kurtosis_of(run.history.bins, each.take(run.columns)) for each in sampled]
+    )
+    parts = np.stack([median(part) for part in np.array_split(kurtosis, _PARTS)])
+    grew = (np.diff(parts, axis=0) > 0).all(0) & (parts[-1] >= _LEAST)
+    grew &= parts[-1] >= thresholds.outliers_growth * parts[0]
+    return [
+        Finding(
+            "outliers",
+            "note",
+            run.layers[column],
+            (int(run.steps[0]), int(run.steps[-1])),
+            {"kurtosis": float(parts[-1, column]), "before": float(parts[0, column])},
+            f"The kurtosis of {run.names[column]}'s output grew steadily, from "
+            f"{parts[0, column]:.3g} to {parts[-1, column]:.3g}, where a normal distribution has "
+            f"3: a few features become far larger than the others, which narrow types round away.",
+        )
+        for column in np.flatnonzero(grew).tolist()
+    ]
+
+
+def _exceeding(run: Evidence, kind: str, field: str, limit: float, said: str) -> list[Finding]:
     """A finding for each format that does something to more than a share of a layer's values."""
     history, findings = run.history, []
     for name in history.formats:
@@ -166,10 +288,12 @@ def _exceeding(run: Run, kind: str, field: str, limit: float, said: str) -> list
             continue
         column = int(worst.argmax())
         sentence = said.format(
-            share=_percent(worst[column]), layer=run.names[column], noun=NOUNS[run.kinds[column]]
+            share=_percent(worst[column]),
+            layer=run.names[column],
+            noun=NOUNS[run.kinds[column]],
         )
         if len(above) > 1:
-            others = f"{len(above) - 1} other row{'s' * (len(above) > 2)}"
+            others = f"{len(above) - 1} other layer{'s' * (len(above) > 2)}"
             sentence += f", and over {_percent(limit)} in {others}"
         findings.append(
             Finding(
@@ -193,3 +317,23 @@ def _over_blocks(values: Array, blocks: Sequence[Array]) -> Array:
     medians = np.stack([median(values[block]) for block in blocks])
     known = np.fmin.reduce(medians)
     return np.where(np.isnan(medians), known, medians)
+
+
+def _flushed(run: Evidence, dtype: torch.dtype) -> Array:
+    """`Statistics.underflow` of each sample: ``(samples, L)``."""
+    lost, zeros = _lost_bins(dtype), run["zeros"]
+    return run.shares_of(
+        [sample.total(lost[sample.bins]) - zeros[sample.at] for sample in run.samples]
+    )
+
+
+@functools.cache
+def _lost_bins(dtype: torch.dtype) -> Array:
+    """Whether a type flushes a bin, bool ``(bins,)``: asked of one value in each."""
+    bins = Log2Bins()
+    integers = torch.zeros(bins.bins, len(INTEGERS), dtype=torch.int64, device="cpu")
+    integers[:, INTEGERS.index("finite")] = 1
+    floats = torch.zeros(bins.bins, len(FLOATS), dtype=torch.float64, device="cpu")
+    each = Statistics(bins, integers, floats, torch.eye(bins.bins, dtype=torch.bool, device="cpu"))
+    lost: Array = each.underflow(dtype).numpy() > 0
+    return lost

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from gradstat.diagnosis.evidence import Evidence, is_loss
 from gradstat.diagnosis.findings import Finding, Severity
-from gradstat.diagnosis.run import Run, is_loss
 from gradstat.record import ACTIVATION, FROM_THE_END, GRAD, GRAD_OUTPUT, PARAM, UNIT, UPDATE
 from gradstat.thresholds import Thresholds
 from gradstat.util import Array
@@ -14,77 +14,96 @@ from gradstat.util import Array
 _FORWARD, _BACKWARD = (PARAM, ACTIVATION), (GRAD_OUTPUT, GRAD, UPDATE)
 _FIRST_MET = {
     PARAM: "{} is the first parameter with NaN or infinity in it",
-    ACTIVATION: "{}'s output is the first, in the order of the modules, with NaN or infinity",
+    ACTIVATION: "{}'s output is the first, as modules run, with NaN or infinity in it",
     GRAD_OUTPUT: "The gradient of {}'s output is the first, from the last module back, with NaN or "
-    "infinity",
+    "infinity in it",
     GRAD: "{} is where backward first met NaN or infinity",
     UPDATE: "{} is the first parameter whose change has NaN or infinity in it",
 }
+_HALVINGS = 24  # from the scale that a GradScaler begins with to one that fits
 _OTHERS = {PARAM: "parameter", ACTIVATION: "module", GRAD_OUTPUT: "module", UPDATE: "parameter"}
 
 
-def find_nonfinite(run: Run, thresholds: Thresholds) -> list[Finding]:
-    """NaN or infinities: where they come from, before the gradients if there are earlier ones."""
+def find_nonfinite(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+    """NaN or infinities: where they come from, those that last and those that passed."""
     bad = _broken(run)
-    n_records = len(bad)
-    forward, backward = (bad & np.isin(run.kinds, kinds) for kinds in (_FORWARD, _BACKWARD))
-    broken = [np.flatnonzero(each.any(1)) for each in (forward, backward)]
-    first, earlier = (int(each[0]) if len(each) else n_records for each in broken)
-    if first == earlier == n_records:
-        return []
-    findings = []
-    spoilt = 0 < first < n_records and backward[first - 1].any()
-    if first < n_records and not spoilt:
-        findings.append(_where_met(run, forward, _FORWARD, thresholds, n_records))
-    if earlier < first:
-        # What follows NaN in the forward pass is no finding of its own.
-        end = n_records if spoilt else first
-        findings.append(_where_met(run, backward[:end], _BACKWARD, thresholds, end))
+    ends = np.diff(np.concatenate([[False], bad.any(1), [False]]).astype(np.int8))
+    # What follows NaN is no finding of its own: records in a row are one episode, and the first of
+    # them shows where it began.
+    episodes = list(
+        zip(np.flatnonzero(ends > 0).tolist(), np.flatnonzero(ends < 0).tolist(), strict=True)
+    )
+    lasting = [each for each in episodes if each[1] == len(bad)]
+    findings = [_finding(run, bad, lasting, thresholds)] if lasting else []
+    for kinds in (_FORWARD, _BACKWARD):
+        passed = [each for each in episodes if each not in lasting]
+        passed = [each for each in passed if _kind(run, bad[each[0]]) in kinds]
+        if passed:
+            findings.append(_finding(run, bad, passed, thresholds))
     return findings
 
 
-def _broken(run: Run) -> Array:
+def _broken(run: Evidence) -> Array:
     """Whether a row has NaN, or infinities that mean something: ``(S, L)``."""
     bad: Array = run["numel"] - run["finite"] > 0
-    bad &= ~np.isin(run.kinds, UNIT)
+    bad &= ~run.is_kind(UNIT)
     # Masks of attention hold infinities while all is well.
-    harmless = bad & np.isin(run.kinds, _FORWARD) & (run["nan"] == 0)
+    harmless = bad & run.is_kind(*_FORWARD) & (run["nan"] == 0)
     well = ~(bad & ~harmless).any(1)
     bad &= ~(harmless & harmless[well].any(0))
     return bad
 
 
-def _where_met(
-    run: Run, bad: Array, kinds: tuple[str, ...], thresholds: Thresholds, n_records: int
+def _kind(run: Evidence, bad: Array) -> str:
+    """The kind of rows that a step reached first, of some rows."""
+    return next(kind for kind in (*_FORWARD, *_BACKWARD) if (bad & run.is_kind(kind)).any())
+
+
+def _finding(
+    run: Evidence, bad: Array, episodes: list[tuple[int, int]], thresholds: Thresholds
 ) -> Finding:
-    """The row that was reached first in the first record with any."""
-    records = np.flatnonzero(bad.any(1))
-    at, column = int(records[0]), 0
-    kind = next(each for each in kinds if (bad[records[0]] & np.isin(run.kinds, each)).any())
-    columns = np.flatnonzero(bad[at] & np.isin(run.kinds, kind)).tolist()
+    """Episodes of some records in a row, all of which passed or the one that did not."""
+    (at, _), end = episodes[0], episodes[-1][1]
+    kind = _kind(run, bad[at])
+    columns = np.flatnonzero(bad[at] & run.is_kind(kind)).tolist()
     column = _first(run, kind, columns)
-    passing = records[-1] < n_records - 1 and len(records) <= thresholds.nonfinite_share * n_records
+    n_records = sum(last - first for first, last in episodes)
+    is_gradient, has_passed = kind in (GRAD, GRAD_OUTPUT), end < len(bad)
+    # A NaN that is applied stays in the weights: a gradient whose NaN passed was not.
+    is_skipped = (is_gradient and has_passed) or _is_search(run, bad, at)
+    few = n_records <= thresholds.nonfinite_share * len(bad)
     numbers = {name: float(run[name][at, column]) for name in ("nan", "posinf", "neginf", "numel")}
-    numbers |= {"records": float(len(records)), "layers": float(len(columns))}
+    numbers |= {"records": float(n_records), "layers": float(len(columns))}
     others = len(columns) - 1
     rest = f", before {others} other {_OTHERS.get(kind, 'layer')}{'s' * (others > 1)}"
+    infinite = numbers["posinf"] + numbers["neginf"]
     sentence = (
         f"{_FIRST_MET[kind].format(run.names[column])}, at step {run.steps[at]}"
-        f"{rest * (others > 0)}: {numbers['nan']:.0f} NaN and "
-        f"{numbers['posinf'] + numbers['neginf']:.0f} infinite of {numbers['numel']:.0f} elements; "
-        f"{len(records)} of {n_records} records have some"
-        + ", the newest none" * bool(passing)
-        + ", as when a loss scale is tried" * bool(passing and kind in (GRAD, GRAD_OUTPUT))
+        f"{rest * (others > 0)}: {numbers['nan']:.0f} NaN and {infinite:.0f} infinite of "
+        f"{numbers['numel']:.0f} elements; so in {n_records} of {len(bad)} records"
+        + ", the newest not among them" * has_passed
+        + "; a GradScaler skips such steps while it looks for its scale" * is_skipped
         + "."
     )
-    if kind in (GRAD, GRAD_OUTPUT) and not passing:
+    if is_gradient and not is_skipped:
         sentence += _what_made_it(run, at, column)
-    steps = (int(run.steps[at]), int(run.steps[records[-1]]))
-    severity: Severity = "warning" if passing else "severe"
+    steps = (int(run.steps[at]), int(run.steps[end - 1]))
+    severity: Severity = "warning" if is_skipped or (has_passed and few) else "severe"
     return Finding("non-finite", severity, run.layers[column], steps, numbers, sentence)
 
 
-def _first(run: Run, kind: str, columns: list[int]) -> int:
+def _is_search(run: Evidence, bad: Array, at: int) -> bool:
+    """Whether all records from the start have infinite gradients and nothing else that is broken.
+
+    A scale halves with each step that it makes overflow.
+    """
+    few = at == 0 and len(bad) <= _HALVINGS
+    infinite = (run["posinf"] + run["neginf"] > 0) & run.is_kind(GRAD)
+    whole = few and infinite.any(1).all() and not (bad & run.is_kind(*_FORWARD, UPDATE)).any()
+    return bool(whole) and not any(_lost(run, record) for record in range(len(bad)))
+
+
+def _first(run: Evidence, kind: str, columns: list[int]) -> int:
     """The row that is computed first, of some rows of a kind in the order of their depth."""
     if kind in FROM_THE_END:
         return columns[-1]
@@ -92,21 +111,22 @@ def _first(run: Run, kind: str, columns: list[int]) -> int:
     return columns[0] if run.history.depth is not None else _innermost(run, columns)
 
 
-def _what_made_it(run: Run, at: int, column: int) -> str:
-    """What made NaN that backward met at once, in the last row of its kind; else ""."""
-    kinds, present = np.array(run.kinds), run["numel"][at] > 0
-    if column != np.flatnonzero((kinds == run.kinds[column]) & present)[-1]:
-        return ""
-    lost = _lost(run, at)
-    if (present & (kinds == ACTIVATION)).any():
+def _what_made_it(run: Evidence, at: int, column: int) -> str:
+    """What made NaN that backward met, if it was no layer; else ""."""
+    present = run["numel"][at] > 0
+    is_last = column == np.flatnonzero(run.is_kind(run.kinds[column]) & present)[-1]
+    lost, has_outputs = _lost(run, at), (present & run.is_kind(ACTIVATION)).any()
+    if has_outputs and (is_last or lost):
         return f" All outputs are finite in that step{lost}: the loss made it, not a layer."
+    if not is_last:
+        return ""
     return (
         f" Backward computes that gradient first{lost}: the forward pass or the loss made it, not "
         f"this layer; what=('grad', 'activation') shows where."
     )
 
 
-def _lost(run: Run, at: int) -> str:
+def _lost(run: Evidence, at: int) -> str:
     """The loss in a record's step, in words, if it was not finite; else ""."""
     for name in filter(is_loss, run.history.scalars):
         steps, values = run.history.scalar(name)
@@ -116,7 +136,7 @@ def _lost(run: Run, at: int) -> str:
     return ""
 
 
-def _innermost(run: Run, columns: list[int]) -> int:
+def _innermost(run: Evidence, columns: list[int]) -> int:
     """The first of some rows, or what is inside it: a module comes before its parts."""
     found, *rest = columns
     for column in rest:

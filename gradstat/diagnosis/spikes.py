@@ -1,4 +1,4 @@
-"""Spikes of the loss and of the gradients, sudden jumps of rows, and which row moved first."""
+"""Spikes of the loss and of the gradients, jumps of single rows, and which row moved first."""
 
 from __future__ import annotations
 
@@ -6,60 +6,61 @@ import math
 
 import numpy as np
 
-from gradstat.diagnosis.bands import WINDOW, Spike, find_spikes, log
+from gradstat.diagnosis.divergence import Leap, find_divergence, find_leap
+from gradstat.diagnosis.evidence import Evidence, log, median
 from gradstat.diagnosis.findings import Finding, Severity, rounded
-from gradstat.diagnosis.movers import (
+from gradstat.diagnosis.usual import (
     APART,
     FLOORS,
     GRADIENT,
     LOSS,
+    PHASES,
+    WINDOW,
+    Departure,
+    find_departures,
     find_movers,
+    log_losses,
     named,
-    rows_of,
-    tell,
+    tell_movers,
 )
-from gradstat.diagnosis.run import Run, is_loss, median
 from gradstat.record import ACTIVATION, GRAD, PARAM, UPDATE
 from gradstat.thresholds import Thresholds
 from gradstat.util import Array
 
 _LASTING = 10  # values after which a spike that is not over is there to stay
+_SOON = 10  # records after a rate that rose
 _SMALL = 0.7  # of the median batch
-_SOFT = 1e-3  # share of the loss at the start below which its logarithm says little
+_HIGHER = 4.0  # than any learning rate before
+_BEYOND = math.log(1.5)  # anything of two windows before
+_LEVEL, _FALL = 8, 0.03  # losses whose median is their level; how far it falls, a logarithm
 
 
-def find_all_spikes(run: Run, thresholds: Thresholds) -> list[Finding]:
-    """Spikes of the loss, of the gradient where the loss has none, and jumps of rows by the way."""
-    findings = find_loss_spikes(run, thresholds)
-    findings += _apart(run, find_gradient_spikes(run, thresholds), findings)
-    return findings + _apart(run, _jumps(run, rows_of(run), thresholds), findings)
+def find_all_spikes(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+    """Divergence, spikes and jumps of rows: of those that belong together the first."""
+    findings = find_divergence(run, thresholds)
+    for rule in (find_loss_spikes, find_gradient_spikes, _rate_jumps, _jumps):
+        findings += _apart(run, rule(run, thresholds), findings)
+    return findings
 
 
-def find_loss_spikes(run: Run, thresholds: Thresholds) -> list[Finding]:
+def find_loss_spikes(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Spikes of each scalar that is a loss."""
-    losses = [name for name in run.history.scalars if is_loss(name)]
-    x = rows_of(run) if losses else np.empty(0)
-    return [each for name in losses for each in _of_loss(run, x, name, thresholds)]
+    found = [each for name in run.losses for each in _of_loss(run, name, thresholds)]
+    if len(run.losses) < 2 or not found:
+        return found
+    # What one of several losses gains, another may lose, as in adversarial training.
+    steps, series = zip(*run.losses.values(), strict=True)
+    if any(not np.array_equal(each, steps[0]) for each in steps):
+        return found
+    floor = math.log(thresholds.spike_loss)
+    total = find_departures(log_losses(np.sum(series, 0)), floor, thresholds.spike_deviations)
+    spans = [(steps[0][each.begin], steps[0][each.end - 1]) for each in total]
+    return [f for f in found if any(a <= f.steps[1] and f.steps[0] <= b for a, b in spans)]
 
 
-def logarithms(losses: Array) -> Array:
-    """Logarithms of losses, made so that losses near zero or below it say little."""
-    finite = losses[np.isfinite(losses)]
-    if not len(finite):
-        return np.full(len(losses), math.inf)
-    scale = float(np.median(abs(finite[:WINDOW]))) or 1.0
-    with np.errstate(invalid="ignore"):
-        positive = finite.min() > 0
-        x = np.log(losses + _SOFT * scale) if positive else np.arcsinh(losses / scale)
-    return np.where(np.isfinite(losses), x, math.inf)
-
-
-def _of_loss(run: Run, x: Array, name: str, thresholds: Thresholds) -> list[Finding]:
-    steps, values = run.history.scalar(name)
-    steps, first = np.unique(steps, return_index=True)
-    # The loss of a step is the mean over its passes.
-    losses = np.add.reduceat(values, first) / np.diff(np.append(first, len(values)))
-    series = logarithms(losses)
+def _of_loss(run: Evidence, name: str, thresholds: Thresholds) -> list[Finding]:
+    steps, losses = run.losses[name]
+    series = log_losses(losses)
     series[np.isin(steps, run.steps[_small_batches(run)])] = math.nan
     deviations = thresholds.spike_deviations
     findings = []
@@ -83,22 +84,18 @@ def _of_loss(run: Run, x: Array, name: str, thresholds: Thresholds) -> list[Find
             if np.isinf(series[spike.begin : spike.end]).any():
                 broken = spike.begin + int(np.isinf(series[spike.begin : spike.end]).argmax())
                 what += f", was {losses[broken]} at step {steps[broken]}"
-        findings.append(
-            _finding("loss spike", what, numbers, run, x, steps, spike, LOSS, deviations)
-        )
+        findings.append(_finding("loss spike", what, numbers, run, steps, spike, LOSS, deviations))
     return findings
 
 
-def find_gradient_spikes(run: Run, thresholds: Thresholds) -> list[Finding]:
+def find_gradient_spikes(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Spikes of the norm of all gradients."""
     if GRAD not in run.kinds:
         return []
-    x = rows_of(run)
     norm = run.history.norm(GRAD)
-    gradients = np.array(run.kinds) == GRAD
     series = log(norm)
     # An overflow is another finding, or a loss scale that is tried.
-    series[np.isinf(x[:, gradients]).any(1) | _small_batches(run)] = math.nan
+    series[np.isinf(run.log_rms[:, run.is_kind(GRAD)]).any(1) | _small_batches(run)] = math.nan
     deviations = thresholds.spike_deviations
     findings = []
     for spike in _found(run, series, thresholds.spike_gradient, thresholds):
@@ -110,15 +107,22 @@ def find_gradient_spikes(run: Run, thresholds: Thresholds) -> list[Finding]:
         )
         findings.append(
             _finding(
-                "gradient spike", what, numbers, run, x, run.steps, spike, GRADIENT, deviations
+                "gradient spike",
+                what,
+                numbers,
+                run,
+                run.steps,
+                spike,
+                GRADIENT,
+                deviations,
             )
         )
     return findings
 
 
-def _found(run: Run, series: Array, factor: float, thresholds: Thresholds) -> list[Spike]:
+def _found(run: Evidence, series: Array, factor: float, thresholds: Thresholds) -> list[Departure]:
     """Spikes of a series that no small batch explains."""
-    found = find_spikes(series, math.log(factor), thresholds.spike_deviations)
+    found = find_departures(series, math.log(factor), thresholds.spike_deviations)
     if ACTIVATION in run.kinds:
         return found
     least = math.log(factor * thresholds.spike_single)
@@ -127,27 +131,27 @@ def _found(run: Run, series: Array, factor: float, thresholds: Thresholds) -> li
         for spike in found
         if spike.end - spike.begin > 1
         or math.isinf(series[spike.begin])
-        or series[spike.peak] - spike.typical > least
+        or spike.over(series) > least
     ]
 
 
-def _small_batches(run: Run) -> Array:
+def _small_batches(run: Evidence) -> Array:
     """Records of batches that are smaller than most, ``(S,)``, where outputs tell their size."""
-    outputs = run["numel"][:, np.array(run.kinds) == ACTIVATION]
+    outputs = run["numel"][:, run.is_kind(ACTIVATION)]
     if not outputs.size:
         return np.zeros(len(run.steps), bool)
     usual = median(outputs.astype(np.float64))
-    return np.asarray((outputs < _SMALL * usual).any(1))
+    # An expert may have more or fewer inputs.
+    return np.asarray((outputs < _SMALL * usual).mean(1) > 0.5)
 
 
 def _finding(
     kind: str,
     what: str,
     numbers: dict[str, float],
-    run: Run,
-    x: Array,
+    run: Evidence,
     steps: Array,
-    spike: Spike,
+    spike: Departure,
     phase: int,
     deviations: float,
 ) -> Finding:
@@ -161,22 +165,26 @@ def _finding(
     else:
         what += ", where the record ends." if length == 1 else ", and is not back at the end."
     record = int(np.searchsorted(run.steps, begin, "right")) - 1
-    moved, together = find_movers(run, x, record, begin, phase, deviations)
+    moved, together = find_movers(run, record, begin, phase, deviations)
     numbers |= {"recovered": float(spike.is_over), "moved": float(len(moved))}
-    gradients = sum(run.kinds[mover.column] == GRAD for mover in together)
+    leap = find_leap(run, record)
+    if leap and (leap.record < record - _SOON or (moved and moved[0].at < leap.record)):
+        leap = None
+    first = leap.record if leap else moved[0].at if moved else None
+    first_step = begin if first is None else int(run.steps[first])
+    numbers |= {"first_step": float(first_step), "ahead": float(begin - first_step)}
+    if leap:
+        what += f" {leap.tell(run)}."
+        numbers["rate"] = leap.after
     if moved:
-        first = moved[0]
-        numbers |= {
-            "first_step": float(run.steps[first.at]),
-            "ahead": float(begin - run.steps[first.at]),
-        }
-        what += f" {tell(run, moved, begin)}"
-    else:
-        numbers |= {"first_step": float(begin), "ahead": 0.0}
-        what += (
-            f" No row had left its band before; {gradients} of {run.kinds.count(GRAD)} gradients "
-            f"did with it"
-        )
+        what += f" {tell_movers(run, moved, begin)}"
+    elif not leap:
+        what += " Nothing had left its usual range before"
+        gradients = sum(run.kinds[mover.column] == GRAD for mover in together)
+        if gradients:
+            what += f"; {gradients} of {run.kinds.count(GRAD)} gradients did with it"
+        elif GRAD in run.kinds:
+            what += ", nor a gradient with it"
         what += (
             ": look at the batch, or at the loss, not at a layer."
             if {PARAM, ACTIVATION} & set(run.kinds)
@@ -189,33 +197,72 @@ def _finding(
     return Finding(kind, severity, run.layers[column], (begin, last), numbers, what)
 
 
-def _jumps(run: Run, x: Array, thresholds: Thresholds) -> list[Finding]:
-    """Rows that leap out of their bands."""
-    limits = {PARAM: thresholds.jump_weights, UPDATE: thresholds.jump, ACTIVATION: thresholds.jump}
+def _rate_jumps(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+    """Learning rates that leap above all that they were."""
     findings = []
+    times = run.rate[1:] / run.rate[:-1]
+    for at in (1 + np.flatnonzero(times >= _HIGHER)).tolist():
+        if at >= WINDOW // 2 and run.rate[at] >= _HIGHER * np.fmax.reduce(run.rate[:at]):
+            leap = Leap(at, float(run.rate[at - 1]), float(run.rate[at]))
+            numbers = {"times": leap.after / leap.before, "first_step": float(run.steps[at])}
+            sentence = f"{leap.tell(run)}, above all that it was before."
+            steps = int(run.steps[at]), int(run.steps[-1])
+            findings.append(Finding("jump", "warning", run.layers[0], steps, numbers, sentence))
+    return findings
+
+
+def _jumps(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+    """Rows that leap out of their usual ranges, or that grow while the loss does not fall."""
+    limits = {PARAM: thresholds.jump_weights, UPDATE: thresholds.jump, ACTIVATION: thresholds.jump}
+    found: list[tuple[int, Finding]] = []
     for column, kind in enumerate(run.kinds):
         if kind not in limits:
             continue
         limit = math.log(limits[kind])
-        series = np.where(np.isinf(x[:, column]), math.nan, x[:, column])
+        series = np.where(np.isinf(run.sizes[:, column]), math.nan, run.sizes[:, column])
         # Most rows never rise so far, and need no second look.
-        if not (series - _least_before(series) >= limit).any():
+        if not (series - _least_before(series) >= limit / 2).any():
             continue
-        for spike in find_spikes(series, math.log(FLOORS[kind]), thresholds.spike_deviations):
-            reached = series[spike.begin : min(spike.end, spike.begin + WINDOW)]
-            over = float(np.nanmax(reached)) - spike.typical
-            if over < limit:
-                continue
-            steps = int(run.steps[spike.begin]), int(run.steps[spike.end - 1])
-            numbers = {"times": math.exp(over), "first_step": float(steps[0])}
-            sentence = (
-                f"{named(run, column)} left its band at step {steps[0]} and reached "
-                f"{rounded(numbers['times'])} times its usual size"
-            )
-            sentence += ", and came back." if spike.is_over else "."
-            layer = run.layers[column]
-            findings.append(Finding("jump", "warning", layer, steps, numbers, sentence))
-    return sorted(findings, key=lambda each: (each.steps[0], -each.numbers["times"]))
+        around, floor = thresholds.spike_deviations, math.log(FLOORS[kind])
+        jumps = find_departures(series, floor, around, limit / 2)
+        jumps += [
+            each
+            for each in find_departures(series, floor, around)
+            # What grows little by little while the loss falls is what is learned.
+            if each.over(series, WINDOW) >= limit * (3 if _is_learning(run, each.begin) else 1)
+        ]
+        for each in jumps:
+            # An expert or an embedding that is used again does what it did before.
+            earlier = series[max(0, each.begin - 2 * WINDOW) : each.begin]
+            if series[each.peak] > np.fmax.reduce(earlier) + _BEYOND:
+                found.append((PHASES[kind], _jump(run, column, each, each.over(series, WINDOW))))
+    found.sort(key=lambda each: (each[1].steps[0], each[0], -each[1].numbers["times"]))
+    return [finding for _, finding in found]
+
+
+def _jump(run: Evidence, column: int, departure: Departure, over: float) -> Finding:
+    steps = int(run.steps[departure.begin]), int(run.steps[departure.end - 1])
+    numbers = {"times": math.exp(over), "first_step": float(steps[0])}
+    sentence = (
+        f"{named(run, column)} left its usual range at step {steps[0]} and reached "
+        f"{rounded(numbers['times'])} times its usual size"
+    )
+    sentence += ", and came back." if departure.is_over else "."
+    return Finding("jump", "warning", run.layers[column], steps, numbers, sentence)
+
+
+def _is_learning(run: Evidence, record: int) -> bool:
+    """Whether a loss falls beyond its noise in the window after a record, or none is known."""
+    levels = []
+    for steps, losses in run.losses.values():
+        x = log_losses(losses)
+        at = int(np.searchsorted(steps, run.steps[record]))
+        before, after = x[max(0, at - _LEVEL) : at + 1], x[at + WINDOW - _LEVEL :][:_LEVEL]
+        if len(before) and len(after):
+            fall = float(np.median(before) - np.median(after))
+            noise = float(median(abs(before - np.median(before))[:, None])[0])
+            levels.append(fall > max(noise, _FALL))
+    return any(levels) or not levels
 
 
 def _least_before(x: Array) -> Array:
@@ -233,7 +280,7 @@ def _shifted(x: Array, by: int) -> Array:
     return np.concatenate([np.full(min(by, len(x)), math.nan), x[:-by]])
 
 
-def _apart(run: Run, found: list[Finding], others: list[Finding]) -> list[Finding]:
+def _apart(run: Evidence, found: list[Finding], others: list[Finding]) -> list[Finding]:
     """Findings that belong to none of the others, nor to one before them."""
     kept: list[Finding] = []
     for each in found:
@@ -243,7 +290,7 @@ def _apart(run: Run, found: list[Finding], others: list[Finding]) -> list[Findin
     return kept
 
 
-def _reaches(run: Run, one: Finding, other: Finding) -> bool:
+def _reaches(run: Evidence, one: Finding, other: Finding) -> bool:
     """Whether the other begins with the one, before it is over, or soon after."""
     first, begins = np.searchsorted(
         run.steps, [one.numbers["first_step"], other.numbers["first_step"]]

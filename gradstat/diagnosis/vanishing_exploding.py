@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 
+from gradstat.diagnosis.evidence import Evidence, around, fit_depth, median
 from gradstat.diagnosis.findings import Finding, Severity, rounded
-from gradstat.diagnosis.run import Run, around, fit_depth, median
 from gradstat.thresholds import Thresholds
 
 
-def find_trend(run: Run, thresholds: Thresholds) -> list[Finding]:
+def find_trend(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Vanishing or exploding over depth: a straight line through log rms against the layer."""
     fits = [fit_depth(levels) for levels in run.levels]
     fall = np.array([fit.fall if fit else math.nan for fit in fits])
@@ -22,6 +22,9 @@ def find_trend(run: Run, thresholds: Thresholds) -> list[Finding]:
         ("exploding", math.log10(thresholds.exploding_ratio), -1.0),
     ):
         mask = straight & (sign * fall >= limit)
+        # A network that has just begun may find its way out.
+        start = int(np.append(mask, False).argmin())
+        mask[: start if 2 * start <= len(mask) else 0] = False
         if not mask.any():
             continue
         at = int(np.argmax(np.where(mask, sign * fall, -math.inf)))
@@ -48,7 +51,7 @@ def find_trend(run: Run, thresholds: Thresholds) -> list[Finding]:
     return findings
 
 
-def find_low(run: Run, thresholds: Thresholds) -> list[Finding]:
+def find_low(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Vanishing by level: layers whose rms is below Adam's epsilon."""
     findings = []
     for column, layer in enumerate(run.layers):
@@ -65,7 +68,7 @@ def find_low(run: Run, thresholds: Thresholds) -> list[Finding]:
     return sorted(findings, key=lambda finding: finding.numbers["rms"])
 
 
-def find_growth(run: Run, thresholds: Thresholds) -> list[Finding]:
+def find_growth(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Exploding over steps: rms against its median so far, so that a slow start does not count."""
     blocks = np.array_split(np.arange(len(run.rms)), min(len(run.rms), 256))
     single = np.stack([median(run.rms[block]) for block in blocks])

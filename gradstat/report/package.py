@@ -11,7 +11,7 @@ import numpy as np
 
 from gradstat.bins import Log2Bins
 from gradstat.diagnosis import Finding
-from gradstat.diagnosis.run import Run
+from gradstat.diagnosis.evidence import Evidence
 from gradstat.history import History
 from gradstat.record import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE
 from gradstat.report.series import Series
@@ -38,7 +38,7 @@ def head(history: History) -> dict[str, Any]:
         "nouns": [NOUNS[kind] for kind in kinds],
         "kinds": [kinds.index(kind) for kind in history.kinds],
         # The layer nearest to the input first, among those of its kind.
-        "order": [int(at) for at in Run(history, 1, None).columns],
+        "order": [int(at) for at in Evidence(history, 1).columns],
     }
 
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from gradstat.diagnosis.run import is_loss
+from gradstat.diagnosis.evidence import is_loss
 from gradstat.history import History
 from gradstat.record import NOUNS
 from gradstat.report.thin import Columns

@@ -12,8 +12,8 @@ from histories import append_rows
 import gradstat
 from gradstat import History, Log2Bins
 from gradstat.cli import main
+from gradstat.diagnosis.evidence import Evidence
 from gradstat.diagnosis.narrow_formats import layer_fits
-from gradstat.diagnosis.run import Run
 from gradstat.record import Row
 from gradstat.results import PACKED, packed
 
@@ -51,8 +51,8 @@ def run() -> History:
     return recorded(steps, ROWS)
 
 
-def test_starved_names_the_format_and_the_layer(run: History) -> None:
-    found = [each for each in run.diagnose() if each.kind == "starved"]
+def test_format_underflow_names_the_format_and_the_layer(run: History) -> None:
+    found = [each for each in run.diagnose() if each.kind == "format underflow"]
     assert [each.layer for each in found] == ["b"]
     assert found[0].severity == "warning"
     assert found[0].steps == (0, 59)
@@ -60,20 +60,20 @@ def test_starved_names_the_format_and_the_layer(run: History) -> None:
     assert found[0].sentence == "float8_e5m2 would flush 100% of b's gradient to zero."
 
 
-def test_starved_says_when() -> None:
+def test_format_underflow_says_when() -> None:
     steps = [[normal(i, 1.0 if i < 30 else 1e-7)] for i in range(60)]
     found = recorded(steps, ROWS[:1], ("float8_e5m2",)).diagnose(gradstat.Thresholds(window=5))
-    (starved,) = [each for each in found if each.kind == "starved"]
-    assert starved.steps == (30, 59)
+    (flushed,) = [each for each in found if each.kind == "format underflow"]
+    assert flushed.steps == (30, 59)
 
 
-def test_clipped_is_about_formats_whose_scale_does_not_follow() -> None:
+def test_format_saturation_is_about_formats_whose_scale_does_not_follow() -> None:
     steps = [[normal(i, 1e6), normal(i, 1e6, 1), normal(i, 1.0)] for i in range(20)]
-    found = [each for each in recorded(steps, ROWS).diagnose() if each.kind == "clipped"]
+    found = [each for each in recorded(steps, ROWS).diagnose() if each.kind == "format saturation"]
     assert [each.layer for each in found] == ["b"] or [each.layer for each in found] == ["a"]
     assert found[0].numbers["layers"] == 2
     assert found[0].sentence.startswith("float8_e5m2 is too narrow for 9")
-    assert found[0].sentence.endswith("which would be clipped, and over 0.1% in 1 other row.")
+    assert found[0].sentence.endswith("which would saturate, and over 0.1% in 1 other layer.")
 
 
 def test_narrowest_format_is_recommended(run: History) -> None:
@@ -105,16 +105,16 @@ def test_layer_fits_are_those_of_the_worst_window() -> None:
     scales[3] = 1e-9
     scales[25:40] = [1e-9] * 15
     steps = [[normal(i, scale)] for i, scale in enumerate(scales)]
-    (early,) = layer_fits(Run(recorded(steps[:20], ROWS[:1]), 20, None))
+    (early,) = layer_fits(Evidence(recorded(steps[:20], ROWS[:1]), 20))
     assert early.fits["float8_e5m2"].underflow < 0.01
-    (whole,) = layer_fits(Run(recorded(steps, ROWS[:1]), 20, None))
+    (whole,) = layer_fits(Evidence(recorded(steps, ROWS[:1]), 20))
     assert whole.fits["float8_e5m2"].underflow == 1.0
     assert whole.fits["mxfp8_e4m3"].snr > 20
     assert whole.fits["mxfp8_e4m3"].scales[0] < -30
 
 
 def test_run_without_formats_or_values_has_no_such_finding() -> None:
-    kinds = {"starved", "clipped", "narrowest format"}
+    kinds = {"format underflow", "format saturation", "narrowest format"}
     steps = [[torch.zeros(4, 4)] * 3, [torch.full((4, 4), np.nan)] * 3]
     for formats in ((), FORMATS):
         assert not kinds & {each.kind for each in recorded(steps, ROWS, formats).diagnose()}
@@ -130,7 +130,7 @@ def test_layers_without_values_say_nothing_of_a_format(
     h = recorded(steps, rows)
     (note,) = [each for each in h.diagnose() if each.kind == "narrowest format"]
     assert note.sentence == "To keep 20 dB of each layer: float8_e5m2 for all gradients."
-    assert [each.layer for each in layer_fits(Run(h, 1, None))] == ["a"]
+    assert [each.layer for each in layer_fits(Evidence(h, 1))] == ["a"]
     h.save(tmp_path / "run.npz")
     assert main(["formats", "--scales", str(tmp_path / "run.npz")]) == 0
     text = capsys.readouterr().out
@@ -138,13 +138,13 @@ def test_layers_without_values_say_nothing_of_a_format(
     assert re.search(r"mxfp8_e4m3.*\n.* dB.*, 2\^-[0-9]+\.\.-[0-9]+", text)
 
 
-def test_format_that_starves_a_layer_is_not_recommended() -> None:
+def test_format_that_flushes_a_layer_is_not_recommended() -> None:
     # Every other value is small, and shares its block with a large one.
     x = normal(0, 1.0)
     x[:, ::2] *= 1e-4
     found = recorded([[x]] * 5, ROWS[:1], ("float8_e4m3fn_amax", "nvfp4", "bfloat16")).diagnose()
-    starved = [each.sentence for each in found if each.kind == "starved"]
-    assert starved[0].startswith("nvfp4 would flush 5")
+    flushed = [each.sentence for each in found if each.kind == "format underflow"]
+    assert flushed[0].startswith("nvfp4 would flush 5")
     (note,) = [each for each in found if each.kind == "narrowest format"]
     assert note.numbers["nvfp4"] > 20
     assert "nvfp4" not in note.sentence

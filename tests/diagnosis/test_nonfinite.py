@@ -36,7 +36,7 @@ def broken(breaks: Breaks, kinds: tuple[str, ...] = KINDS, steps: int = 40) -> H
         (
             ("grad", "update", "activation", "unit", "grad_output"),
             "activation/1.weight",
-            "1.weight's output is the first, in the order of the modules, with NaN or infinity",
+            "1.weight's output is the first, as modules run, with NaN or infinity in it",
         ),
         (
             ("grad", "update", "grad_output"),
@@ -88,14 +88,56 @@ def test_diagnose_tells_a_loss_scale_that_was_tried_from_nan_in_the_forward_pass
         ("severe", "activation/0.weight", (60, 79)),
         ("warning", "3.weight", (3, 3)),
     ]
-    assert "1 of 60 records have some, the newest none, as when" in found[1].sentence
+    assert "so in 1 of 80 records, the newest not among them; a GradScaler" in found[1].sentence
+
+
+@pytest.mark.parametrize("steps", [60, 150])
+@pytest.mark.parametrize("kinds", [("grad",), KINDS], ids=["gradients", "all"])
+def test_diagnose_never_calls_steps_severe_that_a_scaler_skips(
+    kinds: tuple[str, ...], steps: int
+) -> None:
+    """Eight at the start, and one later: the scale is raised."""
+
+    def breaks(step: int, kind: str, layer: int) -> float | None:
+        return math.inf if kind == "grad" and (step < 8 or step == steps // 2) else None
+
+    finding = only(broken(breaks, kinds, steps), "non-finite")
+    assert (finding.severity, finding.steps) == ("warning", (0, steps // 2))
+    assert "; a GradScaler skips such steps while it looks for its scale." in finding.sentence
+    assert "made it" not in finding.sentence
+
+
+def test_diagnose_waits_while_a_scaler_looks_for_its_scale() -> None:
+    def breaks(step: int, kind: str, layer: int) -> float | None:
+        return math.inf if kind == "grad" else None
+
+    assert only(broken(breaks, steps=8), "non-finite").severity == "warning"
+    # By then no scale would overflow.
+    assert only(broken(breaks, steps=30), "non-finite").severity == "severe"
+
+    def nan(step: int, kind: str, layer: int) -> float | None:
+        return math.nan if kind == "grad" else None
+
+    assert only(broken(nan, steps=8), "non-finite").severity == "severe"
+    lost = broken(breaks, steps=8)
+    for step in range(8):
+        lost.add_scalar("loss", step, math.nan)
+    assert only(lost, "non-finite").severity == "severe"
+
+
+def test_diagnose_tells_nan_that_lasts_from_steps_that_were_skipped_before() -> None:
+    def breaks(step: int, kind: str, layer: int) -> float | None:
+        return math.nan if kind == "grad" and (step in (3, 4) or step >= 30) else None
+
+    found = [f for f in diagnose(broken(breaks, ("grad",))) if f.kind == "non-finite"]
+    assert [(f.severity, f.steps) for f in found] == [("severe", (30, 39)), ("warning", (3, 4))]
 
 
 def test_diagnose_does_not_lay_one_bad_batch_to_a_loss_scale() -> None:
     history = broken(lambda step, kind, layer: math.nan if step == 3 else None, ("activation",))
     finding = only(history, "non-finite")
     assert finding.severity == "warning"
-    assert finding.sentence.endswith("1 of 40 records have some, the newest none.")
+    assert finding.sentence.endswith("so in 1 of 40 records, the newest not among them.")
 
 
 @pytest.mark.parametrize("kind", ["activation", "param"])

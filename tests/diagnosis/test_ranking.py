@@ -7,7 +7,7 @@ from findings import noise
 from histories import make_history
 
 from gradstat import Finding, Log2Bins
-from gradstat.diagnosis.ranking import put_in_order
+from gradstat.diagnosis.findings import put_in_order
 
 STEPS, AT = 120, 50
 

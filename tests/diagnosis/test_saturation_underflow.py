@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import gradstat
 from gradstat import History, LinearBins, Log2Bins, Thresholds
-from gradstat.diagnosis.run import Run
-from gradstat.diagnosis.saturation_underflow import NARROW
+from gradstat.diagnosis.evidence import Evidence
+from gradstat.diagnosis.narrow_formats import NARROW
 from gradstat.record import GRAD
 
 
@@ -153,7 +153,7 @@ def test_diagnose_reads_64_records_histograms_at_most_and_none_dense(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     history = make_history(Log2Bins(), 1, 200, noise)
-    read = [sample.at for sample in Run(history, 20, GRAD).samples]
+    read = [sample.at for sample in Evidence(history, 20, GRAD).samples]
     assert len(read) == len(set(read)) == 64
     assert (min(read), max(read)) == (0, 199)
     assert set(np.diff(read)) == {3, 4}

@@ -21,6 +21,6 @@ def test_incident_tells_what_happened_when_and_in_which_layer(
     shown = capsys.readouterr().out
     assert len(shown.splitlines()) < 15
     assert f"loss spike, steps {incident.AT + 1} to" in shown
-    assert f"First to leave its band was {incident.LAYER}'s update" in shown
+    assert f"First to leave its usual range was {incident.LAYER}'s update" in shown
     assert "1 step before" in shown
     assert (tmp_path / "incident.png").stat().st_size > 10_000

@@ -104,10 +104,15 @@ def gpt() -> nn.Module:
     return model
 
 
+def classify(model: nn.Module, batch: Batch) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
 @dataclass(frozen=True)
 class Task:
     build: Callable[[], nn.Module]
     batch: Callable[[int, torch.Generator], Batch]
+    loss: Callable[[nn.Module, Batch], Tensor] = classify
 
 
 TASKS = {
@@ -119,8 +124,10 @@ TASKS = {
 Parameters = list[dict[str, object]]
 OPTIMIZERS: dict[str, Callable[[Parameters, float], torch.optim.Optimizer]] = {
     "SGD": lambda groups, lr: torch.optim.SGD(groups, lr, momentum=0.9),
-    "AdamW": lambda groups, lr: torch.optim.AdamW(groups, lr),
-    "Adagrad": lambda groups, lr: torch.optim.Adagrad(groups, lr),
+    **{
+        name: getattr(torch.optim, name)
+        for name in ("Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad")
+    },
 }
 
 
@@ -147,7 +154,8 @@ class Setting:
     schedule: Callable[[int, int], float] = constant
 
     def __str__(self) -> str:
-        schedule = "" if self.schedule is constant else ", warm-up and cosine"
+        named = {constant: "", warmup_cosine: ", warm-up and cosine"}
+        schedule = named.get(self.schedule, f", {self.schedule.__name__.replace('_', ' ')}")
         return f"{self.task}, {self.optimizer}, batch {self.batch}{schedule}"
 
 

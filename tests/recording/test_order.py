@@ -140,10 +140,10 @@ def test_rows_that_rules_read_belong_together_in_any_order() -> None:
     history = record("step", ("grad", "update", "activation"), steps=70)
     straight = History.from_records(history.to_records())
     straight.depth = None
-    from gradstat.diagnosis.run import Run
+    from gradstat.diagnosis.evidence import Evidence
 
     for kind in ("grad", "update", "unit"):
-        by_depth, registered = Run(history, 20, kind), Run(straight, 20, kind)
+        by_depth, registered = (Evidence(each, 20, kind) for each in (history, straight))
         assert by_depth.layers != registered.layers
         at = [registered.layers.index(layer) for layer in by_depth.layers]
         assert by_depth.places.tolist() == at

@@ -1,15 +1,18 @@
-"""What the rules of `diagnose` read: a history in windows of records, trends, shares."""
+"""`Evidence`: what the rules of `diagnose` read of a history, in windows of records."""
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from gradstat.bins import FLOAT64_MAX, Log2Bins
 from gradstat.history import History
+from gradstat.record import GRAD, PARAM, UPDATE
 from gradstat.results import QUANTIZATION_COUNTS
 from gradstat.util import Array, evenly_spread
 
@@ -18,7 +21,7 @@ MAX_SAMPLES = 64
 _PERSISTENT = 3  # sampled records in a row that must show something
 
 
-class Run:
+class Evidence:
     """What the rules read: L rows of a history, in blocks of a window's records, 200 at most.
 
     Args:
@@ -27,7 +30,7 @@ class Run:
         kind: of the rows; all of them for ``None``.
     """
 
-    def __init__(self, history: History, window: int, kind: str | None) -> None:
+    def __init__(self, history: History, window: int, kind: str | None = None) -> None:
         self.history, self.window, self.steps = history, window, history.steps
         kinds = dict.fromkeys(history.kinds) if kind is None else (kind,)
         by_kind = [np.flatnonzero(np.array(history.kinds) == each) for each in kinds]
@@ -40,6 +43,7 @@ class Run:
         self.layers = [history.layers[column] for column in self.columns]
         self._fields: dict[str, Array] = {}
         self._formats: dict[str, dict[str, Array]] = {}
+        self._of_kind: dict[str, Evidence] = {}
         n_blocks = max(1, min(len(history) // window, _MAX_BLOCKS))
         self.blocks = np.array_split(np.arange(len(history)), n_blocks)
 
@@ -64,6 +68,16 @@ class Run:
             }
         return self._formats[name]
 
+    def of(self, kind: str) -> Evidence:
+        """The rows of one kind alone."""
+        if kind not in self._of_kind:
+            self._of_kind[kind] = Evidence(self.history, self.window, kind)
+        return self._of_kind[kind]
+
+    def is_kind(self, *kinds: str) -> Array:
+        """Which rows are of some kinds: bool ``(L,)``."""
+        return np.isin(self.kinds, kinds)
+
     @property
     def places(self) -> Array:
         """Where each row is among the same rows in the order of the history, ``(L,)``."""
@@ -84,21 +98,79 @@ class Run:
         return rms
 
     @cached_property
+    def log_rms(self) -> Array:
+        """Logarithm of `rms`, ``(S, L)``; infinite where not all elements are finite."""
+        x = log(self.rms)
+        x[self["numel"] > self["finite"]] = math.inf
+        return x
+
+    @cached_property
+    def rate(self) -> Array:
+        """Learning rate of the median group at each record: ``(S,)``; NaN if unknown."""
+        groups = [name for name in self.history.scalars if name == "lr" or name.startswith("lr/")]
+        rates = np.full((len(self.steps), max(len(groups), 1)), math.nan)
+        for at, name in enumerate(groups):
+            steps, values = self.history.scalar(name)
+            newest = np.searchsorted(steps, self.steps, "right") - 1
+            rates[:, at] = np.where(newest >= 0, values[newest.clip(0)], math.nan)
+        return median(np.where(rates > 0, rates, math.nan).T)
+
+    @cached_property
+    def sizes(self) -> Array:
+        """`log_rms`; of updates that a gradient made, per learning rate, which explains them."""
+        sizes, updates = self.log_rms.copy(), self.is_kind(UPDATE)
+        if not np.isnan(self.rate).all():
+            sizes[:, updates] -= np.log(self.rate)[:, None]
+        gradients = dict(zip(self.of(GRAD).names, self.of(GRAD).log_rms.T, strict=True))
+        for column in np.flatnonzero(updates).tolist():
+            gradient = gradients.get(self.names[column])
+            if gradient is not None:  # weight decay alone, or momentum, where it is zero
+                sizes[np.isnan(gradient), column] = math.nan
+        return sizes
+
+    @cached_property
+    def pace(self) -> Array:
+        """Norm of a step's change as a share of that of all weights: ``(S,)``; NaN if unknown."""
+        if not {UPDATE, PARAM} <= set(self.history.kinds):
+            return np.full(len(self.steps), math.nan)
+        change, weights = self.history.norm(UPDATE), self.history.norm(PARAM)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            pace: Array = change / weights
+        return pace
+
+    @cached_property
+    def losses(self) -> dict[str, tuple[Array, Array]]:
+        """Steps of each loss of training, and its mean over the passes of each."""
+        found = {}
+        for name in filter(is_loss, self.history.scalars):
+            steps, values = self.history.scalar(name)
+            steps, first = np.unique(steps, return_index=True)
+            n_passes = np.diff(np.append(first, len(values)))
+            found[name] = steps, np.add.reduceat(values, first) / n_passes
+        return found
+
+    @cached_property
     def levels(self) -> Array:
         """Median rms of the elements that are not zero, by block: ``(B, L)``; NaN without any."""
         return np.stack([median(self.rms[block]) for block in self.blocks])
 
     @cached_property
-    def samples(self) -> list[Sample]:
+    def samples(self) -> list[SampledCounts]:
         """Histograms of at most 64 records, the newest among them; none over linear bins."""
         if not isinstance(self.history.bins, Log2Bins):
             return []
         at = evenly_spread(len(self.history), MAX_SAMPLES).tolist()
         return [
-            Sample(each, *records.histograms(self.columns))
+            SampledCounts(each, *records.histograms(self.columns))
             for each in at
             for records in self.history.unpacked([each])
         ]
+
+    def shares_of(self, counts: list[Array]) -> Array:
+        """Counts of each sample, ``(L,)``, as shares of the elements that are not zero."""
+        nonzero = self.nonzero[[sample.at for sample in self.samples]]
+        shares: Array = np.stack(counts) / np.maximum(nonzero, 1)
+        return shares
 
     def span(self, mask: Array, at: int) -> tuple[int, int]:
         """First and last step of the blocks around one that a mask, ``(B,)``, holds together."""
@@ -131,7 +203,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampledCounts:
     """The histograms of a record, as the entries of all layers that are not zero.
 
     Args:
@@ -165,7 +237,7 @@ class Lasting:
 
 
 @dataclass(frozen=True)
-class Fit:
+class DepthFit:
     """A straight line through log10 rms over depth.
 
     Args:
@@ -183,7 +255,7 @@ class Fit:
     r2: float
 
 
-def fit_depth(levels: Array) -> Fit | None:
+def fit_depth(levels: Array) -> DepthFit | None:
     """Least squares over the layers that have an rms; ``None`` for fewer than three of them.
 
     Args:
@@ -198,7 +270,23 @@ def fit_depth(levels: Array) -> Fit | None:
     total = float(spread @ spread)
     r2 = slope**2 * float(centred @ centred) / total if total > 0 else 0.0
     fall = slope * (len(present) - 1)
-    return Fit(int(present[0]), int(present[-1]), slope, fall, r2)
+    return DepthFit(int(present[0]), int(present[-1]), slope, fall, r2)
+
+
+def log(x: Array) -> Array:
+    """Natural logarithm; NaN for zero, as for what is not known: it compares with nothing."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logarithm: Array = np.log(x)
+    logarithm[x == 0] = math.nan
+    return logarithm
+
+
+@functools.cache
+def log2_edges() -> Array:
+    """Ends of all bins of `Log2Bins`."""
+    ends = torch.zeros((), device="cpu")
+    edges: Array = Log2Bins().edges(ends, ends).numpy()
+    return edges
 
 
 def median(x: Array) -> Array:

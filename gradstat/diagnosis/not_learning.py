@@ -1,0 +1,294 @@
+"""Layers and units that do not learn: dead, without a gradient, standing still, saturated."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from gradstat.diagnosis.evidence import Evidence, log2_edges, median
+from gradstat.diagnosis.findings import Finding, Severity
+from gradstat.record import ACTIVATION, GRAD, OF_PARAMETERS, PARAM
+from gradstat.thresholds import Thresholds
+from gradstat.util import Array
+
+_PERSISTENT = 3  # windows in a row, at least, in which a layer stands still
+_STEADY = 2.0  # a line from zero or to zero changes threefold between its halves
+_ROUNDED = 0.9  # share of elements that do not change at all
+
+
+def find_dead(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+    """Layers whose whole gradient is zero in a window of records."""
+    numel, zeros = run["numel"], run["zeros"]
+    zero = (numel > 0) & (zeros == numel)
+    by_block = np.stack([zero[block].all(0) for block in run.blocks])
+    findings = []
+    for column in np.flatnonzero(by_block.any(0)).tolist():
+        mask = by_block[:, column]
+        at = int(np.flatnonzero(mask)[-1])
+        records = int(zero[:, column].sum())
+        lasting = at == len(mask) - 1 and len(zero) >= thresholds.window
+        sentence = (
+            f"All {numel[:, column].max()} elements of {run.layers[column]}'s gradient are "
+            f"zero in {records} of {len(zero)} records: it does not learn."
+        )
+        numbers = {"records": float(records), "zeros": float(zeros[:, column].max())}
+        severity: Severity = "severe" if lasting else "warning"
+        steps = run.span(mask, at)
+        findings.append(Finding("dead", severity, run.layers[column], steps, numbers, sentence))
+    return findings
+
+
+def find_absent(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+    """Layers without a gradient in any record of a window or more: one note for all of them."""
+    never = np.flatnonzero((run["numel"] == 0).all(0)).tolist()
+    if not never or len(never) == len(run.layers) or len(run.steps) < thresholds.window:
+        return []
+    first, n = run.layers[never[0]], len(never) - 1
+    others = f", nor {'do' if n > 1 else 'does'} {n} other{'s' * (n > 1)}" if n else ""
+    sentence = (
+        f"{first} has no gradient in any of {len(run.steps)} records{others}: frozen, or the loss "
+        f"does not depend on it."
+    )
+    steps = int(run.steps[0]), int(run.steps[-1])
+    return [Finding("no gradient", "note", first, steps, {"layers": n + 1.0}, sentence)]
+
+
+def find_stuck(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+    """Layers that do not move: most of them from the start, or some while the others do."""
+    if len(run.history) < run.window or PARAM not in run.history.kinds:
+        return []
+    ratio = _ratio(run)
+    # The largest step of each block: what moves now and then is not stuck.
+    steps = np.stack([np.fmax.reduce(ratio[block]) for block in run.blocks])
+    pace = median(np.where(np.isinf(steps), math.nan, steps).T)
+    early, late = _speeds(ratio)
+    if late > _STEADY * early:
+        return []  # a learning rate that warms up
+    if (pace < thresholds.stuck_ratio).all():
+        is_ending = early > _STEADY * late
+        return [] if is_ending else [_all_stuck(run, steps, pace, thresholds)]
+    if rounded := _most_rounded(run):
+        return [rounded]
+    # Where a schedule has slowed down all layers, none is stuck.
+    usual = max(median(pace[:, None])[0] / 2, np.fmax.reduce(pace) / 10)
+    going = np.flatnonzero(pace >= usual)
+    limit = np.minimum(thresholds.stuck_ratio, thresholds.stuck_pace * pace)
+    return _stuck_alone(run, steps, pace, going, steps < limit[:, None])
+
+
+def find_dead_units(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+    """Modules with many units that were zero for a whole batch, in each record of a window."""
+    share = _dead(run)
+    if len(share) < run.window:
+        return []
+    floors = np.stack([share[block].min(0) for block in run.blocks])
+    findings = []
+    for column in range(_first_with_parameters(run), len(run.layers)):
+        mask = floors[:, column] >= thresholds.dead_units_share
+        if not mask.any():
+            continue
+        at = int(np.flatnonzero(mask)[-1])
+        block = run.blocks[at]
+        zeros, units = run["zeros"][block, column], run["numel"][block, column]
+        least = float((zeros / units).min())
+        severe = at == len(mask) - 1 and least >= thresholds.dead_units_severe
+        least_part = "All" if least == 1 else f"At least {math.floor(least * 100)}%"
+        sentence = (
+            f"{least_part} of the {units[-1]} units of {run.names[column]} are zero for every "
+            f"input of a batch, in each of {len(block)} records: they add nothing and do not learn."
+        )
+        numbers = {"share": least, "units": float(units[-1])}
+        severity: Severity = "severe" if severe else "warning"
+        steps = run.span(mask, at)
+        findings.append(
+            Finding("dead units", severity, run.layers[column], steps, numbers, sentence)
+        )
+    return sorted(findings, key=lambda finding: -finding.numbers["share"])
+
+
+def find_saturation(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+    """Layers in which most elements that are not zero lie many octaves below the layer's rms."""
+    shares = _stopped(run, thresholds.saturation_octaves)
+    times = 2.0**thresholds.saturation_octaves
+    return [
+        Finding(
+            "saturation",
+            "warning",
+            run.layers[each.column],
+            each.steps,
+            {"share": each.share},
+            f"{each.share:.0%} of the non-zero elements of {run.layers[each.column]}'s gradient "
+            f"are more than {times:.0f} times smaller than its rms: the units they belong to "
+            f"hardly learn.",
+        )
+        for each in run.lasting(shares, thresholds.saturation_share)
+    ]
+
+
+def _ratio(run: Evidence) -> Array:
+    """`History.update_ratio`, 0 for weights of zero that stay so: ``(S, L)``."""
+    ratio = run.history.update_ratio()[:, run.places]
+    return np.where((run["numel"] > 0) & (run["zeros"] == run["numel"]), 0.0, ratio)
+
+
+def _speeds(ratio: Array) -> tuple[float, float]:
+    """The median layer's steps in the first half of the records, and in the second."""
+    by_record = median(ratio.T)[:, None]
+    half = len(by_record) // 2
+    return float(median(by_record[:half])[0]), float(median(by_record[half:])[0])
+
+
+def _all_stuck(run: Evidence, steps: Array, pace: Array, thresholds: Thresholds) -> Finding:
+    """Most layers, where the median layer has not moved from the start."""
+    stuck = np.flatnonzero(np.fmax.reduce(steps) < thresholds.stuck_ratio)
+    zeros = _unchanged(run, slice(None), stuck)
+    ratio, layer = float(pace.max()), run.names[int(stuck[0])]
+    numbers = {"ratio": ratio, "zeros": zeros, "layers": float(len(stuck))}
+    more = f" and {len(stuck) - 1} more of {len(run.layers)} layers" if len(stuck) > 1 else ""
+    have = "has" if len(stuck) == 1 else "have"
+    size = f"by {ratio:.1e} of its size at most" if ratio else "by nothing"
+    rounded = zeros >= _ROUNDED
+    why = _why(zeros) if rounded else "the learning rate is far too small"
+    sentence = (
+        f"{layer}{more} {have} not moved from the first record on: a step changes the median layer "
+        f"{size}; {why}."
+    )
+    severe = rounded and len(run.blocks) >= _PERSISTENT
+    severity: Severity = "severe" if severe else "warning"
+    span = run.steps_of(0, len(run.blocks) - 1)
+    return Finding("stuck", severity, run.layers[stuck[0]], span, numbers, sentence)
+
+
+def _most_rounded(run: Evidence) -> Finding | None:
+    """Most layers, where nearly all elements that have a gradient stay as they are all the time."""
+    gradients = run.of(GRAD)
+    if len(run.blocks) < _PERSISTENT or gradients.layers != run.names:
+        return None
+    free = gradients["numel"] - gradients["zeros"]
+    kept = (run["zeros"] - (run["numel"] - free)).clip(0)
+    shares = np.where(free > 0, kept / np.maximum(free, 1), math.nan)
+    least = np.stack([median(shares[block]) for block in run.blocks]).min(0)
+    rounded = np.flatnonzero(least >= _ROUNDED)
+    if 2 * len(rounded) <= len(run.layers):
+        return None
+    layer = int(rounded[least[rounded].argmax()])
+    numbers = {"zeros": float(least[layer]), "layers": float(len(rounded))}
+    sentence = (
+        f"Most layers hardly learn, {run.names[layer]} and {len(rounded) - 1} more of "
+        f"{len(run.layers)}: at least {_percent(least[rounded].min())} of their "
+        f"elements that have a gradient stay as they are; the changes round to nothing in the type "
+        f"of the weights."
+    )
+    span = run.steps_of(0, len(run.blocks) - 1)
+    return Finding("stuck", "warning", run.layers[layer], span, numbers, sentence)
+
+
+def _stuck_alone(
+    run: Evidence, steps: Array, pace: Array, going: Array, still: Array
+) -> list[Finding]:
+    """Layers that stand still in the last of the blocks in which others go on."""
+    if not len(going):
+        return []
+    least = max(min(_PERSISTENT, len(going)), math.ceil(len(going) / 4))
+    gradients = run.of(GRAD)
+    findings = []
+    for column in np.flatnonzero(still[going[-least:]].all(0)).tolist():
+        moved = np.flatnonzero(~still[going, column])
+        blocks = going[moved[-1] + 1 if len(moved) else 0 :]
+        records = np.concatenate([run.blocks[block] for block in blocks])
+        if _is_zero(gradients, run.names[column], records):
+            continue
+        numbers = {
+            "ratio": float(steps[blocks, column].max()),
+            "pace": float(np.median(pace[blocks])),
+            "zeros": _unchanged(run, records, column),
+        }
+        ratio = numbers["ratio"]
+        size = f"by {ratio:.1e} of its size at most" if ratio else "by nothing"
+        sentence = (
+            f"{run.names[column]} stands still while others move: a step changes it {size}, the "
+            f"median layer by {numbers['pace']:.1e} of its size"
+        )
+        if numbers["zeros"] >= _ROUNDED:
+            sentence += f"; {_why(numbers['zeros'])}"
+        span = run.steps_of(int(blocks[0]), int(blocks[-1]))
+        findings.append(
+            Finding("stuck", "warning", run.layers[column], span, numbers, sentence + ".")
+        )
+    return sorted(findings, key=lambda finding: finding.numbers["ratio"])
+
+
+def _is_zero(gradients: Evidence, name: str, records: Array) -> bool:
+    """Whether a layer's gradient is known to be all zeros, which `find_dead` says."""
+    if name not in gradients.layers:
+        return False
+    at = gradients.layers.index(name)
+    return bool((gradients["zeros"][records, at] == gradients["numel"][records, at]).all())
+
+
+def _unchanged(run: Evidence, records: Array | slice, columns: Array | int) -> float:
+    """Share of some layers' elements that a step leaves as they are."""
+    zeros, numel = (run[name][records][:, columns].sum() for name in ("zeros", "numel"))
+    return float(zeros / max(numel, 1))
+
+
+def _why(zeros: float) -> str:
+    share = "all" if zeros == 1 else _percent(zeros)
+    return (
+        f"{share} of the elements do not change at all: the changes round to nothing in the type "
+        f"of the weights, or the learning rate is 0"
+    )
+
+
+def _percent(share: float) -> str:
+    # Rounded down: almost all is not 100%.
+    return f"{math.floor(share * 1000) / 10:g}%"
+
+
+def _dead(run: Evidence) -> Array:
+    """Share of dead units among those that a batch should reach: ``(S, L)``; 0 where absent.
+
+    Were all units on equally often, a share of 1 - z of the time, one of them would be zero in all
+    of a batch's N places with probability z to the N: almost never in a large batch, but where a
+    batch is a single input all of its zeros are that.
+    """
+    outputs = run.of(ACTIVATION)
+    if not outputs.layers:
+        return np.nan_to_num(run.history.dead_units()[:, run.places])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        places = outputs["numel"] / run["numel"]
+        on = 1 - outputs["zeros"] / outputs["numel"]
+        reached = -np.expm1(places * np.log1p(-on))
+        dead = 1 - (1 - run.history.dead_units()[:, run.places]) / reached
+    dead = np.where((reached == 0) & (run["numel"] > 0), 1.0, dead)
+    return np.nan_to_num(dead)
+
+
+def _first_with_parameters(run: Evidence) -> int:
+    """The first column of a module that has parameters: before it is the input, zero as it may be.
+
+    0 where no module is known to have any.
+    """
+    owners = set()
+    for kind in OF_PARAMETERS:
+        owners |= {name.rpartition(".")[0] for name in run.of(kind).names}
+    return next((at for at, module in enumerate(run.names) if module in owners), 0)
+
+
+def _stopped(run: Evidence, octaves: float) -> Array:
+    """Share of the non-zero elements whose bin is so far below the rms: ``(samples, L)``.
+
+    Zeros share a bin with the smallest numbers. They are taken away where that bin is counted.
+    """
+    if not run.samples:
+        return np.empty((0, len(run.layers)))
+    edges = log2_edges()
+    outer = np.maximum(np.abs(edges[1:]), np.abs(edges[:-1]))
+    limits = np.nan_to_num(run["rms"]) * 2.0**-octaves
+    zeros = run["zeros"] * (limits >= outer[len(outer) // 2])
+    below = []
+    for sample in run.samples:
+        limit = np.repeat(limits[sample.at], sample.sizes)
+        below.append(sample.total(outer[sample.bins] <= limit) - zeros[sample.at])
+    return run.shares_of(below)
