@@ -86,7 +86,7 @@ def _last_good(x: Array) -> int | None:
     noise = TO_DEVIATIONS * float(np.median(abs(x[known] - smooth[known])))
     if not smooth[-1] - smooth[best] > max(_RISE, 4 * noise):
         return None
-    good = smooth[best] + max(2 * noise, _RISE / 4)
+    good = smooth[best] + max(4 * noise, _RISE / 2)
     last = int(np.flatnonzero(smooth <= good)[-1])
     return int(np.flatnonzero(x[: last + 1] <= good)[-1])
 
@@ -100,14 +100,18 @@ def _cause(run: Evidence, record: int, rise: float) -> tuple[int, dict[str, floa
         rise: of the loss, a logarithm.
     """
     rates, pace = run.rate, run.pace
-    if rise and (leap := find_leap(run, record)):
+    if rise >= _RISE and (leap := find_leap(run, record)):
         times = {"rate": leap.after, "times": leap.after / leap.before}
         return leap.record, times, f"{leap.tell(run)}."
     begin = max(0, record - _LONG)
     rate, earlier = float(rates[record]), float(rates[begin])
     here = pace[max(0, record - 1) : record + 2]
     fastest = float(np.fmax.reduce(here)) if len(here) else math.nan
-    if rise and rate >= _LEAP * earlier and rate >= 0.99 * np.fmax.reduce(rates[: record + 1]):
+    if (
+        rise >= _RISE
+        and rate >= _LEAP * earlier
+        and rate >= 0.99 * np.fmax.reduce(rates[: record + 1])
+    ):
         words = f"The learning rate had risen to {rate:.3g} by then, from {earlier:.3g}"
         words += f" at step {run.steps[begin]}."
         return record, {"rate": rate, "times": rate / earlier}, words

@@ -66,6 +66,52 @@ def test_diagnose_is_silent_about_a_loss_that_wavers(losses: Callable[[int], flo
     assert diagnose(run(losses)) == []
 
 
+def test_diagnose_tells_a_spike_of_a_loss_that_falls() -> None:
+    """It is no higher than the loss was a window before, and far above the trend."""
+
+    def falling(step: int) -> float:
+        return 20 * 0.96**step * (2.4 if step == AT else 1.0)
+
+    assert falling(AT) < falling(AT - 22)
+    assert only(run(falling), "loss spike").steps == (AT, AT)
+    # It stops falling all at once, as at the end of a schedule.
+    assert diagnose(run(lambda step: 20 * 0.96 ** min(step, AT))) == []
+
+
+def test_diagnose_adds_up_values_that_are_each_too_near() -> None:
+    def noisy(step: int, times: float) -> float:
+        return math.exp(0.2 * np.random.default_rng(step + 7).standard_normal()) * times
+
+    assert diagnose(run(lambda step: noisy(step, 1.0))) == []
+    assert diagnose(run(lambda step: noisy(step, 2.6 if step == AT else 1.0))) == []
+    found = diagnose(run(lambda step: noisy(step, 2.6 if step >= AT else 1.0)))
+    assert [each.kind for each in found] == ["loss spike"]
+    assert abs(found[0].steps[0] - AT) <= 1
+
+
+def test_diagnose_lets_one_of_several_losses_gain_what_another_loses() -> None:
+    history = run()
+    for step in range(STEPS):
+        gained = 0.45 * (step == AT)
+        for name, value in (("judge_loss", 1.0 + gained), ("maker_loss", 1.0 - gained)):
+            history.add_scalar(name, step, value * math.exp(0.02 * math.sin(step)))
+    assert diagnose(history) == []
+    alone = run()
+    for step in range(STEPS):
+        alone.add_scalar(
+            "judge_loss", step, (1.45 if step == AT else 1.0) * math.exp(0.02 * math.sin(step))
+        )
+    assert [each.kind for each in diagnose(alone)] == ["loss spike"]
+
+
+def test_diagnose_lets_weights_grow_little_by_little_while_the_loss_falls() -> None:
+    def scale(step: int, kind: str, layer: int) -> float:
+        return 1.04 ** max(0, step - 40) if kind == PARAM and layer == 1 else 1.0
+
+    assert diagnose(run(lambda step: 3 * 0.97**step, scale)) == []
+    assert only(run(lambda step: 1.0, scale), "jump").layer == "param/mid.weight"
+
+
 def test_diagnose_tells_a_loss_spike_that_is_over() -> None:
     finding = only(run(lambda step: 20.0 if step in (AT, AT + 1) else 1.0), "loss spike")
     assert finding.severity == "warning"
