@@ -95,7 +95,8 @@ def find_gradient_spikes(run: Evidence, thresholds: Thresholds) -> list[Finding]
     norm = run.history.norm(GRAD)
     series = log(norm)
     # An overflow is another finding, or a loss scale that is tried.
-    series[np.isinf(run.log_rms[:, run.is_kind(GRAD)]).any(1) | _small_batches(run)] = math.nan
+    overflow = np.isinf(run.log_rms[:, run.is_kind(GRAD)]).any(1) | np.isinf(norm)
+    series[overflow | _small_batches(run)] = math.nan
     deviations = thresholds.spike_deviations
     findings = []
     for spike in _found(run, series, thresholds.spike_gradient, thresholds):

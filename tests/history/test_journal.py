@@ -24,7 +24,7 @@ from gradstat import History, Log2Bins
 from gradstat.bins import Bins
 from gradstat.history import archive, blocks, journal
 from gradstat.history.journal import Journal
-from gradstat.record import Data
+from gradstat.record import Record
 
 NAME = "00000000.gradstat"
 
@@ -37,13 +37,13 @@ def seed() -> None:
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every record is written at once."""
-    append = Journal.append
+    add = Journal.add
 
-    def append_and_flush(self: Journal, step: int, data: Data, time_s: float | None = None) -> None:
-        append(self, step, data, time_s=time_s)
+    def add_and_flush(self: Journal, record: Record) -> None:
+        add(self, record)
         self.flush()
 
-    monkeypatch.setattr(Journal, "append", append_and_flush)
+    monkeypatch.setattr(Journal, "add", add_and_flush)
 
 
 @pytest.fixture
