@@ -6,7 +6,6 @@ import numpy as np
 
 from gradstat.diagnosis.findings import Finding
 from gradstat.diagnosis.run import MAX_SAMPLES, Run, median
-from gradstat.history.memory import kurtosis_of
 from gradstat.thresholds import Thresholds
 from gradstat.util import evenly_spread
 
@@ -19,10 +18,7 @@ def find_outliers(run: Run, thresholds: Thresholds) -> list[Finding]:
     if len(run.history) < _PARTS * 2:
         return []
     at = evenly_spread(len(run.history), MAX_SAMPLES)
-    sampled = run.history.unpacked(at.tolist())
-    kurtosis = np.concatenate(
-        [kurtosis_of(run.history.bins, each.take(run.columns)) for each in sampled]
-    )
+    kurtosis = run.history.at(at.tolist())["kurtosis"][:, run.columns]
     parts = np.stack([median(part) for part in np.array_split(kurtosis, _PARTS)])
     grew = (np.diff(parts, axis=0) > 0).all(0) & (parts[-1] >= _LEAST)
     grew &= parts[-1] >= thresholds.outliers_growth * parts[0]

@@ -95,9 +95,7 @@ class Run:
             return []
         at = evenly_spread(len(self.history), MAX_SAMPLES).tolist()
         return [
-            Sample(each, *records.histograms(self.columns))
-            for each in at
-            for records in self.history.unpacked([each])
+            Sample(each, *self.history.at([each]).unpack().histograms(self.columns)) for each in at
         ]
 
     def span(self, mask: Array, at: int) -> tuple[int, int]:
