@@ -7,9 +7,11 @@ ARGS ?=
 JOBS ?= $(shell nproc)
 # Where benchmarks leave their results.
 RESULTS ?= .benchmarks
+# An environment of the oldest versions, for test-oldest.
+OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 
-.PHONY: help study images test test-cuda test-slow test-faults test-integrations lint format bench bench-training bench-results bench-gpu roofline clean
+.PHONY: help study images test test-oldest test-cuda test-slow test-faults test-integrations lint format bench bench-training bench-results bench-gpu roofline clean
 # Two installs at once into one environment would damage it.
 .NOTPARALLEL:
 # A half-made environment must not pass for a whole one.
@@ -19,6 +21,8 @@ help:
 	@echo "make study      train two small networks and draw how their gradients are distributed"
 	@echo "make images     the same, for the figures of the documentation"
 	@echo "make test       run the tests"
+	@echo "make test-oldest"
+	@echo "                run them with the oldest versions that pyproject.toml names (OLDEST=folder)"
 	@echo "make test-cuda  run those of CUDA: on a card, or without one on a CUDA device in software"
 	@echo "make test-slow  run the long property tests: 10,000 examples each"
 	@echo "make test-faults"
@@ -44,6 +48,9 @@ images: $(VENV)/installed-study
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-cuda: $(VENV)/installed-test
 	$(BIN)/python tests/cuda_suite.py $(ARGS)
@@ -93,11 +100,19 @@ roofline: $(VENV)/installed-bench
 	$(BIN)/python bench/roofline.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist gradstat.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist gradstat.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # One stamp for each extra of pyproject.toml: installed once, and again when that file changes.
 $(VENV)/installed-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	touch $@
+
+# uv takes the oldest versions of what pyproject.toml names, and the newest of what that depends on.
+$(OLDEST)/installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python \
+		--resolution lowest-direct --editable ".[test-integrations]"
 	touch $@
 
 $(BIN)/python:
