@@ -34,7 +34,8 @@ def make_pool() -> Records:
     shards = [torch.randn(N_VALUES, generator=generator) * 10.0 ** -(i % 7) for i in range(POOL)]
     s = gradstat.statistics(shards)
     history = History([f"{i}.weight" for i in range(POOL)], Log2Bins())
-    history.append(0, s.integers.numpy(), s.floats.numpy(), s.counts.numpy())
+    numbers = s.integers.numpy(), s.floats.numpy(), None, s.counts.numpy()
+    history.append(0, history.layout.pack(*numbers))
     return history.to_records()
 
 
