@@ -226,6 +226,7 @@ def test_functions_refuse_tensors_of_transforms(transform: Callable[..., Any]) -
             transform(measure)(torch.ones(2, 3))
 
 
+@pytest.mark.host("makes a mesh of the CPU")
 def test_functions_refuse_a_dtensor_and_name_its_parts() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
