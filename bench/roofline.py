@@ -70,7 +70,9 @@ GPUS = (
 )
 
 
-def kernel_arguments(name: str, dtype: torch.dtype, scheme: str) -> tuple[Any, ...]:
+def kernel_arguments(
+    name: str, dtype: torch.dtype, scheme: str, capability: int = 90
+) -> tuple[Any, ...]:
     """A kernel, the types of its arguments and its constants, as the Triton engine has them.
 
     Args:
@@ -78,9 +80,10 @@ def kernel_arguments(name: str, dtype: torch.dtype, scheme: str) -> tuple[Any, .
             ``"maxima"`` or ``"finish formats"``.
         dtype: of the tensors.
         scheme: a key of `SCHEMES`, or formats with plus signs between them.
+        capability: compute capability; 0 for AMD.
     """
     if scheme not in SCHEMES:
-        return format_arguments(name, dtype, scheme)
+        return format_arguments(name, dtype, scheme, capability)
     bins = SCHEMES[scheme]
     is_log2 = isinstance(bins, Log2Bins)
     slots = triton_engine.slots_of(bins)
@@ -92,11 +95,9 @@ def kernel_arguments(name: str, dtype: torch.dtype, scheme: str) -> tuple[Any, .
         "THREADS": triton_engine.THREADS,
     }
     if name == "measure":
-        return (
-            measure_kernel,
-            {**tables, "partials_ptr": "*fp64"},
-            {**elements, "LOG2": is_log2, "PAIRS": dtype.itemsize == 2},
-        )
+        pairs = triton_engine.compares_pairs(dtype.itemsize, capability)
+        constants = {**elements, "LOG2": is_log2, "PAIRS": pairs}
+        return measure_kernel, {**tables, "partials_ptr": "*fp64"}, constants
     if name == "histogram":
         return histogram_kernel, tables, elements
     results = {"due_ptr": "*i64", "spans_ptr": "*i64", "partials_ptr": "*fp64"}
@@ -109,7 +110,9 @@ def kernel_arguments(name: str, dtype: torch.dtype, scheme: str) -> tuple[Any, .
     return finish_kernel, results, constants
 
 
-def format_arguments(name: str, dtype: torch.dtype, formats: str) -> tuple[Any, ...]:
+def format_arguments(
+    name: str, dtype: torch.dtype, formats: str, capability: int
+) -> tuple[Any, ...]:
     """The same for a kernel of narrow formats."""
     forms = [FORMATS[each] for each in formats.split(" + ")]
     constants = tuple(triton_formats.form_constants(form) for form in forms)
@@ -128,7 +131,8 @@ def format_arguments(name: str, dtype: torch.dtype, formats: str) -> tuple[Any, 
     if name == "maxima":
         return maxima_kernel, tables, elements
     tables |= {"maxima_ptr": "*fp32", "partials_ptr": "*fp64"}
-    return formats_kernel, tables, {**elements, "FORMS": constants, "PAIRS": True}
+    pairs = triton_engine.compares_pairs(2, capability)
+    return formats_kernel, tables, {**elements, "FORMS": constants, "PAIRS": pairs}
 
 
 def elements_of_thread(dtype: torch.dtype) -> int:
@@ -138,7 +142,7 @@ def elements_of_thread(dtype: torch.dtype) -> int:
 
 def examine(architecture: int, name: str, dtype: torch.dtype, scheme: str) -> dict[str, Any]:
     """Figures of a kernel's main loop."""
-    kernel, signature, constants = kernel_arguments(name, dtype, scheme)
+    kernel, signature, constants = kernel_arguments(name, dtype, scheme, architecture)
     options = {}
     if name == "measure":
         slots = constants["SLOTS"]

@@ -48,17 +48,18 @@ from gradstat.engines import triton as triton_engine
 from triton.backends.compiler import GPUTarget
 FORMATS = (roofline.TOGETHER, "float8_e5m2_128x128 + bfloat16 + float8_e5m2_amax")
 for target in (GPUTarget("hip", "gfx942", 64), GPUTarget("cuda", 90, 32)):
+    capability = target.arch if target.backend == "cuda" else 0
     for dtype in triton_engine.ELEMENTS:
         for name in ("maxima", "formats", "finish formats"):
             for formats in FORMATS:
-                arguments = roofline.kernel_arguments(name, dtype, formats)
+                arguments = roofline.kernel_arguments(name, dtype, formats, capability)
                 warps = triton_engine.THREADS // target.warp_size
                 compiled = sass.compile_kernel(*arguments, target, num_warps=warps)
                 print(target.arch, name, dtype, formats, list(compiled.asm)[-1])
         for name in ("measure", "histogram", "finish"):
             for scheme in roofline.SCHEMES:
                 if (name, scheme) != ("histogram", "Log2Bins()"):
-                    arguments = roofline.kernel_arguments(name, dtype, scheme)
+                    arguments = roofline.kernel_arguments(name, dtype, scheme, capability)
                     warps = triton_engine.THREADS // target.warp_size
                     compiled = sass.compile_kernel(*arguments, target, num_warps=warps)
                     print(target.arch, name, dtype, scheme, list(compiled.asm)[-1])
