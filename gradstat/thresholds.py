@@ -11,6 +11,7 @@ _SHARES = (
     "underflow_share",
     "format_saturation_share",
     "stuck_ratio",
+    "stuck_slow",
     "stuck_pace",
     "dead_units_share",
     "dead_units_severe",
@@ -38,6 +39,7 @@ class Thresholds:
         depth_fit: smallest R² of that line: layers out of line are no trend.
         exploding_ratio: largest gradient of the first layer as a multiple of the last one's.
         exploding_growth: largest growth of a layer's rms over its median so far.
+        exploding_level: largest rms in a whole window: no loss scale goes so far.
         exploding_severe: the growth above which that is severe.
         nonfinite_share: largest share of records whose outputs have NaN or infinities that may
             pass, as long as the newest record has none.
@@ -54,6 +56,8 @@ class Thresholds:
         stuck_ratio: smallest change of a layer's weights in a step, as a share of their size.
         stuck_pace: the same as a share of the median layer's: what a schedule slows down is not
             stuck.
+        stuck_slow: smallest change of all weights in a step, as a share of their size, where the
+            loss stays as it is.
         dead_units_share: largest share of a module's units that may be zero for a whole batch.
         dead_units_severe: the share from which that is severe.
         outliers_growth: from which growth of an activation's kurtosis over the run it is noted.
@@ -84,6 +88,7 @@ class Thresholds:
     depth_fit: float = 0.5
     exploding_ratio: float = 1e3
     exploding_growth: float = 1e3
+    exploding_level: float = 1e6
     exploding_severe: float = 1e5
     nonfinite_share: float = 0.05
     spike_deviations: float = 6.0
@@ -96,6 +101,7 @@ class Thresholds:
     saturation_share: float = 0.5
     stuck_ratio: float = 1e-6
     stuck_pace: float = 1e-3
+    stuck_slow: float = 3e-5
     dead_units_share: float = 0.7
     dead_units_severe: float = 0.9
     outliers_growth: float = 4.0

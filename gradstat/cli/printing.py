@@ -314,7 +314,7 @@ def findings(found: Sequence[Finding], most: int | None = 3, indent: str = "") -
 
     Args:
         found: the worst first.
-        most: paragraphs for each kind and severity; ``None`` for all.
+        most: paragraphs for each kind and severity; ``None`` for all, with every layer's name.
         indent: before each line.
 
     Returns:
@@ -327,7 +327,10 @@ def findings(found: Sequence[Finding], most: int | None = 3, indent: str = "") -
         group = each.severity, each.kind
         shown[group] += 1
         if most is None or shown[group] <= most:
-            lines.append(textwrap.fill(escaped(each), _width(), subsequent_indent="  "))
+            text = str(each)
+            if each.others and most is None:
+                text += f" They are {', '.join(each.others)}."
+            lines.append(textwrap.fill(escaped(text), _width(), subsequent_indent="  "))
         elif shown[group] == total[group]:
             lines.append(f"  and {total[group] - most} more like it (--all shows them)")
     return textwrap.indent("\n".join(lines) or "nothing found", indent)

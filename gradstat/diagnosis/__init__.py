@@ -23,11 +23,12 @@ from gradstat.diagnosis.not_learning import (
     find_absent,
     find_dead,
     find_dead_units,
+    find_saturated_outputs,
     find_saturation,
     find_stuck,
 )
 from gradstat.diagnosis.spikes import find_all_spikes
-from gradstat.diagnosis.vanishing_exploding import find_growth, find_low, find_trend
+from gradstat.diagnosis.vanishing_exploding import find_growth, find_large, find_low, find_trend
 from gradstat.history import History
 from gradstat.history.arguments import check_history
 from gradstat.record import ACTIVATION, GRAD, UNIT, UPDATE
@@ -47,6 +48,7 @@ _RULES: dict[str | None, tuple[_Rule, ...]] = {
     ),
     GRAD: (
         find_growth,
+        find_large,
         find_trend,
         find_low,
         find_dead,
@@ -57,7 +59,7 @@ _RULES: dict[str | None, tuple[_Rule, ...]] = {
     ),
     UPDATE: (find_stuck,),
     UNIT: (find_dead_units,),
-    ACTIVATION: (find_outliers,),
+    ACTIVATION: (find_outliers, find_saturated_outputs),
 }
 
 

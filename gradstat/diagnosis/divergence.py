@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradstat.diagnosis.evidence import Evidence
+from gradstat.diagnosis.evidence import Evidence, log_losses, median
 from gradstat.diagnosis.findings import Finding, Severity, rounded
-from gradstat.diagnosis.usual import TO_DEVIATIONS, WINDOW, log_losses
+from gradstat.diagnosis.usual import TO_DEVIATIONS, WINDOW
 from gradstat.record import PARAM, UPDATE
 from gradstat.thresholds import Thresholds
 from gradstat.util import Array
@@ -105,8 +105,9 @@ def _cause(run: Evidence, record: int, rise: float) -> tuple[int, dict[str, floa
         return leap.record, times, f"{leap.tell(run)}."
     begin = max(0, record - _LONG)
     rate, earlier = float(rates[record]), float(rates[begin])
-    here = pace[max(0, record - 1) : record + 2]
-    fastest = float(np.fmax.reduce(here)) if len(here) else math.nan
+    # Steps that have become large at once have a cause of their own.
+    usual = pace[record - _SOON : record + 1] if record > _SOON else pace[: record + 3]
+    is_fast = float(median(usual[:, None])[0]) >= _FAST
     if (
         rise >= _RISE
         and rate >= _LEAP * earlier
@@ -115,7 +116,7 @@ def _cause(run: Evidence, record: int, rise: float) -> tuple[int, dict[str, floa
         words = f"The learning rate had risen to {rate:.3g} by then, from {earlier:.3g}"
         words += f" at step {run.steps[begin]}."
         return record, {"rate": rate, "times": rate / earlier}, words
-    if fastest >= _FAST or rise >= _ENORMOUS:
+    if is_fast or rise >= _ENORMOUS:
         since = 0 if record < WINDOW else record
         words = "" if math.isnan(rate) else f"The learning rate, {rate:.3g}, is too high."
         return since, {} if math.isnan(rate) else {"rate": rate}, words

@@ -18,6 +18,9 @@ from gradstat.util import Array, evenly_spread
 
 _MAX_BLOCKS = 200
 MAX_SAMPLES = 64
+_SOFT = 1e-3  # share of the loss at the start below which its logarithm says little
+_FIRST = 32  # losses that say how large one is
+_LEVEL, _FALL = 8, 0.03  # losses whose median is their level; how far it falls, a logarithm
 _PERSISTENT = 3  # sampled records in a row that must show something
 
 
@@ -149,6 +152,19 @@ class Evidence:
             found[name] = steps, np.add.reduceat(values, first) / n_passes
         return found
 
+    def falls(self, name: str, record: int = 0, within: int | None = None) -> bool:
+        """Whether a loss falls beyond its noise from a record on, within so many or at all."""
+        steps, losses = self.losses[name]
+        x = log_losses(losses)
+        at = int(np.searchsorted(steps, self.steps[record]))
+        before = x[max(0, at - _LEVEL) : at + 1] if at else x[:_LEVEL]
+        after = x[-_LEVEL:] if within is None else x[at + within - _LEVEL :][:_LEVEL]
+        if not len(before) or not len(after):
+            return True
+        level = float(np.median(before))
+        noise = float(median(abs(before - level)[:, None])[0])
+        return level - float(np.median(after)) > max(2 * noise, _FALL)
+
     @cached_property
     def levels(self) -> Array:
         """Median rms of the elements that are not zero, by block: ``(B, L)``; NaN without any."""
@@ -279,6 +295,18 @@ def log(x: Array) -> Array:
         logarithm: Array = np.log(x)
     logarithm[x == 0] = math.nan
     return logarithm
+
+
+def log_losses(losses: Array) -> Array:
+    """Logarithms of losses, made so that losses near zero or below it say little."""
+    finite = losses[np.isfinite(losses)]
+    if not len(finite):
+        return np.full(len(losses), math.inf)
+    scale = float(np.median(abs(finite[:_FIRST]))) or 1.0
+    with np.errstate(invalid="ignore"):
+        positive = finite.min() > 0
+        x = np.log(losses + _SOFT * scale) if positive else np.arcsinh(losses / scale)
+    return np.where(np.isfinite(losses), x, math.inf)
 
 
 @functools.cache

@@ -20,13 +20,13 @@ FINDINGS = (
     "loss spike",
     "gradient spike",
     "jump",
-    "exploding",
-    "vanishing",
-    "dead",
-    "no gradient",
-    "stuck",
     "dead units",
     "saturation",
+    "exploding",
+    "vanishing",
+    "no gradient",
+    "dead",
+    "stuck",
     "underflow",
     "scale",
     "outliers",
@@ -35,6 +35,8 @@ FINDINGS = (
     "narrowest format",
 )
 
+# What units that are dead for good bring about, in the layers before and after them.
+_OF_DEAD_UNITS = ("vanishing", "dead", "stuck", "saturation", "underflow")
 # These begin at a step; the others with the window of records that shows them.
 _SUDDEN = ("divergence", "non-finite", "loss spike", "gradient spike", "jump")
 
@@ -51,8 +53,9 @@ class Finding:
         steps: first and last step of the records that show it.
         numbers: what it rests on, by name; each kind has its own, listed in ``docs/reading.md``.
         sentence: it all in plain words.
-        after: the sudden finding that it began after, as ``"loss spike at step 252"``, or "": a
-            symptom, most likely.
+        after: the finding that it began after, as ``"loss spike at step 252"``, or "": a symptom,
+            most likely.
+        others: further rows of which the same holds.
     """
 
     kind: str
@@ -62,6 +65,7 @@ class Finding:
     numbers: dict[str, float]
     sentence: str
     after: str = ""
+    others: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Severity, kind, steps, what it came after and the sentence, in one line."""
@@ -71,6 +75,17 @@ class Finding:
         return f"{self.severity}: {self.kind}, {when}{after}: {self.sentence}"
 
 
+def for_all(findings: list[Finding]) -> list[Finding]:
+    """One finding for all layers of which the same is found: about the worst of them."""
+    if len(findings) < 2:
+        return findings
+    worst, *rest = sorted(findings, key=lambda each: SEVERITIES.index(each.severity))
+    n, others = len(rest), tuple(each.layer for each in rest)
+    sentence = f"{worst.sentence} The same holds for {n} other layer{'s' * (n > 1)}."
+    numbers = worst.numbers | {"layers": n + 1.0}
+    return [replace(worst, numbers=numbers, sentence=sentence, others=others)]
+
+
 def rounded(times: float) -> str:
     """A multiple: three digits, and no exponent up to a million."""
     number = float(f"{times:.3g}")
@@ -78,20 +93,20 @@ def rounded(times: float) -> str:
 
 
 def put_in_order(findings: list[Finding], history: History, window: int) -> list[Finding]:
-    """Put the worst first; but what began after something sudden comes after it, and says so.
+    """Put the worst first; but what began after a cause comes after it, and says so.
 
     Args:
         findings: in any order.
         history: whose they are.
         window: records for which something that is over may have consequences.
     """
-    sudden = sorted(
-        (each for each in findings if each.kind in _SUDDEN),
+    causes = sorted(
+        (each for each in findings if each.kind in _SUDDEN or _is_lasting(each)),
         key=lambda each: (began(each), FINDINGS.index(each.kind)),
     )
     groups: dict[int, list[Finding]] = {}
     for each in sorted(findings, key=_rank):
-        cause = next((one for one in sudden if _follows(each, one, history, window)), None)
+        cause = next((one for one in causes if _follows(each, one, history, window)), None)
         if cause is None:
             groups.setdefault(id(each), []).insert(0, each)
         else:
@@ -110,6 +125,8 @@ def began(finding: Finding) -> float:
 def _follows(finding: Finding, cause: Finding, history: History, window: int) -> bool:
     if finding is cause or finding.severity == "note":
         return False
+    if _is_lasting(cause):
+        return finding.kind in _OF_DEAD_UNITS and began(cause) <= began(finding)
     order = began(finding), FINDINGS.index(finding.kind)
     if finding.kind in _SUDDEN and order < (began(cause), FINDINGS.index(cause.kind)):
         return False
@@ -120,6 +137,10 @@ def _follows(finding: Finding, cause: Finding, history: History, window: int) ->
     # Other findings begin with the window of records around it, but for one at the very start.
     early = 0 if finding.kind in _SUDDEN else window - 1
     return bool(max(first - early, min(first, 1)) <= begins <= last)
+
+
+def _is_lasting(finding: Finding) -> bool:
+    return finding.kind == "dead units" and finding.severity == "severe"
 
 
 def _rank(finding: Finding) -> tuple[int, int]:

@@ -12,10 +12,10 @@ import torch
 
 from gradstat.bins import Log2Bins
 from gradstat.diagnosis.evidence import MAX_SAMPLES, Evidence, around, median
-from gradstat.diagnosis.findings import Finding
+from gradstat.diagnosis.findings import Finding, for_all
 from gradstat.formats import parse_format
 from gradstat.history.memory import kurtosis_of
-from gradstat.record import NOUNS, Row
+from gradstat.record import NOUNS, PARAM, Row
 from gradstat.results import FLOATS, INTEGERS, Statistics
 from gradstat.thresholds import Thresholds
 from gradstat.util import Array, evenly_spread
@@ -27,6 +27,8 @@ NARROW = {
     "float8_e5m2": torch.float8_e5m2,
     "float8_e4m3fn": torch.float8_e4m3fn,
 }
+_SPARE = 1.0  # dB, so that what is at the limit is not advised in one run and not in the next
+_LEARNED = 6.0  # dB; half of what a weight has learned
 _PARTS = 4  # of a run; kurtosis must grow from each to the next
 _LEAST = 20.0  # a normal distribution has 3
 
@@ -40,16 +42,23 @@ class FormatFit:
         underflow: largest share of the non-zero values that becomes zero, likewise.
         saturated: largest share that saturates, likewise.
         scales: exponents of the smallest and the largest scale of a block; NaN without blocks.
+        learned: signal-to-noise ratio of how far parameters are from their mean, in the newest
+            window: of a norm's weights, near 1, that is what was learned; infinite of others.
     """
 
     snr: float
     underflow: float
     saturated: float
     scales: tuple[float, float]
+    learned: float
 
-    def keeps(self, thresholds: Thresholds) -> bool:
+    def keeps(self, thresholds: Thresholds, spare: float = _SPARE) -> bool:
         """Whether a format leaves enough: of the sum of squares, and of the small values too."""
-        return self.snr >= thresholds.format_snr and self.underflow <= thresholds.underflow_share
+        return (
+            self.snr >= thresholds.format_snr + spare
+            and self.underflow <= thresholds.underflow_share
+            and self.learned >= _LEARNED
+        )
 
 
 @dataclass(frozen=True)
@@ -87,20 +96,26 @@ def layer_fits(run: Evidence) -> list[LayerFits]:
         Those rows, kind by kind, the one nearest to the input first.
     """
     found: list[dict[str, FormatFit]] = [{} for _ in run.layers]
+    newest = run.blocks[-1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        spread = 20 * np.log10(median(run["std"][newest]) / median(run["rms"][newest]))
+    is_learned = run.is_kind(PARAM) & np.isfinite(spread)
+    spread[~is_learned] = 0.0
     for name in run.history.formats:
         fields = run.of_format(name)
         snr = _over_blocks(fields["snr"], run.blocks).min(0)
         underflow, saturated = (
             _over_blocks(fields[each], run.blocks).max(0) for each in ("underflow", "saturated")
         )
+        learned = np.full(len(spread), math.inf)
+        learned[is_learned] = (median(fields["snr"][newest]) + spread)[is_learned]
         least = np.fmin.reduce(fields["scale_min"])
         most = np.fmax.reduce(fields["scale_max"])
         for at, fits in enumerate(found):
             if not math.isnan(snr[at]):
                 scales = float(least[at]), float(most[at])
-                fits[name] = FormatFit(
-                    float(snr[at]), float(underflow[at]), float(saturated[at]), scales
-                )
+                shares = float(underflow[at]), float(saturated[at])
+                fits[name] = FormatFit(float(snr[at]), *shares, scales, float(learned[at]))
     return [
         LayerFits(Row(kind, name), layer, fits)
         for kind, name, layer, fits in zip(run.kinds, run.names, run.layers, found, strict=True)
@@ -116,7 +131,14 @@ def recommendation(
     for kind in dict.fromkeys(each.row.kind for each in layers):
         of_kind = [each for each in layers if each.row.kind == kind]
         parts.append(_for_kind(of_kind, formats, thresholds))
-    return f"To keep {thresholds.format_snr:g} dB of each layer: {'; '.join(parts)}."
+    advice = f"To keep {thresholds.format_snr:g} dB of each layer: {'; '.join(parts)}."
+    for name in formats:
+        fits = [each.fits[name] for each in layers]
+        if all(fit.keeps(thresholds, -_SPARE) for fit in fits):
+            least = min(fit.snr for fit in fits)
+            if least < thresholds.format_snr + _SPARE:
+                advice += f" At the limit is {name}, {least:.1f} dB."
+    return f"{advice} That is rounding alone, and predicts no convergence."
 
 
 def _for_kind(layers: Sequence[LayerFits], formats: Sequence[str], thresholds: Thresholds) -> str:
@@ -189,7 +211,7 @@ def find_underflow(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         )
         findings.append(Finding("underflow", "warning", layer, each.steps, numbers, sentence))
     if findings:
-        return findings
+        return for_all(findings)
     by_layer = worst.T.tolist()
     column = max(range(len(by_layer)), key=by_layer.__getitem__)
     numbers = dict(zip(NARROW, by_layer[column], strict=True))
@@ -213,8 +235,8 @@ def find_scale(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     by_record = sizes.max(1)
     at = int(by_record.argmax())
     largest = float(by_record[at])
-    if largest == 0:
-        return []
+    if largest == 0 or (run.levels > thresholds.exploding_level).any():
+        return []  # nor would a scale help where it explodes
     layer = run.layers[int(sizes[at].argmax())]
     fits = FLOAT16_MAX / thresholds.float16_headroom
     highest = math.floor(math.log2(min(fits / largest, 2.0**1023)))
@@ -260,7 +282,7 @@ def find_outliers(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     parts = np.stack([median(part) for part in np.array_split(kurtosis, _PARTS)])
     grew = (np.diff(parts, axis=0) > 0).all(0) & (parts[-1] >= _LEAST)
     grew &= parts[-1] >= thresholds.outliers_growth * parts[0]
-    return [
+    found = [
         Finding(
             "outliers",
             "note",
@@ -273,6 +295,7 @@ def find_outliers(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         )
         for column in np.flatnonzero(grew).tolist()
     ]
+    return for_all(sorted(found, key=lambda each: -each.numbers["kurtosis"]))
 
 
 def _exceeding(run: Evidence, kind: str, field: str, limit: float, said: str) -> list[Finding]:

@@ -7,13 +7,14 @@ import math
 import numpy as np
 
 from gradstat.diagnosis.evidence import Evidence, log2_edges, median
-from gradstat.diagnosis.findings import Finding, Severity
-from gradstat.record import ACTIVATION, GRAD, OF_PARAMETERS, PARAM
+from gradstat.diagnosis.findings import Finding, Severity, for_all
+from gradstat.record import ACTIVATION, GRAD, OF_PARAMETERS, PARAM, UPDATE
 from gradstat.thresholds import Thresholds
 from gradstat.util import Array
 
 _PERSISTENT = 3  # windows in a row, at least, in which a layer stands still
 _STEADY = 2.0  # a line from zero or to zero changes threefold between its halves
+_END = 0.875  # of a tanh's output, from which on its slope is below a quarter
 _ROUNDED = 0.9  # share of elements that do not change at all
 
 
@@ -36,22 +37,32 @@ def find_dead(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         severity: Severity = "severe" if lasting else "warning"
         steps = run.span(mask, at)
         findings.append(Finding("dead", severity, run.layers[column], steps, numbers, sentence))
-    return findings
+    return for_all(findings)
 
 
 def find_absent(run: Evidence, thresholds: Thresholds) -> list[Finding]:
-    """Layers without a gradient in any record of a window or more: one note for all of them."""
+    """Layers without a gradient in any record of a window or more: one finding for all of them."""
     never = np.flatnonzero((run["numel"] == 0).all(0)).tolist()
     if not never or len(never) == len(run.layers) or len(run.steps) < thresholds.window:
         return []
-    first, n = run.layers[never[0]], len(never) - 1
+    updates = run.of(UPDATE)
+    moved = set(np.array(updates.names)[(updates["numel"] > 0).any(0)]) if updates.layers else set()
+    left_out = [each for each in never if moved and run.names[each] not in moved]
+    # Most of a network is left out where the rest is trained alone.
+    is_left_out = bool(left_out) and 2 * len(left_out) < len(run.layers)
+    first, *rest = left_out if is_left_out else never
+    n = len(rest)
     others = f", nor {'do' if n > 1 else 'does'} {n} other{'s' * (n > 1)}" if n else ""
+    why = "frozen, or the loss does not depend on it"
+    if is_left_out:
+        why = "it is not in the optimizer, and no step moves it"
     sentence = (
-        f"{first} has no gradient in any of {len(run.steps)} records{others}: frozen, or the loss "
-        f"does not depend on it."
+        f"{run.layers[first]} has no gradient in any of {len(run.steps)} records{others}: {why}."
     )
-    steps = int(run.steps[0]), int(run.steps[-1])
-    return [Finding("no gradient", "note", first, steps, {"layers": n + 1.0}, sentence)]
+    severity: Severity = "warning" if is_left_out else "note"
+    numbers, names = {"layers": n + 1.0}, tuple(run.layers[each] for each in rest)
+    steps, layer = (int(run.steps[0]), int(run.steps[-1])), run.layers[first]
+    return [Finding("no gradient", severity, layer, steps, numbers, sentence, others=names)]
 
 
 def find_stuck(run: Evidence, thresholds: Thresholds) -> list[Finding]:
@@ -67,9 +78,10 @@ def find_stuck(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         return []  # a learning rate that warms up
     if (pace < thresholds.stuck_ratio).all():
         is_ending = early > _STEADY * late
-        return [] if is_ending else [_all_stuck(run, steps, pace, thresholds)]
-    if rounded := _most_rounded(run):
-        return [rounded]
+        stuck = _stuck(run, steps, thresholds)
+        return [] if is_ending or not len(stuck) else [_all_stuck(run, stuck, pace)]
+    if most := _most_rounded(run) or _slow(run, thresholds):
+        return [most]
     # Where a schedule has slowed down all layers, none is stuck.
     usual = max(median(pace[:, None])[0] / 2, np.fmax.reduce(pace) / 10)
     going = np.flatnonzero(pace >= usual)
@@ -93,10 +105,11 @@ def find_dead_units(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         zeros, units = run["zeros"][block, column], run["numel"][block, column]
         least = float((zeros / units).min())
         severe = at == len(mask) - 1 and least >= thresholds.dead_units_severe
-        least_part = "All" if least == 1 else f"At least {math.floor(least * 100)}%"
+        n = int(units[-1])
+        which = f"All {n} units" if least == 1 else f"{math.ceil(least * n)} of {n} units or more"
         sentence = (
-            f"{least_part} of the {units[-1]} units of {run.names[column]} are zero for every "
-            f"input of a batch, in each of {len(block)} records: they add nothing and do not learn."
+            f"{which} of {run.names[column]} are zero for every input of a batch, in each of "
+            f"{len(block)} records: they add nothing and do not learn."
         )
         numbers = {"share": least, "units": float(units[-1])}
         severity: Severity = "severe" if severe else "warning"
@@ -104,14 +117,14 @@ def find_dead_units(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         findings.append(
             Finding("dead units", severity, run.layers[column], steps, numbers, sentence)
         )
-    return sorted(findings, key=lambda finding: -finding.numbers["share"])
+    return for_all(sorted(findings, key=lambda finding: -finding.numbers["share"]))
 
 
 def find_saturation(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Layers in which most elements that are not zero lie many octaves below the layer's rms."""
     shares = _stopped(run, thresholds.saturation_octaves)
     times = 2.0**thresholds.saturation_octaves
-    return [
+    found = [
         Finding(
             "saturation",
             "warning",
@@ -124,6 +137,33 @@ def find_saturation(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         )
         for each in run.lasting(shares, thresholds.saturation_share)
     ]
+    return for_all(found)
+
+
+def find_saturated_outputs(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+    """Modules most of whose outputs are at both ends of a range from -1 to 1, as a tanh's are."""
+    if not run.samples:
+        return []
+    bounded = (run["abs_max"] <= 1) & (run["min"] < -_END) & (run["max"] > _END)
+    at_end = np.minimum(*map(abs, (log2_edges()[1:], log2_edges()[:-1]))) >= _END
+    at = [sample.at for sample in run.samples]
+    shares = run.shares_of([sample.total(at_end[sample.bins]) for sample in run.samples])
+    shares = np.where(bounded[at], shares, 0.0)
+    shares[:, : _first_with_parameters(run)] = 0.0
+    found = [
+        Finding(
+            "saturation",
+            "warning",
+            run.layers[each.column],
+            each.steps,
+            {"share": each.share},
+            f"{each.share:.0%} of {run.names[each.column]}'s outputs are within {1 - _END:g} of 1 "
+            f"or -1, the ends of a tanh, where its slope is almost zero: what is below it hardly "
+            f"learns. Smaller weights or a norm before it help.",
+        )
+        for each in run.lasting(shares, thresholds.saturation_share)
+    ]
+    return for_all(found)
 
 
 def _ratio(run: Evidence) -> Array:
@@ -139,25 +179,48 @@ def _speeds(ratio: Array) -> tuple[float, float]:
     return float(median(by_record[:half])[0]), float(median(by_record[half:])[0])
 
 
-def _all_stuck(run: Evidence, steps: Array, pace: Array, thresholds: Thresholds) -> Finding:
+def _stuck(run: Evidence, steps: Array, thresholds: Thresholds) -> Array:
+    """Layers that have not moved from the start, but for those that are dead."""
+    stuck = np.flatnonzero(np.fmax.reduce(steps) < thresholds.stuck_ratio).tolist()
+    gradients, everywhere = run.of(GRAD), np.arange(len(run.steps))
+    return np.array([x for x in stuck if not _is_zero(gradients, run.names[x], everywhere)], int)
+
+
+def _all_stuck(run: Evidence, stuck: Array, pace: Array) -> Finding:
     """Most layers, where the median layer has not moved from the start."""
-    stuck = np.flatnonzero(np.fmax.reduce(steps) < thresholds.stuck_ratio)
     zeros = _unchanged(run, slice(None), stuck)
     ratio, layer = float(pace.max()), run.names[int(stuck[0])]
     numbers = {"ratio": ratio, "zeros": zeros, "layers": float(len(stuck))}
     more = f" and {len(stuck) - 1} more of {len(run.layers)} layers" if len(stuck) > 1 else ""
     have = "has" if len(stuck) == 1 else "have"
-    size = f"by {ratio:.1e} of its size at most" if ratio else "by nothing"
     rounded = zeros >= _ROUNDED
     why = _why(zeros) if rounded else "the learning rate is far too small"
     sentence = (
-        f"{layer}{more} {have} not moved from the first record on: a step changes the median layer "
-        f"{size}; {why}."
+        f"{layer}{more} {have} not moved from the first record on: "
+        f"{_size(ratio, 'the median layer')}; {why}."
     )
     severe = rounded and len(run.blocks) >= _PERSISTENT
     severity: Severity = "severe" if severe else "warning"
     span = run.steps_of(0, len(run.blocks) - 1)
     return Finding("stuck", severity, run.layers[stuck[0]], span, numbers, sentence)
+
+
+def _slow(run: Evidence, thresholds: Thresholds) -> Finding | None:
+    """All layers, where a step changes the weights by next to nothing and no loss falls."""
+    known = run.pace[np.isfinite(run.pace)]
+    fastest = float(known.max()) if len(known) else math.inf
+    if fastest >= thresholds.stuck_slow or not run.losses or any(map(run.falls, run.losses)):
+        return None
+    numbers = {"ratio": fastest, "layers": float(len(run.layers))}
+    rate = run.rate[np.isfinite(run.rate)]
+    of = f", {rate.max():.3g}," if len(rate) else ""
+    sentence = (
+        f"A step changes the weights by {fastest:.1e} of their size at most, where 0.001 is usual, "
+        f"and the loss stays as it is: the learning rate{of} is too small."
+    )
+    column = int(np.nanargmin(np.where(run["numel"] > 0, run["rms"], math.nan)[-1]))
+    span = run.steps_of(0, len(run.blocks) - 1)
+    return Finding("stuck", "warning", run.layers[column], span, numbers, sentence)
 
 
 def _most_rounded(run: Evidence) -> Finding | None:
@@ -204,11 +267,9 @@ def _stuck_alone(
             "pace": float(np.median(pace[blocks])),
             "zeros": _unchanged(run, records, column),
         }
-        ratio = numbers["ratio"]
-        size = f"by {ratio:.1e} of its size at most" if ratio else "by nothing"
         sentence = (
-            f"{run.names[column]} stands still while others move: a step changes it {size}, the "
-            f"median layer by {numbers['pace']:.1e} of its size"
+            f"{run.names[column]} stands still while others move: "
+            f"{_size(numbers['ratio'], 'it')}, and the median layer by {numbers['pace']:.1e}"
         )
         if numbers["zeros"] >= _ROUNDED:
             sentence += f"; {_why(numbers['zeros'])}"
@@ -216,7 +277,7 @@ def _stuck_alone(
         findings.append(
             Finding("stuck", "warning", run.layers[column], span, numbers, sentence + ".")
         )
-    return sorted(findings, key=lambda finding: finding.numbers["ratio"])
+    return for_all(sorted(findings, key=lambda finding: finding.numbers["ratio"]))
 
 
 def _is_zero(gradients: Evidence, name: str, records: Array) -> bool:
@@ -233,11 +294,17 @@ def _unchanged(run: Evidence, records: Array | slice, columns: Array | int) -> f
     return float(zeros / max(numel, 1))
 
 
+def _size(ratio: float, layer: str) -> str:
+    if not ratio:
+        return f"no step changes {layer}"
+    return f"a step changes {layer} by {ratio:.1e} of its size at most"
+
+
 def _why(zeros: float) -> str:
-    share = "all" if zeros == 1 else _percent(zeros)
+    which = "no element changes" if zeros == 1 else f"{_percent(zeros)} of the elements do not"
     return (
-        f"{share} of the elements do not change at all: the changes round to nothing in the type "
-        f"of the weights, or the learning rate is 0"
+        f"{which}: the changes round to nothing in the type of the weights, or the learning rate "
+        f"is 0"
     )
 
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from gradstat.diagnosis.divergence import Leap, find_divergence, find_leap
-from gradstat.diagnosis.evidence import Evidence, log, median
+from gradstat.diagnosis.evidence import Evidence, log, log_losses, median
 from gradstat.diagnosis.findings import Finding, Severity, rounded
 from gradstat.diagnosis.usual import (
     APART,
@@ -19,7 +19,6 @@ from gradstat.diagnosis.usual import (
     Departure,
     find_departures,
     find_movers,
-    log_losses,
     named,
     tell_movers,
 )
@@ -32,7 +31,6 @@ _SOON = 10  # records after a rate that rose
 _SMALL = 0.7  # of the median batch
 _HIGHER = 4.0  # than any learning rate before
 _BEYOND = math.log(1.5)  # anything of two windows before
-_LEVEL, _FALL = 8, 0.03  # losses whose median is their level; how far it falls, a logarithm
 
 
 def find_all_spikes(run: Evidence, thresholds: Thresholds) -> list[Finding]:
@@ -253,17 +251,8 @@ def _jump(run: Evidence, column: int, departure: Departure, over: float) -> Find
 
 
 def _is_learning(run: Evidence, record: int) -> bool:
-    """Whether a loss falls beyond its noise in the window after a record, or none is known."""
-    levels = []
-    for steps, losses in run.losses.values():
-        x = log_losses(losses)
-        at = int(np.searchsorted(steps, run.steps[record]))
-        before, after = x[max(0, at - _LEVEL) : at + 1], x[at + WINDOW - _LEVEL :][:_LEVEL]
-        if len(before) and len(after):
-            fall = float(np.median(before) - np.median(after))
-            noise = float(median(abs(before - np.median(before))[:, None])[0])
-            levels.append(fall > max(noise, _FALL))
-    return any(levels) or not levels
+    """Whether a loss falls in the window after a record, or none is known."""
+    return not run.losses or any(run.falls(name, record, WINDOW) for name in run.losses)
 
 
 def _least_before(x: Array) -> Array:

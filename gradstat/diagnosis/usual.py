@@ -24,7 +24,6 @@ _SEVERAL, _NEARER = 4, 0.6  # values in a row, and the share of the half-width t
 _EARLY = 0.25  # of the half-width, from which on what leaves the range has begun to
 _PART = 1 / 40  # of what it reaches
 _SHIFTED = 3 * WINDOW  # values outside it that make a new level
-_SOFT = 1e-3  # share of the loss at the start below which its logarithm says little
 _LARGEST = 700.0  # whose exponential is finite
 
 # In the order in which a step computes them; the loss comes after the forward pass.
@@ -132,18 +131,6 @@ def find_departures(
 def _ahead(x: Array, n: int) -> Array:
     """Each value and those after it, ``(T, n)``; NaN after the last one."""
     return np.lib.stride_tricks.sliding_window_view(np.append(x, np.full(n - 1, math.nan)), n)
-
-
-def log_losses(losses: Array) -> Array:
-    """Logarithms of losses, made so that losses near zero or below it say little."""
-    finite = losses[np.isfinite(losses)]
-    if not len(finite):
-        return np.full(len(losses), math.inf)
-    scale = float(np.median(abs(finite[:WINDOW]))) or 1.0
-    with np.errstate(invalid="ignore"):
-        positive = finite.min() > 0
-        x = np.log(losses + _SOFT * scale) if positive else np.arcsinh(losses / scale)
-    return np.where(np.isfinite(losses), x, math.inf)
 
 
 def find_movers(

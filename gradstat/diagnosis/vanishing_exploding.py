@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from gradstat.diagnosis.evidence import Evidence, around, fit_depth, median
-from gradstat.diagnosis.findings import Finding, Severity, rounded
+from gradstat.diagnosis.findings import Finding, Severity, for_all, rounded
 from gradstat.thresholds import Thresholds
 
 
@@ -65,7 +65,27 @@ def find_low(run: Evidence, thresholds: Thresholds) -> list[Finding]:
                 f" Adam's epsilon outweighs it, and plain SGD hardly moves."
             )
             findings.append(Finding("vanishing", "severe", layer, steps, {"rms": rms}, sentence))
-    return sorted(findings, key=lambda finding: finding.numbers["rms"])
+    return for_all(sorted(findings, key=lambda finding: finding.numbers["rms"]))
+
+
+def find_large(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+    """Exploding by level: layers whose rms no loss scale explains, from the start to the end."""
+    findings = []
+    for column, layer in enumerate(run.layers):
+        start = median(run.rms[:3, column : column + 1])
+        levels = np.append(start, run.levels[:, column])
+        if (np.nan_to_num(levels) > thresholds.exploding_level).all():
+            rms, steps = (
+                float(np.nanmax(run.levels[:, column])),
+                run.steps_of(0, len(run.blocks) - 1),
+            )
+            sentence = (
+                f"{layer}'s gradient has an rms of {rms:.1e}, above {thresholds.exploding_level:g}:"
+                f" it explodes on its way back, as in a recurrent network over many steps; Adam "
+                f"hides that, and clipping bounds it."
+            )
+            findings.append(Finding("exploding", "warning", layer, steps, {"rms": rms}, sentence))
+    return for_all(sorted(findings, key=lambda finding: -finding.numbers["rms"]))
 
 
 def find_growth(run: Evidence, thresholds: Thresholds) -> list[Finding]:
@@ -96,7 +116,7 @@ def find_growth(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         )
         severity: Severity = "severe" if times >= thresholds.exploding_severe else "warning"
         findings.append(Finding("exploding", severity, layer, steps, numbers, sentence))
-    return sorted(findings, key=lambda finding: -finding.numbers["growth"])
+    return for_all(sorted(findings, key=lambda finding: -finding.numbers["growth"]))
 
 
 def _power_of_ten(exponent: float) -> float:

@@ -142,12 +142,28 @@ def test_diagnose_sums_up_layers_that_show_the_same(
     make_history(LinearBins(3), 9, 25, lambda *_: torch.zeros(4)).save(tmp_path / "dead.npz")
     assert run("diagnose", tmp_path / "dead.npz") == 1
     shown = capsys.readouterr().out
-    assert shown.count("severe: dead") == 3
-    assert shown.endswith("\n  and 6 more like it (--all shows them)\n")
+    assert shown.count("severe: dead") == 1
+    assert "8 other layers." in shown
+    assert "8.weight" not in shown
     assert run("diagnose", tmp_path / "dead.npz", "--all") == 1
     shown = capsys.readouterr().out
-    assert shown.count("severe: dead") == 9
-    assert "--all" not in shown
+    assert shown.count("severe: dead") == 1
+    assert "7.weight, 8.weight." in " ".join(shown.split())
+
+
+def test_diagnose_shows_three_of_a_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    history = make_history(LinearBins(3), 1, 260, lambda step, layer: torch.ones(4))
+    for step in range(260):
+        history.add_scalar(
+            "loss", step, 1.0 + step % 3 / 100 + 9 * (step % 40 in (20, 21) and step > 50)
+        )
+    history.save(tmp_path / "spikes.npz")
+    assert run("diagnose", tmp_path / "spikes.npz") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("warning: loss spike") == 3
+    assert "\n  and 2 more like it (--all shows them)\n" in shown
+    assert run("diagnose", tmp_path / "spikes.npz", "--all") == 0
+    assert capsys.readouterr().out.count("warning: loss spike") == 5
 
 
 def test_export_writes_a_table_into_a_new_directory(

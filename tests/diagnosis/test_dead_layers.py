@@ -1,5 +1,6 @@
 """Layers that are watched and never have a gradient."""
 
+import pytest
 import torch
 from findings import noise
 from histories import make_history
@@ -45,3 +46,27 @@ def test_diagnose_is_silent_of_layers_that_have_a_gradient_now_and_then() -> Non
     assert absent(make_history(Log2Bins(), 2, 30, noise, everything)) == []
     (one,) = absent(make_history(Log2Bins(), 2, 30, noise, [(step, 0) for step in range(30)]))
     assert "in any of 30 records: frozen" in one.sentence
+
+
+@pytest.mark.parametrize(("kept", "severity"), [((0, 4), "warning"), ((4,), "note")])
+def test_diagnose_warns_of_layers_that_are_not_in_the_optimizer(
+    kept: tuple[int, ...], severity: str
+) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear
+    model = torch.nn.Sequential(
+        linear(4, 4), torch.nn.ReLU(), linear(4, 4), torch.nn.ReLU(), linear(4, 2)
+    )
+    optimizer = torch.optim.Adam([p for at in kept for p in model[at].parameters()])
+    options = {"when": "step", "optimizer": optimizer}
+    with gradstat.watch(model, what=("grad", "update"), **options) as w:
+        for _ in range(30):
+            optimizer.zero_grad()
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+    (finding,) = absent(w.history)
+    assert finding.severity == severity
+    assert ("it is not in the optimizer" in finding.sentence) == (severity == "warning")
+    assert {finding.layer, *finding.others} == {
+        f"{at}.weight" for at in (0, 2, 4) if at not in kept
+    }

@@ -51,14 +51,14 @@ def test_diagnose_finds_modules_with_many_dead_units(share: float, severity: str
     assert [finding] == diagnose(history)
     assert (finding.severity, finding.layer, finding.steps) == (severity, "unit/1.weight", (0, 59))
     assert finding.numbers == {"share": share, "units": UNITS}
-    assert f"At least {share:.0%} of the 200 units of 1.weight are zero" in finding.sentence
+    assert f"{share * UNITS:.0f} of 200 units or more of 1.weight are zero" in finding.sentence
     assert diagnose(history, dead_units_share=0.99, dead_units_severe=0.99) == []
 
 
 def test_diagnose_finds_that_all_units_are_dead() -> None:
     finding = only(putting_out(with_dead(1.0)), "dead units")
     assert (finding.severity, finding.numbers["share"]) == ("severe", 1)
-    assert finding.sentence.startswith("All of the 200 units of 1.weight are zero")
+    assert finding.sentence.startswith("All 200 units of 1.weight are zero")
 
 
 def test_diagnose_is_not_severe_about_dead_units_that_have_come_back() -> None:

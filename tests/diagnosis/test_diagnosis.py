@@ -100,6 +100,17 @@ def test_diagnose_finds_exploding_by_the_growth_over_steps(final: float, severit
     assert finding.numbers["growth"] == growth
 
 
+def test_diagnose_finds_gradients_that_explode_from_the_start_and_tells_no_scale() -> None:
+    history = make_history(Log2Bins(), 3, 40, lambda step, layer: noise(step, layer, 1e12))
+    (finding,) = diagnose(history)
+    assert (finding.kind, finding.severity, finding.steps) == ("exploding", "warning", (0, 39))
+    assert finding.numbers["rms"] == pytest.approx(1e12, rel=0.1)
+    assert len(finding.others) == 2
+    # As of a loss scale.
+    loud = make_history(Log2Bins(), 3, 40, lambda step, layer: noise(step, layer, 2.0**16))
+    assert [each.kind for each in diagnose(loud)] == ["scale"]
+
+
 @pytest.mark.parametrize(
     ("growth", "shown"), [(1234.5, "1,230-fold"), (7.6543e5, "765,000-fold"), (2e9, "2e+09-fold")]
 )

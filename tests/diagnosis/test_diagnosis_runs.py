@@ -163,10 +163,12 @@ def test_diagnose_raises_no_alarm_over_a_schedule_that_ends_at_zero(
 
 def test_diagnose_finds_the_norms_of_a_gpt_in_bfloat16_whose_steps_round_to_nothing() -> None:
     history = train_gpt(dtype=torch.bfloat16)
-    found = [each for each in diagnose(history) if each.kind == "stuck"]
+    finding = only(history, "stuck")
     norms = {name for name in history.select("update").layers if "norm" in name}
-    assert {each.layer.removeprefix("update/") for each in found} == norms
-    assert {each.numbers["zeros"] for each in found} == {1}
+    stuck = finding.layer, *finding.others
+    assert {each.removeprefix("update/") for each in stuck} == norms
+    assert (finding.numbers["zeros"], finding.numbers["layers"]) == (1, len(norms))
+    assert finding.sentence.endswith(f"The same holds for {len(norms) - 1} other layers.")
 
 
 @pytest.mark.parametrize("batch_size", [16, 128])

@@ -82,10 +82,36 @@ def test_narrowest_format_is_recommended(run: History) -> None:
     assert note.layer == "b"
     assert set(note.numbers) == set(FORMATS)
     expected = "mxfp8_e4m3 for all gradients; float8_e5m2 for all parameters."
-    assert note.sentence == f"To keep 20 dB of each layer: {expected}"
+    assert note.sentence.startswith(f"To keep 20 dB of each layer: {expected}")
+    assert note.sentence.endswith(" That is rounding alone, and predicts no convergence.")
     lower = run.diagnose(gradstat.Thresholds(format_snr=15.0))
     (note,) = [each for each in lower if each.kind == "narrowest format"]
     assert "mxfp4_e2m1 for all gradients; mxfp4_e2m1 for all parameters" in note.sentence
+
+
+def test_narrowest_format_keeps_what_the_weights_of_a_norm_have_learned() -> None:
+    rows = [Row("param", "norm.weight"), Row("param", "linear.weight")]
+    steps = [[1 + 0.03 * normal(i, 1.0).ravel()[:64], normal(i, 1.0, 1)] for i in range(20)]
+    formats = ("mxfp4_e2m1", "float8_e4m3fn", "bfloat16")
+    norm, linear = layer_fits(Evidence(recorded(steps, rows, formats), 20))
+    # Four bits make 1 of all of them, which is little beside 1.
+    assert norm.fits["mxfp4_e2m1"].snr > 25
+    assert not norm.fits["mxfp4_e2m1"].keeps(gradstat.Thresholds())
+    assert norm.narrowest(gradstat.Thresholds()) == "bfloat16"
+    assert linear.narrowest(gradstat.Thresholds()) == "float8_e4m3fn"
+    # Nothing is learned yet of weights that are all 1.
+    steps = [[torch.ones(64), normal(i, 1.0, 1)] for i in range(20)]
+    norm, _ = layer_fits(Evidence(recorded(steps, rows, formats), 20))
+    assert norm.narrowest(gradstat.Thresholds()) == "mxfp4_e2m1"
+
+
+@pytest.mark.parametrize("off", [-0.1, 0.1])
+def test_narrowest_format_does_not_change_with_a_tenth_of_a_decibel(off: float) -> None:
+    history = recorded([[normal(0, 1.0)]] * 20, ROWS[:1], ("nvfp4", "float8_e4m3fn"))
+    snr = layer_fits(Evidence(history, 20))[0].fits["nvfp4"].snr
+    found = history.diagnose(gradstat.Thresholds(format_snr=snr + off))
+    (note,) = [each for each in found if each.kind == "narrowest format"]
+    assert ": float8_e4m3fn for all gradients. At the limit is nvfp4, " in note.sentence
 
 
 def test_narrowest_format_has_exceptions() -> None:
@@ -129,7 +155,7 @@ def test_layers_without_values_say_nothing_of_a_format(
     steps[1][0] = torch.zeros(64, 64)
     h = recorded(steps, rows)
     (note,) = [each for each in h.diagnose() if each.kind == "narrowest format"]
-    assert note.sentence == "To keep 20 dB of each layer: float8_e5m2 for all gradients."
+    assert note.sentence.startswith("To keep 20 dB of each layer: float8_e5m2 for all gradients.")
     assert [each.layer for each in layer_fits(Evidence(h, 1))] == ["a"]
     h.save(tmp_path / "run.npz")
     assert main(["formats", "--scales", str(tmp_path / "run.npz")]) == 0

@@ -8,6 +8,7 @@ from histories import make_history
 
 from gradstat import Finding, Log2Bins
 from gradstat.diagnosis.findings import put_in_order
+from gradstat.record import ACTIVATION, GRAD, UNIT
 
 STEPS, AT = 120, 50
 
@@ -62,7 +63,23 @@ def test_diagnose_names_symptoms_as_such() -> None:
     found = make_history(Log2Bins(), 4, STEPS, gradient).diagnose()
     assert found[0].kind == "gradient spike"
     after = [each for each in found if each.kind == "vanishing"]
-    assert len(after) == 4
+    assert len(after) == 1
+    assert len(after[0].others) == 3
     assert {each.after for each in after} == {f"gradient spike at step {AT}"}
     assert f", after the gradient spike at step {AT}: {after[0].layer}'s gradient" in str(after[0])
     assert math.isfinite(found[0].numbers["times"])
+
+
+def test_diagnose_puts_units_that_are_dead_before_what_comes_of_it() -> None:
+    kinds = (GRAD, ACTIVATION, UNIT)
+
+    def row(step: int, at: int) -> torch.Tensor:
+        is_dead = at in (0, 4, 7)  # the first gradient, and the second module
+        return noise(step, at) * (not is_dead)
+
+    history = make_history(Log2Bins(), 3, STEPS, row, kinds=kinds)
+    found = [each for each in history.diagnose() if each.severity != "note"]
+    assert [(each.kind, each.layer, each.after) for each in found] == [
+        ("dead units", "unit/1.weight", ""),
+        ("dead", "0.weight", "dead units at step 0"),
+    ]

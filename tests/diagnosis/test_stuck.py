@@ -78,8 +78,8 @@ def test_diagnose_says_that_changes_round_to_nothing() -> None:
     history = moving(lambda step, layer: 0.0 if layer == 1 else 1e-3)
     finding = only(history, "stuck")
     assert (finding.numbers["ratio"], finding.numbers["zeros"]) == (0, 1)
-    assert "a step changes it by nothing, the median layer by" in finding.sentence
-    assert "; all of the elements do not change at all: the changes round" in finding.sentence
+    assert "no step changes it, and the median layer by" in finding.sentence
+    assert "; no element changes: the changes round" in finding.sentence
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_diagnose_calls_it_severe_that_all_changes_round_to_nothing(
     finding = only(history, "stuck")
     assert (finding.severity, finding.layer) == (severity, "update/0.weight")
     assert finding.numbers == {"ratio": 0, "zeros": 1, "layers": 4}
-    assert "all of the elements do not change at all" in finding.sentence
+    assert "no element changes" in finding.sentence
 
 
 def test_diagnose_does_not_round_the_unchanged_share_up_to_all() -> None:
@@ -223,3 +223,23 @@ def test_diagnose_finds_weights_that_round_nearly_all_changes_to_nothing(
         assert findings[0].numbers["layers"] == 4
         assert findings[0].numbers["zeros"] > 0.9
         assert findings[0].steps == (0, 59)
+
+
+@pytest.mark.parametrize(
+    ("pace", "final", "found"),
+    [(5e-6, 1.0, True), (5e-6, 0.5, False), (5e-5, 1.0, False), (1e-3, 1.0, False)],
+)
+def test_diagnose_tells_steps_that_are_too_small_for_the_loss_to_fall(
+    pace: float, final: float, found: bool
+) -> None:
+    history = moving(lambda step, layer: pace)
+    for step in range(120):
+        noise = 0.02 * math.sin(7 * step)
+        history.add_scalar("loss", step, 1 + (final - 1) * step / 119 + noise)
+        history.add_scalar("lr", step, 1e-6)
+    assert stuck(history) == ([("warning", "update/0.weight", (0, 119))] if found else [])
+    if found:
+        sentence = diagnose(history)[0].sentence
+        assert sentence.endswith("stays as it is: the learning rate, 1e-06, is too small.")
+    # Nobody knows whether the loss falls.
+    assert stuck(moving(lambda step, layer: pace)) == []
