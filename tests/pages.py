@@ -41,6 +41,25 @@ def pixels(page: Page, canvas: str) -> np.ndarray:
     return np.array(values).reshape(height, width, 4)
 
 
+def written_in(page: Page, plot: str) -> list[str]:
+    """The texts that are drawn in a plot's canvases, in their order."""
+    return page.evaluate(
+        """(plot) => {
+        const kept = [];
+        const real = CanvasRenderingContext2D.prototype.fillText;
+        CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
+          if (this.canvas.closest(plot)) kept.push(text);
+          real.call(this, text, ...rest);
+        };
+        dispatchEvent(new Event("resize"));
+        return new Promise((done) => setTimeout(() => {
+          CanvasRenderingContext2D.prototype.fillText = real;
+          done(kept);
+        }, 200)); }""",
+        plot,
+    )
+
+
 def detail(page: Page) -> str:
     return page.locator("#detail-name").inner_text()
 

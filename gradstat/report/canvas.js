@@ -86,20 +86,22 @@ export function type(context, size, align, baseline) {
   context.fillStyle = css("--muted");
 }
 
-// The longest end of a text that fits a width, after an ellipsis.
+// As much of the beginning and of the end of a text as fits a width, around an ellipsis.
 export function fitted(context, text, width) {
   if (context.measureText(text).width <= width) return text;
-  let [low, high] = [0, text.length];
+  const letters = [...text];
+  const cut = (n) => `${letters.slice(0, n >> 1).join("")}\u2026${letters.slice(letters.length - n + (n >> 1)).join("")}`;
+  let [low, high] = [0, letters.length - 1];
   while (low < high) {
-    const middle = (low + high) >> 1;
-    if (context.measureText("\u2026" + text.slice(middle)).width <= width) high = middle;
-    else low = middle + 1;
+    const middle = (low + high + 1) >> 1;
+    if (context.measureText(cut(middle)).width <= width) low = middle;
+    else high = middle - 1;
   }
-  return "\u2026" + text.slice(low);
+  return cut(low);
 }
 
 // Short names that tell layers apart: the whole ones, or without the parts that all begin or end
-// with, or the end of these; where even those are the same, with their number before them.
+// with, or what fits of these; where even those are the same, with their number before them.
 export function shortNames(context, names, width) {
   if (names.every((name) => context.measureText(name).width <= width)) return names;
   const parts = names.map((name) => name.split("."));

@@ -1,7 +1,7 @@
 // The selected layer: its rms, its distribution over time, one record's histogram, its numbers.
 
 import { byId, number, plural, powerOfTwo, share, short, whole } from "./text.js";
-import { arrays, columnAt, columnMiddle, columnOf, columnSteps, countAt, filledRows, firstSteps, K, meta, newest, nounOf, part, place, rowAt, rowEnds, sampleAt, sampleMiddle, samples, sampleSteps, sampleStepsBetween, seen, state, titleOf } from "./run.js";
+import { arrays, columnAt, columnMiddle, columnOf, columnSteps, countAt, filledRows, firstSteps, K, meta, newest, nounOf, part, rowAt, rowEnds, sampleAt, sampleMiddle, samples, sampleSteps, sampleStepsBetween, seen, state, titleOf } from "./run.js";
 import { addCanvas, colorAt, css, curve, dark, densityDark, densityLight, describe, line, mark, roundTicks, spread, stepAxis, type } from "./canvas.js";
 import { addFigure } from "./pointing.js";
 import { cellLines } from "./map.js";
@@ -102,7 +102,7 @@ export function buildDetail(select) {
     byId("detail-outside").textContent = outside(state.layer, sample).join(", ");
     describe(histogram.canvas, `${when}. ${byId("detail-outside").textContent}`);
   }
-  const beside = (by) => state.view.layers[place[state.layer] + by];
+  const beside = (by) => state.view.rows[state.view.rowOf[state.layer] + by];
   byId("previous").addEventListener("click", () => select(beside(-1), { from: "detail" }));
   byId("next").addEventListener("click", () => select(beside(1), { from: "detail" }));
   return {
@@ -145,12 +145,16 @@ function fullestRow(layer, k) {
   return fullest ? (fullest[0] + fullest[1]) / 2 : (low + high) / 2;
 }
 
-// Ends of the vertical axis of a layer's distribution, and its largest share in a row.
+// Ends of the vertical axis of a layer's distribution, and its largest share in a row. Of magnitudes
+// the smallest per mille of each sample may be below the axis: they would take most of it.
 function extent(layer) {
   let [low, high, largest] = [Infinity, -Infinity, 0];
   for (let k = 0; k < K; k++) {
+    let sum = 0;
     for (const [a, b, share] of filledRows(layer, k)) {
-      [low, high, largest] = [Math.min(low, a), Math.max(high, b), Math.max(largest, share)];
+      sum += share;
+      if (!meta.log2 || sum > 0.001) low = Math.min(low, a);
+      [high, largest] = [Math.max(high, b), Math.max(largest, share)];
     }
   }
   return low < high ? { low, high, largest } : { low: -1, high: 0, largest: 1 };
@@ -177,6 +181,12 @@ function outside(layer, k) {
     let inside = 0;
     for (const each of filledRows(layer, k)) inside += each[3];
     if (finite > inside) lines.push(`${whole(finite - inside)} outside the range of the bins`);
+  }
+  if (meta.log2) {
+    const { low } = extent(layer);
+    let under = 0;
+    for (const [, b, , count] of filledRows(layer, k)) if (b <= low) under += count;
+    if (under) lines.push(`${whole(under)} smaller than ${powerOfTwo(low)}, below the axis`);
   }
   if (nonfinite) lines.push(`${whole(nonfinite)} NaN or infinite`);
   return lines;
@@ -215,6 +225,7 @@ function drawDistribution(context, width, height) {
   const cell = (width - LEFT) / seen.samples.length;
   seen.samples.forEach((k, i) => {
     for (const [a, b, share] of filledRows(layer, k)) {
+      if (b <= low) continue;
       context.fillStyle = densityColor(share / largest);
       context.fillRect(LEFT + i * cell, y(b), cell + 0.4, y(a) - y(b) + 0.4);
     }
@@ -252,7 +263,7 @@ function drawHistogram(context, width, height) {
   const { low, high } = extent(layer);
   const bottom = height - 22;
   const x = (v) => LEFT + ((v - low) / (high - low)) * (width - LEFT);
-  const filled = [...filledRows(layer, sample)];
+  const filled = [...filledRows(layer, sample)].filter((each) => each[1] > low);
   const most = Math.max(0, ...filled.map((each) => each[3]));
   context.fillStyle = css("--accent");
   for (const [a, b, , count] of filled) {

@@ -11,7 +11,7 @@ from gradstat.bins import Log2Bins
 from gradstat.history import History
 from gradstat.history.scalars import Scalars
 from gradstat.report import package, thin
-from gradstat.report.series import Series, series_of
+from gradstat.report.series import Series, norm_of, series_of
 from gradstat.util import Array
 
 
@@ -38,6 +38,7 @@ class Growing:
         self._sums = thin.Sums.of(first).part(slice(0))
         self._stride = self._sample_stride = 1
         self._samples: list[tuple[int, int, thin.Sample]] = []  # with its version and position
+        self._named: dict[int, tuple[int, thin.Sample]] = {}  # by step, with its version
         self._scalars, self._norm = Scalars(), Scalars()
         self._series: dict[str, Series] = {}
         # When each column was changed last, and when everything was.
@@ -93,7 +94,8 @@ class Growing:
             for step, value in zip(*(x.tolist() for x in part.scalar(name)), strict=True):
                 self._scalars.add(name, step, value)
         if len(part):
-            for step, norm in zip(part.steps.tolist(), part.norm(self._kind).tolist(), strict=True):
+            norms = norm_of(part, self._kind).tolist()
+            for step, norm in zip(part.steps.tolist(), norms, strict=True):
                 self._norm.add("norm", step, norm)
         if not len(self._changed):
             return
@@ -106,6 +108,21 @@ class Growing:
             for name, now in series.items():
                 self._changed[_differing(self._series[name], now)] = self._version
         self._series = series
+
+    def name(self, history: History, at: list[int], version: int) -> None:
+        """Keep the samples of records that findings name, and no more of those that they named.
+
+        Args:
+            history: these records and more.
+            at: their positions.
+            version: as for `add`.
+        """
+        steps = history.steps[at].tolist()
+        self._named = {
+            step: self._named.get(step) or (version, thin.sample(history, each))
+            for step, each in zip(steps, at, strict=True)
+        }
+        self._version = version
 
     def since(self, version: int) -> dict[str, Any]:
         """What a page lacks that has seen everything up to a version.
@@ -121,10 +138,12 @@ class Growing:
         start = 0 if is_whole else int(changed[0]) if len(changed) else len(self._changed)
         has_new = is_whole or start < len(self._changed)
         cut = slice(start, None)
+        samples = self._named | {each.step: (at, each) for at, _, each in self._samples}
+        samples = dict(sorted(samples.items()))
         found = package.contents(
             self._sums.part(cut).columns(),
             {name: _part(each, cut) for name, each in self._series.items()},
-            [sample for at, _, sample in self._samples if is_whole or at > version],
+            [sample for at, sample in samples.values() if is_whole or at > version],
             self._newest if has_new else {},
             log2=self._log2,
         )
@@ -132,7 +151,7 @@ class Growing:
             "from": start,
             "records": self.n_records,
             "capacity": self._most_columns,
-            "kept": [sample.step for *_, sample in self._samples],
+            "kept": list(samples),
         }
         return found | ({"head": self._head} if is_whole else {})
 

@@ -9,7 +9,7 @@ import { NAMES } from "./detail.js";
 
 const COLUMNS = [
   { name: "#", width: "52px", wide: "wider", order: (i) => place[i], text: (i) => String(place[i] + 1) },
-  { name: "Layer", left: true, order: (i) => meta.layers[i], text: (i) => meta.layers[i] },
+  { name: "Name", left: true, order: (i) => meta.layers[i], text: (i) => meta.layers[i] },
   { name: "Elements", width: "100px", wide: "wider", order: (i) => newest("numel", i), text: (i) => whole(newest("numel", i)) },
   { name: "rms by step, own log scale", width: "28%", left: true, spark: true },
   { name: "rms, newest", width: "104px", order: (i) => newest("rms", i), text: (i) => number(newest("rms", i)) },

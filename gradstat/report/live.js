@@ -1,7 +1,9 @@
 // The page of a run that is written: asks the server each second for what is new.
 
 import { ago, byId, whole } from "./text.js";
-import { meta, nounOf, state, T } from "./run.js";
+import { byKind, meta, nounOf, state, T } from "./run.js";
+import { redrawSoon } from "./canvas.js";
+import { margin } from "./map.js";
 import { contents, layerNamed, select, selectListeners, take } from "./main.js";
 
 const POLL_MS = 1000;
@@ -52,13 +54,30 @@ function showLive(state, text) {
   byId("live-state").textContent = text;
 }
 
-// Pages side by side show the same layer and step, where they have it.
+// Pages side by side show the same row and step where they have them, at least the same kind, and
+// leave as much room for names. A page that opens follows the one where the reader has chosen
+// something, or else one that shows a finding; of two, the one whose address comes first.
 if (window.parent !== window) {
+  document.body.classList.add("beside");
   const besides = new BroadcastChannel(`gradstat ${new URLSearchParams(location.search).get("beside")}`);
-  selectListeners.push(() => besides.postMessage({ layer: meta.layers[state.layer], noun: nounOf(state.layer), step: state.step }));
-  besides.addEventListener("message", ({ data: { layer, noun, step } }) => {
-    const found = T ? layerNamed(layer, noun) : undefined;
-    if (found !== undefined) select(found, { from: "beside", step });
+  const tell = (asks) => besides.postMessage({
+    layer: meta.layers[state.layer], noun: nounOf(state.layer), step: state.step,
+    margin: margin.own, touched: state.touched, address: location.pathname, asks,
+  });
+  selectListeners.push((from) => tell(from === "start"));
+  besides.addEventListener("message", ({ data: told }) => {
+    if (told.margin > margin.beside) {
+      margin.beside = told.margin;
+      redrawSoon();
+    }
+    if (!T) return;
+    const leads = told.touched > state.touched || (told.touched === state.touched && told.address < location.pathname);
+    if (told.asks && !leads) return tell(false);
+    const [same] = byKind[meta.nouns.indexOf(told.noun)] ?? [];
+    const layer = layerNamed(told.layer, told.noun) ?? same;
+    if (layer === undefined) return;
+    state.touched = Math.max(state.touched, told.touched);
+    select(layer, { from: "beside", step: told.step });
   });
 }
 

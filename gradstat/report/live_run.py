@@ -15,7 +15,7 @@ from gradstat.diagnosis import diagnose
 from gradstat.history import History
 from gradstat.history.follow import Follower, read_quietly
 from gradstat.history.records import Records
-from gradstat.report import package
+from gradstat.report import package, thin
 from gradstat.report.growing import Growing
 from gradstat.util import escaped
 
@@ -134,6 +134,7 @@ class LiveRun:
             if records is not None and records.steps:
                 history = History.from_records(records)
                 found = package.findings(diagnose(history), history.layers)
+                named = thin.positions(history, [finding["at"] for finding in found])
                 n_records = len(history)
         except (OSError, ValueError):
             pass  # the next look says so
@@ -143,8 +144,9 @@ class LiveRun:
                 took_s = time.monotonic() - began_s
                 wait_s = max(_FINDINGS_S, took_s / _FINDINGS_SHARE)
                 self._findings_due_s = time.monotonic() + wait_s
-                if found is not None and began == self._began:
+                if found is not None and began == self._began and self._growing is not None:
                     self._rise()
+                    self._growing.name(history, named, self._version)
                     self._findings, self._findings_of = found, n_records
                     self._findings_version = self._version
 

@@ -1,7 +1,7 @@
 // Puts the parts together.
 
 import { byId, plural, whole } from "./text.js";
-import { byKind, isolateNames, isZoomed, K, meta, nounOf, receive, sampleNear, samples, see, seen, state, T, titleOf, zoom } from "./run.js";
+import { aRow, byKind, isolateNames, isZoomed, K, meta, nounOf, receive, sampleNear, samples, see, seen, state, T, titleOf, zoom } from "./run.js";
 import { redrawAll, redrawSoon } from "./canvas.js";
 import { buildSave } from "./save.js";
 import { buildZoom, forgetPlaces, zoomTo } from "./pointing.js";
@@ -82,7 +82,11 @@ let linkTimer = 0;
 
 // Called after each change that the reader makes.
 function linkChanged() {
-  state.isTouched = true;
+  state.touched = 2;
+  writeLink();
+}
+
+function writeLink() {
   clearTimeout(linkTimer);
   linkTimer = setTimeout(() => {
     try {
@@ -100,6 +104,7 @@ function linkOf() {
   if (state.step !== null) view.set("step", state.step);
   if (zoom.first !== null || zoom.last !== null) view.set("steps", `${zoom.first ?? ""}-${zoom.last ?? ""}`);
   if (colourNow() !== RMS) view.set("colour", state.colour);
+  if (state.order) view.set("order", state.order);
   if (byId("filter").value) view.set("filter", byId("filter").value);
   const sorting = table.sorting();
   if (sorting) view.set("sort", `${sorting.sign < 0 ? "-" : ""}${sorting.name}`);
@@ -118,6 +123,7 @@ function readLink() {
     first: first ?? null,
     last: last ?? null,
     colour: view.get("colour") ?? "",
+    order: ["depth", "role"].includes(view.get("order")) ? view.get("order") : "",
     filter: view.get("filter") ?? "",
     sort: sort && [sort.replace(/^-/, ""), sort.startsWith("-") ? -1 : 1],
   };
@@ -156,19 +162,20 @@ byId("kind").addEventListener("change", () => {
 function showFacts() {
   const [first, last] = [meta.steps[0][0], meta.steps[T - 1][1]];
   byId("facts").textContent = [
-    plural(state.view.layers.length, "layer"),
+    plural(state.view.layers.length, meta.owners[state.view.kind]),
     `${plural(meta.records, "record")}, ${first === last ? "step" : "steps"} ${first === last ? whole(first) : `${whole(first)} to ${whole(last)}`}`,
     meta.bins,
   ].join(" \u00b7 ");
   const [few, many] = [Math.min(...meta.sizes), Math.max(...meta.sizes)];
   const size = few === many ? plural(many, "record") : many - few === 1 ? `${whole(few)} or ${plural(many, "record")}` : `up to ${plural(many, "record")}`;
-  const noun = meta.nouns[state.view.kind];
+  const { groups, kind } = state.view;
   const { hint } = colourNow();
-  const colour = hint ? hint(noun) : many === 1 ? `Colour is the rms of a layer's ${noun} in one record.` : `Thinned: a column is ${size} together, its colour the rms of all their elements.`;
-  byId("map-hint").textContent = `${colour} The first layer is on top. Click a row to see its distribution; drag to see fewer steps.`;
+  const colour = hint ? hint(aRow(kind)) : many === 1 ? `Colour is the rms of ${aRow(kind)} in one record.` : `Thinned: a column is ${size} together, its colour the rms of all their elements.`;
+  const order = groups.length > 1 ? "Rows with the same role are together, of each the one nearest to the input on top." : `The ${meta.owners[kind]} nearest to the input is on top.`;
+  byId("map-hint").textContent = `${colour} ${order} Click a row to see its distribution; drag to see fewer steps.`;
   const notes = [`Made by gradstat ${meta.version}.`];
   if (many > 1) notes.push(`Lines are the rms of ${size} together, their band the smallest and the largest rms of one record.`);
-  if (K < meta.records) notes.push(`Distributions are those of ${whole(K)} of ${plural(meta.records, "record")}, evenly spread, the newest among them.`);
+  if (K < meta.records) notes.push(`Distributions are those of ${whole(K)} of ${plural(meta.records, "record")}: evenly spread ones, the newest, and those that findings name.`);
   byId("footer").textContent = notes.join(" ");
 }
 
@@ -176,6 +183,8 @@ function showFacts() {
 function showAll() {
   see();
   state.view = viewOf(state.view ? state.view.kind : meta.kinds[state.layer]);
+  const owners = `${meta.owners[state.view.kind]}s`;
+  byId("layers-title").textContent = owners[0].toUpperCase() + owners.slice(1);
   byId("kind").value = state.view.kind;
   colourControl.show();
   showFacts();
@@ -202,10 +211,10 @@ export function select(layer, { from, step = null }) {
   table.select(layer);
   map.mark();
   if (!isOther) detail.show(state.home);
+  if (from !== "beside") for (const hear of selectListeners) hear(from);
   if (from === "start") return;
+  if (from === "beside") return writeLink();
   linkChanged();
-  if (from === "beside") return;
-  for (const hear of selectListeners) hear();
   // Beside the rest on a wide page, and in view; above the table on a narrow one.
   const beside = getComputedStyle(byId("detail")).position === "sticky";
   if (!beside && !["detail", "kind"].includes(from)) byId("detail").scrollIntoView({ block: "start" });
@@ -217,9 +226,9 @@ function openView() {
   const asked = readLink();
   // While a run is written, the page opens on a finding only if it is more than a note.
   const found = meta.findings?.find(({ severity }) => !contents.live || severity !== "note");
-  state.isTouched ||= asked.layer !== undefined || found !== undefined;
+  state.touched = Math.max(state.touched, asked.layer !== undefined ? 2 : found !== undefined ? 1 : 0);
   [zoom.first, zoom.last] = [asked.first, asked.last];
-  state.colour = asked.colour;
+  [state.colour, state.order] = [asked.colour, asked.order];
   state.layer = asked.layer ?? found?.layer ?? byKind[0][0];
   const step = asked.layer === undefined ? found?.at ?? null : asked.step;
   see();
@@ -251,7 +260,7 @@ export function take(told, data) {
   if (told.findings !== undefined || told.head) showFindings(select);
   showFindingsOf();
   const layer = before ? layerNamed(before.layer, before.noun) : undefined;
-  if (layer === undefined || (!state.isTouched && told.findings)) return openView();
+  if (layer === undefined || (!state.touched && told.findings)) return openView();
   state.layer = layer;
   state.home = state.step === null ? K - 1 : sampleNear(state.step);
   state.sample = before.sample === null ? state.home : sampleNear(before.sample);
@@ -269,7 +278,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && T && isZoomed()) zoomTo(null, null);
 });
 
-buildSave("save-map", { name: "map", title: () => `${document.title}: ${colourNow().label} of each ${meta.nouns[state.view.kind]}`, drawings: map.drawings, table: () => cellsTable(state.view.layers) });
+buildSave("save-map", { name: "map", title: () => `${document.title}: ${colourNow().of(aRow(state.view.kind))}`, drawings: map.drawings, table: () => cellsTable(state.view.layers) });
 buildSave("save-series", { name: "series", title: () => "", table: seriesTable });
 const ofLayer = (what) => () => `${titleOf(state.layer)}: ${what()}`;
 buildSave("save-rms", { name: "rms", title: ofLayer(() => "rms by step"), drawings: [detail.drawings.rms], table: () => cellsTable([state.layer]) });

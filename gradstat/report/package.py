@@ -13,7 +13,7 @@ from gradstat.bins import Log2Bins
 from gradstat.diagnosis import Finding
 from gradstat.diagnosis.evidence import Evidence
 from gradstat.history import History
-from gradstat.record import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE
+from gradstat.record import ACTIVATION, NOUNS, OF_PARAMETERS, PARAM, UNIT, UPDATE
 from gradstat.report.series import Series
 from gradstat.report.thin import Columns, Sample
 from gradstat.util import Array, escaped
@@ -36,6 +36,8 @@ def head(history: History) -> dict[str, Any]:
         "formats": history.formats,
         "layers": [escaped(row.name) for row in history.rows],
         "nouns": [NOUNS[kind] for kind in kinds],
+        # Whose values they are.
+        "owners": ["parameter" if kind in OF_PARAMETERS else "module" for kind in kinds],
         "kinds": [kinds.index(kind) for kind in history.kinds],
         # The layer nearest to the input first, among those of its kind.
         "order": [int(at) for at in Evidence(history, 1).columns],

@@ -59,7 +59,8 @@ def write(history: History, path: str | os.PathLike[str], *, title: str = "Gradi
 
 def _render(history: History, title: str) -> str:
     columns = thin.columns(history)
-    samples = thin.samples(history)
+    findings = package.findings(diagnose(history), history.layers)
+    samples = thin.samples(history, [finding["at"] for finding in findings])
     contents = package.contents(
         columns,
         series.series(history, columns),
@@ -74,7 +75,7 @@ def _render(history: History, title: str) -> str:
         "capacity": len(columns.records),
         "from": 0,
         "kept": contents["samples"],
-        "findings": package.findings(diagnose(history), history.layers),
+        "findings": findings,
     }
     return render(title, contents, data)
 

@@ -3,7 +3,7 @@
 
 import { plural, whole } from "./text.js";
 
-export const meta = { layers: [], nouns: [], kinds: [], order: [], formats: [], series: [], steps: [], sizes: [], records: 0, findings: null };
+export const meta = { layers: [], nouns: [], owners: [], kinds: [], order: [], formats: [], series: [], steps: [], sizes: [], records: 0, findings: null };
 export const arrays = {};
 export let samples = [];
 export let T = 0;  // columns
@@ -42,6 +42,7 @@ export function receive(told, data) {
   addSamples(told, fresh);
   for (const name of Object.keys(fresh).filter((each) => each.startsWith("newest"))) arrays[name] = fresh[name];
   [T, K] = [meta.steps.length, samples.length];
+  usuals.clear();
 }
 
 function begin(told) {
@@ -83,6 +84,16 @@ function addSamples(told, fresh) {
 
 // The columns of one layer or series.
 export const wholePart = (array, i) => array.subarray(i * capacity, i * capacity + T);
+
+// The median of a row's levels over all columns.
+const usuals = new Map();
+export function usual(layer) {
+  if (!usuals.has(layer)) {
+    const known = wholePart(arrays.level, layer).filter(Number.isFinite).sort();
+    usuals.set(layer, known.length ? known[known.length >> 1] : NaN);
+  }
+  return usuals.get(layer);
+}
 
 export const newest = (name, layer) => arrays[`newest${name[0].toUpperCase()}${name.slice(1)}`]?.[layer];
 
@@ -131,6 +142,12 @@ export function isolateNames(text) {
 
 export const nounOf = (layer) => meta.nouns[meta.kinds[layer]];
 export const titleOf = (layer) => isolated(meta.layers[layer]) + (nounOf(layer) === "gradient" ? "" : `\u00a0\u00b7 ${nounOf(layer)}`);
+
+// What a row of a kind is of, in words: a parameter's gradient.
+export function aRow(kind) {
+  const [owner, noun] = [meta.owners[kind], meta.nouns[kind]];
+  return owner === noun ? `a ${noun}` : `a ${owner}'s ${noun}`;
+}
 
 export function stepsOf(column) {
   const [first, last] = meta.steps[column];
@@ -220,5 +237,5 @@ export function zoomed(factor, t) {
 //
 // `step` is the one that is looked at, null for the newest. `home` is its sample, which is shown
 // while the pointer is on no other. Columns: `cell` of the map, `t` of the rms, `seriesAt` of the lines.
-// `isTouched`: the reader, a link, or a finding has chosen what to see.
-export const state = { view: null, colour: "", layer: 0, step: null, home: 0, sample: 0, cell: null, t: null, seriesAt: null, isTouched: false };
+// `touched`: who has chosen what to see; 0 nobody yet, 1 a finding, 2 the reader or a link.
+export const state = { view: null, colour: "", order: "", layer: 0, step: null, home: 0, sample: 0, cell: null, t: null, seriesAt: null, touched: 0 };

@@ -107,11 +107,11 @@ class SvgContext {
   }
 
   moveTo(x, y) {
-    this.path.push(`M${rounded(this.left + x)} ${rounded(this.top + y)}`);
+    this.path.push(`M${hundredths(this.left + x)} ${hundredths(this.top + y)}`);
   }
 
   lineTo(x, y) {
-    this.path.push(`L${rounded(this.left + x)} ${rounded(this.top + y)}`);
+    this.path.push(`L${hundredths(this.left + x)} ${hundredths(this.top + y)}`);
   }
 
   stroke() {
@@ -134,9 +134,12 @@ class SvgContext {
     this.add("text", { x: this.left + x, y: this.top + y + down * size, "font-size": size, "text-anchor": anchor, ...paintOf("fill", this.fillStyle) }, text);
   }
 
-  drawImage(image, x, y, width, height) {
+  drawImage(image, fromX, fromY, columns, rows, x, y, width, height) {
+    const part = document.createElement("canvas");
+    [part.width, part.height] = [columns, rows];
+    part.getContext("2d").drawImage(image, fromX, fromY, columns, rows, 0, 0, columns, rows);
     const style = "image-rendering: pixelated";
-    this.add("image", { x: this.left + x, y: this.top + y, width, height, href: image.toDataURL(), preserveAspectRatio: "none", style });
+    this.add("image", { x: this.left + x, y: this.top + y, width, height, href: part.toDataURL(), preserveAspectRatio: "none", style });
   }
 
   stroked() {
@@ -144,7 +147,7 @@ class SvgContext {
   }
 
   add(name, attributes, text = "") {
-    const written = Object.entries(attributes).map(([key, value]) => ` ${key}="${inXml(typeof value === "number" ? rounded(value) : value)}"`);
+    const written = Object.entries(attributes).map(([key, value]) => ` ${key}="${inXml(typeof value === "number" ? hundredths(value) : value)}"`);
     this.parts.push(`<${name}${written.join("")}>${inXml(text)}</${name}>`);
   }
 
@@ -155,7 +158,7 @@ class SvgContext {
   }
 }
 
-const rounded = (x) => String(Math.round(100 * x) / 100);
+const hundredths = (x) => String(Math.round(100 * x) / 100);
 const inXml = (text) => String(text).replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
 
 // A colour and its opacity apart, since older readers know no other way.

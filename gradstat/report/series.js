@@ -1,21 +1,31 @@
 // Loss, norm and learning rate over the map, on its axis of steps, with marks where findings begin.
 
-import { byId, number, short } from "./text.js";
+import { byId, number, rounded, short } from "./text.js";
 import { arrays, capacity, columnAt, columnMiddle, columnOf, columnSteps, isolated, meta, part, seen, state, stepsOf } from "./run.js";
-import { addCanvas, css, curve, describe, fitted, line, mark, spread, type } from "./canvas.js";
+import { addCanvas, css, curve, describe, fitted, line, mark, roundTicks, spread, type } from "./canvas.js";
 import { addFigure } from "./pointing.js";
 
-const SERIES_HEIGHT = 58;
+const [NAME_HEIGHT, LINE_HEIGHT] = [18, 48];
+const SERIES_HEIGHT = NAME_HEIGHT + LINE_HEIGHT + 10;
 const MARKS_HEIGHT = 14;
 
+// How a series is drawn: on a logarithmic axis where most of it spans decades, and cut off where a few
+// values are far from all others; `cut` has the largest and the smallest of these, which are written.
 function seriesOf(i) {
   const [level, low, high] = [arrays.seriesMean, arrays.seriesLeast, arrays.seriesMost].map((array) => part(array, i));
-  let [least, most] = [Infinity, -Infinity];
-  for (const v of low) if (v < least) least = v;
-  for (const v of high) if (v > most) most = v;
-  const isLog = least > 0 && Number.isFinite(most) && most > 30 * least;
-  const scale = (values) => (isLog ? values.map(Math.log10) : values);
-  return { level: scale(level), low: scale(low), high: scale(high), isLog, bad: part(arrays.seriesNonfinite, i) };
+  const known = level.filter(Number.isFinite).sort();
+  const quantile = (q) => known[Math.round(q * (known.length - 1))];
+  const [least, most] = spread([low, high], 0);
+  const isLog = least > 0 && quantile(0.98) > 30 * quantile(0.02);
+  const scale = isLog ? Math.log10 : (x) => x;
+  const ends = [least, most].map(scale);
+  const usually = [quantile(0.02), quantile(0.98)].map(scale);
+  const far = 2 * (usually[1] - usually[0]);
+  const cut = [null, null];
+  if (far > 0 && ends[0] < usually[0] - far) [ends[0], cut[0]] = [usually[0] - far / 8, least];
+  if (far > 0 && ends[1] > usually[1] + far) [ends[1], cut[1]] = [usually[1] + far / 8, most];
+  const within = (values) => values.map((x) => Math.min(ends[1], Math.max(ends[0], scale(x))));
+  return { level: within(level), low: within(low), high: within(high), ends, cut, isLog, bad: part(arrays.seriesNonfinite, i), extremes: [low, high] };
 }
 
 const seriesBottom = () => meta.series.length * SERIES_HEIGHT;
@@ -31,7 +41,7 @@ function marks() {
 export function buildSeries(select, leftOf) {
   const drawing = addCanvas(byId("map-series"), 0, (context, width) => {
     const [left, bottom] = [leftOf(), seriesBottom()];
-    meta.series.forEach((name, i) => drawOneSeries(context, name, seriesOf(i), { left, top: i * SERIES_HEIGHT + 6, width: width - left, height: SERIES_HEIGHT - 12 }));
+    meta.series.forEach((name, i) => drawOneSeries(context, name, seriesOf(i), { left, top: i * SERIES_HEIGHT + NAME_HEIGHT, width: width - left, height: LINE_HEIGHT }));
     // The worst is on top.
     for (const { finding, t } of marks().reverse()) {
       const x = columnMiddle(t, left, width);
@@ -86,27 +96,52 @@ export function buildSeries(select, leftOf) {
   };
 }
 
-function drawOneSeries(context, name, { level, low, high, isLog, bad }, box) {
-  const ends = spread([low, high], 0);
-  if (ends[0] === ends[1]) ends[1] = ends[0] + (Math.abs(ends[0]) || 1);
+function drawOneSeries(context, name, series, box) {
+  const { level, low, high, cut, isLog, bad, extremes } = series;
   const { left, top, width, height } = box;
-  type(context, 12, "right", "middle");
-  context.fillText(fitted(context, name, left - 12), left - 8, top + height / 2);
+  const isConstant = series.ends[0] === series.ends[1];
+  const ends = isConstant ? [series.ends[0] - 1, series.ends[1] + 1] : series.ends;
+  const y = (v) => top + height * (1 - (v - ends[0]) / (ends[1] - ends[0]));
+  type(context, 12, "left", "top");
+  const title = fitted(context, `${isolated(name)}${isLog ? ", log scale" : ""}`, width / 2);
+  context.fillText(title, left, top - NAME_HEIGHT + 2);
+  const titleEnd = left + context.measureText(title).width + 12;
+  type(context, 10, "right", "middle");
   context.strokeStyle = css("--line");
-  line(context, left, top + height, left + width, top + height);
+  context.lineWidth = 1;
+  const ticks = isConstant ? [series.ends[0]] : level.some(Number.isFinite) ? ticksOf(ends, isLog) : [];
+  for (const v of ticks) {
+    line(context, left, y(v), left + width, y(v));
+    context.fillText(short(Number((isLog ? 10 ** v : v).toPrecision(6))), left - 8, y(v));
+  }
   curve(context, box, ends, level, low, high, bad);
-  // In the margin, above and below the name, where no curve runs.
-  type(context, 10, "right", "top");
-  const text = (value) => short(Number((isLog ? 10 ** value : value).toPrecision(3)));
-  context.fillText(text(ends[1]), left - 8, top - 3);
-  context.textBaseline = "bottom";
-  context.fillText(text(ends[0]), left - 8, top + height + 1);
+  // What is cut off is written above or below its place.
+  cut.forEach((value, at) => {
+    if (value === null) return;
+    const text = `${at ? "\u2191" : "\u2193"} ${rounded(value)}`;
+    type(context, 11, "center", at ? "bottom" : "top");
+    const half = context.measureText(text).width / 2;
+    const x = left + ((extremes[at].indexOf(value) + 0.5) / level.length) * width;
+    const from = at ? titleEnd : left;
+    context.fillText(text, Math.max(from + half, Math.min(left + width - half, x)), at ? top - 2 : top + height);
+  });
+}
+
+// Numbers on the axis of a series, 12 pixels apart or more: of decades, where there are some.
+function ticksOf([low, high], isLog) {
+  const decades = isLog ? roundTicks(low, high, 4, true) : [];
+  if (decades.length > 1 || !isLog) return isLog ? decades : roundTicks(low, high, 3);
+  const found = [];
+  for (let power = Math.floor(low); power <= high; power++) {
+    for (const digit of [1, 2, 5]) found.push(power + Math.log10(digit));
+  }
+  return found.filter((v) => v >= low && v <= high);
 }
 
 function seriesText(i, t) {
   const [mean, least, most] = [arrays.seriesMean, arrays.seriesLeast, arrays.seriesMost].map((array) => array[i * capacity + t]);
   const broken = arrays.seriesNonfinite[i * capacity + t] ? ", NaN or infinite" : "";
-  return (least === most ? number(mean) : `${number(mean)} (${number(least)} to ${number(most)})`) + broken;
+  return (least === most || Number.isNaN(mean) ? number(mean) : `${number(mean)} (${number(least)} to ${number(most)})`) + broken;
 }
 
 export function seriesTable() {

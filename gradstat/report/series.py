@@ -41,7 +41,14 @@ def series(history: History, columns: Columns) -> dict[str, Series]:
     """Losses, the norm of the first kind and learning rates, a few of each, by name."""
     named = {name: history.scalar(name) for name in history.scalars}
     kind = history.kinds[0]
-    return series_of(named, kind, (history.steps, history.norm(kind)), columns.steps[:, 0])
+    return series_of(named, kind, (history.steps, norm_of(history, kind)), columns.steps[:, 0])
+
+
+def norm_of(history: History, kind: str) -> Array:
+    """The norm at each step; NaN where an element is not finite: `History.norm` leaves it out."""
+    rows = np.array(history.kinds) == kind
+    broken = (history["finite"] < history["numel"])[:, rows].any(1)
+    return np.where(broken, np.nan, history.norm(kind))
 
 
 def series_of(

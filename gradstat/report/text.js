@@ -12,12 +12,15 @@ export function number(x) {
 
 // A round number with no more digits than it needs.
 export function short(x) {
-  const [rounded, size] = [Number(x.toPrecision(6)), Math.abs(x)];
-  const text = x === 0 || (size >= 1e-3 && size < 1e5) ? String(rounded) : rounded.toExponential();
+  const [near, size] = [Number(x.toPrecision(6)), Math.abs(x)];
+  const text = x === 0 || (size >= 1e-3 && size < 1e5) ? String(near) : near.toExponential();
   return text.replaceAll("-", "\u2212").replace("e+", "e");
 }
 
 export const whole = (n) => n.toLocaleString("en-US");
+
+// Three digits, those of thousands without a power.
+export const rounded = (x) => (Math.abs(x) >= 1000 && Math.abs(x) < 1e6 ? whole(Number(x.toPrecision(3))) : number(x));
 
 export function share(x) {
   if (Number.isNaN(x)) return "\u2013";
@@ -30,16 +33,13 @@ export function share(x) {
 
 export const plural = (n, what) => `${whole(n)} ${what}${n === 1 ? "" : "s"}`;
 
-export function powerOfTwo(k) {
-  const digits = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079";
-  return "2" + String(k).replace(/\d/g, (d) => digits[d]).replace("-", "\u207b");
-}
+export const powerOfTwo = (k) => `2^${String(k).replace("-", "\u2212")}`;
 
 // A magnitude that is known by its log2.
 export function magnitude(level) {
   if (Number.isNaN(level)) return "\u2013";
   if (level === -Infinity) return "0";
-  return `${number(2 ** level)} (2^${level.toFixed(1).replace("-", "\u2212")})`;
+  return `${number(2 ** level)} (${powerOfTwo(level.toFixed(1))})`;
 }
 
 // How long ago, in a few letters.

@@ -6,6 +6,7 @@ sample is one record as it was measured.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -198,10 +199,26 @@ def most_samples(n_layers: int) -> int:
     return min(_MAX_SAMPLES, max(_MIN_SAMPLES, _MAX_HISTOGRAMS // max(1, n_layers)))
 
 
-def samples(history: History) -> list[Sample]:
-    """Take histograms of some records, evenly spread, the newest among them."""
-    at = evenly_spread(len(history), most_samples(len(history.layers)))
-    return [sample(history, each) for each in at.tolist()]
+def samples(history: History, steps: Sequence[int] = ()) -> list[Sample]:
+    """Take histograms of some records, evenly spread, the newest among them, and those of steps.
+
+    Args:
+        history: with one record at least.
+        steps: as for `positions`.
+    """
+    at = set(evenly_spread(len(history), most_samples(len(history.layers))).tolist())
+    return [sample(history, each) for each in sorted(at.union(positions(history, steps)))]
+
+
+def positions(history: History, steps: Sequence[int]) -> list[int]:
+    """Positions of the records of some steps, at most as many as samples are spread.
+
+    Args:
+        history: which has them.
+        steps: the most important first.
+    """
+    wanted = list(dict.fromkeys(steps))[: most_samples(len(history.layers))]
+    return [int(at) for at in np.searchsorted(history.steps, wanted)]
 
 
 def sample(history: History, at: int) -> Sample:

@@ -15,6 +15,7 @@ from serving import Look, Writer, commanded, facts, serving, wait_for
 
 from gradstat import History, Log2Bins
 from gradstat.diagnosis import Finding
+from gradstat.record import GRAD, PARAM
 
 pytestmark = pytest.mark.integrations
 
@@ -59,7 +60,9 @@ def test_new_records_appear_within_two_seconds_and_the_place_stays(
             began_s = time.monotonic()
             wait_for(page, f"Live, step {newest},")
             waits_s.append(time.monotonic() - began_s)
-            assert facts(page).startswith(f"6 layers · {newest + 1} records, steps 0 to {newest}")
+            assert facts(page).startswith(
+                f"6 parameters · {newest + 1} records, steps 0 to {newest}"
+            )
             assert where() == before
         assert sorted(waits_s)[2] < 2
         assert page.evaluate("window.isTheSame")
@@ -95,7 +98,7 @@ def test_page_follows_a_run_that_ends_is_killed_and_is_resumed(
         )
         writer.train(4)
         wait_for(page, "Live, step 9,")
-        assert facts(page).startswith("6 layers · 10 records")
+        assert facts(page).startswith("6 parameters · 10 records")
         writer.end()
         page.wait_for_timeout(1500)
         wait_for(page, "Live, step 9,")
@@ -112,7 +115,7 @@ def test_page_follows_a_run_that_ends_is_killed_and_is_resumed(
         writer = write(path)
         writer.train(3)
         wait_for(page, "Live, step 2,")
-        assert facts(page).startswith("6 layers · 3 records")
+        assert facts(page).startswith("6 parameters · 3 records")
         assert detail(page) == chosen
         assert page.evaluate("window.isTheSame")
 
@@ -128,7 +131,7 @@ def test_page_says_that_the_server_has_stopped_and_goes_on_with_another(
     make_history(Log2Bins(), 3, 9).save(tmp_path / "run.npz")
     with commanded(tmp_path / "run.npz", address.strip("/").split(":")[-1]):
         wait_for(page, "Live, step 8,")
-        assert facts(page).startswith("3 layers · 9 records")
+        assert facts(page).startswith("3 parameters · 9 records")
         assert page.evaluate("window.isTheSame")
     # What is not answered is a message of the browser's own.
     look.seen[:] = [each for each in look.seen if "ERR_" not in each]
@@ -202,10 +205,10 @@ def test_page_says_that_another_run_has_its_address(look: Look, tmp_path: Path) 
         make_history(Log2Bins(), layers, 5).save(tmp_path / f"{name}.npz")
     with commanded(tmp_path / "a.npz") as address:
         page = look(address)
-        page.locator("#facts", has_text="2 layers").wait_for()
+        page.locator("#facts", has_text="2 parameters").wait_for()
     with commanded(tmp_path / "b.npz", address.strip("/").rpartition(":")[2]):
         wait_for(page, "Another run has this address now")
-        assert facts(page).startswith("2 layers")
+        assert facts(page).startswith("2 parameters")
     # What is not answered is a message of the browser's own.
     look.seen[:] = [each for each in look.seen if "ERR_" not in each]
 
@@ -256,6 +259,50 @@ def test_list_shows_runs_side_by_side(look: Look, tmp_path: Path) -> None:
         assert page.locator("iframe").count() == 1
         page.get_by_role("link", name="a", exact=True).click()
         wait_for(page, "Live, step 5,")
+
+
+def test_pages_side_by_side_open_on_one_row_and_align_their_maps(
+    look: Look, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = {"a": "0.weight", "b": "a.much.longer.name.of.a.module.5.weight"}
+    for run, last in named.items():
+        names = ["1.weight", "2.weight", last]
+        history = make_history(Log2Bins(), names, 25, kinds=(GRAD, PARAM))
+        history.save(tmp_path / f"{run}.npz")
+
+    def diagnose(history: History) -> list[Finding]:
+        kind, name = ("param/", "2.weight") if named["a"] in history.layers else ("", "1.weight")
+        return [Finding("spike", "severe", f"{kind}{name}", (11, 12), {}, "It is larger." * 40)]
+
+    monkeypatch.setattr("gradstat.report.live_run.diagnose", diagnose)
+    monkeypatch.setattr("gradstat.report.thin._MAX_SAMPLES", 5)
+    with serving(tmp_path / "a.npz", tmp_path / "b.npz") as server:
+        page = look(server.address)
+        page.wait_for_selector("iframe >> nth=1")
+        frames = [page.frame_locator("iframe").nth(i) for i in range(2)]
+        for frame in frames:
+            frame.locator(".finding").first.wait_for()
+        # Both on what was found first, at its very step.
+        for frame in frames:
+            frame.locator("#detail-when", has_text="Histogram at step 11").wait_for()
+        first, second = (frame.locator("#detail-name").inner_text() for frame in frames)
+        assert first == second in ("2.weight\u00a0\u00b7 parameter", "1.weight")
+        tops, columns = [], []
+        for frame in frames:
+            canvas = frame.locator("#map-plot canvas").first
+            outer = page.locator("iframe").nth(len(tops)).bounding_box()
+            box = canvas.bounding_box()
+            tops.append(box["y"] - outer["y"])
+            canvas.hover(position={"x": 0.7 * box["width"], "y": 10})
+            columns.append(frame.locator("#tip div").first.inner_text())
+        assert tops[0] == tops[1]
+        assert columns[0] == columns[1]
+        # A row that only one run has leaves the other at the same kind.
+        frames[1].locator("#kind").select_option(label="Gradients")
+        frames[1].locator("#rows tr").nth(2).click()
+        frames[1].locator("#detail-name", has_text="longer").wait_for()
+        frames[0].locator("#detail-name", has_text="1.weight").wait_for()
+        assert frames[0].locator("#kind").input_value() == "0"
 
 
 def test_runs_that_are_given_are_side_by_side(look: Look, tmp_path: Path) -> None:

@@ -222,3 +222,28 @@ def test_sums_of_parts_are_those_of_the_whole() -> None:
     columns = both.together(np.array([0, 1])).columns()
     expected = [math.log2(x) - 0.5, math.log2(1e300)]
     np.testing.assert_allclose(columns.level[0], expected, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("few")
+def test_samples_that_findings_name_stay_however_long_the_run_becomes() -> None:
+    h = recorded(40)
+    growing = Growing(cut(h, 0, 8), 1)
+    page = Page()
+    page.ask(growing, 1)
+    assert list(page.samples) == [0, 2, 4, 6, 7]
+    growing.name(cut(h, 0, 8), [5, 4], 2)
+    told = page.ask(growing, 2)
+    # The page has one of them already.
+    assert told["samples"] == [5]
+    assert list(page.samples) == [0, 2, 4, 5, 6, 7]
+    for version, (start, stop) in enumerate(((8, 20), (20, 33), (33, 40)), start=3):
+        growing.add(cut(h, start, stop), version)
+        page.ask(growing, version)
+        assert {4, 5} <= set(page.samples)
+        assert_same(page, whole(growing))
+    for step, parts in page.samples.items():
+        np.testing.assert_array_equal(parts[0], thin.sample(h, step).counts)
+    growing.name(h, [5], 6)
+    page.ask(growing, 6)
+    assert 4 not in page.samples
+    assert 5 in page.samples

@@ -80,8 +80,11 @@ def test_map_is_coloured_by_what_a_format_does(open_report: Open, tmp_path: Path
     page = open_report(h)
     options = page.locator("#colour option").all_inner_texts()
     assert options == [
-        "rms", "SNR in float8_e5m2", "to zero in float8_e5m2", "SNR in nvfp4", "to zero in nvfp4",
-    ]  # fmt: skip
+        "rms",
+        "change",
+        *("SNR in float8_e5m2", "to zero in float8_e5m2"),
+        *("SNR in nvfp4", "to zero in nvfp4"),
+    ]
     by_rms = pixels(page, MAP)
     page.locator("#colour").select_option(label="SNR in float8_e5m2")
     by_snr = pixels(page, MAP)
@@ -89,7 +92,7 @@ def test_map_is_coloured_by_what_a_format_does(open_report: Open, tmp_path: Path
     assert page.locator("#map-title").inner_text() == "Signal-to-noise ratio in float8_e5m2"
     assert "error that float8_e5m2 would make, in dB" in page.locator("#map-hint").inner_text()
     said = page.locator(MAP).get_attribute("aria-label")
-    assert "the SNR in float8_e5m2 of each layer's gradient" in said
+    assert "the SNR in float8_e5m2 of a parameter's gradient" in said
     tip = hover(page, MAP, 0.99, 0.1)
     found = h.quantization("nvfp4")
     assert f"nvfp4: {found['snr'][-1, 0]:.1f} dB" in tip
@@ -97,7 +100,7 @@ def test_map_is_coloured_by_what_a_format_does(open_report: Open, tmp_path: Path
 
     page.locator("#colour").select_option(label="to zero in float8_e5m2")
     legend = page.locator("#map-legend canvas").get_attribute("aria-label")
-    assert legend.endswith("to zero in float8_e5m2, 0 % to 100 %")
+    assert legend.endswith("gradient to zero in float8_e5m2, 0 % to 100 %")
     page.wait_for_url("**colour=zero*")
     link = page.evaluate("location.hash")
     page.evaluate("location.hash = ''")
@@ -117,13 +120,13 @@ def test_map_is_coloured_by_what_a_format_does(open_report: Open, tmp_path: Path
 
 
 @pytest.mark.integrations
-def test_page_without_formats_has_no_choice_of_colours(open_report: Open) -> None:
+def test_page_without_formats_has_no_colours_of_them(open_report: Open) -> None:
     model = torch.nn.Linear(4, 2)
     with gradstat.watch(model) as w:
         model(torch.ones(1, 4)).sum().backward()
     page = open_report(w.history)
-    assert page.locator("#colour").is_hidden()
-    assert page.locator("#map-title").inner_text() == "Magnitude by layer and step"
+    assert page.locator("#colour option").all_inner_texts() == ["rms", "change"]
+    assert page.locator("#map-title").inner_text() == "Magnitude by parameter and step"
 
 
 @pytest.mark.integrations

@@ -55,14 +55,15 @@ def test_tab_comes_to_every_control_and_each_has_a_name(open_report: Open) -> No
     assert len(set(names)) == len(names)
     expected = [
         "What is shown",
+        "What the colours show",
         "First step that is shown",
         "Last step that is shown",
         "Save map as SVG",
         "Save series as CSV",
-        "Layer after",
+        "Row below",
         "rms of 0.weight by step",
         "Distribution of 0.weight by step, as colour",
-        "Filter layers by name",
+        "Filter by name",
         "rms, newest",
         # Of the rows the one that is selected.
         "0",
@@ -191,9 +192,9 @@ def test_arrows_move_in_the_table(open_report: Open) -> None:
 
 def test_parts_of_the_page_have_names_and_heads_of_columns_a_scope(open_report: Open) -> None:
     page = open_report(make_history(LOG2, 4, 30, falling))
-    for region in ("Findings", "Magnitude by layer and step", "Layers"):
+    for region in ("Findings", "Magnitude by parameter and step", "Parameters"):
         assert page.get_by_role("region", name=region).count() == 1
-    assert page.get_by_role("complementary", name="The selected layer").count() == 1
+    assert page.get_by_role("complementary", name="What is selected").count() == 1
     assert page.get_by_role("slider").count() == 5
     assert page.locator("#columns th:not([scope=col])").count() == 0
     assert page.locator("html").get_attribute("lang") == "en"

@@ -43,7 +43,7 @@ def test_page_of_one_kind_has_no_control_for_it(open_report: Open) -> None:
     page = open_report(kinds_of_two_layers().select("update"))
     assert page.locator("#kind").is_hidden()
     assert detail(page).endswith("\u00b7 update")
-    assert "a layer's update in" in page.locator("#map-hint").inner_text()
+    assert "a parameter's update in" in page.locator("#map-hint").inner_text()
 
 
 def test_control_shows_one_kind_in_map_table_and_detail(open_report: Open) -> None:
@@ -53,7 +53,7 @@ def test_control_shows_one_kind_in_map_table_and_detail(open_report: Open) -> No
     assert control.locator("option").all_inner_texts() == [
         "Gradients", "Parameters", "Updates", "Activations", "Unit peaks",
     ]  # fmt: skip
-    assert page.locator("#facts").inner_text().startswith("2 layers")
+    assert page.locator("#facts").inner_text().startswith("2 parameters")
     assert shown_layers(page) == ["0.weight", "1.weight"]
     page.locator("#rows tr").nth(1).click()
     before = pixels(page, MAP)
@@ -72,6 +72,8 @@ def test_control_shows_one_kind_in_map_table_and_detail(open_report: Open) -> No
     ratio = numbers[numbers.index("update / parameter") + 1]
     assert ratio == written(h.update_ratio()[-1, 1])
     control.select_option(label="Activations")
+    assert page.locator("#facts").inner_text().startswith("2 modules")
+    assert page.get_by_role("region", name="Modules").count() == 1
     assert "dead units\n100 %" in page.locator("#detail-numbers").inner_text()
     page.locator("#previous").click()
     assert detail(page) == "0.weight\u00a0\u00b7 activation"

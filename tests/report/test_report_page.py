@@ -10,7 +10,6 @@ from histories import falling, make_history, repeat_record
 from pages import DISTRIBUTION, MAP, Open, detail, eventually, hover, pixels, place, written
 
 import gradstat
-from gradstat.report import series as report_series
 from gradstat.report import thin
 
 pytestmark = pytest.mark.integrations
@@ -27,7 +26,7 @@ def test_page_opens_without_an_error(
 ) -> None:
     page = open_report(make_history(bins, layers, steps, absent=[(0, 0)]))
     assert page.locator("#rows tr").count() == layers
-    facts = f"{layers} layer{'s' * (layers > 1)} · {steps} record{'s' * (steps > 1)}, step"
+    facts = f"{layers} parameter{'s' * (layers > 1)} · {steps} record{'s' * (steps > 1)}, step"
     assert page.locator("#facts").inner_text().startswith(facts)
 
 
@@ -286,65 +285,6 @@ def test_page_of_500_layers_opens_in_two_seconds(open_report: Open) -> None:
     assert page.evaluate(frames) < 2000
     page.locator(MAP).click(position=place(page, MAP, 0.7, 0.5))
     assert detail(page) in {f"{i}.weight" for i in range(240, 260)}
-
-
-SERIES = "#map-series canvas"
-
-
-def logged(steps: int = 40, at: int = 30) -> gradstat.History:
-    def gradient(step: int, layer: int) -> torch.Tensor:
-        return falling(step, layer) * (1e4 if step >= at else 1.0)
-
-    history = make_history(LOG2, layers=3, steps=steps, gradient=gradient)
-    for step in range(steps):
-        history.add_scalar("loss", step, math.nan if step == 5 else 9.0 if step >= at else 1.0)
-        history.add_scalar("lr", step, 0.1)
-    return history
-
-
-def test_series_show_loss_norm_and_rate_on_the_axis_of_the_map(open_report: Open) -> None:
-    h = logged()
-    page = open_report(h)
-    tip = hover(page, SERIES, 0.999, 0.1).splitlines()
-    norm = f"{h.norm()[-1]:.2e}".replace("e+0", "e")
-    assert tip == ["step 39", "loss: 9.00", f"gradient norm: {norm}", "lr: 0.100"]
-    # Where the columns of the map are.
-    left, right = (hover(page, each, 0.6, 0.1).splitlines() for each in (SERIES, MAP))
-    assert left[0] == right[1]
-
-
-def test_series_mark_findings_that_lead_to_their_row_and_step(open_report: Open) -> None:
-    h = logged()
-    found = [each for each in h.diagnose() if each.severity != "note"]
-    assert found[0].kind == "loss spike"
-    page = open_report(h)
-    box = page.locator(SERIES).bounding_box()
-    assert box is not None
-    shown = pixels(page, SERIES)
-    marked = np.argwhere((abs(shown[-10:, :, :3].astype(int) - [154, 98, 0]) < 8).all(-1))
-    assert len(marked)
-    x = float(np.median(marked[:, 1])) / shown.shape[1]
-    tip = hover(page, SERIES, x, 0.98)
-    assert any(each.sentence in tip for each in found)
-    page.locator(SERIES).click(position={"x": x * box["width"], "y": box["height"] - 5})
-    assert detail(page) in {each.layer for each in found}
-
-
-def test_series_of_a_run_without_scalars_is_its_norm(open_report: Open) -> None:
-    page = open_report(make_history(LOG2, layers=3, steps=30))
-    assert "gradient norm: " in hover(page, SERIES, 0.9, 0.3)
-
-
-def test_series_take_the_rates_that_change() -> None:
-    h = make_history(LOG2, layers=2, steps=8)
-    for step in range(8):
-        for group in range(6):
-            h.add_scalar(f"lr/{group}", step, 0.1 * (step if group == 4 else 1))
-            h.add_scalar("loss", step, -1.0 * step)
-    series = report_series.series(h, thin.columns(h))
-    assert list(series) == ["loss", "gradient norm", "lr/4"]
-    assert series["lr/4"].mean.tolist() == pytest.approx([0.1 * step for step in range(8)])
-    assert series["loss"].least.tolist() == [-step for step in range(8)]
 
 
 def test_map_shows_layers_by_depth(open_report: Open) -> None:
