@@ -11,6 +11,7 @@ from PIL import Image
 IMAGES = Path(__file__).parent / "images"
 NAMES = {
     "1_activations": "activations",
+    "2_octaves": "octaves",
     "2_ridge": "ridge",
     "3_loss": "loss",
     "4_mean": "mean",

@@ -21,13 +21,13 @@ PLAIN_STD = {
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured while a network trained, by epoch E, iteration I and layer L.
+    """What was measured while a network trained, by epoch E, step S and layer L.
 
     Args:
-        loss: ``(E, I)``.
-        mean: mean gradient, ``(E, I, L)``.
-        mean_abs: mean of magnitudes, ``(E, I, L)``.
-        std: standard deviation, ``(E, I, L)``.
+        loss: ``(E, S)``.
+        mean: mean gradient, ``(E, S, L)``.
+        mean_abs: mean of magnitudes, ``(E, S, L)``.
+        std: standard deviation, ``(E, S, L)``.
     """
 
     loss: Array

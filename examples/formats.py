@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import gradstat
-from gradstat.plot import labels
+from gradstat.plot import labels, panels
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 from incident import LENGTH, VOCABULARY, make_text
@@ -131,31 +132,36 @@ def advise(run: Run) -> str:
 
 def draw(full: Run, runs: dict[str, Run]) -> Figure:
     """How far weights moved against what was predicted, and the losses."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    moves, losses = figure.subplots(1, 2)
-    losses.plot(full.loss, color=labels.INK, label="float32", linewidth=6, alpha=0.25)
-    for (form, run), color in zip(runs.items(), ("#c44e52", "#4c72b0"), strict=True):
-        survive = 100 * (1 - full.underflow[form]).clip(1e-5)
-        moves.scatter(survive, 100 * run.moved / full.moved, color=color, label=form)
-        losses.plot(run.loss, color=color, label=form, linewidth=1.2)
-    worst = int(np.argmin(runs[STARVING].moved / full.moved))
-    where = 100 - 100 * full.underflow[STARVING][worst], 100 * runs[STARVING].moved[worst]
-    moves.annotate(
-        full.names[worst].removesuffix(".weight"),
-        (where[0], where[1] / full.moved[worst]),
-        (6, -4),
-        textcoords="offset points",
-        fontsize=8,
-    )
-    moves.set_xscale("log")
-    moves.set_xlabel("predicted: % of the gradient that does not become zero")
-    moves.set_ylabel("how far each weight moved, % of float32")
-    moves.set_ylim(bottom=0)
-    losses.set_xlabel("step")
-    losses.set_ylabel("loss")
+    figure, (moves, losses) = panels.grid_2d(None, 2, 2, (4.6, 3.4), margin=1.9)
     for axes in (moves, losses):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, title="gradients in")
+        panels.style_2d(axes)
+    losses.plot(full.loss, color=labels.INK, linewidth=6, alpha=0.25)
+    colors = [panels.HUES[1], panels.HUES[0]]
+    for (form, run), color in zip(runs.items(), colors, strict=True):
+        survive = 100 * (1 - full.underflow[form]).clip(1e-5)
+        moves.scatter(survive, 100 * run.moved / full.moved, color=color, s=22)
+        losses.plot(run.loss, color=color, linewidth=1.2)
+    moved = runs[STARVING].moved / full.moved
+    for named, offset in ((int(moved.argmin()), (6, -4)), (int(moved.argmax()), (-6, -4))):
+        moves.annotate(
+            full.names[named].removesuffix(".weight"),
+            (100 - 100 * full.underflow[STARVING][named], 100 * moved[named]),
+            offset,
+            textcoords="offset points",
+            ha="left" if offset[0] > 0 else "right",
+            fontsize=8,
+            color=labels.INK,
+        )
+    moves.set_xscale("log")
+    moves.set_xlabel(
+        "gradient that does not become zero, predicted, %", fontsize=9, color=labels.INK
+    )
+    moves.set_ylabel("how far each weight moved, % of float32", fontsize=9, color=labels.INK)
+    moves.set_ylim(bottom=0)
+    losses.set_xlabel("step", fontsize=9, color=labels.INK)
+    losses.set_ylabel("loss", fontsize=9, color=labels.INK)
+    pale = (*to_rgb(labels.INK), 0.25)
+    labels.add_key(figure, ["gradients in float32", *runs], [pale, *colors])
     return figure
 
 

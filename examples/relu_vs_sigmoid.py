@@ -36,9 +36,9 @@ class Run:
     """A trained network's record.
 
     Args:
-        loss: of each iteration.
-        every_step: over `Log2Bins`, of each iteration.
-        each_epoch: over 30 linear bins, of the last iteration of each epoch.
+        loss: of each step.
+        every_step: over `Log2Bins`, of each step.
+        each_epoch: over 30 linear bins, of the last step of each epoch.
     """
 
     loss: np.ndarray
@@ -46,7 +46,7 @@ class Run:
     each_epoch: History
 
     def measured(self) -> Measured:
-        """By epoch, iteration and layer."""
+        """By epoch, step and layer."""
         h, epochs = self.every_step, len(self.each_epoch)
         fields = (h["mean"], h["l1"] / h["finite"], h["std"])
         return Measured(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from conftest import CUDA, ROOT
+from legibility import assert_legible
+from matplotlib.patches import Rectangle
 
 SUITE = [sys.executable, str(ROOT / "bench" / "gpu_suite.py")]
 
@@ -51,3 +53,20 @@ def test_merging_of_ranks_is_measured(tmp_path: Path) -> None:
     subprocess.run(command, capture_output=True, check=True)
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert re.search(r"^[0-9.]+ s, [0-9]+ MB at most$", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("suite", ["tensors", "lists", "training"])
+def test_plots_of_the_results_have_points_and_no_texts_over_each_other(
+    suite: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import plot
+
+    figure = plot.PLOTS[suite](plot.load(ROOT / "bench" / "results", suite))
+    assert_legible(figure, monkeypatch)
+    assert not any(isinstance(patch, Rectangle) for ax in figure.axes for patch in ax.patches)
+    (key,) = figure.legends
+    names = [text.get_text() for text in key.get_texts()]
+    assert any(name.startswith("gradstat") for name in names)
+    assert not any("prototype" in name for name in names)
+    plot.plt.close(figure)

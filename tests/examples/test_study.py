@@ -24,8 +24,8 @@ from test_digits import example, write_idx
 LAYERS = [f"layer{i}.weight" for i in (1, 2, 3, 4)]
 NETWORKS = ["ReLU", "sigmoid"]
 FIGURES = [
-    *("1_activations", "2_ridge", "2_ridge_relu", "2_ridge_sigmoid", "3_loss", "4_mean"),
-    *("5_log2", "5_magnitude"),
+    *("1_activations", "2_octaves", "2_ridge", "2_ridge_relu", "2_ridge_sigmoid", "3_loss"),
+    *("4_mean", "5_log2", "5_magnitude"),
 ]
 FILES = sorted(
     [f"{name}.png" for name in FIGURES]
