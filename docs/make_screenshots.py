@@ -43,10 +43,7 @@ def take_report(browser: Browser, history: gradstat.History, folder: Path) -> No
     ):
         page = browser.new_page(viewport=size, color_scheme=scheme)
         page.goto(path.as_uri())
-        if size == WIDE:
-            drawn = page.locator("#detail-distribution canvas").first
-            drawn.hover(position={"x": 190, "y": 70})
-        else:
+        if size == NARROW:
             page.locator("#map").evaluate("(e) => e.scrollIntoView()")
         save(page, name)
 
@@ -67,9 +64,7 @@ def take_live(browser: Browser, history: gradstat.History, folder: Path) -> None
         page.wait_for_selector(".finding")
         page.locator("#rows tr").nth(1).click()
         write(journal, history, LIVE_RECORDS - 200, LIVE_RECORDS)
-        page.locator("#live", has_text=f"step {LIVE_RECORDS - 1:,}, 0 s").wait_for()
-        drawn = page.locator("#map-plot canvas").first
-        drawn.hover(position={"x": 600, "y": 50})
+        page.locator("#live", has_text=f"step {LIVE_RECORDS - 1:,},").wait_for()
         save(page, "live")
         server.shutdown()
 

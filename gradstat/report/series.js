@@ -130,7 +130,10 @@ function drawOneSeries(context, name, series, box) {
 // Numbers on the axis of a series, 12 pixels apart or more: of decades, where there are some.
 function ticksOf([low, high], isLog) {
   const decades = isLog ? roundTicks(low, high, 4, true) : [];
-  if (decades.length > 1 || !isLog) return isLog ? decades : roundTicks(low, high, 3);
+  if (decades.length > 1) return decades;
+  // One number is no scale.
+  const few = isLog ? [] : roundTicks(low, high, 3);
+  if (!isLog) return few.length > 1 ? few : roundTicks(low, high, 6);
   const found = [];
   for (let power = Math.floor(low); power <= high; power++) {
     for (const digit of [1, 2, 5]) found.push(power + Math.log10(digit));

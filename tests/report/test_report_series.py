@@ -104,6 +104,15 @@ def test_series_is_cut_off_where_it_spikes_and_the_value_is_written(open_report:
     assert last - first > 25
 
 
+@pytest.mark.parametrize("high", [1.1, 1.3, 1.9, 2.9, 4.1, 7.7, 9.9])
+def test_scale_of_a_series_has_two_numbers_or_more(open_report: Open, high: float) -> None:
+    h = make_history(LOG2, layers=2, steps=30)
+    for step in range(30):
+        h.add_scalar("loss", step, 1.01 + (high - 1.01) * step / 29)
+    texts = drawn(open_report(h))
+    assert 3 <= len(texts[: texts.index("gradient norm")]) <= 6
+
+
 def test_series_over_decades_is_logarithmic_and_says_so(open_report: Open) -> None:
     h = make_history(LOG2, layers=2, steps=60)
     for step in range(60):
