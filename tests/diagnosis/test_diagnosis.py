@@ -41,6 +41,17 @@ def test_diagnose_gives_vanishing_the_steps_in_which_it_lasted() -> None:
     assert only(make_history(Log2Bins(), 4, 120, gradient), "vanishing").steps == (40, 79)
 
 
+@pytest.mark.parametrize(
+    ("records", "steps"), [(60, None), (100, None), (120, (0, 119)), (300, (0, 299))]
+)
+def test_diagnose_lets_only_a_short_start_pass(records: int, steps: tuple[int, int] | None) -> None:
+    def gradient(step: int, layer: int) -> Tensor:
+        return noise(step, layer, 10.0 ** (layer - 3) if step < records else 1.0)
+
+    found = diagnose(make_history(Log2Bins(), 4, 640, gradient))
+    assert [each.steps for each in found if each.kind == "vanishing"] == ([steps] if steps else [])
+
+
 def test_diagnose_takes_the_median_so_that_one_batch_alone_says_nothing() -> None:
     def gradient(step: int, layer: int) -> Tensor:
         return noise(step, layer, 10.0 ** (3 * layer - 9) if step % 4 == 0 else 1.0)

@@ -52,6 +52,14 @@ def test_diagnose_finds_the_sigmoid_networks_vanishing_within_the_first_epoch(
     assert [each.kind for each in diagnose(history)] == ["vanishing"]
 
 
+def test_diagnose_finds_the_sigmoid_networks_vanishing_when_it_has_long_passed() -> None:
+    x, y = digits.load("digits")
+    images = torch.from_numpy(x), torch.from_numpy(y)
+    first, last = only(train("sigmoid", images, epochs=35, seed=0), "vanishing").steps
+    assert first == 0
+    assert 400 < last < 700  # of 1,400
+
+
 @pytest.mark.parametrize("seed", EVERYDAY)
 def test_diagnose_raises_no_alarm_over_the_relu_network(
     images: tuple[Tensor, Tensor], seed: int
