@@ -11,7 +11,7 @@ RESULTS ?= .benchmarks
 OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 
-.PHONY: help study images test test-oldest test-cuda test-slow test-faults test-integrations lint format bench bench-training bench-results bench-gpu roofline clean
+.PHONY: help study images docs test test-oldest test-cuda test-slow test-faults test-integrations lint format bench bench-training bench-results bench-gpu roofline clean
 # Two installs at once into one environment would damage it.
 .NOTPARALLEL:
 # A half-made environment must not pass for a whole one.
@@ -20,6 +20,7 @@ BIN := $(VENV)/bin
 help:
 	@echo "make study      train two small networks and draw how their gradients are distributed"
 	@echo "make images     the same, for the figures of the documentation"
+	@echo "make docs       build the pages with search and the reference: open build/docs/index.html"
 	@echo "make test       run the tests"
 	@echo "make test-oldest"
 	@echo "                run them with the oldest versions that pyproject.toml names (OLDEST=folder)"
@@ -45,6 +46,12 @@ study: $(VENV)/installed-study
 images: $(VENV)/installed-study
 	$(BIN)/python examples/relu_vs_sigmoid.py
 	$(BIN)/python docs/make_images.py study
+
+# From nothing each time: a page is warned of only when it is read.
+docs: $(VENV)/installed-docs
+	rm -rf build/docs
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs . build/docs
+	@echo build/docs/index.html
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)

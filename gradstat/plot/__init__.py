@@ -58,7 +58,7 @@ def ridge(
         history: one History, or several in a mapping of names or a sequence; each starts a row.
         layers: names of the rows to draw, by default of the first kind; a mapping titles each.
         steps_per_epoch: count in epochs of so many steps, and draw the last record of each.
-        limits: ends of the horizontal axis, in values or log2 |value|; by default all fits.
+        limits: ends of the horizontal axis, in values or log2 of magnitudes; by default all fits.
         figure: cleared and drawn into; by default a new one of a fitting size.
 
     Returns:
@@ -234,9 +234,9 @@ def heatmap(
 ) -> Figure:
     """Draw a statistic as colour, layer against time, or whole histograms against time.
 
-    With ``field="counts"`` each layer has a panel: the vertical axis is log2 |value|, the colour
-    the share of its finite elements in that octave (zeros, which have no octave, stay undrawn). A
-    layer whose gradient vanishes sinks. Needs histories over `Log2Bins`.
+    With ``field="counts"`` each layer has a panel: the vertical axis is the magnitude, by octave,
+    the colour the share of its finite elements in that octave (zeros, which have no octave, stay
+    undrawn). A layer whose gradient vanishes sinks. Needs histories over `Log2Bins`.
 
     Long histories are averaged over time to at most 200 columns.
 
