@@ -17,6 +17,5 @@ with gradstat.watch(model) as w:
         loss.backward()
         optimizer.step()
 
-for layer, rms in zip(w.history.layers, w.history["rms"][-1], strict=True):
-    print(f"{layer:9}  {rms:.1e}")
+print(w.history.diagnose())
 gradstat.plot.curves(w.history).savefig("gradients.png")

@@ -73,7 +73,7 @@ def formats(options: argparse.Namespace) -> int:
         if len(of_kind) > len(shown):
             lines.append(f"and {len(of_kind) - len(shown)} better ones (--all shows them)")
     if n_left_out := sum(row.kind != UNIT for row in history.rows) - len(layers):
-        lines += ["", f"{_count(n_left_out, 'row')} without values other than zero left out"]
+        lines += ["", f"{_count(n_left_out, 'layer')} without values other than zero left out"]
     sentence = escaped(recommendation(layers, history.formats, thresholds))
     print("\n".join([*lines, "", textwrap.fill(sentence, _width())]))
     return 0

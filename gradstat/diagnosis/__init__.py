@@ -80,7 +80,7 @@ def diagnose(history: History, thresholds: Thresholds | None = None) -> list[Fin
 
     Returns:
         Findings: severe ones first, then warnings, then notes. What a finding came after stands
-        before it.
+        before it. The list prints as text, a paragraph for each.
 
     Raises:
         TypeError: something other than a History, other than Thresholds.

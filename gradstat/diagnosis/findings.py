@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, SupportsIndex, TypeAlias, overload
 
 import numpy as np
 
 from gradstat.history import History
+from gradstat.util import escaped
 
 Severity: TypeAlias = Literal["severe", "warning", "note"]
 
@@ -37,6 +39,7 @@ FINDINGS = (
 
 # What units that are dead for good bring about, in the layers before and after them.
 _OF_DEAD_UNITS = ("vanishing", "dead", "stuck", "saturation", "underflow")
+_WIDTH = 88  # characters of a line of findings
 # These begin at a step; the others with the window of records that shows them.
 _SUDDEN = ("divergence", "non-finite", "loss spike", "gradient spike", "jump")
 
@@ -75,6 +78,29 @@ class Finding:
         return f"{self.severity}: {self.kind}, {when}{after}: {self.sentence}"
 
 
+class Findings(list[Finding]):
+    """A list of findings that prints as text, a paragraph each."""
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Finding: ...
+    @overload
+    def __getitem__(self, index: slice) -> Findings: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> Finding | Findings:
+        """One of them, or some, which print as text too."""
+        found = super().__getitem__(index)
+        return Findings(found) if isinstance(found, list) else found
+
+    def __repr__(self) -> str:
+        """What `str` of each says; that nothing is found where there is none."""
+        lines = [
+            textwrap.fill(
+                escaped(str(each)), _WIDTH, subsequent_indent="  ", break_long_words=False
+            )
+            for each in self
+        ]
+        return "\n".join(lines) or "nothing found"
+
+
 def for_all(findings: list[Finding]) -> list[Finding]:
     """One finding for all layers of which the same is found: about the worst of them."""
     if len(findings) < 2:
@@ -92,7 +118,7 @@ def rounded(times: float) -> str:
     return f"{number:,.0f}" if 100 <= number < 1e6 else f"{number:.3g}"
 
 
-def put_in_order(findings: list[Finding], history: History, window: int) -> list[Finding]:
+def put_in_order(findings: list[Finding], history: History, window: int) -> Findings:
     """Put the worst first; but what began after a cause comes after it, and says so.
 
     Args:
@@ -114,7 +140,7 @@ def put_in_order(findings: list[Finding], history: History, window: int) -> list
             after = f"{cause.kind} at step {began(cause):.0f}"
             groups.setdefault(id(cause), []).append(replace(each, after=after))
     ordered = sorted(groups.values(), key=lambda group: min(map(_rank, group)))
-    return [finding for group in ordered for finding in group]
+    return Findings(finding for group in ordered for finding in group)
 
 
 def began(finding: Finding) -> float:

@@ -127,7 +127,10 @@ def check_field(function: str, field: str, *also: str) -> None:
     """Refuse what no History holds."""
     names = (*also, "mean_abs", *DERIVED, *FIELDS)
     if field not in names:
-        raise ValueError(f"{function}() needs one of {', '.join(names)}; field is {field!r}")
+        logged = "what w.log() has logged, as by w.log(loss=loss), or " * (function == "curves")
+        raise ValueError(
+            f"{function}() needs {logged}one of {', '.join(names)}; field is {field!r}"
+        )
 
 
 def check_limits(function: str, limits: Limits | None) -> Limits | None:

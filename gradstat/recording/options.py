@@ -84,7 +84,7 @@ def check_what(
     if UPDATE in kinds and not sees_steps:
         raise ValueError(
             f"watch() needs when='step' and an optimizer to see updates; what is {what!r}, when is "
-            f"{when!r}, optimizer is {type(optimizer).__name__}"
+            f"{when!r}, and {'no' if optimizer is None else 'an'} optimizer is given"
         )
     has_outputs = not kinds.isdisjoint(OF_OUTPUTS)
     if modules is not None and not has_outputs:
@@ -110,9 +110,7 @@ def check_when(
             f"watch() needs a torch.optim.Optimizer; optimizer is {type(optimizer).__name__}"
         )
     if when == "step" and optimizer is None:
-        raise TypeError(
-            "watch() needs a torch.optim.Optimizer for when='step'; optimizer is NoneType"
-        )
+        raise TypeError("watch() needs a torch.optim.Optimizer for when='step': give it optimizer=")
     if when != "backward" and scaler is not None:
         raise ValueError(
             f"watch() needs no scaler for when={when!r}, which sees unscaled gradients; scaler is "
@@ -162,10 +160,12 @@ def select_parameters(
         selected[name] = parameter
     if not any(parameter.requires_grad for parameter in selected.values()):
         total = sum(1 for _ in model.parameters())
+        left_out = any(parameter.requires_grad for parameter in model.parameters())
+        hint = "; parameters='' takes biases too" * (parameters is None and left_out)
         raise ValueError(
             f"watch() needs a model with parameters that require gradients; model is "
             f"{type(model).__name__} with {total} parameters, {len(selected)} selected by "
-            f"parameters={parameters!r}, none of them requiring a gradient"
+            f"parameters={parameters!r}, none of them requiring a gradient{hint}"
         )
     return selected
 

@@ -475,12 +475,14 @@ def _make_room(model: nn.Module, name: str | None, measures: Hashable) -> None:
     if name is None:
         n_same = sum(each.name is None and each.measures == measures for each in still_open)
         if n_same:
-            which = "a watch" if n_same == 1 else f"{n_same} watches"
+            watches, are, measure = "another watch", "is", "measures"
+            if n_same > 1:
+                watches, are, measure = f"{n_same} other watches", "are", "measure"
             warn(
-                f"watch() has {which} of this {type(model).__name__} open that measure"
-                f"{'s' * (n_same == 1)} the same at each step: close() what is no longer needed, "
-                f"or give it a name, as in watch(model, name='main'): a new watch then takes the "
-                f"place of the open one of its name"
+                f"{watches} of this {type(model).__name__} {are} still open and {measure} the "
+                f"same at each step: close() what is no longer needed, or give it a name, as in "
+                f"watch(model, name='main'): a new watch then takes the place of the open one of "
+                f"its name"
             )
     for each in still_open:
         hooks = each.hooks()

@@ -83,3 +83,18 @@ def test_diagnose_puts_units_that_are_dead_before_what_comes_of_it() -> None:
         ("dead units", "unit/1.weight", ""),
         ("dead", "0.weight", "dead units at step 0"),
     ]
+
+
+def test_findings_print_as_text_a_paragraph_for_each() -> None:
+    history = make_history(Log2Bins(), 4, 40, lambda step, layer: noise(step, layer, 10.0**layer))
+    found = history.diagnose()
+    assert len(found) > 1
+    assert " ".join(str(found).split()) == " ".join(map(str, found))
+    assert max(map(len, str(found).splitlines())) <= 88
+    assert str(found[:1]) == "\n".join(str(found).splitlines()[: len(str(found[:1]).splitlines())])
+    assert str(found[:0]) == "nothing found"
+
+
+def test_findings_print_names_that_hold_a_line_break_in_one_line() -> None:
+    history = make_history(Log2Bins(), ["a\nb"], 40, lambda step, layer: noise(step, layer))
+    assert "a\\nb" in str(history.diagnose())

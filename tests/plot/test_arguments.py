@@ -102,6 +102,7 @@ def test_importing_plot_does_not_import_pyplot() -> None:
     assert run.stdout == "False\n"
 
 
+LOGGED = "what w.log() has logged, as by w.log(loss=loss), or "
 NAMES = ", ".join(("mean_abs", *DERIVED, *FIELDS))
 
 BAD_FOR_ALL = [
@@ -185,12 +186,12 @@ BAD_FOR_ONE = [
     (
         lambda: plot.curves(LOG2, "median"),
         ValueError,
-        f"curves() needs one of {NAMES}; field is 'median'",
+        f"curves() needs {LOGGED}one of {NAMES}; field is 'median'",
     ),
     (
         lambda: plot.curves(LOG2, "counts"),
         ValueError,
-        f"curves() needs one of {NAMES}; field is 'counts'",
+        f"curves() needs {LOGGED}one of {NAMES}; field is 'counts'",
     ),
     (
         lambda: plot.curves(LOG2, split="epoch"),

@@ -11,7 +11,7 @@ from watching import backward, make_model, n_hooks, n_step_hooks
 
 import gradstat
 
-AGAIN = r"watch\(\) has a watch of this Sequential open that measures the same at each step"
+AGAIN = "another watch of this Sequential is still open and measures the same at each step"
 
 
 def test_watch_takes_the_place_of_an_open_one_of_its_name() -> None:
@@ -53,10 +53,10 @@ def test_watch_warns_of_an_open_one_that_measures_the_same() -> None:
     with pytest.warns(RuntimeWarning, match=AGAIN) as told:
         gradstat.watch(model)
     assert told[0].filename == __file__
-    with pytest.warns(RuntimeWarning, match="2 watches of this Sequential open that measure the"):
+    with pytest.warns(RuntimeWarning, match="2 other watches of this Sequential are still open"):
         gradstat.watch(model)
     first.close()
-    with pytest.warns(RuntimeWarning, match="2 watches"):
+    with pytest.warns(RuntimeWarning, match="2 other watches"):
         gradstat.watch(model)
 
 

@@ -20,6 +20,14 @@ from watching import (
 import gradstat
 
 
+def biases_alone() -> nn.Module:
+    """A model whose biases alone are trained."""
+    model = make_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("bias" in name)
+    return model
+
+
 @pytest.mark.parametrize(
     ("parameters", "expected"),
     [
@@ -85,7 +93,7 @@ OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.1)
         (
             lambda: gradstat.watch(MODEL, when="step"),
             TypeError,
-            "a torch.optim.Optimizer for when='step'; optimizer is NoneType",
+            "a torch.optim.Optimizer for when='step': give it optimizer=",
         ),
         (
             lambda: gradstat.watch(
@@ -155,6 +163,13 @@ OPTIMIZER = torch.optim.SGD(MODEL.parameters(), lr=0.1)
             ValueError,
             "a model with parameters that require gradients; model is ReLU with 0 parameters, 0 "
             "selected by parameters=None, none of them requiring a gradient",
+        ),
+        (
+            lambda: gradstat.watch(biases_alone()),
+            ValueError,
+            "a model with parameters that require gradients; model is Sequential with 6 "
+            "parameters, 3 selected by parameters=None, none of them requiring a gradient; "
+            "parameters='' takes biases too",
         ),
         (
             lambda: gradstat.watch(make_model().requires_grad_(False)),
