@@ -35,7 +35,7 @@ help:
 	@echo "make format     put the code in the project's format"
 	@echo "make bench      measure the speed against other libraries"
 	@echo "make bench-training  measure what watching costs a training run"
-	@echo "make bench-results   run both; record, plot and put in the README what they find"
+	@echo "make bench-results   run both; record, plot and put in the pages what they find"
 	@echo "make bench-gpu  test and measure the kernels on a GPU"
 	@echo "make roofline   compile the kernels and predict their speed; no GPU needed"
 	@echo "make clean      remove the environment and everything built"
@@ -46,6 +46,7 @@ study: $(VENV)/installed-study
 images: $(VENV)/installed-study
 	$(BIN)/python examples/relu_vs_sigmoid.py
 	$(BIN)/python docs/make_images.py study
+	$(BIN)/python examples/incident.py --output docs/images/incident.png
 
 # From nothing each time: a page is warned of only when it is read.
 docs: $(VENV)/installed-docs
@@ -98,7 +99,7 @@ bench-results: bench bench-training
 	$(BIN)/python bench/breakdown.py --markdown $(RESULTS)/breakdown.md
 	$(BIN)/python bench/casts.py --markdown $(RESULTS)/casts.md
 	$(BIN)/python bench/plot.py $(RESULTS)
-	$(BIN)/python bench/report.py $(RESULTS) --readme README.md
+	$(BIN)/python bench/report.py $(RESULTS) --pages
 
 bench-gpu: $(VENV)/installed-test $(VENV)/installed-bench
 	$(BIN)/python bench/gpu_suite.py $(ARGS)

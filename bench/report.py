@@ -1,13 +1,18 @@
-"""Tables from the results: printed, or written into the README between its markers."""
+"""Tables from the results: printed, or written where they are shown.
+
+The README and docs/what-it-costs.md have the least favourable figures of all machines: those of the
+folder and of each folder in it. Every figure of a machine is in its own `tables.md`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Document = dict[str, Any]
 Row = dict[str, Any]
@@ -20,6 +25,18 @@ CALLS = {
 }
 RATIOS = "Times are medians, ratios medians of pairs taken a moment apart."
 SCHEMES = ("gradstat log2", "gradstat linear")
+HISTOGRAMS = (
+    *("fast-histogram", "boost-histogram", "torch.histc", "torch.histogram", "numpy.histogram"),
+)
+ROOT = Path(__file__).parent.parent
+
+
+class Machine(NamedTuple):
+    """The suites' results on one machine."""
+
+    tensors: Document | None
+    lists: Document | None
+    training: Document | None
 
 
 def load(folder: Path, suite: str) -> Document | None:
@@ -38,9 +55,9 @@ def group(document: Document, name: str) -> list[Row]:
     return [row for row in document["benchmarks"] if row["group"] == name]
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown, all columns but the first to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Markdown, all columns but some to the right."""
+    lines = [head, ["---" if k in left else "---:" for k in range(len(head))], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -115,13 +132,102 @@ def training_table(document: Document) -> str:
         for n in networks:
             row = next(row for row in rows if (row["network"], row["way"]) == (n, way))
             cells.append(f"+{100 * (row['ratio'] - 1):.1f} %" if row["ratio"] < 2 else _times(row))
-        name, comma, rest = way.partition(",")
-        lines.append([f"`{name}`{comma}{rest}" if "." in name else way, *cells])
+        lines.append([way_cell(way), *cells])
     return table(["measured at every step", *(f"{n}, a step" for n in networks)], lines)
 
 
 def _times(row: Row) -> str:
     return f"{row['ratio']:.1f} times"
+
+
+def summary_table(machines: Sequence[Machine]) -> str:
+    """Four lines; each ratio is the least of all machines, rounded down."""
+    tensors = [machine.tensors for machine in machines]
+    lists = [machine.lists for machine in machines]
+    training = [machine.training for machine in machines]
+    log2, linear = ([find(d, LARGE, scheme)["median"] for d in tensors] for scheme in SCHEMES)
+    whole = [find(d, "GPT-2 small", "gradstat log2") for d in lists]
+
+    def least(documents: Sequence[Document], name: str, peer: str, scheme: str) -> float:
+        return min(float(find(d, name, peer)["ratios"][scheme]) for d in documents)
+
+    fastest = min(HISTOGRAMS, key=lambda peer: least(tensors, LARGE, peer, "gradstat linear"))
+    rows = [
+        [
+            "16 M float32 values, all statistics and their histogram",
+            between(log2),
+            "torch: aminmax, mean, std, norm, histc, ...",
+            times(least(tensors, LARGE, "torch composite", "gradstat log2")),
+        ],
+        [
+            "the same, with 64 linear bins",
+            between(linear),
+            f"a histogram alone: {fastest}, the fastest of five",
+            times(least(tensors, LARGE, fastest, "gradstat linear")),
+        ],
+        [
+            f"all gradients of GPT-2 small, {whole[0]['tensors']} tensors",
+            between([row["median"] for row in whole]),
+            "the same calls of torch, tensor by tensor",
+            times(least(lists, "GPT-2 small", "torch composite", "gradstat log2")),
+        ],
+        [
+            "a training step of a small GPT, all its gradients measured",
+            more([trained(d, "small GPT", "gradstat.watch")["ratio"] for d in training]),
+            "`wandb.watch`",
+            more([min(trained(d, "small GPT", "wandb.watch")["ratio"] for d in training)]),
+        ],
+    ]
+    head = ["two threads of a CPU", "gradstat", "instead", "takes at least"]
+    return table(head, rows, left=(0, 2))
+
+
+def cost_table(machines: Sequence[Machine]) -> str:
+    """What each way of watching adds to a step, from the machine where it is least to the most."""
+    documents = [machine.training for machine in machines]
+    rows = documents[0]["benchmarks"]
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    bare = {n: [trained(d, n, "gradstat.watch")["bare"] for d in documents] for n in networks}
+    head = [f"{n}, a step of {between(times)}" for n, times in bare.items()]
+    lines = [
+        [way_cell(way), *(more([trained(d, n, way)["ratio"] for d in documents]) for n in networks)]
+        for way in dict.fromkeys(row["way"] for row in rows)
+    ]
+    return table(["measured at every step", *head], lines)
+
+
+def trained(document: Document, network: str, way: str) -> Row:
+    return next(
+        dict(row)
+        for row in document["benchmarks"]
+        if (row["network"], row["way"]) == (network, way)
+    )
+
+
+def between(seconds: Sequence[float]) -> str:
+    """The least and the most, in milliseconds of two digits."""
+    ends = [f"{float(f'{1e3 * end:.2g}'):g}" for end in (min(seconds), max(seconds))]
+    return " to ".join(dict.fromkeys(ends)) + " ms"
+
+
+def times(ratio: float) -> str:
+    """Two digits, rounded down."""
+    return f"{math.floor(ratio * 10) / 10 if ratio < 10 else math.floor(ratio):g} times as long"
+
+
+def more(ratios: Sequence[float]) -> str:
+    """How much longer a step takes, from the least to the most."""
+    low, high = min(ratios), max(ratios)
+    if high >= 2:
+        ends = [f"{low:.1f}", f"{high:.1f}"]
+        return " to ".join(dict.fromkeys(ends)) + " times"
+    ends = [f"{100 * (ratio - 1):.{1 if high < 1.1 else 0}f}" for ratio in (low, high)]
+    return "+" + " to ".join(dict.fromkeys(ends)) + " %"
+
+
+def way_cell(way: str) -> str:
+    name, comma, rest = way.partition(",")
+    return f"`{name}`{comma}{rest}" if "." in name else way
 
 
 def target_table(
@@ -202,45 +308,71 @@ def replace(text: str, marker: str, content: str) -> str:
     """Put content between ``<!-- marker -->`` and ``<!-- /marker -->``."""
     start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
-        sys.exit(f"the README needs one line {start} and, after it, one line {end}; none written")
+        sys.exit(f"the page needs one line {start} and, after it, one line {end}; none written")
     before, rest = text.split(start)
     return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
+
+
+def read(folder: Path) -> Machine:
+    return Machine(*(load(folder, suite) for suite in Machine._fields))
+
+
+def tables(machine: Machine) -> str:
+    """Every figure that people look for, of one machine."""
+    parts = []
+    if machine.tensors and machine.lists:
+        parts += [tensor_table(machine.tensors), list_table(machine.lists)]
+        parts.append(f"{where(machine.tensors)} {RATIOS}")
+    if machine.training:
+        parts += [training_table(machine.training), f"{where(machine.training)} {RATIOS}"]
+    return "\n\n".join(parts)
+
+
+def pages(folder: Path) -> dict[Path, str]:
+    """Whole texts of the pages that have figures, by their place."""
+    machines = {folder: read(folder)}
+    machines |= {path.parent: read(path.parent) for path in sorted(folder.glob("*/training.json"))}
+    texts = {
+        place / "tables.md": f"# Time on one machine\n\n{tables(machine)}\n"
+        for place, machine in machines.items()
+    }
+    every = list(machines.values())
+    from_where = "\n".join(f"- {where(machine.training)}" for machine in every)
+    below = f"From the one machine to the other:\n\n{from_where}\n\n{RATIOS}"
+    assert len(every) == 2, "the sentence below the tables counts the machines"
+    for page, marker, content in (
+        (ROOT / "README.md", "bench:summary", summary_table(every)),
+        (ROOT / "docs" / "what-it-costs.md", "bench:training", f"{cost_table(every)}\n\n{below}"),
+    ):
+        texts[page] = replace(page.read_text(), marker, content)
+    tensors, lists, training = machines[folder]
+    texts[folder / "targets.md"] = (
+        f"# What was asked for, and what was measured\n\n{target_table(tensors, lists, training)}\n"
+    )
+    if tensors:
+        texts[folder / "histograms.md"] = (
+            f"# Counts and edges of one tensor\n\n{histogram_table(tensors)}\n\n{where(tensors)}\n"
+        )
+    return texts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the JSON files are")
-    parser.add_argument("--readme", type=Path, help="file to write the tables into")
-    arguments = parser.parse_args()
-    tensors, lists, training = (
-        load(arguments.folder, suite) for suite in ("tensors", "lists", "training")
+    parser.add_argument(
+        "--pages",
+        action="store_true",
+        help="write the pages that show results, and those beside them",
     )
-    sections: dict[str, str] = {}
-    if tensors and lists:
-        parts = (
-            tensor_table(tensors),
-            list_table(lists),
-            f"{where(tensors)} {RATIOS}",
-        )
-        sections["bench:cpu"] = "\n\n".join(parts)
-    if training:
-        sections["bench:training"] = f"{training_table(training)}\n\n{where(training)} {RATIOS}"
-    for section in sections.values():
-        print(f"{section}\n")
-    histograms = f"{histogram_table(tensors)}\n\n{where(tensors)}" if tensors else ""
-    targets = target_table(tensors, lists, training)
-    print(f"{histograms}\n\n{targets}")
-    if arguments.readme:
-        text = arguments.readme.read_text()
-        for marker, content in sections.items():
-            text = replace(text, marker, content)
-        arguments.readme.write_text(text)
-        (arguments.folder / "targets.md").write_text(
-            f"# What was asked for, and what was measured\n\n{targets}\n"
-        )
-        (arguments.folder / "histograms.md").write_text(
-            f"# Counts and edges of one tensor\n\n{histograms}\n"
-        )
+    arguments = parser.parse_args()
+    machine = read(arguments.folder)
+    print(tables(machine))
+    if machine.tensors:
+        print(f"\n{histogram_table(machine.tensors)}\n\n{where(machine.tensors)}")
+    print(f"\n{target_table(*machine)}")
+    if arguments.pages:
+        for path, text in pages(arguments.folder).items():
+            path.write_text(text)
 
 
 if __name__ == "__main__":

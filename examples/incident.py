@@ -9,17 +9,20 @@ import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import gradstat
-import gradstat.plot
+from gradstat.plot import labels, panels
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 from networks import GPT
 
 STEPS, AT, LAYER, TIMES = 240, 150, "blocks.1.up.weight", 150
 VOCABULARY, LENGTH = 32, 16
+BEFORE, AFTER = 30, 50  # steps that are drawn
 
 
 def make_text() -> Tensor:
@@ -55,6 +58,45 @@ def train(steps: int = STEPS, at: int = AT) -> gradstat.History:
     return w.history
 
 
+def draw(history: gradstat.History, finding: gradstat.Finding) -> Figure:
+    """The loss above the size of each layer's update; a colour for what moved first."""
+    figure, (above, below) = panels.grid_2d(None, 2, 1, (6.2, 1.9), margin=0.2, sharex=True)
+    for axes in (above, below):
+        panels.style_2d(axes)
+    steps, loss = history.scalar("loss")
+    above.plot(steps, loss, color=labels.INK, linewidth=1.4)
+    updates = history.select("update")
+    sizes = updates["rms"] / np.median(updates["rms"], axis=0)
+    for layer, size in zip(updates.layers, sizes.T, strict=True):
+        is_first = f"update/{layer}" == finding.layer
+        color = panels.HUES[1] if is_first else panels.GREY
+        below.plot(updates.steps, size, color=color, linewidth=1.4, zorder=3 if is_first else 2)
+    first, spike = int(finding.numbers["first_step"]), finding.steps[0]
+    peak = float(finding.numbers["peak"])
+    text = {"textcoords": "offset points", "va": "center", "fontsize": 9}
+    above.annotate(
+        f"step {spike}: the loss spikes", (spike, peak), (10, 0), color=labels.INK, **text
+    )
+    below.annotate(
+        f"step {first}: {finding.layer.removeprefix('update/')} moves first",
+        (first, sizes.max()),
+        (14, 0),
+        color=panels.HUES[1],
+        **text,
+    )
+    above.set_xlim(first - BEFORE, first + AFTER)
+    shown = loss[(steps >= first - BEFORE) & (steps <= first + AFTER)]
+    above.set_ylim(shown.min() - 0.05, shown.max() + 0.1)
+    above.set_ylabel("loss", fontsize=9, color=labels.INK)
+    below.set_yscale("log")
+    below.set_ylabel("update of each layer\n÷ its median", fontsize=9, color=labels.INK)
+    below.set_xlabel("step", fontsize=9, color=labels.INK)
+    below.set_yticks([1, 10, 100], ["1", "10", "100"])
+    below.set_yticks([], minor=True)
+    figure.align_ylabels([above, below])
+    return figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=Path("incident.png"))
@@ -67,10 +109,10 @@ def main() -> None:
     )
     print(f"At step {AT} the learning rate of {LAYER} was {TIMES} times too high, for 3 steps.\n")
     print("What the record says:")
-    for finding in history.diagnose():
-        if finding.severity != "note":
-            print(f"  {finding}")
-    gradstat.plot.curves(history, "loss").savefig(output)
+    findings = [finding for finding in history.diagnose() if finding.severity != "note"]
+    for finding in findings:
+        print(f"  {finding}")
+    draw(history, findings[0]).savefig(output, dpi=150)
     print(f"\n{output}")
 
 

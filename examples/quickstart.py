@@ -1,4 +1,4 @@
-"""The library alone: watch a deep sigmoid network train and see which layers learn nothing."""
+"""The library alone: watch a deep sigmoid network train and be told which layers learn nothing."""
 
 import torch
 from torch import nn

@@ -29,7 +29,7 @@ HUES = [
     to_rgba(f"#{code}") for code in ("0072B2", "D55E00", "009E73", "CC79A7", "E69F00", "56B4E9")
 ]
 LINE, GRID = "#999999", "#e4e4e4"
-_PALE = to_rgba("#c4c4c4")  # of lines without a name
+GREY = to_rgba("#c4c4c4")  # of lines without a name
 CELL = 3.0  # inches, width of a 3-D panel
 
 
@@ -235,7 +235,7 @@ def line_colors(count: int, marked: list[int] | None = None, *, ordered: bool) -
     """
     if marked:
         hues = dict(zip(marked, HUES, strict=False))
-        return [hues.get(i, _PALE) for i in range(count)]
+        return [hues.get(i, GREY) for i in range(count)]
     if ordered:
         return [colormaps["viridis"](0.88 * i / max(1, count - 1)) for i in range(count)]
     return [HUES[i % len(HUES)] for i in range(count)]

@@ -55,6 +55,35 @@ def test_merging_of_ranks_is_measured(tmp_path: Path) -> None:
     assert re.search(r"^[0-9.]+ s, [0-9]+ MB at most$", done.stdout, re.MULTILINE)
 
 
+def test_pages_have_the_figures_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import report
+
+    pages = report.pages(ROOT / "bench" / "results")
+    names = {str(path.relative_to(ROOT)) for path in pages}
+    assert {"README.md", "docs/what-it-costs.md", "bench/results/xeon/tables.md"} <= names
+    assert [path for path, text in pages.items() if path.read_text() != text] == []
+
+
+def test_summary_takes_the_least_favourable_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import report
+
+    assert report.times(20.99) == "20 times as long"
+    assert report.times(3.39) == "3.3 times as long"
+    assert report.more([1.0223, 1.0554]) == "+2.2 to 5.5 %"
+    assert report.more([1.25, 1.34]) == "+25 to 34 %"
+    assert report.more([1.96, 2.16]) == "2.0 to 2.2 times"
+    machines = [report.read(ROOT / "bench" / "results" / at) for at in (".", "xeon")]
+    both, one, other = (report.summary_table(m) for m in (machines, machines[:1], machines[1:]))
+    assert "| 20 times as long |" in both
+    assert "| 32 times as long |" in one
+    assert "| 32 times as long |" not in both
+    assert "+2.2 to 5.5 %" in both
+    assert "+2.2 %" in one
+    assert "+5.5 %" in other
+
+
 @pytest.mark.parametrize("suite", ["tensors", "lists", "training"])
 def test_plots_of_the_results_have_points_and_no_texts_over_each_other(
     suite: str, monkeypatch: pytest.MonkeyPatch
