@@ -10,7 +10,7 @@ import numpy as np
 from gradstat.diagnosis.evidence import Evidence, log_losses, median
 from gradstat.diagnosis.findings import Finding, Severity, rounded
 from gradstat.diagnosis.usual import TO_DEVIATIONS, WINDOW
-from gradstat.record import PARAM, UPDATE
+from gradstat.record import GRAD, PARAM, UPDATE
 from gradstat.thresholds import Thresholds
 from gradstat.util import Array
 
@@ -21,6 +21,7 @@ _RISE = math.log(1.3)  # of a loss, at least
 _ENORMOUS = math.log(1e3)  # of one that needs no other evidence
 _SOON = 10  # records after a rate
 _LEAP = 2.0  # from one record's rate to the next one's
+_SUDDEN = math.log(5)  # of a loss, from one record to the next
 _FAST = 0.1  # change of the weights in a step, as a share of them, that none survives
 
 
@@ -68,7 +69,7 @@ def find_divergence(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         risen = x[last + 1 :][np.isfinite(x[last + 1 :])][-_SMOOTHED:]
         rise = float(np.median(risen) - x[last]) if len(risen) else 0.0
         record = max(0, int(np.searchsorted(run.steps, steps[last], "right")) - 1)
-        cause = _cause(run, record, rise)
+        cause = _cause(run, record, rise, float(x[last + 1] - x[last]) if len(risen) else 0.0)
         if cause is not None:
             return [_finding(run, name, last, *cause)]
     return []
@@ -91,13 +92,16 @@ def _last_good(x: Array) -> int | None:
     return int(np.flatnonzero(x[: last + 1] <= good)[-1])
 
 
-def _cause(run: Evidence, record: int, rise: float) -> tuple[int, dict[str, float], str] | None:
+def _cause(
+    run: Evidence, record: int, rise: float, at_once: float
+) -> tuple[int, dict[str, float], str] | None:
     """Since which record steps are too large, numbers and words about it; ``None`` if none says so.
 
     Args:
         run: all rows.
         record: the last one before the loss rises.
         rise: of the loss, a logarithm.
+        at_once: of it, from that record to the next.
     """
     rates, pace = run.rate, run.pace
     if rise >= _RISE and (leap := find_leap(run, record)):
@@ -116,11 +120,18 @@ def _cause(run: Evidence, record: int, rise: float) -> tuple[int, dict[str, floa
         words = f"The learning rate had risen to {rate:.3g} by then, from {earlier:.3g}"
         words += f" at step {run.steps[begin]}."
         return record, {"rate": rate, "times": rate / earlier}, words
-    if is_fast or rise >= _ENORMOUS:
+    if is_fast or (rise >= _ENORMOUS and not (at_once > _SUDDEN and _is_calm(run, record))):
         since = 0 if record < WINDOW else record
         words = "" if math.isnan(rate) else f"The learning rate, {rate:.3g}, is too high."
         return since, {} if math.isnan(rate) else {"rate": rate}, words
     return None
+
+
+def _is_calm(run: Evidence, record: int) -> bool:
+    """Whether a step was as large as those before: what comes at once is then not of its making."""
+    size = run.history.norm(GRAD) if np.isnan(run.pace).all() and GRAD in run.kinds else run.pace
+    before = size[max(0, record - _SOON) : record]
+    return len(before) == _SOON and bool(size[record] <= _LEAP * median(before[:, None])[0])
 
 
 def _finding(

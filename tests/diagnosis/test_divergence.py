@@ -78,6 +78,19 @@ def test_divergence_needs_a_cause() -> None:
     assert [each.kind for each in diagnose(anew)] == ["loss spike"]
 
 
+def test_divergence_is_not_what_one_batch_did_while_steps_were_as_usual() -> None:
+    history = run(lambda step: 1.0 if step <= AT else 1e5, lambda step: 1e-3)
+    assert [each.kind for each in diagnose(history)] == ["loss spike"]
+    assert "look at the batch" in diagnose(history)[0].sentence
+    # Nor does a step that has grown leave it at that, or a loss that rises little by little.
+    grown = run(
+        lambda step: 1.0 if step <= AT else 1e5, lambda step: 1e-3 * 2.0 ** max(0, step - AT + 4)
+    )
+    assert diagnose(grown)[0].kind == "divergence"
+    slow = run(lambda step: 1.5 ** max(0, step - AT), lambda step: 1e-3)
+    assert diagnose(slow)[0].kind == "divergence"
+
+
 def test_divergence_needs_a_loss_that_does_not_come_back() -> None:
     history = run(lambda step: 5.0 if step in (AT + 1, AT + 2) else 1.0, leap)
     (finding,) = diagnose(history)

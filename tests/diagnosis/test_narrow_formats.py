@@ -160,7 +160,7 @@ def test_layers_without_values_say_nothing_of_a_format(
     h.save(tmp_path / "run.npz")
     assert main(["formats", "--scales", str(tmp_path / "run.npz")]) == 0
     text = capsys.readouterr().out
-    assert "4 rows without values other than zero left out" in text
+    assert "4 layers without values other than zero left out" in text
     assert re.search(r"mxfp8_e4m3.*\n.* dB.*, 2\^-[0-9]+\.\.-[0-9]+", text)
 
 
