@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gradstat.history.packed_counts import SparseRows
 
 import gradstat
 from gradstat import History, Log2Bins
 from gradstat.history import archive, blocks, sections
-from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import Records
 
 N_VALUES = 4096

@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+from gradstat.history.packed_counts import SparseRows
 from playwright.sync_api import sync_playwright
 
 from gradstat import History, Log2Bins
-from gradstat.history.packed_counts import SparseRows
 from gradstat.history.records import OWN, Records, no_formats
 from gradstat.record import GRAD, Row
 from gradstat.results import FLOATS, INTEGERS

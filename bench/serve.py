@@ -18,11 +18,11 @@ import urllib.request
 from pathlib import Path
 from typing import IO
 
+from gradstat.history.blocks import Link, encode
 from page import make_up
 from playwright.sync_api import sync_playwright
 
 from gradstat.history import archive, sections
-from gradstat.history.blocks import Link, encode
 from gradstat.history.records import Records
 
 BLOCK = 50  # records

@@ -12,7 +12,7 @@ import functools
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import ParamSpec, TypeAlias, TypeVar
 
@@ -148,13 +148,11 @@ class LinearBins:
         low: lower end of the range; ``None`` takes each tensor's finite minimum.
         high: upper end of the range; ``None`` takes each tensor's finite maximum.
         nice: round the automatic edges to few digits, as MATLAB's ``histcounts(x, bins)`` does.
-        track: gone, an error where it is true. Where one look at each tensor is to be enough, give
-            a range or take `Log2Bins`.
 
     Raises:
         TypeError: an argument of another kind.
         ValueError: ``bins`` < 1, a range that is not finite in float32, ``low`` >= ``high``, one
-            end without the other, ``nice`` together with a range, ``track``.
+            end without the other, ``nice`` together with a range.
 
     Example:
         >>> import torch, gradstat
@@ -166,14 +164,8 @@ class LinearBins:
     low: float | None = None
     high: float | None = None
     nice: bool = False
-    track: InitVar[bool] = False
 
-    def __post_init__(self, track: bool) -> None:
-        if track:
-            raise ValueError(
-                f"LinearBins() needs low and high, or Log2Bins() in its place, where one look is "
-                f"to be enough; track is {track}"
-            )
+    def __post_init__(self) -> None:
         if not isinstance(self.bins, Integral) or isinstance(self.bins, bool):
             raise TypeError(f"LinearBins() needs an integer number of bins; bins is {self.bins!r}")
         object.__setattr__(self, "bins", int(self.bins))
@@ -348,13 +340,11 @@ def parse_bins(spec: str) -> Bins:
     kind, *fields = spec.split(" ")
     if kind == "log2" and not fields:
         return Log2Bins()
-    # Older files have a fifth field, whether a range followed the record before: each row has its
-    # own all the same.
-    if kind == "linear" and len(fields) in (4, 5):
-        bins, low, high, nice = fields[:4]
+    if kind == "linear" and len(fields) == 4:
+        bins, low, high, nice = fields
         ends = [None if end == "None" else float(end) for end in (low, high)]
         scheme = LinearBins(int(bins), ends[0], ends[1], nice == "True")
-        if spec in (scheme.spec, f"{scheme.spec} True", f"{scheme.spec} False"):
+        if spec == scheme.spec:
             return scheme
     raise ValueError(f"parse_bins() needs the spec of a bin scheme; spec is {spec!r}")
 

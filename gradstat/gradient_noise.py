@@ -9,7 +9,7 @@ from numbers import Real
 import numpy as np
 
 from gradstat.history import History
-from gradstat.history.arguments import check_history
+from gradstat.history.history import check_history
 from gradstat.record import GRAD
 from gradstat.util import Array
 

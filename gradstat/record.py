@@ -6,6 +6,7 @@ merging hand it on as it is; it is unpacked when its numbers are read.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from gradstat.bins import Bins
-from gradstat.results import FLOATS, INTEGERS, PACKED, Statistics
+from gradstat.results import FLOATS, INTEGERS, PACKED, Statistics, union_floats, union_packed
 from gradstat.util import Array
 
 GRAD, PARAM, UPDATE = "grad", "param", "update"
@@ -68,6 +69,7 @@ class Row(NamedTuple):
 Data: TypeAlias = bytes | memoryview
 
 _ALIGNMENT = 8
+_SUMMED_ROWS = 2048  # that are dense at a time
 _WIDE = 1 << 32  # elements of a row from which on counts need 8 bytes
 _LAST_END = struct.Struct("<I")
 
@@ -84,6 +86,20 @@ class Record(NamedTuple):
     step: int
     time_s: float
     data: Data
+
+    @property
+    def n_bytes(self) -> int:
+        """Of its numbers."""
+        return len(self.data)
+
+    def head(self, n_bytes: int) -> Data:
+        """The first bytes of its numbers."""
+        return self.data[:n_bytes]
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether its numbers are known to be plausible."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -119,16 +135,18 @@ class RecordLayout:
         return self._formats_at + 8 * len(PACKED) * self.n_formats * self.n_rows
 
     @cached_property
-    def _bins_at(self) -> int:
+    def n_fixed(self) -> int:
+        """Bytes before the numbers of the filled bins, the same in each record."""
         return self._ends_at + _padded(4 * self.n_rows)
 
     @cached_property
-    def _bin_type(self) -> np.dtype[np.unsignedinteger]:
+    def bin_type(self) -> np.dtype[np.unsignedinteger]:
+        """Of the numbers of filled bins."""
         return np.dtype("<u2" if self.n_bins <= 1 << 16 else "<u4")
 
     def fits(self, data: Data) -> bool:
         """Whether bytes are as many as a record of this layout has."""
-        if len(data) < self._bins_at:
+        if len(data) < self.n_fixed:
             return False
         n, counts = self._n_entries(data), self._count_type(self.integers(data))
         return len(data) == self._counts_at(n) + _padded(counts.itemsize * n)
@@ -146,7 +164,7 @@ class RecordLayout:
     def formats(self, data: Data) -> Array:
         """What formats would do to each row: float64 ``(L, F, 10)``, a view."""
         shape = self.n_rows, self.n_formats, len(PACKED)
-        flat = np.frombuffer(data, "<f8", int(np.prod(shape)), self._formats_at)
+        flat = np.frombuffer(data, "<f8", math.prod(shape), self._formats_at)
         return flat.reshape(shape)
 
     def entries(self, data: Data) -> tuple[Array, Array, Array]:
@@ -154,7 +172,7 @@ class RecordLayout:
         n, counts = self._n_entries(data), self._count_type(self.integers(data))
         return (
             np.frombuffer(data, "<u4", self.n_rows, self._ends_at),
-            np.frombuffer(data, self._bin_type, n, self._bins_at),
+            np.frombuffer(data, self.bin_type, n, self.n_fixed),
             np.frombuffer(data, counts, n, self._counts_at(n)),
         )
 
@@ -211,7 +229,7 @@ class RecordLayout:
                 (floats, "<f8"),
                 (formats, "<f8"),
                 (its_ends - start, "<u4"),
-                (records.bins[start:stop], self._bin_type),
+                (records.bins[start:stop], self.bin_type),
                 (records.counts[start:stop], self._count_type(integers)),
             )
             packed.append(b"".join([_bytes_of(array, dtype) for array, dtype in parts]))
@@ -220,19 +238,30 @@ class RecordLayout:
 
     def unpack(self, records: Sequence[Data]) -> Unpacked:
         """Numbers of several records."""
-        n, size = len(records), self._bins_at
-        fixed = bytearray().join([data[:size] for data in records])  # which may be changed
-        rows = np.frombuffer(fixed, np.uint8, n * size).reshape(n, size)
-
-        def part(start: int, dtype: str, *shape: int) -> Array:
-            n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            return rows[:, start : start + n_bytes].view(dtype).reshape(n, *shape)
-
-        integers = part(0, "<i8", self.n_rows, len(INTEGERS))
-        floats = part(self._floats_at, "<f8", self.n_rows, len(FLOATS))
-        formats = part(self._formats_at, "<f8", self.n_rows, self.n_formats, len(PACKED))
-        ends = part(self._ends_at, "<u4", self.n_rows).astype(np.int64)
+        fixed, integers, floats, formats = self._fixed(records)
+        ends = self._part(fixed, self._ends_at, "<u4", self.n_rows).astype(np.int64)
         return Unpacked(integers, floats, formats, *self._entries_of(records, ends))
+
+    def numbers(self, records: Sequence[Data]) -> tuple[Array, Array, Array]:
+        """Integers, floats and formats of several records, of which `n_fixed` bytes are enough."""
+        return self._fixed(records)[1:]
+
+    def _fixed(self, records: Sequence[Data]) -> tuple[Array, Array, Array, Array]:
+        n, size = len(records), self.n_fixed
+        # In memory that may be changed.
+        joined = bytearray().join([data[:size] for data in records])
+        fixed = np.frombuffer(joined, np.uint8, n * size).reshape(n, size)
+        return (
+            fixed,
+            self._part(fixed, 0, "<i8", self.n_rows, len(INTEGERS)),
+            self._part(fixed, self._floats_at, "<f8", self.n_rows, len(FLOATS)),
+            self._part(fixed, self._formats_at, "<f8", self.n_rows, self.n_formats, len(PACKED)),
+        )
+
+    @staticmethod
+    def _part(fixed: Array, start: int, dtype: str, *shape: int) -> Array:
+        n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        return fixed[:, start : start + n_bytes].view(dtype).reshape(len(fixed), *shape)
 
     def assemble(self, parts: Sequence[tuple[Sequence[int], RecordLayout, Data]]) -> bytes:
         """One record of several that have some of its rows each.
@@ -252,7 +281,7 @@ class RecordLayout:
         """Filled bins of records, one after the other, and where those of each row end."""
         entries = [self.entries(data)[1:] for data in records]
         starts = np.cumsum([0, *(len(bins) for bins, _ in entries)])[:-1]
-        empty = np.empty(0, self._bin_type), np.empty(0, "<u4")
+        empty = np.empty(0, self.bin_type), np.empty(0, "<u4")
         bins, counts = (np.concatenate(each) for each in zip(empty, *entries, strict=True))
         return (ends + starts[:, None]).ravel(), bins, counts
 
@@ -263,7 +292,7 @@ class RecordLayout:
         return int(n)
 
     def _counts_at(self, n_entries: int) -> int:
-        return self._bins_at + _padded(self._bin_type.itemsize * n_entries)
+        return self.n_fixed + _padded(self.bin_type.itemsize * n_entries)
 
     def _count_type(self, integers: Array) -> np.dtype[np.unsignedinteger]:
         return np.dtype("<u8" if integers[:, 0].max(initial=0) >= _WIDE else "<u4")
@@ -288,10 +317,15 @@ class Unpacked(NamedTuple):
     bins: Array
     counts: Array
 
+    @property
+    def sizes(self) -> Array:
+        """How many filled bins each row of each record has: int64 ``(S L,)``."""
+        return np.diff(self.ends, prepend=0)
+
     def edges(self, bins: Bins) -> Array:
         """Lower and upper edge of each filled bin: float64 ``(E, 2)``."""
         ranges = self.floats.reshape(-1, len(FLOATS))[:, FLOATS.index("low") :]
-        low, high = torch.from_numpy(np.repeat(ranges, np.diff(self.ends, prepend=0), axis=0)).T
+        low, high = torch.from_numpy(np.repeat(ranges, self.sizes, axis=0)).T
         at = torch.from_numpy(self.bins.astype(np.int64))[:, None] + torch.arange(2)
         edges: Array = bins.edges(low, high, at).numpy()
         return edges
@@ -306,9 +340,9 @@ class Unpacked(NamedTuple):
         rows = np.arange(n_records)[:, None] * n_rows + columns
         sizes, bins, counts = self.histograms(np.where(columns < 0, -1, rows).ravel())
         return Unpacked(
-            _taken(self.integers, columns, 0),
-            _taken(self.floats, columns, np.nan),
-            _taken(self.formats, columns, np.nan),
+            taken(self.integers, columns, 0),
+            taken(self.floats, columns, np.nan),
+            taken(self.formats, columns, np.nan),
             np.cumsum(sizes),
             bins,
             counts,
@@ -324,10 +358,67 @@ class Unpacked(NamedTuple):
             How many each has, int64 ``(N,)``, their numbers and their counts.
         """
         ends = np.append(self.ends, 0)
-        sizes = np.append(np.diff(self.ends, prepend=0), 0)[rows]
+        sizes = np.append(self.sizes, 0)[rows]
         starts = ends[rows] - np.cumsum(sizes)  # of each row's entries here, less that there
         entries = np.repeat(starts, sizes) + np.arange(sizes.sum())
         return sizes, self.bins[entries], self.counts[entries]
+
+
+def union(parts: Sequence[Unpacked], n_bins: int) -> Unpacked:
+    """The same rows of the same records of several parts together.
+
+    Args:
+        parts: one at least, of as many records and rows each, over the same ranges.
+        n_bins: of each histogram.
+    """
+    integers, floats, formats = (
+        torch.from_numpy(np.stack(each)) for each in list(zip(*parts, strict=True))[:3]
+    )
+    return Unpacked(
+        integers.sum(0).numpy(),
+        union_floats(integers, floats).numpy(),
+        union_packed(formats).numpy(),
+        *_summed([(part.sizes, part.bins, part.counts) for part in parts], n_bins),
+    )
+
+
+_Histograms = tuple[Array, Array, Array]  # sizes of rows, numbers of filled bins, counts
+
+
+def _summed(parts: Sequence[_Histograms], n_bins: int) -> tuple[Array, Array, Array]:
+    """Histograms of rows added up: ends, numbers of filled bins and counts."""
+    n_rows = len(parts[0][0])
+    edges = [np.append(0, np.cumsum(sizes)) for sizes, _, _ in parts]
+    empty = np.empty(0, np.int64)
+    found = [(empty, empty, empty)]
+    # In memory for some of them, dense.
+    for start in range(0, n_rows, _SUMMED_ROWS):
+        rows = slice(start, min(start + _SUMMED_ROWS, n_rows))
+        some = []
+        for (sizes, bins, counts), edge in zip(parts, edges, strict=True):
+            entries = slice(edge[rows.start], edge[rows.stop])
+            some.append((sizes[rows], bins[entries], counts[entries]))
+        found.append(_summed_dense(some, n_bins))
+    sizes, bins, counts = (np.concatenate(each) for each in zip(*found, strict=True))
+    return np.cumsum(sizes), bins, counts
+
+
+def _summed_dense(parts: Sequence[_Histograms], n_bins: int) -> _Histograms:
+    used = np.zeros(n_bins, bool)
+    for _, bins, _ in parts:
+        used[bins] = True
+    # Most bins are empty in all rows, and have no place.
+    columns = np.flatnonzero(used)
+    place = np.cumsum(used) - 1
+    n_rows = len(parts[0][0])
+    dense = np.zeros(n_rows * len(columns), np.int64)
+    starts = np.arange(n_rows) * len(columns)
+    for sizes, bins, counts in parts:
+        # No bin comes twice in a row.
+        dense[place[bins] + np.repeat(starts, sizes)] += counts.astype(np.int64)
+    at = np.flatnonzero(dense)
+    sizes = np.bincount(at // max(1, len(columns)), minlength=n_rows)
+    return sizes, columns[at - np.repeat(starts, sizes)], dense[at]
 
 
 def _side_by_side(parts: Sequence[Unpacked]) -> Unpacked:
@@ -344,11 +435,12 @@ def _side_by_side(parts: Sequence[Unpacked]) -> Unpacked:
     )
 
 
-def _taken(x: Array, columns: Array, absent: float) -> Array:
-    taken = np.full((len(x), len(columns), *x.shape[2:]), absent, x.dtype)
+def taken(x: Array, columns: Array, absent: float) -> Array:
+    """Some rows of each record by their numbers, ``(S, M, ...)``; -1 stands for an absent one."""
+    found = np.full((len(x), len(columns), *x.shape[2:]), absent, x.dtype)
     has = columns >= 0
-    taken[:, has] = x[:, columns[has]]
-    return taken
+    found[:, has] = x[:, columns[has]]
+    return found
 
 
 def _padded(n_bytes: int) -> int:

@@ -292,24 +292,9 @@ class Statistics:
                 "merge() needs histograms over the same range; low and high differ. "
                 "Log2Bins and LinearBins with a fixed range always merge"
             )
-        floats = torch.stack(
-            [
-                torch.fmin(self.min, other.min),
-                torch.fmax(self.max, other.max),
-                self.sum + other.sum,
-                _union_std(self, other),
-                self.l1 + other.l1,
-                torch.hypot(self.l2, other.l2),
-                self.low,
-                self.high,
-            ],
-            -1,
-        )
-        floats = torch.where(only_this, self.floats, floats)
-        floats = torch.where(only_other, other.floats, floats)
-        return Statistics(
-            self.bins, self.integers + other.integers, floats, self.counts + other.counts
-        )
+        integers = torch.stack([self.integers, other.integers])
+        floats = union_floats(integers, torch.stack([self.floats, other.floats]))
+        return Statistics(self.bins, integers.sum(0), floats, self.counts + other.counts)
 
     def unscale(self, scale: float | Tensor) -> Statistics:
         """Statistics of the values divided by a power of two, such as a loss scale.
@@ -419,38 +404,81 @@ def _is_scalar(x: object) -> bool:
     return isinstance(x, Real) or (isinstance(x, Tensor) and x.dim() == 0)
 
 
-def _union_std(a: Statistics, b: Statistics) -> Tensor:
-    """Standard deviation of a union, scaled so that no square overflows or underflows."""
-    mean_a, mean_b = mean_between_extremes(a), mean_between_extremes(b)
-    std_a, std_b = (torch.where(each.finite > 1, each.std, 0.0) for each in (a, b))
+def union_floats(integers: Tensor, floats: Tensor) -> Tensor:
+    """Floats of the union of P parts, over the same ranges.
+
+    The variance follows Chan, Golub and LeVeque: squares within the parts, and of their means
+    around the mean of all, in units in which no square overflows or underflows. It is NaN where a
+    part's mean is not known.
+
+    Args:
+        integers: int64 ``(P, ..., 8)``, the fields of `INTEGERS`.
+        floats: float64 ``(P, ..., 8)``, the fields of `FLOATS`; NaN where a part is absent.
+
+    Returns:
+        float64 ``(..., 8)``; NaN where all parts are absent.
+    """
+    least, most, total, std, l1, l2, low, high = floats.unbind(-1)
+    is_absent = l2.isnan()
+    n = integers[..., 1].to(floats.dtype)
+    n_all = n.sum(0)
+    means = _mean_between_extremes(n, floats)
+    farthest = torch.where(n > 0, means, 0.0).abs().nan_to_num().amax(0)
     # A quarter of two large means differs by a number that float64 holds.
-    is_large = torch.maximum(mean_a.abs(), mean_b.abs()) > 1
-    shrink = torch.where(is_large, 0.25, 1.0).to(mean_a.dtype)
-    delta = mean_b * shrink - mean_a * shrink
-    std_a, std_b = std_a * shrink, std_b * shrink
-    unit = torch.maximum(torch.maximum(std_a, std_b), delta.abs())
-    unit = torch.where(unit != 0, unit, 1.0)
-    n = (a.finite + b.finite).to(delta.dtype)
-    between = (delta / unit) ** 2 * a.finite * (b.finite / n.clamp(min=1))
-    within = (std_a / unit) ** 2 * (a.finite - 1).clamp(min=0)
-    within = within + (std_b / unit) ** 2 * (b.finite - 1).clamp(min=0)
-    variance = (within + between) / (n - 1).clamp(min=1)
-    return torch.where(n > 1, unit * variance.sqrt() / shrink, math.nan)
+    shrink = torch.where(farthest > 1, 0.25, 1.0).to(floats.dtype)
+    means, std = means * shrink, torch.where(n > 1, std, 0.0) * shrink
+    first, last = (_extreme(torch.where(n > 0, means, math.nan), sign) for sign in (1, -1))
+    first = first.nan_to_num(nan=0.0)
+    unit = torch.fmax(std.amax(0), last - first).nan_to_num(nan=0.0)
+    unit = torch.where(unit > 0, unit, 1.0)
+    shift = torch.where(n > 0, (means - first) / unit, 0.0)
+    shift = shift - (n * shift).sum(0) / n_all.clamp(min=1)
+    squares = (n - 1).clamp(min=0) * (std / unit) ** 2 + n * shift**2
+    variance = squares.sum(0) / (n_all - 1).clamp(min=1)
+    rows = {
+        "min": _extreme(least, 1),
+        "max": _extreme(most, -1),
+        "sum": torch.where(is_absent, 0.0, total).sum(0),
+        "std": torch.where(n_all > 1, unit * variance.sqrt() / shrink, math.nan),
+        "l1": torch.where(is_absent, 0.0, l1).sum(0),
+        "l2": union_norms(torch.where(is_absent, 0.0, l2)),
+        "low": _extreme(low, 1),
+        "high": _extreme(high, -1),
+    }
+    whole = torch.stack([rows[name] for name in FLOATS], -1)
+    return torch.where(is_absent.all(0)[..., None], math.nan, whole)
 
 
-def mean_between_extremes(s: Statistics) -> Tensor:
+def union_norms(norms: Tensor) -> Tensor:
+    """Norms of the union of P parts, ``(P, ...)``: no square overflows or underflows."""
+    largest = norms.amax(0)
+    unit = torch.where(largest.isfinite() & (largest > 0), largest, 1.0)
+    return unit * ((norms / unit) ** 2).sum(0).sqrt()
+
+
+def _extreme(x: Tensor, sign: int) -> Tensor:
+    """The least, or with -1 the greatest, of P numbers that is not NaN; NaN where all are."""
+    found = (sign * x).nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).amin(0)
+    return torch.where(x.isnan().all(0), math.nan, sign * found)
+
+
+def _mean_between_extremes(n: Tensor, floats: Tensor) -> Tensor:
     """Mean, 0 of nothing; NaN where values are so large that neither sum nor norm is finite.
 
     Rounding may take a quotient past the extremes: equal values have a mean that is equal to them.
+
+    Args:
+        n: finite elements, ``(...)``.
+        floats: ``(..., 8)``.
     """
+    least, most, total, std, _, l2, _, _ = floats.unbind(-1)
     # Where the sum overflows, the mean square is the mean's own and that of the deviations.
-    share = s.std / s.rms
-    n = s.finite.to(share.dtype)
-    size = s.rms * (1 - share**2 * (n - 1) / n).clamp(min=0).sqrt()
-    size = torch.where(s.l2.isinf(), math.nan, size)
-    mean = torch.where(s.sum.isinf(), size.copysign(s.sum), s.mean)
-    mean = torch.where(s.min == s.max, s.min, mean.clamp(s.min, s.max))
-    return torch.where(s.finite > 0, mean, 0.0)
+    rms = l2 / n.sqrt()
+    size = rms * (1 - (std / rms) ** 2 * (n - 1) / n).clamp(min=0).sqrt()
+    size = torch.where(l2.isinf(), math.nan, size)
+    mean = torch.where(total.isinf(), size.copysign(total), total / n)
+    mean = torch.where(least == most, least, mean.clamp(least, most))
+    return torch.where(n > 0, mean, 0.0)
 
 
 def as_statistics(bins: Bins, rows: Iterable[NDArray[Any]]) -> Statistics:
@@ -633,12 +661,10 @@ class Quantization:
                 f"{tuple(other.nonzero.shape)}, this is {self.format.name} of "
                 f"{tuple(self.nonzero.shape)}"
             )
-        here, there = self.integers, other.integers.to(self.integers.device)
-        integers = here + there
-        integers[..., 6] = torch.minimum(here[..., 6], there[..., 6])
-        integers[..., 7] = torch.maximum(here[..., 7], there[..., 7])
-        floats = torch.hypot(self.floats, other.floats.to(self.floats.device))
-        return Quantization(self.format, integers, floats)
+        device = self.integers.device
+        integers = torch.stack([self.integers, other.integers.to(device)])
+        floats = torch.stack([self.floats, other.floats.to(device)])
+        return Quantization(self.format, _union_integers(integers), union_norms(floats))
 
     def __len__(self) -> int:
         """Number of tensors measured."""
@@ -694,3 +720,27 @@ def unpacked(form: Format, fields: NDArray[np.float64]) -> Quantization:
     present = np.where(np.isnan(fields[..., -1:]), _ABSENT, fields)
     integers, floats = present[..., :n].astype(np.int64), present[..., n:]
     return Quantization(form, torch.from_numpy(integers), torch.from_numpy(floats))
+
+
+def union_packed(fields: Tensor) -> Tensor:
+    """Fields of the union of P parts, NaN where a part has no tensor.
+
+    Args:
+        fields: of `PACKED`, float64 ``(P, ..., 10)``.
+
+    Returns:
+        float64 ``(..., 10)``; NaN where no part has one.
+    """
+    n = len(QUANTIZATION_INTEGERS)
+    is_absent = fields[..., -1:].isnan()
+    present = torch.where(is_absent, torch.from_numpy(_ABSENT), fields)
+    integers = _union_integers(present[..., :n])
+    whole = torch.cat([integers, union_norms(present[..., n:])], -1)
+    return torch.where(is_absent.all(0), math.nan, whole)
+
+
+def _union_integers(parts: Tensor) -> Tensor:
+    """Counts added, the least and the greatest scale: ``(P, ..., 8)`` to ``(..., 8)``."""
+    whole = parts.sum(0)
+    whole[..., 6], whole[..., 7] = parts[..., 6].amin(0), parts[..., 7].amax(0)
+    return whole

@@ -68,7 +68,7 @@ def repeat_record(history: History, steps: int) -> History:
     """The newest record of a history as often as asked."""
     repeated = History(history.rows, history.bins)
     for step in range(steps):
-        repeated.append(step, history.packed().data)
+        repeated.append(step, history.packed(history.find(-1)).data)
     return repeated
 
 
@@ -84,7 +84,7 @@ def begin_journal(
 def write_steps(journal: Journal, history: History, *steps: int) -> None:
     """Put some records of a history on the disk, and what was logged at their steps."""
     for step in steps:
-        journal.append(step, history.packed(step).data, time_s=float(step))
+        journal.append(step, history.packed(history.find(step)).data, time_s=float(step))
         for name in history.scalars:
             at, values = history.scalar(name)
             for value in values[at == step].tolist():

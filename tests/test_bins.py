@@ -360,12 +360,6 @@ def test_parse_bins_refuses_other_text(spec: str) -> None:
             ValueError,
             "a range or nice, not both; low is 0.0, nice is True",
         ),
-        (
-            (3, None, None, False, True),
-            ValueError,
-            "low and high, or Log2Bins() in its place, where one look is to be enough; "
-            "track is True",
-        ),
     ],
 )
 def test_linear_bins_refuses_by_name(

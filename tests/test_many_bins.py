@@ -116,7 +116,7 @@ def test_kurtosis_is_found_of_rows_with_many_filled_bins_and_with_few(
         history = History([str(i) for i in range(6)], bins)
         append_rows(history, 0, *arrays(s))
         append_rows(history, 1, *arrays(s))
-        monkeypatch.setattr("gradstat.history.memory._CELLS", 1000)
+        monkeypatch.setattr("gradstat.history.records._CELLS", 1000)
         expected = s.kurtosis.expand(2, -1).numpy()
         assert history["kurtosis"] == pytest.approx(expected, rel=1e-12, nan_ok=True)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import gradstat
 from gradstat.bins import Bins, LinearBins, Log2Bins
-from gradstat.record import RecordLayout, Unpacked
+from gradstat.record import RecordLayout, Unpacked, union
 from gradstat.results import FLOATS, INTEGERS, PACKED
 
 LAYOUT = RecordLayout(5, 2, 7)
@@ -157,3 +157,40 @@ def test_assemble_puts_rows_of_several_launches_together(launches: list[list[int
             each[rows] = new
     data = LAYOUT.assemble(parts)
     assert data == LAYOUT.pack(*whole)
+
+
+# More rows than are dense at a time, counts that do not fit uint32.
+@pytest.mark.parametrize(("n_rows", "most"), [(0, 9), (5, 9), (5000, 1 << 33)])
+def test_union_adds_histograms_up(n_rows: int, most: int) -> None:
+    layout = RecordLayout(n_rows, 0, 64)
+    several = [make_arrays(layout, seed, most) for seed in range(3)]
+    parts = [layout.unpack([layout.pack(*arrays)] * 2) for arrays in several]
+    whole = union(parts, 64)
+    assert len(layout.pack_all(whole)) == 2
+    for data in layout.pack_all(whole):
+        np.testing.assert_array_equal(layout.dense(data), sum(each[3] for each in several))
+        np.testing.assert_array_equal(layout.integers(data), sum(each[0] for each in several))
+
+
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(7, -1.0, 1.0)], ids=repr)
+def test_union_is_what_statistics_of_all_values_are(bins: Bins) -> None:
+    generator = torch.Generator().manual_seed(3)
+    shards = [
+        [torch.randn(n, generator=generator, dtype=torch.float64) * size for n, size in sizes]
+        for sizes in ([(40, 1.0), (7, 1e-30)], [(0, 1.0), (3, 1e30)], [(9, 1.0), (1, 0.0)])
+    ]
+    layout = RecordLayout(2, 0, bins.bins)
+    parts = []
+    for tensors in shards:
+        s = gradstat.statistics(tensors, bins, engine="reference")
+        data = layout.pack(s.integers.numpy(), s.floats.numpy(), None, s.counts.numpy())
+        parts.append(layout.unpack([data]))
+    # A row that a part has not adds nothing.
+    parts.append(parts[0].take(np.array([-1, -1])))
+    (data,) = layout.pack_all(union(parts, bins.bins))
+    whole = [torch.cat(row) for row in zip(*shards, strict=True)]
+    expected = gradstat.statistics(whole, bins, engine="reference")
+    found = layout.statistics(data, bins)
+    assert torch.equal(found.integers, expected.integers)
+    assert torch.equal(found.counts, expected.counts)
+    torch.testing.assert_close(found.floats, expected.floats, rtol=1e-12, atol=0)

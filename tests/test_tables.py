@@ -87,7 +87,7 @@ def test_rows_come_in_batches_and_report_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     history, done = make(Log2Bins(), 150), []
-    monkeypatch.setattr("gradstat.history.memory.WINDOW_BYTES", 30_000)
+    monkeypatch.setattr("gradstat.history.records.WINDOW_BYTES", 30_000)
     sizes = [len(part.sizes) for part in rows(history, done.append)]
     assert len(done) > 2
     assert sizes == [2 * n for n in done]
@@ -121,7 +121,7 @@ def test_a_table_appears_whole_or_not_at_all(
     history, unpacked = make(Log2Bins(), 150), History.unpacked
 
     def fails_late(self: History) -> Iterator[Unpacked]:
-        yield from unpacked(self, range(100))
+        yield from unpacked(self.at(range(100)))
         raise RuntimeError("interrupted")
 
     monkeypatch.setattr(History, "unpacked", fails_late)

@@ -20,11 +20,12 @@ from gradstat.cli.runs import check_output, load, run_name
 from gradstat.diagnosis import Finding
 from gradstat.diagnosis.evidence import Evidence, median
 from gradstat.diagnosis.narrow_formats import FormatFit, layer_fits, recommendation
-from gradstat.history import History, rank_directories
-from gradstat.history.arguments import check_history, first_rows
+from gradstat.history import History
+from gradstat.history.follow import Follower
+from gradstat.history.history import check_history, first_rows
 from gradstat.record import GRAD, NOUNS, PARAM, UNIT, UPDATE
 from gradstat.thresholds import Thresholds
-from gradstat.util import Array, CutOffError, escaped, evenly_spread, json_text, replacing
+from gradstat.util import Array, escaped, evenly_spread, json_text, replacing
 
 Item = TypeVar("Item")
 
@@ -233,33 +234,22 @@ def follow(path: Path, interval_s: float, updates: int | None = None) -> None:
         OSError: it cannot be opened.
         ValueError: it is damaged or another kind of file.
     """
-    seen: object = ()  # nothing has been looked at
-    printed = 0
+    follower = Follower(path, newest=True)
+    printed, told = 0, ""
     while updates is None or printed < updates:
-        stats = rank_directories.stats_of(path).values()
-        found = [(each.st_mtime_ns, each.st_size) for each in stats]
-        if found != seen:
-            seen = found
-            history = _read_newest(path) if found else None
-            if history:
-                clear = "\x1b[H\x1b[2J" if sys.stdout.isatty() else "\n" if printed else ""
-                print(clear + newest(str(path), history), flush=True)
-                printed += 1
-                continue
-            if not printed:
-                what = "has no records yet" if found else "is not there yet"
-                print(f"{escaped(path)} {what}", flush=True)
+        found = None
+        while (look := follower.look()) is not None and not look.is_all:
+            found = look.records or found
+        if found:
+            clear = "\x1b[H\x1b[2J" if sys.stdout.isatty() else "\n" if printed else ""
+            print(clear + newest(str(path), History.from_records(found)), flush=True)
+            printed += 1
+            continue
+        what = "is not there yet" if look is None else "has no records yet"
+        if not printed and what != told:
+            print(f"{escaped(path)} {what}", flush=True)
+            told = what
         time.sleep(interval_s)
-
-
-def _read_newest(path: Path) -> History | None:
-    """The records that were written last; ``None`` for a directory that is only begun."""
-    try:
-        return History.from_records(rank_directories.newest(path))
-    except CutOffError:
-        if path.is_dir():
-            return None
-        raise
 
 
 def newest(name: str, history: History) -> str:

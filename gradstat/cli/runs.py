@@ -13,8 +13,9 @@ from pathlib import Path
 from stat import S_ISDIR
 from typing import Any
 
-from gradstat.history import History, rank_directories
-from gradstat.history.opening import opened
+from gradstat.history import History
+from gradstat.history.file import open_regular
+from gradstat.history.ranks import files_of, stats_of
 from gradstat.report.live_run import LiveRun
 from gradstat.util import escaped
 
@@ -44,7 +45,7 @@ def load(path: Path) -> History:
 
 def check_output(run: Path, output: Path) -> None:
     """Refuse to write over a run that is read."""
-    files = [run, *rank_directories.files_of(run)]
+    files = [run, *files_of(run)]
     if output.exists() and any(file.exists() and output.samefile(file) for file in files):
         raise ValueError(f"{output} is the run itself, or a file of it; write to another one")
 
@@ -151,9 +152,9 @@ def _minutes(quiet: float | None) -> float:
 
 
 def _files_of(path: Path) -> dict[Path, os.stat_result]:
-    """As `rank_directories.stats_of`; none if the run has gone or may not be read."""
+    """As `stats_of`; none if the run has gone or may not be read."""
     try:
-        return rank_directories.stats_of(path)
+        return stats_of(path)
     except OSError:
         return {}
 
@@ -185,7 +186,7 @@ def _is_run(path: Path) -> bool:
 def _is_saved(path: Path, _: int) -> bool:
     """Whether `History.save` wrote a file, by the names in it; asked anew when its time changes."""
     try:
-        with opened(path) as file, zipfile.ZipFile(file) as members:
-            return "format.npy" in members.namelist()
+        with open_regular(path) as file, zipfile.ZipFile(file) as members:
+            return {"run.npy", "integers.npy"} <= set(members.namelist())
     except (OSError, ValueError, zipfile.BadZipFile):  # no file, as a pipe is none
         return False

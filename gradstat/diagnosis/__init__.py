@@ -30,7 +30,7 @@ from gradstat.diagnosis.not_learning import (
 from gradstat.diagnosis.spikes import find_all_spikes
 from gradstat.diagnosis.vanishing_exploding import find_growth, find_large, find_low, find_trend
 from gradstat.history import History
-from gradstat.history.arguments import check_history
+from gradstat.history.history import check_history
 from gradstat.record import ACTIVATION, GRAD, UNIT, UPDATE
 from gradstat.thresholds import Thresholds
 

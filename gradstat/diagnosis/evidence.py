@@ -177,9 +177,8 @@ class Evidence:
             return []
         at = evenly_spread(len(self.history), MAX_SAMPLES).tolist()
         return [
-            SampledCounts(each, *records.histograms(self.columns))
+            SampledCounts(each, *self.history.at([each]).unpack().histograms(self.columns))
             for each in at
-            for records in self.history.unpacked([each])
         ]
 
     def shares_of(self, counts: list[Array]) -> Array:

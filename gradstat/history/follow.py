@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from gradstat.history import archive, rank_directories
-from gradstat.history.merge_files import RankRecords, bytes_at_a_time, merge_files
-from gradstat.history.records import Records, concatenate
+from gradstat.history import reading
+from gradstat.history.file import SUFFIX
+from gradstat.history.ranks import Rank, directories, merge, rank_of, stats_of
+from gradstat.history.records import Records
 from gradstat.util import CutOffError
 
-_BYTES = 4 << 20  # of a file that are read at a look, or a block more
+_BYTES = 4 << 20  # of a file that are looked through at a look, or a block more
 
 # Device, inode, time of the last change where it is never appended to, whether it has a block.
 _File = tuple[int, int, int, bool]
@@ -40,18 +40,20 @@ class Follower:
 
     Args:
         path: file or directory, which need not be there yet.
+        newest: whether of what is new the records that were written last are enough.
 
     Attributes:
         written_s: when its files were written to last, in seconds since 1970; 0: there are none.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, newest: bool = False) -> None:
+        self._path, self._is_newest = path, newest
         self.written_s = 0.0
         self._files: _Files = {}
         self._source: Iterator[Records | None] | None = None
         self._begun: set[tuple[int, int]] = set()  # files that have a whole block
         self._error: ValueError | None = None  # of these files
+        self._tried_again: _Files = {}
 
     def look(self) -> Look | None:
         """Read what is new.
@@ -74,10 +76,15 @@ class Follower:
         if self._source is not None and not is_anew:
             try:
                 records = next(self._source, None)
-            except (OSError, ValueError):
-                is_anew = True  # another run may have taken the place of this one
+            except (OSError, ValueError) as error:
+                # Another run may have taken the place of this one.
+                is_anew = found != self._tried_again
+                self._tried_again = found
+                if not is_anew:
+                    self._keep(error)
+                    raise
         if is_anew:
-            self._source = _followed(self._path)
+            self._source = _followed(self._path, newest=self._is_newest)
             try:
                 records = next(self._source, None)
             except (OSError, ValueError) as error:
@@ -86,17 +93,22 @@ class Follower:
                 begins = self._path.is_dir() and not any(int(path.stem) for path in found)
                 if isinstance(error, CutOffError) and begins:
                     return Look(None, is_anew=False, is_all=True)
-                self._error = error if isinstance(error, ValueError) else None
+                self._keep(error)
                 raise
         return Look(records, is_anew, is_all=records is None)
+
+    def _keep(self, error: OSError | ValueError) -> None:
+        """Until the files change, if they are damaged."""
+        self._source = None
+        self._error = error if isinstance(error, ValueError) else None
 
     def _find(self) -> _Files:
         found: _Files = {}
         self.written_s = 0.0
-        for path, stat in rank_directories.stats_of(self._path).items():
-            is_journal, file = path.suffix == archive.SUFFIX, (stat.st_dev, stat.st_ino)
+        for path, stat in stats_of(self._path).items():
+            is_journal, file = path.suffix == SUFFIX, (stat.st_dev, stat.st_ino)
             # A resumed run's file is left out until it has a block, from which on it supersedes.
-            if is_journal and file not in self._begun and archive.is_begun(path):
+            if is_journal and file not in self._begun and reading.is_begun(path):
                 self._begun.add(file)
             changed = 0 if is_journal else stat.st_mtime_ns
             found[path] = (*file, changed, file in self._begun), stat.st_size
@@ -111,55 +123,44 @@ def _goes_on(before: _Files, now: _Files) -> bool:
     )
 
 
-def read_quietly(path: Path) -> Records | None:
-    """All records that a run has, without a warning of those that are being written."""
-    follower, parts = Follower(path), []
-    while (look := follower.look()) is not None and look.records is not None:
-        parts.append(look.records)
-    return concatenate(parts) if parts else None
-
-
-def _followed(path: Path) -> Iterator[Records | None]:
-    folders = rank_directories.directories(path)
-    if folders and archive.segments(path):
-        yield rank_directories.read(path)  # which refuses it
-    elif len(folders) > 1:
-        yield from _followed_ranks(folders)
-    else:
-        yield from archive.followed(folders[0] if folders else path, _BYTES)
-
-
-def _followed_ranks(folders: list[Path]) -> Iterator[Records | None]:
-    """Records that all ranks have, merged as `rank_directories.read` merges them."""
-    n_bytes = bytes_at_a_time(len(folders))
-    sources = [archive.followed(folder, n_bytes) for folder in folders]
-    ranks: list[RankRecords] = []
-    held: list[list[Records]] = [[] for _ in folders]  # of each rank what others have yet to write
-    while True:
-        new = [next(source, None) for source in sources]
-        for pieces, piece in zip(held, new, strict=True):
-            pieces += [] if piece is None else [piece]
-        if all(piece is None for piece in new):
-            yield None
-        last = [
-            max([step for each in pieces for step in each.steps[-1:]] or [-1]) for pieces in held
-        ]
-        if min(last) < 0:
+def _followed(path: Path, *, newest: bool) -> Iterator[Records | None]:
+    folders = directories(path)
+    if len(folders) > 1:
+        yield from _followed_ranks(folders, newest=newest)
+        return
+    last: Records | None = None
+    for piece in reading.followed(folders[0] if folders else path, 1 if newest else _BYTES):
+        if newest and piece is not None:  # which nobody needs if another block follows
+            last = piece if len(piece) else last
             continue
-        if not ranks:
-            numbers = map(rank_directories.number_of, folders)
-            ranks = [
-                RankRecords(number, pieces[0].before(0), iter(()), is_journal=True)
-                for number, pieces in zip(numbers, held, strict=True)
-            ]
-        end = min(last) + 1
-        for rank, pieces in zip(ranks, held, strict=True):
-            rank.go_on([piece.before(end) for piece in pieces])
-        held = [_since(pieces, end) for pieces in held]
-        yield merge_files(ranks, quiet=True)
+        for each in (last, piece):
+            if each is not None:
+                each.verify()
+                yield each
+        last = None
+        if piece is None:
+            yield None
 
 
-def _since(pieces: list[Records], step: int) -> list[Records]:
-    """The rest of some pieces, from a step on."""
-    rest = [replace(each.since(step), scalars=each.scalars.between(step)) for each in pieces]
-    return [each for each in rest if each.steps or each.scalars.names]
+def _followed_ranks(folders: list[Path], *, newest: bool) -> Iterator[Records | None]:
+    """Records that all ranks have, merged as `ranks.load` merges them."""
+    sources = [reading.followed(folder, 1 if newest else _BYTES) for folder in folders]
+    ranks: dict[Path, Rank] = {}
+    while True:
+        new = [next(source) for source in sources]
+        for folder, piece in zip(folders, new, strict=True):
+            if piece is not None and folder in ranks:
+                ranks[folder].add(piece)
+            elif piece is not None:
+                ranks[folder] = rank_of(folder, [piece])
+        is_all = all(piece is None for piece in new)
+        common = min([rank.last_step for rank in ranks.values()], default=-1)
+        has_records = common >= 0 and len(ranks) == len(folders)
+        if has_records and (is_all or not newest):
+            if newest:  # the last block of each, or what all have of it
+                recent = min(rank.newest_block for rank in ranks.values())
+                for rank in ranks.values():
+                    rank.skip(min(recent, common))
+            yield merge(list(ranks.values()), end=common + 1, quiet=True)
+        elif is_all:
+            yield None

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,26 +13,9 @@ from torch import distributed as dist
 
 from gradstat.bins import Bins
 from gradstat.formats import Format, asked_formats, parse_format
-from gradstat.history import archive, merge, rank_directories
-from gradstat.history.alignment import with_columns
-from gradstat.history.copies import told_of_replicas
-from gradstat.history.memory import Memory
-from gradstat.history.packed_counts import SparseRows
-from gradstat.history.placements import Placements
-from gradstat.history.records import OWN, Records
-from gradstat.history.scalars import Scalars
-from gradstat.record import (
-    FROM_THE_END,
-    GRAD,
-    PARAM,
-    UNIT,
-    UPDATE,
-    Data,
-    Record,
-    RecordLayout,
-    Row,
-    Unpacked,
-)
+from gradstat.history import ranks, reading
+from gradstat.history.records import Records
+from gradstat.record import FROM_THE_END, GRAD, PARAM, UNIT, UPDATE, Row
 from gradstat.results import (
     DERIVED,
     FLOATS,
@@ -58,11 +38,11 @@ _DENSE_BYTES = 4 << 20  # of histograms at a time
 FIELDS = (*INTEGERS, *FLOATS, *DERIVED, *SHAPES)
 
 
-class History:
+class History(Records):
     """Statistics of L layers over S recorded steps.
 
-    A layer without a gradient in a step has a row of NaN and of zero counts there. Histograms are
-    kept as their non-zero bins alone.
+    A layer without a gradient in a step has a row of NaN and of zero counts there. Records are kept
+    packed, histograms as their filled bins alone; numbers are made when they are read, and kept.
 
     Args:
         layers: L names.
@@ -102,38 +82,24 @@ class History:
     ) -> None:
         if kinds is None:
             kinds = [each.kind if isinstance(each, Row) else GRAD for each in layers]
-        self.rows = [
+        rows = [
             each if isinstance(each, Row) else Row.printed(kind, each)
             for kind, each in zip(kinds, layers, strict=True)
         ]
-        self.layers = [str(row) for row in self.rows]
-        self.kinds = [row.kind for row in self.rows]
-        self.bins = bins
-        self.formats = [each.name for each in asked_formats("History", formats)]
-        # Which ranks of a distributed run hold the same values of a layer, as in `Records`.
-        self.origins = np.full(len(self.layers), OWN)
-        self.placements: Placements | None = None
-        self.layout = RecordLayout(len(self.layers), len(self.formats), bins.bins)
-        self._memory = Memory(self.layout, bins, capacity)
-        self._scalars = Scalars()
-        self.depth: Array | None = None
-        self.partial_step: int | None = None
-        self.rank: int | None = None
-        self.world: int | None = None
+        names = [each.name for each in asked_formats("History", formats)]
+        super().__init__(rows, bins, names, capacity)
+
+    @classmethod
+    def from_records(cls, records: Records) -> History:
+        """A History of records as files have them, which it takes over."""
+        history = cls.__new__(cls)
+        history.__dict__.update(records.__dict__)
+        return history
 
     @property
-    def steps(self) -> Array:
-        """Number of each recorded step, from 0: int64 ``(S,)``."""
-        return np.array([record.step for record in self._memory.records], dtype=np.int64)
-
-    @property
-    def times(self) -> Array:
-        """When each step was recorded, in seconds since 1970: float64 ``(S,)``; NaN if unknown."""
-        return np.array([record.time_s for record in self._memory.records], dtype=np.float64)
-
-    def __len__(self) -> int:
-        """Number of recorded steps, S."""
-        return len(self._memory)
+    def kinds(self) -> list[str]:
+        """The kind of each layer."""
+        return [row.kind for row in self.rows]
 
     def __repr__(self) -> str:
         """Size and bins."""
@@ -144,23 +110,6 @@ class History:
         from gradstat.report.notebook import fragment
 
         return fragment(self)
-
-    def append(self, step: int, data: Data, *, time_s: float | None = None) -> None:
-        """Add one record.
-
-        Args:
-            step: its number, higher than the last one's.
-            data: its numbers, as ``layout.pack()`` makes them; kept, not copied.
-            time_s: when it was recorded, in seconds since 1970; by default now.
-
-        Raises:
-            ValueError: a step that is not higher, bytes of another layout.
-        """
-        self._memory.append(Record(step, time.time() if time_s is None else time_s, data))
-
-    def add(self, record: Record) -> None:
-        """Add a record that `watch` has made: of a higher step, and of this history's layout."""
-        self._memory.add(record)
 
     def __getitem__(self, field: str) -> Array:
         """One field of `Statistics` at every step and layer.
@@ -176,7 +125,7 @@ class History:
         """
         if field not in FIELDS:
             raise KeyError(f"History[] needs one of {', '.join(FIELDS)}; got {field!r}")
-        return self._memory.column(field)
+        return self.column(field)
 
     @property
     def order(self) -> list[str]:
@@ -198,7 +147,7 @@ class History:
     @property
     def scalars(self) -> list[str]:
         """Names of what was logged at the steps beside their records, such as ``"loss"``."""
-        return self._scalars.names
+        return self.logged.names
 
     def scalar(self, name: str) -> tuple[Array, Array]:
         """What was logged under a name, at every step, recorded or not.
@@ -212,11 +161,11 @@ class History:
         Raises:
             KeyError: another name.
         """
-        if name not in self._scalars.names:
+        if name not in self.logged.names:
             raise KeyError(
                 f"scalar() needs one of {', '.join(self.scalars) or 'none'}; name is {name!r}"
             )
-        return self._scalars.get(name)
+        return self.logged.get(name)
 
     def add_scalar(self, name: str, step: int, value: float) -> None:
         """Add a number that belongs to a step; all of them are kept, whatever the capacity.
@@ -229,7 +178,7 @@ class History:
         Raises:
             ValueError: a lower step.
         """
-        self._scalars.add(name, step, value)
+        self.logged.add(name, step, value)
 
     def norm(self, kind: str = GRAD) -> Array:
         """L2 norm of all rows of a kind together: of the whole gradient, as clipping sees it.
@@ -267,7 +216,7 @@ class History:
         Raises:
             KeyError: a step that was not recorded.
         """
-        return self.layout.statistics(self._memory.find(step).data, self.bins)
+        return self.layout.statistics(self.packed(self.find(step)).data, self.bins)
 
     def parts(self, step: int = -1) -> Iterator[tuple[slice, Statistics]]:
         """Everything measured in one step, some layers at a time, in memory for a few histograms.
@@ -281,25 +230,11 @@ class History:
         Raises:
             KeyError: a step that was not recorded.
         """
-        data, n_layers = self._memory.find(step).data, len(self.layers)
+        data, n_layers = self.packed(self.find(step)).data, len(self.layers)
         size = max(1, _DENSE_BYTES // (8 * self.bins.bins))
         for start in range(0, max(n_layers, 1), size):
             part = slice(start, min(start + size, n_layers))
             yield part, self.layout.statistics(data, self.bins, part)
-
-    def packed(self, step: int = -1) -> Record:
-        """One step's record as it is kept, such as to append it elsewhere.
-
-        Args:
-            step: a number in `steps`, or negative to count back from the newest.
-
-        Returns:
-            Its step, time and bytes, in the order of ``layout``.
-
-        Raises:
-            KeyError: a step that was not recorded.
-        """
-        return self._memory.find(step)
 
     def histogram(self, layer: str, step: int = -1) -> tuple[Array, Array]:
         """Histogram of one layer in one step.
@@ -314,7 +249,7 @@ class History:
         Raises:
             KeyError: an unknown layer, or a step that was not recorded.
         """
-        row, data = self._find_layer(layer), self._memory.find(step).data
+        row, data = self._find_layer(layer), self.packed(self.find(step)).data
         return self.layout.histogram(data, row), self._edges(self.layout.floats(data)[row])
 
     def histograms(self, layer: str) -> tuple[Array, Array]:
@@ -330,12 +265,13 @@ class History:
         Raises:
             KeyError: an unknown layer.
         """
-        row, records = self._find_layer(layer), self._memory.records
+        row, records = self._find_layer(layer), self.records
         counts = np.empty((len(records), self.bins.bins), dtype=np.int64)
         floats = np.empty((len(records), len(FLOATS)))
         for at, record in enumerate(records):
-            counts[at] = self.layout.histogram(record.data, row)
-            floats[at] = self.layout.floats(record.data)[row]
+            data = self.packed(record).data
+            counts[at] = self.layout.histogram(data, row)
+            floats[at] = self.layout.floats(data)[row]
         return counts, self._edges(floats)
 
     def select(self, kind: str) -> History:
@@ -353,11 +289,11 @@ class History:
             KeyError: a kind that was not recorded.
         """
         columns = self._columns("select", kind)
-        records = self.to_records()
         rows = [self.rows[column] for column in columns]
-        chosen = with_columns(records, columns, rows, [row.name for row in rows])
-        depth = None if self.depth is None else self.depth[columns]
-        return History.from_records(replace(chosen, scalars=records.scalars.copy(), depth=depth))
+        chosen = self.take(columns, rows, [row.name for row in rows])
+        chosen.depth = None if self.depth is None else self.depth[columns]
+        chosen.logged = self.logged.copy()
+        return chosen
 
     def update_ratio(self) -> Array:
         """How large a step's change of the weights was, as a share of them.
@@ -417,7 +353,7 @@ class History:
             )
         at = self.formats.index(name)
         none = np.empty((0, len(self.layers), len(PACKED)))
-        fields = np.concatenate([none, *(each.formats[:, :, at] for each in self.unpacked())])
+        fields = np.concatenate([none, *(each[2][:, :, at] for each in self.numbers())])
         is_absent = np.isnan(fields[..., -1])
         values = unpacked(parse_format("quantization", name), fields)
         found: dict[str, Array] = {}
@@ -436,7 +372,7 @@ class History:
         Raises:
             OSError: it cannot be written.
         """
-        archive.write(Path(path), self.to_records())
+        reading.save(Path(path), self.snapshot())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:
@@ -454,8 +390,11 @@ class History:
             FileNotFoundError: there is no such file; another OSError: it cannot be opened.
             ValueError: a damaged file, one that neither of them wrote, or a directory that lacks
                 one.
+
+        Records of a large directory are read when their numbers are, and so is their damage found;
+        its files are to stay as they are meanwhile.
         """
-        return cls.from_records(rank_directories.read(Path(path)))
+        return cls.from_records(ranks.load(Path(path)))
 
     def reduce(
         self, group: dist.ProcessGroup | None = None, *, replicated: bool | None = None
@@ -468,8 +407,8 @@ class History:
         own part of the batch; beside tensor parallelism alone they are the same on its mesh.
 
         Ranks that hold different layers, as pipeline stages do, are put together to all of them.
-        Counts, min and max are exact; the variance follows Chan's formula. It takes four
-        collectives, however many records there are, and memory for the histograms of all of them.
+        Counts, min and max are exact; the variance follows Chan's formula. Each rank
+        gets the records of all ranks, some steps at a time, and puts them together.
 
         Args:
             group: by default all ranks.
@@ -484,8 +423,7 @@ class History:
             ValueError: on each rank: other bins or steps elsewhere, histograms over other ranges,
                 a layer that should be the same on several ranks and is not.
         """
-        mine = told_of_replicas("reduce()", self.to_records(), replicated)
-        return History.from_records(merge.merge(mine, group))
+        return History.from_records(ranks.reduce(self.snapshot(), group, replicated))
 
     @classmethod
     def merge(
@@ -527,84 +465,10 @@ class History:
                     f"History.merge() needs histories or paths; parts[{at}] is "
                     f"{type(part).__name__}"
                 )
-            found.append(part.to_records() if isinstance(part, History) else Path(part))
+            found.append(part.snapshot() if isinstance(part, History) else Path(part))
         if not found:
             raise ValueError("History.merge() needs one rank or more; parts is empty")
-        return cls.from_records(rank_directories.merge_parts(found, replicated))
-
-    def snapshot(self) -> History:
-        """The same records, without those that are added later.
-
-        One call on a history sees all its records as they are at one moment, also while another
-        thread trains; several calls that are to see the same ones need this.
-
-        Returns:
-            Another History, which takes no copy of the records.
-        """
-        taken = copy.copy(self)
-        taken.origins, taken._memory = self.origins.copy(), self._memory.snapshot()
-        taken.placements = None if self.placements is None else self.placements.copy()
-        taken._scalars = self._scalars.copy()
-        return taken
-
-    def unpacked(self, at: Sequence[int] | None = None) -> Iterator[Unpacked]:
-        """Numbers of records as arrays, of some records at a time.
-
-        Args:
-            at: their positions; by default all.
-        """
-        records = self._memory.records
-        return self._memory.unpacked(records if at is None else [records[each] for each in at])
-
-    def to_records(self) -> Records:
-        """All arrays, which are not to be changed, but for ``origins`` and ``layout``, copies."""
-        records = self._memory.records
-        integers, floats, formats, ends, bins, counts = self.layout.unpack(
-            [record.data for record in records]
-        )
-        counts = counts.astype(np.int64) if counts.itemsize == 8 else counts
-        return Records(
-            self.rows,
-            self.layers,
-            self.bins,
-            [record.step for record in records],
-            np.array([record.time_s for record in records], dtype=np.float64),
-            integers,
-            floats,
-            formats,
-            SparseRows(np.diff(ends, prepend=0).astype(np.int32), bins, counts),
-            self.origins.copy(),
-            self._scalars,
-            self.depth,
-            self.partial_step,
-            self.rank,
-            self.world,
-            None if self.placements is None else self.placements.copy(),
-            formats=self.formats,
-        )
-
-    @classmethod
-    def from_records(cls, records: Records) -> History:
-        """A History of such arrays."""
-        history = cls(records.rows, records.bins, formats=records.formats)
-        history.layers = records.layers
-        history.origins = records.origins
-        sizes, bins, counts = records.counts.arrays()
-        ends = np.cumsum(sizes, dtype=np.int64)
-        numbers = records.integers, records.floats, records.quantized
-        packed = history.layout.pack_all(Unpacked(*numbers, ends, bins, counts))
-        kept = list(map(Record, records.steps, records.times.tolist(), packed))
-        history._memory = Memory.of(history.layout, history.bins, kept)
-        history._scalars, history.depth = records.scalars, records.depth
-        history.partial_step = records.partial_step
-        history.rank, history.world = records.rank, records.world
-        history.placements = records.layout
-        return history
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that the records take."""
-        return self._memory.nbytes + self._scalars.nbytes
+        return cls.from_records(ranks.merge_parts(found, replicated))
 
     def _edges(self, floats: Array) -> Array:
         """Edges for rows of `FLOATS`."""
@@ -702,3 +566,26 @@ class History:
         from gradstat.report import write
 
         write(self, path, title=title)
+
+
+def check_history(function: str, history: History) -> History:
+    """Refuse what is no single History with records; return those that it has now."""
+    if not isinstance(history, History):
+        raise TypeError(f"{function}() needs a History; history is {type(history).__name__}")
+    if len(history) == 0 or not history.layers:
+        raise ValueError(f"{function}() needs a History with records; history is {history!r}")
+    return history.snapshot()
+
+
+def check_count(function: str, name: str, value: int, noun: str = "step") -> None:
+    """Refuse what is not a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{function}() needs an integer number of {noun}s; {name} is {value!r}")
+    if value < 1:
+        raise ValueError(f"{function}() needs one {noun} or more; {name} is {value}")
+
+
+def first_rows(history: History) -> list[str]:
+    """Names of the rows of a history's first kind, gradients where they were recorded, by depth."""
+    columns = np.flatnonzero(np.array(history.kinds) == history.kinds[:1])
+    return [history.layers[at] for at in history.by_depth(columns)]

@@ -1,298 +1,474 @@
-"""`Records`: what a history holds, and what must hold between its numbers."""
+"""`Records`: what a run recorded, as packed records that are read when their numbers are asked for.
+
+The rule for whoever interrupts, reads in another thread, or forks: what a reader sees changes in
+one step of the interpreter. A record is appended by one ``list.append``, whatever is replaced is
+replaced in one assignment, and everything that can fail is done before. So a reader takes the list
+once, and has records of one moment; an interrupt loses at most the record that is being added.
+"""
 
 from __future__ import annotations
 
+import math
+import time
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Container, Iterable, Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
+from typing import NamedTuple, Self
 
 import numpy as np
+import torch
 
 from gradstat.bins import Bins
-from gradstat.formats import parse_format
-from gradstat.history.packed_counts import SparseRows
+from gradstat.history.check import check_numbers
+from gradstat.history.file import StoredRecord, damage_of
 from gradstat.history.placements import Placements
 from gradstat.history.scalars import Scalars
-from gradstat.record import KINDS, UNIT, Row
-from gradstat.results import FLOATS, INTEGERS, NO_SCALE_MAX, NO_SCALE_MIN, PACKED
+from gradstat.record import Data, Record, RecordLayout, Row, Unpacked, taken
+from gradstat.results import SHAPES, Statistics
 from gradstat.util import Array
 
-# Origins that are no rank: values are of this rank alone, or the same ones on each rank.
-OWN, SAME = -1, -2
+AnyRecord = Record | StoredRecord
 
-_MOST_RANKS = 1 << 31
-_N_COUNTS = PACKED.index("scale_min")
-_MOST_CHARACTERS = 80  # of a format's name
-_MOST_ERROR = 1 + 1e-6  # of a norm: rounding takes nothing further away than zero
-_MOST_ELEMENTS = 1 << 60  # no sum of a row's numbers overflows
-# A device may count what is smaller as zero: float16's smallest normal number.
-_FLUSHED = 2.0**-14
-# Rows and histogram entries that are checked together: what it takes is small beside a history.
-_ROWS, _ENTRIES = 1 << 13, 1 << 17
+WINDOW_BYTES = 4 << 20  # of records that are unpacked at a time
+_CELLS = 1 << 20  # of histograms that are dense at a time
+
+_step = attrgetter("step")
 
 
-@dataclass(frozen=True)
+class _Kept(NamedTuple):
+    """The records, and how they came to be those.
+
+    Args:
+        records: in the order of their steps. Whoever has this list sees records added, no others.
+        n_appended: records that there were at one time or another, where the number is bounded.
+        stride: of them, from one that is kept to the next.
+    """
+
+    records: list[AnyRecord]
+    n_appended: int
+    stride: int
+
+
+class _Column(NamedTuple):
+    """A field of the first n records that there were when it was read.
+
+    Args:
+        stride: of the records.
+        last_step: of the last one of them.
+        values: ``(n, L)``, not to be changed.
+    """
+
+    stride: int
+    last_step: float
+    values: Array
+
+
+class Resumption(NamedTuple):
+    """How a run was begun again.
+
+    Args:
+        first_step: from which on it supersedes what was recorded before.
+        n_before: times that it had been begun.
+    """
+
+    first_step: int
+    n_before: int
+
+
 class Records:
-    """What a history holds: S steps, L layers.
+    """S packed records of L rows, and what holds for all of them.
 
     Args:
         rows: L of them.
-        layers: their L names, as printed; those of one kind that was selected go without it.
-        bins: scheme.
-        steps: S numbers.
-        times: when each was recorded, in seconds since 1970: float64 ``(S,)``; NaN where unknown.
-        integers: int64 ``(S, L, 8)``.
-        floats: float64 ``(S, L, 8)``.
-        quantized: float64 ``(S, L, F, 10)``, the fields of `gradstat.results.PACKED`; NaN where a
-            layer is absent.
-        counts: S times L histograms.
-        origins: int64 ``(L,)``: the first rank of a distributed run that holds the same values of
-            a layer, `OWN` or `SAME`.
-        scalars: what was logged at the steps.
-        depth: int64 ``(L,)``, as `History.depth`, or ``None``.
-        partial_step: as `History.partial_step`.
-        rank: of the process that recorded them in a distributed run, if it is known.
-        world: how many ranks that run had.
-        layout: what this rank holds of each layer, if that is known of any.
-        resumption: of a resumed run's file: its first step, and how many files were there.
-        formats: names of F narrow formats that were measured.
+        bins: scheme of every histogram.
+        formats: names of F narrow formats that are measured.
+        capacity: most records to keep, 2 or more: the first, the last, and between them every so
+            many, evenly. Whenever it is full every other one is dropped.
+
+    Attributes:
+        layers: their names, as printed.
+        layout: of the bytes of a record.
+        placements: which shard of each row this rank holds, and who holds the same.
+        logged: what was logged at the steps.
+        depth: as `History.depth`, and ``partial_step``, ``rank`` and ``world``.
+        run: identifier of the run, made when it begins; ``None`` where it was not written.
+        resumption: how it was begun, if it was resumed.
     """
 
-    rows: list[Row]
-    layers: list[str]
-    bins: Bins
-    steps: list[int]
-    times: Array
-    integers: Array
-    floats: Array
-    quantized: Array
-    counts: SparseRows
-    origins: Array
-    scalars: Scalars = field(default_factory=Scalars)
-    depth: Array | None = None
-    partial_step: int | None = None
-    rank: int | None = None
-    world: int | None = None
-    layout: Placements | None = None
-    resumption: tuple[int, int] | None = None
-    formats: list[str] = field(default_factory=list)
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        bins: Bins,
+        formats: Sequence[str] = (),
+        capacity: int | None = None,
+    ) -> None:
+        self.rows, self.bins, self.formats = list(rows), bins, list(formats)
+        self.layers = [str(row) for row in self.rows]
+        self.layout = RecordLayout(len(self.rows), len(self.formats), bins.bins)
+        self.placements = Placements.unknown(len(self.rows))
+        self.logged = Scalars()
+        self.depth: Array | None = None
+        self.partial_step: int | None = None
+        self.rank: int | None = None
+        self.world: int | None = None
+        self.run: str | None = None
+        self.resumption: Resumption | None = None
+        self._capacity = capacity
+        self._kept = _Kept([], 0, 1)
+        # The layout and rows of the records as they are kept, and which of these rows are read.
+        self._whole: tuple[RecordLayout, list[Row]] = self.layout, self.rows
+        self._taken: Array | None = None
+        # Fields that were read. Snapshots share them, until they are appended to.
+        self._fields: dict[str, _Column] = {}
+        self._is_snapshot = False
+
+    def __getstate__(self) -> dict[str, object]:
+        """What is pickled: records of a file are read."""
+        records: list[AnyRecord] = [
+            Record(each.step, each.time_s, each.data) for each in self.records
+        ]
+        return self.__dict__ | {"_kept": self._kept._replace(records=records), "_fields": {}}
+
+    def __len__(self) -> int:
+        """Number of records, S."""
+        return len(self._kept.records)
+
+    @property
+    def steps(self) -> Array:
+        """Number of each recorded step, from 0: int64 ``(S,)``."""
+        return np.array([record.step for record in self._kept.records.copy()], dtype=np.int64)
+
+    @property
+    def times(self) -> Array:
+        """When each step was recorded, in seconds since 1970: float64 ``(S,)``; NaN if unknown."""
+        return np.array([record.time_s for record in self._kept.records.copy()], dtype=np.float64)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory."""
-        numbers = self.integers.nbytes + self.floats.nbytes + self.quantized.nbytes
-        return numbers + self.counts.nbytes
+        """Bytes that the records take, in memory or in their file."""
+        return sum([record.n_bytes for record in self._kept.records]) + self.logged.nbytes
 
-    def before(self, step: float) -> Records:
-        """Those of lower steps, their scalars too."""
-        n = bisect_left(self.steps, step)
-        counts = self.counts.part(0, n * len(self.rows))
-        part = self._part(self.steps[:n], slice(n), counts)
-        return replace(part, scalars=self.scalars.between(end=step))
+    def append(self, step: int, data: Data, *, time_s: float | None = None) -> None:
+        """Add one record.
 
-    def since(self, step: int) -> Records:
-        """Those of this step and higher ones, without scalars."""
-        n = bisect_left(self.steps, step)
-        counts = self.counts.part(n * len(self.rows), len(self.counts))
-        part = self._part(self.steps[n:], slice(n, None), counts)
-        return replace(part, scalars=Scalars())
+        Args:
+            step: its number, higher than the last one's.
+            data: its numbers, as ``layout.pack()`` makes them; kept, not copied.
+            time_s: when it was recorded, in seconds since 1970; by default now.
 
-    def at_steps(self, steps: Sequence[int]) -> Records:
-        """Those of some of the steps, all of which there are; scalars stay."""
-        if self.steps == list(steps):
-            return self
-        at = np.searchsorted(np.array(self.steps, np.int64), np.array(steps, np.int64))
-        rows = at[:, None] * len(self.rows) + np.arange(len(self.rows))
-        return self._part(list(steps), at, self.counts.keep(rows.ravel()))
+        Raises:
+            ValueError: a step that is not higher, bytes of another layout.
+        """
+        last_step = self._kept.records[-1].step if self._kept.records else -math.inf
+        self.add(next_record(self.layout, last_step, step, data, time_s))
 
-    def _part(self, steps: list[int], at: slice | Array, counts: SparseRows) -> Records:
-        """Those of some steps, which are at these places and have these histograms."""
-        return replace(
-            self,
-            steps=steps,
-            times=self.times[at],
-            integers=self.integers[at],
-            floats=self.floats[at],
-            quantized=self.quantized[at],
-            counts=counts,
-            partial_step=self.partial_step if self.partial_step in steps else None,
+    def add(self, record: Record) -> None:
+        """Add a record that `watch` has made: of a higher step, and of this layout."""
+        if self._taken is not None:
+            self._kept = self._kept._replace(records=[*map(self.packed, self._kept.records)])
+            self._whole, self._taken = (self.layout, self.rows), None
+        if self._is_snapshot:
+            self._fields, self._is_snapshot = {}, False
+        records, n_appended, stride = self._kept
+        if self._capacity is None:
+            records.append(record)
+            return
+        if records and (n_appended - 1) % stride:
+            # It was kept only because it was the last one.
+            records = records[:-1]
+        if len(records) >= self._capacity:
+            records, stride = records[::2], 2 * stride
+        self._kept = _Kept([*records, record], n_appended + 1, stride)
+
+    @property
+    def records(self) -> list[AnyRecord]:
+        """All of them, a list of the caller's own."""
+        return self._kept.records.copy()
+
+    @property
+    def last_step(self) -> int:
+        """Of the newest record; -1 without any."""
+        return self._kept.records[-1].step if self._kept.records else -1
+
+    def set_records(self, records: Sequence[AnyRecord]) -> None:
+        """Have these records in place of all."""
+        self._kept, self._fields = _Kept([*records], len(records), 1), {}
+
+    def snapshot(self) -> Self:
+        """The same records, without those that are added later.
+
+        One call on a history sees all its records as they are at one moment, also while another
+        thread trains; several calls that are to see the same ones need this.
+
+        Returns:
+            Another History, which takes no copy of the records.
+        """
+        taken = self._copy()
+        kept = self._kept
+        taken._kept = kept._replace(records=kept.records.copy())
+        taken._is_snapshot = True
+        taken.placements, taken.logged = self.placements.copy(), self.logged.copy()
+        return taken
+
+    def find(self, step: int) -> AnyRecord:
+        """The record of a step, which may be counted back from the newest.
+
+        Raises:
+            KeyError: a step that was not recorded.
+        """
+        records = self._kept.records
+        n = len(records)
+        if -n <= step < 0:
+            return records[n + step]
+        at = bisect_left(records, step, key=_step)
+        if at < n and records[at].step == step:
+            return records[at]
+        which = f"of {n} from {records[0].step} to {records[n - 1].step}" if n else "and has none"
+        raise KeyError(f"History needs a recorded step, {which}; step is {step}")
+
+    def packed(self, record: AnyRecord) -> Record:
+        """A record with its bytes, in the order of ``layout``."""
+        (data,) = self._read([record])
+        if self._taken is not None:
+            unpacked = self._whole[0].unpack([data]).take(self._taken)
+            (data,) = self.layout.pack_all(unpacked)
+        return Record(record.step, record.time_s, data)
+
+    def between(self, start: float = -math.inf, end: float = math.inf) -> Self:
+        """The records, and what was logged, of the steps from one on and before another one."""
+        records = self._kept.records
+        first, last = (bisect_left(records, step, key=_step) for step in (start, end))
+        part = self._with(records[first:last])
+        part.logged = self.logged.between(start, end)
+        return part
+
+    def at(self, places: Iterable[int]) -> Self:
+        """The records at some places among all, which rise, without what was logged."""
+        records = self._kept.records
+        part = self._with([records[place] for place in places])
+        part.logged = Scalars()
+        return part
+
+    def newest(self, n: int) -> Self:
+        """The newest records, at most so many, without what was logged."""
+        return self.at(range(max(0, len(self) - n), len(self)))
+
+    def of_steps(self, steps: Container[int]) -> Self:
+        """The records of some steps, without what was logged."""
+        records = self._kept.records
+        return self.at([at for at, record in enumerate(records) if record.step in steps])
+
+    def reach(self, n_bytes: int) -> int:
+        """The last step of the first records of so many bytes, or a record more."""
+        return next(self._windows(self._kept.records, n_bytes))[-1].step
+
+    def pieces(self, n_bytes: int | None = None) -> Iterator[Self]:
+        """The records one after the other, of so many bytes at a time, and what was logged."""
+        start = -math.inf
+        windows = list(self._windows(self._kept.records.copy(), n_bytes))
+        for window in windows[:-1]:
+            end = window[-1].step + 1
+            part = self._with(window)
+            part.logged = self.logged.between(start, end)
+            yield part
+            start = end
+        part = self._with(windows[-1] if windows else [])
+        part.logged = self.logged.between(start)
+        yield part
+
+    def take(self, columns: Array, rows: Sequence[Row], layers: Sequence[str]) -> Self:
+        """The same records with other rows, which are read when their numbers are.
+
+        Args:
+            columns: the number of each of M rows here, int64 ``(M,)``; -1 for one without values.
+            rows: M of them.
+            layers: their names, as printed.
+        """
+        part = self._with(self._kept.records.copy())
+        part.rows, part.layers = list(rows), list(layers)
+        part.layout = RecordLayout(len(part.rows), len(self.formats), self.bins.bins)
+        part._taken = columns
+        if self._taken is not None:
+            part._taken = np.where(columns < 0, -1, self._taken[columns])
+        part.placements, part.depth = self.placements.take(columns.tolist()), None
+        return part
+
+    def unpacked(self) -> Iterator[Unpacked]:
+        """Numbers of all records, of some records at a time."""
+        return map(self._unpack, self._windows(self._kept.records.copy()))
+
+    def unpack(self) -> Unpacked:
+        """Numbers of all records together."""
+        return self._unpack(self._kept.records.copy())
+
+    def numbers(self) -> Iterator[tuple[Array, Array, Array]]:
+        """Integers, floats and formats of all records, of some records at a time."""
+        return map(self._numbers, self._windows(self._kept.records.copy()))
+
+    def verify(self) -> None:
+        """Read what has not been read of a file yet.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        for window in self._windows(self._kept.records.copy()):
+            self._read(window)
+
+    def column(self, field: str) -> Array:
+        """A field of `Statistics` of all records: ``(S, L)``, a copy.
+
+        What was read before is kept, and what is new is read.
+        """
+        records, _, stride = self._kept
+        records = records.copy()
+        known, n = self._fields.get(field), 0
+        if known is not None and known.stride == stride:
+            n = min(len(known.values), len(records))
+            # The last one may have been there only because it was the last.
+            if n and (n < len(known.values) or records[n - 1].step != known.last_step):
+                n -= 1
+        if known is None or n < len(records):
+            before = self._field(field, []) if known is None else known.values[:n]
+            new = [self._field(field, window) for window in self._windows(records[n:])]
+            last_step = records[-1].step if records else -math.inf
+            known = _Column(stride, last_step, np.concatenate([before, *new]))
+            self._fields[field] = known
+        return known.values[: len(records)].copy()
+
+    def _copy(self) -> Self:
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
+    def _with(self, records: list[AnyRecord]) -> Self:
+        """These records in place of all."""
+        part = self._copy()
+        part._kept, part._capacity = _Kept(records, len(records), 1), None
+        part._fields, part._is_snapshot = {}, False
+        if self.partial_step not in [record.step for record in records]:
+            part.partial_step = None
+        return part
+
+    def _windows(
+        self, records: list[AnyRecord], n_bytes: int | None = None
+    ) -> Iterator[list[AnyRecord]]:
+        start, size, most = 0, 0, n_bytes or WINDOW_BYTES
+        for at, record in enumerate(records):
+            size += record.n_bytes
+            if size >= most:
+                yield records[start : at + 1]
+                start, size = at + 1, 0
+        if start < len(records):
+            yield records[start:]
+
+    def _read(self, records: Sequence[AnyRecord]) -> list[Data]:
+        """Bytes of records; what is of a file is checked when it is read for the first time."""
+        data = [record.data for record in records]
+        layout, rows = self._whole
+        new = [
+            (record, its_data)
+            for record, its_data in zip(records, data, strict=True)
+            if isinstance(record, StoredRecord) and not record.is_checked
+        ]
+        for path, pairs in groupby(new, key=lambda each: each[0].path):
+            stored = list(pairs)
+            with damage_of(path):
+                for record, its_data in stored:
+                    if not layout.fits(its_data):
+                        raise ValueError(f"its record of step {record.step} has another length")
+                unpacked = layout.unpack([its_data for _, its_data in stored])
+                steps = [record.step for record, _ in stored]
+                check_numbers(rows, self.formats, self.bins, steps, unpacked)
+            for record, _ in stored:
+                record.set_checked()
+        return data
+
+    def _unpack(self, records: Sequence[AnyRecord]) -> Unpacked:
+        unpacked = self._whole[0].unpack(self._read(records))
+        return unpacked if self._taken is None else unpacked.take(self._taken)
+
+    def _field(self, field: str, records: Sequence[AnyRecord]) -> Array:
+        if field in SHAPES:
+            return _kurtosis_of(self.bins, self._unpack(records))
+        integers, floats, _ = self._numbers(records)
+        statistics = Statistics(
+            self.bins, torch.from_numpy(integers), torch.from_numpy(floats), torch.empty(0)
+        )
+        values: Array = getattr(statistics, field).numpy()
+        return values.copy()
+
+    def _numbers(self, records: Sequence[AnyRecord]) -> tuple[Array, Array, Array]:
+        """Integers, floats and formats, for which a record that was checked is read in part."""
+        layout = self._whole[0]
+        is_known = all(record.is_checked for record in records)
+        data = (
+            [record.head(layout.n_fixed) for record in records] if is_known else self._read(records)
+        )
+        integers, floats, formats = layout.numbers(data)
+        if (columns := self._taken) is None:
+            return integers, floats, formats
+        return (
+            taken(integers, columns, 0),
+            taken(floats, columns, np.nan),
+            taken(formats, columns, np.nan),
         )
 
 
-def no_formats(n_steps: int, n_layers: int) -> Array:
-    """What `Records` has as ``quantized`` where no formats were measured."""
-    return np.empty((n_steps, n_layers, 0, len(PACKED)))
-
-
-def concatenate(parts: Sequence[Records]) -> Records:
-    """Records of one run after the other; what is of all records, as the last ones have it."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    said = [part for part in parts if part.steps] or parts
-    depths = [part.depth for part in parts if part.depth is not None]
-    counts = zip(*(part.counts.arrays() for part in parts), strict=True)
-    scalars = Scalars()
+def joined(parts: Sequence[Records]) -> Records:
+    """Records of the same rows one after the other; what holds for all as the last ones say."""
+    records: list[AnyRecord] = []
+    logged = Scalars()
     for part in parts:
-        scalars.extend(part.scalars)
-    return replace(
-        first,
-        steps=[step for part in parts for step in part.steps],
-        times=np.concatenate([part.times for part in parts]),
-        integers=np.concatenate([part.integers for part in parts]),
-        floats=np.concatenate([part.floats for part in parts]),
-        quantized=np.concatenate([part.quantized for part in parts]),
-        counts=SparseRows(*(np.concatenate(each) for each in counts)),
-        origins=said[-1].origins,
-        layout=said[-1].layout,
-        world=said[-1].world,
-        resumption=said[-1].resumption,
-        scalars=scalars,
-        depth=depths[-1] if depths else None,
-        partial_step=said[-1].partial_step,
-    )
+        own = part.records
+        records += own if part._taken is None else map(part.packed, own)
+        logged.extend(part.logged)
+    said = [part for part in parts if len(part)] or parts
+    whole = said[-1].at([])
+    whole.set_records(records)
+    whole.partial_step, whole.logged = said[-1].partial_step, logged
+    whole.depth = next((part.depth for part in reversed(parts) if part.depth is not None), None)
+    return whole
 
 
-def check(records: Records) -> None:
-    """Refuse what no measurement gives.
-
-    Args:
-        records: arrays of shapes that fit each other.
+def next_record(
+    layout: RecordLayout, last_step: float, step: int, data: Data, time_s: float | None
+) -> Record:
+    """A record that follows another one.
 
     Raises:
-        ValueError: the first thing that is wrong, and where.
+        ValueError: a step that is not higher, bytes of another layout.
     """
-    if unknown := {row.kind for row in records.rows} - set(KINDS):
-        raise ValueError(f"its kinds hold {min(unknown)!r}, which is none of {', '.join(KINDS)}")
-    if len(set(records.rows)) < len(records.rows):
-        raise ValueError("its rows are not all different")
-    steps = records.steps
-    if any(step < 0 for step in steps[:1]) or any(a >= b for a, b in pairwise(steps)):
-        raise ValueError("its steps do not rise from 0 or more")
-    origins = records.origins
-    if len(bad := origins[(origins < SAME) | (origins >= _MOST_RANKS)]):
-        raise ValueError(f"its origins hold {bad[0]}, which is no rank")
-    for name in records.formats:
-        if len(name) > _MOST_CHARACTERS or parse_format("History.load", name).name != name:
-            raise ValueError(f"its formats hold {name!r:.80}, which is none")
-    if len(set(records.formats)) < len(records.formats):
-        raise ValueError("its formats are not all different")
-    if records.depth is not None and (abs(records.depth) > len(records.rows)).any():
-        raise ValueError("its order is none of its rows")
-    sizes, indices, values = records.counts.arrays()
-    if len(bad := sizes[sizes < 0]):
-        raise ValueError(f"its sizes hold {bad[0]}")
-    edges = np.append(0, np.cumsum(sizes, dtype=np.int64))
-    if edges[-1] != len(indices):
-        raise ValueError(f"its sizes do not sum to its {len(indices)} indices")
-    integers = records.integers.reshape(-1, len(INTEGERS))
-    floats = records.floats.reshape(-1, len(FLOATS))
-    quantized = records.quantized.reshape(len(integers), len(records.formats), len(PACKED))
-    is_cast = np.tile(np.array([row.kind != UNIT for row in records.rows], bool), len(steps))
-    for rows in _portions(edges):
-        part = slice(edges[rows.start], edges[rows.stop])
-        wrong = [
-            *_wrong_integers(integers[rows]),
-            *_wrong_floats(integers[rows], floats[rows]),
-            *_wrong_formats(integers[rows], quantized[rows], is_cast[rows]),
-            *_wrong_counts(
-                integers[rows], sizes[rows], indices[part], values[part], records.bins.bins
-            ),
-        ]
-        for mask, what in wrong:
-            if mask.any():
-                step, column = divmod(rows.start + int(mask.argmax()), len(records.rows))
-                layer = f"{records.layers[column]!r:.80}"
-                raise ValueError(f"its {what}, in step {steps[step]} of {layer}")
+    if step <= last_step:
+        raise ValueError(f"append() needs a step after {last_step}; step is {step}")
+    if not layout.fits(data):
+        raise ValueError(
+            f"append() needs the bytes of a record of {layout.n_rows} rows, {layout.n_formats} "
+            f"formats and {layout.n_bins} bins; data are {len(data)} of another one"
+        )
+    return Record(step, time.time() if time_s is None else time_s, data)
 
 
-def _portions(edges: Array) -> Iterator[slice]:
-    """Rows in portions of so many, or of one row, from where their entries begin and end."""
-    start = 0
-    while start < len(edges) - 1:
-        stop = int(np.searchsorted(edges, edges[start] + _ENTRIES, side="right")) - 1
-        stop = max(start + 1, min(stop, start + _ROWS))
-        yield slice(start, stop)
-        start = stop
+def _kurtosis_of(bins: Bins, records: Unpacked) -> Array:
+    """`Statistics.kurtosis` of each row of each record, from its filled bins alone.
 
-
-_Wrong = tuple[Array, str]  # where, bool (N,), and what
-
-
-def _wrong_integers(integers: Array) -> list[_Wrong]:
-    numel, finite, zeros, nan, posinf, neginf, _, _ = integers.T
-    return [
-        ((integers < 0).any(1), "numbers of elements are negative"),
-        ((integers > _MOST_ELEMENTS).any(1), "numbers of elements are too large"),
-        (numel != finite + nan + posinf + neginf, "elements are not those finite and not"),
-        (zeros > finite, "zeros are more than its finite elements"),
-    ]
-
-
-def _wrong_floats(integers: Array, floats: Array) -> list[_Wrong]:
-    _, finite, zeros, *_ = integers.T
-    least, most, _, std, l1, l2, low, high = floats.T
-    undefined = np.isnan(floats)
-    # Where the sum of magnitudes is beyond float64, the sum and the deviation may be anything.
-    undefined[np.isinf(l1), 2:4] = False
-    undefined[finite < 2, 3] = False
-    return [
-        ((finite > 0) & undefined.any(1), "statistics are NaN beside finite elements"),
-        (least > most, "min is above its max"),
-        ((finite == 0) & ~(np.isnan(least) & np.isnan(most)), "min and max are of no element"),
-        ((zeros > 0) & ((least > _FLUSHED) | (most < -_FLUSHED)), "zeros are outside min and max"),
-        ((std < 0) | (l1 < 0) | (l2 < 0), "std and norms are negative"),
-        (low > high, "range ends below where it begins"),
-    ]
-
-
-def _wrong_formats(integers: Array, quantized: Array, is_cast: Array) -> list[_Wrong]:
-    """What is wrong with what formats would do to N rows, ``(N, F, 10)``."""
-    numel = integers[:, :1]
-    counts, scales, norms = np.split(quantized, [_N_COUNTS, _N_COUNTS + 2], -1)
-    nonzero, underflowed, saturated, nonfinite, blocks, empty_blocks = np.moveaxis(counts, -1, 0)
-    is_there = ~np.isnan(quantized)
-    expected = ((numel[:, 0] > 0) & is_cast)[:, None, None]
-    # An empty tensor may have been measured.
-    absent = (is_there != expected) & ((numel[:, 0] > 0) | ~is_cast)[:, None, None]
-    least, most = np.moveaxis(scales, -1, 0)
-    norm, error = np.moveaxis(norms, -1, 0)
-    with np.errstate(invalid="ignore"):
-        wrong = [
-            ((counts < 0).any(-1) | (np.maximum(nonzero, nonfinite) > numel), "elements"),
-            (underflowed + saturated > nonzero, "lost elements"),
-            ((blocks > numel) | (empty_blocks > blocks), "blocks"),
-            ((abs(scales) > NO_SCALE_MIN).any(-1), "scales"),
-            ((least > most) & ((least < NO_SCALE_MIN) | (most > NO_SCALE_MAX)), "scales"),
-            ((norms < 0).any(-1) | (error > norm * _MOST_ERROR), "norms"),
-            ((nonzero == 0) & (norm > 0), "norms"),
-            ((np.floor(quantized) != quantized)[..., : _N_COUNTS + 2].any(-1), "counts"),
-        ]
-        # Comparisons with NaN say that it differs from itself.
-        wrong[-1] = (wrong[-1][0] & is_there.all(-1), wrong[-1][1])
-    found = [(mask.any(1), f"formats have {what} that no tensor has") for mask, what in wrong]
-    return [(absent.any((1, 2)), "formats are not of the rows that have values"), *found]
-
-
-def _wrong_counts(
-    integers: Array, sizes: Array, indices: Array, values: Array, bins: int
-) -> list[_Wrong]:
-    """What is wrong with N histograms; a wrong entry makes its row wrong."""
-    finite, below, above = integers[:, 1], integers[:, 6], integers[:, 7]
-    ends = np.cumsum(sizes, dtype=np.int64)
-    at = indices.astype(np.int64)
-    rises = np.diff(at, prepend=-1)
-    rises[(ends - sizes)[sizes > 0]] = 1
-    entry = (rises <= 0) | (at < 0) | (at >= bins) | (values <= 0) | (values > _MOST_ELEMENTS)
-    bad = np.zeros(len(sizes), bool)
-    bad[np.searchsorted(ends, np.flatnonzero(entry), side="right")] = True
-    total = np.append(0, np.cumsum(np.where(entry, 0, values), dtype=np.int64))
-    sums = total[ends] - total[ends - sizes]
-    # What overflows int64 does not overflow float64.
-    huge = float(values.sum(dtype=np.float64)) > 2.0**62
-    return [
-        (bad, f"histogram has counts that are not positive or not in the order of {bins} bins"),
-        (np.full(len(sizes), huge), "counts are too large"),
-        (sums != finite - below - above, "counts do not sum to its finite elements in the range"),
-    ]
+    Returns:
+        float64 ``(S, L)``.
+    """
+    integers, floats = (each.reshape(-1, each.shape[-1]) for each in records[:2])
+    n_filled = records.sizes
+    # Those with the most filled bins first: a row has as many places as the first beside it.
+    order, start = np.argsort(-n_filled, kind="stable"), 0
+    found = np.empty(len(order))
+    while start < len(order):
+        most = max(1, int(n_filled[order[start]]))
+        rows = order[start : start + max(1, _CELLS // most)]
+        start += len(rows)
+        sizes, indices, values = records.histograms(rows)
+        row = np.repeat(np.arange(len(rows)), sizes)
+        place = np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        counts, at = np.zeros((2, len(rows), most), np.int64)
+        counts[row, place], at[row, place] = values, indices
+        numbers = map(torch.from_numpy, (integers[rows], floats[rows], counts))
+        found[rows] = Statistics(bins, *numbers).kurtosis_over(torch.from_numpy(at)).numpy()
+    return found.reshape(records.integers.shape[:2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from gradstat.util import Array
 class Scalars:
     """Values by name, each with its step: 16 bytes a value.
 
-    One thread adds; others, and handlers of signals, may read meanwhile.
+    One thread adds; others, and handlers of signals, may read meanwhile: a step is added before its
+    value, and is there once its value is.
     """
 
     def __init__(self) -> None:
@@ -45,40 +46,22 @@ class Scalars:
     def extend(self, other: Scalars, prefix: str = "") -> None:
         """Append the values of another run, or of a later part of this one."""
         for name, (steps, values) in other._series.items():
-            for step, value in zip(steps, values, strict=True):
-                self.add(prefix + name, step, value)
+            self.add_all(prefix + name, steps, values)
+
+    def add_all(self, name: str, steps: Iterable[int], values: Iterable[float]) -> None:
+        """Append values of one name."""
+        for step, value in zip(steps, values, strict=True):
+            self.add(name, step, value)
 
     def between(self, start: float = -math.inf, end: float = math.inf) -> Scalars:
         """Those of the steps from a first one on and before a last one."""
         kept = Scalars()
-        for name, (steps, values) in self._series.items():
+        for name, series in list(self._series.items()):
+            steps, values = _cut(series)
             part = slice(bisect_left(steps, start), bisect_left(steps, end))
             if part.start < part.stop:
                 kept._series[name] = steps[part], values[part]
         return kept
-
-    @classmethod
-    def from_flat(cls, names: Sequence[str], ids: Array, steps: Array, values: Array) -> Scalars:
-        """Those of some values, each with the number of its name.
-
-        Raises:
-            ValueError: a number of no name, a negative step, one that falls.
-        """
-        if len(ids) and (ids.min() < 0 or ids.max() >= len(names) or steps.min() < 0):
-            raise ValueError(f"its scalars have no name of {len(names)}, or a negative step")
-        scalars = cls()
-        for at, step, value in zip(ids.tolist(), steps.tolist(), values.tolist(), strict=True):
-            scalars.add(names[at], step, value)
-        return scalars
-
-    def flat(self) -> tuple[Array, Array, Array]:
-        """The number of each value's name, its step and itself, name by name."""
-        sizes = [len(steps) for steps, _ in self._series.values()]
-        empty = array("q"), array("d")
-        columns = zip(empty, *self._series.values(), strict=True)
-        steps, values = (np.concatenate([np.array(each) for each in column]) for column in columns)
-        ids = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-        return ids, steps.astype(np.int64), values.astype(np.float64)
 
     @property
     def names(self) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from gradstat.history import History
-from gradstat.history.arguments import check_history
+from gradstat.history.history import check_history
 from gradstat.integrations.viewers import (
     buckets,
     check_tags,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from gradstat.history import History
-from gradstat.history.arguments import check_count
+from gradstat.history.history import check_count
 from gradstat.record import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE, Row
 from gradstat.results import Statistics
 from gradstat.util import Array, evenly_spread
@@ -75,7 +75,7 @@ def buckets(statistics: Statistics, filled: Filled, most: int | None = None) -> 
 
 def rows(history: History, step: int) -> Iterator[tuple[Row, Statistics, Filled]]:
     """Each row that has values in a step, its statistics without a histogram, its filled bins."""
-    (record,) = history.unpacked([int(np.searchsorted(history.steps, step))])
+    record = history.of_steps([step]).unpack()
     numbers, counts = record.bins.astype(np.int64), record.counts.astype(np.int64)
     edges, starts = record.edges(history.bins), np.append(0, record.ends)
     for at, row in enumerate(history.rows):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from gradstat.history import History
-from gradstat.history.arguments import check_history
+from gradstat.history.history import check_history
 from gradstat.integrations.viewers import (
     buckets,
     check_tags,

@@ -23,7 +23,7 @@ from gradstat.bins import OCTAVES
 from gradstat.diagnosis import diagnose
 from gradstat.diagnosis.findings import COLORS
 from gradstat.history import History
-from gradstat.history.arguments import check_count
+from gradstat.history.history import check_count
 from gradstat.plot import arguments, data, labels, panels
 from gradstat.plot.arguments import Histories, Layers, Limits
 from gradstat.plot.labels import Color

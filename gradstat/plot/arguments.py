@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from gradstat.bins import Log2Bins
 from gradstat.history import FIELDS, History
-from gradstat.history.arguments import first_rows
+from gradstat.history.history import first_rows
 from gradstat.plot.labels import literal
 from gradstat.record import NOUNS, UNIT, UPDATE, Row
 from gradstat.util import one_of

@@ -25,11 +25,10 @@ from gradstat.diagnosis.alerts import Alerts
 from gradstat.engines.protocol import NUMBERS
 from gradstat.history import History
 from gradstat.history.journal import Journal
-from gradstat.history.union_quantized import union_of
 from gradstat.ops import import_engine
 from gradstat.record import OF_OUTPUTS, Record, RecordLayout
 from gradstat.recording.cuda import Computed, Launch, Schedule, Transfer, take_over
-from gradstat.results import PACKED, Statistics, as_arrays, as_statistics
+from gradstat.results import PACKED, Statistics, as_arrays, as_statistics, union_packed
 from gradstat.util import Array, call_after_fork, warn
 
 _NOTHING = nullcontext()
@@ -179,7 +178,8 @@ class Assembly:
     def _counted_together(self, before: _Dense, new: _Dense) -> _Dense:
         """The same rows, counted together."""
         a, b = (as_statistics(self._bins, each[:3]) for each in (before, new))
-        return *as_arrays(a.merge(b)), union_of(np.stack([before[3], new[3]]))
+        formats = union_packed(torch.from_numpy(np.stack([before[3], new[3]])))
+        return *as_arrays(a.merge(b)), formats.numpy()
 
     def _unscaled(self, part: Part) -> _Dense:
         layout, data = self._of(part.rows), self._data(part)

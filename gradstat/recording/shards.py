@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -11,9 +13,10 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from gradstat.history import History
-from gradstat.history.placements import PARTIAL, UNKNOWN, Placements
-from gradstat.history.records import OWN, SAME
+from gradstat.history.journal import new_run
+from gradstat.history.placements import OWN, PARTIAL, SAME, UNKNOWN
 from gradstat.record import GRAD, OF_OUTPUTS, OF_PARAMETERS
+from gradstat.recording.torch_internals import default_store
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -25,6 +28,23 @@ def rank_and_world() -> tuple[int, int] | tuple[None, None]:
     if not (dist.is_available() and dist.is_initialized()):
         return None, None
     return dist.get_rank(), dist.get_world_size()
+
+
+_n_begun: Counter[str] = Counter()  # runs in each directory
+
+
+def agreed_run(path: str | os.PathLike[str]) -> str | None:
+    """Identifier of the run that all ranks begin in a directory; ``None`` if they cannot tell.
+
+    Nobody waits: the rank that comes first says it.
+    """
+    name = os.fspath(path)
+    _n_begun[name] += 1
+    store = default_store()
+    if store is None:
+        return None
+    run: bytes = store.compare_set(f"gradstat {name} {_n_begun[name]}", "", new_run())
+    return run.decode()
 
 
 def local_part(x: Tensor) -> Tensor:
@@ -39,7 +59,7 @@ def local_part(x: Tensor) -> Tensor:
 
 @lru_cache(64)
 def _place(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> tuple[int, tuple[int, int]]:
-    """The first rank of a mesh that holds the same, or `OWN` outside of it; and the part held.
+    """The first rank of a mesh that holds the same, or `OWN` outside of it; and the shard held.
 
     To look into a mesh takes longer than to measure.
     """
@@ -62,23 +82,17 @@ def note_placement(history: History, row: int, x: Tensor) -> bool:
     mesh = getattr(x, "device_mesh", None)
     if mesh is None:
         return False
-    origin, part = _place(mesh, tuple(x.placements))  # type: ignore[attr-defined]
-    if history.placements is None:
-        history.placements = Placements.unknown(len(history.rows))
-    history.origins[row] = origin
-    history.placements.set(row, part, tuple(x.shape))
+    owner, shard = _place(mesh, tuple(x.placements))  # type: ignore[attr-defined]
+    history.placements.set(row, owner, shard, tuple(x.shape))
     return True
 
 
 def copy_placement(history: History, row: int, like: int) -> None:
     """Tell a history that this rank holds the same part of a row as of another one."""
-    history.origins[row] = history.origins[like]
-    if (placements := history.placements) is not None:
-        n, of = placements.parts[like].tolist()
-        placements.set(row, (n, of), placements.shapes[like])
+    history.placements.copy_row(row, like)
 
 
-def _origin_beside_tensor_parallelism(model: nn.Module) -> int:
+def _owner_beside_tensor_parallelism(model: nn.Module) -> int:
     """Who holds the same gradients of the plain parameters in a model that has DTensors too.
 
     Tensor parallelism gives each rank of its mesh the same batch, so the parameters that it leaves
@@ -97,7 +111,7 @@ def _origin_beside_tensor_parallelism(model: nn.Module) -> int:
     return int(meshes[0].mesh.flatten()[0])
 
 
-def usual_origins(model: nn.Module, kinds: Iterable[str], when: str) -> list[int]:
+def usual_owners(model: nn.Module, kinds: Iterable[str], when: str) -> list[int]:
     """Who holds the same values of each row, by its kind, unless they are DTensors.
 
     Args:
@@ -105,7 +119,7 @@ def usual_origins(model: nn.Module, kinds: Iterable[str], when: str) -> list[int
         kinds: of the rows.
         when: they are measured, as for `watch`.
     """
-    origins = dict.fromkeys(OF_PARAMETERS, SAME) | dict.fromkeys(OF_OUTPUTS, OWN)
+    owners = dict.fromkeys(OF_PARAMETERS, SAME) | dict.fromkeys(OF_OUTPUTS, OWN)
     if when == "backward":
-        origins[GRAD] = _origin_beside_tensor_parallelism(model)
-    return [origins[kind] for kind in kinds]
+        owners[GRAD] = _owner_beside_tensor_parallelism(model)
+    return [owners[kind] for kind in kinds]

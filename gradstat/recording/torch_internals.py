@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._compile import _disable_dynamo
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
@@ -277,3 +278,12 @@ def has_compiled() -> bool:
     """
     utils = sys.modules.get("torch._dynamo.utils")
     return utils is not None and utils.counters["stats"]["unique_graphs"] > 0
+
+
+def default_store() -> Any | None:  # noqa: ANN401 (has no public type)
+    """What the processes of a distributed run tell each other by name.
+
+    Without it the ranks of two runs in one directory are taken for one.
+    """
+    get = getattr(dist.distributed_c10d, "_get_default_store", None)
+    return None if get is None else get()

@@ -23,7 +23,7 @@ from gradstat.diagnosis.alerts import Alert, Alerts
 from gradstat.formats import Format, asked_formats
 from gradstat.history import History
 from gradstat.history.journal import Journal
-from gradstat.history.rank_directories import own_directory
+from gradstat.history.ranks import own_directory
 from gradstat.ops import check_bins, check_engine
 from gradstat.record import KINDS, OF_OUTPUTS, Row
 from gradstat.recording import options
@@ -40,7 +40,7 @@ from gradstat.recording.options import (
 from gradstat.recording.outputs import OutputHooks
 from gradstat.recording.passes import Recorder
 from gradstat.recording.scalars import LearningRates, Scalars
-from gradstat.recording.shards import rank_and_world, usual_origins
+from gradstat.recording.shards import agreed_run, rank_and_world, usual_owners
 from gradstat.recording.torch_internals import SparingCaptures, disable_dynamo, unwrapped
 from gradstat.results import Statistics
 from gradstat.util import warn
@@ -216,11 +216,12 @@ def watch(
         for name in (seen if kind in OF_OUTPUTS else selected)
     ]
     history = History(rows, scheme, capacity=capacity, formats=[each.name for each in parsed])
-    history.origins[:] = usual_origins(model, history.kinds, when)
+    history.placements.owners[:] = usual_owners(model, history.kinds, when)
     history.rank, history.world = rank_and_world()
     journal = None
     if path is not None:
-        journal = Journal(own_directory(Path(path), history.rank), history, first_step)
+        run = agreed_run(path) if history.world else None
+        journal = Journal(own_directory(Path(path), history.rank), history, first_step, run)
     side = SideStream() if stream == "side" else None
     schedule = Schedule(every, accumulation_steps, weights, engine, first_step or 0)
     alerts = None

@@ -13,8 +13,8 @@ from typing import Any
 
 from gradstat.diagnosis import diagnose
 from gradstat.history import History
-from gradstat.history.follow import Follower, read_quietly
-from gradstat.history.records import Records
+from gradstat.history.follow import Follower
+from gradstat.history.records import Records, joined
 from gradstat.report import package, thin
 from gradstat.report.growing import Growing
 from gradstat.util import escaped
@@ -130,9 +130,11 @@ class LiveRun:
         began_s = time.monotonic()
         found, n_records = None, 0
         try:
-            records = read_quietly(self.path)
-            if records is not None and records.steps:
-                history = History.from_records(records)
+            follower, parts = Follower(self.path), []
+            while (look := follower.look()) is not None and look.records is not None:
+                parts.append(look.records)
+            history = History.from_records(joined(parts)) if parts else None
+            if history:
                 found = package.findings(diagnose(history), history.layers)
                 named = thin.positions(history, [finding["at"] for finding in found])
                 n_records = len(history)

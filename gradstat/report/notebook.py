@@ -13,7 +13,7 @@ import numpy as np
 from gradstat.diagnosis import diagnose
 from gradstat.diagnosis.findings import COLORS
 from gradstat.history import History
-from gradstat.history.arguments import first_rows
+from gradstat.history.history import first_rows
 from gradstat.record import NOUNS
 from gradstat.report import series, thin
 from gradstat.util import Array, escaped

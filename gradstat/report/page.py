@@ -14,7 +14,7 @@ from typing import Any
 from gradstat.bins import Log2Bins
 from gradstat.diagnosis import diagnose
 from gradstat.history import History
-from gradstat.history.arguments import check_history
+from gradstat.history.history import check_history
 from gradstat.report import package, series, thin
 from gradstat.util import escaped, json_text, replacing
 

@@ -223,14 +223,15 @@ def positions(history: History, steps: Sequence[int]) -> list[int]:
 
 def sample(history: History, at: int) -> Sample:
     """Take the histograms of the record at a position."""
-    (record,) = history.unpacked([at])
+    record = history.at([at]).unpack()
     numel, finite, zeros, *_ = record.integers[0].T
     log2, n_bins = isinstance(history.bins, Log2Bins), history.bins.bins
     width = -(-n_bins // _MAX_ROWS)  # bins of a row
     n_rows = _OCTAVES if log2 else -(-n_bins // width)
     counts = np.zeros((len(numel), n_rows), np.int64)
-    layer = np.repeat(np.arange(len(numel)), np.diff(record.ends, prepend=0))
-    row = octave_of(record.bins) if log2 else record.bins // width
+    layer = np.repeat(np.arange(len(numel)), record.sizes)
+    # The outermost bins, beyond what is finite, belong to the last row.
+    row = np.minimum(octave_of(record.bins) if log2 else record.bins // width, n_rows - 1)
     np.add.at(counts, (layer, row), record.counts)
     if log2:
         counts[:, 0] -= zeros

@@ -231,7 +231,7 @@ def test_loss_spike_between_records_looks_at_the_record_before_it() -> None:
     )
     history = History(whole.rows, whole.bins)
     for step in range(0, STEPS, 5):
-        history.append(step, whole.packed(step).data)
+        history.append(step, whole.packed(whole.find(step)).data)
     for step in range(STEPS):
         history.add_scalar("loss", step, 9.0 if step in (57, 58) else wavering(step))
     finding = only(history, "loss spike")

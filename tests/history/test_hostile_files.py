@@ -1,6 +1,7 @@
 """Files that no History wrote, or that were changed: refused, without taking time or memory."""
 
 import io
+import json
 import os
 import re
 import struct
@@ -10,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from watching import arrays, make_history
 
 import gradstat
 from gradstat import History, Log2Bins
-from gradstat.history import blocks, npz
+from gradstat.history.file import Reader
 from gradstat.history.journal import Journal
 from gradstat.results import FLOATS, INTEGERS
 
@@ -36,9 +38,28 @@ def saved(generator: torch.Generator, tmp_path: Path) -> Data:
 
 
 def write(path: Path, data: Data) -> None:
-    """A file of any content with a right checksum."""
-    np.savez_compressed(path, **data)
-    npz.seal(path)
+    """A file of any content."""
+    with zipfile.ZipFile(path, "w") as file:
+        for name, x in data.items():
+            # What is said of the run is not compressed.
+            kind = zipfile.ZIP_STORED if name == "run" else zipfile.ZIP_DEFLATED
+            file.writestr(f"{name}.npy", npy(x), compress_type=kind)
+
+
+def npy(x: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, x)
+    return file.getvalue()
+
+
+def saying(data: Data, **changes: Any) -> Data:
+    """The same, but for what is said of the run."""
+    said = json.loads(data["run"].tobytes()) | changes
+    said = {name: value for name, value in said.items() if value is not LACKING}
+    return data | {"run": np.frombuffer(json.dumps(said).encode(), np.uint8)}
+
+
+LACKING = object()
 
 
 def assert_load_refuses(path: Path, reason: str = "") -> None:
@@ -76,27 +97,17 @@ def test_history_load_refuses_another_zip(tmp_path: Path) -> None:
         file.writestr("readme.txt", "not an array")
     assert_load_refuses(tmp_path / "run.npz")
     np.savez(tmp_path / "run.npz", x=np.zeros(3))
-    assert_load_refuses(tmp_path / "run.npz", "it lacks format")
+    assert_load_refuses(tmp_path / "run.npz", "it lacks run, steps, times, ")
 
 
 def test_history_load_never_unpickles(generator: torch.Generator, tmp_path: Path) -> None:
     data = saved(generator, tmp_path)
-    data["kinds"] = np.array(data["kinds"], dtype=object)
+    data["steps"] = np.array(data["steps"], dtype=object)
     write(tmp_path / "run.npz", data)
-    assert_load_refuses(tmp_path / "run.npz", "kinds holds object; it needs numbers or texts")
+    assert_load_refuses(tmp_path / "run.npz", "steps holds object; it needs numbers")
 
 
-def test_history_load_refuses_a_file_without_its_checksum(
-    generator: torch.Generator, tmp_path: Path
-) -> None:
-    np.savez(tmp_path / "run.npz", **saved(generator, tmp_path))
-    assert_load_refuses(tmp_path / "run.npz", "it lacks its checksum")
-
-
-NAMES = [
-    *("format", "bins", "names", "name_ends", "kinds", "has_kinds", "steps", "times"),
-    *("integers", "floats", "sizes", "indices", "values", "origins"),
-]
+NAMES = ["steps", "times", "integers", "floats", "formats", "sizes", "bins", "counts", "run"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -110,26 +121,83 @@ def test_history_load_refuses_a_file_without_one_array(
     assert_load_refuses(tmp_path / "run.npz", f"it lacks {name}")
 
 
-def test_history_load_passes_over_arrays_of_later_versions(
+def test_history_load_passes_over_what_later_versions_say(
     generator: torch.Generator, tmp_path: Path
 ) -> None:
-    write(tmp_path / "run.npz", saved(generator, tmp_path) | {"loss": np.zeros(3)})
+    data = saying(saved(generator, tmp_path), later={"x": [1]}) | {"loss": np.zeros(3)}
+    write(tmp_path / "run.npz", data)
     assert len(History.load(tmp_path / "run.npz")) == 3
 
 
-def test_history_load_refuses_another_format(generator: torch.Generator, tmp_path: Path) -> None:
-    data = saved(generator, tmp_path) | {"format": np.array("gradstat history 3")}
+ROWS = [["grad", "first.weight"], ["grad", "second.weight"]]
+NO_STEP = "its scalars hold what is no step, of 'loss'"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("format", "gradstat history 3", "its format is 'gradstat history 3', not gradstat histo"),
+        ("format", LACKING, "its format is None, not gradstat history 1"),
+        ("bins", "square 3", "parse_bins() needs the spec of a bin scheme; spec is 'square 3'"),
+        ("bins", "linear 2048 0 1 maybe", "parse_bins() needs the spec of a bin scheme"),
+        ("bins", 7, "its bins hold what is no text"),
+        ("rows", LACKING, "it lacks rows"),
+        ("rows", 3, "its rows hold 3"),
+        ("rows", [["grad", "x"], "y"], "its rows hold 'y'"),
+        ("rows", [["grad", "x"], ["grad"]], "is damaged or another kind: "),
+        ("rows", [["grad", "x"], ["grad", 3]], "its rows hold what is no text"),
+        ("rows", [ROWS[0], ["0", "x"]], "its rows are of '0', which is none of grad, param, "),
+        ("rows", [ROWS[0], ROWS[0]], "its rows are not all different"),
+        ("rows", ROWS[:1], "its layers are 2, of 1 rows"),
+        ("layers", [1, 2], "its layers hold what is no text"),
+        ("formats", "nvfp4", "its formats hold 'nvfp4'"),
+        ("rank", "0", "its rank is '0'"),
+        ("rank", True, "its rank is True"),
+        ("world", 1 << 70, "its world is 1180591620717411303424"),
+        ("run", 5, "its run hold what is no text"),
+        ("owners", LACKING, "it lacks owners"),
+        ("owners", [0], "its owners, int64 of shape (1,), are none of its rows"),
+        ("owners", [0, 0.5], "its owners, float64 of shape (2,), are none of its rows"),
+        ("owners", [0, "x"], "are none of its rows"),
+        ("owners", [0, [1]], "is damaged or another kind: "),
+        ("owners", [0, -3], "its owners hold -3, which is no rank"),
+        ("owners", [0, 2**40], "its owners hold 1099511627776, which is no rank"),
+        ("owners", [0, 2**70], "are none of its rows"),
+        ("shards", [[0, 1, 2]] * 2, "its shards, int64 of shape (2, 3), are none of its rows"),
+        ("shards", LACKING, "it lacks shards"),
+        ("shapes", LACKING, "it lacks shapes"),
+        ("shapes", [[1]], "its shapes are none of 2 rows"),
+        ("shapes", [[1], [1.5]], "its shapes are none of 2 rows"),
+        ("shapes", [[1], 2], "its shapes hold 2"),
+        ("depth", [0], "its depth, int64 of shape (1,), are none of its rows"),
+        ("depth", [0, 3], "its depth is none of its rows"),
+        ("partial_step", 0.5, "its partial_step is 0.5"),
+        ("scalars", [], "its scalars are []"),
+        ("scalars", {"loss": 3}, "its loss hold 3"),
+        ("scalars", {"loss": [[1]]}, "is damaged or another kind: "),
+        ("scalars", {"loss": [[1, 2], [0.5]]}, "is damaged or another kind: "),
+        ("scalars", {"loss": [[-1], [0.5]]}, NO_STEP),
+        ("scalars", {"loss": [[0.5], [0.5]]}, NO_STEP),
+        ("scalars", {"loss": [[2, 1], [0.5, 1]]}, "add_scalar() needs steps from 2 on"),
+        ("scalars", {"loss": [[1], ["x"]]}, "is damaged or another kind: "),
+    ],
+)
+def test_history_load_refuses_what_no_run_says(
+    name: str, value: object, reason: str, generator: torch.Generator, tmp_path: Path
+) -> None:
+    write(tmp_path / "run.npz", saying(saved(generator, tmp_path), **{name: value}))
+    with pytest.raises(ValueError, match=re.escape(reason)) as raised:
+        History.load(tmp_path / "run.npz")
+    assert str(tmp_path / "run.npz") in str(raised.value)
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b"null"])
+def test_history_load_refuses_what_says_nothing(
+    text: bytes, generator: torch.Generator, tmp_path: Path
+) -> None:
+    data = saved(generator, tmp_path) | {"run": np.frombuffer(text, np.uint8)}
     write(tmp_path / "run.npz", data)
-    assert_load_refuses(
-        tmp_path / "run.npz", "its format is gradstat history 3, not gradstat history 2"
-    )
-
-
-def test_history_load_refuses_unknown_bins(generator: torch.Generator, tmp_path: Path) -> None:
-    write(tmp_path / "run.npz", saved(generator, tmp_path) | {"bins": np.array("square 3")})
-    assert_load_refuses(
-        tmp_path / "run.npz", "parse_bins() needs the spec of a bin scheme; spec is 'square 3'"
-    )
+    assert_load_refuses(tmp_path / "run.npz")
 
 
 def set_first(value: float) -> Callable[[np.ndarray], np.ndarray]:
@@ -159,17 +227,6 @@ WHERE = ", in step 0 of 'second.weight'"
 @pytest.mark.parametrize(
     ("name", "change", "reason"),
     [
-        ("kinds", lambda x: x[:1], OTHERS),
-        ("kinds", lambda x: x.reshape(2, 1)[:, [0, 0]], OTHERS),
-        ("kinds", set_first(0), "its kinds hold '0', which is none of grad, param, "),
-        ("names", lambda x: x[:-1], "its name_ends do not divide the"),
-        ("names", set_first(255), "'utf-8' codec can't decode"),
-        ("name_ends", lambda x: x[:-1], OTHERS),
-        ("name_ends", lambda x: x + 1, "its name_ends do not divide the"),
-        ("name_ends", lambda x: x[::-1], "its name_ends do not divide the"),
-        ("name_ends", set_first(-1), "its name_ends do not divide the"),
-        ("has_kinds", lambda x: x[None], OTHERS),
-        ("has_kinds", lambda x: x.astype(int), "its has_kinds are int64"),
         ("steps", lambda x: x[:-1], OTHERS),
         ("steps", lambda x: x[::-1], "its steps do not rise from 0 or more"),
         ("steps", lambda x: x * 0, "its steps do not rise from 0 or more"),
@@ -204,23 +261,22 @@ WHERE = ", in step 0 of 'second.weight'"
         ("sizes", lambda x: x + 1, "its sizes do not sum to its"),
         ("sizes", set_first(-1), "its sizes do not sum to its"),
         ("sizes", lambda x: x + 0.5, "its sizes are float64"),
-        ("sizes", lambda x: np.full(len(x), 2**62), "its sizes do not sum to its"),
-        ("indices", lambda x: x[:-1], OTHERS),
-        ("indices", lambda x: x + 0.5, "its indices are float64"),
-        ("indices", lambda x: x[::-1], "its histogram has counts that are not positive or not in"),
-        ("indices", lambda x: x * 0, "its histogram has counts that are not positive or not in"),
-        ("indices", set_first(-1), "its histogram has counts that are not positive or not in"),
-        ("indices", set_first(2048), "its histogram has counts that are not positive or not in"),
-        ("indices", set_first(65535), "its histogram has counts that are not positive or not in"),
-        ("values", lambda x: x[:-1], OTHERS),
-        ("values", set_first(-1), "its histogram has counts that are not positive or not in"),
-        ("values", set_first(0), "its histogram has counts that are not positive or not in"),
-        ("values", lambda x: x * 2, "its counts do not sum to its finite elements in the range"),
-        ("values", lambda x: x + np.int64(2**62), "its histogram has counts that are not"),
-        ("values", lambda x: np.full(len(x), 2**60), "its counts are too large"),
-        ("origins", lambda x: x[:-1], OTHERS),
-        ("origins", set_first(-3), "its origins hold -3, which is no rank"),
-        ("origins", set_first(2**40), "its origins hold 1099511627776, which is no rank"),
+        ("sizes", lambda x: x * 0 + 2**62, "its sizes do not sum to its"),
+        ("sizes", lambda x: x.ravel(), OTHERS),
+        ("bins", lambda x: x[:-1], OTHERS),
+        ("bins", lambda x: x + 0.5, "its bins are float64"),
+        ("bins", lambda x: x[::-1], "its histogram has counts that are not positive or not in"),
+        ("bins", lambda x: x * 0, "its histogram has counts that are not positive or not in"),
+        ("bins", set_first(-1), "its histogram has counts that are not positive or not in"),
+        ("bins", set_first(2048), "its histogram has counts that are not positive or not in"),
+        ("bins", set_first(65535), "its histogram has counts that are not positive or not in"),
+        ("counts", lambda x: x[:-1], OTHERS),
+        ("counts", set_first(-1), "its histogram has counts that are not positive or not in"),
+        ("counts", set_first(0), "its histogram has counts that are not positive or not in"),
+        ("counts", lambda x: x * 2, "its counts do not sum to its finite elements in the range"),
+        ("counts", lambda x: x + np.int64(2**62), "its histogram has counts that are not"),
+        ("counts", lambda x: np.full(len(x), 2**60), "its counts are too large"),
+        ("formats", lambda x: x[:, :, :, :-1], OTHERS),
     ],
 )
 def test_history_load_refuses_what_no_history_holds(
@@ -246,10 +302,9 @@ def test_history_load_refuses_values_of_no_element(
 ) -> None:
     data = saved(generator, tmp_path)
     data["integers"][0, 0, :2] = 0
-    data["sizes"] = data["sizes"].copy()
-    kept = int(data["sizes"][0])
-    data["sizes"][0] = 0
-    data |= {name: data[name][kept:] for name in ("indices", "values")}
+    kept = int(data["sizes"][0, 0])
+    data["sizes"][0, 0] = 0
+    data |= {name: data[name][kept:] for name in ("bins", "counts")}
     write(tmp_path / "run.npz", data)
     assert_load_refuses(tmp_path / "run.npz", "its min and max are of no element, in step 0 of")
 
@@ -266,7 +321,7 @@ def test_history_load_takes_nan_where_there_is_no_number(tmp_path: Path) -> None
     append_rows(history, 0, *arrays(s))
     append_rows(history, 1, *arrays(gradstat.statistics(tensors)))
     assert history["finite"][1].tolist() == [0, 0, 1, 8192]
-    assert np.isnan(history["std"]).any(0).tolist() == [True, True, True, True]
+    assert np.isfinite(history["std"]).tolist() == [[False, False, True, False], [False] * 4]
     history.save(tmp_path / "run.npz")
     assert len(History.load(tmp_path / "run.npz")) == 2
 
@@ -285,27 +340,11 @@ def test_history_load_refuses_zeros_outside_min_and_max(
     assert_load_refuses(tmp_path / "run.npz", "its zeros are outside min and max, in step 0 of")
 
 
-def test_history_load_refuses_rows_that_come_twice(
-    generator: torch.Generator, tmp_path: Path
-) -> None:
-    data = saved(generator, tmp_path)
-    data["names"] = np.frombuffer(b"samesame", np.uint8)
-    data["name_ends"] = np.array([4, 8])
-    write(tmp_path / "run.npz", data)
-    assert_load_refuses(tmp_path / "run.npz", "its rows are not all different")
-
-
-def npy(x: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, x)
-    return file.getvalue()
-
-
 def write_members(path: Path, members: Members, method: int) -> None:
     with zipfile.ZipFile(path, "w", method) as file:
         for name, content in members:
-            file.writestr(zipfile.ZipInfo(name), content, compress_type=method)
-    npz.seal(path)
+            kind = zipfile.ZIP_STORED if name == "run.npy" else method
+            file.writestr(zipfile.ZipInfo(name), content, compress_type=kind)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -314,11 +353,11 @@ def test_history_load_refuses_members_of_one_name(
 ) -> None:
     members = [(f"{name}.npy", npy(x)) for name, x in saved(generator, tmp_path).items()]
     path = tmp_path / "run.npz"
-    for name in ("kinds.npy", "kinds"):
-        write_members(path, [*members, (name, members[4][1])], zipfile.ZIP_DEFLATED)
+    for name in ("bins.npy", "bins"):
+        write_members(path, [*members, (name, members[6][1])], zipfile.ZIP_DEFLATED)
         assert_load_refuses(path, "it has two members of one name")
     write_members(path, members, zipfile.ZIP_LZMA)
-    assert_load_refuses(path, "format is compressed in a way that NumPy does not use")
+    assert_load_refuses(path, "steps is compressed in a way that NumPy does not use")
 
 
 def peak_of_refusal(path: Path, reason: str) -> int:
@@ -349,12 +388,9 @@ def replaced(members: Members, name: str, content: bytes) -> list[tuple[str, byt
 @pytest.mark.parametrize(
     ("name", "dtype", "shape", "reason"),
     [
-        ("names", "|u1", (HUGE,), "its name_ends do not divide the 67108864 bytes"),
-        ("values", "<u4", (HUGE // 4,), "its values, of shape (16777216,), do not fit"),
+        ("counts", "<i8", (HUGE // 8,), "its counts, of shape (8388608,), do not fit"),
         ("integers", "<i8", (HUGE // 128, 2, 8), "its integers, of shape (524288, 2, 8), do not"),
-        ("kinds", "<U16", (HUGE // 64,), "its kinds, of shape (1048576,), do not fit"),
-        ("kinds", f"<U{HUGE // 8}", (2,), "kinds holds <U8388608; it needs numbers or texts"),
-        ("bins", f"<U{HUGE // 4}", (), "bins holds <U16777216; it needs numbers or texts"),
+        ("steps", f"<U{HUGE // 12}", (3,), "steps holds <U5592405; it needs numbers"),
         ("steps", "<i8", (3,), "steps is not of the size that its shape, (3,), needs"),
     ],
 )
@@ -400,6 +436,14 @@ def test_history_load_refuses_a_header_of_any_size(
     assert peak_of_refusal(tmp_path / "run.npz", reason) < 4_000_000
 
 
+def test_history_load_refuses_what_is_said_if_it_is_compressed(
+    generator: torch.Generator, tmp_path: Path
+) -> None:
+    np.savez_compressed(tmp_path / "run.npz", **saved(generator, tmp_path))
+    reason = "run is compressed; texts need to be stored as they are"
+    assert peak_of_refusal(tmp_path / "run.npz", reason) < 4_000_000
+
+
 def test_history_load_refuses_a_member_that_declares_more_than_it_can_hold(
     generator: torch.Generator, tmp_path: Path
 ) -> None:
@@ -411,7 +455,6 @@ def test_history_load_refuses_a_member_that_declares_more_than_it_can_hold(
             file.writestr(name, content)
         # What the archive's directory says of it.
         file.getinfo("steps.npy").file_size = len(whole) + (8 << 40)
-    npz.seal(path)
     assert peak_of_refusal(path, "steps is larger than what it is compressed to") < 4_000_000
 
 
@@ -420,7 +463,6 @@ def test_history_load_refuses_a_huge_directory_of_members(tmp_path: Path) -> Non
     with zipfile.ZipFile(path, "w") as file:
         for number in range(20_000):
             file.writestr(f"{number}.npy", b"")
-    npz.seal(path)
     assert peak_of_refusal(path, "its directory is too large") < 4_000_000
 
 
@@ -464,10 +506,10 @@ def test_history_load_does_not_read_a_block_that_is_larger_than_its_file(
     history, _ = make_history(Log2Bins(), generator)
     Journal(tmp_path, history)
     file = tmp_path / "00000000.gradstat"
-    with file.open("r+b") as end:
-        reader = blocks.Reader(end)
-        list(reader.blocks())
-        header = struct.pack("<8sQIIIII", b"gradstat", 1 << 50, 1, 7, 1, 0, 2)
+    reader = Reader(file)
+    list(reader.blocks())
+    header = struct.pack("<8sIIIIQI", b"gradstat", 1, 1, 8, 7, 1 << 50, 0)
+    with file.open("ab") as end:
         end.write(header + struct.pack("<I", zlib.crc32(header, reader._link.checksum)))
         # A hole takes no room on the disk.
         end.truncate(1 << 34)
@@ -521,7 +563,7 @@ def test_history_load_refuses_what_no_format_does(
     place: tuple[int, ...], value: float, reason: str, tmp_path: Path
 ) -> None:
     data = with_formats(tmp_path)
-    data["narrow"][place] = value
+    data["formats"][place] = value
     write(tmp_path / "run.npz", data)
     assert_load_refuses(tmp_path / "run.npz", f"its {reason}, in step {place[0]} of ")
 
@@ -532,24 +574,15 @@ def test_history_load_refuses_what_no_format_does(
         (["nvfp4", "nvfp4"], "its formats are not all different"),
         (["nvfp4", "x" * 1000], ""),
         (["nvfp4", "float8_e4m3fn_scale_10"], "its formats hold 'float8_e4m3fn_scale_10'"),
-        (["nvfp4"], "its narrow, of shape (2, 3, 2, 10), do not fit its other arrays"),
+        (["nvfp4"], "its formats, of shape (2, 3, 2, 10), do not fit its other arrays"),
+        ([], "its formats, of shape (2, 3, 2, 10), do not fit its other arrays"),
     ],
 )
 def test_history_load_refuses_names_of_no_formats(
     names: list[str], reason: str, tmp_path: Path
 ) -> None:
-    data = with_formats(tmp_path)
-    data["narrow_formats"] = np.array(names)
-    write(tmp_path / "run.npz", data)
+    write(tmp_path / "run.npz", saying(with_formats(tmp_path), formats=names))
     assert_load_refuses(tmp_path / "run.npz", reason)
-
-
-@pytest.mark.parametrize("lacking", ["narrow", "narrow_formats"])
-def test_history_load_refuses_half_of_what_formats_do(lacking: str, tmp_path: Path) -> None:
-    data = with_formats(tmp_path)
-    del data[lacking]
-    write(tmp_path / "run.npz", data)
-    assert_load_refuses(tmp_path / "run.npz", f"it lacks {lacking}")
 
 
 def test_history_load_refuses_a_directory_of_several_lists_of_formats(tmp_path: Path) -> None:

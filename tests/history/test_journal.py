@@ -22,7 +22,7 @@ from watching import SCHEMES, arrays, assert_same, backward, make_history, make_
 import gradstat
 from gradstat import History, Log2Bins
 from gradstat.bins import Bins
-from gradstat.history import archive, blocks, journal
+from gradstat.history import file, journal
 from gradstat.history.journal import Journal
 from gradstat.record import Record
 
@@ -153,8 +153,7 @@ def test_journal_writes_the_records_of_a_few_seconds_in_one_block(
         time.sleep(0.01)
     kept.flush()
     assert_same(History.load(tmp_path), history)
-    with (tmp_path / NAME).open("rb") as file:
-        sizes = [block.n_records for block in blocks.Reader(file).blocks()]
+    sizes = [len(block.records) for block in file.Reader(tmp_path / NAME).blocks()]
     assert sizes[0] == 0
     assert 2 <= len(sizes[1:]) <= 5
 
@@ -162,8 +161,7 @@ def test_journal_writes_the_records_of_a_few_seconds_in_one_block(
 def test_journal_writes_early_rather_than_fill_the_memory(
     generator: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "_MOST_WAITING_BYTES", 20_000)
-    monkeypatch.setattr(journal, "_MOST_WAITING", 1)
+    monkeypatch.setattr(journal, "_MOST_WAITING_BYTES", 2_000)
     history, records = make_history(Log2Bins(), generator, 40)
     kept = Journal(tmp_path, history)
     for step, record in zip(history.steps.tolist(), records, strict=True):
@@ -355,13 +353,13 @@ def test_journal_that_is_interrupted_in_a_write_loses_nothing(
     history, records = make_history(Log2Bins(), generator)
     kept = Journal(tmp_path, history)
     append_rows(kept, 0, *arrays(records[0]))
-    encode = blocks.encode
+    encode = file.encode
 
-    def encode_half(*arguments: object) -> tuple[list[bytes], blocks.Link]:
+    def encode_half(*arguments: object) -> tuple[list[bytes], file.Link]:
         parts, link = encode(*arguments)
 
         def half() -> Iterator[bytes]:
-            yield from parts[:4]
+            yield from parts[:2]
             raise KeyboardInterrupt
 
         return half(), link
@@ -452,12 +450,11 @@ def test_watch_does_not_fill_the_memory_for_a_disk_that_stays_full(
     sizes = []
 
     def full(self: Journal) -> None:
-        sizes.append(self._state.nbytes)
+        sizes.append(sum(len(record.data) for record in self._state.waiting))
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Journal, "_write_block", full)
     monkeypatch.setattr(journal, "_MOST_BYTES", 20_000)
-    monkeypatch.setattr(journal, "_MOST_WAITING", 1)
     with pytest.warns(RuntimeWarning, match="No space left on device"):
         w = gradstat.watch(model, path=tmp_path, capacity=4)
     for _ in range(50):
@@ -487,7 +484,7 @@ def test_watches_that_begin_together_do_not_share_a_directory(
     model = make_model()
     with gradstat.watch(model, path=tmp_path) as w:
         # As if both had looked before either has written.
-        monkeypatch.setattr(archive, "segments", lambda path: [])
+        monkeypatch.setattr(journal, "segments", lambda path: [])
         with pytest.raises(ValueError, match="needs a directory of its own"):
             gradstat.watch(model, path=tmp_path)
         monkeypatch.undo()

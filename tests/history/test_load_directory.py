@@ -14,7 +14,8 @@ from histories import append_rows
 from watching import LAYERS, arrays, assert_same, make_history
 
 from gradstat import History, Log2Bins
-from gradstat.history import blocks, sections
+from gradstat.history.file import Reader, encode
+from gradstat.history.follow import Follower
 from gradstat.history.journal import Journal
 
 NAME = "00000000.gradstat"
@@ -39,18 +40,7 @@ def remove_all(path: Path) -> str:
 
 def repeat(path: Path) -> str:
     (path / "00000001.gradstat").write_bytes((path / NAME).read_bytes())
-    return f"the files of one run; {path} has those of several"
-
-
-def mix(path: Path) -> str:
-    History(["other"], Log2Bins()).save(path / "00000001.npz")
-    return f"the files of one run; {path} has those of several"
-
-
-def cut_off_first_of_two(path: Path) -> str:
-    (path / "00000001.gradstat").write_bytes((path / NAME).read_bytes())
-    (path / NAME).write_bytes((path / NAME).read_bytes()[:-5])
-    return f"a file that History.save() or watch() wrote; {path / NAME} is damaged"
+    return f"the files of a run in their places; {path / '00000001.gradstat'} is number 0 of"
 
 
 def cut_off_in_first_block(path: Path) -> str:
@@ -65,8 +55,6 @@ def cut_off_in_first_block(path: Path) -> str:
         remove_first,
         remove_all,
         repeat,
-        mix,
-        cut_off_first_of_two,
         cut_off_in_first_block,
     ],
 )
@@ -77,6 +65,63 @@ def test_history_load_refuses_a_directory_that_is_not_whole(
     message = change(tmp_path)
     with pytest.raises(ValueError, match=f"^{re.escape('History.load() needs ' + message)}"):
         History.load(tmp_path)
+
+
+def exchange(path: Path, a: int, b: int) -> None:
+    files = [path / f"{number:08}.gradstat" for number in (a, b)]
+    data = [file.read_bytes() for file in files]
+    for file, other in zip(files, reversed(data), strict=True):
+        file.write_bytes(other)
+
+
+def copy_to_the_end(path: Path) -> str:
+    (path / "00000003.gradstat").write_bytes((path / "00000001.gradstat").read_bytes())
+    return "in their places; {}/00000003.gradstat is number 1 of its run"
+
+
+def exchange_two(path: Path) -> str:
+    exchange(path, 1, 2)
+    return "in their places; {}/00000002.gradstat is number 1 of its run"
+
+
+def lose_the_first(path: Path) -> str:
+    for number in (1, 2):
+        (path / f"{number:08}.gradstat").rename(path / f"{number - 1:08}.gradstat")
+    return "in their places; {}/00000001.gradstat is number 2 of its run"
+
+
+def take_another_run(path: Path) -> str:
+    write_resumed(path / "other")
+    data = (path / "other" / "00000001.gradstat").read_bytes()
+    (path / "00000001.gradstat").write_bytes(data)
+    return "of one run; {0}/00000001.gradstat and {0}/00000002.gradstat are of two"
+
+
+def write_resumed(path: Path) -> None:
+    """A run that was resumed twice."""
+    history, _ = make_history(Log2Bins(), torch.Generator().manual_seed(1), 7)
+    for first_step in (None, 4, 8):
+        journal = Journal(path, history, first_step)
+        for record in history.records:
+            if record.step >= (first_step or 0):
+                journal.append(record.step, record.data)
+        journal.flush()
+
+
+@pytest.mark.parametrize(
+    "change", [copy_to_the_end, exchange_two, lose_the_first, take_another_run]
+)
+def test_history_load_refuses_files_of_a_resumed_run_in_other_places(
+    change: Callable[[Path], str], tmp_path: Path
+) -> None:
+    write_resumed(tmp_path)
+    assert History.load(tmp_path).steps.tolist() == list(range(0, 14, 2))
+    message = "History.load() needs the files " + change(tmp_path).format(tmp_path)
+    message = message.replace("files in", "files of a run in")
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        History.load(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Follower(tmp_path).look()
 
 
 def test_history_load_passes_over_files_that_watch_did_not_write(
@@ -148,15 +193,14 @@ def test_history_load_of_a_day_of_blocks_takes_two_seconds(
     generator: torch.Generator, tmp_path: Path
 ) -> None:
     history, _ = make_history(Log2Bins(), generator, 1)
-    records = sections.body(history.to_records())
+    record = history.records[0]
     Journal(tmp_path, history)
-    with (tmp_path / NAME).open("r+b") as file:
-        reader = blocks.Reader(file)
-        assert len(list(reader.blocks())) == 1
-        link = reader._link
+    reader = Reader(tmp_path / NAME)
+    assert len(list(reader.blocks())) == 1
+    link = reader._link
+    with (tmp_path / NAME).open("ab") as file:
         for step in range(17_280):
-            records["steps"] = np.array([step])
-            parts, link = blocks.encode(records, 1, link)
+            parts, link = encode({"scalars": {}}, [record._replace(step=step)], link)
             file.writelines(parts)
     seconds = []
     for _ in range(3):

@@ -12,7 +12,7 @@ from histories import append_rows
 
 from gradstat import History, LinearBins, Log2Bins, plot
 from gradstat.bins import Bins
-from gradstat.history.records import Records
+from gradstat.record import Unpacked
 from gradstat.results import FLOATS, INTEGERS
 
 LAYERS = ["first", "second", "third"]
@@ -30,15 +30,18 @@ def append(history: History, step: int) -> None:
     append_rows(history, step, integers, floats, counts)
 
 
-def check(records: Records) -> None:
+def check(history: History) -> None:
     """Every number is that of its step and its layer."""
-    marks = np.array(records.steps)[:, None] + 1 + 10_000 * np.arange(len(LAYERS))
+    taken = history.snapshot()
+    check_numbers(taken.steps.tolist(), taken.unpack())
+
+
+def check_numbers(steps: list[int], records: Unpacked) -> None:
+    marks = np.array(steps)[:, None] + 1 + 10_000 * np.arange(len(LAYERS))
     assert (records.integers[..., :2] == marks[..., None]).all()
     assert (records.floats == marks[..., None]).all()
-    sizes, indices, values = records.counts.arrays()
-    assert sizes.tolist() == [1] * marks.size
-    assert values.tolist() == marks.ravel().tolist()
-    assert indices.tolist() == (marks.ravel() % records.bins.bins).tolist()
+    assert records.sizes.tolist() == [1] * marks.size
+    assert records.counts.tolist() == marks.ravel().tolist()
 
 
 @pytest.fixture
@@ -57,12 +60,12 @@ def test_history_snapshot_holds_the_records_of_its_moment(bins: Bins, capacity: 
     for step in range(600):
         append(history, step)
         if step % 7 == 0 or step > 590:
-            taken.append((history.snapshot(), history.steps.tolist(), history.to_records()))
+            taken.append((history.snapshot(), history.steps.tolist(), history.unpack()))
     for snapshot, steps, records in taken:
         assert len(snapshot) == len(steps)
-        assert snapshot.steps.tolist() == records.steps == steps
-        check(records)
-        check(snapshot.to_records())
+        assert snapshot.steps.tolist() == steps
+        check_numbers(steps, records)
+        check(snapshot)
         assert snapshot.record().integers[0, 0] == steps[-1] + 1
 
 
@@ -71,15 +74,15 @@ def test_history_snapshot_goes_its_own_way() -> None:
     for step in range(5):
         append(history, step)
     snapshot = history.snapshot()
-    snapshot.origins[:] = 7
+    snapshot.placements.owners[:] = 7
     for step in range(5, 30, 2):
         append(history, step)
         append(snapshot, step + 1)
     for each in (history, snapshot):
-        check(each.to_records())
+        check(each)
     assert history.steps[-1] == 29
     assert snapshot.steps[-1] == 30
-    assert (history.origins != 7).all()
+    assert (history.placements.owners != 7).all()
 
 
 def test_history_reads_the_same_records_however_often_it_is_read() -> None:
@@ -87,17 +90,17 @@ def test_history_reads_the_same_records_however_often_it_is_read() -> None:
     for step in range(100):
         append(history, step)
         before = history.nbytes
-        check(history.to_records())
+        check(history)
         assert history.nbytes == before
 
 
 def read_records(history: History, path: Path) -> None:
-    check(history.to_records())
+    check(history)
 
 
 def save(history: History, path: Path) -> None:
     history.save(path)
-    check(History.load(path).to_records())
+    check(History.load(path))
 
 
 def diagnose(history: History, path: Path) -> None:
@@ -124,7 +127,7 @@ def histograms(history: History, path: Path) -> None:
 
 
 def select(history: History, path: Path) -> None:
-    check(history.select("grad").to_records())
+    check(history.select("grad"))
 
 
 def heatmap(history: History, path: Path) -> None:
@@ -167,4 +170,4 @@ def test_history_can_be_read_by_another_thread(
     reader.join()
     assert failures == []
     assert n_read[0] > 0
-    check(history.to_records())
+    check(history)

@@ -233,7 +233,7 @@ def test_write_gives_each_point_the_time_of_its_record(tmp_path: Path) -> None:
     h = make_history(gradstat.Log2Bins(), layers=1, steps=4)
     timed = History(h.rows, h.bins)
     for step in range(4):
-        timed.append(10 * step, h.packed(step).data, time_s=1e9 + 60.0 * step)
+        timed.append(10 * step, h.packed(h.find(step)).data, time_s=1e9 + 60.0 * step)
     for step, value in ((0, 1.0), (5, 0.5), (30, 0.2)):
         timed.add_scalar("loss", step, value)
     tensorboard.write(timed, tmp_path)

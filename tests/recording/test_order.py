@@ -138,7 +138,7 @@ def test_figures_show_layers_by_depth() -> None:
 def test_rows_that_rules_read_belong_together_in_any_order() -> None:
     """Ratios and histograms are those of the layer that is named."""
     history = record("step", ("grad", "update", "activation"), steps=70)
-    straight = History.from_records(history.to_records())
+    straight = history.snapshot()
     straight.depth = None
     from gradstat.diagnosis.evidence import Evidence
 

@@ -2,10 +2,12 @@
 
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -229,3 +231,13 @@ def test_unwrapped_is_what_a_wrapper_without_hooks_has_in_it() -> None:
     inner = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     assert torch_internals.unwrapped(inner) is inner
     assert torch_internals.unwrapped(Wrapper(Wrapper(inner))) is inner
+
+
+def test_default_store_keeps_what_the_first_process_says(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        store = torch_internals.default_store()
+        said = [store.compare_set("gradstat test", "", each) for each in ("a", "b")]
+    finally:
+        dist.destroy_process_group()
+    assert said == [b"a", b"a"]

@@ -181,7 +181,7 @@ def test_watch_raises_what_the_sink_raises_and_loses_no_record() -> None:
 
 def test_history_nbytes_is_what_its_arrays_take(generator: torch.Generator) -> None:
     history, _ = make_history(Log2Bins(), generator, 8)
-    assert history.nbytes == sum(len(history.packed(step).data) for step in history.steps)
+    assert history.nbytes == sum(len(record.data) for record in history.records)
     before = history.nbytes
     assert len(history["std"]) == 8  # reading changes nothing
     assert history.nbytes == before

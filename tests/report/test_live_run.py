@@ -222,7 +222,7 @@ def test_live_run_names_the_file_that_may_not_be_opened(
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("gradstat.history.archive.followed", refuse)
+        patch.setattr("gradstat.history.reading.followed", refuse)
         assert ask(live)["state"] == f"cannot be read: Permission denied: {path}"
     assert ask(live)["state"] == "there"
 

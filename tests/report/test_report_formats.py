@@ -12,7 +12,6 @@ from pages import MAP, Open, hover, pixels
 
 import gradstat
 from gradstat import History
-from gradstat.history.records import Records
 from gradstat.report import thin
 from gradstat.report.growing import Growing
 
@@ -64,10 +63,8 @@ def test_columns_of_several_records_are_those_of_all_their_values() -> None:
 
 def test_growing_run_has_the_same_formats() -> None:
     h = recorded()
-    records = h.to_records()
-    parts: list[Records] = [records.before(2), records.since(2)]
-    growing = Growing(History.from_records(parts[0]), 1)
-    growing.add(History.from_records(parts[1]), 2)
+    growing = Growing(h.between(end=2), 1)
+    growing.add(h.between(2), 2)
     told, columns = growing.since(0), thin.columns(h)
     assert told["head"]["formats"] == list(FORMATS)
     assert told["arrays"]["snr"][2] == columns.snr.size
