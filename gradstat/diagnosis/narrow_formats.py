@@ -14,7 +14,6 @@ from gradstat.bins import Log2Bins
 from gradstat.diagnosis.evidence import MAX_SAMPLES, Evidence, around, median
 from gradstat.diagnosis.findings import Finding, for_all
 from gradstat.formats import parse_format
-from gradstat.history.memory import kurtosis_of
 from gradstat.record import NOUNS, PARAM, Row
 from gradstat.results import FLOATS, INTEGERS, Statistics
 from gradstat.thresholds import Thresholds
@@ -275,10 +274,7 @@ def find_outliers(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     if len(run.history) < _PARTS * 2:
         return []
     at = evenly_spread(len(run.history), MAX_SAMPLES)
-    sampled = run.history.unpacked(at.tolist())
-    kurtosis = np.concatenate(
-        [kurtosis_of(run.history.bins, each.take(run.columns)) for each in sampled]
-    )
+    kurtosis = run.history.at(at.tolist())["kurtosis"][:, run.columns]
     parts = np.stack([median(part) for part in np.array_split(kurtosis, _PARTS)])
     grew = (np.diff(parts, axis=0) > 0).all(0) & (parts[-1] >= _LEAST)
     grew &= parts[-1] >= thresholds.outliers_growth * parts[0]
