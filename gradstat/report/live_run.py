@@ -133,8 +133,8 @@ class LiveRun:
             follower, parts = Follower(self.path), []
             while (look := follower.look()) is not None and look.records is not None:
                 parts.append(look.records)
-            history = History.from_records(joined(parts)) if parts else None
-            if history:
+            if parts:
+                history = History.from_records(joined(parts))
                 found = package.findings(diagnose(history), history.layers)
                 named = thin.positions(history, [finding["at"] for finding in found])
                 n_records = len(history)
