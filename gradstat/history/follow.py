@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -128,18 +128,26 @@ def _followed(path: Path, *, newest: bool) -> Iterator[Records | None]:
     if len(folders) > 1:
         yield from _followed_ranks(folders, newest=newest)
         return
+    pieces = reading.followed(folders[0] if folders else path, 1 if newest else _BYTES)
+    for piece in _last_of_each_look(pieces) if newest else pieces:
+        if piece is not None:
+            piece.verify()
+        yield piece
+
+
+def _last_of_each_look(pieces: Iterable[Records | None]) -> Iterator[Records | None]:
+    """The pieces after which nothing is there yet, or nothing comes."""
     last: Records | None = None
-    for piece in reading.followed(folders[0] if folders else path, 1 if newest else _BYTES):
-        if newest and piece is not None:  # which nobody needs if another block follows
+    for piece in pieces:
+        if piece is not None:
             last = piece if len(piece) else last
             continue
-        for each in (last, piece):
-            if each is not None:
-                each.verify()
-                yield each
+        if last is not None:
+            yield last
         last = None
-        if piece is None:
-            yield None
+        yield None
+    if last is not None:
+        yield last
 
 
 def _followed_ranks(folders: list[Path], *, newest: bool) -> Iterator[Records | None]:
