@@ -95,7 +95,7 @@ def test_tail_waits_for_a_run_that_is_not_there_yet(
         else:
             path.mkdir()
             time.sleep(0.1)
-            history.save(path / "00000000.npz")
+            write_steps(Journal(path, history), history, 0)
 
     trainer = threading.Thread(target=train)
     trainer.start()
