@@ -11,61 +11,46 @@ import argparse
 import resource
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from gradstat.history.packed_counts import SparseRows
 
 import gradstat
 from gradstat import History, Log2Bins
-from gradstat.history import archive, blocks, sections
-from gradstat.history.records import Records
+from gradstat.history.journal import Journal
+from gradstat.record import Unpacked
 
 N_VALUES = 4096
 POOL = 2000  # different histograms
 BLOCK = 20  # records that a rank has written together, or some more
 
 
-def make_pool() -> Records:
+def make_pool() -> Unpacked:
     """Measurements of shards, one record of them."""
     generator = torch.Generator().manual_seed(20)
     shards = [torch.randn(N_VALUES, generator=generator) * 10.0 ** -(i % 7) for i in range(POOL)]
     s = gradstat.statistics(shards)
-    history = History([f"{i}.weight" for i in range(POOL)], Log2Bins())
+    layout = History([f"{i}.weight" for i in range(POOL)], Log2Bins()).layout
     numbers = s.integers.numpy(), s.floats.numpy(), None, s.counts.numpy()
-    history.append(0, history.layout.pack(*numbers))
-    return history.to_records()
+    return layout.unpack([layout.pack(*numbers)])
 
 
-def write_rank(folder: Path, pool: Records, rank: int, args: argparse.Namespace) -> None:
+def write_rank(folder: Path, pool: Unpacked, rank: int, args: argparse.Namespace) -> None:
     """A rank's directory, its rows drawn from the pool."""
     rng = np.random.default_rng(rank)
     # The histograms of a layer are of one size, as in a run.
     classes = rng.integers(0, POOL // 7, (args.records, args.layers)) * 7
     draw = classes + np.arange(args.layers) % 7
-    like = History([f"{i}.weight" for i in range(args.layers)], Log2Bins()).to_records()
-    like = replace(like, rank=rank, world=args.ranks, origins=np.full(args.layers, rank))
-    folder.mkdir(parents=True)
-    link = blocks.Link()
-    with (folder / archive.segment_name(0)).open("wb") as file:
-        parts, link = blocks.encode(sections.head(like) | sections.body(like), 0, link)
-        file.writelines(parts)
-        size = BLOCK + rank % 10
-        for start in range(0, args.records, size):
-            rows = draw[start : start + size]
-            counts: SparseRows = pool.counts.rearranged(rows.ravel())
-            records = replace(
-                like,
-                steps=list(range(start, start + len(rows))),
-                times=np.arange(start, start + len(rows), dtype=float),
-                integers=pool.integers[0][rows],
-                floats=pool.floats[0][rows],
-                counts=counts,
-            )
-            parts, link = blocks.encode(sections.body(records), len(rows), link)
-            file.writelines(parts)
+    history = History([f"{i}.weight" for i in range(args.layers)], Log2Bins())
+    history.rank, history.world = rank, args.ranks
+    history.placements.owners[:] = rank
+    journal = Journal(folder, history, run="of bench/merge.py")
+    for step, rows in enumerate(draw):
+        journal.append(step, history.layout.pack_all(pool.take(rows))[0], time_s=float(step))
+        if (step + 1) % (BLOCK + rank % 10) == 0:
+            journal.flush()
+    journal.flush()
 
 
 def main() -> None:
@@ -88,7 +73,7 @@ def main() -> None:
     seconds = time.perf_counter() - start_s
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     assert (history["numel"] == args.ranks * N_VALUES).all()
-    counts = history.to_records().counts.arrays()[2].sum(dtype=np.int64)
+    counts = sum(int(each.counts.sum()) for each in history.unpacked())
     assert counts == args.ranks * args.layers * args.records * N_VALUES
     print(f"{args.ranks} ranks, {args.layers} layers, {args.records} records")
     print(f"{seconds:.1f} s, {peak:.0f} MB at most")

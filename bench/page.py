@@ -13,13 +13,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from gradstat.history.packed_counts import SparseRows
 from playwright.sync_api import sync_playwright
 
 from gradstat import History, Log2Bins
-from gradstat.history.records import OWN, Records, no_formats
-from gradstat.record import GRAD, Row
-from gradstat.results import FLOATS, INTEGERS
+from gradstat.record import Unpacked
+from gradstat.results import FLOATS, INTEGERS, PACKED
 
 OCTAVES = 22
 NUMEL = 1 << 22
@@ -45,25 +43,14 @@ def make_up(layers: int, steps: int) -> History:
     floats = np.empty((steps, layers, len(FLOATS)))
     for i, name in enumerate(FLOATS):
         floats[..., i] = by_name[name]
-    packed = SparseRows(
-        np.full(steps * layers, OCTAVES, np.int32),
-        (1024 + 4 * (octave + 127)).astype(np.uint16).ravel(),
-        counts.ravel(),
-    )
-    names = [f"model.layers.{i // 7}.{i % 7}.weight" for i in range(layers)]
-    records = Records(
-        rows=[Row(GRAD, name) for name in names],
-        layers=names,
-        bins=Log2Bins(),
-        steps=list(range(steps)),
-        times=np.arange(float(steps)),
-        integers=integers,
-        floats=floats,
-        quantized=no_formats(steps, layers),
-        counts=packed,
-        origins=np.full(layers, OWN),
-    )
-    return History.from_records(records)
+    history = History([f"model.layers.{i // 7}.{i % 7}.weight" for i in range(layers)], Log2Bins())
+    ends = OCTAVES * np.arange(1, steps * layers + 1)
+    bins = 1024 + 4 * (octave + 127)
+    formats = np.empty((steps, layers, 0, len(PACKED)))
+    numbers = Unpacked(integers, floats, formats, ends, bins.ravel(), counts.ravel())
+    for at, data in enumerate(history.layout.pack_all(numbers)):
+        history.append(at, data, time_s=float(at))
+    return history
 
 
 def main() -> None:

@@ -16,14 +16,12 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from typing import IO
 
-from gradstat.history.blocks import Link, encode
 from page import make_up
 from playwright.sync_api import sync_playwright
 
-from gradstat.history import archive, sections
-from gradstat.history.records import Records
+from gradstat import History
+from gradstat.history.journal import Journal
 
 BLOCK = 50  # records
 # Milliseconds of a page's redrawing, its layout and the next frame.
@@ -31,20 +29,6 @@ REDRAW = """() => new Promise((done) => {
     const start = performance.now();
     dispatchEvent(new Event("resize"));
     requestAnimationFrame(() => requestAnimationFrame(() => done(performance.now() - start))); })"""
-
-
-class File:
-    """A run's file that grows."""
-
-    def __init__(self, path: Path) -> None:
-        path.mkdir()
-        self._file: IO[bytes] = (path / archive.segment_name(0)).open("wb", buffering=0)
-        self._link = Link()
-
-    def write(self, records: Records) -> None:
-        head = sections.head(records) if self._link == Link() else {}
-        parts, self._link = encode(head | sections.body(records), len(records.steps), self._link)
-        self._file.write(b"".join(map(bytes, parts)))
 
 
 def memory_mb(process: int) -> tuple[float, float]:
@@ -62,11 +46,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--polls", type=int, default=20)
     options = parser.parse_args()
-    records = make_up(options.layers, options.steps + options.polls).to_records()
+    history = make_up(options.layers, options.steps + options.polls)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
-        file = File(Path(folder) / "run")
-        for start in range(0, options.steps, BLOCK):
-            file.write(records.since(start).before(min(start + BLOCK, options.steps)))
+        journal = Journal(Path(folder) / "run", History(history.layers, history.bins))
+        for at, record in enumerate(history.records[: options.steps]):
+            journal.append(record.step, record.data, time_s=record.time_s)
+            if at % BLOCK == BLOCK - 1:
+                journal.flush()
+        journal.flush()
         command = [sys.executable, "-m", "gradstat", "serve", f"{folder}/run"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
             address = server.stdout.readline().strip()
@@ -86,7 +73,8 @@ def main() -> None:
             took, sizes, lags = [], [], []
             for step in range(options.steps, options.steps + options.polls):
                 time.sleep(1)
-                file.write(records.since(step).before(step + 1))
+                journal.append(step, history.records[step].data, time_s=float(step))
+                journal.flush()
                 start_s = time.perf_counter()
                 reply = urllib.request.urlopen(f"{address}run/0/data?since={version}").read()
                 took.append(1e3 * (time.perf_counter() - start_s))
