@@ -457,12 +457,15 @@ def _kurtosis_of(bins: Bins, records: Unpacked) -> Array:
     """
     integers, floats = (each.reshape(-1, each.shape[-1]) for each in records[:2])
     n_filled = records.sizes
-    # Those with the most filled bins first: a row has as many places as the first beside it.
-    order, start = np.argsort(-n_filled, kind="stable"), 0
+    # A row has places for a power of two of bins, so that its sums are rounded alike whatever is
+    # read beside it.
+    widths = np.exp2(np.ceil(np.log2(np.maximum(n_filled, 1)))).astype(np.int64)
+    order, start = np.argsort(-widths, kind="stable"), 0
     found = np.empty(len(order))
     while start < len(order):
-        most = max(1, int(n_filled[order[start]]))
+        most = int(widths[order[start]])
         rows = order[start : start + max(1, _CELLS // most)]
+        rows = rows[widths[rows] == most]
         start += len(rows)
         sizes, indices, values = records.histograms(rows)
         row = np.repeat(np.arange(len(rows)), sizes)
