@@ -1,63 +1,132 @@
-"""Write the table of incidents in docs/reading.md from runs in which it is known what happened.
+"""Write the tables of incidents in docs/reading.md from runs in which it is known what happened.
 
-Usage: python docs/make_incidents.py [--seeds N]
+Usage: python docs/make_incidents.py [own] [foreign] [--seeds N] [--keep FOLDER]
+
+`foreign` is of networks, tasks and schedules that no rule was made for. Runs that a folder keeps
+are read from there, and others are put into it.
 """
+
+from __future__ import annotations
 
 import argparse
 import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "incidents")]
-from incidents import CASES, SEEDS, alarms, judge, train  # noqa: E402
-from tasks import SETTINGS  # noqa: E402 (its place comes first)
+import foreign  # noqa: E402 (its place comes first)
+from incidents import (  # noqa: E402
+    CASES,
+    FOREIGN_CASES,
+    SEEDS,
+    SUBTLE,
+    Case,
+    alarms,
+    judge,
+    sudden,
+    train,
+)
+from tasks import SETTINGS, Setting  # noqa: E402
+
+from gradstat import History  # noqa: E402
 
 PAGE = ROOT / "docs" / "reading.md"
-TABLE = re.compile(r"(?<=<!-- incidents -->\n).*?(?=<!-- end of incidents -->)", re.DOTALL)
+MOST = {"own": 20, "foreign": 3}  # seeds
 
 
-def rows(seeds: int) -> list[str]:
-    """The lines of the table; each run's verdict that is not right goes to stderr."""
-    lines = [
-        "| what happened | networks | runs | found | right step | right layer, or none |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, case in CASES.items():
+class Runs:
+    """Runs that are trained, or read from a folder in which they are kept.
+
+    Args:
+        folder: of files; ``None`` to keep none.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def get(self, name: str, make: Callable[[], History]) -> History:
+        if self._folder is None:
+            return make()
+        path = self._folder / (name.replace("/", "_").replace(" ", "_") + ".npz")
+        if not path.exists():
+            make().save(path)
+        return History.load(path)
+
+
+def of_cases(tag: str, cases: dict[str, Case], seeds: int, runs: Runs) -> Iterator[list[str]]:
+    """Cells of a table; each run's verdict that is not right goes to stderr."""
+    for name, case in cases.items():
         verdicts = []
         for setting in case.settings:
             for seed in SEEDS[:seeds]:
                 incident = case.incident(setting, seed)
-                verdict = judge(train(setting, seed, incident), incident)
+                history = runs.get(
+                    f"{tag}|{name}|{setting}|{seed}",
+                    lambda s=setting, n=seed, i=incident: train(s, n, i),  # type: ignore[misc]
+                )
+                verdict = judge(history, incident)
                 verdicts.append(verdict)
                 if not (verdict.found and verdict.step and verdict.layer):
                     print(name, setting, seed, incident.layer, verdict, file=sys.stderr)
         counts = [sum(getattr(v, what) for v in verdicts) for what in ("found", "step", "layer")]
         networks = ", ".join(dict.fromkeys(setting.task for setting in case.settings))
-        lines.append(f"| {name} | {networks} | {len(verdicts)} | {' | '.join(map(str, counts))} |")
-    false = 0
-    for setting in SETTINGS:
+        yield [name, networks, *map(str, (len(verdicts), *counts))]
+
+
+def of_healthy(
+    tag: str, settings: tuple[Setting, ...], seeds: int, runs: Runs, *, with_gan: bool = False
+) -> list[str]:
+    """The cells about runs in which all is well."""
+    n = n_sudden = n_warned = 0
+    makers = {str(each): lambda seed, s=each: train(s, seed) for each in settings}
+    if with_gan:
+        makers["GAN"] = foreign.train_gan
+    for name, make in makers.items():
         for seed in SEEDS[:seeds]:
-            found = alarms(train(setting, seed))
-            false += bool(found)
+            history = runs.get(f"{tag}|{name}|{seed}", lambda m=make, s=seed: m(s))  # type: ignore[misc]
+            found = alarms(history)
+            n, n_sudden = n + 1, n_sudden + bool(sudden(found))
+            n_warned += bool(found) and not sudden(found)
             if found:
-                print("healthy", setting, seed, *found, file=sys.stderr)
-    runs = len(SETTINGS) * seeds
-    lines.append(f"| nothing | all, {len(SETTINGS)} settings | {runs} | {false} false alarms | | |")
-    return lines
+                print("healthy", name, seed, *found, file=sys.stderr)
+    which = f"all, {len(makers)} settings"
+    return ["nothing", which, str(n), f"{n_sudden} sudden, {n_warned} other alarms", "", ""]
+
+
+def table(group: str, seeds: int, runs: Runs) -> str:
+    """The lines of a table."""
+    lines = [["what happened", "networks", "runs", "found", "right step", "right layer, or none"]]
+    lines.append(["---"] * 6)
+    if group == "own":
+        lines += of_cases("C", CASES, seeds, runs)
+        lines.append(of_healthy("HO", SETTINGS, seeds, runs))
+    else:
+        lines += of_cases("F", FOREIGN_CASES, seeds, runs)
+        lines += of_cases("S", SUBTLE, seeds, runs)
+        lines.append(of_healthy("H", foreign.HEALTHY, seeds, runs, with_gan=True))
+    return "".join(f"| {' | '.join(cells)} |\n".replace("|  |  |", "| | |") for cells in lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("groups", nargs="*", choices=[*MOST, []], help="by default both")
+    parser.add_argument("--seeds", type=int, help="by default 20 of our own, 3 of foreign networks")
+    parser.add_argument("--keep", type=Path)
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    table = "\n".join(rows(parser.parse_args().seeds)) + "\n"
-    print(table)
-    text = PAGE.read_text()
-    assert TABLE.search(text)
-    PAGE.write_text(TABLE.sub(lambda _: table, text))
+    for group in options.groups or MOST:
+        lines = table(group, options.seeds or MOST[group], Runs(options.keep))
+        print(lines)
+        text = PAGE.read_text()
+        place = re.compile(
+            rf"(?<=<!-- {group} incidents -->\n).*?(?=<!-- end of {group} incidents -->)", re.DOTALL
+        )
+        assert place.search(text)
+        PAGE.write_text(place.sub(lambda _: lines, text))  # noqa: B023 (called at once)
 
 
 if __name__ == "__main__":

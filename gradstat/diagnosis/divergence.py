@@ -18,6 +18,7 @@ USUAL_PACE = 1e-3  # of a step's change to the weights
 _SMOOTHED = 5  # losses, of which the median is taken
 _LONG = 3 * WINDOW  # records in which a rate shows its consequences
 _RISE = math.log(1.3)  # of a loss, at least
+_LARGE = math.log(3)  # of one that rises from the start
 _ENORMOUS = math.log(1e3)  # of one that needs no other evidence
 _SOON = 10  # records after a rate
 _LEAP = 2.0  # from one record's rate to the next one's
@@ -124,6 +125,10 @@ def _cause(
         since = 0 if record < WINDOW else record
         words = "" if math.isnan(rate) else f"The learning rate, {rate:.3g}, is too high."
         return since, {} if math.isnan(rate) else {"rate": rate}, words
+    # No healthy run gets worse and worse from its first steps on.
+    if record < _SOON and rise >= _LARGE and len(run.losses) == 1 and np.isnan(pace).all():
+        words = "Most likely steps are too large: what='update' with an optimizer tells."
+        return 0, {} if math.isnan(rate) else {"rate": rate}, words
     return None
 
 

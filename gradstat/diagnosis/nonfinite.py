@@ -13,10 +13,10 @@ from gradstat.util import Array
 # In the order in which a step computes them; the peaks of units are those of activations.
 _FORWARD, _BACKWARD = (PARAM, ACTIVATION), (GRAD_OUTPUT, GRAD, UPDATE)
 _FIRST_MET = {
-    PARAM: "{} is the first parameter with NaN or infinity in it",
-    ACTIVATION: "{}'s output is the first, as modules run, with NaN or infinity in it",
-    GRAD_OUTPUT: "The gradient of {}'s output is the first, from the last module back, with NaN or "
-    "infinity in it",
+    PARAM: "{} is the first parameter with NaN or infinity",
+    ACTIVATION: "The output of {} is the first, as modules run, with NaN or infinity",
+    GRAD_OUTPUT: "The gradient of the output of {} is the first, from the last module back, with "
+    "NaN or infinity",
     GRAD: "{} is where backward first met NaN or infinity",
     UPDATE: "{} is the first parameter whose change has NaN or infinity in it",
 }
@@ -76,11 +76,10 @@ def _finding(
     numbers |= {"records": float(n_records), "layers": float(len(columns))}
     others = len(columns) - 1
     rest = f", before {others} other {_OTHERS.get(kind, 'layer')}{'s' * (others > 1)}"
-    infinite = numbers["posinf"] + numbers["neginf"]
     sentence = (
         f"{_FIRST_MET[kind].format(run.names[column])}, at step {run.steps[at]}"
-        f"{rest * (others > 0)}: {numbers['nan']:.0f} NaN and {infinite:.0f} infinite of "
-        f"{numbers['numel']:.0f} elements; so in {n_records} of {len(bad)} records"
+        f"{rest * (others > 0)}: of {numbers['numel']:,.0f} elements {_count(numbers)}. This holds "
+        f"for {n_records} of {len(bad)} records"
         + ", the newest not among them" * has_passed
         + "; a GradScaler skips such steps while it looks for its scale" * is_skipped
         + "."
@@ -90,6 +89,16 @@ def _finding(
     steps = (int(run.steps[at]), int(run.steps[end - 1]))
     severity: Severity = "warning" if is_skipped or (has_passed and few) else "severe"
     return Finding("non-finite", severity, run.layers[column], steps, numbers, sentence)
+
+
+def _count(numbers: dict[str, float]) -> str:
+    """How many elements are NaN and how many infinite, in words."""
+    infinite = numbers["posinf"] + numbers["neginf"]
+    parts = [(numbers["nan"], "NaN"), (infinite, "infinite")]
+    (n, what), *more = [part for part in parts if part[0]]
+    return f"{n:,.0f} {'is' if n == 1 else 'are'} {what}" + "".join(
+        f" and {m:,.0f} {other}" for m, other in more
+    )
 
 
 def _is_search(run: Evidence, bad: Array, at: int) -> bool:

@@ -194,7 +194,7 @@ def _all_stuck(run: Evidence, stuck: Array, pace: Array) -> Finding:
     more = f" and {len(stuck) - 1} more of {len(run.layers)} layers" if len(stuck) > 1 else ""
     have = "has" if len(stuck) == 1 else "have"
     rounded = zeros >= _ROUNDED
-    why = _why(zeros) if rounded else "the learning rate is far too small"
+    why = _why(run, zeros) if rounded else "the learning rate is far too small"
     sentence = (
         f"{layer}{more} {have} not moved from the first record on: "
         f"{_size(ratio, 'the median layer')}; {why}."
@@ -272,7 +272,7 @@ def _stuck_alone(
             f"{_size(numbers['ratio'], 'it')}, and the median layer by {numbers['pace']:.1e}"
         )
         if numbers["zeros"] >= _ROUNDED:
-            sentence += f"; {_why(numbers['zeros'])}"
+            sentence += f"; {_why(run, numbers['zeros'])}"
         span = run.steps_of(int(blocks[0]), int(blocks[-1]))
         findings.append(
             Finding("stuck", "warning", run.layers[column], span, numbers, sentence + ".")
@@ -300,12 +300,14 @@ def _size(ratio: float, layer: str) -> str:
     return f"a step changes {layer} by {ratio:.1e} of its size at most"
 
 
-def _why(zeros: float) -> str:
+def _why(run: Evidence, zeros: float) -> str:
+    names = [name for name in run.history.scalars if name == "lr" or name.startswith("lr/")]
+    rates = np.concatenate([np.zeros(0), *(run.history.scalar(name)[1] for name in names)])
+    if len(rates) and not rates.any():
+        return "the learning rate is 0"
     which = "no element changes" if zeros == 1 else f"{_percent(zeros)} of the elements do not"
-    return (
-        f"{which}: the changes round to nothing in the type of the weights, or the learning rate "
-        f"is 0"
-    )
+    rounded = f"{which}: the changes round to nothing in the type of the weights"
+    return rounded if len(rates) and rates.all() else f"{rounded}, or the learning rate is 0"
 
 
 def _percent(share: float) -> str:

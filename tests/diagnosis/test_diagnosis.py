@@ -188,7 +188,10 @@ def test_diagnose_names_the_first_layer_that_backward_met_a_nan_in() -> None:
         "records": 28,
         "layers": 3,
     }
-    assert "at step 12, before 2 other layers: 7 NaN and 3 infinite of 400" in finding.sentence
+    assert (
+        "at step 12, before 2 other layers: of 400 elements 7 are NaN and 3 infinite. This"
+        in finding.sentence
+    )
 
 
 def test_diagnose_finds_the_layer_in_which_a_real_backward_pass_breaks() -> None:

@@ -91,6 +91,17 @@ def test_divergence_is_not_what_one_batch_did_while_steps_were_as_usual() -> Non
     assert diagnose(slow)[0].kind == "divergence"
 
 
+def test_divergence_from_the_start_needs_neither_a_rate_nor_updates() -> None:
+    history = run(lambda step: 1.0 + min(step, 40) / 10, lambda step: 1e-3).select(GRAD)
+    finding = only_divergence(history)
+    assert finding.steps == (0, STEPS - 1)
+    assert "Most likely steps are too large" in finding.sentence
+    # The same from the middle on, or a half as far.
+    for rises in (lambda t: 1 + max(0, t - AT) / 10, lambda t: 1 + min(t, 40) / 40):
+        found = diagnose(run(rises, lambda step: 1e-3).select(GRAD))
+        assert "divergence" not in [each.kind for each in found]
+
+
 def test_divergence_needs_a_loss_that_does_not_come_back() -> None:
     history = run(lambda step: 5.0 if step in (AT + 1, AT + 2) else 1.0, leap)
     (finding,) = diagnose(history)

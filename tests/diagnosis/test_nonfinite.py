@@ -32,17 +32,17 @@ def broken(breaks: Breaks, kinds: tuple[str, ...] = KINDS, steps: int = 40) -> H
 @pytest.mark.parametrize(
     ("kinds", "layer", "words"),
     [
-        (KINDS, "param/1.weight", "1.weight is the first parameter with NaN or infinity in it"),
+        (KINDS, "param/1.weight", "1.weight is the first parameter with NaN or infinity, at"),
         (
             ("grad", "update", "activation", "unit", "grad_output"),
             "activation/1.weight",
-            "1.weight's output is the first, as modules run, with NaN or infinity in it",
+            "The output of 1.weight is the first, as modules run, with NaN or infinity, at",
         ),
         (
             ("grad", "update", "grad_output"),
             "grad_output/2.weight",
-            "The gradient of 2.weight's output is the first, from the last module back, with NaN "
-            "or infinity",
+            "The gradient of the output of 2.weight is the first, from the last module back, with "
+            "NaN or infinity, at",
         ),
         (("grad", "update"), "2.weight", "2.weight is where backward first met NaN or infinity"),
         (("update",), "update/1.weight", "1.weight is the first parameter whose change has NaN"),
@@ -88,7 +88,10 @@ def test_diagnose_tells_a_loss_scale_that_was_tried_from_nan_in_the_forward_pass
         ("severe", "activation/0.weight", (60, 79)),
         ("warning", "3.weight", (3, 3)),
     ]
-    assert "so in 1 of 80 records, the newest not among them; a GradScaler" in found[1].sentence
+    assert (
+        "This holds for 1 of 80 records, the newest not among them; a GradScaler"
+        in found[1].sentence
+    )
 
 
 @pytest.mark.parametrize("steps", [60, 150])
@@ -137,7 +140,9 @@ def test_diagnose_does_not_lay_one_bad_batch_to_a_loss_scale() -> None:
     history = broken(lambda step, kind, layer: math.nan if step == 3 else None, ("activation",))
     finding = only(history, "non-finite")
     assert finding.severity == "warning"
-    assert finding.sentence.endswith("so in 1 of 40 records, the newest not among them.")
+    assert finding.sentence.endswith(
+        ": of 400 elements 3 are NaN. This holds for 1 of 40 records, the newest not among them."
+    )
 
 
 @pytest.mark.parametrize("kind", ["activation", "param"])

@@ -167,6 +167,25 @@ def test_diagnose_calls_it_severe_that_all_changes_round_to_nothing(
     assert "no element changes" in finding.sentence
 
 
+@pytest.mark.parametrize(
+    ("rates", "words"),
+    [
+        ((0.0,), "changes the median layer; the learning rate is 0."),
+        ((1e-3,), "round to nothing in the type of the weights."),
+        ((1e-3, 0.0), "in the type of the weights, or the learning rate is 0."),
+        ((), "in the type of the weights, or the learning rate is 0."),
+    ],
+)
+def test_diagnose_says_what_the_learning_rate_has_to_do_with_it(
+    rates: tuple[float, ...], words: str
+) -> None:
+    history = moving(lambda step, layer: 0.0, 60)
+    for step in range(60):
+        for group, rate in enumerate(rates):
+            history.add_scalar(f"lr/{group}", step, rate)
+    assert only(history, "stuck").sentence.endswith(words)
+
+
 def test_diagnose_does_not_round_the_unchanged_share_up_to_all() -> None:
     def row(step: int, at: int) -> Tensor:
         x = noise(step, at, 1.0)

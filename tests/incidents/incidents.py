@@ -15,7 +15,7 @@ import gradstat
 from gradstat import Finding, History
 
 WHAT = ("grad", "update", "activation")
-# Thresholds were chosen by what seeds up to 20 and from 100 on show.
+# Thresholds were chosen by what seeds below 20 and from 100 on show.
 SEEDS = range(20, 40)
 STEPS, AT = 160, 120  # of a run with an incident, and when that begins
 ALL_TASKS = TASKS | FOREIGN
@@ -291,6 +291,12 @@ SUBTLE = {
 def alarms(history: History) -> list[Finding]:
     """Findings that are no mere notes."""
     return [finding for finding in history.diagnose() if finding.severity != "note"]
+
+
+def sudden(found: list[Finding]) -> list[Finding]:
+    """Those that say that something happened, or that training does not work."""
+    kinds = ("divergence", "non-finite", "loss spike", "gradient spike", "jump")
+    return [finding for finding in found if finding.kind in kinds or finding.severity == "severe"]
 
 
 @dataclass(frozen=True)
