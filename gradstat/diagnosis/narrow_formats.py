@@ -214,7 +214,7 @@ def find_underflow(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     by_layer = worst.T.tolist()
     column = max(range(len(by_layer)), key=by_layer.__getitem__)
     numbers = dict(zip(NARROW, by_layer[column], strict=True))
-    listed = ", ".join(f"{name} {share:.2g}" for name, share in numbers.items())
+    listed = ", ".join(f"{name} {100 * share:.3g}%" for name, share in numbers.items())
     return [
         Finding(
             "underflow",
@@ -245,7 +245,7 @@ def find_scale(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         steps = tuple(int(run.steps[i]) for i in around(mask, at))
         sentence = (
             f"{layer}'s gradient reaches {largest:.3g}, and float16 ends at 65504: in float16 the "
-            f"loss scale is 2**{-highest} too high."
+            f"loss scale is 2^{-highest} times too high."
         )
         return [Finding("scale", "warning", layer, (steps[0], steps[1]), numbers, sentence)]
     by_block = np.array([by_record[block].max() for block in run.blocks])
@@ -257,13 +257,13 @@ def find_scale(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         column = int(sizes[run.blocks[low]].max(0).argmax())
         sentence = (
             f"The largest gradient is {top:.1e}, in {run.layers[column]}, where float16 has lost "
-            f"digits already: in float16 the loss needs a scale, at most 2**{highest}."
+            f"digits already: in float16 the loss needs a scale, at most 2^{highest}."
         )
         span = run.span(mask, low)
         return [Finding("scale", "warning", run.layers[column], span, numbers, sentence)]
     sentence = (
         f"The largest gradient is {largest:.3g}, in {layer}: for float16 a loss scale of up to "
-        f"2**{highest} fits."
+        f"2^{highest} fits."
     )
     steps = (int(run.steps[0]), int(run.steps[-1]))
     return [Finding("scale", "note", layer, (steps[0], steps[1]), numbers, sentence)]

@@ -79,7 +79,7 @@ def standing_out(panels: Sequence[Sequence[Array]], *, log: bool) -> list[int]:
     """Which of many lines have a colour and a name: the first, the last, and those that stray.
 
     A line strays when it is once much further from its usual place among the others than most ever
-    are.
+    are. Of those that stray together the one that goes furthest stands for all.
 
     Args:
         panels: the same lines in each.
@@ -91,24 +91,30 @@ def standing_out(panels: Sequence[Sequence[Array]], *, log: bool) -> list[int]:
     n = len(panels[0])
     if n <= _MAX_COLORED:
         return []
-    score = np.max([_strays(lines, log=log) for lines in panels], axis=0)
-    most = np.argsort(-score, kind="stable")[:_MAX_MARKED].tolist()
-    return sorted({0, n - 1, *(i for i in most if score[i] > 2 * np.median(score))})
+    away = np.concatenate([_deviations(lines, log=log) for lines in panels], axis=1)
+    score = abs(away).max(1)
+    marked = [0, n - 1]
+    for i in np.argsort(-score, kind="stable").tolist():
+        if score[i] <= 2 * np.median(score) or len(marked) == _MAX_MARKED + 2:
+            break
+        if all(abs(away[i] - away[j]).max() > score[i] / 2 for j in marked):
+            marked.append(i)
+    return sorted(marked)
 
 
-def _strays(lines: Sequence[Array], *, log: bool) -> Array:
-    """How far each line is at most from its usual place among the others: float64 ``(N,)``."""
+def _deviations(lines: Sequence[Array], *, log: bool) -> Array:
+    """How far each line is from its usual place among the others: ``(N, T)``, 0 if unknown."""
     if len({len(line) for line in lines}) != 1 or not len(lines[0]):
-        return np.zeros(len(lines))
+        return np.zeros((len(lines), 1))
     y = np.stack(lines)
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
         y = np.log(np.where(y > 0, y, np.nan)) if log else y
         y = np.where(np.isfinite(y), y, np.nan)
         y = y - np.nanmedian(y, axis=0)
-        y = abs(y - np.nanmedian(y, axis=1, keepdims=True))
-        most: Array = np.fmax.reduce(y, axis=1)
-    return np.nan_to_num(most)
+        y = y - np.nanmedian(y, axis=1, keepdims=True)
+    away: Array = np.nan_to_num(y)
+    return away
 
 
 def block_last(x: Array, size: int) -> Array:

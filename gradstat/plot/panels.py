@@ -216,7 +216,7 @@ def add_line(ax: Axes, time: Array, value: Array, color: Color, *, log: bool) ->
         time,
         value,
         color=color,
-        linewidth=1.6 if len(time) <= 200 else 0.6,
+        linewidth=0.6 if len(time) > 200 else 0.8 if color == GREY else 1.6,
         marker="o" if alone else "",
         markersize=4,
     )

@@ -126,7 +126,7 @@ def test_diagnose_warns_of_a_loss_scale_too_high_for_float16() -> None:
     finding = only(make_history(Log2Bins(), 2, 40, gradient), "scale")
     assert (finding.severity, finding.layer, finding.steps) == ("warning", "1.weight", (5, 6))
     assert finding.numbers == {"abs_max": 2.0**18, "log2_highest_scale": -4}
-    assert "the loss scale is 2**4 too high" in finding.sentence
+    assert "the loss scale is 2^4 times too high" in finding.sentence
 
 
 @pytest.mark.parametrize(("scale", "found"), [(2.0**-14, False), (2.0**-18, True)])
@@ -141,7 +141,7 @@ def test_diagnose_warns_of_a_loss_scale_too_low_for_float16(scale: float, found:
     finding = only(history, "scale")
     assert (finding.severity, finding.steps) == ("warning", (20, 39))
     assert finding.numbers["abs_max"] == history["abs_max"][20:].max()
-    assert "the loss needs a scale, at most 2**" in finding.sentence
+    assert "the loss needs a scale, at most 2^" in finding.sentence
 
 
 def test_diagnose_over_linear_bins_leaves_out_what_needs_magnitudes() -> None:

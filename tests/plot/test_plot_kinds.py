@@ -158,6 +158,18 @@ def test_curves_color_and_name_the_line_that_stands_out_of_many(
         assert len(set(to_rgb(other))) == 1
 
 
+def test_of_lines_that_stray_together_one_stands_out() -> None:
+    def gradient(step: int, layer: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(100 * step + layer)
+        strays = {5: 40.0, 6: 50.0, 7: 45.0} if step == 7 else {20: 30.0} if step == 3 else {}
+        return torch.randn(50, generator=generator) * strays.get(layer, 1.0)
+
+    history = make_history(Log2Bins(), [f"block.{i}" for i in range(28)], 12, gradient)
+    (ax,) = plot.curves(history).axes
+    named = {text.get_text() for text in ax.texts if text.get_text()}
+    assert named == {"block.0", "block.6", "block.20", "block.27"}
+
+
 def text_beside(ax: Axes, name: str, line: Line2D) -> bool:
     """Whether a label is at the end of its line: to its right, and pointing there."""
     (text,) = (text for text in ax.texts if text.get_text() == name)
