@@ -31,18 +31,15 @@ from gradstat.engines import triton as triton_engine
 from gradstat.engines import triton_formats
 from gradstat.formats import FORMATS
 from gradstat.kernels.finish import finish_kernel
-from gradstat.kernels.format_finish import finish_formats_kernel
-from gradstat.kernels.formats import formats_kernel
-from gradstat.kernels.histogram import histogram_kernel
-from gradstat.kernels.maxima import maxima_kernel
-from gradstat.kernels.measure import measure_kernel
+from gradstat.kernels.formats import finish_formats_kernel, formats_kernel, maxima_kernel
+from gradstat.kernels.measure import measure_kernel, second_sweep_kernel
 
 SCHEMES = {"Log2Bins()": Log2Bins(), "LinearBins(64, ...)": LinearBins(64, -0.5, 0.5)}
 # Formats that one launch measures together.
 TOGETHER = "float8_e4m3fn + mxfp8_e4m3 + nvfp4"
 KERNELS = [
     *(("measure", scheme) for scheme in SCHEMES),
-    ("histogram", "LinearBins(64, ...)"),
+    ("second sweep", "LinearBins(64, ...)"),
     *(("formats", name) for name in (*FORMATS, TOGETHER)),
 ]
 ISSUED = 128  # instructions of a thread that a multiprocessor issues in a clock
@@ -76,7 +73,7 @@ def kernel_arguments(
     """A kernel, the types of its arguments and its constants, as the Triton engine has them.
 
     Args:
-        name: ``"measure"``, ``"histogram"`` or ``"finish"``; of narrow formats ``"formats"``,
+        name: ``"measure"``, ``"second sweep"`` or ``"finish"``; of narrow formats ``"formats"``,
             ``"maxima"`` or ``"finish formats"``.
         dtype: of the tensors.
         scheme: a key of `SCHEMES`, or formats with plus signs between them.
@@ -98,8 +95,8 @@ def kernel_arguments(
         pairs = triton_engine.compares_pairs(dtype.itemsize, capability)
         constants = {**elements, "LOG2": is_log2, "PAIRS": pairs}
         return measure_kernel, {**tables, "partials_ptr": "*fp64"}, constants
-    if name == "histogram":
-        return histogram_kernel, tables, elements
+    if name == "second sweep":
+        return second_sweep_kernel, tables, elements
     results = {"due_ptr": "*i64", "spans_ptr": "*i64", "partials_ptr": "*fp64"}
     results |= {
         "ranges_ptr": "*fp32",
@@ -124,7 +121,7 @@ def format_arguments(
     elements = {
         "DTYPE": triton_engine.ELEMENTS[dtype],
         "IN_TILES": triton_formats.in_tiles(forms),
-        "GRANULE": triton_formats.granule_of(forms),
+        "GROUP": triton_formats.group_columns(forms),
         "THREADS": triton_engine.THREADS,
     }
     tables = {"items_ptr": "*i64", "maxima_ptr": "*i32"}

@@ -24,7 +24,10 @@ from gradstat.util import one_of
 Scaling = Literal["none", "given", "amax", "block", "e8m0", "nvfp4"]
 
 _GIVEN = "_scale_"
-_LEAST, _MOST = 2.0**-126, 2.0**126  # of a scale: its reciprocal is a normal float32 too
+# A scale is no smaller: its reciprocal stays finite, and so does that of the product of an e4m3 and
+# the scale of a tensor, at least 2**-9 * 2**-117.
+LEAST_SCALE, LEAST_TENSOR_SCALE = 2.0**-126, 2.0**-117
+LEAST_EXPONENT = -127  # of an E8M0 scale
 _SCALE_BITS = {"block": 32, "e8m0": 8, "nvfp4": 8}
 
 
@@ -75,6 +78,20 @@ class Format:
         return math.frexp(self.largest)[1] - 1
 
     @property
+    def least_normal_bits(self) -> int:
+        """The smallest normal element as the bits of a float32."""
+        return (self.min_exponent + 127) << 23
+
+    @property
+    def to_rounder(self) -> int:
+        """From the bits of a power of two to those of the number that rounds its octave.
+
+        That number, 1.5 times a power of two, ends its digits where elements of the octave do:
+        added and taken away, it leaves a float32 rounded to an element.
+        """
+        return ((23 - self.mantissa_bits) << 23) | 1 << 22
+
+    @property
     def bits(self) -> float:
         """Bits of a value, with its share of the block's scale."""
         element = 1 + self.exponent_bits + self.mantissa_bits
@@ -103,7 +120,7 @@ class Format:
         if self.scaling != "none":
             raise ValueError(f"with_scale() needs a format without a scale; this is {self.name}")
         # Compared first: a number beyond float32 would warn.
-        if not _LEAST <= scale <= _MOST or float(np.float32(scale)) != scale:
+        if not LEAST_SCALE <= scale <= 1 / LEAST_SCALE or float(np.float32(scale)) != scale:
             raise ValueError(
                 "with_scale() needs a scale that is a float32 number between 2**-126 and 2**126; "
                 f"scale is {scale!r}"
@@ -135,6 +152,9 @@ _ALL = [
     Format("nvfp4", 2, 1, 6.0, "nvfp4", (1, 16)),
 ]
 FORMATS = {each.name: each for each in _ALL}
+E4M3 = FORMATS["float8_e4m3fn"]  # of the scales of nvfp4's blocks
+# The largest magnitude under nvfp4's tensor scale: the largest element times the largest e4m3.
+NVFP4_LARGEST = FORMATS["nvfp4"].largest * E4M3.largest
 
 
 def parse_format(function: str, form: str | Format) -> Format:

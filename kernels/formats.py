@@ -3,8 +3,14 @@
 import triton
 import triton.language as tl
 
+from gradstat.kernels.block_groups import (
+    find_tiles,
+    load_groups,
+    load_ragged,
+    load_tile_maxima,
+    magnitudes,
+)
 from gradstat.kernels.careful import power_of_two
-from gradstat.kernels.granules import load_granules, load_ragged, load_tile_maxima, magnitudes
 from gradstat.kernels.items import (
     ROWS,
     load_tile,
@@ -41,6 +47,55 @@ LEAST_MOST = tl.constexpr(2.0**-78)
 # A sum of squares from here on has lost less to underflow than a float32 does to rounding.
 SAFE_SQUARES = tl.constexpr(2.0**-100)
 INF = tl.constexpr(float("inf"))
+# Exponents of scales where there is none, as `gradstat.results` has them.
+_NO_LEAST = tl.constexpr(1 << 15)
+
+
+@triton.jit
+def maxima_kernel(
+    items_ptr,
+    maxima_ptr,
+    DTYPE: tl.constexpr,
+    IN_TILES: tl.constexpr,
+    GROUP: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Largest magnitudes of tensors and blocks of 128 x 128, from work item ``program_id``.
+
+    Args:
+        items_ptr: int64 (W, 9), see block_groups.py.
+        maxima_ptr: int32 (M,), zeroed by the caller: bits of a float32 for each tensor and block.
+        DTYPE: element type of the tensors; int16 for bfloat16.
+        IN_TILES: whether blocks have a maximum; then a group is 128 columns.
+        GROUP: columns of a group.
+        THREADS: threads of the program.
+    """
+    address, tensor, n, n_whole, place = load_groups(items_ptr)
+    VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # elements in 16 bytes
+    ROW: tl.constexpr = THREADS * VECTOR
+    most = tl.zeros((THREADS,), tl.float32)
+    for start in range(0, n_whole * GROUP, ROWS * ROW):
+        rows = load_tile(address, start, DTYPE, ROWS, THREADS)
+        for row in tl.static_range(ROWS):
+            x, _ = magnitudes(values_of(rows[row], DTYPE))
+            most = tl.maximum(most, tl.max(x, 1))
+            if IN_TILES:
+                _add_tiles(x, place, n, start + row * ROW, maxima_ptr, ROW)
+    for start in range(n_whole * GROUP, n * GROUP, ROW):
+        x = load_ragged(address, place, n, start, DTYPE, GROUP, THREADS, VECTOR)
+        x, _ = magnitudes(x)
+        most = tl.maximum(most, tl.max(x, 1))
+        if IN_TILES:
+            _add_tiles(x, place, n, start, maxima_ptr, ROW)
+    tl.atomic_max(maxima_ptr + tensor, tl.max(most).to(tl.int32, bitcast=True), sem="relaxed")
+
+
+@triton.jit
+def _add_tiles(x, place, n, start, maxima_ptr, ROW: tl.constexpr):
+    """Take the groups of a row to the maxima of their blocks."""
+    largest = tl.max(tl.reshape(x, [ROW // 128, 128]), 1).to(tl.int32, bitcast=True)
+    at, mask = find_tiles(place, n, start, ROW)
+    tl.atomic_max(maxima_ptr + at, largest, mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -125,7 +180,7 @@ def _add_format(
         squares: of errors times unit.
         unit: power of two.
         most: the tensor's largest magnitude.
-        largest: that of the block of 128 x 128 for each granule of 128.
+        largest: that of the block of 128 x 128 for each group of 128.
         FORM: see rounding.py.
         PAIRS: count in pairs of float16, which hold every element but bfloat16.
         FAST: see `find_scales`.
@@ -198,9 +253,9 @@ def _add_row(
 
 
 @triton.jit
-def _find_unit(address, place, n, DTYPE, GRANULE: tl.constexpr, THREADS: tl.constexpr):
+def _find_unit(address, place, n, DTYPE, GROUP: tl.constexpr, THREADS: tl.constexpr):
     """A power of two that brings the first values of an item to the order of 1."""
-    x, _ = magnitudes(load_ragged(address, place, n, 0, DTYPE, GRANULE, THREADS, 1))
+    x, _ = magnitudes(load_ragged(address, place, n, 0, DTYPE, GROUP, THREADS, 1))
     return power_of_two(tl.max(x))
 
 
@@ -212,14 +267,14 @@ def formats_kernel(
     DTYPE: tl.constexpr,
     FORMS: tl.constexpr,
     IN_TILES: tl.constexpr,
-    GRANULE: tl.constexpr,
+    GROUP: tl.constexpr,
     PAIRS: tl.constexpr,
     THREADS: tl.constexpr,
 ):
     """What F formats do to work item ``program_id``, which is read once.
 
     Args:
-        items_ptr: int64 (W, 9), see granules.py.
+        items_ptr: int64 (W, 9), see block_groups.py.
         maxima_ptr: float32 (M,), largest magnitude of each tensor and block of 128 x 128; read
             for scales that are made of them.
         partials_ptr: float64 (W, 1 + F, 6): for the values those not zero, those not finite, sum of
@@ -227,12 +282,12 @@ def formats_kernel(
             errors, and of the blocks of a row how many are not empty, least and greatest scale.
         DTYPE: element type of the tensors; int16 for bfloat16.
         FORMS: formats, see rounding.py.
-        IN_TILES: whether a format has blocks of 128 x 128; then a granule is 128 columns.
-        GRANULE: columns of a granule.
+        IN_TILES: whether a format has blocks of 128 x 128; then a group is 128 columns.
+        GROUP: columns of a group.
         PAIRS: count in pairs, see items.py.
         THREADS: threads of the program.
     """
-    address, tensor, n, n_whole, place = load_granules(items_ptr)
+    address, tensor, n, n_whole, place = load_groups(items_ptr)
     VECTOR: tl.constexpr = 128 // DTYPE.primitive_bitwidth  # elements in 16 bytes
     ROW: tl.constexpr = THREADS * VECTOR
     most = tl.load(maxima_ptr + tensor)
@@ -241,12 +296,12 @@ def formats_kernel(
         if PAIRS and FORMS[k][KIND] == NVFP4:
             n_whole = tl.where(most < LEAST_MOST, 0, n_whole)
     largest = tl.zeros((ROW // 128,), tl.float32)
-    unit = _find_unit(address, place, n, DTYPE, GRANULE, THREADS)
+    unit = _find_unit(address, place, n, DTYPE, GROUP, THREADS)
     sums = _no_sums(FORMS, PAIRS, ROW, THREADS)
     squares = _no_squares(FORMS, THREADS, tl.float32)
     IN_PAIRS: tl.constexpr = PAIRS and DTYPE.primitive_bitwidth == 16
     counts = tl.zeros((THREADS,), tl.int32 if IN_PAIRS else tl.float32)
-    for start in range(0, n_whole * GRANULE, ROWS * ROW):
+    for start in range(0, n_whole * GROUP, ROWS * ROW):
         rows = load_tile(address, start, DTYPE, ROWS, THREADS)
         for row in tl.static_range(ROWS):
             x = tl.abs(values_of(rows[row], DTYPE))
@@ -269,7 +324,7 @@ def formats_kernel(
         q = tl.sum(squares[k])
         are_safe = are_safe & (q < INF) & (q >= SAFE_SQUARES)
     is_safe = is_safe | are_safe
-    begin = tl.where(is_safe, n_whole * GRANULE, 0)
+    begin = tl.where(is_safe, n_whole * GROUP, 0)
     RAGGED_ROW: tl.constexpr = THREADS * RAGGED_VECTOR
     one = tl.full((), 1.0, tl.float32)
     more = _no_sums(FORMS, PAIRS, RAGGED_ROW, THREADS)
@@ -277,8 +332,8 @@ def formats_kernel(
     largest = tl.zeros((RAGGED_ROW // 128,), tl.float32)
     others = tl.zeros((THREADS,), tl.float32)
     nonfinite = tl.zeros((THREADS,), tl.float32)
-    for start in range(begin, n * GRANULE, RAGGED_ROW):
-        x = load_ragged(address, place, n, start, DTYPE, GRANULE, THREADS, RAGGED_VECTOR)
+    for start in range(begin, n * GROUP, RAGGED_ROW):
+        x = load_ragged(address, place, n, start, DTYPE, GROUP, THREADS, RAGGED_VECTOR)
         x, is_not = magnitudes(x)
         nonfinite += tl.sum(is_not.to(tl.float32), 1)
         others = _count_above(others, x, 0.0, False)
@@ -320,6 +375,125 @@ def _totals(sums):
         _sum_counts(kept),
         _sum_counts(saturated),
         tl.sum(blocks),
+        tl.min(least),
+        tl.max(greatest),
+    )
+
+
+@triton.jit
+def _exponent(scale):
+    """floor(log2(scale)) of a positive float64."""
+    return (scale.to(tl.int64, bitcast=True) >> 52) - 1023
+
+
+@triton.jit
+def _tile_scales(maxima_ptr, first, end, FORM: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks of 128 x 128 that are not empty, and their least and greatest scale, float64."""
+    block = tl.arange(0, BLOCK)
+    used = tl.zeros((BLOCK,), tl.float64)
+    least = tl.full((BLOCK,), INF, tl.float64)
+    greatest = tl.zeros((BLOCK,), tl.float64)
+    for start in range(first, end, BLOCK):
+        at = start + block
+        largest = tl.load(maxima_ptr + at, mask=at < end, other=0.0)
+        _, scale, _ = find_scales(largest, largest, FORM, False)
+        is_used = largest > 0.0
+        used += is_used.to(tl.float64)
+        least = tl.minimum(least, tl.where(is_used, scale, INF).to(tl.float64))
+        greatest = tl.maximum(greatest, tl.where(is_used, scale, 0.0).to(tl.float64))
+    return tl.sum(used), tl.min(least), tl.max(greatest)
+
+
+@triton.jit
+def finish_formats_kernel(
+    spans_ptr,
+    maxima_ptr,
+    partials_ptr,
+    integers_ptr,
+    floats_ptr,
+    n_rows,
+    FORMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What F formats do to the tensor that row ``program_id`` of the spans names.
+
+    Args:
+        spans_ptr: int64 (N, 4 + F): row of the results and of the maximum, first work item, end of
+            its items, row of the maximum of the first block of 128 x 128, blocks of each format.
+        maxima_ptr: float32 (M,), see formats.py.
+        partials_ptr: float64 (W, 1 + F, 6), see formats.py.
+        integers_ptr: int64 (F, L, 8), fields of `gradstat.results.QUANTIZATION_INTEGERS`.
+        floats_ptr: float64 (F, L, 2), fields of `gradstat.results.QUANTIZATION_FLOATS`.
+        n_rows: L.
+        FORMS: formats, see rounding.py.
+        BLOCK: items merged at once.
+    """
+    N_FORMS: tl.constexpr = len(FORMS)
+    span_ptr = spans_ptr + tl.program_id(0).to(tl.int64) * (4 + N_FORMS)
+    row = tl.load(span_ptr)
+    first = tl.load(span_ptr + 1)
+    end = tl.load(span_ptr + 2)
+    most = tl.load(maxima_ptr + row)
+    tiles = tl.load(span_ptr + 3)
+    nonzero, nonfinite, squares, _, _, _ = _merge(partials_ptr, first, end, 0, N_FORMS, BLOCK)
+    for k in tl.static_range(N_FORMS):
+        kept, saturated, errors, used, least, greatest = _merge(
+            partials_ptr, first, end, 1 + k, N_FORMS, BLOCK
+        )
+        n_blocks = tl.load(span_ptr + 4 + k)
+        if FORMS[k][KIND] == TILES:
+            used, least, greatest = _tile_scales(
+                maxima_ptr, tiles, tiles + n_blocks, FORMS[k], BLOCK
+            )
+        elif FORMS[k][KIND] == AMAX:
+            _, scale, _ = find_scales(most, most, FORMS[k], False)
+            used = (nonzero > 0.0).to(tl.float64)
+            least = scale.to(tl.float64)
+            greatest = least
+        elif FORMS[k][KIND] == CONSTANT:
+            used = (nonzero > 0.0).to(tl.float64)
+            least = used * 0.0 + FORMS[k][SCALE]
+            greatest = least
+        has_scale = (n_blocks > 0) & (used > 0.0) & (least < INF)
+        at = row + k * n_rows
+        i = integers_ptr + 8 * at
+        tl.store(i, nonzero.to(tl.int64))
+        tl.store(i + 1, (nonzero - kept).to(tl.int64))
+        tl.store(i + 2, saturated.to(tl.int64))
+        tl.store(i + 3, nonfinite.to(tl.int64))
+        tl.store(i + 4, n_blocks)
+        tl.store(i + 5, tl.where(n_blocks > 0, n_blocks - used.to(tl.int64), 0))
+        tl.store(i + 6, tl.where(has_scale, _exponent(least), _NO_LEAST))
+        tl.store(i + 7, tl.where(has_scale, _exponent(greatest), -_NO_LEAST))
+        tl.store(floats_ptr + 2 * at, tl.sqrt(squares))
+        tl.store(floats_ptr + 2 * at + 1, tl.sqrt(errors))
+
+
+@triton.jit
+def _merge(partials_ptr, first, end, k, N_FORMS: tl.constexpr, BLOCK: tl.constexpr):
+    """Partials of a tensor and a format from its items, in a fixed order; float64."""
+    block = tl.arange(0, BLOCK)
+    counted = tl.zeros((BLOCK,), tl.float64)
+    second = tl.zeros((BLOCK,), tl.float64)
+    squares = tl.zeros((BLOCK,), tl.float64)
+    used = tl.zeros((BLOCK,), tl.float64)
+    least = tl.full((BLOCK,), INF, tl.float64)
+    greatest = tl.zeros((BLOCK,), tl.float64)
+    for start in range(first, end, BLOCK):
+        item = start + block
+        mask = item < end
+        p = partials_ptr + (item * (1 + N_FORMS) + k) * FORMAT_FIELDS
+        counted += tl.load(p, mask=mask, other=0.0)
+        second += tl.load(p + 1, mask=mask, other=0.0)
+        squares += tl.load(p + 2, mask=mask, other=0.0)
+        used += tl.load(p + 3, mask=mask, other=0.0)
+        least = tl.minimum(least, tl.load(p + 4, mask=mask, other=INF))
+        greatest = tl.maximum(greatest, tl.load(p + 5, mask=mask, other=0.0))
+    return (
+        tl.sum(counted),
+        tl.sum(second),
+        tl.sum(squares),
+        tl.sum(used),
         tl.min(least),
         tl.max(greatest),
     )

@@ -1,4 +1,8 @@
-"""The measuring kernel: one program reads one work item once and writes its partial results."""
+"""The measuring kernels: one program reads one work item and writes its partial results.
+
+An automatic range takes a second sweep, which counts over the range that the first has found. In a
+CUDA graph `flag_kernel` says before both whether the pass is due.
+"""
 
 import triton
 import triton.language as tl
@@ -7,6 +11,7 @@ from gradstat.kernels.binning import (
     LOG2_FINITE,
     LOG2_MAGNITUDES,
     aligned_where_unscaled,
+    inner_slot,
     linear_factors,
     linear_slot,
     log2_bin,
@@ -229,6 +234,52 @@ def measure_kernel(
 
 
 @triton.jit
+def second_sweep_kernel(
+    due_ptr,
+    items_ptr,
+    ranges_ptr,
+    counts_ptr,
+    DTYPE: tl.constexpr,
+    BINS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """Linear histogram of work item ``program_id``, over a range that the first sweep has found.
+
+    Args:
+        due_ptr: int64 (1,), 0 to count nothing.
+        items_ptr: int64 (W, 9), see items.py.
+        ranges_ptr: float32 (L, 2), low and high of each tensor, around its finite values.
+        counts_ptr: int64 (L, BINS); bins are added to it.
+        DTYPE: element type of the tensors; int16 for bfloat16.
+        BINS: bins of the scheme.
+        SLOTS: power of two: slots of the histogram in shared memory.
+        THREADS: threads of the program.
+    """
+    address, tensor, n, n_aligned, strides = load_item(items_ptr)
+    if tl.load(due_ptr) == 0:
+        return
+    low = tl.load(ranges_ptr + 2 * tensor)
+    high = tl.load(ranges_ptr + 2 * tensor + 1)
+    scale, quarters = linear_factors(low, high, BINS)
+    histogram = tl.zeros((SLOTS,), tl.int32)
+    TILE: tl.constexpr = ROWS * THREADS * 128 // DTYPE.primitive_bitwidth
+    for start in range(0, n_aligned, TILE):
+        rows = load_tile(address, start, DTYPE, ROWS, THREADS)
+        slots = ()
+        for row in tl.static_range(ROWS):
+            x = values_of(rows[row], DTYPE)
+            slots = slots + (inner_slot(x, low, scale, quarters, BINS, SLOTS),)
+        histogram += tl.histogram(together(slots), SLOTS)
+    for start in range(n_aligned, n, THREADS):
+        offsets = start + tl.arange(0, THREADS)
+        x = load_any(address, strides, offsets, n, 0.0, DTYPE)
+        slot = inner_slot(x, low, scale, quarters, BINS, SLOTS)
+        histogram += tl.histogram(slot, SLOTS, mask=offsets < n)
+    add_histogram(histogram, counts_ptr + tensor * BINS, BINS, SLOTS, False)
+
+
+@triton.jit
 def add_histogram(
     histogram, counts_ptr, BINS: tl.constexpr, SLOTS: tl.constexpr, LOG2: tl.constexpr
 ):
@@ -250,3 +301,16 @@ def add_histogram(
         kept = slots <= BINS
     mask = kept & (histogram != 0)
     tl.atomic_add(counts_ptr + bins, histogram.to(tl.int64), mask=mask, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["period", "phase"])
+def flag_kernel(n_passes_ptr, due_ptr, period, phase):
+    """Set the flag that all other kernels of a pass read first.
+
+    Args:
+        n_passes_ptr: int64 (1,), passes before this one.
+        due_ptr: int64 (1,): 1 where this pass is to be measured, else 0.
+        period: passes from one that is due to the next.
+        phase: passes before the first one that is due, below the period.
+    """
+    tl.store(due_ptr, (tl.load(n_passes_ptr) % period == phase).to(tl.int64))

@@ -7,6 +7,7 @@ are float32; no instruction of a narrow type is needed.
 import triton
 import triton.language as tl
 
+from gradstat import formats
 from gradstat.kernels.items import nearly_reciprocal
 
 INF = tl.constexpr(float("inf"))
@@ -37,8 +38,14 @@ TILES = tl.constexpr(3)
 E8M0 = tl.constexpr(4)
 NVFP4 = tl.constexpr(5)
 
-_E4M3_LEAST = tl.constexpr(121 << 23)
-_E4M3_TO_ROUNDER = tl.constexpr((20 << 23) | (1 << 22))
+_E4M3_LEAST = tl.constexpr(formats.E4M3.least_normal_bits)
+_E4M3_TO_ROUNDER = tl.constexpr(formats.E4M3.to_rounder)
+_E4M3_LARGEST = tl.constexpr(formats.E4M3.largest)
+_E2M1_LARGEST = tl.constexpr(formats.FORMATS["nvfp4"].largest)
+_NVFP4_LARGEST = tl.constexpr(formats.NVFP4_LARGEST)
+_LEAST_TENSOR_SCALE = tl.constexpr(formats.LEAST_TENSOR_SCALE)
+_MOST_INVERSE = tl.constexpr(1 / formats.LEAST_SCALE)
+_FLOAT32_MAX = tl.constexpr((2 - 2.0**-23) * 2.0**127)
 
 
 @triton.jit
@@ -99,16 +106,16 @@ def find_scales(largest, most, FORM: tl.constexpr, FAST: tl.constexpr):
         scale = tl.maximum((127 + exponent) << 23, 1 << 22).to(tl.float32, bitcast=True)
         return inverse, scale, scale
     if FORM[KIND] == NVFP4:
-        of_tensor = tl.maximum(tl.div_rn(most, 2688.0), 6.018531076210112e-36)  # 2**-117
+        of_tensor = tl.maximum(tl.div_rn(most, _NVFP4_LARGEST), _LEAST_TENSOR_SCALE)
         inverse_of_tensor = tl.div_rn(1.0, of_tensor)
         if FAST:
-            exact = _divided(largest, 6.0, 1 / 6)
+            exact = _divided(largest, _E2M1_LARGEST, 1 / _E2M1_LARGEST)
             exact = _divided_twice(exact, of_tensor, inverse_of_tensor)
         else:
-            exact = tl.div_rn(tl.div_rn(largest, 6.0), of_tensor)
-        stored = rounded(tl.minimum(exact, 448.0), _E4M3_LEAST, _E4M3_TO_ROUNDER)
+            exact = tl.div_rn(tl.div_rn(largest, _E2M1_LARGEST), of_tensor)
+        stored = rounded(tl.minimum(exact, _E4M3_LARGEST), _E4M3_LEAST, _E4M3_TO_ROUNDER)
         # A minimum, so that no difference is fused with the product before it is rounded.
-        scale = tl.minimum(stored * of_tensor, 3.4028234663852886e38)
+        scale = tl.minimum(stored * of_tensor, _FLOAT32_MAX)
         divisor = tl.where(stored > 0.0, stored, 1.0)
         if FAST:
             inverse = _divided(inverse_of_tensor, divisor, nearly_reciprocal(divisor))
@@ -116,7 +123,7 @@ def find_scales(largest, most, FORM: tl.constexpr, FAST: tl.constexpr):
             inverse = tl.div_rn(inverse_of_tensor, divisor)
         return tl.where(stored > 0.0, inverse, 0.0), scale, stored
     used = tl.where(largest > 0.0, largest, FORM[LARGEST])
-    inverse = tl.minimum(tl.div_rn(FORM[LARGEST] * 1.0, used), 8.507059173023462e37)  # 2**126
+    inverse = tl.minimum(tl.div_rn(FORM[LARGEST] * 1.0, used), _MOST_INVERSE)
     scale = tl.div_rn(1.0, inverse)
     return inverse, scale, scale
 

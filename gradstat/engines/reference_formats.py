@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gradstat.bins import keeps_subnormals
-from gradstat.formats import FORMATS, Format
+from gradstat.formats import (
+    FORMATS,
+    LEAST_EXPONENT,
+    LEAST_SCALE,
+    LEAST_TENSOR_SCALE,
+    NVFP4_LARGEST,
+    Format,
+)
 from gradstat.results import NO_SCALE_MAX, NO_SCALE_MIN
 
 FLOAT32_MAX = (2 - 2.0**-23) * 2.0**127
-# A scale that is computed is no smaller: its reciprocal stays finite, and so does that of the
-# product of an e4m3 and the scale of a tensor, at least 2**-9 * 2**-117.
-LEAST_SCALE, LEAST_TENSOR_SCALE = 2.0**-126, 2.0**-117
-LEAST_EXPONENT = -127  # of an E8M0 scale
-# The largest magnitude under nvfp4's tensor scale: the largest element times the largest e4m3.
-NVFP4_LARGEST = 6.0 * 448.0
 
 
 @keeps_subnormals

@@ -1,29 +1,43 @@
-"""The Triton engine: all tensors of a list in one launch, and one small launch to finish it."""
+"""The Triton engine: all tensors of a list in one launch, and one small launch to finish it.
+
+A list becomes a table of work items, which says what program reads which elements; its layout is in
+kernels/items.py. Tables are uploaded once and kept for the next call with the same addresses.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, TypeAlias
+import operator
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 from triton import knobs
 
 from gradstat.bins import Bins, LinearBins, Log2Bins, keeps_subnormals
 from gradstat.engines import reference
+from gradstat.engines.memory import merge_dims, no_storage
 from gradstat.engines.protocol import NUMBERS, together
-from gradstat.engines.triton_cadence import PassCounter as PassCounter
-from gradstat.engines.triton_cadence import on_device
-from gradstat.engines.triton_items import make_items
-from gradstat.engines.triton_plans import Group, find_plan
 from gradstat.kernels.finish import finish_kernel
-from gradstat.kernels.histogram import histogram_kernel
 from gradstat.kernels.items import ROWS
-from gradstat.kernels.measure import PARTIAL_FIELDS, measure_kernel
+from gradstat.kernels.measure import (
+    PARTIAL_FIELDS,
+    flag_kernel,
+    measure_kernel,
+    second_sweep_kernel,
+)
 from gradstat.results import Statistics
 
+Array = NDArray[np.int64]
 Kernel: TypeAlias = Any  # of Triton, which ships no types, compiled or not
 
 MAX_BINS = 4093  # a program keeps its histogram, with three more slots, in registers
@@ -34,7 +48,20 @@ TILE_BYTES = ROWS.value * VECTOR_BYTES * THREADS
 BLACKWELL = 100  # the first of its compute capabilities
 # Element types in device code; bfloat16 as its bits.
 ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.int16}
-_tables = functools.partial(make_items, tile_bytes=TILE_BYTES)
+
+MIN_ITEM, MAX_ITEM = 1 << 13, 1 << 16  # elements
+TARGET_ITEMS = 1024  # a few programs for each multiprocessor of a large GPU
+ALIGNMENT = 16  # bytes of the widest load
+
+MAX_TABLE_BYTES = 64 << 20  # of all tables that are kept
+
+# Work items and spans of tensors of one dtype and of their rows.
+MakeTables = Callable[[Sequence[Tensor], Sequence[int]], tuple[NDArray[Any], NDArray[Any]]]
+_dtype_of = operator.attrgetter("dtype")
+
+# What CUDA graphs use at every replay: counters, tables, and their copies in the host's memory. A
+# graph may outlive whoever captured it.
+captured: list[Any] = []
 
 
 def measure(tensors: Sequence[Tensor], bins: Bins, due: Tensor | None = None) -> Statistics:
@@ -124,15 +151,15 @@ def _measure(
         rows[counts_at:end].view(n, -1),
     )
     with on_device(device):
-        plan = find_plan(tensors, device, _tables)
-        for group in plan.groups:
+        tables = find_tables(tensors, device, make_items)
+        for group in tables.groups:
             _summarise(group, result, ranges, due)
         if isinstance(bins, LinearBins) and ranges is None:
             found = torch.stack(bins.automatic_range(result.min.float(), result.max.float()), 1)
             result.floats[:, -2:] = found
-            for group in plan.groups:
+            for group in tables.groups:
                 _count(group, result, found, due)
-    for i in plan.float64_rows:
+    for i in tables.float64_rows:
         _copy_row(reference.measure([tensors[i]], bins), result, i)
     return result
 
@@ -216,7 +243,7 @@ def _count(group: Group, result: Statistics, ranges: Tensor, due: Tensor | None)
     n_items = len(group.items)
     if n_items:
         _launch(
-            histogram_kernel,
+            second_sweep_kernel,
             n_items,
             (group.always if due is None else due, group.items, ranges, result.counts),
             ELEMENTS[group.dtype],
@@ -271,3 +298,271 @@ def _copy_row(source: Statistics, target: Statistics, row: int) -> None:
     target.integers[row].copy_(source.integers[0])
     target.floats[row].copy_(source.floats[0])
     target.counts[row].copy_(source.counts[0])
+
+
+class Part(NamedTuple):
+    """A part of a tensor: planes of rows of equally spaced elements.
+
+    Offset and strides in elements; strides from the element to the plane.
+    """
+
+    offset: int
+    sizes: tuple[int, int, int]
+    strides: tuple[int, int, int]
+
+
+def make_items(tensors: Sequence[Tensor], rows: Sequence[int]) -> tuple[Array, Array]:
+    """Tables for one launch over tensors of one dtype.
+
+    Args:
+        tensors: N tensors.
+        rows: row of each one's results.
+
+    Returns:
+        items, int64 ``(W, 9)``, see kernels/items.py; and spans, int64 ``(N, 4)``: row, first
+        item, end of its items, numel.
+    """
+    size = item_size(tensors)
+    blocks: list[Array] = []
+    spans = np.empty((len(tensors), 4), dtype=np.int64)
+    n_items = 0
+    for i, (x, row) in enumerate(zip(tensors, rows, strict=True)):
+        first = n_items
+        for part in _parts(x, size):
+            block = _split_part(x, row, part, size, TILE_BYTES // x.element_size())
+            blocks.append(block)
+            n_items += len(block)
+        spans[i] = row, first, n_items, x.numel()
+    items = np.concatenate(blocks) if blocks else np.empty((0, 9), dtype=np.int64)
+    return items, spans
+
+
+def item_size(tensors: Sequence[Tensor]) -> int:
+    """Elements of an item, a power of two."""
+    total = sum(x.numel() for x in tensors)
+    return min(max(1 << (total // TARGET_ITEMS).bit_length(), MIN_ITEM), MAX_ITEM)
+
+
+def _parts(x: Tensor, size: int) -> Iterator[Part]:
+    """Parts of a tensor, each element in one of them, in memory order where there is one."""
+    dims = merge_dims(x)
+    if len(dims) == 1 and dims[0][1] == 1:
+        yield Part(0, (dims[0][0], 1, 1), (1, 0, 0))
+        return
+    *others, outer, middle, inner = [(1, 0), (1, 0), *dims]
+    if inner[0] * middle[0] > size:  # more than an item: its rows are split alone
+        others, outer, middle = [*others, outer], middle, (1, 0)
+    if inner[1] == 1 and inner[0] >= size:  # so long a row has whole tiles
+        others, outer = [*others, outer], (1, 0)
+    sizes, strides = zip(inner, middle, outer, strict=True)
+    for at in product(*(range(length) for length, _ in others)):
+        offset = sum(k * stride for k, (_, stride) in zip(at, others, strict=True))
+        yield Part(offset, sizes, strides)
+
+
+def _split_part(x: Tensor, row: int, part: Part, size: int, tile: int) -> Array:
+    address, itemsize = x.data_ptr() + part.offset * x.element_size(), x.element_size()
+    inner, middle, outer = part.sizes
+    inner_stride, middle_stride, outer_stride = part.strides
+    if middle == outer == inner_stride == 1:
+        return _split_contiguous(address, row, inner, itemsize, size, tile)
+    columns = min(inner, size)
+    planes = max(1, size // (columns * middle))
+    grid = np.meshgrid(np.arange(0, outer, planes), np.arange(0, inner, columns), indexing="ij")
+    plane, column = (axis.reshape(-1) for axis in grid)
+    width = np.minimum(columns, inner - column)
+    items = np.empty((len(plane), 9), dtype=np.int64)
+    items[:, 0] = address + (plane * outer_stride + column * inner_stride) * itemsize
+    items[:, 1] = row
+    items[:, 2] = width * middle * np.minimum(planes, outer - plane)
+    items[:, 3] = 0
+    items[:, 4] = width
+    items[:, 5:] = inner_stride, middle, middle_stride, outer_stride
+    return items
+
+
+def _split_contiguous(address: int, row: int, n: int, itemsize: int, size: int, tile: int) -> Array:
+    """Items of a contiguous run; the elements before the first aligned one are an item too."""
+    head = min(-address % ALIGNMENT // itemsize, n)
+    starts = np.arange(head, n, size, dtype=np.int64)
+    if head:
+        starts = np.concatenate([np.zeros(1, dtype=np.int64), starts])
+    lengths = np.diff(starts, append=n)
+    items = np.empty((len(starts), 9), dtype=np.int64)
+    items[:, 0] = address + starts * itemsize
+    items[:, 1] = row
+    items[:, 2] = lengths
+    items[:, 3] = lengths // tile * tile
+    items[:, 4] = 1 << 30  # one row
+    items[:, 5:] = 1, 1, 0, 0
+    if head:
+        items[0, 3] = 0
+    return items
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of one dtype: their work items and spans on the device, see `make_items`."""
+
+    dtype: torch.dtype
+    items: Tensor
+    spans: Tensor
+    always: Tensor  # flag of what is measured in any case, int64
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What to launch for a list, and its rows of float64."""
+
+    groups: list[Group]
+    float64_rows: list[int]
+    stream: int  # on which the tables were uploaded
+    uploaded: torch.cuda.Event | None
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of its tables on the device."""
+        return sum(group.items.nbytes + group.spans.nbytes for group in self.groups)
+
+
+_tables: OrderedDict[tuple[Any, ...], Tables] = OrderedDict()
+_tables_lock = threading.Lock()
+
+
+def find_tables(
+    tensors: Sequence[Tensor], device: torch.device, make_tables: MakeTables, *more: Hashable
+) -> Tables:
+    """Tables of a list; built and uploaded anew only when addresses, shapes or dtypes change.
+
+    Args:
+        tensors: L tensors.
+        device: that they are on.
+        make_tables: from tensors of one dtype and their rows, work items and spans.
+        more: whatever else the tables depend on.
+    """
+    # Mapped methods: this is most of the cost of a call with many tensors.
+    key: tuple[Any, ...] = (
+        device,
+        tuple(map(Tensor.data_ptr, tensors)),
+        tuple(map(Tensor.numel, tensors)),
+        tuple(map(_dtype_of, tensors)),
+        *more,
+    )
+    if not all(map(Tensor.is_contiguous, tensors)):
+        key = (*key, tuple([(x.shape, x.stride()) for x in tensors]))
+    is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    with _tables_lock:
+        tables = _tables.get(key)
+        if tables is not None:
+            _tables.move_to_end(key)
+    if tables is None:
+        tables = _make_tables(tensors, device, is_capturing, make_tables)
+        if not is_capturing:
+            _keep_tables(key, tables)
+    elif is_capturing:
+        captured.append(tables)
+    else:
+        _wait_for_tables(tables)
+    return tables
+
+
+def _make_tables(
+    tensors: Sequence[Tensor], device: torch.device, is_capturing: bool, make_tables: MakeTables
+) -> Tables:
+    rows: dict[torch.dtype, list[int]] = {}
+    for i, x in enumerate(tensors):
+        if x.numel() and not x.data_ptr():
+            raise no_storage(i)
+        rows.setdefault(x.dtype, []).append(i)
+    float64_rows = rows.pop(torch.float64, [])
+    groups = []
+    for dtype, members in rows.items():
+        items, spans = make_tables([tensors[i] for i in members], members)
+        ones = np.ones_like(spans[:1])
+        tables = [_upload(x, device, is_capturing) for x in (items, np.concatenate([spans, ones]))]
+        groups.append(Group(dtype, tables[0], tables[1][:-1], tables[1][-1]))
+    if device.type != "cuda" or is_capturing:
+        return Tables(groups, float64_rows, 0, None)
+    stream = torch.cuda.current_stream(device)
+    return Tables(groups, float64_rows, stream.cuda_stream, stream.record_event())
+
+
+def _keep_tables(key: tuple[Any, ...], tables: Tables) -> None:
+    with _tables_lock:
+        _tables[key] = tables
+        total = sum(each.table_bytes for each in _tables.values())
+        while total > MAX_TABLE_BYTES and len(_tables) > 1:
+            total -= _tables.popitem(last=False)[1].table_bytes
+
+
+def _wait_for_tables(tables: Tables) -> None:
+    """Let the current stream use tables that another one uploaded."""
+    if tables.uploaded is None:  # the CPU has no streams
+        return
+    stream = torch.cuda.current_stream()
+    if stream.cuda_stream != tables.stream:
+        stream.wait_event(tables.uploaded)
+        for group in tables.groups:
+            group.items.record_stream(stream)
+            group.spans.record_stream(stream)
+
+
+def _upload(table: NDArray[Any], device: torch.device, is_capturing: bool) -> Tensor:
+    host = torch.from_numpy(table)
+    if device.type == "cpu":
+        return host
+    host = host.pin_memory()
+    if is_capturing:
+        # Every replay copies the table anew from here.
+        captured.append(host)
+    return host.to(device, non_blocking=True)
+
+
+class PassCounter:
+    """A count and a flag on a device.
+
+    Args:
+        device: a CUDA device.
+        period: passes from one that is due to the next.
+    """
+
+    def __init__(self, device: torch.device, period: int) -> None:
+        self._device = device
+        # No run has more passes.
+        self._period = min(period, 2**31 - 1)
+        # Count and flag, both at a multiple of 16 bytes.
+        self._cells = torch.zeros((2, 2), dtype=torch.int64, device=device)
+        self._n_passes, self._due = self._cells[0, :1], self._cells[1, :1]
+        # A capture cannot load kernels.
+        self._launch(self._n_passes, self._due, -1)
+
+    def flag(self, n_before: int, first: int) -> Tensor:
+        """Find out whether the pass that is captured is due, at each replay.
+
+        Args:
+            n_before: passes that this has not counted.
+            first: passes before the first one that is due, n_before included.
+
+        Returns:
+            int64 ``(1,)``, 0 or 1.
+        """
+        captured.append(self)
+        self._launch(self._n_passes, self._due, (first - n_before) % self._period)
+        return self._due
+
+    def count(self) -> None:
+        """Count a pass, now or at each replay."""
+        self._n_passes.add_(1)
+
+    def stamp(self) -> Tensor:
+        """Passes counted so far, and the flag: int64 ``(2,)``."""
+        return self._cells[:, 0].clone()
+
+    def _launch(self, n_passes: Tensor, due: Tensor, phase: int) -> None:
+        with on_device(self._device):
+            flag_kernel[(1,)](n_passes, due, self._period, phase, num_warps=1)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Launch on a CUDA device; on the CPU Triton interprets."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -20,28 +20,33 @@ from torch import Tensor
 from gradstat.engines import reference_formats
 from gradstat.engines.memory import as_matrix
 from gradstat.engines.triton import (
+    ALIGNMENT,
     ELEMENTS,
     FINISH_BLOCK,
     THREADS,
     TILE_BYTES,
+    Group,
     capability_of,
     check_device,
     compares_pairs,
+    find_tables,
+    item_size,
+    on_device,
     warps_on,
 )
-from gradstat.engines.triton_cadence import on_device
-from gradstat.engines.triton_items import ALIGNMENT, item_size
-from gradstat.engines.triton_plans import Group, find_plan
 from gradstat.formats import Format
-from gradstat.kernels.format_finish import finish_formats_kernel
-from gradstat.kernels.formats import FORMAT_FIELDS, formats_kernel
-from gradstat.kernels.maxima import maxima_kernel
+from gradstat.kernels.formats import (
+    FORMAT_FIELDS,
+    finish_formats_kernel,
+    formats_kernel,
+    maxima_kernel,
+)
 from gradstat.kernels.rounding import AMAX, CONSTANT, E8M0, IN_ROW, NVFP4, TILES
 
 Array = NDArray[np.int64]
 
 TILE_ROWS = 128  # of a block of several rows
-WIDEST = 128  # columns of a granule, at most
+WIDEST = 128  # columns of a group, at most
 _KINDS = {"none": CONSTANT, "given": CONSTANT, "amax": AMAX, "block": IN_ROW, "e8m0": E8M0}
 
 
@@ -53,8 +58,8 @@ def form_constants(form: Format) -> tuple[Any, ...]:
     return (
         kind.value,
         columns,
-        (form.min_exponent + 127) << 23,
-        ((23 - form.mantissa_bits) << 23) | 1 << 22,
+        form.least_normal_bits,
+        form.to_rounder,
         form.largest,
         form.max_exponent,
         form.scale,
@@ -70,8 +75,8 @@ def in_tiles(formats: Sequence[Format]) -> bool:
     return any(form.block is not None and form.block[0] > 1 for form in formats)
 
 
-def granule_of(formats: Sequence[Format]) -> int:
-    """Columns of a granule: blocks of all formats fit in it."""
+def group_columns(formats: Sequence[Format]) -> int:
+    """Columns of a group: blocks of all formats fit in it."""
     return max((form.block[1] for form in formats if form.block), default=WIDEST)
 
 
@@ -97,11 +102,13 @@ def measure_formats(
     tiles = np.cumsum([n, *n_tiles])
     make_tables = functools.partial(_tables, shapes, tiles, formats)
     with on_device(device):
-        plan = find_plan([x for x, _, _ in matrices], device, make_tables, shapes, tuple(formats))
+        tables = find_tables(
+            [x for x, _, _ in matrices], device, make_tables, shapes, tuple(formats)
+        )
         maxima = integers.new_zeros(int(tiles[-1]), dtype=torch.int32)
-        for group in plan.groups:
+        for group in tables.groups:
             _measure(group, formats, maxima, integers, floats)
-    for i in plan.float64_rows:
+    for i in tables.float64_rows:
         found = reference_formats.measure_formats([tensors[i]], formats, dim)
         integers[:, i].copy_(found[0][:, 0])
         floats[:, i].copy_(found[1][:, 0])
@@ -114,12 +121,12 @@ def _measure(
     """Launch the kernels for the tensors of one dtype."""
     n_items, device = len(group.items), floats.device
     element, warps = ELEMENTS[group.dtype], warps_on(device)
-    has_tiles, granule = in_tiles(formats), granule_of(formats)
+    has_tiles, columns = in_tiles(formats), group_columns(formats)
     in_pairs = compares_pairs(2, capability_of(device))
     forms = tuple(form_constants(form) for form in formats)
     if n_items and (has_tiles or any(form.scaling in ("amax", "nvfp4") for form in formats)):
         maxima_kernel[(n_items,)](
-            group.items, maxima, element, has_tiles, granule, THREADS, num_warps=warps
+            group.items, maxima, element, has_tiles, columns, THREADS, num_warps=warps
         )
     maxima = maxima.view(torch.float32)
     partials = floats.new_empty((n_items, 1 + len(formats), FORMAT_FIELDS.value))
@@ -131,7 +138,7 @@ def _measure(
             element,
             forms,
             has_tiles,
-            granule,
+            columns,
             in_pairs,
             THREADS,
             num_warps=warps,
@@ -167,28 +174,28 @@ def _tables(
         rows: which of all they are.
 
     Returns:
-        items, int64 ``(W, 9)``, see kernels/granules.py; and spans, int64 ``(N, 4 + F)``, see
-        kernels/format_finish.py.
+        items, int64 ``(W, 9)``, see kernels/block_groups.py; and spans, int64 ``(N, 4 + F)``, see
+        kernels/formats.py.
     """
-    granule, n_items = granule_of(formats), 0
-    size = item_size(tensors) // granule
-    per_tile = TILE_BYTES // tensors[0].element_size() // granule
+    columns, n_items = group_columns(formats), 0
+    size = item_size(tensors) // columns
+    per_tile = TILE_BYTES // tensors[0].element_size() // columns
     tables = [np.empty((0, 9), np.int64)]
     spans = np.empty((len(rows), 4 + len(formats)), np.int64)
     for i, (x, row) in enumerate(zip(tensors, rows, strict=True)):
         height, width = shapes[row]
-        per_row = -(-width // granule)
+        per_row = -(-width // columns)
         starts = np.arange(0, height * per_row, size, dtype=np.int64)
         n = np.diff(starts, append=height * per_row)
-        # Granules that lie one after the other, without a gap.
-        whole = height * per_row if width % granule == 0 else per_row - 1 if height == 1 else 0
+        # Groups that lie one after the other, without a gap.
+        whole = height * per_row if width % columns == 0 else per_row - 1 if height == 1 else 0
         whole = whole if x.data_ptr() % ALIGNMENT == 0 else 0
         first_row, column = np.divmod(starts, per_row)
         table = np.empty((len(starts), 9), np.int64)
-        table[:, 0] = x.data_ptr() + (first_row * width + column * granule) * x.element_size()
+        table[:, 0] = x.data_ptr() + (first_row * width + column * columns) * x.element_size()
         table[:, 1], table[:, 2], table[:, 4] = row, n, column
         table[:, 3] = np.clip(whole - starts, 0, n) // per_tile * per_tile
-        table[:, 5:7] = per_row, per_row * granule - width
+        table[:, 5:7] = per_row, per_row * columns - width
         table[:, 7], table[:, 8] = first_row, tiles[row]
         tables.append(table)
         blocks = [form.count_blocks(height, width) for form in formats]

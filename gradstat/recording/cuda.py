@@ -27,7 +27,7 @@ from gradstat.recording.torch_internals import (
 from gradstat.util import warn
 
 if TYPE_CHECKING:
-    from gradstat.engines.triton_cadence import PassCounter
+    from gradstat.engines.triton import PassCounter
 
 # Where a tensor is computed: a stream of a CUDA device, another device, or `None` for the CPU.
 Place: TypeAlias = tuple[int, int] | torch.device | None

@@ -154,5 +154,5 @@ def test_measure_formats_of_large_items_is_the_reference(
         "one nan": torch.where(x == x.max(), math.nan, x),
         "from the second element": torch.cat([x.flatten(), x[0]])[1:-511].reshape(40, 512),
     }
-    monkeypatch.setattr("gradstat.engines.triton_items.MIN_ITEM", 1 << 16)
+    monkeypatch.setattr("gradstat.engines.triton.MIN_ITEM", 1 << 16)
     check(engine, tensors, KINDS)

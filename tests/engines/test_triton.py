@@ -10,7 +10,7 @@ import triton.language as tl
 from conftest import CUDA, numpy_silent_as_a_gpu
 
 from gradstat import LinearBins, Log2Bins, Statistics, bins, kernels
-from gradstat.engines import reference, triton_items, triton_plans
+from gradstat.engines import reference
 from gradstat.engines import triton as triton_engine
 from gradstat.kernels import binning
 
@@ -19,10 +19,10 @@ pytestmark = [pytest.mark.gpu] if CUDA else []
 
 
 @pytest.fixture(autouse=True)
-def plans(monkeypatch: pytest.MonkeyPatch) -> OrderedDict[object, triton_plans.Plan]:
+def plans(monkeypatch: pytest.MonkeyPatch) -> OrderedDict[object, triton_engine.Tables]:
     """An empty cache of plans."""
-    empty: OrderedDict[object, triton_plans.Plan] = OrderedDict()
-    monkeypatch.setattr(triton_plans, "_plans", empty)
+    empty: OrderedDict[object, triton_engine.Tables] = OrderedDict()
+    monkeypatch.setattr(triton_engine, "_tables", empty)
     return empty
 
 
@@ -39,7 +39,7 @@ def assert_is_reference(tensors: list[torch.Tensor]) -> None:
 
 
 def large_items() -> dict[str, torch.Tensor]:
-    n, generator = triton_items.MAX_ITEM, torch.Generator().manual_seed(20)
+    n, generator = triton_engine.MAX_ITEM, torch.Generator().manual_seed(20)
     x = torch.randn(n, generator=generator)
     first, spike, late = torch.zeros(n), torch.zeros(n), x.clone()
     first[0], spike[-1], late[:256] = 0.7, 1.9, 1e-30
@@ -61,9 +61,9 @@ def large_items() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", large_items())
 def test_sums_of_the_largest_items_are_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_items, "MIN_ITEM", triton_items.MAX_ITEM)
+    monkeypatch.setattr(triton_engine, "MIN_ITEM", triton_engine.MAX_ITEM)
     x = large_items()[name].to(DEVICE)
-    assert len(triton_items.make_items([x], [0], triton_engine.TILE_BYTES)[0]) == 1
+    assert len(triton_engine.make_items([x], [0])[0]) == 1
     assert_is_reference([x])
 
 
@@ -85,10 +85,10 @@ def test_strided_tensors_are_read_in_place(x: torch.Tensor) -> None:
 
 def test_a_slice_of_many_small_rows_takes_few_items() -> None:
     x = torch.empty(512, 512, 3, 3)[:, :, :2, :2]
-    items, _ = triton_items.make_items([x], [0], triton_engine.TILE_BYTES)
-    assert len(items) <= 2 * x.numel() / triton_items.MIN_ITEM
+    items, _ = triton_engine.make_items([x], [0])
+    assert len(items) <= 2 * x.numel() / triton_engine.MIN_ITEM
     assert items[:, 2].sum() == x.numel()
-    assert items[:, 2].max() <= triton_items.MAX_ITEM
+    assert items[:, 2].max() <= triton_engine.MAX_ITEM
 
 
 def test_a_plan_is_made_once_and_again_for_another_shape(
@@ -109,7 +109,7 @@ def test_plans_of_more_than_their_bytes_are_dropped_the_oldest_first(
     xs = [torch.randn(60, device=DEVICE) for _ in range(4)]
     triton_engine.measure(xs[:1], Log2Bins())
     (one,) = plans.values()
-    monkeypatch.setattr(triton_plans, "MAX_TABLE_BYTES", 2 * one.table_bytes)
+    monkeypatch.setattr(triton_engine, "MAX_TABLE_BYTES", 2 * one.table_bytes)
     for x in xs:
         triton_engine.measure([x], Log2Bins())
     assert [key[1] for key in plans] == [(xs[2].data_ptr(),), (xs[3].data_ptr(),)]
@@ -151,7 +151,7 @@ def test_kernels_read_and_write_nothing_where_the_flag_is_zero(
 ) -> None:
     bins = Log2Bins() if kind == "no range" else LinearBins(8)
     xs = [torch.randn(n, device=DEVICE).to(dtype) for n in (0, 5, 20_000)]
-    (group,) = triton_plans.find_plan(xs, xs[0].device, triton_engine._tables).groups
+    (group,) = triton_engine.find_tables(xs, xs[0].device, triton_engine.make_items).groups
     if CUDA:
         group.items[:, 0] = 0  # the address of no element
     shapes = [((3, 8), torch.int64), ((3, 8), torch.float64), ((3, bins.bins), torch.int64)]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import gradstat
 from gradstat import LinearBins, Log2Bins, Statistics
-from gradstat.engines import triton_plans
+from gradstat.engines import triton as triton_engine
 
 pytestmark = pytest.mark.gpu
 
@@ -16,10 +16,10 @@ SCHEMES = [Log2Bins(), LinearBins(30), LinearBins(30, nice=True), LinearBins(64,
 
 
 @pytest.fixture(autouse=True)
-def plans(monkeypatch: pytest.MonkeyPatch) -> OrderedDict[object, triton_plans.Plan]:
+def plans(monkeypatch: pytest.MonkeyPatch) -> OrderedDict[object, triton_engine.Tables]:
     """An empty cache of plans."""
-    empty: OrderedDict[object, triton_plans.Plan] = OrderedDict()
-    monkeypatch.setattr(triton_plans, "_plans", empty)
+    empty: OrderedDict[object, triton_engine.Tables] = OrderedDict()
+    monkeypatch.setattr(triton_engine, "_tables", empty)
     return empty
 
 
@@ -47,9 +47,9 @@ def test_statistics_of_a_list_on_several_streams_at_once(bins: Log2Bins | Linear
 
 
 def test_plans_are_dropped_while_their_tables_are_still_queued(
-    plans: OrderedDict[object, triton_plans.Plan], monkeypatch: pytest.MonkeyPatch
+    plans: OrderedDict[object, triton_engine.Tables], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_plans, "MAX_TABLE_BYTES", 500)
+    monkeypatch.setattr(triton_engine, "MAX_TABLE_BYTES", 500)
     base = torch.randn(4000, device="cuda")
     streams = [torch.cuda.Stream() for _ in range(2)]
     measured = []

@@ -24,13 +24,15 @@ from gradstat.engines.cpu.compiling import (
     smaller,
 )
 from gradstat.engines.cpu.passes import real
-from gradstat.engines.reference_formats import (
+from gradstat.formats import (
+    E4M3,
+    FORMATS,
     LEAST_EXPONENT,
     LEAST_SCALE,
     LEAST_TENSOR_SCALE,
     NVFP4_LARGEST,
+    Format,
 )
-from gradstat.formats import FORMATS, Format
 
 CHUNK = 8192  # values: a multiple of every block's columns
 
@@ -42,9 +44,7 @@ _KINDS = {"none": CONSTANT, "given": CONSTANT, "amax": AMAX, "block": BLOCK, "e8
 # bfloat16, whose largest octave has no such number.
 KIND, COLUMNS, LEAST, TO_ROUNDER, LARGEST, SCALE, INVERSE, TOP, IS_BFLOAT16 = range(9)
 FORM_FIELDS = 9
-_E4M3 = FORMATS["float8_e4m3fn"]
-
-_LARGEST_E4M3 = np.float32(_E4M3.largest)
+_LARGEST_E4M3 = np.float32(E4M3.largest)
 _LARGEST_E2M1 = np.float32(FORMATS["nvfp4"].largest)
 _MOST_INVERSE = np.float32(1 / LEAST_SCALE)
 _NVFP4_LARGEST = np.float32(NVFP4_LARGEST)
@@ -60,11 +60,7 @@ def _bits(value: float | np.float32) -> int:
     return int(np.float32(value).view(np.int32))
 
 
-def _rounding(form: Format) -> tuple[int, int]:
-    return (form.min_exponent + 127) << 23, ((23 - form.mantissa_bits) << 23) | 1 << 22
-
-
-_E4M3_LEAST, _E4M3_TO_ROUNDER = (np.uint32(each) for each in _rounding(_E4M3))
+_E4M3_LEAST, _E4M3_TO_ROUNDER = np.uint32(E4M3.least_normal_bits), np.uint32(E4M3.to_rounder)
 
 
 def form_row(form: Format) -> list[int]:
@@ -74,7 +70,8 @@ def form_row(form: Format) -> list[int]:
     return [
         _KINDS.get(form.scaling, NVFP4),
         columns,
-        *_rounding(form),
+        form.least_normal_bits,
+        form.to_rounder,
         _bits(form.largest),
         _bits(form.scale),
         _bits(inverse),

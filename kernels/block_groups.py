@@ -1,17 +1,17 @@
-"""Work items of narrow formats: how a program finds its granules.
+"""Work items of narrow formats: how a program finds its block groups.
 
-A tensor is a contiguous matrix of rows. A granule is so many columns of one row, or what is left of
-it, and whole blocks of every format that is measured. A launch takes a table of work items, int64,
-shape (W, 9). Its fields, in order:
+A tensor is a contiguous matrix of rows. A block group, or group, is so many columns of one row, or
+what is left of it, and whole blocks of every format that is measured. A launch takes a table of
+work items, int64, shape (W, 9). Its fields, in order:
 
-    address  of the first granule, in bytes
+    address  of the first group, in bytes
     tensor   row of its maximum
-    n        granules, below 2**24 elements, row by row
-    n_whole  of these, granules in whole tiles, contiguous from a 16-byte boundary
-    column   granules of its row before the first one
-    per_row  granules of a row
-    pad      columns that the last granule of a row lacks
-    row      of the first granule
+    n        groups, below 2**24 elements, row by row
+    n_whole  of these, groups in whole tiles, contiguous from a 16-byte boundary
+    column   groups of its row before the first one
+    per_row  groups of a row
+    pad      columns that the last group of a row lacks
+    row      of the first group
     tiles    row of the maximum of the tensor's first block of 128 x 128
 """
 
@@ -20,13 +20,13 @@ import triton.language as tl
 
 from gradstat.kernels.items import widen
 
-GRANULE_FIELDS = tl.constexpr(9)
+GROUP_FIELDS = tl.constexpr(9)
 
 
 @triton.jit
-def load_granules(items_ptr):
+def load_groups(items_ptr):
     """Fields of this program's item; all but address, tensor, row and tiles as int32."""
-    field_ptr = items_ptr + tl.program_id(0).to(tl.int64) * GRANULE_FIELDS
+    field_ptr = items_ptr + tl.program_id(0).to(tl.int64) * GROUP_FIELDS
     n = tl.load(field_ptr + 2).to(tl.int32)
     n_whole = tl.load(field_ptr + 3).to(tl.int32)
     column = tl.load(field_ptr + 4).to(tl.int32)
@@ -51,17 +51,17 @@ def load_ragged(
     n,
     start,
     DTYPE: tl.constexpr,
-    GRANULE: tl.constexpr,
+    GROUP: tl.constexpr,
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     """Values of a row of a tile of any item, float32 (THREADS, VECTOR); 0 beyond the ends."""
     column, per_row, pad, _, _ = place
     at = start + tl.arange(0, THREADS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    granule = column + at // GRANULE
-    row = granule // per_row
-    is_there = (granule - row * per_row < per_row - 1) | (at % GRANULE < GRANULE - pad)
-    mask = (at < n * GRANULE) & is_there
+    group = column + at // GROUP
+    row = group // per_row
+    is_there = (group - row * per_row < per_row - 1) | (at % GROUP < GROUP - pad)
+    mask = (at < n * GROUP) & is_there
     x_ptr = address.to(tl.pointer_type(DTYPE))
     # Each row that is passed lacks so many.
     return widen(tl.load(x_ptr + (at - row * pad), mask=mask, other=0), DTYPE)
@@ -69,16 +69,16 @@ def load_ragged(
 
 @triton.jit
 def load_tile_maxima(maxima_ptr, place, n, start, VALUES: tl.constexpr):
-    """Of the block of 128 x 128 that each granule of 128 is part of, float32 (VALUES // 128,)."""
+    """Of the block of 128 x 128 that each group of 128 is part of, float32 (VALUES // 128,)."""
     at, mask = find_tiles(place, n, start, VALUES)
     return tl.load(maxima_ptr + at, mask=mask, other=0.0)
 
 
 @triton.jit
 def find_tiles(place, n, start, VALUES: tl.constexpr):
-    """Row of the maximum of that block, int64, and which granules are there."""
+    """Row of the maximum of that block, int64, and which groups are there."""
     column, per_row, _, first_row, tiles = place
     at = start // 128 + tl.arange(0, VALUES // 128)
-    granule = column + at
-    row = granule // per_row
-    return tiles + (first_row + row) // 128 * per_row + (granule - row * per_row), at < n
+    group = column + at
+    row = group // per_row
+    return tiles + (first_row + row) // 128 * per_row + (group - row * per_row), at < n
