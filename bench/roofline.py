@@ -1,29 +1,23 @@
 """How fast the kernels can be, read off their machine code; no GPU is needed.
 
 Compiles the measuring kernel, the one of the second sweep that automatic ranges take, and that of
-narrow formats with each of them and with three, for each architecture and dtype, finds the main
-loop, and compares the instructions of an element with what a GPU executes in the time in which its
-memory delivers one.
+narrow formats with each way to find a scale and with three formats, for each architecture and
+dtype, finds the main loop, and tells for each card what share of its memory's speed to expect, and
+which roof sets it: see cards.py. The loop alone is looked at, of a large tensor.
 
-Assumptions: memory delivers its nominal bandwidth and the loop alone takes time; a multiprocessor
-issues 4 warp instructions a clock; a clock executes the lanes of `LANES` in each pipe; latency is
-hidden, for which `in flight` bytes are there: the loads of as many programs as fit by registers
-(Little's law asks for 15 to 40 KB on these GPUs). What is limited by neither instructions nor
-latency is limited by the memory: a share of 1.
-
-Usage: python bench/roofline.py [--json FILE]
+Usage: python bench/roofline.py [--json FILE] [--markdown FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import sass
 import torch
+from cards import CARDS, DISTRIBUTIONS, REGISTERS, predict
 from triton.backends.compiler import GPUTarget
 
 from gradstat.bins import LinearBins, Log2Bins
@@ -35,36 +29,24 @@ from gradstat.kernels.formats import finish_formats_kernel, formats_kernel, maxi
 from gradstat.kernels.measure import measure_kernel, second_sweep_kernel
 
 SCHEMES = {"Log2Bins()": Log2Bins(), "LinearBins(64, ...)": LinearBins(64, -0.5, 0.5)}
+# One format for each way to find a scale.
+ONE_OF_EACH = [
+    "float16",
+    "bfloat16",
+    *(f"float8_e4m3fn{way}" for way in ("_amax", "_1x128", "_128x128")),
+    "mxfp8_e4m3",
+    "nvfp4",
+]
 # Formats that one launch measures together.
 TOGETHER = "float8_e4m3fn + mxfp8_e4m3 + nvfp4"
 KERNELS = [
     *(("measure", scheme) for scheme in SCHEMES),
     ("second sweep", "LinearBins(64, ...)"),
-    *(("formats", name) for name in (*FORMATS, TOGETHER)),
+    *(("formats", name) for name in (*ONE_OF_EACH, TOGETHER)),
 ]
-ISSUED = 128  # instructions of a thread that a multiprocessor issues in a clock
-REGISTERS = 65536  # of a multiprocessor
-
-
-@dataclass(frozen=True)
-class GPU:
-    """Nominal figures of a card, and lanes of each pipe of a multiprocessor in a clock."""
-
-    name: str
-    architecture: int
-    bytes_per_second: float
-    multiprocessors: int
-    hertz: float
-    lanes: dict[str, int]
-
-
-_LANES = {"alu": 64, "fma": 128, "memory": 32, "conversion": 16}
-GPUS = (
-    GPU("A100", 80, 2.04e12, 108, 1.41e9, {**_LANES, "fma": 64}),
-    GPU("H100", 90, 3.35e12, 132, 1.755e9, _LANES),
-    GPU("H200", 90, 4.8e12, 132, 1.755e9, _LANES),
-    GPU("B200", 100, 8.0e12, 148, 1.85e9, _LANES),
-)
+FORMATS_ON = (80, 90, 100)
+# For `cards.atomic_clocks`.
+BINS = {"Log2Bins()": 0, "LinearBins(64, ...)": 64}
 
 
 def kernel_arguments(
@@ -144,19 +126,21 @@ def examine(architecture: int, name: str, dtype: torch.dtype, scheme: str) -> di
     if name == "measure":
         slots = constants["SLOTS"]
         options = triton_engine.limit_registers(dtype.itemsize, slots, architecture)
-    target = GPUTarget("cuda", architecture, 32)
-    warps = triton_engine.THREADS // target.warp_size
+    target, threads = GPUTarget("cuda", architecture, 32), triton_engine.THREADS
     code = sass.inspect(
-        sass.compile_kernel(kernel, signature, constants, target, num_warps=warps, **options)
+        sass.compile_kernel(
+            kernel, signature, constants, target, num_warps=threads // 32, **options
+        )
     )
     each = elements_of_thread(dtype)
-    # They come in eights.
-    registers = -(-code.registers // 8) * 8
-    programs = min(REGISTERS // (triton_engine.THREADS * registers), 2048 // triton_engine.THREADS)
+    loads = [sass.load_bytes(it.opcode) for it in code.loop if sass.load_bytes(it.opcode)]
+    # Registers come in eights.
+    programs = min(REGISTERS // (threads * -(-code.registers // 8) * 8), 2048 // threads)
     return {
         "architecture": architecture,
         "kernel": name,
         "dtype": str(dtype).removeprefix("torch."),
+        "itemsize": dtype.itemsize,
         "bins": scheme,
         "instructions": len(code.loop) / each,
         "pipes": {pipe: count / each for pipe, count in sorted(code.pipes().items())},
@@ -164,64 +148,63 @@ def examine(architecture: int, name: str, dtype: torch.dtype, scheme: str) -> di
         "spills": code.spills,
         "barriers": code.count("BAR"),
         # Of a thread, by loads of 16 bytes.
-        "wide_bytes": sum(
-            sass.load_bytes(each.opcode)
-            for each in code.loop
-            if sass.load_bytes(each.opcode) == triton_engine.VECTOR_BYTES
-        ),
-        "load_bytes": min(
-            sass.load_bytes(each.opcode) for each in code.loop if sass.load_bytes(each.opcode)
-        ),
-        "in_flight": programs * triton_engine.THREADS * each * dtype.itemsize,
+        "wide_bytes": sum(n for n in loads if n == triton_engine.VECTOR_BYTES),
+        "load_bytes": min(loads),
+        "threads": threads,
+        "programs": programs,
+        "program_bytes": triton_engine.TILE_BYTES,
+        "in_flight": programs * triton_engine.TILE_BYTES,
     }
 
 
-def predict(gpu_: GPU, figures: dict[str, Any]) -> tuple[float, float, str]:
-    """Instructions that fit an element's time, the share of bandwidth, and what limits it."""
-    itemsize = 4 if figures["dtype"] == "float32" else 2
-    per_clock = gpu_.bytes_per_second / gpu_.hertz / gpu_.multiprocessors / itemsize
-    budget = ISSUED / per_clock
-    shares = {"memory bandwidth": 1.0, "issue": budget / figures["instructions"]}
-    for pipe, lanes in gpu_.lanes.items():
-        used = figures["pipes"].get(pipe, 0)
-        if used:
-            shares[pipe] = lanes / per_clock / used
-    limit = min(shares, key=lambda name: shares[name])
-    return budget, min(shares[limit], 1.0), limit
+def describe(row: dict[str, Any]) -> str:
+    """A kernel's figures in a line."""
+    pipes = ", ".join(f"{pipe} {count:.1f}" for pipe, count in row["pipes"].items())
+    return (
+        f"sm_{row['architecture']:<3} {row['kernel']:12} {row['bins']:39} {row['dtype']:8} "
+        f"{row['instructions']:5.1f} instructions an element ({pipes}); {row['registers']} "
+        f"registers, {row['spills']} B spilled, {row['load_bytes']}-byte loads, {row['barriers']} "
+        f"barriers a tile, {row['in_flight'] / 1024:.0f} KB in flight"
+    )
+
+
+def predictions(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of a table: for each card and kernel the share of the memory's speed, and the roof."""
+    lines = [
+        "Predicted shares of the memory's speed, and the roof where it is not the memory.",
+        "",
+        f"| card | kernel | dtype | {' | '.join(DISTRIBUTIONS)} |",
+        f"|---|---|---|{'---|' * len(DISTRIBUTIONS)}",
+    ]
+    for card in CARDS:
+        for row in rows:
+            if row["architecture"] == card.architecture:
+                found = [predict(card, row, BINS.get(row["bins"]), each) for each in DISTRIBUTIONS]
+                cells = [f"{s:.0%}" + ("" if roof == "memory" else f" {roof}") for s, roof in found]
+                name = f"{row['kernel']} {row['bins']}"
+                lines.append(f"| {card.name} | {name} | {row['dtype']} | {' | '.join(cells)} |")
+    return lines
 
 
 def main() -> None:
-    """Print the table; write it as JSON too."""
+    """Print the tables; write them to files too."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    parser.add_argument("--markdown", type=Path, help="write the predictions to this file as well")
     options = parser.parse_args()
     rows = [
         examine(architecture, name, dtype, scheme)
         for architecture in sass.ARCHITECTURES
         for name, scheme in KERNELS
+        if name != "formats" or architecture in FORMATS_ON
         for dtype in triton_engine.ELEMENTS
     ]
-    width = max(len(name) for _, name in KERNELS)
-    for row in rows:
-        pipes = ", ".join(f"{pipe} {count:.1f}" for pipe, count in row["pipes"].items())
-        print(
-            f"sm_{row['architecture']:<3} {row['kernel']:9} {row['bins']:{width}} {row['dtype']:8} "
-            f"{row['instructions']:5.1f} instructions an element ({pipes}); "
-            f"{row['registers']} registers, {row['spills']} B spilled, {row['load_bytes']}-byte "
-            f"loads, {row['barriers']} barriers a tile, {row['in_flight'] / 1024:.0f} KB in flight"
-        )
-    print()
-    for card in GPUS:
-        for row in rows:
-            if row["architecture"] == card.architecture:
-                budget, share, limit = predict(card, row)
-                print(
-                    f"{card.name} {row['kernel']:9} {row['bins']:{width}} {row['dtype']:8} "
-                    f"{row['instructions']:5.1f} of {budget:4.1f} instructions: {share:4.0%} of "
-                    f"bandwidth, limited by {limit}"
-                )
+    table = predictions(rows)
+    print("\n".join([*map(describe, rows), "", *table]))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
+    if options.markdown:
+        options.markdown.write_text("\n".join(table) + "\n")
 
 
 if __name__ == "__main__":

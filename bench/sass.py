@@ -16,7 +16,7 @@ from triton.backends.nvidia import driver as _nvidia
 from triton.compiler import ASTSource
 
 TOOLS = Path(_nvidia.__file__).parent / "bin"
-ARCHITECTURES = (80, 90, 100)
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(.*?)\s*;")
 _LABEL = re.compile(r"^(\.L_\S+):")
@@ -91,14 +91,15 @@ def compile_kernel(
     return triton.compile(source, target=target, options={"num_warps": num_warps, **options})
 
 
+def usage(compiled: Any) -> dict[str, int]:
+    """Registers of each thread, and bytes of memory, by `cuobjdump`'s names."""
+    listed = _of_cubin(compiled, "cuobjdump", "-res-usage")
+    return {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", listed)}
+
+
 def inspect(compiled: Any) -> Compiled:
     """Disassemble a kernel compiled for an NVIDIA GPU."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        code = _run("nvdisasm", "-c", str(cubin))
-        usage = _run("cuobjdump", "-res-usage", str(cubin))
-    use = {name: int(number) for name, number in re.findall(r"(\w+):(\d+)", usage)}
+    code, use = _of_cubin(compiled, "nvdisasm", "-c"), usage(compiled)
     return Compiled(_main_loop(code), use["REG"], use["STACK"] + use["LOCAL"], use["SHARED"])
 
 
@@ -119,6 +120,13 @@ def fused_with_exchanged(ptx: str) -> list[str]:
         elif takes and re.match(r"\s*fma\.", line):
             found.append(line.strip())
     return found
+
+
+def _of_cubin(compiled: Any, tool: str, option: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        return _run(tool, option, str(cubin))
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -165,7 +173,9 @@ def load_bytes(opcode: str) -> int:
 def pipe(opcode: str) -> str:
     """Execution pipe of an instruction on Ampere and later, by opcode."""
     stem = opcode.partition(".")[0]
-    if stem in ("FADD", "FMUL", "FFMA", "IMAD", "FADD2", "FMUL2", "FFMA2"):
+    if stem in (*(f"{x}{y}" for x in ("FADD", "FMUL", "FFMA") for y in ("", "2")), "IMAD") or (
+        stem in ("HADD2", "HMUL2", "HFMA2")
+    ):
         return "fma"
     if stem in ("LDG", "LDS", "STS", "STG", "ATOMS", "ATOMG", "RED", "LDGSTS", "SHFL"):
         return "memory"

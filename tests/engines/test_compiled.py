@@ -13,23 +13,22 @@ from conftest import ROOT
 
 from gradstat.formats import FORMATS
 
-# Instructions of an element in the main loop, at most: of float32, float16 and bfloat16.
+# Instructions of an element in the main loop, at most: of float32, float16 and bfloat16. Turing has
+# no instructions for pairs, Blackwell (of data centres) adds two float32 at once.
 MOST_INSTRUCTIONS = {
-    ("measure", "Log2Bins()", 80): (13.5, 11.5, 12),
-    ("measure", "Log2Bins()", 90): (13.5, 11.5, 12),
-    ("measure", "Log2Bins()", 100): (12.5, 11, 11.3),
-    ("measure", "LinearBins(64, ...)", 80): (19, 17.3, 17.3),
-    ("measure", "LinearBins(64, ...)", 90): (19, 17.3, 17.3),
-    ("measure", "LinearBins(64, ...)", 100): (18, 16.5, 16.2),
-    # The second sweep of an automatic range.
-    ("second sweep", "LinearBins(64, ...)", 80): (9.5, 9.5, 9.5),
-    ("second sweep", "LinearBins(64, ...)", 90): (9.5, 9.5, 9.5),
-    ("second sweep", "LinearBins(64, ...)", 100): (9.5, 9.5, 9.5),
+    "measure Log2Bins()": {75: (14, 12.3, 13.8), 100: (12.5, 11, 11.3), 120: (14.5, 11.5, 12)},
+    "measure LinearBins(64, ...)": {75: (19, 19.5, 18.5), 100: (18, 16.5, 16.2)},
+    "second sweep LinearBins(64, ...)": {},
 }
-# Bytes that a multiprocessor has on their way from memory, at least.
+MOST_OF_OTHERS = {
+    "measure Log2Bins()": (13.5, 11.5, 12),
+    "measure LinearBins(64, ...)": (19, 17.3, 17.3),
+    "second sweep LinearBins(64, ...)": (9.5, 9.5, 9.5),
+}
+# Kilobytes that a multiprocessor has on their way from memory, at least.
 LEAST_IN_FLIGHT = {"Log2Bins()": (64, 32, 32), "LinearBins(64, ...)": (64, 48, 48)}
 DTYPES = ("float32", "float16", "bfloat16")
-MOST_REGISTERS = 96
+MOST_REGISTERS = 112
 
 # The same of narrow formats, one for each way to find a scale, and for three formats together.
 MOST_FOR_FORMATS = {
@@ -42,27 +41,38 @@ MOST_FOR_FORMATS = {
     "together": (60, 50),
 }
 
+# All dtypes on one architecture of each maker, bfloat16 on the others.
 EVERY_KERNEL = """
-import roofline, sass, torch
+import re, roofline, sass, torch
 from gradstat.engines import triton as triton_engine
 from triton.backends.compiler import GPUTarget
 FORMATS = (roofline.TOGETHER, "float8_e5m2_128x128 + bfloat16 + float8_e5m2_amax")
-for target in (GPUTarget("hip", "gfx942", 64), GPUTarget("cuda", 90, 32)):
-    capability = target.arch if target.backend == "cuda" else 0
-    for dtype in triton_engine.ELEMENTS:
+AMD = [GPUTarget("hip", arch, 64) for arch in ("gfx942", "gfx950")]
+NVIDIA = [GPUTarget("cuda", arch, 32) for arch in (90, 75, 80, 86, 89, 100, 120)]
+for target in AMD + NVIDIA:
+    is_amd = target.backend == "hip"
+    def report(name, dtype, scheme):
+        arguments = roofline.kernel_arguments(name, dtype, scheme, 0 if is_amd else target.arch)
+        warps = triton_engine.THREADS // target.warp_size
+        compiled = sass.compile_kernel(*arguments, target, num_warps=warps)
+        if is_amd:
+            code = compiled.asm["amdgcn"]
+            used = {x: int(n) for x, n in re.findall(r"[.](\\w+):\\s+(\\d+)", code)}
+            registers = used["vgpr_count"]
+            spills = used["vgpr_spill_count"] + used["private_segment_fixed_size"]
+        else:
+            usage = sass.usage(compiled)
+            registers, spills = usage["REG"], usage["STACK"] + usage["LOCAL"]
+        print(f"{target.arch}|{name}|{dtype}|{scheme}|{registers}|{spills}")
+    dtypes = list(triton_engine.ELEMENTS)
+    for dtype in dtypes if target in (AMD[0], NVIDIA[0]) else dtypes[-1:]:
         for name in ("maxima", "formats", "finish formats"):
             for formats in FORMATS:
-                arguments = roofline.kernel_arguments(name, dtype, formats, capability)
-                warps = triton_engine.THREADS // target.warp_size
-                compiled = sass.compile_kernel(*arguments, target, num_warps=warps)
-                print(target.arch, name, dtype, formats, list(compiled.asm)[-1])
+                report(name, dtype, formats)
         for name in ("measure", "second sweep", "finish"):
             for scheme in roofline.SCHEMES:
                 if (name, scheme) != ("second sweep", "Log2Bins()"):
-                    arguments = roofline.kernel_arguments(name, dtype, scheme, capability)
-                    warps = triton_engine.THREADS // target.warp_size
-                    compiled = sass.compile_kernel(*arguments, target, num_warps=warps)
-                    print(target.arch, name, dtype, scheme, list(compiled.asm)[-1])
+                    report(name, dtype, scheme)
 """
 
 # Every sum of a product, and one that the compiler fuses, to see that it would be found.
@@ -116,10 +126,11 @@ counts_by_atomics = tuple(int(part) for part in triton.__version__.split(".")[:2
 @pytest.mark.skipif(not counts_by_atomics, reason="the budget is for Triton 3.8 and later")
 def test_main_loop_keeps_to_the_budget(rows: list[dict[str, Any]]) -> None:
     rows = [row for row in rows if row["kernel"] != "formats"]
-    assert len(rows) == 3 * 3 * 3
+    assert len(rows) == 7 * 3 * 3
     for row in rows:
         kind = DTYPES.index(row["dtype"])
-        most = MOST_INSTRUCTIONS[row["kernel"], row["bins"], row["architecture"]]
+        name = f"{row['kernel']} {row['bins']}"
+        most = MOST_INSTRUCTIONS[name].get(row["architecture"], MOST_OF_OTHERS[name])
         assert row["instructions"] <= most[kind], row
         assert row["in_flight"] >= LEAST_IN_FLIGHT[row["bins"]][kind] << 10, row
         assert row["registers"] <= MOST_REGISTERS, row
@@ -137,7 +148,7 @@ def scale_of(formats: str) -> str:
 
 def test_main_loop_of_formats_keeps_to_the_budget(rows: list[dict[str, Any]]) -> None:
     rows = [row for row in rows if row["kernel"] == "formats"]
-    assert len(rows) == 3 * 3 * (len(FORMATS) + 1)
+    assert len(rows) == 3 * 3 * (len(MOST_FOR_FORMATS) + 1)
     assert {scale_of(row["bins"]) for row in rows} == set(MOST_FOR_FORMATS)
     for row in rows:
         kind, scale = 0 if row["dtype"] == "float32" else 1, scale_of(row["bins"])
@@ -151,10 +162,12 @@ def test_main_loop_of_formats_keeps_to_the_budget(rows: list[dict[str, Any]]) ->
 
 
 def test_every_kernel_compiles_for_amd_and_nvidia() -> None:
-    lines = run("-c", EVERY_KERNEL).splitlines()
-    assert len(lines) == 2 * 3 * 11
-    assert sum(line.startswith("gfx942") and line.endswith("hsaco") for line in lines) == 33
-    assert sum(line.startswith("90") and line.endswith("cubin") for line in lines) == 33
+    # Machine code for AMD's GPUs is made and its registers are counted. None has run it.
+    lines = [line.split("|") for line in run("-c", EVERY_KERNEL).splitlines()]
+    assert len(lines) == 11 * (2 * 3 + 7)
+    for arch, name, *_, registers, spills in lines:
+        assert int(registers) <= (208 if name == "formats" else 176), (arch, name)
+        assert int(spills) <= (16 if name == "formats" else 0), (arch, name)
 
 
 def test_no_product_is_fused_into_a_sum_over_lanes(tmp_path: Path) -> None:
