@@ -2,7 +2,7 @@
 
 Six roofs, each as a share of the memory's nominal speed:
 
-    memory     the time in which the memory delivers an element
+    bandwidth  the time in which the memory delivers an element
     issue      four warp instructions a clock and multiprocessor
     a pipe     the lanes of `Card.lanes`, from the table "Arithmetic Instructions" of the CUDA C++
                Programming Guide (https://docs.nvidia.com/cuda/cuda-c-programming-guide);
@@ -117,7 +117,7 @@ def predict(card: Card, figures: dict[str, Any], bins: int | None, distribution:
         distribution: one of `DISTRIBUTIONS`.
     """
     needed = card.elements(figures["itemsize"])
-    roofs = {"memory": 1.0, "issue": ISSUED / figures["instructions"] / needed}
+    roofs = {"bandwidth": 1.0, "issue": ISSUED / figures["instructions"] / needed}
     for pipe, lanes in card.lanes.items():
         if figures["pipes"].get(pipe):
             roofs[pipe] = lanes / figures["pipes"][pipe] / needed

@@ -171,7 +171,7 @@ def describe(row: dict[str, Any]) -> str:
 def predictions(rows: list[dict[str, Any]]) -> list[str]:
     """Lines of a table: for each card and kernel the share of the memory's speed, and the roof."""
     lines = [
-        "Predicted shares of the memory's speed, and the roof where it is not the memory.",
+        "Predicted shares of the memory's speed, and the roof where it is not bandwidth.",
         "",
         f"| card | kernel | dtype | {' | '.join(DISTRIBUTIONS)} |",
         f"|---|---|---|{'---|' * len(DISTRIBUTIONS)}",
@@ -180,7 +180,9 @@ def predictions(rows: list[dict[str, Any]]) -> list[str]:
         for row in rows:
             if row["architecture"] == card.architecture:
                 found = [predict(card, row, BINS.get(row["bins"]), each) for each in DISTRIBUTIONS]
-                cells = [f"{s:.0%}" + ("" if roof == "memory" else f" {roof}") for s, roof in found]
+                cells = [
+                    f"{s:.0%}" + ("" if roof == "bandwidth" else f" {roof}") for s, roof in found
+                ]
                 name = f"{row['kernel']} {row['bins']}"
                 lines.append(f"| {card.name} | {name} | {row['dtype']} | {' | '.join(cells)} |")
     return lines

@@ -166,7 +166,7 @@ def test_every_kernel_compiles_for_amd_and_nvidia() -> None:
     lines = [line.split("|") for line in run("-c", EVERY_KERNEL).splitlines()]
     assert len(lines) == 11 * (2 * 3 + 7)
     for arch, name, *_, registers, spills in lines:
-        assert int(registers) <= (208 if name == "formats" else 176), (arch, name)
+        assert int(registers) <= (208 if name == "formats" else 256), (arch, name)
         assert int(spills) <= (16 if name == "formats" else 0), (arch, name)
 
 
