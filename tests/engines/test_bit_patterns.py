@@ -1,6 +1,7 @@
 """Every engine on arbitrary bits: whatever memory holds is a value that NumPy counts too."""
 
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from gradstat.bins import Bins
 
 SCHEMES = [Log2Bins(), LinearBins(30), LinearBins(7, -1.0, 1.0)]
 INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+# 16-bit elements of a whole tile of Triton's, which has no masked rest.
+TILE = 8192
 
 # Exponent and mantissa bits of each type, to tell NaN and infinities without its arithmetic.
 FIELDS = {
@@ -97,3 +101,49 @@ def test_measure_counts_arbitrary_patterns(
     mask = (1 << dtype.itemsize * 8) - 1
     expected = Counter(kind_of(each & mask, dtype) for each in bits.tolist())
     assert int(s.nan[0]) == expected["nan"] > 0
+
+
+def special_patterns(dtype: torch.dtype) -> list[int]:
+    """Zeros, both ends of the subnormals, infinities and a NaN, of both signs."""
+    exponent_bits, mantissa_bits = FIELDS[dtype]
+    infinity = ((1 << exponent_bits) - 1) << mantissa_bits
+    quiet = 1 << (mantissa_bits - 1)
+    magnitudes = [0, 1, (1 << mantissa_bits) - 1, infinity, infinity | quiet]
+    return [sign | bits for sign in (0, 1 << 15) for bits in magnitudes]
+
+
+def rows_with_pairs(dtype: torch.dtype, columns: int) -> torch.Tensor:
+    """Rows of usual values; in each one, a special value beside each of them, and beside a usual.
+
+    Two 16-bit elements are one word, which a GPU compares at once. In rows of finite values, the
+    usual ones are of one sign, so that a zero or a subnormal is an extreme.
+    """
+    special = [*from_bits(special_patterns(dtype), dtype), None]
+    finite = [x for x in special if x is None or x.isfinite()]
+    usual = torch.linspace(0.25, 0.75, columns, device="cpu").to(dtype)
+    rows = []
+    for others, sign in ((special, 1), (finite, 1), (finite, -1)):
+        for first, is_first in product(others, (True, False)):
+            row = sign * usual
+            for at, second in enumerate(others):
+                # Over all words of a thread's loads.
+                word = (len(rows) + 5 * at) % (columns // 2)
+                pair = (first, second) if is_first else (second, first)
+                for half, value in enumerate(pair):
+                    if value is not None:
+                        row[2 * word + half] = value
+            rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("bins", SCHEMES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_measure_tells_the_elements_of_a_pair_apart(
+    engine: Engine, dtype: torch.dtype, bins: Bins
+) -> None:
+    if engine.is_interpreted:
+        pytest.skip("Triton's interpreter takes no pairs: it has no PTX")
+    parts = list(rows_with_pairs(dtype, TILE).to(engine.device))
+    s = engine.measure(parts, bins)
+    assert_counts_are_numpys(s, parts)
+    assert_floats_are_right(s, parts, engine)

@@ -92,10 +92,10 @@ for architecture in sass.ARCHITECTURES:
     for dtype in triton_engine.ELEMENTS:
         for scheme in roofline.SCHEMES:
             for name in ("measure", "finish"):
-                print(name, found(*roofline.kernel_arguments(name, dtype, scheme)))
+                print(name, found(*roofline.kernel_arguments(name, dtype, scheme, architecture)))
         for formats in (roofline.TOGETHER, "float8_e5m2_128x128 + bfloat16 + float8_e5m2_amax"):
             for name in ("formats", "finish formats"):
-                arguments = roofline.kernel_arguments(name, dtype, formats)
+                arguments = roofline.kernel_arguments(name, dtype, formats, architecture)
                 print(name.replace(" ", "-"), found(*arguments))
 """
 

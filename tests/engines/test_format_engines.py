@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import IN_SOFTWARE, Engine, no_waiting
 from quantizing import ALL_FORMATS, KINDS, every_pattern, expected, samples
+from test_bit_patterns import rows_with_pairs
 
 from gradstat import ops
 from gradstat.formats import FORMATS, Format
@@ -58,6 +59,14 @@ def test_measure_formats_of_every_pattern(engine: Engine, dtype: torch.dtype) ->
     # As they are, and in an order in which blocks have small and large values side by side.
     patterns = every_pattern(dtype)
     check(engine, {"in order": patterns, "across": patterns.T}, ALL_FORMATS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_measure_formats_tells_the_elements_of_a_pair_apart(
+    engine: Engine, dtype: torch.dtype
+) -> None:
+    pairs = rows_with_pairs(dtype, 256)
+    check(engine, {"with": pairs, "finite": pairs.nan_to_num(0, 2, -2)}, KINDS)
 
 
 def test_measure_formats_of_strided_tensors(engine: Engine) -> None:
