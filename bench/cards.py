@@ -22,6 +22,7 @@ it is a prediction, and no time was measured.
 from __future__ import annotations
 
 import functools
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,11 @@ CARDS = (
     Card("RTX 5090", 120, 1.792e12, 170, 2.41e9, 1536),
 )
 DISTRIBUTIONS = ("Gaussian", "lognormal", "uniform", "constant")
+
+
+def named(name: str) -> Card | None:
+    """The card of a name as its driver tells it, as ``"NVIDIA H100 80GB HBM3"``."""
+    return next((card for card in CARDS if re.search(rf"\b{card.name}\b", name)), None)
 
 
 def values(distribution: str, n: int) -> np.ndarray:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import itertools
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,13 +33,22 @@ import gradstat
 Call = Callable[[], Any]
 
 DTYPES = (torch.float32, torch.bfloat16)
-DISTRIBUTIONS = ("Gaussian", "lognormal", "zeros", "one bin")
+# And those of `cards` that are like them.
+DISTRIBUTIONS = {
+    "Gaussian": "Gaussian",
+    "lognormal": "lognormal",
+    "zeros": "constant",
+    "one bin": "constant",
+}
+TIMES = ("median", "quartiles", "ratio")
+NETWORKS = ("MLP", "GPT-2 small")
+MODES = ("eager", "compiled", "graphed")
 LISTS = {"MLP": MLP, "ResNet-50": RESNET50, "GPT-2 small": GPT2_SMALL}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a run; those of a dry run on the CPU are tiny."""
+    """Sizes of a run; those of a dry run are tiny."""
 
     sizes: tuple[int, ...] = (1 << 16, 1 << 20, 1 << 24, 1 << 26, 1 << 28, 1 << 30)  # bytes
     distribution_bytes: int = 1 << 28
@@ -57,6 +66,7 @@ class Plan:
         }
     )
     batch: int = 8
+    takes_times: bool = True
 
 
 TINY = Plan(
@@ -68,20 +78,23 @@ TINY = Plan(
     lists=("MLP",),
     network={"layers": 1, "width": 16, "heads": 2, "vocabulary": 32, "context": 8},
     batch=1,
+    takes_times=False,
 )
 
 
 class Clock:
-    """Times calls on a device: CUDA events on a GPU, the host's clock in a dry run."""
+    """Times calls by CUDA events. In a dry run every call takes a second, which nobody believes."""
 
     def __init__(self, device: torch.device, plan: Plan) -> None:
-        self.device, self.rounds = device, plan.rounds
+        self.device, self.rounds, self._takes_times = device, plan.rounds, plan.takes_times
         self.flush = torch.empty(plan.flush_bytes, dtype=torch.int8, device=device)
 
     def seconds(self, call: Call, *, flushed: bool) -> list[float]:
-        """One time for each round, on a GPU after two rounds of warm-up."""
-        if self.device.type != "cuda":
-            return [_host_seconds(call) for _ in range(self.rounds)]
+        """One time for each round, on a card after two rounds of warm-up."""
+        if not self._takes_times:
+            for _ in range(self.rounds):
+                call()
+            return self.rounds * [1.0]
         for _ in range(2):
             call()
         events = []
@@ -95,12 +108,6 @@ class Clock:
             events.append(pair)
         torch.cuda.synchronize()
         return [start.elapsed_time(end) / 1e3 for start, end in events]
-
-
-def _host_seconds(call: Call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def make(n_bytes: int, dtype: torch.dtype, distribution: str, device: torch.device) -> Tensor:
@@ -120,7 +127,7 @@ def make(n_bytes: int, dtype: torch.dtype, distribution: str, device: torch.devi
     return x.to(dtype)
 
 
-def contestants(x: Tensor) -> dict[str, Call]:
+def contestants(x: Tensor, plan: Plan) -> dict[str, Call]:
     """What is timed for a tensor."""
     target = torch.empty_like(x)
     calls: dict[str, Call] = {
@@ -129,6 +136,9 @@ def contestants(x: Tensor) -> dict[str, Call]:
     }
     calls["torch composite"] = functools.partial(composite, x)
     calls["torch.histc"] = lambda: torch.histc(x.float(), BINS, LOW, HIGH)
+    calls["torch.aminmax"] = lambda: torch.aminmax(x)
+    if x.nbytes <= plan.hot_up_to:  # it runs on the CPU alone, and waits for the copy
+        calls["torch.histogram"] = lambda: torch.histogram(x.float().cpu(), BINS, range=(LOW, HIGH))
     calls["_foreach_norm"] = lambda: torch._foreach_norm([x])
     calls["copy"] = lambda: target.copy_(x)
     if x.device.type == "cuda" and importlib.util.find_spec("cupy"):
@@ -139,16 +149,20 @@ def contestants(x: Tensor) -> dict[str, Call]:
     return calls
 
 
-def check_contestants(x: Tensor) -> None:
+def check_contestants(x: Tensor, plan: Plan) -> None:
     """Whether what counts values counts them right."""
     expected = {name: truth(x, bins) for name, bins in SCHEMES.items()}
-    for name, call in contestants(x).items():
+    for name, call in contestants(x, plan).items():
         if name.startswith("gradstat "):
             check_statistics(call(), expected[name.removeprefix("gradstat ")])
         elif name == "torch composite":
             check_composite(call(), expected["linear"], x.dtype)
         elif name == "torch.histc":
             check_counts(call(), expected["linear"])
+        elif name == "torch.histogram":
+            check_counts(call().hist, expected["linear"])
+        elif name == "torch.aminmax":
+            assert call() == (expected["linear"].min, expected["linear"].max)
         elif name == "cupy.histogram":
             check_counts(call()[0].get(), expected["linear"])
 
@@ -156,13 +170,13 @@ def check_contestants(x: Tensor) -> None:
 def time_tensors(plan: Plan, clock: Clock) -> Iterator[dict[str, Any]]:
     """Every size, and every distribution at one size."""
     cases = [(size, "Gaussian") for size in plan.sizes]
-    cases += [(plan.distribution_bytes, name) for name in DISTRIBUTIONS[1:]]
+    cases += [(plan.distribution_bytes, name) for name in list(DISTRIBUTIONS)[1:]]
     for dtype in DTYPES:
         for n_bytes, distribution in cases:
             x = make(n_bytes, dtype, distribution, clock.device)
-            check_contestants(x)
+            check_contestants(x, plan)
             for flushed in (True, False) if n_bytes <= plan.hot_up_to else (True,):
-                for name, call in contestants(x).items():
+                for name, call in contestants(x, plan).items():
                     yield {
                         "suite": "tensors",
                         "contestant": name,
@@ -212,37 +226,109 @@ def composite_each(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
     return [composite(x) for x in tensors]
 
 
-def time_training(plan: Plan, clock: Clock) -> Iterator[dict[str, Any]]:
-    """A step of GPT-2 small on random tokens: bare and watched, in turns."""
-    torch.manual_seed(20)
-    model = GPT(**plan.network).to(clock.device)
-    vocabulary, context = plan.network["vocabulary"], plan.network["context"]
-    tokens = torch.randint(vocabulary, (plan.batch, context + 1), device=clock.device)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=clock.device.type == "cuda")
+class Training:
+    """A network in training with AdamW on one batch: one more step at each call.
 
-    def step() -> None:
-        with torch.autocast(clock.device.type, torch.bfloat16):
-            logits = model(tokens[:, :-1])
-            loss = nn.functional.cross_entropy(logits.float(), tokens[:, 1:].flatten())
+    Args:
+        network: one of `NETWORKS`.
+        plan: sizes.
+        mode: ``"eager"``, ``"compiled"``, or ``"graphed"``, which captures the step.
+        device: to train on.
+    """
+
+    def __init__(self, network: str, plan: Plan, mode: str, device: torch.device) -> None:
+        torch.manual_seed(20)
+        self.model: nn.Module
+        if network == "MLP":
+            sizes = [784, 10, 10, 10, 10]
+            linear = [nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
+            others = [nn.ReLU() for _ in linear[1:]]
+            layers = [x for pair in itertools.zip_longest(linear, others) for x in pair if x]
+            self.model = nn.Sequential(*layers)
+            self.inputs = torch.rand(128, 784, device=device)
+            self.targets = torch.randint(10, (128,), device=device)
+        else:
+            self.model = GPT(**plan.network)
+            shape = (plan.batch, plan.network["context"] + 1)
+            tokens = torch.randint(plan.network["vocabulary"], shape, device=device)
+            self.inputs, self.targets = tokens[:, :-1], tokens[:, 1:].flatten()
+        self.model.to(device)
+        self._device, self._mode = device, mode
+        self._forward = torch.compile(self.model) if mode == "compiled" else self.model
+        self._optimizer = torch.optim.AdamW(
+            self.model.parameters(), 1e-4, fused=device.type == "cuda", capturable=mode == "graphed"
+        )
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._watch: gradstat.Watch | None = None
+
+    def begin(self, watch: gradstat.Watch | None = None) -> None:
+        """Warm up and, where the mode asks for it, capture; after `gradstat.watch`, if at all."""
+        self._watch = watch
+        if self._mode != "graphed":
+            self._step()
+            return
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._step()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._step()
+
+    def __call__(self) -> None:
+        if self._graph is None:
+            self._step()
+            return
+        self._graph.replay()
+        if self._watch is not None:
+            self._watch.replayed()
+
+    def _step(self) -> None:
+        with torch.autocast(self._device.type, torch.bfloat16):
+            output = self._forward(self.inputs)
+            loss = nn.functional.cross_entropy(output.float(), self.targets)
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
 
-    ways: dict[str, Callable[[], Any]] = {
-        "bare": contextlib.nullcontext,
-        "gradstat.watch": functools.partial(gradstat.watch, model, engine="triton"),
-    }
-    if clock.device.type == "cuda" and importlib.util.find_spec("wandb"):
-        ways["wandb.watch"] = functools.partial(watch_with_wandb, model)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(4):
-        for name, way in ways.items():
-            with way():
-                seconds[name] += clock.seconds(step, flushed=False)
-    bare = statistics.median(seconds["bare"])
-    for name, times in seconds.items():
-        ratio = statistics.median(times) / bare
-        yield {"suite": "training", "contestant": name, "ratio": ratio, **summarise(times)}
+
+def time_training(plan: Plan, clock: Clock) -> Iterator[dict[str, Any]]:
+    """Steps of each network in each mode: bare and watched, in turns."""
+    modes = MODES if clock.device.type == "cuda" else MODES[:1]
+    for network, mode in itertools.product(NETWORKS, modes):
+        with contextlib.ExitStack() as stack:
+            steps = {
+                name: Training(network, plan, mode, clock.device)
+                for name in ("bare", "gradstat.watch", "wandb.watch")
+                if name != "wandb.watch" or (mode == "eager" and has_wandb(clock.device))
+            }
+            for name, step in steps.items():
+                watch = None
+                if name == "gradstat.watch":
+                    watch = stack.enter_context(gradstat.watch(step.model, engine="triton"))
+                elif name == "wandb.watch":
+                    stack.enter_context(watch_with_wandb(step.model))
+                step.begin(watch)
+            seconds: dict[str, list[float]] = {name: [] for name in steps}
+            for _ in range(4):
+                for name, step in steps.items():
+                    seconds[name] += clock.seconds(step, flushed=False)
+        bare = statistics.median(seconds["bare"])
+        for name, times in seconds.items():
+            yield {
+                "suite": "training",
+                "contestant": name,
+                "network": network,
+                "mode": mode,
+                "ratio": statistics.median(times) / bare,
+                **summarise(times),
+            }
+
+
+def has_wandb(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("wandb") is not None
 
 
 @contextlib.contextmanager

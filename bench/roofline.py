@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import sass
 import torch
-from cards import CARDS, DISTRIBUTIONS, REGISTERS, predict
+from cards import CARDS, DISTRIBUTIONS, REGISTERS, Card, predict
 from triton.backends.compiler import GPUTarget
 
 from gradstat.bins import LinearBins, Log2Bins
@@ -186,6 +187,17 @@ def predictions(rows: list[dict[str, Any]]) -> list[str]:
                 name = f"{row['kernel']} {row['bins']}"
                 lines.append(f"| {card.name} | {name} | {row['dtype']} | {' | '.join(cells)} |")
     return lines
+
+
+def shares(card: Card) -> dict[tuple[str, str, str], tuple[float, str]]:
+    """Of the measuring kernel by scheme, dtype and distribution: see `cards.predict`."""
+    found = {}
+    for scheme, dtype in product(SCHEMES, triton_engine.ELEMENTS):
+        row = examine(card.architecture, "measure", dtype, scheme)
+        for distribution in DISTRIBUTIONS:
+            key = scheme, row["dtype"], distribution
+            found[key] = predict(card, row, BINS[scheme], distribution)
+    return found
 
 
 def main() -> None:

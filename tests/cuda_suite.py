@@ -26,6 +26,7 @@ ENGINES = ["bit_patterns", "engine_properties", "engines", "format_engines"]
 TESTS = [f"tests/engines/test_{name}.py" for name in [*ENGINES, "triton", "triton_streams"]]
 TESTS += ["tests/test_ops.py", "tests/test_quantized.py", "tests/recording"]
 TESTS += ["tests/examples/test_study_training.py", "tests/cuda_device"]
+TESTS += ["tests/bench/test_bench.py::test_gpu_suite_goes_through_in_a_dry_run"]
 STUDY = ["examples/relu_vs_sigmoid.py", "--device", "cuda", "--epochs", "1", "--out"]
 SCHEDULES = "--schedules=lazy,reverse,random:0,random:1"
 MOST_PROCESSES = 8  # of some 3 GB each

@@ -13,8 +13,10 @@ from legibility import assert_legible
 from matplotlib.patches import Rectangle
 
 SUITE = [sys.executable, str(ROOT / "bench" / "gpu_suite.py")]
+WATCHED = "gradstat.watch"
 
 
+# `make test-cuda` runs it on the CUDA device in software, through graphs and compiled networks.
 def test_gpu_suite_goes_through_in_a_dry_run(tmp_path: Path) -> None:
     # The interpreter's NumPy warns of NaN and infinities that the kernels expect.
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
@@ -22,10 +24,17 @@ def test_gpu_suite_goes_through_in_a_dry_run(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     document = json.loads((tmp_path / "dry-run.json").read_text())
-    suites = {row["suite"] for row in document["benchmarks"]}
-    assert suites == {"tensors", "lists", "training"}
-    assert all(row["median"] > 0 for row in document["benchmarks"])
+    rows = document["benchmarks"]
+    assert {row["suite"] for row in rows} == {"tensors", "lists", "training"}
+    modes = {"eager", "compiled", "graphed"} if CUDA else {"eager"}
+    watched = {(row["network"], row["mode"]) for row in rows if row["contestant"] == WATCHED}
+    assert watched == {(network, mode) for network in ("MLP", "GPT-2 small") for mode in modes}
+    # No time is told.
+    assert {row["median"] for row in rows} == {1.0}
+    assert "median" not in done.stdout
     assert (tmp_path / "dry-run.png").stat().st_size > 0
+    table = (tmp_path / "dry-run.md").read_text()
+    assert "nothing was measured" in table if CUDA else "nothing is predicted" in table
 
 
 @pytest.mark.skipif(CUDA, reason="there is a CUDA device")
