@@ -17,12 +17,21 @@ calibrated.
 
 `LATENCY_S` under load is an assumption: about three times what an idle H100's memory takes. All of
 it is a prediction, and no time was measured.
+
+A launch over a list (`launch_seconds`): a program takes the time that it would take alone, a wait
+for memory and its instructions for each round of its loops, as long as all programs that run ask
+memory for no more than it delivers; else all of them are slowed down alike. A multiprocessor takes
+the next item when one of its programs ends. `LAUNCH_S` is an assumption as well: what NVIDIA
+measured between kernels of 2.9 us that a stream holds ready
+(https://developer.nvidia.com/blog/cuda-graphs).
 """
 
 from __future__ import annotations
 
 import functools
+import heapq
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +43,7 @@ ISSUED = 128  # instructions of a thread that a multiprocessor issues in a clock
 REGISTERS = 65536  # of a multiprocessor
 WARP, BANKS = 32, 32
 LATENCY_S = 800e-9
+LAUNCH_S = 1e-6
 
 _LANES = {"alu": 64, "fma": 128, "memory": 32, "conversion": 16}
 
@@ -134,3 +144,29 @@ def predict(card: Card, figures: dict[str, Any], bins: int | None, distribution:
     roofs["in flight"] = programs * figures["program_bytes"] / per_multiprocessor
     roof = min(roofs, key=lambda name: roofs[name])
     return roofs[roof], roof
+
+
+def launch_seconds(
+    programs: Sequence[tuple[float, int]], at_once: int, bytes_per_second: float
+) -> float:
+    """Seconds of a launch, from the start of its first program to the end of its last one.
+
+    Args:
+        programs: in the order of the launch: seconds that each would take alone, and bytes.
+        at_once: programs that a card runs at a time.
+        bytes_per_second: that it can read and work on, all programs together.
+    """
+    # All programs are slowed down by one factor, so they end in the order of their own clock, which
+    # runs by that factor behind.
+    seconds = own = demand = 0.0
+    running: list[tuple[float, float]] = []
+    for i in range(len(programs) + at_once):
+        if len(running) == at_once or (running and i >= len(programs)):
+            end, freed = heapq.heappop(running)
+            seconds += (end - own) * max(1.0, demand / bytes_per_second)
+            own, demand = end, demand - freed
+        if i < len(programs):
+            alone, n_bytes = programs[i]
+            heapq.heappush(running, (own + alone, n_bytes / alone))
+            demand += n_bytes / alone
+    return seconds

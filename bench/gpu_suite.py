@@ -108,11 +108,11 @@ def compare(document: dict[str, Any], card: cards.Card | None) -> str:
     name = document["card"]["name"]
     if card is None:
         return f"{name}: nothing is predicted for this card (bench/cards.py).\n"
-    shares = {}
+    shares, lists = {}, {}
     if not document["dry_run"]:  # the device in software has no machine code to look at
         import roofline
 
-        shares = roofline.shares(card)
+        shares, lists = roofline.shares(card), roofline.list_times(card)
     lines = [
         f"{name}, predicted as {card.name}. Shares of {card.bytes_per_second / 1e12:.3} TB/s.",
         "",
@@ -137,6 +137,21 @@ def compare(document: dict[str, Any], card: cards.Card | None) -> str:
             roof,
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "All gradients of a model over log2 bins, in microseconds. Predicted is the device's time "
+        "alone; short lists wait for the host.",
+        "",
+        "| list | dtype | measured | predicted |",
+        "|---|---|---|---|",
+    ]
+    for row in document["benchmarks"]:
+        if row["suite"] == "lists" and row["contestant"] == "gradstat log2":
+            microseconds = ["", ""]
+            if not document["dry_run"]:
+                seconds = row["median"], lists[row["model"], row["dtype"]]
+                microseconds = [f"{each * 1e6:.1f}" for each in seconds]
+            lines.append(f"| {' | '.join([row['model'], row['dtype'], *microseconds])} |")
     return "\n".join(lines) + "\n"
 
 

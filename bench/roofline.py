@@ -3,7 +3,8 @@
 Compiles the measuring kernel, the one of the second sweep that automatic ranges take, and that of
 narrow formats with each way to find a scale and with three formats, for each architecture and
 dtype, finds the main loop, and tells for each card what share of its memory's speed to expect, and
-which roof sets it: see cards.py. The loop alone is looked at, of a large tensor.
+which roof sets it: see cards.py. The loop alone is looked at, of a large tensor. Then what all
+gradients of a model should take, with the programs that the engine makes of them.
 
 Usage: python bench/roofline.py [--json FILE] [--markdown FILE]
 """
@@ -18,7 +19,18 @@ from typing import Any
 
 import sass
 import torch
-from cards import CARDS, DISTRIBUTIONS, REGISTERS, Card, predict
+from cards import (
+    CARDS,
+    DISTRIBUTIONS,
+    ISSUED,
+    LATENCY_S,
+    LAUNCH_S,
+    REGISTERS,
+    Card,
+    launch_seconds,
+    predict,
+)
+from shapes import GPT2_SMALL, MLP, RESNET50, Shape
 from triton.backends.compiler import GPUTarget
 
 from gradstat.bins import LinearBins, Log2Bins
@@ -27,7 +39,7 @@ from gradstat.engines import triton_formats
 from gradstat.formats import FORMATS
 from gradstat.kernels.finish import finish_kernel
 from gradstat.kernels.formats import finish_formats_kernel, formats_kernel, maxima_kernel
-from gradstat.kernels.measure import measure_kernel, second_sweep_kernel
+from gradstat.kernels.measure import PARTIAL_FIELDS, measure_kernel, second_sweep_kernel
 
 SCHEMES = {"Log2Bins()": Log2Bins(), "LinearBins(64, ...)": LinearBins(64, -0.5, 0.5)}
 # One format for each way to find a scale.
@@ -46,6 +58,11 @@ KERNELS = [
     *(("formats", name) for name in (*ONE_OF_EACH, TOGETHER)),
 ]
 FORMATS_ON = (80, 90, 100)
+LISTS = {"MLP": MLP, "ResNet-50": RESNET50, "GPT-2 small": GPT2_SMALL}
+# Instructions of a program's threads, read off the machine code for sm_90: outside all loops, in a
+# round of the loop over what is less than a tile, and in the finishing kernel.
+OUTSIDE_LOOPS, MASKED_ROUND, FINISHING = 1000, 140, 400
+PARTIAL_BYTES = 8 * PARTIAL_FIELDS.value
 # For `cards.atomic_clocks`.
 BINS = {"Log2Bins()": 0, "LinearBins(64, ...)": 64}
 
@@ -189,6 +206,70 @@ def predictions(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def list_seconds(card: Card, row: dict[str, Any], shapes: list[Shape]) -> dict[str, float]:
+    """What measuring tensors of these shapes should take, in the programs that the engine makes.
+
+    Args:
+        card: of the row's architecture.
+        row: figures of the measuring kernel over log2 bins, from `examine`.
+        shapes: of the tensors.
+
+    Returns:
+        Seconds of both launches, and what memory needs to deliver the elements; programs.
+    """
+    dtype, itemsize = getattr(torch, row["dtype"]), row["itemsize"]
+    tensors = [torch.empty(shape, dtype=dtype) for shape in shapes]
+    items, spans = triton_engine.make_items(tensors, range(len(tensors)))
+
+    def alone(waits: int, instructions: float) -> float:
+        """Of one program whose waits for memory overlap with nothing."""
+        issued = instructions * row["threads"] / ISSUED
+        return waits * LATENCY_S + issued / card.hertz
+
+    tile = row["program_bytes"] // itemsize
+    programs = []
+    for n, n_aligned in items[:, 2:4].tolist():
+        tiles = n_aligned // tile
+        rounds = -(-(n - n_aligned) // row["threads"])
+        instructions = OUTSIDE_LOOPS + rounds * MASKED_ROUND
+        instructions += tiles * row["instructions"] * tile / row["threads"]
+        # Before the loops it waits for the words of its item, and for the first elements.
+        programs.append((alone(2 + tiles + rounds, instructions), n * itemsize))
+    at_once = card.multiprocessors * min(row["programs"], card.threads // row["threads"])
+    share, _ = predict(card, row, 0, "Gaussian")
+    finishing = []
+    for _, first, end, _ in spans.tolist():
+        blocks = -(-(end - first) // triton_engine.FINISH_BLOCK)
+        # It reads the partial results twice.
+        finishing.append((alone(2 + 2 * blocks, FINISHING), (end - first) * PARTIAL_BYTES))
+    return {
+        "programs": len(items),
+        "at once": at_once,
+        "measure": LAUNCH_S + launch_seconds(programs, at_once, share * card.bytes_per_second),
+        "finish": LAUNCH_S + launch_seconds(finishing, at_once, card.bytes_per_second),
+        "memory": sum(x.nbytes for x in tensors) / card.bytes_per_second,
+    }
+
+
+def list_predictions(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of a table: for each card, list and dtype the times of both launches."""
+    lines = [
+        "Predicted times of all gradients of a model over log2 bins, in microseconds.",
+        "",
+        "| card | list | dtype | programs | at once | measure | finish | memory alone |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for card, (name, shapes) in product(CARDS, LISTS.items()):
+        for row in rows:
+            kind = row["architecture"], row["kernel"], row["bins"]
+            if kind == (card.architecture, "measure", "Log2Bins()"):
+                found = list_seconds(card, row, shapes)
+                counts = [str(found[x]) for x in ("programs", "at once")]
+                times = [f"{found[x] * 1e6:.1f}" for x in ("measure", "finish", "memory")]
+                lines.append(f"| {' | '.join([card.name, name, row['dtype'], *counts, *times])} |")
+    return lines
+
+
 def shares(card: Card) -> dict[tuple[str, str, str], tuple[float, str]]:
     """Of the measuring kernel by scheme, dtype and distribution: see `cards.predict`."""
     found = {}
@@ -197,6 +278,17 @@ def shares(card: Card) -> dict[tuple[str, str, str], tuple[float, str]]:
         for distribution in DISTRIBUTIONS:
             key = scheme, row["dtype"], distribution
             found[key] = predict(card, row, BINS[scheme], distribution)
+    return found
+
+
+def list_times(card: Card) -> dict[tuple[str, str], float]:
+    """Seconds of both launches by list and dtype."""
+    found = {}
+    for dtype in triton_engine.ELEMENTS:
+        row = examine(card.architecture, "measure", dtype, "Log2Bins()")
+        for name, shapes in LISTS.items():
+            times = list_seconds(card, row, shapes)
+            found[name, row["dtype"]] = times["measure"] + times["finish"]
     return found
 
 
@@ -213,7 +305,7 @@ def main() -> None:
         if name != "formats" or architecture in FORMATS_ON
         for dtype in triton_engine.ELEMENTS
     ]
-    table = predictions(rows)
+    table = [*predictions(rows), "", *list_predictions(rows)]
     print("\n".join([*map(describe, rows), "", *table]))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))

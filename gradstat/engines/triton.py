@@ -41,8 +41,8 @@ Array = NDArray[np.int64]
 Kernel: TypeAlias = Any  # of Triton, which ships no types, compiled or not
 
 MAX_BINS = 4093  # a program keeps its histogram, with three more slots, in registers
-FINISH_BLOCK = 128
 THREADS = 256
+FINISH_BLOCK = THREADS  # items merged at once: a read of memory for each
 VECTOR_BYTES = 16
 TILE_BYTES = ROWS.value * VECTOR_BYTES * THREADS
 BLACKWELL = 100  # the first of its compute capabilities
@@ -51,6 +51,9 @@ ELEMENTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16
 
 MIN_ITEM, MAX_ITEM = 1 << 13, 1 << 16  # elements
 TARGET_ITEMS = 1024  # a few programs for each multiprocessor of a large GPU
+# Of what is less than a tile. Its loop takes as long for 256 elements as the main one for a tile:
+# both wait for memory. So a long rest is shared out, over programs that would be idle.
+REST_ITEM = 1 << 10
 ALIGNMENT = 16  # bytes of the widest load
 
 MAX_TABLE_BYTES = 64 << 20  # of all tables that are kept
@@ -384,9 +387,15 @@ def _split_part(x: Tensor, row: int, part: Part, size: int, tile: int) -> Array:
 def _split_contiguous(address: int, row: int, n: int, itemsize: int, size: int, tile: int) -> Array:
     """Items of a contiguous run; the elements before the first aligned one are an item too."""
     head = min(-address % ALIGNMENT // itemsize, n)
-    starts = np.arange(head, n, size, dtype=np.int64)
-    if head:
-        starts = np.concatenate([np.zeros(1, dtype=np.int64), starts])
+    whole = head + (n - head) // tile * tile
+    rest = whole if n - whole > REST_ITEM else n  # a short one is read with the last tiles
+    starts = np.concatenate(
+        [
+            np.zeros(1 if head else 0, dtype=np.int64),
+            np.arange(head, rest, size, dtype=np.int64),
+            np.arange(rest, n, REST_ITEM, dtype=np.int64),
+        ]
+    )
     lengths = np.diff(starts, append=n)
     items = np.empty((len(starts), 9), dtype=np.int64)
     items[:, 0] = address + starts * itemsize

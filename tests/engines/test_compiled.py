@@ -13,17 +13,23 @@ from conftest import ROOT
 
 from gradstat.formats import FORMATS
 
-# Instructions of an element in the main loop, at most: of float32, float16 and bfloat16. Turing has
-# no instructions for pairs, Blackwell (of data centres) adds two float32 at once.
+# Instructions of an element in the main loop, at most: of float32, float16 and bfloat16, on any
+# architecture, and on those that differ. Turing has no instructions for pairs, Blackwell (of data
+# centres) adds two float32 at once. They are what was found with Triton 3.8, and 2 % for another.
 MOST_INSTRUCTIONS = {
-    "measure Log2Bins()": {75: (14, 12.3, 13.8), 100: (12.5, 11, 11.3), 120: (14.5, 11.5, 12)},
-    "measure LinearBins(64, ...)": {75: (19, 19.5, 18.5), 100: (18, 16.5, 16.2)},
-    "second sweep LinearBins(64, ...)": {},
-}
-MOST_OF_OTHERS = {
-    "measure Log2Bins()": (13.5, 11.5, 12),
-    "measure LinearBins(64, ...)": (19, 17.3, 17.3),
-    "second sweep LinearBins(64, ...)": (9.5, 9.5, 9.5),
+    "measure Log2Bins()": {
+        0: (13.5, 11, 11.6),
+        75: (13.5, 12, 13.6),
+        100: (11.7, 8.5, 9.4),
+        120: (14.3, 10.6, 11.6),
+    },
+    "measure LinearBins(64, ...)": {
+        0: (17.6, 16.4, 16.1),
+        75: (17.6, 19, 18),
+        100: (15, 13.7, 13.6),
+        120: (18.8, 16.3, 16.3),
+    },
+    "second sweep LinearBins(64, ...)": {0: (7.3, 7.8, 7.8)},
 }
 # Kilobytes that a multiprocessor has on their way from memory, at least.
 LEAST_IN_FLIGHT = {"Log2Bins()": (64, 32, 32), "LinearBins(64, ...)": (64, 48, 48)}
@@ -32,13 +38,13 @@ MOST_REGISTERS = 112
 
 # The same of narrow formats, one for each way to find a scale, and for three formats together.
 MOST_FOR_FORMATS = {
-    "none": (20, 22),
-    "amax": (19, 21),
-    "block": (35, 31),
-    "tiles": (40, 31),
-    "e8m0": (24, 22),
-    "nvfp4": (30, 26),
-    "together": (60, 50),
+    "none": (17.2, 17.8),
+    "amax": (16.7, 17.8),
+    "block": (31.5, 25.5),
+    "tiles": (39, 28.7),
+    "e8m0": (22.6, 21),
+    "nvfp4": (28.9, 25.2),
+    "together": (57.5, 50),
 }
 
 # All dtypes on one architecture of each maker, bfloat16 on the others.
@@ -73,6 +79,15 @@ for target in AMD + NVIDIA:
             for scheme in roofline.SCHEMES:
                 if (name, scheme) != ("second sweep", "Log2Bins()"):
                     report(name, dtype, scheme)
+"""
+
+# What a benchmark on a card sets beside its measurements.
+PREDICTED = """
+import json, cards, roofline
+card = cards.named("NVIDIA H100 80GB HBM3")
+shares = [[*key, *found] for key, found in roofline.shares(card).items()]
+times = [[*key, found] for key, found in roofline.list_times(card).items()]
+print(json.dumps([card.name, shares, times]))
 """
 
 # Every sum of a product, and one that the compiler fuses, to see that it would be found.
@@ -130,7 +145,7 @@ def test_main_loop_keeps_to_the_budget(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         kind = DTYPES.index(row["dtype"])
         name = f"{row['kernel']} {row['bins']}"
-        most = MOST_INSTRUCTIONS[name].get(row["architecture"], MOST_OF_OTHERS[name])
+        most = MOST_INSTRUCTIONS[name].get(row["architecture"], MOST_INSTRUCTIONS[name][0])
         assert row["instructions"] <= most[kind], row
         assert row["in_flight"] >= LEAST_IN_FLIGHT[row["bins"]][kind] << 10, row
         assert row["registers"] <= MOST_REGISTERS, row
@@ -178,3 +193,30 @@ def test_no_product_is_fused_into_a_sum_over_lanes(tmp_path: Path) -> None:
     lines = [line.split() for line in run(str(script)).splitlines()]
     assert [n for name, n in lines if name.isdigit()] == ["1"] * 3
     assert [n for name, n in lines if not name.isdigit()] == ["0"] * 3 * 3 * (2 * 2 + 2 * 2)
+
+
+def test_predictions_are_of_a_card_by_its_name() -> None:
+    name, shares, times = json.loads(run("-c", PREDICTED))
+    assert name == "H100"
+    assert len(shares) == 2 * 3 * 4
+    assert all(0 < share <= 1 for *_, share, _ in shares)
+    seconds = {(model, dtype): found for model, dtype, found in times}
+    # 498 MB at 3.35 TB/s are 149 us; no list takes less than the waits of one program.
+    assert 149e-6 < seconds["GPT-2 small", "float32"] < 175e-6
+    assert seconds["MLP", "bfloat16"] > 5e-6
+
+
+def test_a_launch_takes_what_its_longest_program_or_the_memory_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import cards
+
+    one = [(1e-6, 1000)]
+    assert cards.launch_seconds(one, 4, 1e12) == pytest.approx(1e-6)
+    # Side by side, then one after another, then all bound by the memory.
+    assert cards.launch_seconds(4 * one, 4, 1e12) == pytest.approx(1e-6)
+    assert cards.launch_seconds(8 * one, 4, 1e12) == pytest.approx(2e-6)
+    assert cards.launch_seconds(8 * one, 8, 1e9) == pytest.approx(8e-6)
+    # The last program has the card to itself.
+    assert cards.launch_seconds([*4 * one, (9e-6, 0)], 5, 1e12) == pytest.approx(9e-6)

@@ -91,6 +91,25 @@ def test_a_slice_of_many_small_rows_takes_few_items() -> None:
     assert items[:, 2].max() <= triton_engine.MAX_ITEM
 
 
+@pytest.mark.parametrize("n", [0, 1, 1024, 1025, 4096, 5120, 5121, 7840, 8192, 70_000, 300_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("start", [0, 1])
+def test_a_rest_of_less_than_a_tile_is_shared_out(n: int, dtype: torch.dtype, start: int) -> None:
+    x = torch.empty(n + 8, dtype=dtype)[start : start + n]
+    items, ((_, first, end, numel),) = triton_engine.make_items([x], [0])
+    addresses, lengths, aligned = items[:, 0], items[:, 2], items[:, 3]
+    assert (first, end, numel) == (0, len(items), n)
+    # One after the other, without a gap.
+    ends = addresses + lengths * x.element_size()
+    assert n == 0 or addresses[0] == x.data_ptr()
+    assert addresses[1:].tolist() == ends[:-1].tolist()
+    assert lengths.sum() == n
+    tile = triton_engine.TILE_BYTES // x.element_size()
+    assert (aligned % tile == 0).all()
+    assert (lengths - aligned <= triton_engine.REST_ITEM).all()
+    assert (addresses[aligned > 0] % triton_engine.ALIGNMENT == 0).all()
+
+
 def test_a_plan_is_made_once_and_again_for_another_shape(
     plans: OrderedDict[object, object],
 ) -> None:
