@@ -265,7 +265,9 @@ def measure(tensors: Sequence[Tensor], bins: Bins, engine: str | None = None) ->
 @torch.library.custom_op("gradstat::measure", mutates_args=())
 def _measure_op(tensors: list[Tensor], bins: str, engine: str) -> tuple[Tensor, Tensor, Tensor]:
     result = measure(tensors, parse_bins(bins), engine or None)
-    return result.integers, result.floats, result.counts
+    # Of the Triton engine all three are views of one tensor, and what an operator returns may not
+    # share memory.
+    return result.integers.clone(), result.floats.clone(), result.counts
 
 
 @_measure_op.register_fake

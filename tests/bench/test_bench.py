@@ -43,7 +43,7 @@ def test_gpu_suite_says_that_there_is_no_gpu_and_what_it_would_run(tmp_path: Pat
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "There is no CUDA device here, so nothing was measured" in done.stdout
-    assert "a training step of GPT-2 small" in done.stdout
+    assert "a training step of MLP and of GPT-2 small" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
