@@ -35,6 +35,15 @@ MOST_INSTRUCTIONS = {
 LEAST_IN_FLIGHT = {"Log2Bins()": (64, 32, 32), "LinearBins(64, ...)": (64, 48, 48)}
 DTYPES = ("float32", "float16", "bfloat16")
 MOST_REGISTERS = 112
+# The same on gfx942 and gfx950.
+MOST_FOR_AMD = {
+    "measure": 256,
+    "second sweep": 72,
+    "finish": 64,
+    "maxima": 64,
+    "formats": 176,
+    "finish formats": 48,
+}
 
 # The same of narrow formats, one for each way to find a scale, and for three formats together.
 MOST_FOR_FORMATS = {
@@ -181,7 +190,11 @@ def test_every_kernel_compiles_for_amd_and_nvidia() -> None:
     lines = [line.split("|") for line in run("-c", EVERY_KERNEL).splitlines()]
     assert len(lines) == 11 * (2 * 3 + 7)
     for arch, name, *_, registers, spills in lines:
-        assert int(registers) <= (208 if name == "formats" else 256), (arch, name)
+        # Turing compares no pairs, and has more registers in use for it.
+        most = 208 if name == "formats" and arch != "75" else 255
+        if arch.startswith("gfx"):
+            most = MOST_FOR_AMD[name]
+        assert int(registers) <= most, (arch, name)
         assert int(spills) <= (16 if name == "formats" else 0), (arch, name)
 
 
@@ -191,8 +204,8 @@ def test_no_product_is_fused_into_a_sum_over_lanes(tmp_path: Path) -> None:
     script = tmp_path / "exchanged.py"
     script.write_text(EXCHANGED)
     lines = [line.split() for line in run(str(script)).splitlines()]
-    assert [n for name, n in lines if name.isdigit()] == ["1"] * 3
-    assert [n for name, n in lines if not name.isdigit()] == ["0"] * 3 * 3 * (2 * 2 + 2 * 2)
+    assert [n for name, n in lines if name.isdigit()] == ["1"] * 7
+    assert [n for name, n in lines if not name.isdigit()] == ["0"] * 7 * 3 * (2 * 2 + 2 * 2)
 
 
 def test_predictions_are_of_a_card_by_its_name() -> None:
