@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradstat.bins import FLOAT32_MAX, LOG2_MAGNITUDES, Bins, LinearBins, Log2Bins
 from gradstat.formats import Format
+from gradstat.util import escaped
 
 INTEGERS = ("numel", "finite", "zeros", "nan", "posinf", "neginf", "below", "above")
 FLOATS = ("min", "max", "sum", "std", "l1", "l2", "low", "high")
@@ -63,6 +64,8 @@ class Statistics:
         integers: int64, shape ``(..., 8)``, the fields of `INTEGERS` in order.
         floats: float64, shape ``(..., 8)``, the fields of `FLOATS` in order.
         counts: int64, shape ``(..., bins)``, finite values in each bin.
+        names: of the L tensors where they are known, as `History.record` knows them: they then
+            print as a table.
 
     Example:
         >>> import torch, gradstat
@@ -75,6 +78,7 @@ class Statistics:
     integers: Tensor
     floats: Tensor
     counts: Tensor
+    names: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def numel(self) -> Tensor:
@@ -229,7 +233,9 @@ class Statistics:
         """Statistics of one tensor of the list, or of a part of the list."""
         if self.counts.dim() < 2:
             raise TypeError("indexing needs Statistics of a list; this is of one tensor")
-        return Statistics(self.bins, self.integers[index], self.floats[index], self.counts[index])
+        names = self.names[index] if isinstance(index, slice) else ()
+        parts = (each[index] for each in (self.integers, self.floats, self.counts))
+        return Statistics(self.bins, *parts, names=names)
 
     def __iter__(self) -> Iterator[Statistics]:
         """Statistics of each tensor of the list."""
@@ -237,12 +243,27 @@ class Statistics:
 
     def __repr__(self) -> str:
         """A line per tensor with the fields people look at first; waits for the device."""
+        if self.names:
+            return self._table()
         rows = [self] if self.counts.dim() == 1 else list(self)
         names = ("numel", "zeros", "nan", "min", "max", "mean", "std", "l2")
         lines = [
             ", ".join(f"{name}={getattr(row, name).item():.4g}" for name in names) for row in rows
         ]
         return f"Statistics({self.bins}:" + "".join(f"\n  {line}" for line in lines) + ")"
+
+    def _table(self) -> str:
+        """The same fields in columns, after the tensors' names."""
+        fields = ("numel", "zeros", "nan", "min", "max", "mean", "std", "l2")
+        columns = [["", *map(escaped, self.names)]]
+        for each in fields:
+            columns.append([each, *(f"{x:.4g}" for x in getattr(self, each).tolist())])
+        widths = [max(map(len, column)) for column in columns]
+        lines = []
+        for name, *cells in zip(*columns, strict=True):
+            padded = (cell.rjust(n) for cell, n in zip(cells, widths[1:], strict=True))
+            lines.append("  ".join([name.ljust(widths[0]), *padded]))
+        return "\n".join(lines)
 
     def to(self, device: torch.device | str) -> Statistics:
         """The same on another device.

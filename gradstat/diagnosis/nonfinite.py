@@ -20,6 +20,7 @@ _FIRST_MET = {
     GRAD: "{} is where backward first met NaN or infinity",
     UPDATE: "{} is the first parameter whose change has NaN or infinity in it",
 }
+_EARLY, _LASTING = 20, 3  # records in which a mask is there, and that say that all of them are
 _HALVINGS = 24  # from the scale that a GradScaler begins with to one that fits
 _OTHERS = {PARAM: "parameter", ACTIVATION: "module", GRAD_OUTPUT: "module", UPDATE: "parameter"}
 
@@ -49,6 +50,11 @@ def _broken(run: Evidence) -> Array:
     bad &= ~run.is_kind(UNIT)
     # Masks of attention hold infinities while all is well.
     harmless = bad & run.is_kind(*_FORWARD) & (run["nan"] == 0)
+    # A mask is there from early on, or now and then; an overflow begins, and goes on.
+    first = np.where(bad.any(0), bad.argmax(0), len(bad))
+    goes_on = bad[::-1].cumprod(0).sum(0) == len(bad) - first
+    begins = (first >= _EARLY) & goes_on & (len(bad) - first >= _LASTING)
+    harmless &= ~begins
     well = ~(bad & ~harmless).any(1)
     bad &= ~(harmless & harmless[well].any(0))
     return bad

@@ -233,6 +233,9 @@ def _jumps(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         for each in jumps:
             # An expert or an embedding that is used again does what it did before.
             earlier = series[max(0, each.begin - 2 * WINDOW) : each.begin]
+            # What has hardly been used of late says nothing of what is usual now.
+            if np.isnan(earlier[-_SOON:]).mean() > 0.5:
+                continue
             if series[each.peak] > np.fmax.reduce(earlier) + _BEYOND:
                 found.append((PHASES[kind], _jump(run, column, each, each.over(series, WINDOW))))
     found.sort(key=lambda each: (each[1].steps[0], each[0], -each[1].numbers["times"]))

@@ -20,6 +20,8 @@ _CELLS = 1 << 16  # looked at together
 TO_DEVIATIONS = (
     1.4826  # times the median absolute deviation is the standard deviation of a normal distribution
 )
+_MOST, _MOST_DEVIATIONS = 0.9, 1.645  # nine of ten of its values are within so many deviations
+_WIDER = 1.5  # that is, than by the median, at most
 _SEVERAL, _NEARER = 4, 0.6  # values in a row, and the share of the half-width they must exceed
 _EARLY = 0.25  # of the half-width, from which on what leaves the range has begun to
 _PART = 1 / 40  # of what it reaches
@@ -222,7 +224,7 @@ def _expected(x: Array, at: Array, columns: Array) -> tuple[Array, Array, Array]
         slope = np.where(known < 2 * _PAIRS[0], near, far)
         along = before - slope * offsets
         line = median(along)
-        close, wide = (TO_DEVIATIONS * median(abs(y)) for y in (along - line, before - level))
+        close, wide = (_deviation(abs(y)) for y in (along - line, before - level))
         # A trend that is lost in the noise is none.
         is_trend = abs(slope) * WINDOW / 2 > close
         newest = np.fmin(median(before[-_NEWEST:]), level)
@@ -230,6 +232,21 @@ def _expected(x: Array, at: Array, columns: Array) -> tuple[Array, Array, Array]
         deviation[part] = np.where(is_trend, close, wide)
         trend[part] = np.where(is_trend, slope, 0.0)
     return typical, deviation, trend
+
+
+def _deviation(distances: Array) -> Array:
+    """Standard deviation by the median distance, and by the largest but a tenth: ``(N,)``.
+
+    Thirty values may lie close together by chance, so that the median says too little; but it alone
+    bears more than a few values that are far out.
+    """
+    by_median = TO_DEVIATIONS * median(distances)
+    ordered = np.sort(distances, axis=0)  # NaN last
+    known = np.count_nonzero(~np.isnan(distances), axis=0)
+    at = (_MOST * (known - 1).clip(0)).astype(np.int64)
+    by_most = np.take_along_axis(ordered, at[None], axis=0)[0] / _MOST_DEVIATIONS
+    deviation: Array = np.clip(by_most, by_median, _WIDER * by_median)
+    return deviation
 
 
 def _order(run: Evidence, mover: Mover) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from gradstat.diagnosis.findings import Finding, Severity, for_all, rounded
 from gradstat.thresholds import Thresholds
 from gradstat.util import Array
 
+_LASTING = 3  # windows, at least, in which what is severe holds, or all of them
 _START = 5  # windows in which a network that has just begun may find its way out
 
 
@@ -47,7 +48,9 @@ def find_trend(run: Evidence, thresholds: Thresholds) -> list[Finding]:
             f"From {last} back to {first} the gradient {change} {rounded(times)}-fold, by a factor "
             f"of {_power_of_ten(abs(fit.slope)):.2g} at each layer."
         )
-        severe = kind == "vanishing" and ratio <= thresholds.vanishing_severe
+        begin, end = around(mask, at)
+        lasts = end - begin + 1 >= min(_LASTING, len(mask))
+        severe = kind == "vanishing" and ratio <= thresholds.vanishing_severe and lasts
         severity: Severity = "severe" if severe else "warning"
         findings.append(Finding(kind, severity, first, run.span(mask, at), numbers, sentence))
     return findings

@@ -61,8 +61,20 @@ def damage_of(path: Path) -> Iterator[None]:
         kind = CutOffError if isinstance(error, CutOffError) else ValueError
         raise kind(
             f"History.load() needs a file that History.save() or watch() wrote; {path} is "
-            f"damaged or another kind: {error}"
+            f"{_kind_of(path) or f'damaged or another kind: {error}'}"
         ) from error
+
+
+def _kind_of(path: Path) -> str:
+    """What else a file is, where its beginning says so, as that of a checkpoint does; else ""."""
+    try:
+        with open_regular(path) as file:
+            begins = file.read(256)
+    except OSError:
+        return ""
+    if begins.startswith(b"PK") and b"/data.pkl" in begins:
+        return "a checkpoint that torch.save() wrote: it holds weights, no record of a run"
+    return ""
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,7 +125,10 @@ class History(Records):
             KeyError: another name.
         """
         if field not in FIELDS:
-            raise KeyError(f"History[] needs one of {', '.join(FIELDS)}; got {field!r}")
+            raise KeyError(
+                f"History[] needs one of {', '.join(FIELDS)}; got {field!r}: scalar() has what "
+                f"w.log() has logged"
+            )
         return self.column(field)
 
     @property
@@ -163,7 +167,8 @@ class History(Records):
         """
         if name not in self.logged.names:
             raise KeyError(
-                f"scalar() needs one of {', '.join(self.scalars) or 'none'}; name is {name!r}"
+                f"scalar() needs the name of what w.log() has logged, one of "
+                f"{', '.join(self.scalars) or 'none'}; name is {name!r}"
             )
         return self.logged.get(name)
 
@@ -211,12 +216,13 @@ class History(Records):
             step: a number in `steps`, or negative to count back from the newest.
 
         Returns:
-            Statistics of shape ``(L,)``, on the CPU.
+            Statistics of shape ``(L,)``, on the CPU; it prints as a table of the rows.
 
         Raises:
             KeyError: a step that was not recorded.
         """
-        return self.layout.statistics(self.packed(self.find(step)).data, self.bins)
+        found = self.layout.statistics(self.packed(self.find(step)).data, self.bins)
+        return replace(found, names=tuple(self.layers))
 
     def parts(self, step: int = -1) -> Iterator[tuple[slice, Statistics]]:
         """Everything measured in one step, some layers at a time, in memory for a few histograms.

@@ -224,8 +224,11 @@ class Records:
         at = bisect_left(records, step, key=_step)
         if at < n and records[at].step == step:
             return records[at]
-        which = f"of {n} from {records[0].step} to {records[n - 1].step}" if n else "and has none"
-        raise KeyError(f"History needs a recorded step, {which}; step is {step}")
+        which = "it has none yet"
+        if n:
+            last = f" to {records[n - 1].step}" * (n > 1)
+            which = f"it has {n} record{'s' * (n > 1)}, of step {records[0].step}{last}"
+        raise KeyError(f"History has no record of step {step}: {which}")
 
     def packed(self, record: AnyRecord) -> Record:
         """A record with its bytes, in the order of ``layout``."""

@@ -254,3 +254,20 @@ def test_diagnose_still_blames_a_layer_before_the_last_one() -> None:
     (finding,) = diagnose(make_history(Log2Bins(), 3, 40, gradient))
     assert finding.layer == "1.weight"
     assert "not this layer" not in finding.sentence
+
+
+def test_diagnose_takes_no_overflow_that_begins_and_goes_on_for_a_mask() -> None:
+    def outputs(first: int, last: int = 60) -> History:
+        return broken(
+            lambda step, kind, layer: (
+                math.inf if first <= step < last and (kind, layer) == ("activation", 1) else None
+            ),
+            ("grad", "activation"),
+            steps=60,
+        )
+
+    finding = only(outputs(40), "non-finite")
+    assert (finding.layer, finding.steps) == ("activation/1.weight", (40, 59))
+    # There from the start on, or for a while.
+    for mask in (outputs(0), outputs(5), outputs(40, 50)):
+        assert [each for each in diagnose(mask) if each.kind == "non-finite"] == []

@@ -10,6 +10,7 @@ from findings import diagnose, noise, only
 from histories import make_history
 
 from gradstat import Finding, History, Log2Bins
+from gradstat.diagnosis.usual import find_departures
 from gradstat.record import ACTIVATION, GRAD, PARAM, UPDATE
 
 STEPS, AT = 80, 60
@@ -321,3 +322,29 @@ def test_spikes_have_thresholds() -> None:
     assert [each.kind for each in diagnose(history)] == ["loss spike"]
     assert diagnose(history, spike_loss=3.0) == []
     assert diagnose(history, spike_deviations=50.0) == []
+
+
+def test_diagnose_does_not_compare_an_expert_with_what_it_was_when_it_was_used() -> None:
+    def scale(unused: int) -> Scale:
+        def factor(step: int, kind: str, layer: int) -> float:
+            if kind != ACTIVATION or layer != 1:
+                return 1.0
+            return 0.0 if AT - unused <= step < AT else 30.0 if step >= AT else 1.0
+
+        return factor
+
+    kinds = (GRAD, ACTIVATION)
+    assert [each.kind for each in diagnose(run(scale=scale(3), kinds=kinds))] == ["jump"]
+    assert diagnose(run(scale=scale(8), kinds=kinds)) == []
+
+
+def test_find_departures_minds_the_tails_of_what_is_usual() -> None:
+    def found(stretched: float) -> list[int]:
+        """Where values leave whose distances above one deviation are so much larger."""
+        x = 0.05 * np.random.default_rng(0).standard_normal(60)
+        x = np.where(abs(x) > 0.05, stretched * x, x)
+        x[50] = 0.35
+        return [each.begin for each in find_departures(x, math.log(1.3), 6.0)]
+
+    assert found(1.0) == [50]
+    assert found(2.0) == []

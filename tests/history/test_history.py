@@ -91,24 +91,28 @@ def test_history_shows_a_layer_without_a_gradient_as_nan_and_zero_counts(
 
 
 NEEDS_LAYER = f"History needs a layer, one of {', '.join(map(repr, LAYERS))}"
-NEEDS_STEP = "History needs a recorded step, of 3 from 0 to 4"
+HAS_STEPS = ": it has 3 records, of step 0 to 4"
 
 
 @pytest.mark.parametrize(
     ("read", "message"),
     [
-        (lambda h: h["average"], f"History[] needs one of {', '.join(FIELDS)}; got 'average'"),
+        (
+            lambda h: h["average"],
+            f"History[] needs one of {', '.join(FIELDS)}; got 'average': scalar() has what w.log() "
+            "has logged",
+        ),
         (lambda h: h.histogram("third"), f"{NEEDS_LAYER}; layer is 'third'"),
         (lambda h: h.histograms("third"), f"{NEEDS_LAYER}; layer is 'third'"),
         (
             lambda h: h.histogram(LAYERS[0], 1),
-            f"{NEEDS_STEP}; step is 1",
+            f"History has no record of step 1{HAS_STEPS}",
         ),
-        (lambda h: h.record(6), f"{NEEDS_STEP}; step is 6"),
-        (lambda h: h.record(-4), f"{NEEDS_STEP}; step is -4"),
+        (lambda h: h.record(6), f"History has no record of step 6{HAS_STEPS}"),
+        (lambda h: h.record(-4), f"History has no record of step -4{HAS_STEPS}"),
         (
             lambda h: History(h.layers, h.bins).record(),
-            "History needs a recorded step, and has none; step is -1",
+            "History has no record of step -1: it has none yet",
         ),
     ],
 )
@@ -229,7 +233,7 @@ def test_scalars_keep_every_value_with_its_step() -> None:
 
 def test_scalars_refuse_what_does_not_fit() -> None:
     history = History(["weight"], Log2Bins())
-    with pytest.raises(KeyError, match=r"scalar\(\) needs one of none; name is 'loss'"):
+    with pytest.raises(KeyError, match=r"logged, one of none; name is 'loss'"):
         history.scalar("loss")
     history.add_scalar("loss", 3, 1.0)
     with pytest.raises(ValueError, match=r"add_scalar\(\) needs steps from 3 on; step is 2"):
@@ -247,3 +251,12 @@ def test_reduce_keeps_scalars_by_rank(tmp_path: Path, generator: torch.Generator
         dist.destroy_process_group()
     assert merged.scalars == ["rank0/rank0/loss"]
     assert merged.scalar("rank0/rank0/loss")[1].tolist() == [0.5]
+
+
+def test_record_prints_as_a_table_of_the_rows() -> None:
+    history = histories.make_history(Log2Bins(), ["a\nb", "longer.weight"], 1)
+    head, *lines = repr(history.record()).splitlines()
+    assert head.split() == ["numel", "zeros", "nan", "min", "max", "mean", "std", "l2"]
+    assert [line.split()[:2] for line in lines] == [["a\\nb", "50"], ["longer.weight", "50"]]
+    assert len({len(line) for line in (head, *lines)}) == 1
+    assert repr(history.record()[1:]).splitlines()[1].split() == lines[1].split()

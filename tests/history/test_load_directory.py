@@ -209,3 +209,9 @@ def test_history_load_of_a_day_of_blocks_takes_two_seconds(
         seconds.append(time.process_time() - start_s)
     assert np.array_equal(loaded.steps, np.arange(17_280))
     assert min(seconds) < 2
+
+
+def test_load_says_that_a_file_is_a_checkpoint(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(3)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"is a checkpoint that torch\.save"):
+        History.load(tmp_path / "model.pt")

@@ -298,7 +298,7 @@ def test_watch_measures_only_where_it_is_meant_to(when: str) -> None:
 def test_watch_last_needs_a_record() -> None:
     with gradstat.watch(make_model()) as w:
         assert len(w.history) == 0
-        with pytest.raises(KeyError, match="needs a recorded step, and has none; step is -1"):
+        with pytest.raises(KeyError, match="has no record of step -1: it has none yet"):
             _ = w.last
 
 
