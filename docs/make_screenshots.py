@@ -63,6 +63,7 @@ def take_live(browser: Browser, history: gradstat.History, folder: Path) -> None
         page.goto(server.address)
         page.wait_for_selector(".finding")
         page.locator("#rows tr").nth(1).click()
+        page.mouse.move(0, 0)  # no tip stays over the table
         write(journal, history, LIVE_RECORDS - 200, LIVE_RECORDS)
         page.locator("#live", has_text=f"step {LIVE_RECORDS - 1:,},").wait_for()
         save(page, "live")

@@ -254,8 +254,9 @@ function drawShares(context, width) {
   type(context, 11, "center", "top");
   for (const [at, part] of [[0.5, 0.25], [1, 1]]) context.fillText(share(part * largest), LEFT + at * bar, 12);
   context.fillText("0", LEFT + 3, 12);
+  const half = context.measureText(share(largest)).width / 2;
   context.textAlign = "left";
-  context.fillText("share of the finite elements", LEFT + bar + 27, 5);
+  context.fillText("share of the finite elements", LEFT + bar + half + 8, 5);
 }
 
 function drawHistogram(context, width, height) {

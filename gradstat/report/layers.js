@@ -78,7 +78,9 @@ export function buildLayers(select, changed) {
     const [cell, text] = [row.cells[at], column.text(i)];
     const name = [column.left && "text", column.wide, column.bad?.(i) && "bad"].filter(Boolean).join(" ");
     if (cell.className !== name) cell.className = name;
-    if (cell.firstChild.textContent !== text) cell.firstChild.textContent = text;
+    if (cell.firstChild.textContent === text) return;
+    if (column.left) cell.firstChild.replaceChildren(...breakable(text));
+    else cell.firstChild.textContent = text;
   });
   body.addEventListener("keydown", (event) => {
     const row = event.target.closest("tr");
@@ -222,4 +224,10 @@ export function layersTable(layers) {
     rows.push([meta.layers[layer], nounOf(layer), samples[K - 1].step, ...values, broken(layer)]);
   }
   return rows;
+}
+
+// A name that may go on in another line after each of its parts.
+function breakable(name) {
+  const parts = name.match(/[^./]+[./]*|[./]+/g) ?? [];
+  return parts.flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part]));
 }

@@ -505,15 +505,16 @@ function drawScale(context, width) {
     context.fillRect(30 + x, 0, 1, 10);
   }
   type(context, 11, "center", "top");
-  let edge = -Infinity;
-  for (const k of roundTicks(scale.low, scale.high, ticks, !tick || isWhole)) {
-    const x = 30 + ((k - scale.low) / (scale.high - scale.low)) * inner;
+  const marks = roundTicks(scale.low, scale.high, ticks, !tick || isWhole).map((k) => {
     const sign = scale.below && k === scale.low ? "\u2264 " : scale.above && k === scale.high ? "\u2265 " : "";
     const texts = tick ? [sign + tick(k)] : [sign + powerOfTwo(k), number(2 ** k)];
     const half = Math.max(...texts.map((text) => context.measureText(text).width)) / 2;
-    if (x - half < edge + 6) continue;
-    edge = x + half;
-    texts.forEach((text, i) => context.fillText(text, x, 14 + 14 * i));
-  }
+    return { k, texts, half, x: 30 + ((k - scale.low) / (scale.high - scale.low)) * inner };
+  });
+  // Where there is little room every second one is left, or every third, and zero among them.
+  let shown = marks;
+  const areApart = () => shown.every(({ x, half }, i) => !i || x - half >= shown[i - 1].x + shown[i - 1].half + 6);
+  for (let every = 2; !areApart(); every++) shown = marks.filter(({ k }) => Math.round(k / (marks[1].k - marks[0].k)) % every === 0);
+  for (const { texts, x } of shown) texts.forEach((text, i) => context.fillText(text, x, 14 + 14 * i));
   context.translate(0, -18);
 }

@@ -116,6 +116,39 @@ def test_colour_of_change_shows_the_row_that_was_disturbed(
     assert "as a multiple of its median, \u00f7" in legend
 
 
+@pytest.mark.parametrize("width", [400, 1400])
+def test_scale_of_change_has_even_numbers_and_the_median(
+    open_report: Open, found: list[Finding], width: int
+) -> None:
+    def far(step: int, layer: int) -> torch.Tensor:
+        return of_blocks(step, layer) * (4 if (step, layer) == (12, DISTURBED) else 1)
+
+    page = open_report(make_history(LOG2, NAMES, 20, far), width)
+    page.locator("#colour").select_option("change")
+    _, *ticks = written_in(page, "#map-legend")
+    at = ticks.index("median")
+    assert len(ticks) >= 3
+    powers = [int(np.log2(int(tick[1:].replace(",", "")))) for tick in ticks if tick != "median"]
+    up, down = powers[at:], powers[:at]
+    step = up[0]
+    assert up == [step * (i + 1) for i in range(len(up))]
+    assert down[::-1] == [step * (i + 1) for i in range(len(down))]
+
+
+def test_name_in_the_table_goes_on_in_another_line_after_a_part(open_report: Open) -> None:
+    names = ["encoder.layers.11.self_attention.query.weight", "head.weight"]
+    page = open_report(make_history(LOG2, names, 3), 400)
+    name = page.locator("#rows tr td.text bdi").nth(0)
+    assert name.inner_text() == names[0]
+    lines = name.evaluate("""(name) => [...name.childNodes].filter((n) => n.data).map((n) => {
+        const range = document.createRange();
+        range.selectNode(n);
+        return range.getClientRects().length; })""")
+    assert len(lines) == 6
+    assert max(lines) == 1
+    assert name.bounding_box()["height"] > 20
+
+
 def test_few_rows_and_rows_without_roles_are_by_depth(open_report: Open) -> None:
     page = open_report(make_history(LOG2, [f"{i}.weight" for i in range(60)], 3))
     assert page.locator("#order").is_hidden()
