@@ -303,7 +303,7 @@ def _copy_row(source: Statistics, target: Statistics, row: int) -> None:
     target.counts[row].copy_(source.counts[0])
 
 
-class Part(NamedTuple):
+class StridedPart(NamedTuple):
     """A part of a tensor: planes of rows of equally spaced elements.
 
     Offset and strides in elements; strides from the element to the plane.
@@ -346,11 +346,11 @@ def item_size(tensors: Sequence[Tensor]) -> int:
     return min(max(1 << (total // TARGET_ITEMS).bit_length(), MIN_ITEM), MAX_ITEM)
 
 
-def _parts(x: Tensor, size: int) -> Iterator[Part]:
+def _parts(x: Tensor, size: int) -> Iterator[StridedPart]:
     """Parts of a tensor, each element in one of them, in memory order where there is one."""
     dims = merge_dims(x)
     if len(dims) == 1 and dims[0][1] == 1:
-        yield Part(0, (dims[0][0], 1, 1), (1, 0, 0))
+        yield StridedPart(0, (dims[0][0], 1, 1), (1, 0, 0))
         return
     *others, outer, middle, inner = [(1, 0), (1, 0), *dims]
     if inner[0] * middle[0] > size:  # more than an item: its rows are split alone
@@ -360,10 +360,10 @@ def _parts(x: Tensor, size: int) -> Iterator[Part]:
     sizes, strides = zip(inner, middle, outer, strict=True)
     for at in product(*(range(length) for length, _ in others)):
         offset = sum(k * stride for k, (_, stride) in zip(at, others, strict=True))
-        yield Part(offset, sizes, strides)
+        yield StridedPart(offset, sizes, strides)
 
 
-def _split_part(x: Tensor, row: int, part: Part, size: int, tile: int) -> Array:
+def _split_part(x: Tensor, row: int, part: StridedPart, size: int, tile: int) -> Array:
     address, itemsize = x.data_ptr() + part.offset * x.element_size(), x.element_size()
     inner, middle, outer = part.sizes
     inner_stride, middle_stride, outer_stride = part.strides

@@ -128,10 +128,10 @@ def writer(
     check_tags("writer", tags)
     check_directory("writer", "log_dir", log_dir)
     _Api.found("writer")
-    return _Writer(_absolute(log_dir), by_kind=tags == "kind")
+    return _EventWriter(_absolute(log_dir), by_kind=tags == "kind")
 
 
-class _Writer(RunWriter):
+class _EventWriter(RunWriter):
     """What `writer` returns; arguments as of `_Events`."""
 
     def __init__(self, log_dir: str, *, by_kind: bool) -> None:

@@ -127,10 +127,10 @@ def writer(
     _check_run("writer", run)
     if not isinstance(commit, bool):
         raise TypeError(f"writer() needs True or False; commit is {commit!r}")
-    return _Writer(run, tags, commit)
+    return _WandbWriter(run, tags, commit)
 
 
-class _Writer(RunWriter):
+class _WandbWriter(RunWriter):
     """What `writer` returns; arguments as for it."""
 
     def __init__(self, run: wandb.Run, tags: str, commit: bool) -> None:

@@ -40,7 +40,7 @@ from gradstat.recording.cuda import (
 )
 from gradstat.recording.delivery import ArrivingRecord, Delivery, Part, send
 from gradstat.recording.options import LOOKS, Replaced
-from gradstat.recording.scalars import Scalars
+from gradstat.recording.scalars import ScalarLog
 from gradstat.recording.shards import local_part, note_placement
 from gradstat.recording.torch_internals import has_compiled, multiplied, running_pass
 from gradstat.results import PACKED, packed
@@ -127,7 +127,7 @@ class Recorder:
         self,
         history: History,
         schedule: Schedule,
-        scalars: Scalars,
+        scalars: ScalarLog,
         delivery: Delivery,
         replaced: Replaced,
         bucket_bytes: int,

@@ -40,7 +40,7 @@ class _Entry(NamedTuple):
     source: Tensor | None
 
 
-class Scalars:
+class ScalarLog:
     """Gives each value its step, and keeps it once it is on the host.
 
     A value belongs to the pass that has just ended, unless that one has a value of this name: then

@@ -39,7 +39,7 @@ from gradstat.recording.options import (
 )
 from gradstat.recording.outputs import OutputHooks
 from gradstat.recording.passes import Recorder
-from gradstat.recording.scalars import LearningRates, Scalars
+from gradstat.recording.scalars import LearningRates, ScalarLog
 from gradstat.recording.shards import agreed_run, rank_and_world, usual_owners
 from gradstat.recording.torch_internals import SparingCaptures, disable_dynamo, unwrapped
 from gradstat.results import Statistics
@@ -229,7 +229,7 @@ def watch(
         alerts = Alerts(history, alert, is_scaled=scaler is not None)
     keepers = [each.add_scalar for each in (history, journal, writer) if each is not None]
     replaced = options.Replaced(model, selected)
-    scalars = Scalars(schedule, keepers, alerts, replaced)
+    scalars = ScalarLog(schedule, keepers, alerts, replaced)
     delivery = Delivery(history, schedule, sink, journal, alerts)
     recorder = Recorder(history, schedule, scalars, delivery, replaced, bucket_bytes, engine, side)
     # Parameters by their ids: others may have taken their places, and names, since.

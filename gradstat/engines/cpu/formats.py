@@ -51,7 +51,7 @@ def _measure(
     """The same; ``is_trusted`` says of a dtype if what is compiled for it is to be used."""
     integers = torch.zeros((len(formats), len(tensors), 8), dtype=torch.int64, device="cpu")
     floats = torch.zeros((len(formats), len(tensors), 2), dtype=torch.float64, device="cpu")
-    tables: dict[torch.dtype, _Table] = {}
+    tables: dict[torch.dtype, _FormatTable] = {}
     for row, x in enumerate(tensors):
         if x.dtype == torch.float64 or not is_trusted(x.dtype):
             again = reference_formats.measure_formats([x], formats, dim)
@@ -59,7 +59,7 @@ def _measure(
             continue
         table = tables.get(x.dtype)
         if table is None:
-            table = tables[x.dtype] = _Table(x.dtype, formats)
+            table = tables[x.dtype] = _FormatTable(x.dtype, formats)
         table.append(row, x, dim)
     for table in tables.values():
         table.run(integers.numpy(), floats.numpy())
@@ -78,7 +78,7 @@ def _is_trusted(dtype: torch.dtype) -> bool:
     )
 
 
-class _Table:
+class _FormatTable:
     """The tensors of one dtype, and the stages of the work on them, see `format_work`."""
 
     def __init__(self, dtype: torch.dtype, formats: Sequence[Format]) -> None:
