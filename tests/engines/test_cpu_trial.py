@@ -13,7 +13,7 @@ import gradstat
 from gradstat import LinearBins, Log2Bins
 from gradstat.bins import Bins
 from gradstat.engines import cpu
-from gradstat.engines.cpu import formats, trial
+from gradstat.engines.cpu import compiling, formats
 from gradstat.engines.cpu.formats import work as format_work
 from gradstat.record import RecordLayout
 
@@ -36,7 +36,7 @@ def trusted(directory: Path | None, results: list[torch.Tensor], calls: list[str
         calls.append("measured")
         return results
 
-    return trial.passes_trial(entry(directory), "numbers", measure, lambda: RIGHT)
+    return compiling.passes_trial(entry(directory), "numbers", measure, lambda: RIGHT)
 
 
 def test_what_agrees_is_tried_once_where_there_is_a_cache(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from gradstat.bins import FLOAT32_MAX, Bins, LinearBins, Log2Bins, keeps_subnormals
 from gradstat.engines import reference
+from gradstat.engines.cpu.compiling import passes_trial, trial_tensors
 from gradstat.engines.cpu.partials import FIELDS
 from gradstat.engines.cpu.pool import count_threads, run_together
-from gradstat.engines.cpu.trial import passes_trial, trial_tensors
 from gradstat.engines.cpu.work import (
     ADDRESS,
     COLUMNS,

@@ -1,25 +1,35 @@
-"""How the engine's functions are compiled and cached, and what Numba's Python lacks for them."""
+"""How functions are compiled, cached and tried once, and what Numba's Python lacks for them.
+
+With versions that nobody has tested together a compiler may be wrong and say nothing: so what is
+compiled is compared with `reference` on some hundred values before its first use. What passes is
+noted beside Numba's cache, for all processes with the same processor, sources and versions.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import sys
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import llvmlite
 import numba
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
+from torch import Tensor
 
 from gradstat import bins, formats
 from gradstat.engines import reference_formats
+from gradstat.util import warn
 
 # Numba and llvmlite ship no types: a number, memory indexed as an array, objects of the compiler.
 Scalar: TypeAlias = Any
@@ -37,6 +47,9 @@ _OPTIONS = {"error_model": "numpy"}
 _ANY_ORDER = {**_OPTIONS, "fastmath": {"reassoc", "nsz", "contract"}}
 _SLOW_SECONDS = 1.0  # a compilation that takes longer is announced on a terminal
 _ANNOUNCEMENT = "gradstat: compiling for this processor, once; later runs start at once\n"
+
+TOLERANCE = 1e-5  # of floats, relative
+_SPECIAL = (0.0, -0.0, float("nan"), float("inf"), -float("inf"))
 
 
 def compiled(function: Function) -> Function:
@@ -103,6 +116,65 @@ def target() -> tuple[str, str, str]:
     """Triple, processor and its features, for which Numba compiles."""
     target: tuple[str, str, str] = cpu_target.target_context.codegen().magic_tuple()
     return target
+
+
+def trial_tensors(dtype: torch.dtype) -> list[Tensor]:
+    """A few hundred values, over float16's magnitudes; alone, with special ones, and repeated.
+
+    The repeated are counted in other ways. All sums are as large as those of magnitudes, or nearly.
+    """
+    n = torch.arange(600, dtype=torch.float64, device="cpu")
+    values = torch.exp(11 * torch.sin(n)) * torch.where(n % 8 == 0, -1.0, 1.0)
+    special = torch.tensor(_SPECIAL, dtype=torch.float64, device="cpu")
+    tensors = values.reshape(4, 150), torch.cat([special, values]), values.repeat(10, 6)
+    return [x.to(dtype) for x in tensors]
+
+
+def passes_trial(
+    entry: Callable[..., Any],
+    what: str,
+    measure: Callable[[], Sequence[Tensor]],
+    define: Callable[[], Sequence[Tensor]],
+) -> bool:
+    """Whether a compiled function may be used; a warning says where it may not.
+
+    Args:
+        entry: what `compile_entry` returned.
+        what: it computes, for the warning.
+        measure: gives results of it.
+        define: gives those of `reference`.
+    """
+    note = _note(entry)
+    if note is not None and note.exists():
+        return True
+    with np.errstate(all="ignore"):  # whatever is wrong is said below
+        agrees = all(map(_agree, measure(), define()))
+    if not agrees:
+        warn(
+            f"the CPU engine computes {what} wrongly with NumPy {np.__version__}, Numba "
+            f"{numba.__version__} and PyTorch {torch.__version__}: the engine 'reference', which "
+            f"is slow, takes its place"
+        )
+        return False
+    if note is not None:
+        with contextlib.suppress(OSError):  # only read from here
+            note.touch()
+    return True
+
+
+def _note(entry: Callable[..., Any]) -> Path | None:
+    """The file that says that a function has passed; ``None`` where Numba keeps no cache."""
+    # Numba's own wrapper hides the function as well.
+    compiled: Any = inspect.unwrap(entry, stop=lambda each: hasattr(each, "stats"))
+    directory = compiled.stats.cache_path
+    name = f"{compiled.py_func.__qualname__}-torch{torch.__version__}.agrees"
+    return None if directory is None else Path(directory) / name
+
+
+def _agree(got: Tensor, expected: Tensor) -> bool:
+    if not expected.is_floating_point():
+        return torch.equal(got, expected)
+    return torch.allclose(got, expected, rtol=TOLERANCE, atol=0, equal_nan=True)
 
 
 @compiler_intrinsic

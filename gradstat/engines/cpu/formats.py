@@ -19,9 +19,9 @@ from torch import Tensor
 from gradstat.bins import keeps_subnormals
 from gradstat.engines import reference_formats
 from gradstat.engines.cpu import format_work as work
-from gradstat.engines.cpu.format_passes import CHUNK, form_row, tensor_scale
+from gradstat.engines.cpu.compiling import passes_trial, trial_tensors
+from gradstat.engines.cpu.format_work import CHUNK, form_row, tensor_scale
 from gradstat.engines.cpu.pool import count_threads, run_together
-from gradstat.engines.cpu.trial import passes_trial, trial_tensors
 from gradstat.engines.memory import as_matrix, no_storage
 from gradstat.formats import FORMATS, Format
 from gradstat.results import NO_SCALE_MAX, NO_SCALE_MIN

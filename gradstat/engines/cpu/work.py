@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from gradstat.bins import LOG2_FINITE, LOG2_MAGNITUDES, keeps_subnormals
-from gradstat.engines.cpu import counters, partials, slots
+from gradstat.engines.cpu import counters, partials
 from gradstat.engines.cpu.compiling import (
     Pointer,
     after,
@@ -27,8 +27,16 @@ from gradstat.engines.cpu.compiling import (
     smaller,
 )
 from gradstat.engines.cpu.counters import ABOVE, BELOW, TOUCHED_BINS, Counters
-from gradstat.engines.cpu.partials import FIELDS, MAX, MIN, NAN, NEGINF, POSINF
-from gradstat.engines.cpu.passes import BLOCK, ELEMENTS
+from gradstat.engines.cpu.partials import (
+    BLOCK,
+    ELEMENTS,
+    FIELDS,
+    MAX,
+    MIN,
+    NAN,
+    NEGINF,
+    POSINF,
+)
 from gradstat.results import FLOATS
 
 # The next item that nobody has taken, how many tensors and items there are, and addresses:
@@ -91,13 +99,13 @@ def _write_range(total: Pointer, floats: Pointer) -> None:
     if total[partials.FINITE] == 0:
         floats[LOW], floats[HIGH] = 0.0, 1.0
         return
-    low, high = slots.below(total[MIN]), np.float32(-slots.below(-total[MAX]))
-    low, high = larger(low, np.float32(-slots.LARGEST)), smaller(high, slots.LARGEST)
+    low, high = counters.below(total[MIN]), np.float32(-counters.below(-total[MAX]))
+    low, high = larger(low, np.float32(-counters.LARGEST)), smaller(high, counters.LARGEST)
     if low == high:
         half = larger(np.float32(abs(low) * np.float32(2.0**-21)), np.float32(0.5))
         low, high = np.float32(low - half), np.float32(high + half)
-    floats[LOW] = larger(np.float32(low), np.float32(-slots.LARGEST))
-    floats[HIGH] = smaller(np.float32(high), slots.LARGEST)
+    floats[LOW] = larger(np.float32(low), np.float32(-counters.LARGEST))
+    floats[HIGH] = smaller(np.float32(high), counters.LARGEST)
 
 
 @inlined
@@ -107,7 +115,7 @@ def _item(
     item: int,
     next_item: int,
     stage: int,
-    within: slots.Range,
+    within: counters.Range,
     partial: Pointer,
     known: Pointer,
     raw: Pointer,
@@ -137,8 +145,8 @@ def _item(
             continue
         slot, plain = -1, False
         if known[NAN] + known[POSINF] + known[NEGINF] == 0:
-            slot = slots.common_slot(known[MIN], known[MAX], within)
-            plain = slots.is_plain(known[MIN], known[MAX], within)
+            slot = counters.common_slot(known[MIN], known[MAX], within)
+            plain = counters.is_plain(known[MIN], known[MAX], within)
         if slot >= 0 and to.mode != counters.STRAIGHT:
             to.totals[slot] += size
         else:
@@ -200,7 +208,7 @@ def _make_work(element: object, is_linear: bool) -> Work:
             if is_linear:
                 floats = pointer(head[RESULTS] + line[ROW] * 8 * 8, np.float64)
                 low, high = _ends(head, line, floats)
-                within = slots.linear_range(low, high, head[BINS])
+                within = counters.linear_range(low, high, head[BINS])
             while item < line[COLUMNS + FIRST]:
                 partial = after(parts, item * FIELDS)
                 next_item = atomic_add(head, 1)
@@ -243,20 +251,20 @@ def fill_edges() -> Callable[[float, float, int, int], None]:
     """The compiled function that writes the edges of linear bins, as `LinearBins.edges`."""
 
     def edges(low: float, high: float, bins: int, address: int) -> None:
-        within = slots.linear_range(low, high, bins)
+        within = counters.linear_range(low, high, bins)
         out = pointer(address, np.float64)
         out[0], out[bins] = low, high
-        first, last = slots.ordered(np.float32(low)), slots.ordered(np.float32(high))
+        first, last = counters.ordered(np.float32(low)), counters.ordered(np.float32(high))
         for edge in range(1, bins):
             below, reached = first, last
             while below < reached:
                 middle = (below + reached) >> 1
-                if slots.slot_of(slots.from_ordered(middle), within) > edge:
+                if counters.slot_of(counters.from_ordered(middle), within) > edge:
                     reached = middle
                 else:
                     below = middle + 1
             first = reached
-            out[edge] = np.float64(slots.from_ordered(reached)) + 0.0
+            out[edge] = np.float64(counters.from_ordered(reached)) + 0.0
 
     return keeps_subnormals(compile_entry(edges, "linear", "void(float64, float64, int64, int64)"))
 
