@@ -73,6 +73,7 @@ def _gather(x: Pointer, layout: Pointer, begin: int, size: int, block: Pointer) 
     inner, step = layout[last], layout[last + 1]
     done = 0
     while done < size:
+        # Divisions for each row, not for each element: they take longer than the copy.
         row, column = (begin + done) // inner, (begin + done) % inner
         source = column * step
         for k in range(last - 2, 0, -2):
@@ -128,8 +129,10 @@ def _item(
     """
     start = (item - line[FIRST]) * line[ITEM]
     stop = smaller(line[NUMEL], start + line[ITEM])
+    # Other threads have these: what this one counts next lies behind them.
     skipped = (next_item - item - 1) * line[ITEM]
     if stage == COUNTS_ONLY:
+        # The first sweep has left the whole item's extremes, which hold for each of its blocks.
         known = partial
     else:
         partials.clear(partial)
@@ -143,6 +146,7 @@ def _item(
             partials.merge(partial, known)
         if stage == FLOATS_ONLY:
             continue
+        # Slots ascend with values: if both extremes are in one slot, no other value needs a look.
         slot, plain = -1, False
         if known[NAN] + known[POSINF] + known[NEGINF] == 0:
             slot = counters.common_slot(known[MIN], known[MAX], within)
@@ -166,6 +170,7 @@ def _counters(head: Pointer, line: Pointer, n: int, scratch: int) -> Counters:
     integers = pointer(head[INTEGERS] + line[ROW] * 8 * 8, np.int64)
     counts = pointer(head[COUNTS] + line[ROW] * 8 * head[BINS], np.int64)
     touched = pointer(head[TOUCHED] + line[ROW] * parts_of(head[BINS]), np.uint8)
+    # Threads may have items of one tensor, and then add to its row at the same time.
     is_shared = line[COLUMNS + FIRST] > line[FIRST] + 1
     return counters.make_counters(integers, counts, touched, n, line[NUMEL], is_shared, scratch)
 
@@ -201,7 +206,7 @@ def _make_work(element: object, is_linear: bool) -> Work:
         n_slots = head[BINS] + 2 if is_linear else head[BINS]
         item = atomic_add(head, 1)
         while item < head[ITEMS]:
-            while line[COLUMNS + FIRST] <= item:
+            while line[COLUMNS + FIRST] <= item:  # items are taken in their order
                 line = after(line, COLUMNS)
             first, to = pointer(line[ADDRESS], element), _counters(head, line, n_slots, scratch)
             within = None
@@ -211,9 +216,11 @@ def _make_work(element: object, is_linear: bool) -> Work:
                 within = counters.linear_range(low, high, head[BINS])
             while item < line[COLUMNS + FIRST]:
                 partial = after(parts, item * FIELDS)
+                # Taken before it is needed, so that its memory can be fetched meanwhile.
                 next_item = atomic_add(head, 1)
                 _item(line, first, item, next_item, stage, within, partial, total, raw, to)
                 item = next_item
+            # The next tensor has the same counters.
             if to.mode != counters.STRAIGHT and stage != FLOATS_ONLY:
                 counters.empty(within, to)
         if is_last:
@@ -222,6 +229,7 @@ def _make_work(element: object, is_linear: bool) -> Work:
                 to = _counters(head, line, n_slots, scratch)
                 floats = pointer(head[RESULTS] + line[ROW] * 8 * 8, np.float64)
                 partials.clear(total)
+                # Whoever did them: sums in this order do not depend on the threads.
                 for item in range(line[FIRST], line[COLUMNS + FIRST]):
                     partials.merge(total, after(parts, item * FIELDS))
                 partials.write_row(total, line[NUMEL], to.integers, floats)
@@ -255,6 +263,7 @@ def fill_edges() -> Callable[[float, float, int, int], None]:
         out = pointer(address, np.float64)
         out[0], out[bins] = low, high
         first, last = counters.ordered(np.float32(low)), counters.ordered(np.float32(high))
+        # The first float32 of each bin, by bisection: `slot_of` ascends, and says what is in which.
         for edge in range(1, bins):
             below, reached = first, last
             while below < reached:
@@ -264,7 +273,7 @@ def fill_edges() -> Callable[[float, float, int, int], None]:
                 else:
                     below = middle + 1
             first = reached
-            out[edge] = np.float64(counters.from_ordered(reached)) + 0.0
+            out[edge] = np.float64(counters.from_ordered(reached)) + 0.0  # not -0.0
 
     return keeps_subnormals(compile_entry(edges, "linear", "void(float64, float64, int64, int64)"))
 
@@ -293,6 +302,7 @@ def pack_rows() -> Callable[[int, int, int, int, int, int], int]:
         """
         rows, packed = pointer(source, np.int64), pointer(target, np.int64)
         numbers = n * NUMBERS
+        # No count of a row is larger than its numel.
         is_wide = False
         for row in range(n):
             is_wide |= rows[8 * row] >= 1 << 32
@@ -322,6 +332,7 @@ def pack_rows() -> Callable[[int, int, int, int, int, int], int]:
                     marks[row * parts + part] = 0
                 first = part * TOUCHED_BINS
                 stop = smaller(first + TOUCHED_BINS, bins)
+                # One test for all of them: most of a histogram is empty.
                 filled = np.int64(0)
                 for j in range(first, stop):
                     filled |= counts[j]
