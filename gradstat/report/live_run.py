@@ -130,8 +130,10 @@ class LiveRun:
         began_s = time.monotonic()
         found, n_records = None, 0
         try:
-            follower, parts = Follower(self.path), []
+            follower, parts = Follower(self.path), list[Records]()
             while (look := follower.look()) is not None and look.records is not None:
+                if look.is_anew:
+                    parts = []
                 parts.append(look.records)
             if parts:
                 history = History.from_records(joined(parts))

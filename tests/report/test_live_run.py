@@ -15,6 +15,7 @@ from histories import begin_journal, falling, make_history, write_steps
 
 from gradstat import History, Log2Bins
 from gradstat.diagnosis import Finding
+from gradstat.history.follow import Follower, Look
 from gradstat.report import live_run
 from gradstat.report.live_run import LiveRun
 
@@ -197,6 +198,36 @@ def test_live_run_does_not_tell_what_was_found_in_another_run(
     while ask(live)["findings"] is None:
         time.sleep(0.01)
     assert [each["sentence"] for each in ask(live)["findings"]] == ["7 records"]
+
+
+def test_live_run_looks_for_findings_in_a_run_that_is_resumed_meanwhile(
+    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradstat.history.follow._BYTES", 1)
+    journal = begin_journal(tmp_path, history)
+    for step in range(6):
+        write_steps(journal, history, step)
+    looks, looked = [], Follower.look
+
+    def look(follower: Follower) -> Look | None:
+        looks.append(follower)
+        if len(looks) == 3:
+            write_steps(begin_journal(tmp_path, history, 2), history, 2, 3)
+        return looked(follower)
+
+    live = LiveRun(tmp_path)
+    while live._growing is None or live._is_behind:
+        live._look()
+    monkeypatch.setattr(Follower, "look", look)
+    seen: list[list[int]] = []
+
+    def diagnose(given: History) -> list[Finding]:
+        seen.append(given.steps.tolist())
+        return []
+
+    monkeypatch.setattr(live_run, "diagnose", diagnose)
+    live._diagnose(live._began)
+    assert seen == [[0, 1, 2, 3]]
 
 
 def test_live_run_says_what_cannot_be_read(history: History, tmp_path: Path) -> None:
