@@ -324,7 +324,16 @@ class Rank:
             self.add(piece)
 
     def add(self, piece: Records) -> None:
-        """Take what follows."""
+        """Take what follows.
+
+        Raises:
+            ValueError: it is of another rank.
+        """
+        if piece.rank not in (None, self.number):
+            raise ValueError(
+                f"{_LOAD} needs the files of a rank in its directory; {self.name} has those of "
+                f"rank {piece.rank}"
+            )
         newest = self._newest
         if newest is None or (newest.world, newest.resumption) != (piece.world, piece.resumption):
             first_step = -1 if piece.resumption is None else piece.resumption.first_step

@@ -473,6 +473,16 @@ def test_history_load_refuses_two_directories_of_a_rank(tmp_path: Path) -> None:
         History.merge([tmp_path])
 
 
+def test_history_load_refuses_a_rank_in_the_directory_of_another(tmp_path: Path) -> None:
+    for rank in range(3):
+        write(tmp_path, make_rank(rank), 5)
+    shutil.rmtree(tmp_path / "rank-2")
+    shutil.copytree(tmp_path / "rank-1", tmp_path / "rank-2")
+    message = f"needs the files of a rank in its directory; {tmp_path}/rank-2 has those of rank 1"
+    with pytest.raises(ValueError, match=message):
+        History.load(tmp_path)
+
+
 def test_history_merge_refuses_what_comes_twice(tmp_path: Path) -> None:
     run = tmp_path / "run"
     write_ranks(run, 2)
