@@ -272,7 +272,7 @@ def encode(
     index["time_s"] = [record.time_s for record in records]
     index["n_bytes"] = [len(record.data) for record in records]
     index["crc"] = [zlib.crc32(record.data) for record in records]
-    text = json.dumps(said).encode()
+    text = json.dumps(said, allow_nan=False).encode()
     head = index.tobytes() + text + b" " * (-len(text) % _ALIGNMENT)
     n_bytes = int(index["n_bytes"].sum())
     header = _HEADER.pack(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from gradstat.history.file import Link, encode
 from gradstat.history.reading import check_fits, head_of, segment_name, segments, state_of
 from gradstat.history.records import Records, next_record
+from gradstat.history.scalars import json_number
 from gradstat.record import Data, Record
 from gradstat.util import call_after_fork, warn
 
@@ -231,7 +232,7 @@ def _by_name(scalars: Sequence[_Scalar]) -> dict[str, list[list[Any]]]:
     for name, step, value in scalars:
         steps, values = found.setdefault(name, [[], []])
         steps.append(step)
-        values.append(value)
+        values.append(json_number(value))
     return found
 
 

@@ -25,6 +25,7 @@ from gradstat.history.file import (
 )
 from gradstat.history.placements import SAME, Placements
 from gradstat.history.records import Records, Resumption, joined
+from gradstat.history.scalars import json_number, parse_json_number
 from gradstat.record import Record, Row, Unpacked
 from gradstat.results import FLOATS, INTEGERS, PACKED
 from gradstat.util import Array, CutOffError, replacing, warn
@@ -120,7 +121,7 @@ def _learn(records: Records, said: Mapping[str, Any]) -> None:
         steps, values = (_list({name: each}, name) for each in _list({name: series}, name))
         if not all(type(step) is int and 0 <= step < 1 << 63 for step in steps):
             raise ValueError(f"its scalars hold what is no step, of {name!r:.80}")
-        records.logged.add_all(name, steps, np.array(values, np.float64).tolist())
+        records.logged.add_all(name, steps, map(parse_json_number, values))
 
 
 def _placements(said: Mapping[str, Any], n_rows: int) -> Placements:
@@ -179,8 +180,12 @@ def save(path: Path, records: Records) -> None:
         OSError: it cannot be written.
     """
     logged = records.logged
-    scalars = {name: [x.tolist() for x in logged.get(name)] for name in logged.names}
-    said = json.dumps(head_of(records) | state_of(records) | {"scalars": scalars}).encode()
+    scalars = {}
+    for name in logged.names:
+        steps, values = (x.tolist() for x in logged.get(name))
+        scalars[name] = [steps, list(map(json_number, values))]
+    all_said = head_of(records) | state_of(records) | {"scalars": scalars}
+    said = json.dumps(all_said, allow_nan=False).encode()
     n_bins, counts = 0, "<u4"
     for each in records.unpacked():
         n_bins += len(each.bins)

@@ -11,6 +11,8 @@ import numpy as np
 
 from gradstat.util import Array
 
+_NOT_FINITE = ("nan", "inf", "-inf")
+
 
 class Scalars:
     """Values by name, each with its step: 16 bytes a value.
@@ -90,3 +92,19 @@ def _cut(series: tuple[array[int], array[float]]) -> tuple[array[int], array[flo
     steps, values = series
     copied = values[:]
     return steps[: len(copied)], copied
+
+
+def json_number(value: float) -> float | str:
+    """A value as files have it: JSON has no number that is not finite."""
+    return value if math.isfinite(value) else str(float(value))
+
+
+def parse_json_number(value: object) -> float:
+    """A value from what files have of it.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, int | float) or value in _NOT_FINITE:
+        return float(value)
+    raise ValueError(f"its scalars hold {value!r:.80}, which is no number")

@@ -179,7 +179,8 @@ NO_STEP = "its scalars hold what is no step, of 'loss'"
         ("scalars", {"loss": [[-1], [0.5]]}, NO_STEP),
         ("scalars", {"loss": [[0.5], [0.5]]}, NO_STEP),
         ("scalars", {"loss": [[2, 1], [0.5, 1]]}, "add_scalar() needs steps from 2 on"),
-        ("scalars", {"loss": [[1], ["x"]]}, "is damaged or another kind: "),
+        ("scalars", {"loss": [[1], ["x"]]}, "its scalars hold 'x', which is no number"),
+        ("scalars", {"loss": [[1], [None]]}, "its scalars hold None, which is no number"),
     ],
 )
 def test_history_load_refuses_what_no_run_says(

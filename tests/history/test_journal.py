@@ -543,6 +543,23 @@ def test_journal_keeps_scalars_of_a_run_without_records(tmp_path: Path) -> None:
     assert History.load(tmp_path / "run").scalar("loss")[1].tolist() == [1.0]
 
 
+def test_files_have_no_number_that_json_lacks(tmp_path: Path) -> None:
+    values = [1.5, math.nan, math.inf, -math.inf]
+    w = gradstat.watch(torch.nn.Linear(3, 2), path=tmp_path / "run")
+    for value in values:
+        w.log(loss=value)
+    w.close()
+    saved = _saved_and_loaded(w.history, tmp_path)
+    with np.load(tmp_path / "run.npz") as file:
+        said = file["run"].tobytes()
+    for text in ((tmp_path / "run" / "00000000.gradstat").read_bytes(), said):
+        assert b"loss" in text
+        assert b"NaN" not in text
+        assert b"Infinity" not in text
+    for loaded in (saved, History.load(tmp_path / "run")):
+        np.testing.assert_array_equal(loaded.scalar("loss")[1], values)
+
+
 def _saved_and_loaded(history: History, tmp_path: Path) -> History:
     history.save(tmp_path / "run.npz")
     return History.load(tmp_path / "run.npz")
