@@ -22,6 +22,7 @@ import foreign  # noqa: E402 (its place comes first)
 from incidents import (  # noqa: E402
     CASES,
     FOREIGN_CASES,
+    FOREIGN_SEEDS,
     SEEDS,
     SUBTLE,
     Case,
@@ -35,7 +36,7 @@ from tasks import SETTINGS, Setting  # noqa: E402
 from gradstat import History  # noqa: E402
 
 PAGE = ROOT / "docs" / "reading.md"
-MOST = {"own": 20, "foreign": 3}  # seeds
+ALL = {"own": SEEDS, "foreign": FOREIGN_SEEDS}
 
 
 class Runs:
@@ -57,12 +58,12 @@ class Runs:
         return History.load(path)
 
 
-def of_cases(tag: str, cases: dict[str, Case], seeds: int, runs: Runs) -> Iterator[list[str]]:
+def of_cases(tag: str, cases: dict[str, Case], seeds: range, runs: Runs) -> Iterator[list[str]]:
     """Cells of a table; each run's verdict that is not right goes to stderr."""
     for name, case in cases.items():
         verdicts = []
         for setting in case.settings:
-            for seed in SEEDS[:seeds]:
+            for seed in seeds:
                 incident = case.incident(setting, seed)
                 history = runs.get(
                     f"{tag}|{name}|{setting}|{seed}",
@@ -78,7 +79,7 @@ def of_cases(tag: str, cases: dict[str, Case], seeds: int, runs: Runs) -> Iterat
 
 
 def of_healthy(
-    tag: str, settings: tuple[Setting, ...], seeds: int, runs: Runs, *, with_gan: bool = False
+    tag: str, settings: tuple[Setting, ...], seeds: range, runs: Runs, *, with_gan: bool = False
 ) -> list[str]:
     """The cells about runs in which all is well."""
     n = n_sudden = n_warned = 0
@@ -86,7 +87,7 @@ def of_healthy(
     if with_gan:
         makers["GAN"] = foreign.train_gan
     for name, make in makers.items():
-        for seed in SEEDS[:seeds]:
+        for seed in seeds:
             history = runs.get(f"{tag}|{name}|{seed}", lambda m=make, s=seed: m(s))  # type: ignore[misc]
             found = alarms(history)
             n, n_sudden = n + 1, n_sudden + bool(sudden(found))
@@ -97,7 +98,7 @@ def of_healthy(
     return ["nothing", which, str(n), f"{n_sudden} sudden, {n_warned} other alarms", "", ""]
 
 
-def table(group: str, seeds: int, runs: Runs) -> str:
+def table(group: str, seeds: range, runs: Runs) -> str:
     """The lines of a table."""
     lines = [["what happened", "networks", "runs", "found", "right step", "right layer, or none"]]
     lines.append(["---"] * 6)
@@ -113,13 +114,13 @@ def table(group: str, seeds: int, runs: Runs) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("groups", nargs="*", choices=[*MOST, []], help="by default both")
+    parser.add_argument("groups", nargs="*", choices=[*ALL, []], help="by default both")
     parser.add_argument("--seeds", type=int, help="by default 20 of our own, 3 of foreign networks")
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for group in options.groups or MOST:
-        lines = table(group, options.seeds or MOST[group], Runs(options.keep))
+    for group in options.groups or ALL:
+        lines = table(group, ALL[group][: options.seeds], Runs(options.keep))
         print(lines)
         text = PAGE.read_text()
         place = re.compile(

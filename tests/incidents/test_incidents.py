@@ -7,7 +7,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from incidents import CASES, SEEDS, Case, alarms, judge, train
+from foreign import HEALTHY, train_gan
+from incidents import (
+    CASES,
+    FOREIGN_CASES,
+    FOREIGN_SEEDS,
+    SEEDS,
+    SUBTLE,
+    Case,
+    alarms,
+    judge,
+    sudden,
+    train,
+)
 from tasks import SETTINGS, Setting
 
 # One network for each incident, and half of the healthy ones.
@@ -34,6 +46,57 @@ def test_diagnose_finds_an_incident_its_step_and_its_layer(name: str) -> None:
     incident = case.incident(case.settings[-1], 0)
     verdict = judge(train(case.settings[-1], 0, incident), incident)
     assert (verdict.found, verdict.step, verdict.layer) == (True, True, True), verdict.sentence
+
+
+FOREIGN_HEALTHY = {str(each): each for each in HEALTHY}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MoE, AdamW, batch 64, warmup",  # an expert that is used again
+        "tanh, SGD, batch 32, one cycle",  # losses close together by chance
+        "LSTM, last, AdamW, batch 32, one cycle",
+        "DQN, RMSprop, batch 32, triangles",
+    ],
+)
+def test_diagnose_is_silent_about_a_healthy_run_of_a_foreign_network(name: str) -> None:
+    assert sudden(alarms(train(FOREIGN_HEALTHY[name], 20))) == []
+
+
+def test_diagnose_is_silent_about_adversarial_training() -> None:
+    assert sudden(alarms(train_gan(0))) == []
+
+
+@pytest.mark.parametrize("name", FOREIGN_CASES)
+def test_diagnose_finds_an_incident_of_a_foreign_network(name: str) -> None:
+    case = FOREIGN_CASES[name]
+    incident = case.incident(case.settings[-1], 20)
+    verdict = judge(train(case.settings[-1], 20, incident), incident)
+    assert (verdict.found, verdict.step, verdict.layer) == (True, True, True), verdict.sentence
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", FOREIGN_SEEDS)
+@pytest.mark.parametrize("setting", HEALTHY, ids=str)
+def test_diagnose_is_silent_about_healthy_runs_of_foreign_networks(
+    setting: Setting, seed: int
+) -> None:
+    assert sudden(alarms(train(setting, seed))) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cases", "most_missed"), [(FOREIGN_CASES, 1), (SUBTLE, 3)])
+def test_diagnose_finds_incidents_of_foreign_networks(
+    cases: dict[str, Case], most_missed: int
+) -> None:
+    for name, case in cases.items():
+        found = []
+        for setting in case.settings:
+            for seed in FOREIGN_SEEDS:
+                incident = case.incident(setting, seed)
+                found.append(judge(train(setting, seed, incident), incident).found)
+        assert found.count(False) <= most_missed, name
 
 
 @pytest.mark.slow
