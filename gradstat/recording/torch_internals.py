@@ -23,16 +23,12 @@ from torch.amp import GradScaler
 from torch.autograd.graph import Node
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
-from torch.torch_version import TorchVersion
 from torch.utils.hooks import RemovableHandle
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _EXCHANGE = "cudaThreadExchangeStreamCaptureMode"
 _RELAXED = 2  # cudaStreamCaptureModeRelaxed
-
-# PyTorch 2.11 gives up a reference to what it stashes without having taken one: a crash soon after.
-_STASH_BORROWS = TorchVersion(torch.__version__) < "2.12"
 
 # All batch and instance norms: where their units are is known from it.
 BATCH_NORM = nn.modules.batchnorm._NormBase
@@ -92,8 +88,6 @@ def bequeath(name: str, value: object) -> None:
 
     Without it a pass that fails in a device's own thread may be noticed late.
     """
-    if _STASH_BORROWS:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
     torch._C._stash_obj_in_tls(name, value)
 
 
