@@ -28,6 +28,7 @@ from gradstat.util import Array
 
 _LASTING = 10  # values after which a spike that is not over is there to stay
 _SOON = 10  # records after a rate that rose
+_NEWEST, _FALLEN = 5, 1.2  # losses that say where one is now, which has fallen so far
 _SMALL = 0.7  # of the median batch
 _HIGHER = 4.0  # than any learning rate before
 _BEYOND = math.log(1.5)  # anything of two windows before
@@ -65,6 +66,9 @@ def _of_loss(run: Evidence, name: str, thresholds: Thresholds) -> list[Finding]:
     for spike in _found(run, series, thresholds.spike_loss, thresholds):
         earlier = losses[: spike.begin][-WINDOW:, None]
         before = float(median(earlier)[0]) if len(earlier) else math.nan
+        newest = float(median(earlier[-_NEWEST:])[0]) if len(earlier) else math.nan
+        if 0 < newest * _FALLEN < before:
+            before = newest  # of a loss that falls
         at = int(steps[spike.begin])
         subject = "The loss" if name == "loss" else f"The loss {name!r}"
         peak = float(losses[spike.peak])
