@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# Processes that share the tests out would have more threads than there are processors.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import numpy as np
 import pytest
@@ -25,6 +29,8 @@ os.environ["MPLBACKEND"] = "agg"
 os.environ.pop("GRADSTAT_ENGINE", None)
 
 # The environment comes first.
+import faster_interpreter  # noqa: E402
+
 from gradstat import History, Log2Bins, Statistics, ops  # noqa: E402
 from gradstat.bins import Bins  # noqa: E402
 from gradstat.formats import Format  # noqa: E402
@@ -34,6 +40,23 @@ if TYPE_CHECKING:
     from serving import Writer
 
 ROOT = Path(__file__).parent.parent
+# Whole files go to processes: those that take longest are begun first, so that none is left alone
+# with one of them at the end.
+LONGEST = (
+    "engines/test_format_engines.py",
+    "engines/test_engines.py",
+    "engines/test_compiled.py",
+    "engines/test_cpu_engine.py",
+    "bench/test_bench.py",
+    "examples/test_study.py",
+    "test_float_mode.py",
+    "cuda_device/test_build.py",
+    "recording/test_shards.py",
+    "report/test_report_rows.py",
+    "cli/test_serve_page.py",
+    "report/test_report_page.py",
+    "integrations/test_notebook.py",
+)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 # The everyday run tries the same examples each time; the slow one explores and prints what fails.
@@ -54,9 +77,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--on-cuda"):
         config.pluginmanager.import_plugin("on_cuda")
+    if not CUDA:
+        faster_interpreter.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {ROOT / "tests" / name: at for at, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
     if not CUDA:
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -14,6 +14,14 @@ from matplotlib.patches import Rectangle
 
 SUITE = [sys.executable, str(ROOT / "bench" / "gpu_suite.py")]
 WATCHED = "gradstat.watch"
+# The same with the interpreter that the tests have.
+INTERPRETED = """
+import runpy, sys
+import faster_interpreter
+faster_interpreter.install()
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 # `make test-cuda` runs it on the CUDA device in software, through graphs and compiled networks.
@@ -21,6 +29,10 @@ def test_gpu_suite_goes_through_in_a_dry_run(tmp_path: Path) -> None:
     # The interpreter's NumPy warns of NaN and infinities that the kernels expect.
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     command = [*SUITE, "--dry-run", "--out", str(tmp_path)]
+    if not CUDA:
+        path = os.pathsep.join([str(ROOT / "bench"), str(ROOT / "tests")])
+        environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
+        command[1:1] = ["-c", INTERPRETED]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     document = json.loads((tmp_path / "dry-run.json").read_text())
@@ -48,8 +60,11 @@ def test_gpu_suite_says_that_there_is_no_gpu_and_what_it_would_run(tmp_path: Pat
 
 
 def test_a_call_of_the_triton_engine_costs_the_host_little() -> None:
-    command = [sys.executable, str(ROOT / "bench" / "host.py")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # The sizes that are looked at, and the least of fewer rounds.
+    code = "import host; host.TENSORS, host.ROUNDS = (4, 148, 300), 200; host.main()"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "bench")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     times = {int(n): float(us) for n, us in re.findall(r"(\d+) tensors: +([\d.]+) us", done.stdout)}
     # The targets are 60 us a call and 0.3 us a tensor; the rest is room for other machines.
     assert times[148] <= 120
