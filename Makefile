@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# Processes that share the tests out, file by file.
+# Processes that share the tests out, file by file, the longest first: see tests/conftest.py.
 JOBS ?= $(shell nproc)
+SHARED := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # Where benchmarks leave their results.
 RESULTS ?= .benchmarks
 # An environment of the oldest versions, for test-oldest.
@@ -21,7 +22,7 @@ help:
 	@echo "make study      train two small networks and draw how their gradients are distributed"
 	@echo "make images     the same, for the figures of the documentation"
 	@echo "make docs       build the pages with search and the reference: open build/docs/index.html"
-	@echo "make test       run the tests"
+	@echo "make test       run the tests, but for those of test-slow, test-faults and test-integrations"
 	@echo "make test-oldest"
 	@echo "                run them with the oldest versions that pyproject.toml names (OLDEST=folder)"
 	@echo "make test-cuda  run those of CUDA: on a card, or without one on a CUDA device in software"
@@ -55,10 +56,10 @@ docs: $(VENV)/installed-docs
 	@echo build/docs/index.html
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) -m "not slow and not faults and not integrations" $(ARGS)
 
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(OLDEST)/bin/python -m pytest $(SHARED) $(ARGS)
 
 test-cuda: $(VENV)/installed-test
 	$(BIN)/python tests/cuda_suite.py $(ARGS)
@@ -70,7 +71,7 @@ test-faults: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m faults $(ARGS)
 
 test-integrations: $(VENV)/installed-test-integrations
-	$(BIN)/python -m pytest -m integrations -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) -m integrations $(ARGS)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .

@@ -125,26 +125,22 @@ import sys, torch
 flushes = sys.argv[1] == "flushing"
 torch.set_flush_denormal(flushes)
 import gradstat
-for dtype, pattern in ((torch.float32, torch.int32), (torch.float64, torch.int64)):
-    x = torch.arange(8, dtype=pattern).view(dtype)
-    for engine in ("reference", "cpu"):
-        for bins in (gradstat.Log2Bins(), gradstat.LinearBins(3)):
-            s = gradstat.statistics(x, bins, engine=engine)
-            print(s.integers.tolist(), s.floats.view(torch.int64).tolist(), s.counts[s.counts > 0])
-        q = gradstat.quantization(x, ("mxfp4_e2m1", "nvfp4"), engine=engine)
-        print([(each.integers, each.floats.view(torch.int64)) for each in q.values()])
+x = torch.arange(8, dtype=torch.int32).view(torch.float32)
+y = torch.arange(8, dtype=torch.int64).view(torch.float64)
+for engine in ("reference", "cpu"):
+    # Each dtype and each kind of bins has numbers of its own: all are in two of the four pairs.
+    for values, bins in ((x, gradstat.Log2Bins()), (y, gradstat.LinearBins(3))):
+        s = gradstat.statistics(values, bins, engine=engine)
+        print(s.integers.tolist(), s.floats.view(torch.int64).tolist(), s.counts[s.counts > 0])
+    q = gradstat.quantization(x, ("mxfp4_e2m1", "nvfp4"), engine=engine)
+    print([(each.integers, each.floats.view(torch.int64)) for each in q.values()])
 assert (float(torch.tensor(1e-41) * 1) == 0) == flushes
 """
 
 
-def run_compiled(mode: str, caches: Path) -> str:
-    """Run `COMPILED` with caches of its own; they are empty at first."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "PYTHONPYCACHEPREFIX": str(caches / "python"),
-        "NUMBA_CACHE_DIR": str(caches / "numba"),
-    }
+def run_compiled(mode: str, **caches: str) -> str:
+    """Run `COMPILED`, by default with the caches that these tests use too."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **caches}
     done = subprocess.run(
         [sys.executable, "-c", COMPILED, mode],
         env=environment,
@@ -158,9 +154,14 @@ def run_compiled(mode: str, caches: Path) -> str:
 
 
 def test_what_is_first_compiled_where_torch_flushes_subnormals_is_right(tmp_path: Path) -> None:
-    first = run_compiled("flushing", tmp_path)
-    assert run_compiled("plain", tmp_path) == first
-    assert run_compiled("plain", tmp_path / "other") == first
+    caches = {
+        "PYTHONPYCACHEPREFIX": str(tmp_path / "python"),
+        "NUMBA_CACHE_DIR": str(tmp_path / "numba"),
+    }
+    first = run_compiled("flushing", **caches)
+    assert run_compiled("plain", **caches) == first
+    # Of what was compiled in the other mode.
+    assert run_compiled("plain") == first
 
 
 def constants(code: CodeType) -> Iterator[float]:

@@ -50,7 +50,10 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_processes_that_build_at_once_share_a_folder(tmp_path: Path) -> None:
     command = [sys.executable, str(RUN), "--", "true"]
-    env = environment(SOFTWARE_CUDA_CACHE=str(tmp_path / "new"))
+    quick = tmp_path / "quick"  # no optimisation: who is first is what matters here
+    quick.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+    quick.chmod(0o755)
+    env = environment(SOFTWARE_CUDA_CACHE=str(tmp_path / "new"), CXX=str(quick))
     both = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said

@@ -56,6 +56,31 @@ MOST_FOR_FORMATS = {
     "together": (57.5, 50),
 }
 
+# What bench/roofline.py examines.
+MEASURING = [
+    ("measure", "Log2Bins()"),
+    ("measure", "LinearBins(64, ...)"),
+    ("second sweep", "LinearBins(64, ...)"),
+]
+ONE_OF_EACH = [
+    "float16",
+    "bfloat16",
+    *(f"float8_e4m3fn{way}" for way in ("_amax", "_1x128", "_128x128")),
+    "mxfp8_e4m3",
+    "nvfp4",
+]
+TOGETHER = "float8_e4m3fn + mxfp8_e4m3 + nvfp4"
+
+EXAMINE = """
+import json, sys
+import roofline, torch
+rows = [
+    roofline.examine(architecture, name, getattr(torch, dtype), scheme)
+    for architecture, name, dtype, scheme in json.loads(sys.argv[1])
+]
+print(json.dumps(rows))
+"""
+
 # All dtypes on one architecture of each maker, bfloat16 on the others.
 EVERY_KERNEL = """
 import re, roofline, sass, torch
@@ -101,7 +126,7 @@ print(json.dumps([card.name, shares, times]))
 
 # Every sum of a product, and one that the compiler fuses, to see that it would be found.
 EXCHANGED = """
-import roofline, sass, triton, triton.language as tl
+import roofline, sass, torch, triton, triton.language as tl
 from gradstat.engines import triton as triton_engine
 from triton.backends.compiler import GPUTarget
 @triton.jit
@@ -113,7 +138,8 @@ for architecture in sass.ARCHITECTURES:
         compiled = sass.compile_kernel(*arguments, GPUTarget("cuda", architecture, 32), num_warps=8)
         return len(sass.fused_with_exchanged(compiled.asm["ptx"]))
     print(architecture, found(fused, {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"THREADS": 256}))
-    for dtype in triton_engine.ELEMENTS:
+    # As above: all dtypes on one architecture.
+    for dtype in triton_engine.ELEMENTS if architecture == 90 else [torch.bfloat16]:
         for scheme in roofline.SCHEMES:
             for name in ("measure", "finish"):
                 print(name, found(*roofline.kernel_arguments(name, dtype, scheme, architecture)))
@@ -135,11 +161,13 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    path: Path = tmp_path_factory.mktemp("roofline") / "rows.json"
-    run(str(ROOT / "bench" / "roofline.py"), "--json", str(path))
-    rows: list[dict[str, Any]] = json.loads(path.read_text())
+Choice = tuple[int, str, str, str]  # architecture, kernel, dtype, and bins or formats
+
+
+def examine(chosen: list[Choice]) -> list[dict[str, Any]]:
+    """Figures of main loops."""
+    rows: list[dict[str, Any]] = json.loads(run("-c", EXAMINE, json.dumps(chosen)))
+    assert len(rows) == len(chosen)
     return rows
 
 
@@ -147,11 +175,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 counts_by_atomics = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
 
 
-@pytest.mark.skipif(not counts_by_atomics, reason="the budget is for Triton 3.8 and later")
-def test_main_loop_keeps_to_the_budget(rows: list[dict[str, Any]]) -> None:
-    rows = [row for row in rows if row["kernel"] != "formats"]
-    assert len(rows) == 7 * 3 * 3
-    for row in rows:
+def check_measuring(chosen: list[Choice]) -> None:
+    for row in examine(chosen):
         kind = DTYPES.index(row["dtype"])
         name = f"{row['kernel']} {row['bins']}"
         most = MOST_INSTRUCTIONS[name].get(row["architecture"], MOST_INSTRUCTIONS[name][0])
@@ -170,11 +195,8 @@ def scale_of(formats: str) -> str:
     return "tiles" if formats.endswith("_128x128") else scaling
 
 
-def test_main_loop_of_formats_keeps_to_the_budget(rows: list[dict[str, Any]]) -> None:
-    rows = [row for row in rows if row["kernel"] == "formats"]
-    assert len(rows) == 3 * 3 * (len(MOST_FOR_FORMATS) + 1)
-    assert {scale_of(row["bins"]) for row in rows} == set(MOST_FOR_FORMATS)
-    for row in rows:
+def check_formats(chosen: list[Choice]) -> None:
+    for row in examine(chosen):
         kind, scale = 0 if row["dtype"] == "float32" else 1, scale_of(row["bins"])
         assert row["instructions"] <= MOST_FOR_FORMATS[scale][kind], row
         assert row["registers"] <= (208 if scale == "together" else 128), row
@@ -183,6 +205,38 @@ def test_main_loop_of_formats_keeps_to_the_budget(rows: list[dict[str, Any]]) ->
         # All elements of a thread come in loads of 16 bytes.
         assert row["wide_bytes"] == 64, row
         assert row["barriers"] == 0, row
+
+
+@pytest.mark.skipif(not counts_by_atomics, reason="the budget is for Triton 3.8 and later")
+def test_main_loop_keeps_to_the_budget() -> None:
+    # All dtypes on one architecture, bfloat16 where the budget is another one.
+    check_measuring(
+        [
+            (architecture, kernel, dtype, bins)
+            for kernel, bins in MEASURING
+            for architecture, dtypes in ((90, DTYPES), (75, DTYPES[2:]), (100, DTYPES[2:]))
+            for dtype in dtypes
+        ]
+    )
+
+
+def test_main_loop_of_formats_keeps_to_the_budget() -> None:
+    # One format for each way to find a scale; the most work for the widest loads.
+    chosen = [(90, "formats", "bfloat16", name) for name in (*ONE_OF_EACH, TOGETHER)]
+    chosen += [(90, "formats", "float32", name) for name in ("nvfp4", TOGETHER)]
+    chosen += [(100, "formats", "float16", TOGETHER)]
+    assert {scale_of(name) for *_, name in chosen} == set(MOST_FOR_FORMATS)
+    check_formats(chosen)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not counts_by_atomics, reason="the budget is for Triton 3.8 and later")
+@pytest.mark.parametrize("architecture", [75, 80, 86, 89, 90, 100, 120])
+def test_every_main_loop_keeps_to_the_budget(architecture: int) -> None:
+    check_measuring([(architecture, kernel, d, bins) for kernel, bins in MEASURING for d in DTYPES])
+    if architecture in (80, 90, 100):
+        names = (*ONE_OF_EACH, TOGETHER)
+        check_formats([(architecture, "formats", d, name) for name in names for d in DTYPES])
 
 
 def test_every_kernel_compiles_for_amd_and_nvidia() -> None:
@@ -205,7 +259,7 @@ def test_no_product_is_fused_into_a_sum_over_lanes(tmp_path: Path) -> None:
     script.write_text(EXCHANGED)
     lines = [line.split() for line in run(str(script)).splitlines()]
     assert [n for name, n in lines if name.isdigit()] == ["1"] * 7
-    assert [n for name, n in lines if not name.isdigit()] == ["0"] * 7 * 3 * (2 * 2 + 2 * 2)
+    assert [n for name, n in lines if not name.isdigit()] == ["0"] * (3 + 6) * (2 * 2 + 2 * 2)
 
 
 def test_predictions_are_of_a_card_by_its_name() -> None:
