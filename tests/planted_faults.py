@@ -27,9 +27,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("gradstat", "kernels", "tests", "examples", "bench", "docs", "pyproject.toml")
-# All tests that .ci/run has, those of a browser too.
+# All tests that .ci/run has: those of a browser, of interrupts and forks too.
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-PYTEST += ["-m", "not slow and not faults"]
+PYTEST += ["-m", "not slow"]
 TIMEOUT_S = 900  # with a fault a test may wait for ever
 COPIES = int(os.environ.get("JOBS", "2"))
 
@@ -157,7 +157,7 @@ FAULTS = [
         "gradstat/recording",
         "within == self._accumulation_steps - 1",
         "within == 0",
-        "tests/recording/test_cadence.py tests/recording/test_watch_passes.py",
+        "tests/recording",
     ),
     Fault(
         "gradstat/recording",
@@ -169,13 +169,13 @@ FAULTS = [
         "gradstat/recording",
         "if kind in unfinished.scales:",
         "if False:",
-        "tests/recording/test_unscaling.py",
+        "tests/recording",
     ),
     Fault(
         "gradstat/recording",
         "self._delivery.forget_other_threads()",
         "pass",
-        "tests/recording/test_forks.py",
+        "tests/recording",
     ),
     # What reads a run: findings, the page, figures, the command line, viewers.
     Fault(

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from findings import N, diagnose, noise, only
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import gradstat
 from gradstat import LinearBins, Log2Bins
+from gradstat.diagnosis.evidence import median
 
 
 @pytest.mark.parametrize(
@@ -257,3 +259,9 @@ def test_diagnose_ends_a_growth_before_the_records_without_a_gradient() -> None:
     finding = next(each for each in diagnose(history) if each.kind == "exploding")
     assert finding.steps[1] == 11
     assert "at step 11" in finding.sentence
+
+
+def test_median_is_the_lower_of_two_of_what_is_known() -> None:
+    nan = math.nan
+    x = np.array([[3.0, nan, 5.0], [1.0, nan, nan], [nan, nan, 4.0], [nan, nan, 6.0]])
+    np.testing.assert_array_equal(median(x), [1.0, nan, 5.0])

@@ -271,3 +271,15 @@ def test_diagnose_takes_no_overflow_that_begins_and_goes_on_for_a_mask() -> None
     # There from the start on, or for a while.
     for mask in (outputs(0), outputs(5), outputs(40, 50)):
         assert [each for each in diagnose(mask) if each.kind == "non-finite"] == []
+
+
+def test_infinite_outputs_are_harmless_only_where_they_are_there_while_all_is_well() -> None:
+    def breaks(step: int, kind: str, layer: int) -> float | None:
+        if step < 12:
+            return None
+        if kind == "activation" and layer == 1:
+            return math.inf  # no NaN, which is never harmless
+        return math.nan if kind == "grad" else None
+
+    finding = only(broken(breaks), "non-finite")
+    assert finding.layer == "activation/1.weight"
