@@ -73,6 +73,8 @@ if (window.parent !== window) {
     if (!T) return;
     const leads = told.touched > state.touched || (told.touched === state.touched && told.address < location.pathname);
     if (told.asks && !leads) return tell(false);
+    // An answer may have been sent before this page opened on what was found.
+    if (told.touched < state.touched) return;
     const [same] = byKind[meta.nouns.indexOf(told.noun)] ?? [];
     const layer = layerNamed(told.layer, told.noun) ?? same;
     if (layer === undefined) return;

@@ -211,9 +211,14 @@ export function select(layer, { from, step = null }) {
   table.select(layer);
   map.mark();
   if (!isOther) detail.show(state.home);
+  if (from !== "start" && from !== "beside") state.touched = 2;
   if (from !== "beside") for (const hear of selectListeners) hear(from);
   if (from === "start") return;
-  if (from === "beside") return writeLink();
+  if (from === "beside") {
+    // A link that nobody has chosen would keep this page from what is found later.
+    if (state.touched === 2) writeLink();
+    return;
+  }
   linkChanged();
   // Beside the rest on a wide page, and in view; above the table on a narrow one.
   const beside = getComputedStyle(byId("detail")).position === "sticky";
