@@ -579,7 +579,7 @@ def test_float16_is_widened_without_an_instruction_for_it(tmp_path: Path) -> Non
     code = """
 import numpy as np, torch
 from gradstat.engines.cpu.compiling import compile_entry, pointer, target
-from gradstat.engines.cpu.passes import real
+from gradstat.engines.cpu.partials import real
 
 def widen(source, target, n):
     x, y = pointer(source, np.int16), pointer(target, np.float32)
