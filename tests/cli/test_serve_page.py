@@ -210,7 +210,8 @@ def test_page_says_that_another_run_has_its_address(look: Look, tmp_path: Path) 
     with commanded(tmp_path / "b.npz", address.strip("/").rpartition(":")[2]):
         wait_for(page, "Another run has this address now")
         assert facts(page).startswith("2 parameters")
-    # What is not answered is a message of the browser's own.
+    # What is not answered is a message of the browser's own; a page that is closed asks no more.
+    page.close()
     look.seen[:] = [each for each in look.seen if "ERR_" not in each]
 
 
