@@ -17,6 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from report import SCHEMES, Document, load
 
+from gradstat.plot.labels import INK
+from gradstat.plot.panels import style_frame
+
 COLORS = {
     "gradstat log2": "#0072B2",
     "gradstat linear": "#56B4E9",
@@ -32,7 +35,6 @@ COLORS = {
     "wandb.watch": "#E69F00",
     "TensorBoard add_histogram": "#D55E00",
 }
-INK, LINE, GRID = "#333333", "#999999", "#e4e4e4"
 
 
 def plot_tensors(document: Document) -> Figure:
@@ -41,7 +43,7 @@ def plot_tensors(document: Document) -> Figure:
     suites = ("sizes", "dtypes", "distributions")
     rows = [row for row in document["benchmarks"] if row.get("suite") in suites]
     names = _shown(rows)
-    _style(left)
+    style_frame(left, 9)
     for name in names:
         mine = [row for row in rows if row["contestant"] == name and row["suite"] == "sizes"]
         mine.sort(key=lambda row: float(row["elements"]))
@@ -127,7 +129,7 @@ def _shown(rows: list[dict[str, Any]], key: str = "contestant") -> list[str]:
 
 def _points(axes: Axes, kinds: list[str], values: dict[str, list[float]]) -> None:
     """A point for each name and kind, on a log axis: a bar would begin nowhere."""
-    _style(axes)
+    style_frame(axes, 9)
     width = 0.6 / len(values)
     for rank, (name, heights) in enumerate(values.items()):
         at = [k + (rank - (len(values) - 1) / 2) * width for k in range(len(heights))]
@@ -145,14 +147,6 @@ def _points(axes: Axes, kinds: list[str], values: dict[str, list[float]]) -> Non
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_yticks([], minor=True)
     axes.set_ylim(low / 1.4, high * 1.4)
-
-
-def _style(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(LINE)
-    axes.tick_params(which="both", labelsize=9, labelcolor=INK, color=LINE)
-    axes.grid(color=GRID, linewidth=0.6)
-    axes.set_axisbelow(True)
 
 
 def _label(axes: Axes, x: str, y: str, title: str) -> None:

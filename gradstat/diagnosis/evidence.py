@@ -110,7 +110,7 @@ class Evidence:
     @cached_property
     def rate(self) -> Array:
         """Learning rate of the median group at each record: ``(S,)``; NaN if unknown."""
-        groups = [name for name in self.history.scalars if name == "lr" or name.startswith("lr/")]
+        groups = list(filter(is_rate, self.history.scalars))
         rates = np.full((len(self.steps), max(len(groups), 1)), math.nan)
         for at, name in enumerate(groups):
             steps, values = self.history.scalar(name)
@@ -327,6 +327,11 @@ def median(x: Array) -> Array:
 def is_loss(name: str) -> bool:
     """Whether a scalar is a loss of training, by its name."""
     return name.lower().endswith("loss") and not name.lower().startswith(("eval", "val", "test"))
+
+
+def is_rate(name: str) -> bool:
+    """Whether a scalar is a learning rate, by its name."""
+    return name == "lr" or name.startswith("lr/")
 
 
 def around(mask: Array, at: int) -> tuple[int, int]:

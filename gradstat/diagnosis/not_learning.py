@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
-from gradstat.diagnosis.evidence import Evidence, log2_edges, median
+from gradstat.diagnosis.evidence import Evidence, Lasting, is_rate, log2_edges, median
 from gradstat.diagnosis.findings import Finding, Severity, for_all
 from gradstat.record import ACTIVATION, GRAD, OF_PARAMETERS, PARAM, UPDATE
 from gradstat.thresholds import Thresholds
@@ -124,20 +125,15 @@ def find_saturation(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Layers in which most elements that are not zero lie many octaves below the layer's rms."""
     shares = _stopped(run, thresholds.saturation_octaves)
     times = 2.0**thresholds.saturation_octaves
-    found = [
-        Finding(
-            "saturation",
-            "warning",
-            run.layers[each.column],
-            each.steps,
-            {"share": each.share},
+    return _saturated(
+        run,
+        run.lasting(shares, thresholds.saturation_share),
+        lambda each: (
             f"{each.share:.0%} of the non-zero elements of {run.layers[each.column]}'s gradient "
             f"are more than {times:.0f} times smaller than its rms: the units they belong to "
-            f"hardly learn.",
-        )
-        for each in run.lasting(shares, thresholds.saturation_share)
-    ]
-    return for_all(found)
+            f"hardly learn."
+        ),
+    )
 
 
 def find_saturated_outputs(run: Evidence, thresholds: Thresholds) -> list[Finding]:
@@ -150,19 +146,24 @@ def find_saturated_outputs(run: Evidence, thresholds: Thresholds) -> list[Findin
     shares = run.shares_of([sample.total(at_end[sample.bins]) for sample in run.samples])
     shares = np.where(bounded[at], shares, 0.0)
     shares[:, : _first_with_parameters(run)] = 0.0
-    found = [
-        Finding(
-            "saturation",
-            "warning",
-            run.layers[each.column],
-            each.steps,
-            {"share": each.share},
+    return _saturated(
+        run,
+        run.lasting(shares, thresholds.saturation_share),
+        lambda each: (
             f"{each.share:.0%} of {run.names[each.column]}'s outputs are within {1 - _END:g} of 1 "
             f"or -1, the ends of a tanh, where its slope is almost zero: what is below it hardly "
-            f"learns. Smaller weights or a norm before it help.",
-        )
-        for each in run.lasting(shares, thresholds.saturation_share)
-    ]
+            f"learns. Smaller weights or a norm before it help."
+        ),
+    )
+
+
+def _saturated(
+    run: Evidence, lasting: list[Lasting], sentence: Callable[[Lasting], str]
+) -> list[Finding]:
+    found = []
+    for each in lasting:
+        layer, numbers = run.layers[each.column], {"share": each.share}
+        found.append(Finding("saturation", "warning", layer, each.steps, numbers, sentence(each)))
     return for_all(found)
 
 
@@ -301,7 +302,7 @@ def _size(ratio: float, layer: str) -> str:
 
 
 def _why(run: Evidence, zeros: float) -> str:
-    names = [name for name in run.history.scalars if name == "lr" or name.startswith("lr/")]
+    names = filter(is_rate, run.history.scalars)
     rates = np.concatenate([np.zeros(0), *(run.history.scalar(name)[1] for name in names)])
     if len(rates) and not rates.any():
         return "the learning rate is 0"

@@ -80,10 +80,8 @@ def find_large(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         start = median(run.rms[:3, column : column + 1])
         levels = np.append(start, run.levels[:, column])
         if (np.nan_to_num(levels) > thresholds.exploding_level).all():
-            rms, steps = (
-                float(np.nanmax(run.levels[:, column])),
-                run.steps_of(0, len(run.blocks) - 1),
-            )
+            rms = float(np.nanmax(run.levels[:, column]))
+            steps = run.steps_of(0, len(run.blocks) - 1)
             sentence = (
                 f"{layer}'s gradient has an rms of {rms:.1e}, above {thresholds.exploding_level:g}:"
                 f" it explodes on its way back, as in a recurrent network over many steps; Adam "

@@ -185,8 +185,8 @@ class _Union:
                         self._refuse_partial(row, ranks[holder], ranks[at])
             for holder, columns in others.items():
                 differs = _differences(unpacked[holder], unpacked[at], columns)
-                for place, column in np.argwhere(differs.T)[:1].tolist():
-                    step = part.records[column].step
+                for place, record in np.argwhere(differs.T)[:1].tolist():
+                    step = part.records[record].step
                     self._refuse(rows[columns[place]], ranks[holder], ranks[at], step)
             found.append(is_first)
         return found
@@ -358,12 +358,12 @@ class Rank:
     @property
     def last_step(self) -> int:
         """Of those that are not merged; -1 without any."""
-        return self._pieces[-1].records[-1].step if self._pieces else -1
+        return self._pieces[-1].last_step if self._pieces else -1
 
     @property
     def newest_block(self) -> int:
         """First step of the piece that has come last."""
-        return self._pieces[-1].records[0].step
+        return self._pieces[-1].first_step
 
     def take(self, step: int) -> Records:
         """The next ones up to a step, which are then no longer there."""
@@ -377,7 +377,7 @@ class Rank:
 
     def skip(self, step: int) -> None:
         """Leave out those before a step."""
-        while self._pieces and self._pieces[0].records[0].step < step:
+        while self._pieces and self._pieces[0].first_step < step:
             self.take(step - 1)
 
     def attempt_at(self, step: float) -> _Attempt | None:
@@ -417,7 +417,7 @@ def merge(
     bounds = sorted({each.first_step for rank in ranks for each in rank.attempts} | {end})
     while True:
         coming = [piece for rank in ranks if (piece := rank.next) is not None]
-        start = min([piece.records[0].step for piece in coming], default=math.inf)
+        start = min([piece.first_step for piece in coming], default=math.inf)
         if start >= end:
             break
         world = (leader.attempt_at(start) or leader.attempts[0]).world

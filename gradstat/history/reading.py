@@ -424,7 +424,7 @@ def _pieces(path: Path, n_bytes: float, *, goes_on: bool = False) -> Iterator[Re
                 continue
             found = piece.rows, piece.layers, piece.bins, piece.formats
             run = run or found
-            if found != run or (len(piece) and piece.records[0].step <= last_step):
+            if found != run or (len(piece) and piece.first_step <= last_step):
                 raise ValueError(
                     f"History.load() needs the files of one run; {path} has those of several"
                 )

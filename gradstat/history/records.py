@@ -187,6 +187,11 @@ class Records:
         return self._kept.records.copy()
 
     @property
+    def first_step(self) -> int:
+        """Of the oldest record, of which there is one."""
+        return self._kept.records[0].step
+
+    @property
     def last_step(self) -> int:
         """Of the newest record; -1 without any."""
         return self._kept.records[-1].step if self._kept.records else -1

@@ -179,13 +179,18 @@ def style_3d(ax: Axes3D, x_limits: Limits, y_limits: Limits, top: float) -> None
 
 
 def style_2d(ax: Axes) -> None:
-    """Two spines, a pale grid, small type."""
+    """A frame, and few whole numbers below it."""
+    style_frame(ax, 8)
+    ax.xaxis.set_major_locator(whole_numbers(5))
+
+
+def style_frame(ax: Axes, size: int) -> None:
+    """Two spines, a pale grid, numbers of a size in points."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(LINE)
-    ax.tick_params(which="both", labelsize=8, labelcolor=INK, color=LINE)
+    ax.tick_params(which="both", labelsize=size, labelcolor=INK, color=LINE)
     ax.grid(color=GRID, linewidth=0.6)
     ax.set_axisbelow(True)
-    ax.xaxis.set_major_locator(whole_numbers(5))
 
 
 def add_ridges(

@@ -211,15 +211,14 @@ export function select(layer, { from, step = null }) {
   table.select(layer);
   map.mark();
   if (!isOther) detail.show(state.home);
-  if (from !== "start" && from !== "beside") state.touched = 2;
-  if (from !== "beside") for (const hear of selectListeners) hear(from);
-  if (from === "start") return;
   if (from === "beside") {
     // A link that nobody has chosen would keep this page from what is found later.
     if (state.touched === 2) writeLink();
     return;
   }
-  linkChanged();
+  if (from !== "start") linkChanged(); // before those who hear of it tell who has chosen
+  for (const hear of selectListeners) hear(from);
+  if (from === "start") return;
   // Beside the rest on a wide page, and in view; above the table on a narrow one.
   const beside = getComputedStyle(byId("detail")).position === "sticky";
   if (!beside && !["detail", "kind"].includes(from)) byId("detail").scrollIntoView({ block: "start" });

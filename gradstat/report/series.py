@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from gradstat.diagnosis.evidence import is_loss
+from gradstat.diagnosis.evidence import is_loss, is_rate
 from gradstat.history import History
 from gradstat.record import NOUNS
 from gradstat.report.thin import Columns
@@ -66,7 +66,7 @@ def series_of(
         What is drawn of each, by name.
     """
     losses = [name for name in scalars if is_loss(name)]
-    rates = [name for name in scalars if name == "lr" or name.startswith("lr/")]
+    rates = list(filter(is_rate, scalars))
     # Of many groups, those whose rate changes.
     rates = [name for name in rates if np.ptp(scalars[name][1]) > 0] or rates[:1]
     named = {name: scalars[name] for name in losses[:_MAX_SERIES]}
