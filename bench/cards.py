@@ -21,9 +21,8 @@ it is a prediction, and no time was measured.
 A launch over a list (`launch_seconds`): a program takes the time that it would take alone, a wait
 for memory and its instructions for each round of its loops, as long as all programs that run ask
 memory for no more than it delivers; else all of them are slowed down alike. A multiprocessor takes
-the next item when one of its programs ends. `LAUNCH_S` is an assumption as well: what NVIDIA
-measured between kernels of 2.9 us that a stream holds ready
-(https://developer.nvidia.com/blog/cuda-graphs).
+the next item when one of its programs ends. `LAUNCH_S`, from one kernel's end to the next one's
+start where the stream holds both ready, is an assumption as well.
 """
 
 from __future__ import annotations
