@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from serving import Writer
 
 ROOT = Path(__file__).parent.parent
-# Processes share the tests, or whole files of them: those that take longest are begun first, so that
-# none is left alone with one of them at the end.
+# Processes share the tests, or whole files of them: those that take longest are begun first, so
+# that none is left alone with one of them at the end.
 LONGEST = (
     "recording/test_cadence.py",  # on a CUDA device in software
     "engines/test_format_engines.py",

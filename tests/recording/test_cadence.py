@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import sized
 from torch import Tensor, nn
 
 import gradstat
@@ -141,6 +142,7 @@ def record(
 
 
 EVERY = 1, 3, 10  # of three watches at once
+N_STEPS = sized(on_card=50, in_software=21)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -150,9 +152,9 @@ def test_replayed_makes_the_records_of_eager_steps(kind: str) -> None:
         training = Training()
         options = options_of(training, kind)
         watched = [{"every": every, **options} for every in EVERY]
-        histories.append(record(training, watched, 50, how))
+        histories.append(record(training, watched, N_STEPS, how))
     for every, expected, history in zip(EVERY, *histories, strict=True):
-        assert expected.steps.tolist() == list(range(0, 51, every))
+        assert expected.steps.tolist() == list(range(0, N_STEPS + 1, every))
         assert_same(history, expected)
 
 
@@ -169,9 +171,9 @@ def test_replayed_counts_from_the_first_step_of_a_run_that_is_resumed() -> None:
 def test_replayed_makes_the_records_of_eager_steps_of_four_passes(how: str) -> None:
     options = {"accumulation_steps": 4, "what": ("grad", "activation")}
     watched = [{"every": every, **options} for every in EVERY]
-    histories = [record(Training(4), watched, 50, each) for each in (None, how)]
+    histories = [record(Training(4), watched, N_STEPS, each) for each in (None, how)]
     for every, expected, history in zip(EVERY, *histories, strict=True):
-        assert expected.steps.tolist() == list(range(0, 51, every))
+        assert expected.steps.tolist() == list(range(0, N_STEPS + 1, every))
         assert_same(history, expected)
 
 
