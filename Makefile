@@ -68,7 +68,7 @@ test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-faults: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m faults $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) -m faults $(ARGS)
 
 test-integrations: $(VENV)/installed-test-integrations
 	$(BIN)/python -m pytest $(SHARED) -m integrations $(ARGS)
