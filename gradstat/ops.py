@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradstat.bins import Bins, LinearBins, Log2Bins, parse_bins, widen
-from gradstat.engines import ENGINE_VARIABLE
 from gradstat.formats import Format, check_formats, parse_format
 from gradstat.results import (
     FLOATS,
@@ -27,13 +26,14 @@ from gradstat.results import (
     Quantization,
     Statistics,
 )
+from gradstat.util import ENGINE_VARIABLE
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ENGINES = ("cpu", "reference", "triton")
 # Their modules that measure formats.
 _FORMAT_ENGINES = {
     "cpu": "cpu.formats",
-    "reference": "reference_formats",
+    "reference": "reference",
     "triton": "triton_formats",
 }
 

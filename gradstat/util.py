@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Array: TypeAlias = "NDArray[Any]"
 
+ENGINE_VARIABLE = "GRADSTAT_ENGINE"  # of the environment: which engine is used
+
 _MOST_NAMES = 8  # in a message
 # Lines that no warning is about. Torch calls hooks from its own code.
 _INSIDE: tuple[str, ...] = (f"{Path(__file__).parent}{os.sep}", threading.__file__)

@@ -1,4 +1,4 @@
-"""Device twin of gradstat/engines/reference_formats.py: scales and rounding of narrow formats.
+"""Device twin of gradstat/engines/reference.py: scales and rounding of narrow formats.
 
 A format is a tuple of constants, see `gradstat.engines.triton_formats.form_constants`. Magnitudes
 are float32; no instruction of a narrow type is needed.

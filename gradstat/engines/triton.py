@@ -24,9 +24,7 @@ from torch import Tensor
 from triton import knobs
 
 from gradstat.bins import Bins, LinearBins, Log2Bins, keeps_subnormals
-from gradstat.engines import reference
-from gradstat.engines.memory import merge_dims, no_storage
-from gradstat.engines.protocol import NUMBERS, together
+from gradstat.engines import NUMBERS, merge_dims, no_storage, reference, together
 from gradstat.kernels.finish import finish_kernel
 from gradstat.kernels.items import ROWS
 from gradstat.kernels.measure import (
@@ -112,7 +110,7 @@ class Plan:
     def run(
         self, tensors: Sequence[Tensor], formats: Tensor | None = None, due: Tensor | None = None
     ) -> Tensor | None:
-        """All numbers of the rows in one tensor; as `gradstat.engines.protocol.Plan`."""
+        """All numbers of the rows in one tensor; as `gradstat.engines.Plan`."""
         bins, n = self._bins, len(tensors)
         if (
             list(map(type, tensors)) != self._types

@@ -1,6 +1,6 @@
 """Narrow formats by Triton: all tensors of a list in one launch, and one small one to finish it.
 
-It computes what `reference_formats` defines. A tensor whose blocks do not lie in memory one after
+It computes what `reference` defines. A tensor whose blocks do not lie in memory one after
 the other is copied first. Scales that are made of the largest magnitude of a tensor, or of a block
 of several rows, take a launch before that finds it.
 """
@@ -17,8 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradstat.engines import reference_formats
-from gradstat.engines.memory import as_matrix
+from gradstat.engines import as_matrix, reference
 from gradstat.engines.triton import (
     ALIGNMENT,
     ELEMENTS,
@@ -85,7 +84,7 @@ def measure_formats(
 ) -> tuple[Tensor, Tensor]:
     """What each format would do to each tensor, without waiting for the device.
 
-    As `reference_formats.measure_formats`; float64 tensors go there.
+    As `reference.measure_formats`; float64 tensors go there.
 
     Raises:
         ValueError: tensors that are not on a CUDA device.
@@ -109,7 +108,7 @@ def measure_formats(
         for group in tables.groups:
             _measure(group, formats, maxima, integers, floats)
     for i in tables.float64_rows:
-        found = reference_formats.measure_formats([tensors[i]], formats, dim)
+        found = reference.measure_formats([tensors[i]], formats, dim)
         integers[:, i].copy_(found[0][:, 0])
         floats[:, i].copy_(found[1][:, 0])
     return integers, floats

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from gradstat.engines.protocol import Result
+from gradstat.engines import Result
 from gradstat.ops import choose_engine
 from gradstat.recording.torch_internals import (
     SparingCaptures,

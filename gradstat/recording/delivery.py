@@ -22,7 +22,7 @@ from torch import Tensor
 
 from gradstat.bins import LinearBins
 from gradstat.diagnosis.alerts import Alerts
-from gradstat.engines.protocol import NUMBERS
+from gradstat.engines import NUMBERS
 from gradstat.history import History
 from gradstat.history.journal import Journal
 from gradstat.ops import import_engine

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gradstat.bins import LinearBins, widen
-from gradstat.engines.protocol import Plan
+from gradstat.engines import Plan
 from gradstat.formats import parse_format
 from gradstat.history import History
 from gradstat.ops import choose_engine, is_measurable, measure_formats

@@ -15,8 +15,7 @@ from watching import assert_record, backward, make_model
 
 import gradstat
 from gradstat import History, LinearBins, Log2Bins
-from gradstat.engines import cpu
-from gradstat.engines.protocol import together
+from gradstat.engines import cpu, together
 from gradstat.recording.delivery import Transfer
 
 pytestmark = pytest.mark.host("imitates a graph on the CPU")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradstat.bins import FLOAT32_MAX, Bins, LinearBins, Log2Bins, keeps_subnormals
-from gradstat.engines import reference
+from gradstat.engines import merge_dims, no_storage, reference
 from gradstat.engines.cpu.compiling import passes_trial, trial_tensors
 from gradstat.engines.cpu.partials import FIELDS
 from gradstat.engines.cpu.pool import count_threads, run_together
@@ -36,7 +36,6 @@ from gradstat.engines.cpu.work import (
     pack_rows,
     work_on,
 )
-from gradstat.engines.memory import merge_dims, no_storage
 from gradstat.results import Statistics, as_statistics
 from gradstat.util import Array
 

@@ -27,8 +27,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from gradstat import bins, formats
-from gradstat.engines import reference_formats
+from gradstat import bins, formats, results
 from gradstat.util import warn
 
 # Numba and llvmlite ship no types: a number, memory indexed as an array, objects of the compiler.
@@ -104,7 +103,7 @@ def compile_entry(function: Function, name: str, arguments: str) -> Function:
 @functools.cache
 def _checksum() -> int:
     """Checksum of processor, compiler and all that is compiled; Numba looks at one file only."""
-    others = [Path(str(each.__file__)) for each in (bins, formats, reference_formats)]
+    others = [Path(str(each.__file__)) for each in (bins, formats, results)]
     paths = [*sorted(Path(__file__).parent.glob("*.py")), *others]
     sources = [path.read_bytes() for path in paths]
     # NumPy computes constants that are compiled.

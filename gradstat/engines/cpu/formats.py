@@ -1,6 +1,6 @@
 """Narrow formats on the CPU: one pass over memory for all of them, on all of torch's threads.
 
-It computes what `reference_formats` defines. A tensor whose blocks do not lie in memory one after
+It computes what `reference` defines. A tensor whose blocks do not lie in memory one after
 the other is copied first. Formats with one scale for the tensor, or with blocks of several rows,
 need its largest magnitude, or whole blocks, and so a second read.
 """
@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 
 from gradstat.bins import keeps_subnormals
-from gradstat.engines import reference_formats
+from gradstat.engines import as_matrix, no_storage, reference
 from gradstat.engines.cpu import format_work as work
 from gradstat.engines.cpu.compiling import passes_trial, trial_tensors
 from gradstat.engines.cpu.format_work import CHUNK, form_row, tensor_scale
 from gradstat.engines.cpu.pool import count_threads, run_together
-from gradstat.engines.memory import as_matrix, no_storage
 from gradstat.formats import FORMATS, Format
 from gradstat.results import NO_SCALE_MAX, NO_SCALE_MIN
 from gradstat.util import Array
@@ -38,7 +37,7 @@ _scratches: list[Tensor] = []  # between calls
 def measure_formats(
     tensors: Sequence[Tensor], formats: Sequence[Format], dim: int = -1
 ) -> tuple[Tensor, Tensor]:
-    """What each format would do to each tensor, as `reference_formats.measure_formats`."""
+    """What each format would do to each tensor, as `reference.measure_formats`."""
     return _measure(tensors, formats, dim, _is_trusted)
 
 
@@ -54,7 +53,7 @@ def _measure(
     tables: dict[torch.dtype, _FormatTable] = {}
     for row, x in enumerate(tensors):
         if x.dtype == torch.float64 or not is_trusted(x.dtype):
-            again = reference_formats.measure_formats([x], formats, dim)
+            again = reference.measure_formats([x], formats, dim)
             integers[:, row], floats[:, row] = again[0][:, 0], again[1][:, 0]
             continue
         table = tables.get(x.dtype)
@@ -68,13 +67,13 @@ def _measure(
 
 @functools.cache
 def _is_trusted(dtype: torch.dtype) -> bool:
-    """Whether what is compiled for a dtype computes what `reference_formats` does."""
+    """Whether what is compiled for a dtype computes what `reference` does."""
     tensors, formats = trial_tensors(dtype)[:2], list(FORMATS.values())
     return passes_trial(
         work.work_on(dtype),
         f"narrow formats of {dtype}",
         lambda: _measure(tensors, formats, -1, lambda _: True),
-        lambda: reference_formats.measure_formats(tensors, formats),
+        lambda: reference.measure_formats(tensors, formats),
     )
 
 
