@@ -15,8 +15,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 import gradstat
-from gradstat.cli.runs import RunList
-from gradstat.cli.server import Server
+from gradstat.cli.server import RunList, Server
 from gradstat.history.journal import Journal
 
 IMAGES = Path(__file__).parent / "images"

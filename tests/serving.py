@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from conftest import ROOT
 
-from gradstat.cli.runs import RunList
-from gradstat.cli.server import Server
+from gradstat.cli.server import RunList, Server
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

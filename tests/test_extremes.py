@@ -11,7 +11,7 @@ from histories import append_rows, make_history
 
 from gradstat import History, LinearBins, Log2Bins, plot
 from gradstat.bins import FLOAT64_MAX, Bins
-from gradstat.cli import printing
+from gradstat.cli import commands
 from gradstat.plot.data import drawable
 
 SMALLEST = 5e-324
@@ -30,16 +30,16 @@ def extreme_history(case: str, bins: Bins) -> History:
 
 
 def newest(history: History, path: Path) -> object:
-    return printing.newest("a run", history)
+    return commands.newest("a run", history)
 
 
 def compare(history: History, path: Path) -> object:
-    return printing.comparison({"a": history, "b": history})
+    return commands.comparison({"a": history, "b": history})
 
 
 def diagnose(history: History, path: Path) -> object:
     numbers = [finding.numbers for finding in history.diagnose()]
-    return printing.findings(history.diagnose()) + json.dumps(numbers, allow_nan=False)
+    return commands.findings(history.diagnose()) + json.dumps(numbers, allow_nan=False)
 
 
 def report(history: History, path: Path) -> object:
@@ -90,7 +90,7 @@ def test_newest_draws_bars_in_proportion_to_the_logarithm() -> None:
         3,
         gradient=lambda step, layer: torch.tensor(values[layer], dtype=torch.float64),
     )
-    bars = [line.count("#") for line in printing.newest("a run", history).splitlines()[3:6]]
+    bars = [line.count("#") for line in commands.newest("a run", history).splitlines()[3:6]]
     assert bars[0] == 12
     assert bars[1] in (6, 7)
     assert bars[2] == 1

@@ -146,7 +146,7 @@ def test_imports_of_finds_what_is_hidden() -> None:
     source = """
 def late():
     if True:
-        from gradstat.cli import printing
+        from gradstat.cli import commands
 class A:
     from gradstat import bins
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ if TYPE_CHECKING:
 """
     found = [(each.imported, each.is_late) for each in imports_of("x", ast.parse(source))]
     assert found == [
-        ("gradstat.cli.printing", True),
+        ("gradstat.cli.commands", True),
         ("gradstat.bins", False),
         ("gradstat.report.page", False),
     ]

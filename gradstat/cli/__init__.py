@@ -1,7 +1,7 @@
 """The command ``gradstat``: what a run's record says, without writing a script.
 
 What a command does is a function of its name in the module that `COMMANDS` gives, which is imported
-when it is asked for: PyTorch takes a second or two.
+when it is asked for: PyTorch takes a second or two. ``info`` alone is here, as it needs none.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import importlib.metadata
 import io
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,19 +20,22 @@ from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from gradstat.thresholds import Thresholds
-from gradstat.util import escaped, one_of
+from gradstat.util import ENGINE_VARIABLE, escaped, one_of
 from gradstat.version import __version__
 
+_PRINTING, _WRITING = ("diagnose", "formats", "compare", "tail"), ("export", "report", "merge")
 COMMANDS = {
-    "info": "info",
-    **dict.fromkeys(("diagnose", "formats", "compare", "tail"), "printing"),
-    **dict.fromkeys(("export", "report", "merge"), "writing"),
-    "serve": "server",
+    "info": "gradstat.cli",
+    **dict.fromkeys((*_PRINTING, *_WRITING), "gradstat.cli.commands"),
+    "serve": "gradstat.cli.server",
 }
 TARGETS = ("parquet", "csv", "tensorboard", "wandb")  # of export
 _THRESHOLDS = [field.name for field in dataclasses.fields(Thresholds)]
 _FAILED = 2  # exit code
 _LAST_PORT = 65_535
+_PACKAGES = ("torch", "triton", "numba", "numpy", "matplotlib", "pandas", "pyarrow")
+# Devices of the drivers of NVIDIA, of Windows under WSL, of Jetson, and of AMD.
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap", "/dev/kfd")
 
 _Add: TypeAlias = Callable[[str, str], argparse.ArgumentParser]
 
@@ -61,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if isinstance(out, io.TextIOWrapper):
             out.reconfigure(errors="backslashreplace")  # as stderr: a terminal may know ASCII alone
-        home = importlib.import_module(f"gradstat.cli.{COMMANDS[options.command]}")
+        home = importlib.import_module(COMMANDS[options.command])
         code: int = getattr(home, options.command)(options)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -223,3 +228,51 @@ def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) <= _LAST_PORT):
         raise argparse.ArgumentTypeError(f"needs a number from 0 to {_LAST_PORT}; got {text!r}")
     return int(text)
+
+
+def info(options: argparse.Namespace) -> int:
+    """Print what is known of the machine, or what a run has logged."""
+    if options.run_path is None:
+        print(environment())
+        return 0
+    from gradstat.cli import commands
+
+    history = commands.load(options.run_path)
+    print(f"{commands.heading(str(options.run_path), history)}\n\n{commands.logged(history)}")
+    return 0
+
+
+def environment() -> str:
+    """Versions, devices, and the engine that each will use."""
+    lines = [f"gradstat {__version__}, Python {platform.python_version()}", ""]
+    lines += [f"{name:11} {_version(name) or 'not installed'}" for name in _PACKAGES]
+    forced = os.environ.get(ENGINE_VARIABLE)
+    rows = [("CPU tensors", forced or "cpu")]
+    gpus = enumerate(_devices())
+    rows += [(f"cuda:{i} tensors ({name})", forced or "triton") for i, name in gpus]
+    if len(rows) == 1:
+        rows.append(("CUDA or ROCm tensors", "triton; no such device here"))
+    rows.append(("tensors elsewhere, float64 on a GPU", forced or "reference"))
+    width = max(len(what) for what, _ in rows)
+    lines += ["", "Engine", *(f"{what:{width}}  {engine}" for what, engine in rows)]
+    lines.append(f"{ENGINE_VARIABLE} is {forced!r}" if forced else f"{ENGINE_VARIABLE} is not set")
+    return "\n".join(lines)
+
+
+def _devices() -> list[str]:
+    """Name of each CUDA or ROCm device. Without a driver PyTorch, a second, is not imported."""
+    has_driver = sys.platform != "linux" or any(Path(driver).exists() for driver in _DRIVERS)
+    if not has_driver and "torch" not in sys.modules:
+        return []
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

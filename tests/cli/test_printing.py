@@ -14,7 +14,7 @@ from tables_of_text import rows
 from torch import Tensor
 
 from gradstat import Log2Bins
-from gradstat.cli import main, printing
+from gradstat.cli import commands, main
 
 
 def shrinking(step: int, layer: int) -> Tensor:
@@ -24,7 +24,7 @@ def shrinking(step: int, layer: int) -> Tensor:
 def test_compare_tells_both_runs_apart_layer_by_layer() -> None:
     one = make_history(Log2Bins(), 3, 25, noise)
     other = make_history(Log2Bins(), 3, 25, shrinking)
-    text = printing.comparison({"healthy": one, "ill": other})
+    text = commands.comparison({"healthy": one, "ill": other})
     lines = text.splitlines()
     assert lines[0] == "A  healthy: 25 records of 3 layers, steps 0 to 24, Log2Bins()"
     assert lines[1] == "B  ill: 25 records of 3 layers, steps 0 to 24, Log2Bins()"
@@ -47,7 +47,7 @@ def test_compare_tells_both_runs_apart_layer_by_layer() -> None:
 def test_compare_draws_bars_on_one_log_scale() -> None:
     one = make_history(Log2Bins(), 2, 1, lambda step, layer: torch.full((4,), 10.0 ** (11 * layer)))
     other = make_history(Log2Bins(), 1, 1, lambda step, layer: torch.full((4,), 1e4))
-    text = printing.comparison({"one": one, "other": other})
+    text = commands.comparison({"one": one, "other": other})
     assert re.findall("#+", text) == ["#", "#" * 5, "#" * 12]
     assert rows(text)["1.weight"][1:] == ["-", "-"]
     assert "no layer in common" not in text
@@ -57,28 +57,28 @@ def test_compare_says_that_no_layer_is_in_both_runs() -> None:
     one = make_history(Log2Bins(), 2, 5, noise)
     other = make_history(Log2Bins(), 2, 5, noise)
     other.layers = [f"other.{layer}" for layer in one.layers]
-    text = printing.comparison({"one": one, "other": other})
+    text = commands.comparison({"one": one, "other": other})
     assert "\nA and B have no layer in common\n" in text
 
 
 def test_compare_fits_a_deep_network_on_a_screen() -> None:
     deep = make_history(Log2Bins(), 60, 2, noise)
-    text = printing.comparison({"one": deep, "other": deep})
+    text = commands.comparison({"one": deep, "other": deep})
     table = rows(text)
     assert len(table) == 24
     assert [next(iter(table)), next(reversed(table))] == ["0.weight", "59.weight"]
     assert "36 layers between them are left out (--all)" in text
-    assert len(rows(printing.comparison({"one": deep, "other": deep}, every_layer=True))) == 60
+    assert len(rows(commands.comparison({"one": deep, "other": deep}, every_layer=True))) == 60
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan])
 def test_compare_and_tail_get_through_runs_of_nothing_but(value: float) -> None:
     history = make_history(Log2Bins(), 2, 3, lambda step, layer: torch.full((4,), value))
-    table = rows(printing.comparison({"one": history, "other": history}))
+    table = rows(commands.comparison({"one": history, "other": history}))
     cell = "0" if value == 0 else "-"
     assert table == {"0.weight": [cell, cell, "-"], "1.weight": [cell, cell, "-"]}
     finding = "warning: dead" if value == 0 else "severe: non-finite"
-    assert finding in printing.newest("run", history)
+    assert finding in commands.newest("run", history)
 
 
 def test_compare_command_names_runs_and_draws_their_curves(
@@ -118,7 +118,7 @@ def values_of_kinds(step: int, row: int) -> Tensor:
 def test_screens_speak_of_the_first_kind() -> None:
     history = make_history(Log2Bins(), 2, 5, values_of_kinds, absent=[(4, 1)], kinds=KINDS)
     gradients = history.select("grad")
-    text = printing.comparison({"one": history, "other": gradients})
+    text = commands.comparison({"one": history, "other": gradients})
     assert text.splitlines()[0] == (
         "A  one: 5 records of 2 layers (grad, param, update, activation, unit), steps 0 to 4, "
         "Log2Bins()"
@@ -126,11 +126,11 @@ def test_screens_speak_of_the_first_kind() -> None:
     assert list(rows(text)) == gradients.layers
     assert "update / parameter" not in text
     assert "dead units" not in text
-    table = rows(printing.newest("run", history))
+    table = rows(commands.newest("run", history))
     assert list(table) == gradients.layers
     assert table["1.weight"][-2:] == ["no", "gradient"]
     updates = make_history(Log2Bins(), 2, 5, absent=[(4, 1)], kinds=("update", "activation"))
-    table = rows(printing.newest("run", updates))
+    table = rows(commands.newest("run", updates))
     assert list(table) == ["update/0.weight", "update/1.weight"]
     assert table["update/1.weight"][-2:] == ["no", "update"]
 
@@ -139,7 +139,7 @@ def test_bars_of_a_screen_span_the_first_kind() -> None:
     history = make_history(
         Log2Bins(), 2, 1, lambda step, row: torch.full((4,), 10.0**row), (), KINDS
     )
-    assert re.findall("#+", printing.newest("run", history)) == ["#", "#" * 12]
+    assert re.findall("#+", commands.newest("run", history)) == ["#", "#" * 12]
 
 
 def test_compare_tells_update_ratios_and_dead_units_where_both_runs_have_them() -> None:
@@ -151,7 +151,7 @@ def test_compare_tells_update_ratios_and_dead_units_where_both_runs_have_them() 
         lambda step, row: values_of_kinds(step, row) * (10.0 if row // 2 == 2 else 1.0),
         kinds=KINDS,
     )
-    text = printing.comparison({"one": one, "other": other})
+    text = commands.comparison({"one": one, "other": other})
     a, b, ratio = re.search(
         r"^update / parameter, median +(\S+) +(\S+) +(\S+)$", text, re.M
     ).groups()
@@ -159,14 +159,14 @@ def test_compare_tells_update_ratios_and_dead_units_where_both_runs_have_them() 
     assert float(b) == pytest.approx(0.1, rel=0.1)
     assert float(ratio) == pytest.approx(10, rel=0.1)
     assert re.search(r"^dead units, most in a layer +25% +25%$", text, re.M)
-    updates = printing.comparison({"one": one.select("update"), "other": other})
+    updates = commands.comparison({"one": one.select("update"), "other": other})
     assert "update / parameter" not in updates
 
 
 def test_compare_compares_the_first_kind_that_both_runs_have() -> None:
     history = make_history(Log2Bins(), 2, 5, values_of_kinds, kinds=KINDS)
     for one, other in ((history.select("update"), history), (history, history.select("update"))):
-        text = printing.comparison({"one": one, "other": other})
+        text = commands.comparison({"one": one, "other": other})
         assert re.findall(r"^\d\.weight .* (\S+)$", text, re.M) == ["1", "1"]
 
 
@@ -187,7 +187,7 @@ def test_draw_writes_the_curves_of_the_first_kind_whole_or_not_at_all(
     with monkeypatch.context() as patch:
         patch.setattr(Figure, "savefig", fails)
         with pytest.raises(OSError, match="disk full"):
-            printing.draw({"run": history}, path)
+            commands.draw({"run": history}, path)
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
     assert len(drawn[0].axes[0].lines) == 2
@@ -196,7 +196,7 @@ def test_draw_writes_the_curves_of_the_first_kind_whole_or_not_at_all(
         ("curves.svg", b"<?xml"),
         ("x", b"\x89PNG"),
     ):
-        printing.draw({"run": history}, tmp_path / name)
+        commands.draw({"run": history}, tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(beginning)
 
 
@@ -204,7 +204,7 @@ def test_scalars_lists_what_was_logged_and_the_norm() -> None:
     history = make_history(Log2Bins(), 2, 25, noise)
     for step in range(50):
         history.add_scalar("loss", step, math.nan if step == 3 else 5.0 - step / 10)
-    lines = [line.split() for line in printing.logged(history).splitlines()]
+    lines = [line.split() for line in commands.logged(history).splitlines()]
     assert lines[1] == ["loss", "50", "5", "1", "0.1", "5"]
     norm = history.norm()
     assert lines[2][:3] == ["gradient", "norm", "25"]
@@ -217,7 +217,7 @@ def test_compare_tells_the_losses_and_norms_of_both_apart() -> None:
         for step in range(25):
             history.add_scalar("loss", step, 2.0 if name == "one" else 3.0)
     runs["one"].add_scalar("lr", 0, 0.1)
-    shown = printing.comparison(runs)
+    shown = commands.comparison(runs)
     assert re.search(r"^loss, lately +2 +3 +1.5$", shown, re.M)
     assert re.search(r"^gradient norm, lately +\S+ +\S+ +1$", shown, re.M)
     assert "lr" not in shown

@@ -14,8 +14,8 @@ import pytest
 from histories import make_history
 
 from gradstat import Log2Bins
-from gradstat.cli.runs import RunList, run_name
-from gradstat.cli.server import Server
+from gradstat.cli.commands import run_name
+from gradstat.cli.server import RunList, Server
 from gradstat.history.journal import Journal
 
 
@@ -280,7 +280,7 @@ def test_server_says_what_it_may_not_list(
     def refuse(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("gradstat.cli.runs._is_directory_of_runs", refuse)
+    monkeypatch.setattr("gradstat.cli.server._is_directory_of_runs", refuse)
     response, body = ask(server, "/list")
     assert response.status == 503
     assert "Permission denied" in body
@@ -349,7 +349,7 @@ def test_listed_names_each_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         make_history(Log2Bins(), 2, 3).save(tmp_path / f"{name}.npz")
     runs, named = RunList([tmp_path]), []
     monkeypatch.setattr(
-        "gradstat.cli.runs.run_name", lambda path: named.append(path) or run_name(path)
+        "gradstat.cli.server.run_name", lambda path: named.append(path) or run_name(path)
     )
     assert [line["name"] for line in runs.listed()] == list("abcdefgh")
     assert len(named) == len(set(named))

@@ -14,7 +14,7 @@ from tables_of_text import rows
 from torch import Tensor
 
 from gradstat import History, Log2Bins
-from gradstat.cli import printing
+from gradstat.cli import commands
 from gradstat.history.journal import Journal
 
 
@@ -27,7 +27,7 @@ def test_newest_shows_the_last_record_with_zeros_and_what_is_not_finite() -> Non
         return x
 
     history = make_history(Log2Bins(), 3, 3, gradient, absent=[(2, 2)])
-    text = printing.newest("run", history)
+    text = commands.newest("run", history)
     assert text.startswith("run: step 2\n")
     record, table = history.record(), rows(text)
     for at, layer in enumerate(("0.weight", "1.weight")):
@@ -52,7 +52,7 @@ def test_tail_prints_each_new_record_of_a_file_once(
 
     trainer = threading.Thread(target=train)
     trainer.start()
-    printing.follow(path, 0.02, updates=2)
+    commands.follow(path, 0.02, updates=2)
     trainer.join()
     shown = capsys.readouterr().out
     assert shown.startswith(f"{path} has no records yet\n")
@@ -72,13 +72,13 @@ def test_tail_reads_only_what_was_written_last(
     with (tmp_path / "00000000.gradstat").open("r+b") as file:
         file.seek(ends[0] + 500)
         file.write(b"not read")
-    printing.follow(tmp_path, 0.02, updates=1)
+    commands.follow(tmp_path, 0.02, updates=1)
     assert f"{tmp_path}: step 2" in capsys.readouterr().out
     # The last one alone is cut off.
     with (tmp_path / "00000000.gradstat").open("r+b") as file:
         file.truncate(ends[2] - 1)
     with pytest.raises(ValueError, match="its record of step 1 has another checksum"):
-        printing.follow(tmp_path, 0.02, updates=1)
+        commands.follow(tmp_path, 0.02, updates=1)
 
 
 @pytest.mark.parametrize("name", ["run", "run.npz"])
@@ -99,7 +99,7 @@ def test_tail_waits_for_a_run_that_is_not_there_yet(
 
     trainer = threading.Thread(target=train)
     trainer.start()
-    printing.follow(path, 0.02, updates=1)
+    commands.follow(path, 0.02, updates=1)
     trainer.join()
     shown = capsys.readouterr().out
     assert shown.startswith(f"{path} is not there yet\n")
@@ -121,7 +121,7 @@ def test_tail_waits_for_a_directory_to_have_records(
 
     trainer = threading.Thread(target=train)
     trainer.start()
-    printing.follow(tmp_path, 0.02, updates=1)
+    commands.follow(tmp_path, 0.02, updates=1)
     trainer.join()
     assert capsys.readouterr().out.startswith(f"{tmp_path} has no records yet\n{tmp_path}: step 0")
 
@@ -131,5 +131,5 @@ def test_tail_redraws_in_place_on_a_terminal(
 ) -> None:
     make_history(Log2Bins(), 1, 1, noise).save(tmp_path / "run.npz")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    printing.follow(tmp_path / "run.npz", 0.02, updates=1)
+    commands.follow(tmp_path / "run.npz", 0.02, updates=1)
     assert capsys.readouterr().out.startswith(f"\x1b[H\x1b[2J{tmp_path / 'run.npz'}: step 0")

@@ -1,4 +1,4 @@
-"""The commands that print what a run says: ``diagnose``, ``formats``, ``compare`` and ``tail``."""
+"""What each command does but ``serve``: those that print, and those that write files."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
+from tqdm import tqdm
 
-from gradstat.cli.runs import check_output, load, run_name
+from gradstat import tables
 from gradstat.diagnosis import Finding
 from gradstat.diagnosis.evidence import Evidence, median
 from gradstat.diagnosis.narrow_formats import FormatFit, layer_fits, recommendation
 from gradstat.history import History
 from gradstat.history.follow import Follower
 from gradstat.history.history import check_history, first_rows
+from gradstat.history.ranks import files_of
 from gradstat.record import GRAD, NOUNS, PARAM, UNIT, UPDATE
 from gradstat.thresholds import Thresholds
 from gradstat.util import Array, escaped, evenly_spread, json_text, replacing
@@ -35,6 +37,27 @@ _MOST_LINES = 10  # layers that a figure's key has room for
 _BAR = 12  # characters
 _LATE = 20  # values whose median says where a series is now
 _NEWEST = ("rms", "abs_max", "numel", "finite", "zeros")  # fields that tail shows
+
+
+def load(path: Path) -> History:
+    """Read a run that has records, from a file or a directory."""
+    history = History.load(path)
+    if not len(history):
+        raise ValueError(f"{path} has no records yet")
+    return history
+
+
+def check_output(run: Path, output: Path) -> None:
+    """Refuse to write over a run that is read."""
+    files = [run, *files_of(run)]
+    if output.exists() and any(file.exists() and output.samefile(file) for file in files):
+        raise ValueError(f"{output} is the run itself, or a file of it; write to another one")
+
+
+def run_name(path: Path) -> str:
+    """Name of a run: that of its file without the suffix, or of its directory."""
+    path = path.resolve()
+    return path.stem if path.is_file() or path.suffix == ".npz" else path.name
 
 
 def diagnose(options: argparse.Namespace) -> int:
@@ -274,6 +297,72 @@ def newest(name: str, history: History) -> str:
     lines = [f"{escaped(name)}: step {history.steps[-1]}", ""]
     lines += _table([rows[0], *_some(rows[1:], _MOST_LAYERS)])
     return "\n".join([*lines, "", findings(_worse_than_notes(history), most=2)])
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write a run for other programs."""
+    if options.tags is not None and options.to not in ("tensorboard", "wandb"):
+        raise ValueError(f"--tags needs --to tensorboard or wandb; --to is {options.to}")
+    name = run_name(options.run_path)
+    check_output(options.run_path, options.directory / f"{name}.{options.to}")
+    history = load(options.run_path)
+    options.directory.mkdir(parents=True, exist_ok=True)
+    # Silent where stderr is not a terminal.
+    with tqdm(total=len(history), desc=options.to, unit="record", disable=None) as bar:
+        written = _export(history, options, name, bar.update)
+    print(escaped(written))
+    return 0
+
+
+def _export(
+    history: History, options: argparse.Namespace, name: str, progress: Callable[[int], object]
+) -> Path:
+    """Write a run, and return what was written."""
+    folder, to = options.directory, options.to
+    tags: Literal["layer", "kind"] = options.tags or "layer"
+    path: Path = folder / (f"{name}.{to}" if to in ("parquet", "csv") else name)
+    if to == "parquet":
+        tables.to_parquet(history, path, progress=progress)
+    elif to == "csv":
+        tables.to_csv(history, path, progress=progress)
+    elif to == "tensorboard":
+        from gradstat.integrations import tensorboard
+
+        # Every point would be there twice.
+        if list(path.glob("events.out.tfevents.*")):
+            raise ValueError(f"{path} holds event files already")
+        tensorboard.write(history, path, tags=tags, progress=progress)
+    else:
+        from gradstat.integrations import wandb
+
+        return wandb.write(history, folder, name, tags=tags, progress=progress)
+    return path
+
+
+def report(options: argparse.Namespace) -> int:
+    """Write a run as an HTML page."""
+    name = run_name(options.run_path)
+    path = options.output or Path(f"{name}.html")
+    check_output(options.run_path, path)
+    load(options.run_path).report(path, title=name)
+    print(escaped(path))
+    return 0
+
+
+def merge(options: argparse.Namespace) -> int:
+    """Write the ranks' records as one run."""
+    paths: list[Path] = options.run_paths
+    for path in paths:
+        check_output(path, options.output)
+    if options.not_replicated:
+        history = History.merge(paths, replicated=False)
+    else:
+        history = load(paths[0]) if len(paths) == 1 else History.merge(paths)
+    if not len(history):
+        raise ValueError("merge needs ranks with a step in common; they have none")
+    history.save(options.output)
+    print(heading(str(options.output), history))
+    return 0
 
 
 def logged(history: History) -> str:
