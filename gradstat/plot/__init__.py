@@ -24,8 +24,8 @@ from gradstat.diagnosis import diagnose
 from gradstat.diagnosis.findings import COLORS
 from gradstat.history import History
 from gradstat.history.history import check_count
-from gradstat.plot import arguments, data, labels, panels
-from gradstat.plot.arguments import Histories, Layers, Limits
+from gradstat.plot import data, labels, panels
+from gradstat.plot.data import Histories, Layers, Limits
 from gradstat.plot.labels import Color
 from gradstat.record import NOUNS
 from gradstat.util import Array
@@ -78,14 +78,14 @@ def ridge(
         2
     """
     panels.check_figure("ridge", figure)
-    named = arguments.check_histories("ridge", history)
-    titles = arguments.check_layers("ridge", named, layers)
+    named = data.check_histories("ridge", history)
+    titles = data.check_layers("ridge", named, layers)
     if steps_per_epoch is not None:
         check_count("ridge", "steps_per_epoch", steps_per_epoch)
-    arguments.check_panels("ridge", len(named), len(titles))
-    limits = arguments.check_limits("ridge", limits)
-    log2 = arguments.check_bins("ridge", named)
-    noun = arguments.noun(named, titles)
+    data.check_panels("ridge", len(named), len(titles))
+    limits = data.check_limits("ridge", limits)
+    log2 = data.check_bins("ridge", named)
+    noun = data.noun(named, titles)
     drawn = []
     for name, each in named.items():
         kept = data.select(each.steps, steps_per_epoch, _MAX_RIDGES)
@@ -165,20 +165,20 @@ def curves(
         'log'
     """
     panels.check_figure("curves", figure)
-    named = arguments.check_histories("curves", history)
-    titles = arguments.check_layers("curves", named, layers, field)
+    named = data.check_histories("curves", history)
+    titles = data.check_layers("curves", named, layers, field)
     if steps_per_epoch is not None:
         check_count("curves", "steps_per_epoch", steps_per_epoch)
     check_count("curves", "average", average)
     if field == _NORM or any(field in each.scalars for each in named.values()):
         return _series_curves(named, field, steps_per_epoch, average, log, figure)
-    arguments.check_field("curves", field)
+    data.check_field("curves", field)
     if split is None:
         split = "layer" if len(named) > 1 else "history"
     if split not in ("layer", "history"):
         raise ValueError(f"curves() needs split 'layer' or 'history'; split is {split!r}")
     by_layer = split == "layer"
-    arguments.check_panels("curves", 1, len(titles) if by_layer else len(named))
+    data.check_panels("curves", 1, len(titles) if by_layer else len(named))
     heads, keys = list(titles.values()), list(map(labels.literal, named))
     if not by_layer:
         heads, keys = keys, heads
@@ -210,7 +210,7 @@ def curves(
         panels.style_2d(ax)
         for (time, value), color in zip(lines, colors, strict=True):
             panels.add_line(ax, time, value, color, log=log)
-    label = labels.field_label(field, arguments.noun(named, titles))
+    label = labels.field_label(field, data.noun(named, titles))
     labels.label_axes(figure, labels.time_label(steps_per_epoch), label)
     for ax in axes:
         labels.label_log(ax)
@@ -267,15 +267,15 @@ def heatmap(
         2
     """
     panels.check_figure("heatmap", figure)
-    named = arguments.check_histories("heatmap", history)
-    titles = arguments.check_layers("heatmap", named, layers, field)
+    named = data.check_histories("heatmap", history)
+    titles = data.check_layers("heatmap", named, layers, field)
     if steps_per_epoch is not None:
         check_count("heatmap", "steps_per_epoch", steps_per_epoch)
-    arguments.check_field("heatmap", field, "counts")
+    data.check_field("heatmap", field, "counts")
     if field == "counts":
-        if not arguments.check_bins("heatmap", named):
+        if not data.check_bins("heatmap", named):
             raise ValueError("heatmap() needs Log2Bins for 'counts'; history is over LinearBins")
-        arguments.check_panels("heatmap", len(named), len(titles))
+        data.check_panels("heatmap", len(named), len(titles))
         return _counts_heatmap(named, titles, steps_per_epoch, log, figure)
     images = []
     for each in named.values():
@@ -298,7 +298,7 @@ def heatmap(
         ax.set_yticks(shown, [names[i] for i in shown])
     axes[0].invert_yaxis()
     labels.label_axes(figure, labels.time_label(steps_per_epoch), "")
-    label = labels.field_label(field, arguments.noun(named, titles))
+    label = labels.field_label(field, data.noun(named, titles))
     panels.add_colorbar(figure, drawn, label, axes)
     labels.add_titles(axes, list(map(labels.literal, named)))
     return figure
@@ -404,7 +404,7 @@ def _counts_heatmap(
     shown = np.nan_to_num(everything).max(0, keepdims=True) > 0.01
     axes[0].set_ylim(*data.extent([(shown, OCTAVES[None])], symmetric=False))
     labels.powers_of_two(axes[0].yaxis, 6)
-    noun = arguments.noun(named, titles)
+    noun = data.noun(named, titles)
     labels.label_axes(figure, labels.time_label(steps_per_epoch), f"|{noun}|")
     panels.add_colorbar(figure, image, "share of elements", axes)
     labels.add_titles(axes, [head for head, *_ in drawn])

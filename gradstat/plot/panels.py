@@ -17,8 +17,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from mpl_toolkits.mplot3d import Axes3D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
-from gradstat.plot.arguments import Limits
-from gradstat.plot.data import drawable, outline
+from gradstat.plot.data import Limits, drawable, outline
 from gradstat.plot.labels import INK, Color, log_ticks, powers_apart, whole_numbers
 from gradstat.util import Array
 

@@ -10,8 +10,8 @@ import numpy as np
 from gradstat.bins import Log2Bins
 from gradstat.history import History
 from gradstat.history.scalars import Scalars
-from gradstat.report import package, thin
-from gradstat.report.series import Series, norm_of, series_of
+from gradstat.report import page, thin
+from gradstat.report.thin import Series, norm_of, series_of
 from gradstat.util import Array
 
 
@@ -30,7 +30,7 @@ class Growing:
         n_layers = len(first.layers)
         self.layers = first.layers
         self.n_records = 0
-        self._head = package.head(first)
+        self._head = page.head(first)
         self._newest: dict[str, Array] = {}
         self._most_columns = thin.most_columns(n_layers)
         self._most_samples = thin.most_samples(n_layers)
@@ -52,7 +52,7 @@ class Growing:
         if len(part):
             self._add_columns(part)
             self._add_samples(part)
-            head, self._newest = package.head(part), package.newest(part)
+            head, self._newest = page.head(part), page.newest(part)
             self.n_records += len(part)
             if head != self._head:
                 self._head, self._whole_since = head, version
@@ -131,7 +131,7 @@ class Growing:
             version: one that it was told before; 0 gets everything.
 
         Returns:
-            As `package.contents` and more, ready for JSON.
+            As `page.contents` and more, ready for JSON.
         """
         is_whole = version < self._whole_since
         changed = np.flatnonzero(self._changed > version)
@@ -140,7 +140,7 @@ class Growing:
         cut = slice(start, None)
         samples = self._named | {each.step: (at, each) for at, _, each in self._samples}
         samples = dict(sorted(samples.items()))
-        found = package.contents(
+        found = page.contents(
             self._sums.part(cut).columns(),
             {name: _part(each, cut) for name, each in self._series.items()},
             [sample for at, sample in samples.values() if is_whole or at > version],

@@ -15,7 +15,7 @@ from gradstat.diagnosis import diagnose
 from gradstat.history import History
 from gradstat.history.follow import Follower
 from gradstat.history.records import Records, joined
-from gradstat.report import package, thin
+from gradstat.report import page, thin
 from gradstat.report.growing import Growing
 from gradstat.util import escaped
 
@@ -137,7 +137,7 @@ class LiveRun:
                 parts.append(look.records)
             if parts:
                 history = History.from_records(joined(parts))
-                found = package.findings(diagnose(history), history.layers)
+                found = page.findings(diagnose(history), history.layers)
                 named = thin.positions(history, [finding["at"] for finding in found])
                 n_records = len(history)
         except (OSError, ValueError):

@@ -15,7 +15,7 @@ from gradstat.diagnosis.findings import COLORS
 from gradstat.history import History
 from gradstat.history.history import first_rows
 from gradstat.record import NOUNS
-from gradstat.report import series, thin
+from gradstat.report import thin
 from gradstat.util import Array, escaped
 
 _WIDTH, _LINE_HEIGHT = 420, 56  # pixels
@@ -68,7 +68,7 @@ def _findings(history: History) -> str:
 def _line(history: History) -> str:
     """The first of the run's losses, or the norm, as a line; logarithmic if it spans much."""
     columns = thin.columns(history)
-    name, line = next(iter(series.series(history, columns).items()))
+    name, line = next(iter(thin.series(history, columns).items()))
     y = line.mean.astype(np.float64)
     known = y[np.isfinite(y)]
     if not len(known):

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from gradstat import History, LinearBins, Log2Bins, plot
 from gradstat.history import FIELDS
-from gradstat.plot.arguments import DERIVED
+from gradstat.plot.data import DERIVED
 
 LOG2, LINEAR = make_history(Log2Bins()), make_history(LinearBins(30))
 EMPTY = History(["0.weight"], Log2Bins())

@@ -9,7 +9,6 @@ from histories import falling, make_history
 from pages import DISTRIBUTION, MAP, Open, detail, hover, pixels, written_in
 
 import gradstat
-from gradstat.report import series as report_series
 from gradstat.report import thin
 
 pytestmark = pytest.mark.integrations
@@ -68,7 +67,7 @@ def test_series_take_the_rates_that_change() -> None:
         for group in range(6):
             h.add_scalar(f"lr/{group}", step, 0.1 * (step if group == 4 else 1))
             h.add_scalar("loss", step, -1.0 * step)
-    series = report_series.series(h, thin.columns(h))
+    series = thin.series(h, thin.columns(h))
     assert list(series) == ["loss", "gradient norm", "lr/4"]
     assert series["lr/4"].mean.tolist() == pytest.approx([0.1 * step for step in range(8)])
     assert series["loss"].least.tolist() == [-step for step in range(8)]
@@ -130,7 +129,7 @@ def test_norm_of_what_is_not_finite_is_a_gap_and_a_mark(open_report: Open) -> No
         return torch.full_like(x, math.inf) if step == 20 else x
 
     h = make_history(LOG2, layers=2, steps=30, gradient=gradient)
-    norm = report_series.series(h, thin.columns(h))["gradient norm"]
+    norm = thin.series(h, thin.columns(h))["gradient norm"]
     broken = [12, 13, 20]
     assert np.flatnonzero(np.isnan(norm.mean)).tolist() == broken
     assert np.flatnonzero(norm.nonfinite).tolist() == broken
