@@ -326,17 +326,7 @@ def _(low: Tensor, high: Tensor, bins: int) -> Tensor:
 
 
 def parse_bins(spec: str) -> Bins:
-    """Make the scheme whose `spec` is given.
-
-    Args:
-        spec: what ``Log2Bins().spec`` or ``LinearBins(...).spec`` returned.
-
-    Returns:
-        The scheme.
-
-    Raises:
-        ValueError: any other text.
-    """
+    """The scheme whose `spec` is given; ValueError for any other text."""
     kind, *fields = spec.split(" ")
     if kind == "log2" and not fields:
         return Log2Bins()
@@ -357,12 +347,7 @@ def widen(x: Tensor) -> Tensor:
 def float32_below(x: Tensor, unit: Tensor | float = 1.0) -> Tensor:
     """Largest finite float32 that is not above each value; exact for the narrower dtypes.
 
-    Args:
-        x: float16, bfloat16, float32 or float64, any shape, finite or NaN.
-        unit: power of two that the values are divided by, for float64 alone.
-
-    Returns:
-        float32, the shape of ``x``.
+    Values of float64 are divided by ``unit``, a power of two.
     """
     if x.dtype != torch.float64:
         return x.float()
@@ -467,15 +452,7 @@ def octave_of(bins: Array) -> Array:
 
 
 def octaves(counts: Array, zeros: Array) -> Array:
-    """Histograms of magnitudes over `OCTAVES`, without zeros.
-
-    Args:
-        counts: histograms over `Log2Bins`, ``(N, 2048)``.
-        zeros: how many zeros are in each, ``(N,)``.
-
-    Returns:
-        int64 ``(N, 256)``.
-    """
+    """Histograms over `OCTAVES`, ``(N, 256)``, of those over `Log2Bins`, without their zeros."""
     magnitudes = counts[:, LOG2_MAGNITUDES:] + counts[:, LOG2_MAGNITUDES - 1 :: -1]
     summed: Array = magnitudes.reshape(len(counts), 256, 4).sum(2)
     summed[:, 0] -= zeros

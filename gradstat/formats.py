@@ -160,14 +160,6 @@ NVFP4_LARGEST = FORMATS["nvfp4"].largest * E4M3.largest
 def parse_format(function: str, form: str | Format) -> Format:
     """The format of a name, such as ``"mxfp4_e2m1"`` or ``"float8_e4m3fn_scale_0.25"``.
 
-    Args:
-        function: that was called, for the message.
-        form: name or format.
-
-    Raises:
-        TypeError: neither a name nor a format.
-        ValueError: an unknown name.
-
     Example:
         >>> parse_format("quantization", "mxfp4_e2m1").block
         (1, 32)
@@ -204,16 +196,7 @@ def asked_formats(function: str, formats: str | Format | Iterable[str | Format])
 
 
 def check_formats(function: str, formats: str | Format | Iterable[str | Format]) -> list[Format]:
-    """One format or several, checked.
-
-    Args:
-        function: that was called, for the message.
-        formats: a name or a format, or several.
-
-    Raises:
-        TypeError: something else.
-        ValueError: none, an unknown name, or one twice.
-    """
+    """One format or several, none of them unknown or there twice."""
     if isinstance(formats, (str, Format)):
         return [parse_format(function, formats)]
     if not isinstance(formats, Iterable):

@@ -168,13 +168,7 @@ def _mean_norm(history: History, steps: Array, layers: list[str]) -> Array:
 
 
 def _ratio(noise: Array, signal: Array, decay: float) -> Array:
-    """Moving average of the noise over that of the signal, along the steps.
-
-    Args:
-        noise: float64 ``(S, N)``, NaN where nothing is known.
-        signal: likewise.
-        decay: of the averages.
-    """
+    """Moving average of the noise over that of the signal, along the steps: ``(S, N)``."""
     is_known = ~np.isnan(noise + signal)
     ratio = np.full(noise.shape, np.nan)
     averages = np.zeros((2, noise.shape[1]))

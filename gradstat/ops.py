@@ -243,16 +243,7 @@ def quantization(
 
 
 def measure(tensors: Sequence[Tensor], bins: Bins, engine: str | None = None) -> Statistics:
-    """`statistics` of checked arguments: what watch calls during backward.
-
-    Args:
-        tensors: L tensors on one device.
-        bins: scheme.
-        engine: name, or ``None``.
-
-    Returns:
-        Statistics of shape ``(L,)``.
-    """
+    """`statistics` of checked arguments: what watch calls during backward."""
     if torch.compiler.is_compiling():
         # One opaque node in the graph; called eagerly it would only cost its dispatch.
         values = [x.detach() for x in tensors]
@@ -286,15 +277,8 @@ def measure_formats(
 ) -> tuple[Tensor, Tensor]:
     """`quantization` of checked arguments: what watch calls during backward.
 
-    Args:
-        tensors: L tensors on one device.
-        formats: F formats.
-        dim: dimension that blocks run along.
-        engine: name, or ``None``.
-
-    Returns:
-        integers, int64 ``(F, L, 8)``, the fields of `QUANTIZATION_INTEGERS`, and floats, float64
-        ``(F, L, 2)``, those of `QUANTIZATION_FLOATS`; on the tensors' device, without waiting.
+    Returns the integers, int64 ``(F, L, 8)``, and the floats, float64 ``(F, L, 2)``, of F formats
+    and L tensors, on their device, without waiting.
     """
     if torch.compiler.is_compiling():
         # One opaque node in the graph.

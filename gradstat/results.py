@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ INTEGERS = ("numel", "finite", "zeros", "nan", "posinf", "neginf", "below", "abo
 FLOATS = ("min", "max", "sum", "std", "l1", "l2", "low", "high")
 DERIVED = ("mean", "var", "rms", "abs_max")
 SHAPES = ("kurtosis",)  # read off the histogram
+_SHOWN = ("numel", "zeros", "nan", "min", "max", "mean", "std", "l2")
 
 # Largest magnitude that rounds to zero: half the smallest subnormal, ties going to even.
 _FLUSHED_BELOW = {
@@ -50,8 +51,73 @@ NO_SCALE_MIN, NO_SCALE_MAX = 1 << 15, -(1 << 15)
 _ABSENT = np.array([0.0] * 6 + [NO_SCALE_MIN, NO_SCALE_MAX] + [0.0] * 2)
 
 
+_PLACES = {
+    name: (part, at)
+    for part, names in (
+        ("integers", INTEGERS),
+        ("floats", FLOATS),
+        ("integers", QUANTIZATION_INTEGERS),
+        ("floats", QUANTIZATION_FLOATS),
+    )
+    for at, name in enumerate(names)
+}
+
+
+class _Column(property):
+    if TYPE_CHECKING:
+        # Of a class it is the property itself.
+        def __get__(self, of: object, owner: type | None = None) -> Tensor: ...  # type: ignore[override]
+
+
+def _measured(name: str, doc: str) -> _Column:
+    """The column of a name in ``integers`` or ``floats``."""
+    part, at = _PLACES[name]
+
+    def column(self: _OfTensors) -> Tensor:
+        found: Tensor = getattr(self, part)[..., at]
+        return found
+
+    return _Column(column, doc=doc)
+
+
+class _OfTensors:
+    """What was measured of one tensor, or of each of a list of L tensors."""
+
+    integers: Tensor
+
+    def __len__(self) -> int:
+        """Number of tensors measured."""
+        self._check_list("len()")
+        return len(self.integers)
+
+    def __iter__(self) -> Iterator[Self]:
+        """What was measured of each tensor of the list."""
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int | slice) -> Self:
+        """What was measured of one tensor of the list, or of a part of the list."""
+        self._check_list("indexing")
+        return self._part(index)
+
+    def _part(self, index: int | slice) -> Self:
+        raise NotImplementedError
+
+    def _check_list(self, what: str) -> None:
+        if self.integers.dim() < 2:
+            name = type(self).__name__
+            raise TypeError(f"{what} needs {name} of a list; this is of one tensor")
+
+    def _lines(self, title: object, names: Sequence[str]) -> str:
+        """A line of fields for each tensor."""
+        rows = [self] if self.integers.dim() == 1 else list(self)
+        lines = [
+            ", ".join(f"{name}={getattr(row, name).item():.4g}" for name in names) for row in rows
+        ]
+        return f"{type(self).__name__}({title}:" + "".join(f"\n  {line}" for line in lines) + ")"
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Statistics:
+class Statistics(_OfTensors):
     """Statistics of one tensor, shape ``()``, or of a list of L tensors, shape ``(L,)``.
 
     Three tensors on the input's device hold everything; each field is a view or a formula of them.
@@ -80,85 +146,22 @@ class Statistics:
     counts: Tensor
     names: tuple[str, ...] = field(default=(), kw_only=True)
 
-    @property
-    def numel(self) -> Tensor:
-        """Elements, finite or not; int64."""
-        return self.integers[..., 0]
-
-    @property
-    def finite(self) -> Tensor:
-        """Elements that are neither NaN nor infinite; int64."""
-        return self.integers[..., 1]
-
-    @property
-    def zeros(self) -> Tensor:
-        """Elements equal to zero, of either sign; int64."""
-        return self.integers[..., 2]
-
-    @property
-    def nan(self) -> Tensor:
-        """NaN elements; int64."""
-        return self.integers[..., 3]
-
-    @property
-    def posinf(self) -> Tensor:
-        """Elements equal to plus infinity; int64."""
-        return self.integers[..., 4]
-
-    @property
-    def neginf(self) -> Tensor:
-        """Elements equal to minus infinity; int64."""
-        return self.integers[..., 5]
-
-    @property
-    def below(self) -> Tensor:
-        """Finite elements below the histogram's range; int64."""
-        return self.integers[..., 6]
-
-    @property
-    def above(self) -> Tensor:
-        """Finite elements above the histogram's range; int64."""
-        return self.integers[..., 7]
-
-    @property
-    def min(self) -> Tensor:
-        """Smallest finite value."""
-        return self.floats[..., 0]
-
-    @property
-    def max(self) -> Tensor:
-        """Largest finite value."""
-        return self.floats[..., 1]
-
-    @property
-    def sum(self) -> Tensor:
-        """Sum of the finite values."""
-        return self.floats[..., 2]
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviation, correction 1, as `torch.std`."""
-        return self.floats[..., 3]
-
-    @property
-    def l1(self) -> Tensor:
-        """Sum of magnitudes."""
-        return self.floats[..., 4]
-
-    @property
-    def l2(self) -> Tensor:
-        """Euclidean norm: the root of the sum of squares."""
-        return self.floats[..., 5]
-
-    @property
-    def low(self) -> Tensor:
-        """Lower end of the histogram's range; minus infinity for `Log2Bins`."""
-        return self.floats[..., 6]
-
-    @property
-    def high(self) -> Tensor:
-        """Upper end of the histogram's range; infinity for `Log2Bins`."""
-        return self.floats[..., 7]
+    numel = _measured("numel", "Elements, finite or not; int64.")
+    finite = _measured("finite", "Elements that are neither NaN nor infinite; int64.")
+    zeros = _measured("zeros", "Elements equal to zero, of either sign; int64.")
+    nan = _measured("nan", "NaN elements; int64.")
+    posinf = _measured("posinf", "Elements equal to plus infinity; int64.")
+    neginf = _measured("neginf", "Elements equal to minus infinity; int64.")
+    below = _measured("below", "Finite elements below the histogram's range; int64.")
+    above = _measured("above", "Finite elements above the histogram's range; int64.")
+    min = _measured("min", "Smallest finite value.")
+    max = _measured("max", "Largest finite value.")
+    sum = _measured("sum", "Sum of the finite values.")
+    std = _measured("std", "Standard deviation, correction 1, as `torch.std`.")
+    l1 = _measured("l1", "Sum of magnitudes.")
+    l2 = _measured("l2", "Euclidean norm: the root of the sum of squares.")
+    low = _measured("low", "Lower end of the histogram's range; minus infinity for `Log2Bins`.")
+    high = _measured("high", "Upper end of the histogram's range; infinity for `Log2Bins`.")
 
     @property
     def mean(self) -> Tensor:
@@ -223,40 +226,19 @@ class Statistics:
         """
         return self.bins.edges(self.low, self.high)
 
-    def __len__(self) -> int:
-        """Number of tensors measured."""
-        if self.counts.dim() < 2:
-            raise TypeError("len() needs Statistics of a list; this is of one tensor")
-        return self.counts.shape[0]
-
-    def __getitem__(self, index: int | slice) -> Statistics:
-        """Statistics of one tensor of the list, or of a part of the list."""
-        if self.counts.dim() < 2:
-            raise TypeError("indexing needs Statistics of a list; this is of one tensor")
+    def _part(self, index: int | slice) -> Statistics:
         names = self.names[index] if isinstance(index, slice) else ()
         parts = (each[index] for each in (self.integers, self.floats, self.counts))
         return Statistics(self.bins, *parts, names=names)
 
-    def __iter__(self) -> Iterator[Statistics]:
-        """Statistics of each tensor of the list."""
-        return (self[i] for i in range(len(self)))
-
     def __repr__(self) -> str:
         """A line per tensor with the fields people look at first; waits for the device."""
-        if self.names:
-            return self._table()
-        rows = [self] if self.counts.dim() == 1 else list(self)
-        names = ("numel", "zeros", "nan", "min", "max", "mean", "std", "l2")
-        lines = [
-            ", ".join(f"{name}={getattr(row, name).item():.4g}" for name in names) for row in rows
-        ]
-        return f"Statistics({self.bins}:" + "".join(f"\n  {line}" for line in lines) + ")"
+        return self._table() if self.names else self._lines(self.bins, _SHOWN)
 
     def _table(self) -> str:
         """The same fields in columns, after the tensors' names."""
-        fields = ("numel", "zeros", "nan", "min", "max", "mean", "std", "l2")
         columns = [["", *map(escaped, self.names)]]
-        for each in fields:
+        for each in _SHOWN:
             columns.append([each, *(f"{x:.4g}" for x in getattr(self, each).tolist())])
         widths = [max(map(len, column)) for column in columns]
         lines = []
@@ -432,12 +414,8 @@ def union_floats(integers: Tensor, floats: Tensor) -> Tensor:
     around the mean of all, in units in which no square overflows or underflows. It is NaN where a
     part's mean is not known.
 
-    Args:
-        integers: int64 ``(P, ..., 8)``, the fields of `INTEGERS`.
-        floats: float64 ``(P, ..., 8)``, the fields of `FLOATS`; NaN where a part is absent.
-
-    Returns:
-        float64 ``(..., 8)``; NaN where all parts are absent.
+    Integers and floats are ``(P, ..., 8)``, floats NaN where a part is absent; the union is
+    ``(..., 8)``, NaN where all are.
     """
     least, most, total, std, l1, l2, low, high = floats.unbind(-1)
     is_absent = l2.isnan()
@@ -487,10 +465,6 @@ def _mean_between_extremes(n: Tensor, floats: Tensor) -> Tensor:
     """Mean, 0 of nothing; NaN where values are so large that neither sum nor norm is finite.
 
     Rounding may take a quotient past the extremes: equal values have a mean that is equal to them.
-
-    Args:
-        n: finite elements, ``(...)``.
-        floats: ``(..., 8)``.
     """
     least, most, total, std, _, l2, _, _ = floats.unbind(-1)
     # Where the sum overflows, the mean square is the mean's own and that of the deviations.
@@ -525,17 +499,8 @@ def _kurtosis(
 
     One element is the least exactly and one the greatest; the others are taken to lie evenly in
     their bins, between the extremes, and then scaled so that the second moment is the known one.
-
-    Args:
-        counts: int64 ``(..., N)``, all finite elements.
-        low: lower ends of their bins, float64, of a shape that broadcasts to it.
-        high: upper ends.
-        extremes: least and greatest element, ``(...)``.
-        mean: of the elements, ``(...)``.
-        std: their deviation, correction 1, ``(...)``.
-
-    Returns:
-        float64 ``(...)``; NaN where it is undefined or where the bins are too wide to tell.
+    NaN where it is undefined or where the bins are too wide to tell. Counts and the ends of their
+    bins are ``(..., N)``, the others ``(...)``.
     """
     n = counts.sum(-1).to(std.dtype)
     least, greatest = extremes
@@ -565,7 +530,7 @@ def _last(filled: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Quantization:
+class Quantization(_OfTensors):
     """What a format would do to one tensor, shape ``()``, or to each of a list, shape ``(L,)``.
 
     NaN and infinities are counted and left out of everything else.
@@ -587,35 +552,23 @@ class Quantization:
     integers: Tensor
     floats: Tensor
 
-    @property
-    def nonzero(self) -> Tensor:
-        """Finite values that are not zero; int64."""
-        return self.integers[..., 0]
-
-    @property
-    def underflowed(self) -> Tensor:
-        """How many of these become zero; int64."""
-        return self.integers[..., 1]
-
-    @property
-    def saturated_count(self) -> Tensor:
-        """How many of these round beyond the largest element and become it; int64."""
-        return self.integers[..., 2]
-
-    @property
-    def nonfinite(self) -> Tensor:
-        """NaN and infinities; int64."""
-        return self.integers[..., 3]
-
-    @property
-    def blocks(self) -> Tensor:
-        """Groups of values that share a scale, 0 for a format without scales; int64."""
-        return self.integers[..., 4]
-
-    @property
-    def empty_blocks(self) -> Tensor:
-        """How many of these have no finite value that is not zero; int64."""
-        return self.integers[..., 5]
+    nonzero = _measured("nonzero", "Finite values that are not zero; int64.")
+    underflowed = _measured("underflowed", "How many of these become zero; int64.")
+    saturated_count = _measured(
+        "saturated_count",
+        "How many of these round beyond the largest element and become it; int64.",
+    )
+    nonfinite = _measured("nonfinite", "NaN and infinities; int64.")
+    blocks = _measured(
+        "blocks", "Groups of values that share a scale, 0 for a format without scales; int64."
+    )
+    empty_blocks = _measured(
+        "empty_blocks", "How many of these have no finite value that is not zero; int64."
+    )
+    norm = _measured("norm", "L2 norm of the finite values.")
+    error_norm = _measured(
+        "error_norm", "L2 norm of the error: what the format makes of the values, less the values."
+    )
 
     @property
     def scale_min(self) -> Tensor:
@@ -629,16 +582,6 @@ class Quantization:
     def scale_max(self) -> Tensor:
         """Exponent of the largest scale."""
         return _exponents(self.integers[..., 7], NO_SCALE_MAX)
-
-    @property
-    def norm(self) -> Tensor:
-        """L2 norm of the finite values."""
-        return self.floats[..., 0]
-
-    @property
-    def error_norm(self) -> Tensor:
-        """L2 norm of the error: what the format makes of the values, less the values."""
-        return self.floats[..., 1]
 
     @property
     def underflow(self) -> Tensor:
@@ -687,30 +630,12 @@ class Quantization:
         floats = torch.stack([self.floats, other.floats.to(device)])
         return Quantization(self.format, _union_integers(integers), union_norms(floats))
 
-    def __len__(self) -> int:
-        """Number of tensors measured."""
-        if self.integers.dim() < 2:
-            raise TypeError("len() needs a Quantization of a list; this is of one tensor")
-        return self.integers.shape[0]
-
-    def __getitem__(self, index: int | slice) -> Quantization:
-        """Quantization of one tensor of the list, or of a part of the list."""
-        if self.integers.dim() < 2:
-            raise TypeError("indexing needs a Quantization of a list; this is of one tensor")
+    def _part(self, index: int | slice) -> Quantization:
         return Quantization(self.format, self.integers[index], self.floats[index])
-
-    def __iter__(self) -> Iterator[Quantization]:
-        """Quantization of each tensor of the list."""
-        return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
         """A line per tensor with what people look at first; waits for the device."""
-        rows = [self] if self.integers.dim() == 1 else list(self)
-        names = ("underflow", "saturated", "snr", "error")
-        lines = [
-            ", ".join(f"{name}={getattr(row, name).item():.4g}" for name in names) for row in rows
-        ]
-        return f"Quantization({self.format.name}:" + "".join(f"\n  {line}" for line in lines) + ")"
+        return self._lines(self.format.name, ("underflow", "saturated", "snr", "error"))
 
 
 def _exponents(stored: Tensor, none: int) -> Tensor:
@@ -718,25 +643,12 @@ def _exponents(stored: Tensor, none: int) -> Tensor:
 
 
 def packed(integers: Tensor, floats: Tensor) -> Tensor:
-    """The fields of F formats and L tensors as records hold them.
-
-    Args:
-        integers: int64 ``(F, L, 8)``.
-        floats: float64 ``(F, L, 2)``.
-
-    Returns:
-        float64 ``(L, F, 10)``, the fields of `PACKED`.
-    """
+    """Integers ``(F, L, 8)`` and floats ``(F, L, 2)`` as records hold them: ``(L, F, 10)``."""
     return torch.cat([integers.double(), floats], -1).transpose(0, 1).contiguous()
 
 
 def unpacked(form: Format, fields: NDArray[np.float64]) -> Quantization:
-    """Fields of `PACKED` as a Quantization, all zero where there is no tensor.
-
-    Args:
-        form: the format.
-        fields: float64 ``(..., 10)``.
-    """
+    """Fields of `PACKED`, ``(..., 10)``, as a Quantization, all zero where there is no tensor."""
     n = len(QUANTIZATION_INTEGERS)
     present = np.where(np.isnan(fields[..., -1:]), _ABSENT, fields)
     integers, floats = present[..., :n].astype(np.int64), present[..., n:]
@@ -744,14 +656,7 @@ def unpacked(form: Format, fields: NDArray[np.float64]) -> Quantization:
 
 
 def union_packed(fields: Tensor) -> Tensor:
-    """Fields of the union of P parts, NaN where a part has no tensor.
-
-    Args:
-        fields: of `PACKED`, float64 ``(P, ..., 10)``.
-
-    Returns:
-        float64 ``(..., 10)``; NaN where no part has one.
-    """
+    """Fields of `PACKED` of the union of P parts, ``(P, ..., 10)``; NaN for no tensor."""
     n = len(QUANTIZATION_INTEGERS)
     is_absent = fields[..., -1:].isnan()
     present = torch.where(is_absent, torch.from_numpy(_ABSENT), fields)

@@ -36,37 +36,20 @@ TEXTS = ("kind", "layer")
 COLUMNS = ("step", *TEXTS, *FIELDS, *LISTS)  # where no formats were measured
 _COUNTS = tuple(f"_{name}" for name in QUANTIZATION_FIELDS if name in QUANTIZATION_COUNTS)
 
-Progress = Callable[[int], object]
+Progress = Callable[[int], object]  # called with a number of records when they are done
 
 
 @dataclass(frozen=True)
 class Rows:
-    """R rows of the table.
+    """R rows of the table."""
 
-    Args:
-        columns: the plain ones by name, each ``(R,)``; the texts are objects.
-        sizes: entries of each row's lists, int64 ``(R,)``.
-        lists: entries of all rows' lists, one row after the other, by name.
-    """
-
-    columns: dict[str, Array]
-    sizes: Array
-    lists: dict[str, Array]
+    columns: dict[str, Array]  # the plain ones by name, each (R,); the texts are objects
+    sizes: Array  # of each row's lists, int64 (R,)
+    lists: dict[str, Array]  # entries of all rows' lists, one row after the other, by name
 
 
 def to_pandas(history: History, *, progress: Progress | None = None) -> pandas.DataFrame:
-    """Make a DataFrame, with an array in each cell of the three lists.
-
-    Args:
-        history: S records of L layers.
-        progress: called with a number of records when they are done.
-
-    Returns:
-        S x L rows: by step, then by kind and layer.
-
-    Raises:
-        ImportError: pandas is not installed.
-    """
+    """As `History.to_pandas`."""
     pandas = _import("to_pandas", "pandas")
     parts = list(rows(history, progress))
     data: dict[str, Any] = {
@@ -82,17 +65,7 @@ def to_pandas(history: History, *, progress: Progress | None = None) -> pandas.D
 def to_parquet(
     history: History, path: str | os.PathLike[str], *, progress: Progress | None = None
 ) -> None:
-    """Write a Parquet file, which appears whole or not at all.
-
-    Args:
-        history: S records of L layers.
-        path: the file; one that is there is replaced.
-        progress: called with a number of records when they are done.
-
-    Raises:
-        ImportError: pyarrow is not installed.
-        OSError: the file cannot be written.
-    """
+    """As `History.to_parquet`."""
     pa, parquet = _import("to_parquet", "pyarrow"), _import("to_parquet", "pyarrow.parquet")
     plain = {
         name: pa.string() if name in TEXTS else pa.from_numpy_dtype(_dtype(name))
@@ -115,16 +88,7 @@ def to_parquet(
 def to_csv(
     history: History, path: str | os.PathLike[str], *, progress: Progress | None = None
 ) -> None:
-    """Write a CSV file, which appears whole or not at all.
-
-    Args:
-        history: S records of L layers.
-        path: the file; one that is there is replaced.
-        progress: called with a number of records when they are done.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """As `History.to_csv`."""
     with (
         replacing(Path(path)) as unfinished,
         unfinished.open("w", newline="", encoding="utf-8") as file,
@@ -139,15 +103,7 @@ def to_csv(
 
 
 def rows(history: History, progress: Progress | None = None) -> Iterator[Rows]:
-    """Rows of the table, some records at a time.
-
-    Args:
-        history: S records of L layers.
-        progress: called with a number of records when they are done.
-
-    Yields:
-        The next rows.
-    """
+    """Rows of the table, some records at a time."""
     history = history.snapshot()
     n_layers, steps, start = len(history.layers), history.steps, 0
     fields = {name: history[name] for name in FIELDS} | {

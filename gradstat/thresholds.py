@@ -131,13 +131,12 @@ class Thresholds:
                 f"Thresholds() needs vanishing_severe up to vanishing_ratio, "
                 f"{self.vanishing_ratio}; vanishing_severe is {self.vanishing_severe}"
             )
-        if self.exploding_severe < self.exploding_growth:
-            raise ValueError(
-                f"Thresholds() needs exploding_severe of exploding_growth, "
-                f"{self.exploding_growth}, or more; exploding_severe is {self.exploding_severe}"
-            )
-        if self.dead_units_severe < self.dead_units_share:
-            raise ValueError(
-                f"Thresholds() needs dead_units_severe of dead_units_share, "
-                f"{self.dead_units_share}, or more; dead_units_severe is {self.dead_units_severe}"
-            )
+        for severe, mild in (
+            ("exploding_severe", "exploding_growth"),
+            ("dead_units_severe", "dead_units_share"),
+        ):
+            if getattr(self, severe) < getattr(self, mild):
+                raise ValueError(
+                    f"Thresholds() needs {severe} of {mild}, {getattr(self, mild)}, or more; "
+                    f"{severe} is {getattr(self, severe)}"
+                )

@@ -41,17 +41,9 @@ class CutOffError(ValueError):
 def replacing(path: Path) -> Iterator[Path]:
     """A name to write to, which takes the place of ``path`` once all is written.
 
-    A link stays, and the file that it leads to is replaced. The new file has the mode of the old
-    one. A file that is not regular, such as a pipe or ``/dev/null``, is written to as it is.
-
-    Args:
-        path: the file; one that is there stays as it is if what follows fails.
-
-    Yields:
-        Another name in the same directory, of an empty file, which is gone afterwards.
-
-    Raises:
-        OSError: it cannot be written; its ``filename`` is ``path``, as it was given.
+    A file that is there stays as it is if what follows fails. A link stays, and the file that it
+    leads to is replaced. The new file has the mode of the old one. A file that is not regular, such
+    as a pipe or ``/dev/null``, is written to as it is. An OSError has ``path`` as its ``filename``.
     """
     try:
         with _writing(Path(os.path.realpath(path))) as unfinished:
@@ -89,12 +81,8 @@ def _writing(path: Path) -> Iterator[Path]:
 def escaped(text: object) -> str:
     r"""Text in one line, with escapes in place of all that is acted on or not shown.
 
-    Args:
-        text: a name, a path or a sentence that contains one.
-
-    Returns:
-        The same if it is printable. Control characters, line breaks, marks of direction, other
-        spaces and undecodable bytes are written as Python writes them, such as ``\x1b``.
+    Control characters, line breaks, marks of direction, other spaces and undecodable bytes are
+    written as Python writes them, such as ``\x1b``.
     """
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
@@ -103,11 +91,7 @@ def escaped(text: object) -> str:
 
 
 def one_of(name: object, names: Sequence[str]) -> str:
-    """Those like the name that was given, or the first ones.
-
-    Args:
-        name: that is none of them.
-        names: of which there may be hundreds.
+    """Those of the names, perhaps hundreds, that are like one which is none of them.
 
     Example:
         >>> one_of("stp", ["backward", "step", "call"])
@@ -122,11 +106,7 @@ def one_of(name: object, names: Sequence[str]) -> str:
 
 
 def warn(message: str) -> None:
-    """Give a RuntimeWarning, at the innermost line that is neither gradstat's nor PyTorch's.
-
-    Args:
-        message: of the warning.
-    """
+    """Give a RuntimeWarning, at the innermost line that is neither gradstat's nor PyTorch's."""
     torch = sys.modules.get("torch")
     inside = _INSIDE
     if torch is not None:
@@ -160,12 +140,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which cannot fork
 
 
 def json_text(value: object, indent: int | None = None) -> str:
-    """JSON of a value, with null for NaN and infinities, which JSON does not have.
-
-    Args:
-        value: mappings, lists and tuples of texts, numbers, booleans and ``None``.
-        indent: spaces of each level; by default all is in one line.
-    """
+    """JSON of a value, with null for NaN and infinities, which JSON does not have."""
     try:
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError:  # there are some; others need no second look

@@ -139,13 +139,6 @@ def comparison(runs: Mapping[str, History], *, every_layer: bool = False) -> str
 
     Of several kinds of rows the first that both runs have is compared. So are update ratios and
     dead units where both have them.
-
-    Args:
-        runs: two histories with records, by name.
-        every_layer: also where a network has more layers than a screen has lines.
-
-    Raises:
-        ValueError: a history without records or layers.
     """
     for history in runs.values():
         check_history("compare", history)
@@ -211,16 +204,7 @@ def _derived(runs: Sequence[History]) -> list[tuple[str, ...]]:
 
 
 def draw(runs: Mapping[str, History], path: Path) -> None:
-    """Write the curves of several runs: mean |gradient| of some of the layers against time.
-
-    Args:
-        runs: histories with records, by name.
-        path: of the file, which appears whole or not at all; its suffix is the format.
-
-    Raises:
-        OSError: it cannot be written.
-        ValueError: an unknown format.
-    """
+    """Draw mean |gradient| of some of the layers of several runs into a file."""
     from gradstat import plot
 
     layers = list(dict.fromkeys(row for history in runs.values() for row in first_rows(history)))
@@ -243,19 +227,10 @@ def tail(options: argparse.Namespace) -> int:
 
 
 def follow(path: Path, interval_s: float, updates: int | None = None) -> None:
-    """Print the newest record of a run whenever there is another one.
+    """Print the newest record whenever there is another one, so often or until interrupted.
 
     Waits for a run that is not there yet. Reads only what was written last to a directory, however
     long the run is.
-
-    Args:
-        path: file or directory.
-        interval_s: seconds from one look to the next.
-        updates: tables to print; by default until interrupted.
-
-    Raises:
-        OSError: it cannot be opened.
-        ValueError: it is damaged or another kind of file.
     """
     follower = Follower(path, newest=True)
     printed, told = 0, ""
@@ -389,16 +364,7 @@ def heading(name: str, history: History) -> str:
 
 
 def findings(found: Sequence[Finding], most: int | None = 3, indent: str = "") -> str:
-    """Findings, a paragraph each.
-
-    Args:
-        found: the worst first.
-        most: paragraphs for each kind and severity; ``None`` for all, with every layer's name.
-        indent: before each line.
-
-    Returns:
-        Text; says so where there are none.
-    """
+    """Findings, a paragraph each: so many of each kind and severity, or all with every layer."""
     lines = []
     shown: Counter[tuple[str, str]] = Counter()
     total = Counter((each.severity, each.kind) for each in found)

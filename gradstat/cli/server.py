@@ -60,15 +60,7 @@ def serve(options: argparse.Namespace) -> int:
 
 
 class Server(ThreadingHTTPServer):
-    """Serves the pages of runs to this machine.
-
-    Args:
-        runs: which.
-        port: to listen on; 0 for any that is free.
-
-    Raises:
-        OSError: the port is taken, or may not be had.
-    """
+    """Serves the pages of runs to this machine, on a port or, with 0, on any that is free."""
 
     daemon_threads = True
     # With the usual 5, clients beyond it try again after a second, after two, after four.
@@ -210,10 +202,7 @@ class RunList:
     """Runs by number. A number stays that of its run, also when others come and go.
 
     Those that were given have theirs by their place, those of directories by their names, so that
-    a server that is started again knows them by the same.
-
-    Args:
-        paths: runs, which need not be there yet, and directories of runs.
+    a server that is started again knows them by the same. They need not be there yet.
     """
 
     def __init__(self, paths: list[Path]) -> None:

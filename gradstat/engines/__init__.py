@@ -68,14 +68,7 @@ def merge_dims(x: Tensor) -> list[tuple[int, int]]:
     """Sizes and strides by descending stride, joined where one dimension continues the next.
 
     No statistic depends on the order of elements, so a transposed or channels-last tensor is one
-    run of memory.
-
-    Args:
-        x: any strided tensor.
-
-    Returns:
-        Size and stride, in elements, of each dimension that is left, the outermost first; one at
-        least. A tensor without gaps has one, of stride 1.
+    run of memory: one dimension is left, of stride 1.
     """
     if x.numel() == 0:
         return [(0, 1)]
@@ -97,13 +90,8 @@ def no_storage(index: int) -> ValueError:
 def as_matrix(x: Tensor, dim: int, ordered: bool) -> tuple[Tensor, int, int]:
     """A tensor as a contiguous matrix with rows along a dimension; a copy where it lies otherwise.
 
-    Args:
-        x: any strided tensor.
-        dim: dimension.
-        ordered: whether it matters which values are in a row, and in which order.
-
-    Returns:
-        A tensor, the number of its rows, and that of columns, 1 at least.
+    Returns it with its numbers of rows and of columns, 1 at least. Where it is not ordered, it does
+    not matter which values are in a row.
     """
     if x.is_neg():  # torch keeps the sign apart
         x = x.resolve_neg()

@@ -30,15 +30,7 @@ from gradstat.results import NO_SCALE_MAX, NO_SCALE_MIN, Statistics
 
 @keeps_subnormals
 def measure(tensors: Sequence[Tensor], bins: Bins) -> Statistics:
-    """Statistics of each tensor of a list.
-
-    Args:
-        tensors: L floating-point tensors on one device, any shapes and strides.
-        bins: scheme of the histogram.
-
-    Returns:
-        Statistics of shape ``(L,)``.
-    """
+    """Statistics of each of L floating-point tensors on one device, of any shapes and strides."""
     rows = [_measure_one(x, bins) for x in tensors]
     integers, floats, counts = (torch.stack(column) for column in zip(*rows, strict=True))
     return Statistics(bins, integers, floats, counts)
@@ -122,16 +114,10 @@ def _measure_one(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor, Tensor]:
 def measure_formats(
     tensors: Sequence[Tensor], formats: Sequence[Format], dim: int = -1
 ) -> tuple[Tensor, Tensor]:
-    """What each format would do to each tensor of a list.
+    """What each of F formats would do to each of L tensors; blocks run along ``dim``.
 
-    Args:
-        tensors: L floating-point tensors on one device, any shapes and strides.
-        formats: F formats.
-        dim: dimension that blocks run along.
-
-    Returns:
-        integers, int64 ``(F, L, 8)``, and floats, float64 ``(F, L, 2)``, the fields of
-        `gradstat.results`.
+    Returns integers, int64 ``(F, L, 8)``, and floats, float64 ``(F, L, 2)``: the fields of
+    `gradstat.results`.
     """
     rows = [[_measure_format(_matrix(x, dim), form) for x in tensors] for form in formats]
     integers, floats = (
@@ -200,12 +186,8 @@ def _blocks(x: Tensor, block: tuple[int, int]) -> Tensor:
 def _scales(largest: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor]:
     """The scale of each block, its reciprocal, and the scale that is stored with the block.
 
-    Args:
-        largest: largest magnitude of each block, float32 ``(B, 1)``.
-        form: format.
-
-    Returns:
-        three tensors, float32 ``(B, 1)``; zero where the scale of an nvfp4 block rounds to zero.
+    All are float32 ``(B, 1)``, as the blocks' largest magnitudes are; zero where the scale of an
+    nvfp4 block rounds to zero.
     """
     if form.scaling == "e8m0":
         exponent = _exponents(largest.double()) - form.max_exponent

@@ -180,13 +180,7 @@ class _Api(NamedTuple):
 
 
 class _Events:
-    """An event file.
-
-    Args:
-        function: who opens it, for its errors.
-        log_dir: folder of the run.
-        by_kind: whether tags begin with the kind.
-    """
+    """An event file."""
 
     def __init__(self, function: str, log_dir: str | os.PathLike[str], *, by_kind: bool) -> None:
         self._api, self._by_kind = _Api.found(function), by_kind

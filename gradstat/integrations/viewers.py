@@ -17,17 +17,11 @@ from gradstat.util import Array, evenly_spread
 
 
 class Filled(NamedTuple):
-    """The filled bins of a histogram.
+    """The E filled bins of a histogram."""
 
-    Args:
-        numbers: of E of its bins, which rise, int64.
-        counts: of them, int64.
-        edges: lower and upper edge of each, float64 ``(E, 2)``.
-    """
-
-    numbers: Array
-    counts: Array
-    edges: Array
+    numbers: Array  # which bins, rising, int64
+    counts: Array  # int64
+    edges: Array  # lower and upper one of each, float64 (E, 2)
 
 
 def buckets(statistics: Statistics, filled: Filled, most: int | None = None) -> tuple[Array, Array]:
@@ -38,13 +32,8 @@ def buckets(statistics: Statistics, filled: Filled, most: int | None = None) -> 
     of them. Values outside a linear range have a bucket on either side, which ends at the smallest
     or largest of them. The smallest or largest value takes the place of an infinite edge.
 
-    Args:
-        statistics: of one tensor, on the CPU; its counts are not read.
-        filled: its filled bins.
-        most: most buckets; if there are more, neighbours are added up.
-
-    Returns:
-        counts, int64 ``(B,)``, and edges, float64 ``(B + 1,)``; B is 0 where no value is finite.
+    Returns counts, int64 ``(B,)``, and edges, float64 ``(B + 1,)``; B is 0 where no value is
+    finite, and at the most ``most``.
     """
     numbers, counts, edges = filled
     least, low, high, greatest = (
@@ -92,11 +81,7 @@ def layers_of(history: History, kind: str) -> dict[int, str]:
 
 
 def derived(history: History) -> Iterator[tuple[str, str, list[str], Array]]:
-    """What follows from rows of several kinds: update ratios and shares of dead units.
-
-    Yields:
-        The kind it is about, its name, the layers, and float64 ``(S, L)``, if it was recorded.
-    """
+    """Update ratios and shares of dead units: the kind, a name, the layers, float64 ``(S, L)``."""
     if {UPDATE, PARAM} <= set(history.kinds):
         yield UPDATE, "ratio", list(layers_of(history, UPDATE).values()), history.update_ratio()
     if UNIT in history.kinds:
@@ -116,20 +101,7 @@ def check_tags(function: str, tags: str) -> None:
 
 
 def chosen_steps(function: str, history: History, max_records: int | None) -> list[int]:
-    """Steps of at most so many records, evenly spread, the newest among them.
-
-    Args:
-        function: the caller's name, for its errors.
-        history: with one record at least.
-        max_records: ``None`` takes all.
-
-    Returns:
-        Numbers in ``history.steps``.
-
-    Raises:
-        TypeError: an argument of another kind.
-        ValueError: ``max_records`` < 1.
-    """
+    """Steps of at most so many records, evenly spread, the newest among them; ``None`` for all."""
     if max_records is None:
         max_records = len(history)
     check_count(function, "max_records", max_records, "record")
@@ -142,13 +114,7 @@ def chosen_steps(function: str, history: History, max_records: int | None) -> li
 def counted(
     history: History, steps: list[int], progress: Callable[[int], object] | None
 ) -> Iterator[int]:
-    """The steps one by one; after each, reports how many further records of the history it covers.
-
-    Args:
-        history: each of its records counts, with the next of the steps.
-        steps: some of its steps, the newest among them.
-        progress: called with the number; ``None`` for nobody.
-    """
+    """The steps one by one; after each, reports how many more records of the history it covers."""
     done = 0
     for step in steps:
         yield step
@@ -159,14 +125,7 @@ def counted(
 
 
 def scalars(statistics: Statistics) -> dict[str, float]:
-    """What to draw of one tensor against time: its size, shape, zeros and non-finite elements.
-
-    Args:
-        statistics: of one tensor, on the CPU, with one element at least.
-
-    Returns:
-        By name; what is undefined, such as the mean of nothing, is left out.
-    """
+    """What to draw of one tensor against time, by name, without what is undefined."""
     finite, numel = int(statistics.finite), int(statistics.numel)
     named = {name: float(getattr(statistics, name)) for name in ("mean", "std", "rms", "l2")}
     if finite:

@@ -223,14 +223,8 @@ def standing_out(panels: Sequence[Sequence[Array]], *, log: bool) -> list[int]:
     """Which of many lines have a colour and a name: the first, the last, and those that stray.
 
     A line strays when it is once much further from its usual place among the others than most ever
-    are. Of those that stray together the one that goes furthest stands for all.
-
-    Args:
-        panels: the same lines in each.
-        log: whether they are drawn on a logarithmic axis.
-
-    Returns:
-        Their numbers, at most six; none where all lines have colours.
+    are. Of those that stray together the one that goes furthest stands for all: at most six are
+    left, and none where all lines have colours.
     """
     n = len(panels[0])
     if n <= _MAX_COLORED:
@@ -283,10 +277,7 @@ def histograms(history: History, layer: str, kept: Array) -> tuple[Array, Array]
 def octave_shares(history: History, layer: str, size: int) -> Array:
     """Share of the finite elements in each octave, ``(S / size, 256)``; NaN where there are none.
 
-    Args:
-        history: over `Log2Bins`.
-        layer: name; an unknown one has no elements.
-        size: how many records are taken together.
+    So many records are taken together. An unknown layer has no elements.
     """
     if layer not in history.layers:
         return np.full((-(-len(history) // size), 256), math.nan)

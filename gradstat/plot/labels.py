@@ -83,13 +83,7 @@ def field_label(field: str, noun: str) -> str:
 
 
 def value_label(axis: Axis, noun: str, *, log2: bool) -> str:
-    """Set the numbers of a ridge's axis, and return its label, in lines, as there is little room.
-
-    Args:
-        axis: whose limits are known.
-        noun: what the values are called.
-        log2: whether they are log2 of magnitudes.
-    """
+    """Set the numbers of a ridge's axis, and return its label: in lines, for want of room."""
     words = noun.replace(" ", "\n")
     if log2:
         powers_of_two(axis, 3)
@@ -111,14 +105,7 @@ def label_axes(figure: Figure, x: str, y: str) -> None:
 def add_key(
     figure: Figure, names: list[str], colors: list[Color], marks: dict[str, Color] | None = None
 ) -> None:
-    """Name the lines beside the panels.
-
-    Args:
-        figure: of the panels.
-        names: of N lines.
-        colors: of them.
-        marks: colours of triangles by what they mark.
-    """
+    """Name the lines beside the panels, and the triangles that mark something, by their colours."""
     marks = marks or {}
     lines = [Line2D([], [], color=color, linewidth=2) for color in colors]
     lines += [Line2D([], [], color=color, marker="^", linestyle="") for color in marks.values()]
@@ -134,12 +121,7 @@ def add_key(
 
 
 def label_ends(ax: Axes, names: dict[int, str]) -> None:
-    """Name some lines of a panel at their ends, those of neighbours apart from each other.
-
-    Args:
-        ax: panel of a constrained layout.
-        names: by the number of the line.
-    """
+    """Name some lines of a panel at their ends, those of neighbours apart from each other."""
     figure = ax.get_figure(root=True)
     assert figure is not None
     figure.draw_without_rendering()

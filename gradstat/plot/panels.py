@@ -45,14 +45,7 @@ class ShownFigure(Figure):
         return file.getvalue()
 
     def show(self, warn: bool = True) -> None:
-        """Show the figure in a notebook.
-
-        Args:
-            warn: unused; `Figure.show` has it.
-
-        Raises:
-            RuntimeError: this is no notebook.
-        """
+        """Show the figure in a notebook; RuntimeError elsewhere. `warn` is of `Figure.show`."""
         display = _display()
         if display is None:
             raise RuntimeError(
@@ -98,20 +91,10 @@ def grid_2d(
     sharex: bool = False,
     sharey: bool = False,
 ) -> tuple[Figure, list[Axes]]:
-    """Lay out panels of ``size`` inches, row by row; the unused places stay empty.
+    """Lay out groups of panels of ``size`` inches, row by row; the unused places stay empty.
 
-    Args:
-        figure: as in `fresh`.
-        panels: number of panels in each group.
-        columns: panels in a row, at most.
-        size: width and height of a panel.
-        groups: each starts a row.
-        margin: inches beside the panels, for labels, keys and colour bars.
-        sharex: all panels have the same horizontal axis.
-        sharey: all panels have the same vertical axis.
-
-    Returns:
-        The figure and the axes of the panels, group by group.
+    Each group starts a row of at most so many columns. The margin, for labels, keys and colour
+    bars, is inches beside the panels.
     """
     columns = min(columns, panels)
     rows = math.ceil(panels / columns)

@@ -32,12 +32,6 @@ def fragment(history: History) -> str:
     """Size, the worst findings, the loss or the norm, and a map of magnitudes.
 
     One element that loads nothing and runs nothing. It takes the colours around it.
-
-    Args:
-        history: with any number of records.
-
-    Returns:
-        HTML.
     """
     history = history.snapshot()
     parts = [f"<b>{_text(_size(history))}</b>"]

@@ -203,20 +203,11 @@ def _narrow(array: Array) -> Array:
     return array.astype("<f8")
 
 
-def render(title: str, contents: Mapping[str, Any], data: str = "") -> str:
-    """The page of what `contents` gives.
-
-    Args:
-        title: heading.
-        contents: of the page; or ``live`` alone, the address where a server has them.
-        data: the arrays of the contents, in base64.
-
-    Returns:
-        HTML.
-    """
+def render(title: str, told: Mapping[str, Any], data: str = "") -> str:
+    """The page of what `contents` gives, or of ``live``, the address where a server has that."""
     # In a script element only "<" can end the text early.
-    meta = json_text(contents).replace("<", "\\u003c")
-    is_live = "live" in contents
+    meta = json_text(told).replace("<", "\\u003c")
+    is_live = "live" in told
     connect = "connect-src 'self'; " if is_live else ""
     script = _bundle("live.js" if is_live else "main.js")
     return _filled("template.html", title, connect=connect, script=script, meta=meta, data=data)

@@ -32,62 +32,36 @@ _LARGEST = 1e308  # magnitude that the page draws: 2 to its logarithm is finite 
 
 @dataclass(frozen=True)
 class Columns:
-    """A history of S records and L layers in T columns of records.
+    """A history of S records and L layers in T columns of records, in F formats."""
 
-    Args:
-        steps: first and last step of each column, int64 ``(T, 2)``.
-        records: how many each holds, int64 ``(T,)``.
-        level: log2 of the rms of all finite elements of a column, float32 ``(L, T)``; minus
-            infinity where they are zero, NaN where there are none.
-        least: log2 of the smallest rms of a record in it, float32 ``(L, T)``.
-        most: log2 of the largest.
-        zeros: share of zeros among the finite elements, float32 ``(L, T)``; NaN where there are
-            none.
-        nonfinite: NaN and infinite elements, int64 ``(L, T)``.
-        snr: signal-to-noise ratio of each layer in each of F formats, one layer after the other,
-            dB, float32 ``(L F, T)``; NaN where there is none.
-        lost: share of the non-zero values that the format flushes to zero, float32 ``(L F, T)``.
-    """
-
-    steps: Array
-    records: Array
+    steps: Array  # first and last of each column, int64 (T, 2)
+    records: Array  # how many each holds, int64 (T,)
+    # Log2 of the rms of all its finite elements, and of the smallest and largest rms of a record in
+    # it, float32 (L, T): minus infinity where they are zero, NaN where there are none.
     level: Array
     least: Array
     most: Array
-    zeros: Array
-    nonfinite: Array
-    snr: Array
-    lost: Array
+    zeros: Array  # share of them among the finite elements, float32 (L, T); NaN where none are
+    nonfinite: Array  # elements, int64 (L, T)
+    snr: Array  # of each layer in each format, dB, float32 (L F, T); NaN where there is none
+    lost: Array  # share of the non-zero values that a format flushes to zero, float32 (L F, T)
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What columns add up to, so that some of them can be put together: T columns of L layers.
+    """What columns add up to, so that some of them can be put together: T columns of L layers."""
 
-    Args:
-        steps: first and last step of each column, int64 ``(T, 2)``.
-        records: how many each holds, int64 ``(T,)``.
-        power: log2 of the sum of the squares of its finite elements, float64 ``(T, L)``.
-        least: log2 of the smallest rms of a record in it, float64 ``(T, L)``.
-        most: log2 of the largest.
-        finite: finite elements, int64 ``(T, L)``.
-        zeros: of them.
-        nonfinite: the others.
-        noise: log2 of the sum of the squares of each format's error, float64 ``(T, L F)``; NaN for
-            what is not cast.
-        lost: values that it flushes to zero, int64 ``(T, L F)``.
-    """
-
-    steps: Array
-    records: Array
-    power: Array
-    least: Array
-    most: Array
-    finite: Array
-    zeros: Array
-    nonfinite: Array
+    steps: Array  # first and last of each column, int64 (T, 2)
+    records: Array  # how many each holds, int64 (T,)
+    power: Array  # log2 of the sum of the squares of its finite elements, float64 (T, L)
+    least: Array  # log2 of the smallest rms of a record in it, float64 (T, L)
+    most: Array  # log2 of the largest
+    finite: Array  # elements, int64 (T, L)
+    zeros: Array  # of them
+    nonfinite: Array  # the other elements
+    # Log2 of the sum of the squares of each format's error, float64 (T, L F); NaN if not cast.
     noise: Array
-    lost: Array
+    lost: Array  # values that it flushes to zero, int64 (T, L F)
 
     @classmethod
     def of(cls, history: History) -> Sums:
@@ -167,26 +141,16 @@ class Sample:
     Over `Log2Bins` a row is an octave of magnitudes: row r holds 2**(r - 127) up to 2**(r - 126),
     row 0 all that is smaller and not zero. Over `LinearBins` a row is a bin or, of more than 64,
     some neighbours.
-
-    Args:
-        step: of the record.
-        first: first row of each layer, int64 ``(L,)``.
-        rows: number of rows of each layer, int64 ``(L,)``.
-        counts: int64, layer by layer, one after the other.
-        finite: finite elements, int64 ``(L,)``.
-        zeros: of them, int64 ``(L,)``.
-        nonfinite: the others, int64 ``(L,)``.
-        edges: lowest and highest edge of all rows, float64 ``(L, 2)``; NaN over `Log2Bins`.
     """
 
     step: int
-    first: Array
-    rows: Array
-    counts: Array
-    finite: Array
-    zeros: Array
-    nonfinite: Array
-    edges: Array
+    first: Array  # row of each layer, int64 (L,)
+    rows: Array  # how many each layer has, int64 (L,)
+    counts: Array  # int64, layer by layer, one after the other
+    finite: Array  # elements, int64 (L,)
+    zeros: Array  # of them
+    nonfinite: Array  # the other elements
+    edges: Array  # lowest and highest of all rows, float64 (L, 2); NaN over `Log2Bins`
 
 
 def columns(history: History) -> Columns:
@@ -207,23 +171,13 @@ def most_samples(n_layers: int) -> int:
 
 
 def samples(history: History, steps: Sequence[int] = ()) -> list[Sample]:
-    """Take histograms of some records, evenly spread, the newest among them, and those of steps.
-
-    Args:
-        history: with one record at least.
-        steps: as for `positions`.
-    """
+    """Take histograms of some records, evenly spread, the newest among them, and those of steps."""
     at = set(evenly_spread(len(history), most_samples(len(history.layers))).tolist())
     return [sample(history, each) for each in sorted(at.union(positions(history, steps)))]
 
 
 def positions(history: History, steps: Sequence[int]) -> list[int]:
-    """Positions of the records of some steps, at most as many as samples are spread.
-
-    Args:
-        history: which has them.
-        steps: the most important first.
-    """
+    """Positions of the records of steps, the most important first, at most as many as samples."""
     wanted = list(dict.fromkeys(steps))[: most_samples(len(history.layers))]
     return [int(at) for at in np.searchsorted(history.steps, wanted)]
 
@@ -262,19 +216,12 @@ def sample(history: History, at: int) -> Sample:
 
 @dataclass(frozen=True)
 class Series:
-    """One number a step, in the columns of a history; NaN where a column has none.
+    """One number a step, in the columns of a history; NaN where a column has none."""
 
-    Args:
-        mean: of the finite values of each column, float32 ``(T,)``.
-        least: of them.
-        most: of them.
-        nonfinite: NaN and infinite values, int64 ``(T,)``.
-    """
-
-    mean: Array
+    mean: Array  # of the finite values of each column, float32 (T,)
     least: Array
     most: Array
-    nonfinite: Array
+    nonfinite: Array  # how many values are not finite, int64 (T,)
 
 
 def series(history: History, columns: Columns) -> dict[str, Series]:
@@ -294,17 +241,7 @@ def norm_of(history: History, kind: str) -> Array:
 def series_of(
     scalars: Mapping[str, Numbers], kind: str, norm: Numbers, first: Array
 ) -> dict[str, Series]:
-    """As `series`.
-
-    Args:
-        scalars: steps and values of each, by name.
-        kind: whose norm it is.
-        norm: its steps and values.
-        first: first step of each column.
-
-    Returns:
-        What is drawn of each, by name.
-    """
+    """As `series`, of scalars by name, the norm of a kind, and the first step of each column."""
     losses = [name for name in scalars if is_loss(name)]
     rates = list(filter(is_rate, scalars))
     # Of many groups, those whose rate changes.
