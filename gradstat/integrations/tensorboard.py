@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Mapping
 from math import isfinite
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -127,7 +128,7 @@ def writer(
     """
     check_tags("writer", tags)
     check_directory("writer", "log_dir", log_dir)
-    _Api.found("writer")
+    _import("writer")
     return _EventWriter(_absolute(log_dir), by_kind=tags == "kind")
 
 
@@ -153,37 +154,32 @@ class _EventWriter(RunWriter):
         self._events.close()
 
 
-class _Api(NamedTuple):
-    """The parts of TensorBoard that are used."""
-
-    gfile: Any
-    RecordWriter: Any
-    Event: Any
-    SessionLog: Any
-    Summary: Any
-    histogram_raw: Callable[..., Any]
-    scalar: Callable[..., Any]
-
-    @classmethod
-    def found(cls, function: str) -> _Api:
-        """Import it; ImportError names the function that needs it."""
-        try:
-            from tensorboard.compat import tf
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-            from tensorboard.compat.proto.summary_pb2 import Summary
-            from tensorboard.summary.writer.record_writer import RecordWriter
-            from torch.utils.tensorboard.summary import histogram_raw, scalar
-        except ImportError as error:
-            raise ImportError(f"{function}() needs TensorBoard: pip install tensorboard") from error
-        gfile = tf.io.gfile
-        return cls(gfile, RecordWriter, Event, SessionLog, Summary, histogram_raw, scalar)
+def _import(function: str) -> SimpleNamespace:
+    """The parts of TensorBoard that are used; ImportError names the function that needs them."""
+    try:
+        from tensorboard.compat import tf
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary
+    except ImportError as error:
+        raise ImportError(f"{function}() needs TensorBoard: pip install tensorboard") from error
+    return SimpleNamespace(
+        gfile=tf.io.gfile,
+        RecordWriter=RecordWriter,
+        Event=Event,
+        SessionLog=SessionLog,
+        Summary=Summary,
+        histogram_raw=summary.histogram_raw,
+        scalar=summary.scalar,
+    )
 
 
 class _Events:
     """An event file."""
 
     def __init__(self, function: str, log_dir: str | os.PathLike[str], *, by_kind: bool) -> None:
-        self._api, self._by_kind = _Api.found(function), by_kind
+        self._api, self._by_kind = _import(function), by_kind
         gfile, folder = self._api.gfile, _absolute(log_dir)
         gfile.makedirs(folder)
         name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}"

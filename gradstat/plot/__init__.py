@@ -77,11 +77,7 @@ def ridge(
         >>> len(gradstat.plot.ridge(w.history).axes)
         2
     """
-    panels.check_figure("ridge", figure)
-    named = data.check_histories("ridge", history)
-    titles = data.check_layers("ridge", named, layers)
-    if steps_per_epoch is not None:
-        check_count("ridge", "steps_per_epoch", steps_per_epoch)
+    named, titles = _checked("ridge", history, layers, steps_per_epoch, figure)
     data.check_panels("ridge", len(named), len(titles))
     limits = data.check_limits("ridge", limits)
     log2 = data.check_bins("ridge", named)
@@ -164,11 +160,7 @@ def curves(
         >>> gradstat.plot.curves(w.history, "rms").axes[0].get_yscale()
         'log'
     """
-    panels.check_figure("curves", figure)
-    named = data.check_histories("curves", history)
-    titles = data.check_layers("curves", named, layers, field)
-    if steps_per_epoch is not None:
-        check_count("curves", "steps_per_epoch", steps_per_epoch)
+    named, titles = _checked("curves", history, layers, steps_per_epoch, figure, field)
     check_count("curves", "average", average)
     if field == _NORM or any(field in each.scalars for each in named.values()):
         return _series_curves(named, field, steps_per_epoch, average, log, figure)
@@ -266,11 +258,7 @@ def heatmap(
         >>> len(gradstat.plot.heatmap(w.history, "counts").axes)
         2
     """
-    panels.check_figure("heatmap", figure)
-    named = data.check_histories("heatmap", history)
-    titles = data.check_layers("heatmap", named, layers, field)
-    if steps_per_epoch is not None:
-        check_count("heatmap", "steps_per_epoch", steps_per_epoch)
+    named, titles = _checked("heatmap", history, layers, steps_per_epoch, figure, field)
     data.check_field("heatmap", field, "counts")
     if field == "counts":
         if not data.check_bins("heatmap", named):
@@ -302,6 +290,25 @@ def heatmap(
     panels.add_colorbar(figure, drawn, label, axes)
     labels.add_titles(axes, list(map(labels.literal, named)))
     return figure
+
+
+def _checked(
+    function: str,
+    history: Histories,
+    layers: Layers | None,
+    steps_per_epoch: int | None,
+    figure: Figure | None,
+    field: str | None = None,
+) -> tuple[dict[str, History], dict[str, str]]:
+    """The histories by name, and the titles of layers, from arguments that all figures have."""
+    if figure is not None and not isinstance(figure, Figure):
+        raise TypeError(
+            f"{function}() needs a matplotlib Figure; figure is {type(figure).__name__}"
+        )
+    named = data.check_histories(function, history)
+    if steps_per_epoch is not None:
+        check_count(function, "steps_per_epoch", steps_per_epoch)
+    return named, data.check_layers(function, named, layers, field)
 
 
 def _series_curves(

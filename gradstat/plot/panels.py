@@ -64,14 +64,6 @@ def _display() -> Any:  # noqa: ANN401 (IPython has types only where it is insta
     return display if get_ipython() is not None else None
 
 
-def check_figure(function: str, figure: Figure | None) -> None:
-    """Refuse what cannot be drawn into."""
-    if figure is not None and not isinstance(figure, Figure):
-        raise TypeError(
-            f"{function}() needs a matplotlib Figure; figure is {type(figure).__name__}"
-        )
-
-
 def fresh(figure: Figure | None, width: float, height: float) -> Figure:
     """Return an empty figure: a new one of so many inches, or the one given, cleared."""
     if figure is None:

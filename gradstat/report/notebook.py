@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 import math
-import struct
-import zlib
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.image import imsave
 
 from gradstat.diagnosis import diagnose
 from gradstat.diagnosis.findings import COLORS
@@ -16,14 +17,11 @@ from gradstat.history import History
 from gradstat.history.history import first_rows
 from gradstat.record import NOUNS
 from gradstat.report import thin
-from gradstat.util import Array, escaped
+from gradstat.util import escaped
 
 _WIDTH, _LINE_HEIGHT = 420, 56  # pixels
 _MAX_FINDINGS, _MAX_ROWS = 3, 200
-_STOPS = np.array(
-    [[68, 1, 84], [62, 73, 137], [38, 130, 142], [53, 183, 121], [181, 222, 43], [253, 231, 37]]
-)
-_BROKEN, _ZERO = (229, 53, 43), (150, 157, 166)
+_BROKEN, _ZERO, _ABSENT = (229, 53, 43, 255), (150, 157, 166, 255), (0, 0, 0, 0)
 # The notebook's own colours, light or dark.
 _STYLE = "font: 13px/1.45 system-ui, sans-serif; color: inherit; max-width: 760px"
 
@@ -98,14 +96,13 @@ def _map(history: History) -> str:
     known = level[np.isfinite(level)]
     low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
     share = np.nan_to_num((level - low) / (high - low or 1.0), posinf=1.0, neginf=0.0).clip(0, 1)
-    at = share * (len(_STOPS) - 1)
-    below = np.minimum(at.astype(np.int64), len(_STOPS) - 2)
-    part = (at - below)[..., None]
-    color = _STOPS[below] * (1 - part) + _STOPS[below + 1] * part
-    color = np.where((level == -math.inf)[..., None], _ZERO, color)
-    color = np.where(broken[..., None], _BROKEN, color)
-    alpha = np.where(np.isnan(level) & ~broken, 0, 255)[..., None]
-    image = _png(np.concatenate([color, alpha], -1).round().astype(np.uint8))
+    pixels = colormaps["viridis"](share, bytes=True)
+    pixels[np.isnan(level)] = _ABSENT
+    pixels[level == -math.inf] = _ZERO
+    pixels[broken] = _BROKEN
+    file = io.BytesIO()
+    imsave(file, pixels, format="png")
+    png = base64.b64encode(file.getvalue()).decode("ascii")
     height = max(24, min(_MAX_ROWS, 14 * len(names)))
     noun = NOUNS[history.kinds[0]]
     label = _text(f"rms of each layer's {noun} by step, {2**low:.1e} (dark) to {2**high:.1e}")
@@ -115,28 +112,9 @@ def _map(history: History) -> str:
         f'<div style="margin-top: 6px">{label}{", red: NaN or infinite" * bool(broken.any())}</div>'
         f'<div style="display: flex; gap: 8px"><img alt="{label}" width="{_WIDTH}" '
         f'height="{height}" style="image-rendering: pixelated" '
-        f'src="data:image/png;base64,{image}"><div style="display: flex; flex-direction: column; '
+        f'src="data:image/png;base64,{png}"><div style="display: flex; flex-direction: column; '
         f'justify-content: space-between">{first}{"".join(last)}</div></div>'
     )
-
-
-def _png(pixels: Array) -> str:
-    """An image in base64, from uint8 ``(height, width, 4)``."""
-    height, width, _ = pixels.shape
-    lines = np.zeros((height, 1 + 4 * width), np.uint8)  # each begins with its filter, none
-    lines[:, 1:] = pixels.reshape(height, -1)
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        check = zlib.crc32(name + data)
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", check)
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
-    parts = (
-        chunk(b"IHDR", head),
-        chunk(b"IDAT", zlib.compress(lines.tobytes())),
-        chunk(b"IEND", b""),
-    )
-    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(parts)).decode("ascii")
 
 
 def _text(text: str) -> str:
