@@ -31,11 +31,7 @@ from gradstat.util import ENGINE_VARIABLE
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ENGINES = ("cpu", "reference", "triton")
 # Their modules that measure formats.
-_FORMAT_ENGINES = {
-    "cpu": "cpu.formats",
-    "reference": "reference",
-    "triton": "triton_formats",
-}
+_FORMAT_ENGINES = {"cpu": "cpu.formats", "reference": "reference", "triton": "triton_formats"}
 
 
 def statistics(

@@ -286,11 +286,9 @@ class Statistics(_OfTensors):
             )
         other = other.to(self.counts.device)
         # A layer that is absent from a record has no range, and nothing else.
-        only_other, only_this = self.low.isnan()[..., None], other.low.isnan()[..., None]
-        ranges = [
-            torch.where(only_other | only_this, 0.0, each.floats[..., 6:]) for each in (self, other)
-        ]
-        if isinstance(self.bins, LinearBins) and not torch.equal(*ranges):
+        is_absent = self.low.isnan() | other.low.isnan()
+        differ = (self.low != other.low) | (self.high != other.high)
+        if isinstance(self.bins, LinearBins) and bool((differ & ~is_absent).any()):
             raise ValueError(
                 "merge() needs histograms over the same range; low and high differ. "
                 "Log2Bins and LinearBins with a fixed range always merge"
@@ -419,7 +417,7 @@ def union_floats(integers: Tensor, floats: Tensor) -> Tensor:
     """
     least, most, total, std, l1, l2, low, high = floats.unbind(-1)
     is_absent = l2.isnan()
-    n = integers[..., 1].to(floats.dtype)
+    n = integers[..., INTEGERS.index("finite")].to(floats.dtype)
     n_all = n.sum(0)
     means = _mean_between_extremes(n, floats)
     farthest = torch.where(n > 0, means, 0.0).abs().nan_to_num().amax(0)
@@ -576,12 +574,16 @@ class Quantization(_OfTensors):
 
         Scales of empty blocks are left out. For nvfp4 it is the e4m3 scale.
         """
-        return _exponents(self.integers[..., 6], NO_SCALE_MIN)
+        return self._exponent("scale_min", NO_SCALE_MIN)
 
     @property
     def scale_max(self) -> Tensor:
         """Exponent of the largest scale."""
-        return _exponents(self.integers[..., 7], NO_SCALE_MAX)
+        return self._exponent("scale_max", NO_SCALE_MAX)
+
+    def _exponent(self, name: str, none: int) -> Tensor:
+        stored = self.integers[..., QUANTIZATION_INTEGERS.index(name)]
+        return torch.where(stored == none, math.nan, stored.double())
 
     @property
     def underflow(self) -> Tensor:
@@ -638,10 +640,6 @@ class Quantization(_OfTensors):
         return self._lines(self.format.name, ("underflow", "saturated", "snr", "error"))
 
 
-def _exponents(stored: Tensor, none: int) -> Tensor:
-    return torch.where(stored == none, math.nan, stored.double())
-
-
 def packed(integers: Tensor, floats: Tensor) -> Tensor:
     """Integers ``(F, L, 8)`` and floats ``(F, L, 2)`` as records hold them: ``(L, F, 10)``."""
     return torch.cat([integers.double(), floats], -1).transpose(0, 1).contiguous()
@@ -668,5 +666,6 @@ def union_packed(fields: Tensor) -> Tensor:
 def _union_integers(parts: Tensor) -> Tensor:
     """Counts added, the least and the greatest scale: ``(P, ..., 8)`` to ``(..., 8)``."""
     whole = parts.sum(0)
-    whole[..., 6], whole[..., 7] = parts[..., 6].amin(0), parts[..., 7].amax(0)
+    least, most = (QUANTIZATION_INTEGERS.index(name) for name in ("scale_min", "scale_max"))
+    whole[..., least], whole[..., most] = parts[..., least].amin(0), parts[..., most].amax(0)
     return whole

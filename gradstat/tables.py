@@ -138,27 +138,29 @@ def _plain(history: History) -> list[str]:
 
 def _scalar_rows(name: str, steps: Array, values: Array, names: Sequence[str]) -> Rows:
     """A row for each value."""
-    finite = np.isfinite(values)
+    n, finite = len(steps), np.isfinite(values)
     known = np.where(finite, values, math.nan)
-    ones = {"numel": np.ones(len(steps)), "finite": finite, "zeros": values == 0}
-    ones |= {"nan": np.isnan(values), "posinf": values == math.inf, "neginf": values == -math.inf}
-    plain = dict.fromkeys(("min", "max", "sum", "mean"), known)
-    sizes = dict.fromkeys(("l1", "l2", "rms", "abs_max"), abs(known))
-    columns = {
-        field: (ones | plain | sizes).get(field, np.full(len(steps), math.nan))
-        for field in names[1 + len(TEXTS) :]
+    given: dict[str, Array] = {
+        "step": steps,
+        "kind": np.full(n, "scalar", object),
+        "layer": np.full(n, name, object),
+        "numel": np.ones(n),
+        "finite": finite,
+        "zeros": values == 0,
+        "nan": np.isnan(values),
+        "posinf": values == math.inf,
+        "neginf": values == -math.inf,
     }
+    given |= dict.fromkeys(("min", "max", "sum", "mean"), known)
+    given |= dict.fromkeys(("l1", "l2", "rms", "abs_max"), abs(known))
     # There is no histogram, nothing outside one, and no format.
-    for field in columns:
-        if field in ("below", "above") or (field not in FIELDS and _dtype(field).kind == "i"):
-            columns[field] = np.zeros(len(steps))
-    texts = {
-        "kind": np.full(len(steps), "scalar", object),
-        "layer": np.full(len(steps), name, object),
+    columns = {
+        field: given.get(field, np.full(n, 0 if _dtype(field).kind == "i" else math.nan))
+        for field in names
     }
     typed = {field: column.astype(_dtype(field)) for field, column in columns.items()}
     empty = {"bin_low": np.empty(0), "bin_high": np.empty(0), "bin_count": np.empty(0, np.int64)}
-    return Rows({"step": steps} | texts | typed, np.zeros(len(steps), np.int64), empty)
+    return Rows(typed, np.zeros(n, np.int64), empty)
 
 
 def _cells(part: Rows, name: str) -> list[Array]:

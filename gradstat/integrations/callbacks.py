@@ -31,7 +31,7 @@ class Watching:
         TypeError: an option that the trainer knows, or that `gradstat.watch` does not have.
     """
 
-    def __init__(self, **options: Any) -> None:  # noqa: ANN401 (checked by watch)
+    def __init__(self, **options: Any) -> None:
         super().__init__()
         for name in _KNOWN:
             if name in options:
@@ -68,11 +68,7 @@ class Watching:
         return self.watch.history
 
     def _start(
-        self,
-        model: nn.Module,
-        scaler: GradScaler | None,
-        n_steps: int,
-        **options: Any,  # noqa: ANN401
+        self, model: nn.Module, scaler: GradScaler | None, n_steps: int, **options: Any
     ) -> None:
         self._stop()
         # A training from its beginning does not go on with the records of another one.

@@ -39,7 +39,7 @@ class WatchCallback(Watching, Callback):  # type: ignore[misc]
         >>> gradients.history  # doctest: +SKIP
     """
 
-    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ANN401
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Watch the module."""
         optimizers = trainer.optimizers
         if UPDATE in self._asked and len(optimizers) != 1:
@@ -56,40 +56,27 @@ class WatchCallback(Watching, Callback):  # type: ignore[misc]
         )
 
     def on_before_optimizer_step(
-        self,
-        trainer: Any,  # noqa: ANN401
-        pl_module: nn.Module,
-        optimizer: Optimizer,
+        self, trainer: Any, pl_module: nn.Module, optimizer: Optimizer
     ) -> None:
         """Make a record."""
         self.watch.measure()
 
-    def on_before_backward(self, trainer: Any, pl_module: nn.Module, loss: Tensor) -> None:  # noqa: ANN401
+    def on_before_backward(self, trainer: Any, pl_module: nn.Module, loss: Tensor) -> None:
         """Keep the loss."""
         # Lightning has divided it by the batches of a step.
         self._log({"loss": loss.detach() * trainer.accumulate_grad_batches})
 
     def on_train_batch_end(
-        self,
-        trainer: Any,  # noqa: ANN401
-        pl_module: nn.Module,
-        outputs: Any,  # noqa: ANN401
-        batch: Any,  # noqa: ANN401
-        batch_idx: int,
+        self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep what was logged in the step."""
         metrics = trainer.callback_metrics.items()
         self._log({name: value for name, value in metrics if name != "loss"})
 
-    def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:  # noqa: ANN401
+    def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
         """Close the watch."""
         self._stop()
 
-    def on_exception(
-        self,
-        trainer: Any,  # noqa: ANN401
-        pl_module: nn.Module,
-        exception: BaseException,
-    ) -> None:
+    def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
         """Close the watch."""
         self._stop()

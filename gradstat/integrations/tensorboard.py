@@ -238,11 +238,11 @@ class _Events:
         start = self._api.SessionLog(status=self._api.SessionLog.START)
         self._add(self._api.Event(wall_time=time.time(), step=first_step, session_log=start))
 
-    def _add_summary(self, summary: Any, step: int, time_s: float | None) -> None:  # noqa: ANN401
+    def _add_summary(self, summary: Any, step: int, time_s: float | None) -> None:
         wall_time = time.time() if time_s is None else time_s
         self._add(self._api.Event(wall_time=wall_time, step=step, summary=summary))
 
-    def _add(self, event: Any) -> None:  # noqa: ANN401 (a message of TensorBoard's)
+    def _add(self, event: Any) -> None:
         self._file.write(event.SerializeToString())
         self._file.flush()
 

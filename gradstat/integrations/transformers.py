@@ -47,13 +47,13 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(
         self,
-        args: Any,  # noqa: ANN401
-        state: Any,  # noqa: ANN401
-        control: Any,  # noqa: ANN401
+        args: Any,
+        state: Any,
+        control: Any,
         *,
         model: nn.Module,
         optimizer: Optimizer,
-        **_: Any,  # noqa: ANN401
+        **_: Any,
     ) -> None:
         """Watch the model."""
         scaler = getattr(optimizer, "scaler", None)
@@ -63,13 +63,7 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
         if not getattr(args, "torch_compile", False):
             self._handle = model.register_forward_hook(self._on_forward, with_kwargs=True)
 
-    def on_step_end(
-        self,
-        args: Any,  # noqa: ANN401
-        state: Any,  # noqa: ANN401
-        control: Any,  # noqa: ANN401
-        **_: Any,  # noqa: ANN401
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Keep the loss of the step."""
         if self._losses:
             loss = torch.stack(self._losses).sum()
@@ -78,12 +72,7 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
             self._has_losses = True
 
     def on_log(
-        self,
-        args: Any,  # noqa: ANN401
-        state: Any,  # noqa: ANN401
-        control: Any,  # noqa: ANN401
-        logs: Mapping[str, Any] | None = None,
-        **_: Any,  # noqa: ANN401
+        self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any
     ) -> None:
         """Keep what is logged."""
         logged = dict(logs or {})
@@ -98,7 +87,7 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
             self._n_logged = state.global_step
         self._log(logged)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ANN401
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the watch."""
         self._stop()
 
@@ -113,11 +102,7 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
         self._are_parts = False  # of the step's loss, or means of their own
 
     def _on_forward(
-        self,
-        model: nn.Module,
-        arguments: tuple[Any, ...],
-        options: Mapping[str, Any],
-        outputs: Any,  # noqa: ANN401
+        self, model: nn.Module, arguments: tuple[Any, ...], options: Mapping[str, Any], outputs: Any
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if model.training and torch.is_grad_enabled() and _is_loss(loss):

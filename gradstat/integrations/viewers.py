@@ -127,10 +127,9 @@ def counted(
 def scalars(statistics: Statistics) -> dict[str, float]:
     """What to draw of one tensor against time, by name, without what is undefined."""
     finite, numel = int(statistics.finite), int(statistics.numel)
-    named = {name: float(getattr(statistics, name)) for name in ("mean", "std", "rms", "l2")}
+    named: dict[str, float] = {}
     if finite:
+        named = {name: float(getattr(statistics, name)) for name in ("mean", "std", "rms", "l2")}
         named["zero_fraction"] = int(statistics.zeros) / finite
     named["nonfinite"] = float(numel - finite)
-    if not finite:
-        return {"nonfinite": named["nonfinite"]}
     return {name: value for name, value in named.items() if not math.isnan(value)}

@@ -35,10 +35,7 @@ _MAX_RIDGES = 60
 _NORM = "norm"  # field of all layers together
 _WIDE = 30.0  # ratio of a series' ends from which its axis is logarithmic
 _MARKS = {severity: to_rgba(COLORS[severity]) for severity in ("severe", "warning")}
-_MARK_NAMES = {
-    "a severe finding begins": _MARKS["severe"],
-    "a warning begins": _MARKS["warning"],
-}
+_MARK_NAMES = {"a severe finding begins": _MARKS["severe"], "a warning begins": _MARKS["warning"]}
 
 
 def ridge(

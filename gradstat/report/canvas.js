@@ -1,6 +1,6 @@
 // Canvases that follow their width, the screen's resolution and the colour scheme.
 
-import { whole } from "./text.js";
+import { clamp, whole } from "./text.js";
 
 const VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"];
 export const dark = matchMedia("screen and (prefers-color-scheme: dark)");
@@ -27,7 +27,7 @@ export const densityLight = ramp(["#ffffff", "#fcdcc4", "#f59b73", "#d3546f", "#
 export const densityDark = ramp(["#171a1f", "#43206b", "#8a3a86", "#d3546f", "#f59b73", "#fdeec4"]);
 
 export function colorAt(colors, x) {
-  return colors[Math.max(0, Math.min(255, Math.round(255 * x)))];
+  return colors[clamp(Math.round(255 * x), 0, 255)];
 }
 
 // A canvas of a height in a parent, drawn by draw(context, width, height) now and whenever its

@@ -1,7 +1,7 @@
 // The selected layer: its rms, its distribution over time, one record's histogram, its numbers.
 
-import { byId, number, plural, powerOfTwo, share, short, whole } from "./text.js";
-import { arrays, columnAt, columnMiddle, columnOf, columnSteps, countAt, filledRows, firstSteps, K, meta, newest, nounOf, part, rowAt, rowEnds, sampleAt, sampleMiddle, samples, sampleSteps, sampleStepsBetween, seen, state, titleOf } from "./run.js";
+import { byId, clamp, number, plural, powerOfTwo, share, short, whole } from "./text.js";
+import { arrays, columnAt, columnMiddle, columnOf, columnSteps, countAt, filledRows, firstSteps, K, meta, newest, nounOf, part, rowAt, rowEnds, sampleAt, sampleMiddle, samples, sampleSteps, sampleStepsBetween, seen, seenColumn, state, titleOf } from "./run.js";
 import { addCanvas, colorAt, css, curve, dark, densityDark, densityLight, describe, line, mark, roundTicks, spread, stepAxis, type } from "./canvas.js";
 import { addFigure } from "./pointing.js";
 import { cellLines } from "./map.js";
@@ -31,7 +31,6 @@ export function buildDetail(select) {
   const legend = addCanvas(holder, 26, drawShares, "Colour scale");
   const histogram = addCanvas(byId("detail-histogram"), 96, drawHistogram, "Histogram");
 
-  const within = (t) => Math.max(seen.from, Math.min(seen.to - 1, t));
   addFigure(rms.canvas, {
     at: (x) => columnAt(x, LEFT, rms.canvas.clientWidth),
     show(t) {
@@ -39,7 +38,7 @@ export function buildDetail(select) {
       rmsOver.redraw();
       return t === null ? null : [titleOf(state.layer), cellLines(state.layer, t)];
     },
-    move: (t, dx) => within(t === null ? (state.step === null ? seen.to - 1 : columnOf(state.step)) : t + dx),
+    move: (t, dx) => seenColumn(t === null ? (state.step === null ? seen.to - 1 : columnOf(state.step)) : t + dx),
     where: (t) => [columnMiddle(t, LEFT, rms.canvas.clientWidth), 40],
     choose: (t) => select(state.layer, { from: "detail", step: meta.steps[t][0] }),
     between: (x0, x1) => columnSteps(x0, x1, LEFT, rms.canvas.clientWidth),
@@ -63,9 +62,9 @@ export function buildDetail(select) {
     move(place, dx, dy) {
       const { low, high } = extent(state.layer);
       if (!place) return { k: seen.samples.includes(state.home) ? state.home : seen.samples.at(-1), value: fullestRow(state.layer, state.home) };
-      const at = Math.max(0, Math.min(seen.samples.length - 1, seen.samples.indexOf(place.k) + dx));
+      const at = clamp(seen.samples.indexOf(place.k) + dx, 0, seen.samples.length - 1);
       const unit = rowSize(state.layer, place.k);
-      return { k: seen.samples[at], value: Math.max(low + unit / 2, Math.min(high - unit / 2, place.value - dy * unit)) };
+      return { k: seen.samples[at], value: clamp(place.value - dy * unit, low + unit / 2, high - unit / 2) };
     },
     where: ({ k }) => [sampleMiddle(k, LEFT, distribution.canvas.clientWidth), 60],
     choose: ({ k }) => select(state.layer, { from: "detail", step: samples[k].step }),
@@ -85,7 +84,7 @@ export function buildDetail(select) {
     move(value, dx) {
       const [{ low, high }, unit] = [extent(state.layer), rowSize(state.layer, state.sample)];
       const to = value === null ? fullestRow(state.layer, state.sample) : value + dx * unit;
-      return Math.max(low + unit / 2, Math.min(high - unit / 2, to));
+      return clamp(to, low + unit / 2, high - unit / 2);
     },
     where(value) {
       const { low, high } = extent(state.layer);
@@ -238,7 +237,7 @@ function drawDistribution(context, width, height) {
   line(context, LEFT, bottom, width, bottom);
   valueAxis(context, low, high, (tick, text) => {
     line(context, LEFT - 4, y(tick), LEFT, y(tick));
-    context.fillText(text, LEFT - 6, Math.max(6, Math.min(bottom - 4, y(tick))));
+    context.fillText(text, LEFT - 6, clamp(y(tick), 6, bottom - 4));
   }, true);
   stepAxis(context, sampleSteps(), LEFT, width - LEFT, bottom);
 }
@@ -281,7 +280,7 @@ function drawHistogram(context, width, height) {
   valueAxis(context, low, high, (tick, text) => {
     line(context, x(tick), bottom, x(tick), bottom + 4);
     const half = context.measureText(text).width / 2;
-    context.fillText(text, Math.max(LEFT - 20 + half, Math.min(width - half, x(tick))), bottom + 6);
+    context.fillText(text, clamp(x(tick), LEFT - 20 + half, width - half), bottom + 6);
   }, false);
 }
 

@@ -1,6 +1,6 @@
 // The table: a row for each layer of a kind with the line of its rms, in any order, filtered by name.
 
-import { byId, number, share, whole } from "./text.js";
+import { byId, clamp, number, share, whole } from "./text.js";
 import { arrays, columnAt, K, meta, newest, nounOf, part, place, samples, state, titleOf, wholePart } from "./run.js";
 import { addCanvas, curve, removeCanvas, spread } from "./canvas.js";
 import { hideTip, showTip } from "./pointing.js";
@@ -88,7 +88,7 @@ export function buildLayers(select, changed) {
     const to = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10, Home: -Infinity, End: Infinity }[event.key];
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "Enter" || event.key === " ") select(Number(row.dataset.layer), { from: "table" });
-    else if (to) focus(all[Math.max(0, Math.min(all.length - 1, all.indexOf(row) + to))]);
+    else if (to) focus(all[clamp(all.indexOf(row) + to, 0, all.length - 1)]);
     else return;
     event.preventDefault();
   });

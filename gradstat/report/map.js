@@ -1,7 +1,7 @@
 // The map: a row for each layer of a kind, a column for each column of records, log2 rms as colour.
 
-import { byId, magnitude, number, powerOfTwo, share, whole } from "./text.js";
-import { aRow, arrays, byKind, capacity, columnAt, columnMiddle, columnOf, columnSteps, firstSteps, meta, newest, nounOf, part, seen, state, stepsOf, T, titleOf, usual } from "./run.js";
+import { byId, clamp, magnitude, number, powerOfTwo, share, whole } from "./text.js";
+import { aRow, arrays, byKind, capacity, columnAt, columnMiddle, columnOf, columnSteps, firstSteps, meta, newest, nounOf, part, seen, seenColumn, state, stepsOf, T, titleOf, usual } from "./run.js";
 import { addCanvas, colorAt, css, describe, fitted, line, rgb, roundTicks, shortNames, stepAxis, type, viridis } from "./canvas.js";
 import { addFigure } from "./pointing.js";
 import { buildSeries } from "./series.js";
@@ -142,7 +142,7 @@ function labelsOf() {
   for (const group of groups) {
     const own = new Set(group.layers);
     const [first, last] = [rowMiddle(group.layers[0]), rowMiddle(group.layers.at(-1))];
-    const room = Math.max(1, Math.min(MOST_FOUND, Math.floor((last - first) / LABEL / 2)));
+    const room = clamp(Math.floor((last - first) / LABEL / 2), 1, MOST_FOUND);
     const kept = found.filter((layer) => own.has(layer)).slice(0, room);
     labels.push(...kept.map(label));
     const to = (first + last) / 2;
@@ -261,7 +261,6 @@ export function buildMap(select) {
     drawMap(context, width, left);
   }, "Map");
   const over = addCanvas(plot, 0, (context, width) => drawMapMarks(context, width, left));
-  const within = (t) => Math.max(seen.from, Math.min(seen.to - 1, t));
   addFigure(main.canvas, {
     at(x, y) {
       const named = x < left - 8 ? labels.find((each) => Math.abs(each.y - y) <= LABEL / 2) : undefined;
@@ -275,9 +274,9 @@ export function buildMap(select) {
     },
     move(cell, dx, dy) {
       const { rows, rowOf } = state.view;
-      if (!cell) return { layer: state.layer, t: state.step === null ? seen.to - 1 : within(columnOf(state.step)) };
-      const row = Math.max(0, Math.min(rows.length - 1, rowOf[cell.layer] + dy));
-      return { layer: rows[row], t: within(cell.t + dx) };
+      if (!cell) return { layer: state.layer, t: state.step === null ? seen.to - 1 : seenColumn(columnOf(state.step)) };
+      const row = clamp(rowOf[cell.layer] + dy, 0, rows.length - 1);
+      return { layer: rows[row], t: seenColumn(cell.t + dx) };
     },
     where: ({ layer, t }) => [columnMiddle(t, left, main.canvas.clientWidth), rowMiddle(layer) + state.view.heights[state.view.rowOf[layer]] / 2],
     choose({ layer, t }) {
@@ -368,7 +367,7 @@ const CHANGE = {
 // As far down as up, so that the colour in the middle is that of no change.
 function changeScale(shown) {
   const far = shown.filter(Number.isFinite).map(Math.abs).sort();
-  const most = Math.max(2, Math.min(16, Math.ceil(far[far.length - 1])));
+  const most = clamp(Math.ceil(far[far.length - 1]), 2, 16);
   return { low: -most, high: most, below: shown.some((x) => x < -most && x !== -Infinity), above: shown.some((x) => x > most) };
 }
 

@@ -1,6 +1,6 @@
 // Pointing at a place of a figure, with the pointer or the keys; the tip gives its numbers.
 
-import { byId } from "./text.js";
+import { byId, clamp } from "./text.js";
 import { isZoomed, meta, seen, T, zoom, zoomed } from "./run.js";
 
 const tip = byId("tip");
@@ -18,7 +18,7 @@ export function showTip(x, y, title, lines) {
   const box = tip.getBoundingClientRect();
   const right = x + 16 + box.width > window.innerWidth - 8;
   tip.style.left = `${Math.max(8, right ? x - 16 - box.width : x + 16)}px`;
-  tip.style.top = `${Math.max(8, Math.min(y + 14, window.innerHeight - box.height - 8))}px`;
+  tip.style.top = `${clamp(y + 14, 8, window.innerHeight - box.height - 8)}px`;
 }
 
 export function hideTip() {

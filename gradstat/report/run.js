@@ -1,7 +1,7 @@
 // What the page holds of a run: `meta`, arrays of T columns of records, K sampled records; and how
 // later records are added. A layer is the index of a row, and each row has a kind.
 
-import { plural, whole } from "./text.js";
+import { clamp, plural, whole } from "./text.js";
 
 export const meta = { layers: [], nouns: [], owners: [], kinds: [], order: [], formats: [], series: [], steps: [], sizes: [], records: 0, findings: null };
 export const arrays = {};
@@ -194,6 +194,7 @@ export function see() {
   if (!seen.samples.length && K) seen.samples = [sampleNear(low)];
 }
 
+export const seenColumn = (t) => clamp(t, seen.from, seen.to - 1);
 export const isZoomed = () => seen.from > 0 || seen.to < T;
 
 // The columns that are seen of one layer or series.
@@ -217,19 +218,19 @@ export function sampleAt(x, left, width) {
 
 // Steps from one place of an axis to another.
 export function columnSteps(x0, x1, left, width) {
-  const [a, b] = [x0, x1].map((x) => columnAt(Math.max(left, Math.min(width - 0.01, x)), left, width));
+  const [a, b] = [x0, x1].map((x) => columnAt(clamp(x, left, width - 0.01), left, width));
   return [meta.steps[a][0], meta.steps[b][1]];
 }
 
 export function sampleStepsBetween(x0, x1, left, width) {
-  return [x0, x1].map((x) => samples[sampleAt(Math.max(left, Math.min(width - 0.01, x)), left, width)].step);
+  return [x0, x1].map((x) => samples[sampleAt(clamp(x, left, width - 0.01), left, width)].step);
 }
 
 // First and last step after zooming in or out around a column; nulls for all steps.
 export function zoomed(factor, t) {
   const n = Math.max(2, Math.round((seen.to - seen.from) * factor));
   if (n >= T) return [null, null];
-  const from = Math.max(0, Math.min(T - n, Math.round(t - n / 2)));
+  const from = clamp(Math.round(t - n / 2), 0, T - n);
   return [meta.steps[from][0], from + n === T ? null : meta.steps[from + n - 1][1]];
 }
 

@@ -1,7 +1,7 @@
 // Loss, norm and learning rate over the map, on its axis of steps, with marks where findings begin.
 
-import { byId, number, rounded, short } from "./text.js";
-import { arrays, capacity, columnAt, columnMiddle, columnOf, columnSteps, isolated, meta, part, seen, state, stepsOf } from "./run.js";
+import { byId, clamp, number, rounded, short } from "./text.js";
+import { arrays, capacity, columnAt, columnMiddle, columnOf, columnSteps, isolated, meta, part, seen, seenColumn, state, stepsOf } from "./run.js";
 import { addCanvas, css, curve, describe, fitted, line, mark, roundTicks, spread, type } from "./canvas.js";
 import { addFigure } from "./pointing.js";
 
@@ -24,7 +24,7 @@ function seriesOf(i) {
   const cut = [null, null];
   if (far > 0 && ends[0] < usually[0] - far) [ends[0], cut[0]] = [usually[0] - far / 8, least];
   if (far > 0 && ends[1] > usually[1] + far) [ends[1], cut[1]] = [usually[1] + far / 8, most];
-  const within = (values) => values.map((x) => Math.min(ends[1], Math.max(ends[0], scale(x))));
+  const within = (values) => values.map((x) => clamp(scale(x), ...ends));
   return { level: within(level), low: within(low), high: within(high), ends, cut, isLog, bad: part(arrays.seriesNonfinite, i), extremes: [low, high] };
 }
 
@@ -76,8 +76,7 @@ export function buildSeries(select, leftOf) {
       return place && [stepsOf(place.t), meta.series.map((name, i) => `${isolated(name)}: ${seriesText(i, place.t)}`)];
     },
     move(place, dx) {
-      const t = place ? Math.max(seen.from, Math.min(seen.to - 1, place.t + dx)) : seen.to - 1;
-      return { t, near: [] };
+      return { t: place ? seenColumn(place.t + dx) : seen.to - 1, near: [] };
     },
     where: ({ t }) => [columnMiddle(t, leftOf(), width()), 20],
     choose({ t, near: found }) {
@@ -123,7 +122,7 @@ function drawOneSeries(context, name, series, box) {
     const half = context.measureText(text).width / 2;
     const x = left + ((extremes[at].indexOf(value) + 0.5) / level.length) * width;
     const from = at ? titleEnd : left;
-    context.fillText(text, Math.max(from + half, Math.min(left + width - half, x)), at ? top - 2 : top + height);
+    context.fillText(text, clamp(x, from + half, left + width - half), at ? top - 2 : top + height);
   });
 }
 

@@ -2,6 +2,8 @@
 
 export const byId = (id) => document.getElementById(id);
 
+export const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
+
 export function number(x) {
   if (x === null || Number.isNaN(x)) return "\u2013";
   if (x === 0) return "0";
