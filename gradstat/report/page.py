@@ -40,29 +40,11 @@ _EXPORT = re.compile(r"^export ", re.MULTILINE)
 
 
 def write(history: History, path: str | os.PathLike[str], *, title: str = "Gradients") -> None:
-    """Write a page that shows a run: findings, a map of magnitudes, every layer's distribution.
+    """As `History.report`.
 
-    One file of HTML that loads nothing else. It shows one kind of rows at a time, beginning with
-    the first. Long runs are thinned, and the page says how: a column of its map is the statistics
-    of all elements of several neighbouring records; distributions are those of single records,
-    evenly spread, the newest among them.
-
-    Args:
-        history: with one record at least.
-        path: the file, which appears whole or not at all; one that is there is replaced.
-        title: heading of the page.
-
-    Raises:
-        TypeError: something other than a History or a text.
-        ValueError: a history without records.
-        OSError: the file cannot be written.
-
-    Example:
-        >>> import torch, gradstat
-        >>> model = torch.nn.Linear(3, 2)
-        >>> with gradstat.watch(model) as w:
-        ...     model(torch.ones(1, 3)).sum().backward()
-        >>> w.history.report("report.html")  # doctest: +SKIP
+    The page shows one kind of rows at a time, beginning with the first. Long runs are thinned, and
+    the page says how: a column of its map is the statistics of all elements of several neighbouring
+    records; distributions are those of single records, evenly spread, the newest among them.
     """
     history = check_history("report", history)
     if not isinstance(title, str):
