@@ -138,7 +138,8 @@ def _plain(history: History) -> list[str]:
 
 def _scalar_rows(name: str, steps: Array, values: Array, names: Sequence[str]) -> Rows:
     """A row for each value."""
-    n, finite = len(steps), np.isfinite(values)
+    n = len(steps)
+    finite = np.isfinite(values)
     known = np.where(finite, values, math.nan)
     given: dict[str, Array] = {
         "step": steps,

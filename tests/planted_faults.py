@@ -141,7 +141,7 @@ FAULTS = [
     ),
     Fault("gradstat/results.py", "squares = (n - 1).clamp(min=0)", "squares = n", RESULTS),
     Fault("gradstat/results.py", "2 * centre**2 * half**2", "centre**2 * half**2", RESULTS),
-    Fault("gradstat/results.py", "parts[..., 6].amin(0)", "parts[..., 6].amax(0)", RESULTS),
+    Fault("gradstat/results.py", "parts[..., least].amin(0)", "parts[..., least].amax(0)", RESULTS),
     Fault(
         "gradstat/formats.py",
         "-(-rows // down) * -(-columns // across)",
