@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradstat.bins import FLOAT32_MAX, LOG2_MAGNITUDES, Bins, LinearBins, Log2Bins
 from gradstat.formats import Format
-from gradstat.util import escaped
+from gradstat.util import aligned, escaped
 
 INTEGERS = ("numel", "finite", "zeros", "nan", "posinf", "neginf", "below", "above")
 FLOATS = ("min", "max", "sum", "std", "l1", "l2", "low", "high")
@@ -233,19 +233,11 @@ class Statistics(_OfTensors):
 
     def __repr__(self) -> str:
         """A line per tensor with the fields people look at first; waits for the device."""
-        return self._table() if self.names else self._lines(self.bins, _SHOWN)
-
-    def _table(self) -> str:
-        """The same fields in columns, after the tensors' names."""
-        columns = [["", *map(escaped, self.names)]]
-        for each in _SHOWN:
-            columns.append([each, *(f"{x:.4g}" for x in getattr(self, each).tolist())])
-        widths = [max(map(len, column)) for column in columns]
-        lines = []
-        for name, *cells in zip(*columns, strict=True):
-            padded = (cell.rjust(n) for cell, n in zip(cells, widths[1:], strict=True))
-            lines.append("  ".join([name.ljust(widths[0]), *padded]))
-        return "\n".join(lines)
+        if not self.names:
+            return self._lines(self.bins, _SHOWN)
+        columns = [[f"{x:.4g}" for x in getattr(self, name).tolist()] for name in _SHOWN]
+        rows = zip(map(escaped, self.names), *columns, strict=True)
+        return "\n".join(aligned([("", *_SHOWN), *rows]))
 
     def to(self, device: torch.device | str) -> Statistics:
         """The same on another device.

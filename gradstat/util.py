@@ -90,6 +90,25 @@ def escaped(text: object) -> str:
     )
 
 
+def plural(n: int, what: str) -> str:
+    """How many of something there are."""
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells in columns; the first column and bars of "#" are aligned to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    left = {0} | {i for i in range(len(widths)) if any(row[i].startswith("#") for row in rows)}
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
 def one_of(name: object, names: Sequence[str]) -> str:
     """Those of the names, perhaps hundreds, that are like one which is none of them.
 

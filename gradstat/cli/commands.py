@@ -27,7 +27,7 @@ from gradstat.history.history import check_history, first_rows
 from gradstat.history.ranks import files_of
 from gradstat.record import GRAD, NOUNS, PARAM, UNIT, UPDATE
 from gradstat.thresholds import Thresholds
-from gradstat.util import Array, escaped, evenly_spread, json_text, replacing
+from gradstat.util import Array, aligned, escaped, evenly_spread, json_text, plural, replacing
 
 Item = TypeVar("Item")
 
@@ -93,11 +93,11 @@ def formats(options: argparse.Namespace) -> int:
         for each in shown:
             cells = [_fit(fit, scales=options.scales) for fit in each.fits.values()]
             rows.append((escaped(each.row.name), each.narrowest(thresholds) or "none", *cells))
-        lines += ["", *_table(rows)]
+        lines += ["", *aligned(rows)]
         if len(of_kind) > len(shown):
             lines.append(f"and {len(of_kind) - len(shown)} better ones (--all shows them)")
     if n_left_out := sum(row.kind != UNIT for row in history.rows) - len(layers):
-        lines += ["", f"{_count(n_left_out, 'layer')} without values other than zero left out"]
+        lines += ["", f"{plural(n_left_out, 'layer')} without values other than zero left out"]
     sentence = escaped(recommendation(layers, history.formats, thresholds))
     print("\n".join([*lines, "", textwrap.fill(sentence, _width())]))
     return 0
@@ -168,7 +168,7 @@ def comparison(runs: Mapping[str, History], *, every_layer: bool = False) -> str
             what = f"{escaped(series)}, lately"
             rows.append((what, _plain(a), "", _plain(b), "", _ratio(b, a)))
     lines = [f"A  {heading(one, runs[one])}", f"B  {heading(other, runs[other])}", ""]
-    lines += _table(rows)
+    lines += aligned(rows)
     if not set(typical[one]) & set(typical[other]):
         lines.append("A and B have no layer in common")
     if len(shown) < len(layers):
@@ -270,7 +270,7 @@ def newest(name: str, history: History) -> str:
             )
         )
     lines = [f"{escaped(name)}: step {history.steps[-1]}", ""]
-    lines += _table([rows[0], *_some(rows[1:], _MOST_LAYERS)])
+    lines += aligned([rows[0], *_some(rows[1:], _MOST_LAYERS)])
     return "\n".join([*lines, "", findings(_worse_than_notes(history), most=2)])
 
 
@@ -348,17 +348,17 @@ def logged(history: History) -> str:
         ends = (float(known.min()), float(known.max())) if len(known) else (math.nan, math.nan)
         numbers = (values[0], _late(values), *ends)
         rows.append((escaped(name), str(len(values)), *map(_plain, numbers)))
-    return "\n".join(_table(rows))
+    return "\n".join(aligned(rows))
 
 
 def heading(name: str, history: History) -> str:
     """A run in one line: its layers are those of its first kind."""
     steps = history.steps
     kinds = ", ".join(dict.fromkeys(history.kinds))
-    layers = _count(len(first_rows(history)), "layer")
+    layers = plural(len(first_rows(history)), "layer")
     layers += f" ({escaped(kinds)})" if kinds != GRAD else ""
     return (
-        f"{escaped(name)}: {_count(len(history), 'record')} of {layers}, "
+        f"{escaped(name)}: {plural(len(history), 'record')} of {layers}, "
         f"steps {steps[0]} to {steps[-1]}, {history.bins}"
     )
 
@@ -402,20 +402,6 @@ def _some(items: Sequence[Item], most: int) -> list[Item]:
     return [items[i] for i in evenly_spread(len(items), most)]
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns side by side; the first one and bars are aligned to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    left = {0} | {i for i in range(len(widths)) if any(row[i].startswith("#") for row in rows)}
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
-
-
 def _ends_of(values: Sequence[float]) -> tuple[float, float]:
     """Smallest and largest of the values that a bar shows."""
     known = [x for x in values if x > 0 and math.isfinite(x)]
@@ -447,10 +433,6 @@ def _ratio(value: float, by: float) -> str:
 
 def _percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.0%}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _width() -> int:

@@ -17,7 +17,7 @@ from gradstat.history import History
 from gradstat.history.history import first_rows
 from gradstat.record import NOUNS
 from gradstat.report import thin
-from gradstat.util import escaped
+from gradstat.util import escaped, plural
 
 _WIDTH, _LINE_HEIGHT = 420, 56  # pixels
 _MAX_FINDINGS, _MAX_ROWS = 3, 200
@@ -42,7 +42,7 @@ def _size(history: History) -> str:
     n, layers = len(history), len(first_rows(history))
     when = f", steps {history.steps[0]} to {history.steps[-1]}" if n else ""
     kinds = ", ".join(f"{NOUNS[kind]}s" for kind in dict.fromkeys(history.kinds))
-    return f"{n} record{'s' * (n != 1)} of {layers} layer{'s' * (layers != 1)}{when}: {kinds}"
+    return f"{plural(n, 'record')} of {plural(layers, 'layer')}{when}: {kinds}"
 
 
 def _findings(history: History) -> str:
