@@ -240,14 +240,7 @@ class Statistics(_OfTensors):
         return "\n".join(aligned([("", *_SHOWN), *rows]))
 
     def to(self, device: torch.device | str) -> Statistics:
-        """The same on another device.
-
-        Args:
-            device: where to.
-
-        Returns:
-            Statistics there.
-        """
+        """The same on another device."""
         return Statistics(
             self.bins, self.integers.to(device), self.floats.to(device), self.counts.to(device)
         )
