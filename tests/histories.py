@@ -55,7 +55,7 @@ def make_history(
     history = History(rows, bins)
     for step in range(steps):
         tensors = [gradient(step, layer) for layer in range(len(rows))]
-        s = gradstat.statistics(tensors, bins, engine="reference")
+        s = gradstat.statistics(tensors, bins)
         integers, floats, counts = (part.numpy() for part in (s.integers, s.floats, s.counts))
         for at, layer in absent:
             if at == step:
