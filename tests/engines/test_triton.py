@@ -4,14 +4,16 @@ import importlib
 import pkgutil
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 import triton.language as tl
 from conftest import CUDA, numpy_silent_as_a_gpu
 
 from gradstat import LinearBins, Log2Bins, Statistics, bins, kernels
-from gradstat.engines import reference
+from gradstat.engines import reference, triton_formats
 from gradstat.engines import triton as triton_engine
+from gradstat.formats import FORMATS
 from gradstat.kernels import binning
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -108,6 +110,16 @@ def test_a_rest_of_less_than_a_tile_is_shared_out(n: int, dtype: torch.dtype, st
     assert (aligned % tile == 0).all()
     assert (lengths - aligned <= triton_engine.REST_ITEM).all()
     assert (addresses[aligned > 0] % triton_engine.ALIGNMENT == 0).all()
+
+
+def test_groups_of_a_format_are_read_whole_where_they_are_aligned() -> None:
+    form, n = FORMATS["mxfp8_e4m3"], triton_engine.TILE_BYTES // 2
+    room = torch.empty(n + 8, dtype=torch.bfloat16)
+    skip = -room.data_ptr() % triton_engine.ALIGNMENT // 2
+    for start, aligned in ((skip, n), (skip + 1, 0)):
+        x = room[start : start + n].view(-1, 32)
+        items, _ = triton_formats._tables([tuple(x.shape)], np.zeros(1, int), [form], [x], [0])
+        assert items[:, 3].sum() * triton_formats.group_columns([form]) == aligned
 
 
 def test_a_plan_is_made_once_and_again_for_another_shape(
