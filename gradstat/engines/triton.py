@@ -65,24 +65,11 @@ _dtype_of = operator.attrgetter("dtype")
 captured: list[Any] = []
 
 
-def measure(tensors: Sequence[Tensor], bins: Bins, due: Tensor | None = None) -> Statistics:
-    """Statistics of each tensor of a list, as `reference.measure`, without waiting for the device.
+def measure(tensors: Sequence[Tensor], bins: Bins) -> Statistics:
+    """Statistics of each of L tensors, as `reference.measure`, without waiting for the device.
 
     float64 tensors, and all tensors when there are more than 4,093 linear bins, go to the reference
     engine.
-
-    Args:
-        tensors: L tensors on one CUDA device, or on the CPU when Triton interprets.
-        bins: scheme of the histogram.
-        due: for captures: a flag on the device, int64 ``(1,)``. In a replay where it is 0 no kernel
-            reads a tensor, and the results are not to be used; the reference engine measures
-            nevertheless.
-
-    Returns:
-        Statistics of shape ``(L,)``.
-
-    Raises:
-        ValueError: tensors that are not on a CUDA device.
     """
     check_device("measure", "tensors[0]", tensors[0].device)
     if bins.bins > MAX_BINS:
@@ -91,16 +78,11 @@ def measure(tensors: Sequence[Tensor], bins: Bins, due: Tensor | None = None) ->
         tensors = [x.resolve_neg() for x in tensors]  # a copy where torch keeps a sign apart
     n, device = len(tensors), tensors[0].device
     rows = torch.zeros(n * (NUMBERS + bins.bins), dtype=torch.int64, device=device)
-    return _measure(tensors, bins, rows, _known_ranges(bins, n, device), due)
+    return _measure(tensors, bins, rows, _known_ranges(bins, n, device))
 
 
 class Plan:
-    """How to measure tensors of which there are others like them at each step of a training.
-
-    Args:
-        tensors: L on one CUDA device.
-        bins: scheme.
-    """
+    """As `gradstat.engines.Plan`."""
 
     def __init__(self, tensors: Sequence[Tensor], bins: Bins) -> None:
         self._bins, self._device = bins, tensors[0].device
@@ -110,7 +92,10 @@ class Plan:
     def run(
         self, tensors: Sequence[Tensor], formats: Tensor | None = None, due: Tensor | None = None
     ) -> Tensor | None:
-        """All numbers of the rows in one tensor; as `gradstat.engines.Plan`."""
+        """All numbers of the rows in one tensor.
+
+        In a replay in which they are not due no kernel reads a tensor; `reference` measures always.
+        """
         bins, n = self._bins, len(tensors)
         if (
             list(map(type, tensors)) != self._types
@@ -140,7 +125,7 @@ def _measure(
     bins: Bins,
     rows: Tensor,
     ranges: Tensor | None,
-    due: Tensor | None,
+    due: Tensor | None = None,
 ) -> Statistics:
     """Write the rows of tensors: integers, floats and counts of all, into zeros."""
     n, device = len(tensors), rows.device
@@ -165,9 +150,8 @@ def _measure(
     return result
 
 
-_compiled: dict[
-    tuple[object, ...], Kernel
-] = {}  # what was launched before, by kernel and constants
+# What was launched before, by kernel and constants.
+_compiled: dict[tuple[object, ...], Kernel] = {}
 
 
 def _launch(
@@ -313,15 +297,10 @@ class StridedPart(NamedTuple):
 
 
 def make_items(tensors: Sequence[Tensor], rows: Sequence[int]) -> tuple[Array, Array]:
-    """Tables for one launch over tensors of one dtype.
+    """Tables for one launch over N tensors of one dtype, which have those rows of the results.
 
-    Args:
-        tensors: N tensors.
-        rows: row of each one's results.
-
-    Returns:
-        items, int64 ``(W, 9)``, see kernels/items.py; and spans, int64 ``(N, 4)``: row, first
-        item, end of its items, numel.
+    They are the items, int64 ``(W, 9)``, see kernels/items.py, and the spans, int64 ``(N, 4)``:
+    row, first item, end of its items, numel.
     """
     size = item_size(tensors)
     blocks: list[Array] = []
@@ -441,11 +420,7 @@ def find_tables(
 ) -> Tables:
     """Tables of a list; built and uploaded anew only when addresses, shapes or dtypes change.
 
-    Args:
-        tensors: L tensors.
-        device: that they are on.
-        make_tables: from tensors of one dtype and their rows, work items and spans.
-        more: whatever else the tables depend on.
+    They depend on ``more``, too.
     """
     # Mapped methods: this is most of the cost of a call with many tensors.
     key: tuple[Any, ...] = (
@@ -526,12 +501,7 @@ def _upload(table: NDArray[Any], device: torch.device, is_capturing: bool) -> Te
 
 
 class PassCounter:
-    """A count and a flag on a device.
-
-    Args:
-        device: a CUDA device.
-        period: passes from one that is due to the next.
-    """
+    """A count of passes on a CUDA device, and a flag: one of so many is due."""
 
     def __init__(self, device: torch.device, period: int) -> None:
         self._device = device
@@ -544,14 +514,10 @@ class PassCounter:
         self._launch(self._n_passes, self._due, -1)
 
     def flag(self, n_before: int, first: int) -> Tensor:
-        """Find out whether the pass that is captured is due, at each replay.
+        """Whether the pass that is captured is due at a replay, int64 ``(1,)``: 0 or 1.
 
-        Args:
-            n_before: passes that this has not counted.
-            first: passes before the first one that is due, n_before included.
-
-        Returns:
-            int64 ``(1,)``, 0 or 1.
+        ``n_before`` passes have not been counted here; ``first`` come before the first one that is
+        due, those included.
         """
         captured.append(self)
         self._launch(self._n_passes, self._due, (first - n_before) % self._period)

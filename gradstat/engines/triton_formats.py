@@ -82,13 +82,7 @@ def group_columns(formats: Sequence[Format]) -> int:
 def measure_formats(
     tensors: Sequence[Tensor], formats: Sequence[Format], dim: int = -1
 ) -> tuple[Tensor, Tensor]:
-    """What each format would do to each tensor, without waiting for the device.
-
-    As `reference.measure_formats`; float64 tensors go there.
-
-    Raises:
-        ValueError: tensors that are not on a CUDA device.
-    """
+    """As `reference.measure_formats`, without waiting for the device; float64 tensors go there."""
     device, n = tensors[0].device, len(tensors)
     check_device("measure_formats", "tensors[0]", device)
     integers = torch.empty((len(formats), n, 8), dtype=torch.int64, device=device)
@@ -163,18 +157,11 @@ def _tables(
     tensors: Sequence[Tensor],
     rows: Sequence[int],
 ) -> tuple[Array, Array]:
-    """Tables for one launch over tensors of one dtype.
+    """Tables for one launch over N matrices of one dtype, those of ``rows`` of all.
 
-    Args:
-        shapes: rows and columns of the matrices of all dtypes.
-        tiles: row of the maximum of each one's first block of several rows.
-        formats: F formats.
-        tensors: N matrices of the dtype.
-        rows: which of all they are.
-
-    Returns:
-        items, int64 ``(W, 9)``, see kernels/block_groups.py; and spans, int64 ``(N, 4 + F)``, see
-        kernels/formats.py.
+    ``shapes`` are rows and columns of all matrices, ``tiles`` the row of the maximum of each one's
+    first block of several rows. The tables are the items, int64 ``(W, 9)``, see
+    kernels/block_groups.py, and the spans, int64 ``(N, 4 + F)``, see kernels/formats.py.
     """
     columns, n_items = group_columns(formats), 0
     size = item_size(tensors) // columns
