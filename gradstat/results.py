@@ -63,13 +63,13 @@ _PLACES = {
 }
 
 
-class _Column(property):
+class _View(property):
     if TYPE_CHECKING:
         # Of a class it is the property itself.
         def __get__(self, of: object, owner: type | None = None) -> Tensor: ...  # type: ignore[override]
 
 
-def _measured(name: str, doc: str) -> _Column:
+def _measured(name: str, doc: str) -> _View:
     """The column of a name in ``integers`` or ``floats``."""
     part, at = _PLACES[name]
 
@@ -77,7 +77,7 @@ def _measured(name: str, doc: str) -> _Column:
         found: Tensor = getattr(self, part)[..., at]
         return found
 
-    return _Column(column, doc=doc)
+    return _View(column, doc=doc)
 
 
 class _OfTensors:

@@ -40,7 +40,7 @@ Progress = Callable[[int], object]  # called with a number of records when they 
 
 
 @dataclass(frozen=True)
-class Rows:
+class TableRows:
     """R rows of the table."""
 
     columns: dict[str, Array]  # the plain ones by name, each (R,); the texts are objects
@@ -102,7 +102,7 @@ def to_csv(
             writer.writerows(zip(*plain, *lists, strict=True))
 
 
-def rows(history: History, progress: Progress | None = None) -> Iterator[Rows]:
+def rows(history: History, progress: Progress | None = None) -> Iterator[TableRows]:
     """Rows of the table, some records at a time."""
     history = history.snapshot()
     n_layers, steps, start = len(history.layers), history.steps, 0
@@ -123,7 +123,7 @@ def rows(history: History, progress: Progress | None = None) -> Iterator[Rows]:
         } | {name: values[batch].ravel() for name, values in fields.items()}
         low, high = records.edges(history.bins).T
         lists = dict(zip(LISTS, (low, high, records.counts.astype(np.int64)), strict=True))
-        yield Rows(columns, np.diff(records.ends, prepend=0), lists)
+        yield TableRows(columns, np.diff(records.ends, prepend=0), lists)
         if progress is not None:
             progress(n)
     for name in history.scalars:
@@ -136,7 +136,7 @@ def _plain(history: History) -> list[str]:
     return [*COLUMNS[: -len(LISTS)], *of_formats]
 
 
-def _scalar_rows(name: str, steps: Array, values: Array, names: Sequence[str]) -> Rows:
+def _scalar_rows(name: str, steps: Array, values: Array, names: Sequence[str]) -> TableRows:
     """A row for each value."""
     n = len(steps)
     finite = np.isfinite(values)
@@ -161,10 +161,10 @@ def _scalar_rows(name: str, steps: Array, values: Array, names: Sequence[str]) -
     }
     typed = {field: column.astype(_dtype(field)) for field, column in columns.items()}
     empty = {"bin_low": np.empty(0), "bin_high": np.empty(0), "bin_count": np.empty(0, np.int64)}
-    return Rows(typed, np.zeros(n, np.int64), empty)
+    return TableRows(typed, np.zeros(n, np.int64), empty)
 
 
-def _cells(part: Rows, name: str) -> list[Array]:
+def _cells(part: TableRows, name: str) -> list[Array]:
     """The list of each row."""
     return np.split(part.lists[name], np.cumsum(part.sizes))[:-1]
 
