@@ -48,10 +48,10 @@ class TableRows:
     lists: dict[str, Array]  # entries of all rows' lists, one row after the other, by name
 
 
-def to_pandas(history: History, *, progress: Progress | None = None) -> pandas.DataFrame:
+def to_pandas(history: History) -> pandas.DataFrame:
     """As `History.to_pandas`."""
     pandas = _import("to_pandas", "pandas")
-    parts = list(rows(history, progress))
+    parts = list(rows(history))
     data: dict[str, Any] = {
         name: np.concatenate([part.columns[name] for part in parts])
         if parts
