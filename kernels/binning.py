@@ -68,17 +68,8 @@ def linear_slot(
 
     BINS + 1 above the range, SLOTS - 1 below it, either of them for NaN. What is above, a
     comparison says, since t is rounded. What is below, the sign of t says, an instruction cheaper:
-    not where values are scaled down, since subnormals then round to zero.
-
-    Args:
-        x: values, float32.
-        low: lower end of the range, float32, as high.
-        high: upper end.
-        scale: see `linear_factors`, as quarters.
-        quarters: quarter bins per scaled unit.
-        BINS: bins.
-        SLOTS: power of two, more than BINS + 2.
-        SIGN: take the sign of t; ``scale`` is at least 1.
+    with SIGN, not where values are scaled down, since subnormals then round to zero. Scale and
+    quarters are those of `linear_factors`; SLOTS is a power of two, more than BINS + 2.
     """
     t = quarters_above(x, low, scale, quarters)
     slot = tl.where(x <= high, t.to(tl.int32), 4 * (BINS + 1))

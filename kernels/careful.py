@@ -49,16 +49,8 @@ def negative_zeros(address, strides, n, DTYPE, THREADS: tl.constexpr):
 def careful_sums(address, strides, n, low, high, DTYPE, THREADS: tl.constexpr):
     """Sums over the finite elements in float64, and non-finite counts.
 
-    Deviations are taken from the mean in a pass of their own. The item is still in cache.
-
-    Args:
-        address: see items.py, as strides and n.
-        strides: see items.py.
-        n: elements.
-        low: lower end of the histogram's range, float32; minus infinity where there is none.
-        high: upper end; infinity where there is none.
-        DTYPE: element type; int16 for bfloat16.
-        THREADS: elements loaded at once.
+    Deviations are taken from the mean in a pass of their own. The item is still in cache. The ends
+    of the histogram's range, float32, are infinite where there is none.
 
     Returns:
         sum, l1, sum of squared deviations from the mean (float64); smallest and largest (float32,

@@ -283,15 +283,7 @@ def second_sweep_kernel(
 def add_histogram(
     histogram, counts_ptr, BINS: tl.constexpr, SLOTS: tl.constexpr, LOG2: tl.constexpr
 ):
-    """Add a program's slots to the counts of its tensor, finite values alone.
-
-    Args:
-        histogram: int32 (SLOTS,).
-        counts_ptr: int64 (BINS,).
-        BINS: bins.
-        SLOTS: slots.
-        LOG2: log2 bins.
-    """
+    """Add a program's slots, int32, to the counts of its tensor, int64: finite values alone."""
     slots = tl.arange(0, SLOTS)
     if LOG2:
         bins = log2_bin(slots)
