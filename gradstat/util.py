@@ -190,3 +190,15 @@ def evenly_spread(n: int, most: int) -> Array:
     import numpy as np
 
     return np.linspace(0, n - 1, min(most, n)).round().astype(np.int64)
+
+
+def windows_of(sizes: Sequence[int], most: int) -> Iterator[slice]:
+    """Things one after the other, as many at a time as have so much together, or one."""
+    start, size = 0, 0
+    for at, its_size in enumerate(sizes):
+        if size + its_size > most and at > start:
+            yield slice(start, at)
+            start, size = at, 0
+        size += its_size
+    if start < len(sizes):
+        yield slice(start, len(sizes))

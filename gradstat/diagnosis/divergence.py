@@ -134,7 +134,7 @@ def _cause(
 
 def _is_calm(run: Evidence, record: int) -> bool:
     """Whether a step was as large as those before: what comes at once is then not of its making."""
-    size = run.history.norm(GRAD) if np.isnan(run.pace).all() and GRAD in run.kinds else run.pace
+    size = run.norm(GRAD) if np.isnan(run.pace).all() and GRAD in run.kinds else run.pace
     before = size[max(0, record - _SOON) : record]
     return len(before) == _SOON and bool(size[record] <= _LEAP * median(before[:, None])[0])
 
@@ -173,7 +173,7 @@ def _largest_step(run: Evidence, record: int) -> int:
     """The row whose weights a step changed most, as a share of them; the first row if unknown."""
     if not {UPDATE, PARAM} <= set(run.kinds):
         return 0
-    ratio = run.history.update_ratio()[record : record + 2]
+    ratio = run.part(np.arange(len(run.steps))[record : record + 2]).history.update_ratio()
     ratio = np.fmax.reduce(np.where(np.isfinite(ratio), ratio, -1.0))
     updates = np.flatnonzero(np.array(run.history.kinds) == UPDATE)
     return int(np.flatnonzero(run.columns == updates[int(ratio.argmax())])[0])

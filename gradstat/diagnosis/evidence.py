@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,11 +14,12 @@ import torch
 from gradstat.bins import FLOAT64_MAX, Log2Bins
 from gradstat.history import History
 from gradstat.record import GRAD, PARAM, UPDATE
-from gradstat.results import QUANTIZATION_COUNTS
-from gradstat.util import Array, evenly_spread
+from gradstat.util import Array, evenly_spread, windows_of
 
 _MAX_BLOCKS = 200
-MAX_SAMPLES = 64
+_MAX_SAMPLES = 64
+# Numbers of a field that are in memory at a time: of some records, and of some rows.
+_CELLS, _SERIES = 1 << 19, 1 << 22
 _SOFT = 1e-3  # share of the loss at the start below which its logarithm says little
 _FIRST = 32  # losses that say how large one is
 _LEVEL, _FALL = 8, 0.03  # losses whose median is their level; how far it falls, a logarithm
@@ -27,14 +29,24 @@ _PERSISTENT = 3  # sampled records in a row that must show something
 class Evidence:
     """What the rules read: L rows of a history, in blocks of a window's records, 200 at most.
 
+    Of a long run the rules read some records at a time, `by_record` and `by_block`, or some rows at
+    a time, `by_row`: arrays of all records and rows would grow with it.
+
     Args:
         history: S records.
         window: records in a block, at least; fewer where there are no more.
         kind: of the rows; all of them for ``None``.
+        log_rate: as the attribute, of a part: its history lacks what was logged before it.
+
+    Attributes:
+        blocks: positions of the records of each.
     """
 
-    def __init__(self, history: History, window: int, kind: str | None = None) -> None:
+    def __init__(
+        self, history: History, window: int, kind: str | None = None, log_rate: Array | None = None
+    ) -> None:
         self.history, self.window, self.steps = history, window, history.steps
+        self._kind = kind
         kinds = dict.fromkeys(history.kinds) if kind is None else (kind,)
         by_kind = [np.flatnonzero(np.array(history.kinds) == each) for each in kinds]
         ordered = [history.by_depth(columns) for columns in by_kind]
@@ -45,10 +57,11 @@ class Evidence:
         self.names = [row.name for row in rows]
         self.layers = [history.layers[column] for column in self.columns]
         self._fields: dict[str, Array] = {}
-        self._formats: dict[str, dict[str, Array]] = {}
         self._of_kind: dict[str, Evidence] = {}
         n_blocks = max(1, min(len(history) // window, _MAX_BLOCKS))
         self.blocks = np.array_split(np.arange(len(history)), n_blocks)
+        if log_rate is not None:
+            self.log_rate = log_rate
 
     def __getitem__(self, field: str) -> Array:
         """A field of `Statistics`, ``(S, L)``, which is kept."""
@@ -56,26 +69,81 @@ class Evidence:
             self._fields[field] = self.history[field][:, self.columns]
         return self._fields[field]
 
-    def of_format(self, name: str) -> dict[str, Array]:
-        """The fields of `History.quantization` that are no counts, ``(S, L)`` each, which are kept.
-
-        NaN where there was nothing but zeros to keep.
-        """
-        if name not in self._formats:
-            fields = self.history.quantization(name)
-            has_values = fields["nonzero"] > 0
-            self._formats[name] = {
-                field: np.where(has_values, x, math.nan)[:, self.columns]
-                for field, x in fields.items()
-                if field not in QUANTIZATION_COUNTS
-            }
-        return self._formats[name]
-
     def of(self, kind: str) -> Evidence:
         """The rows of one kind alone."""
         if kind not in self._of_kind:
-            self._of_kind[kind] = Evidence(self.history, self.window, kind)
+            self._of_kind[kind] = Evidence(self.history, self.window, kind, self.log_rate)
         return self._of_kind[kind]
+
+    def part(self, places: Sequence[int] | Array) -> Evidence:
+        """The same rows of the records at some places, which rise."""
+        part = self.history.at(np.asarray(places).tolist())
+        return Evidence(part, self.window, self._kind, self.log_rate[places])
+
+    def at(self, record: int) -> Evidence:
+        """The same rows of one record."""
+        return self.part([record])
+
+    def parts(
+        self, blocks: Sequence[Array] | None = None
+    ) -> Iterator[tuple[Evidence, list[Array]]]:
+        """The run in parts of whole blocks, each few enough to be in memory.
+
+        Args:
+            blocks: by default `blocks`.
+
+        Yields:
+            A part, and the positions in it of each block's records.
+        """
+        blocks = self.blocks if blocks is None else blocks
+        n_rows = len(self.history.rows)  # of all kinds are read
+        for span in windows_of([len(block) * n_rows for block in blocks], _CELLS):
+            some = blocks[span]
+            part = self if len(some) == len(blocks) else self.part(np.concatenate(some))
+            yield part, [block - some[0][0] for block in some]
+
+    def by_record(self, values: Callable[[Evidence], Array]) -> Array:
+        """What each record has: ``(S, ...)``.
+
+        Args:
+            values: of the records of a part.
+        """
+        return np.concatenate([values(part) for part, _ in self.parts()])
+
+    def by_block(
+        self,
+        values: Callable[[Evidence], Array],
+        reduced: Callable[[Array], Array],
+        blocks: Sequence[Array] | None = None,
+    ) -> Array:
+        """What each block has: ``(B, ...)``.
+
+        Args:
+            values: of the records of a part.
+            reduced: of those of a block.
+            blocks: by default `blocks`.
+        """
+        found: list[Array] = []
+        for part, its_blocks in self.parts(blocks):
+            numbers = values(part)
+            found += [reduced(numbers[block]) for block in its_blocks]
+        return np.stack(found)
+
+    def by_row(
+        self, values: Callable[[Evidence], Array], columns: Array | None = None
+    ) -> Iterator[tuple[int, Array]]:
+        """What some rows have in all records, ``(S,)`` each, with the column of each.
+
+        Args:
+            values: of all rows of a part, ``(n, L)``.
+            columns: of the rows; by default all of them.
+        """
+        columns = np.arange(len(self.layers)) if columns is None else columns
+        size = max(1, _SERIES // len(self.steps))
+        for start in range(0, len(columns), size):
+            some = columns[start : start + size]
+            series = np.concatenate([values(part)[:, some] for part, _ in self.parts()])
+            yield from zip(some.tolist(), series.T, strict=True)
 
     def is_kind(self, *kinds: str) -> Array:
         """Which rows are of some kinds: bool ``(L,)``."""
@@ -119,11 +187,15 @@ class Evidence:
         return median(np.where(rates > 0, rates, math.nan).T)
 
     @cached_property
+    def log_rate(self) -> Array:
+        """Logarithm of `rate`: ``(S,)``; 0 where none is known of any record."""
+        return np.zeros(len(self.steps)) if np.isnan(self.rate).all() else np.log(self.rate)
+
+    @cached_property
     def sizes(self) -> Array:
         """`log_rms`; of updates that a gradient made, per learning rate, which explains them."""
         sizes, updates = self.log_rms.copy(), self.is_kind(UPDATE)
-        if not np.isnan(self.rate).all():
-            sizes[:, updates] -= np.log(self.rate)[:, None]
+        sizes[:, updates] -= self.log_rate[:, None]
         gradients = dict(zip(self.of(GRAD).names, self.of(GRAD).log_rms.T, strict=True))
         for column in np.flatnonzero(updates).tolist():
             gradient = gradients.get(self.names[column])
@@ -136,10 +208,14 @@ class Evidence:
         """Norm of a step's change as a share of that of all weights: ``(S,)``; NaN if unknown."""
         if not {UPDATE, PARAM} <= set(self.history.kinds):
             return np.full(len(self.steps), math.nan)
-        change, weights = self.history.norm(UPDATE), self.history.norm(PARAM)
+        change, weights = self.norm(UPDATE), self.norm(PARAM)
         with np.errstate(divide="ignore", invalid="ignore"):
             pace: Array = change / weights
         return pace
+
+    def norm(self, kind: str) -> Array:
+        """As `History.norm`: ``(S,)``."""
+        return self.by_record(lambda part: part.history.norm(kind))
 
     @cached_property
     def losses(self) -> dict[str, tuple[Array, Array]]:
@@ -168,23 +244,58 @@ class Evidence:
     @cached_property
     def levels(self) -> Array:
         """Median rms of the elements that are not zero, by block: ``(B, L)``; NaN without any."""
-        return np.stack([median(self.rms[block]) for block in self.blocks])
+        return self.by_block(lambda part: part.rms, median)
+
+    @cached_property
+    def totals(self) -> Array:
+        """Zeros and elements of all records of each block: float64 ``(B, 2, L)``."""
+        return self.by_block(
+            lambda part: np.stack([part["zeros"], part["numel"]], 1, dtype=np.float64),
+            lambda x: x.sum(0),
+        )
+
+    @cached_property
+    def format_levels(self) -> dict[str, dict[str, Array]]:
+        """What each format that is measured would do, by its name and by block, ``(B, L)`` each.
+
+        Medians of `History.quantization` over what is not zeros alone, NaN where there is nothing
+        else; of ``scale_min`` and ``scale_max`` the least and the greatest.
+        """
+        found = {
+            name: {field: list[Array]() for field in _OF_FORMATS} for name in self.history.formats
+        }
+        for part, blocks in self.parts():
+            for name, levels in found.items():
+                fields = part.history.quantization(name)
+                is_empty = fields["nonzero"][:, self.columns] == 0
+                for field, reduced in _OF_FORMATS.items():
+                    x = fields[field][:, self.columns]
+                    x[is_empty] = math.nan
+                    levels[field] += [reduced(x[block]) for block in blocks]
+        return {
+            name: {field: np.stack(x) for field, x in levels.items()}
+            for name, levels in found.items()
+        }
+
+    @cached_property
+    def sampled(self) -> Evidence:
+        """At most 64 records, evenly spread, the newest among them."""
+        return self.part(evenly_spread(len(self.history), _MAX_SAMPLES))
 
     @cached_property
     def samples(self) -> list[SampledCounts]:
-        """Histograms of at most 64 records, the newest among them; none over linear bins."""
+        """Histograms of the sampled records; none over linear bins."""
         if not isinstance(self.history.bins, Log2Bins):
             return []
-        at = evenly_spread(len(self.history), MAX_SAMPLES).tolist()
+        records = self.sampled.history
         return [
-            SampledCounts(each, *self.history.at([each]).unpack().histograms(self.columns))
-            for each in at
+            SampledCounts(*records.at([at]).unpack().histograms(self.columns))
+            for at in range(len(records))
         ]
 
     def shares_of(self, counts: list[Array]) -> Array:
         """Counts of each sample, ``(L,)``, as shares of the elements that are not zero."""
-        nonzero = self.nonzero[[sample.at for sample in self.samples]]
-        shares: Array = np.stack(counts) / np.maximum(nonzero, 1)
+        shares: Array = np.stack(counts) / np.maximum(self.sampled.nonzero, 1)
         return shares
 
     def span(self, mask: Array, at: int) -> tuple[int, int]:
@@ -212,7 +323,7 @@ class Evidence:
         for column in np.flatnonzero(kept.any(0)).tolist():
             mask, share = kept[:, column], shares[:, column]
             at = int(np.where(mask, share, -1.0).argmax())
-            first, last = (int(self.steps[self.samples[i].at]) for i in around(mask, at))
+            first, last = (int(self.sampled.steps[i]) for i in around(mask, at))
             found.append(Lasting(column, (first, last), float(share[at])))
         return sorted(found, key=lambda each: -each.share)
 
@@ -222,13 +333,11 @@ class SampledCounts:
     """The histograms of a record, as the entries of all layers that are not zero.
 
     Args:
-        at: position of the record.
         sizes: entries of each layer, ``(L,)``.
         bins: of each entry, ``(E,)``.
         counts: of each entry.
     """
 
-    at: int
     sizes: Array
     bins: Array
     counts: Array
@@ -322,6 +431,16 @@ def median(x: Array) -> Array:
     count = np.count_nonzero(~np.isnan(x), axis=0)
     middle: Array = np.take_along_axis(ordered, np.maximum(count - 1, 0)[None] // 2, axis=0)[0]
     return middle
+
+
+# Of what a format would do, and how the records of a block are put together.
+_OF_FORMATS: dict[str, Callable[[Array], Array]] = {
+    "snr": median,
+    "underflow": median,
+    "saturated": median,
+    "scale_min": np.fmin.reduce,
+    "scale_max": np.fmax.reduce,
+}
 
 
 def is_loss(name: str) -> bool:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from gradstat.bins import Log2Bins
-from gradstat.diagnosis.evidence import MAX_SAMPLES, Evidence, around, median
+from gradstat.diagnosis.evidence import Evidence, around, median
 from gradstat.diagnosis.findings import Finding, for_all
 from gradstat.formats import parse_format
 from gradstat.record import NOUNS, PARAM, Row
 from gradstat.results import FLOATS, INTEGERS, Statistics
 from gradstat.thresholds import Thresholds
-from gradstat.util import Array, evenly_spread
+from gradstat.util import Array
 
 FLOAT16_MAX = 65504.0
 NARROW = {
@@ -95,21 +95,18 @@ def layer_fits(run: Evidence) -> list[LayerFits]:
         Those rows, kind by kind, the one nearest to the input first.
     """
     found: list[dict[str, FormatFit]] = [{} for _ in run.layers]
-    newest = run.blocks[-1]
+    newest = run.part(run.blocks[-1])
     with np.errstate(divide="ignore", invalid="ignore"):
-        spread = 20 * np.log10(median(run["std"][newest]) / median(run["rms"][newest]))
+        spread = 20 * np.log10(median(newest["std"]) / median(newest["rms"]))
     is_learned = run.is_kind(PARAM) & np.isfinite(spread)
     spread[~is_learned] = 0.0
-    for name in run.history.formats:
-        fields = run.of_format(name)
-        snr = _over_blocks(fields["snr"], run.blocks).min(0)
-        underflow, saturated = (
-            _over_blocks(fields[each], run.blocks).max(0) for each in ("underflow", "saturated")
-        )
+    for name, levels in run.format_levels.items():
+        snr = _filled(levels["snr"]).min(0)
+        underflow, saturated = (_filled(levels[each]).max(0) for each in ("underflow", "saturated"))
         learned = np.full(len(spread), math.inf)
-        learned[is_learned] = (median(fields["snr"][newest]) + spread)[is_learned]
-        least = np.fmin.reduce(fields["scale_min"])
-        most = np.fmax.reduce(fields["scale_max"])
+        learned[is_learned] = (levels["snr"][-1] + spread)[is_learned]
+        least = np.fmin.reduce(levels["scale_min"])
+        most = np.fmax.reduce(levels["scale_max"])
         for at, fits in enumerate(found):
             if not math.isnan(snr[at]):
                 scales = float(least[at]), float(most[at])
@@ -230,13 +227,12 @@ def find_underflow(run: Evidence, thresholds: Thresholds) -> list[Finding]:
 
 def find_scale(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Largest magnitudes against float16's range, and the loss scales that would fit."""
-    sizes = np.nan_to_num(run["abs_max"])
-    by_record = sizes.max(1)
+    by_record = run.by_record(lambda part: _peaks(part).max(1))
     at = int(by_record.argmax())
     largest = float(by_record[at])
     if largest == 0 or (run.levels > thresholds.exploding_level).any():
         return []  # nor would a scale help where it explodes
-    layer = run.layers[int(sizes[at].argmax())]
+    layer = run.layers[int(_peaks(run.at(at)).argmax())]
     fits = FLOAT16_MAX / thresholds.float16_headroom
     highest = math.floor(math.log2(min(fits / largest, 2.0**1023)))
     numbers = {"abs_max": largest, "log2_highest_scale": float(highest)}
@@ -254,7 +250,7 @@ def find_scale(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         low = int(np.argmin(np.where(mask, by_block, math.inf)))
         top = float(by_block[low])
         numbers["abs_max"] = top
-        column = int(sizes[run.blocks[low]].max(0).argmax())
+        column = int(_peaks(run.part(run.blocks[low])).max(0).argmax())
         sentence = (
             f"The largest gradient is {top:.1e}, in {run.layers[column]}, where float16 has lost "
             f"digits already: in float16 the loss needs a scale, at most 2^{highest}."
@@ -273,9 +269,7 @@ def find_outliers(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Outputs whose kurtosis grows steadily over the run."""
     if len(run.history) < _PARTS * 2:
         return []
-    at = evenly_spread(len(run.history), MAX_SAMPLES)
-    kurtosis = run.history.at(at.tolist())["kurtosis"][:, run.columns]
-    parts = np.stack([median(part) for part in np.array_split(kurtosis, _PARTS)])
+    parts = np.stack([median(x) for x in np.array_split(run.sampled["kurtosis"], _PARTS)])
     grew = (np.diff(parts, axis=0) > 0).all(0) & (parts[-1] >= _LEAST)
     grew &= parts[-1] >= thresholds.outliers_growth * parts[0]
     found = [
@@ -296,11 +290,11 @@ def find_outliers(run: Evidence, thresholds: Thresholds) -> list[Finding]:
 
 def _exceeding(run: Evidence, kind: str, field: str, limit: float, said: str) -> list[Finding]:
     """A finding for each format that does something to more than a share of a layer's values."""
-    history, findings = run.history, []
-    for name in history.formats:
+    findings = []
+    for name, levels in run.format_levels.items():
         if field == "saturated" and parse_format("diagnose", name).block:
             continue
-        by_block = np.nan_to_num(_over_blocks(run.of_format(name)[field], run.blocks))
+        by_block = np.nan_to_num(_filled(levels[field]))
         worst = by_block.max(0, initial=0.0)
         above = np.flatnonzero(worst > limit)
         if not len(above):
@@ -331,19 +325,20 @@ def _percent(share: float) -> str:
     return f"{100 * share:.3g}%"
 
 
-def _over_blocks(values: Array, blocks: Sequence[Array]) -> Array:
-    """Medians of each block's records, ``(B, L)``; the least of the others where there are none."""
-    medians = np.stack([median(values[block]) for block in blocks])
-    known = np.fmin.reduce(medians)
-    return np.where(np.isnan(medians), known, medians)
+def _filled(levels: Array) -> Array:
+    """What blocks have, ``(B, L)``; the least of the others where there is none."""
+    return np.where(np.isnan(levels), np.fmin.reduce(levels), levels)
+
+
+def _peaks(run: Evidence) -> Array:
+    """Largest magnitudes, ``(S, L)``; 0 where there are none."""
+    return np.nan_to_num(run["abs_max"])
 
 
 def _flushed(run: Evidence, dtype: torch.dtype) -> Array:
     """`Statistics.underflow` of each sample: ``(samples, L)``."""
-    lost, zeros = _lost_bins(dtype), run["zeros"]
-    return run.shares_of(
-        [sample.total(lost[sample.bins]) - zeros[sample.at] for sample in run.samples]
-    )
+    lost, sampled = _lost_bins(dtype), zip(run.samples, run.sampled["zeros"], strict=True)
+    return run.shares_of([each.total(lost[each.bins]) - zeros for each, zeros in sampled])
 
 
 @functools.cache

@@ -46,13 +46,15 @@ def find_nonfinite(run: Evidence, thresholds: Thresholds) -> list[Finding]:
 
 def _broken(run: Evidence) -> Array:
     """Whether a row has NaN, or infinities that mean something: ``(S, L)``."""
-    bad: Array = run["numel"] - run["finite"] > 0
+    bad: Array = run.by_record(lambda part: part["numel"] > part["finite"])
     bad &= ~run.is_kind(UNIT)
     # Masks of attention hold infinities while all is well.
-    harmless = bad & run.is_kind(*_FORWARD) & (run["nan"] == 0)
+    harmless = bad & run.is_kind(*_FORWARD)
+    if harmless.any():
+        harmless &= run.by_record(lambda part: part["nan"] == 0)
     # A mask is there from early on, or now and then; an overflow begins, and goes on.
     first = np.where(bad.any(0), bad.argmax(0), len(bad))
-    goes_on = bad[::-1].cumprod(0).sum(0) == len(bad) - first
+    goes_on = np.count_nonzero(bad, 0) == len(bad) - first
     begins = (first >= _EARLY) & goes_on & (len(bad) - first >= _LASTING)
     harmless &= ~begins
     well = ~(bad & ~harmless).any(1)
@@ -78,7 +80,10 @@ def _finding(
     # A NaN that is applied stays in the weights: a gradient whose NaN passed was not.
     is_skipped = (is_gradient and has_passed) or _is_search(run, bad, at)
     few = n_records <= thresholds.nonfinite_share * len(bad)
-    numbers = {name: float(run[name][at, column]) for name in ("nan", "posinf", "neginf", "numel")}
+    record = run.at(at)
+    numbers = {
+        name: float(record[name][0, column]) for name in ("nan", "posinf", "neginf", "numel")
+    }
     numbers |= {"records": float(n_records), "layers": float(len(columns))}
     others = len(columns) - 1
     rest = f", before {others} other {_OTHERS.get(kind, 'layer')}{'s' * (others > 1)}"
@@ -112,9 +117,10 @@ def _is_search(run: Evidence, bad: Array, at: int) -> bool:
 
     A scale halves with each step that it makes overflow.
     """
-    few = at == 0 and len(bad) <= _HALVINGS
+    if at > 0 or len(bad) > _HALVINGS:
+        return False
     infinite = (run["posinf"] + run["neginf"] > 0) & run.is_kind(GRAD)
-    whole = few and infinite.any(1).all() and not (bad & run.is_kind(*_FORWARD, UPDATE)).any()
+    whole = infinite.any(1).all() and not (bad & run.is_kind(*_FORWARD, UPDATE)).any()
     return bool(whole) and not any(_lost(run, record) for record in range(len(bad)))
 
 
@@ -128,7 +134,7 @@ def _first(run: Evidence, kind: str, columns: list[int]) -> int:
 
 def _what_made_it(run: Evidence, at: int, column: int) -> str:
     """What made NaN that backward met, if it was no layer; else ""."""
-    present = run["numel"][at] > 0
+    present = run.at(at)["numel"][0] > 0
     is_last = column == np.flatnonzero(run.is_kind(run.kinds[column]) & present)[-1]
     lost, has_outputs = _lost(run, at), (present & run.is_kind(ACTIVATION)).any()
     if has_outputs and (is_last or lost):

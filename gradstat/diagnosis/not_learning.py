@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from operator import itemgetter
 
 import numpy as np
 
@@ -21,20 +22,23 @@ _ROUNDED = 0.9  # share of elements that do not change at all
 
 def find_dead(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Layers whose whole gradient is zero in a window of records."""
-    numel, zeros = run["numel"], run["zeros"]
-    zero = (numel > 0) & (zeros == numel)
-    by_block = np.stack([zero[block].all(0) for block in run.blocks])
+    n_records = len(run.steps)
+    by_block = run.by_block(
+        lambda part: (part["numel"] > 0) & (part["zeros"] == part["numel"]), np.logical_and.reduce
+    )
+    columns = np.flatnonzero(by_block.any(0))
+    numels, all_zeros = (run.by_row(itemgetter(name), columns) for name in ("numel", "zeros"))
     findings = []
-    for column in np.flatnonzero(by_block.any(0)).tolist():
+    for (column, numel), (_, zeros) in zip(numels, all_zeros, strict=True):
         mask = by_block[:, column]
         at = int(np.flatnonzero(mask)[-1])
-        records = int(zero[:, column].sum())
-        lasting = at == len(mask) - 1 and len(zero) >= thresholds.window
+        records = np.count_nonzero((numel > 0) & (zeros == numel))
+        lasting = at == len(mask) - 1 and n_records >= thresholds.window
         sentence = (
-            f"All {numel[:, column].max()} elements of {run.layers[column]}'s gradient are "
-            f"zero in {records} of {len(zero)} records: it does not learn."
+            f"All {numel.max()} elements of {run.layers[column]}'s gradient are "
+            f"zero in {records} of {n_records} records: it does not learn."
         )
-        numbers = {"records": float(records), "zeros": float(zeros[:, column].max())}
+        numbers = {"records": float(records), "zeros": float(zeros.max())}
         severity: Severity = "severe" if lasting else "warning"
         steps = run.span(mask, at)
         findings.append(Finding("dead", severity, run.layers[column], steps, numbers, sentence))
@@ -43,11 +47,13 @@ def find_dead(run: Evidence, thresholds: Thresholds) -> list[Finding]:
 
 def find_absent(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Layers without a gradient in any record of a window or more: one finding for all of them."""
-    never = np.flatnonzero((run["numel"] == 0).all(0)).tolist()
+    never = np.flatnonzero(run.totals[:, 1].sum(0) == 0).tolist()
     if not never or len(never) == len(run.layers) or len(run.steps) < thresholds.window:
         return []
     updates = run.of(UPDATE)
-    moved = set(np.array(updates.names)[(updates["numel"] > 0).any(0)]) if updates.layers else set()
+    moved = set()
+    if updates.layers:
+        moved = set(np.array(updates.names)[updates.totals[:, 1].sum(0) > 0])
     left_out = [each for each in never if moved and run.names[each] not in moved]
     # Most of a network is left out where the rest is trained alone.
     is_left_out = bool(left_out) and 2 * len(left_out) < len(run.layers)
@@ -70,11 +76,10 @@ def find_stuck(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Layers that do not move: most of them from the start, or some while the others do."""
     if len(run.history) < run.window or PARAM not in run.history.kinds:
         return []
-    ratio = _ratio(run)
     # The largest step of each block: what moves now and then is not stuck.
-    steps = np.stack([np.fmax.reduce(ratio[block]) for block in run.blocks])
+    steps = run.by_block(_ratio, np.fmax.reduce)
     pace = median(np.where(np.isinf(steps), math.nan, steps).T)
-    early, late = _speeds(ratio)
+    early, late = _speeds(run)
     if late > _STEADY * early:
         return []  # a learning rate that warms up
     if (pace < thresholds.stuck_ratio).all():
@@ -92,25 +97,24 @@ def find_stuck(run: Evidence, thresholds: Thresholds) -> list[Finding]:
 
 def find_dead_units(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Modules with many units that were zero for a whole batch, in each record of a window."""
-    share = _dead(run)
-    if len(share) < run.window:
+    if len(run.steps) < run.window:
         return []
-    floors = np.stack([share[block].min(0) for block in run.blocks])
+    floors = run.by_block(_dead, lambda share: share.min(0))
     findings = []
     for column in range(_first_with_parameters(run), len(run.layers)):
         mask = floors[:, column] >= thresholds.dead_units_share
         if not mask.any():
             continue
         at = int(np.flatnonzero(mask)[-1])
-        block = run.blocks[at]
-        zeros, units = run["zeros"][block, column], run["numel"][block, column]
+        block = run.part(run.blocks[at])
+        zeros, units = block["zeros"][:, column], block["numel"][:, column]
         least = float((zeros / units).min())
         severe = at == len(mask) - 1 and least >= thresholds.dead_units_severe
         n = int(units[-1])
         which = f"All {n} units" if least == 1 else f"{math.ceil(least * n)} of {n} units or more"
         sentence = (
             f"{which} of {run.names[column]} are zero for every input of a batch, in each of "
-            f"{len(block)} records: they add nothing and do not learn."
+            f"{len(units)} records: they add nothing and do not learn."
         )
         numbers = {"share": least, "units": float(units[-1])}
         severity: Severity = "severe" if severe else "warning"
@@ -140,11 +144,11 @@ def find_saturated_outputs(run: Evidence, thresholds: Thresholds) -> list[Findin
     """Modules most of whose outputs are at both ends of a range from -1 to 1, as a tanh's are."""
     if not run.samples:
         return []
-    bounded = (run["abs_max"] <= 1) & (run["min"] < -_END) & (run["max"] > _END)
+    sampled = run.sampled
+    bounded = (sampled["abs_max"] <= 1) & (sampled["min"] < -_END) & (sampled["max"] > _END)
     at_end = np.minimum(*map(abs, (log2_edges()[1:], log2_edges()[:-1]))) >= _END
-    at = [sample.at for sample in run.samples]
     shares = run.shares_of([sample.total(at_end[sample.bins]) for sample in run.samples])
-    shares = np.where(bounded[at], shares, 0.0)
+    shares = np.where(bounded, shares, 0.0)
     shares[:, : _first_with_parameters(run)] = 0.0
     return _saturated(
         run,
@@ -173,9 +177,9 @@ def _ratio(run: Evidence) -> Array:
     return np.where((run["numel"] > 0) & (run["zeros"] == run["numel"]), 0.0, ratio)
 
 
-def _speeds(ratio: Array) -> tuple[float, float]:
+def _speeds(run: Evidence) -> tuple[float, float]:
     """The median layer's steps in the first half of the records, and in the second."""
-    by_record = median(ratio.T)[:, None]
+    by_record = run.by_record(lambda part: median(_ratio(part).T))[:, None]
     half = len(by_record) // 2
     return float(median(by_record[:half])[0]), float(median(by_record[half:])[0])
 
@@ -183,13 +187,12 @@ def _speeds(ratio: Array) -> tuple[float, float]:
 def _stuck(run: Evidence, steps: Array, thresholds: Thresholds) -> Array:
     """Layers that have not moved from the start, but for those that are dead."""
     stuck = np.flatnonzero(np.fmax.reduce(steps) < thresholds.stuck_ratio).tolist()
-    gradients, everywhere = run.of(GRAD), np.arange(len(run.steps))
-    return np.array([x for x in stuck if not _is_zero(gradients, run.names[x], everywhere)], int)
+    return np.array([x for x in stuck if not _is_zero(run, x, slice(None))], int)
 
 
 def _all_stuck(run: Evidence, stuck: Array, pace: Array) -> Finding:
     """Most layers, where the median layer has not moved from the start."""
-    zeros = _unchanged(run, slice(None), stuck)
+    zeros = _unchanged(run, np.arange(len(run.blocks)), stuck)
     ratio, layer = float(pace.max()), run.names[int(stuck[0])]
     numbers = {"ratio": ratio, "zeros": zeros, "layers": float(len(stuck))}
     more = f" and {len(stuck) - 1} more of {len(run.layers)} layers" if len(stuck) > 1 else ""
@@ -219,20 +222,17 @@ def _slow(run: Evidence, thresholds: Thresholds) -> Finding | None:
         f"A step changes the weights by {fastest:.1e} of their size at most, where 0.001 is usual, "
         f"and the loss stays as it is: the learning rate{of} is too small."
     )
-    column = int(np.nanargmin(np.where(run["numel"] > 0, run["rms"], math.nan)[-1]))
+    newest = run.at(len(run.steps) - 1)
+    column = int(np.nanargmin(np.where(newest["numel"] > 0, newest["rms"], math.nan)))
     span = run.steps_of(0, len(run.blocks) - 1)
     return Finding("stuck", "warning", run.layers[column], span, numbers, sentence)
 
 
 def _most_rounded(run: Evidence) -> Finding | None:
     """Most layers, where nearly all elements that have a gradient stay as they are all the time."""
-    gradients = run.of(GRAD)
-    if len(run.blocks) < _PERSISTENT or gradients.layers != run.names:
+    if len(run.blocks) < _PERSISTENT or run.of(GRAD).layers != run.names:
         return None
-    free = gradients["numel"] - gradients["zeros"]
-    kept = (run["zeros"] - (run["numel"] - free)).clip(0)
-    shares = np.where(free > 0, kept / np.maximum(free, 1), math.nan)
-    least = np.stack([median(shares[block]) for block in run.blocks]).min(0)
+    least = run.by_block(_kept, median).min(0)
     rounded = np.flatnonzero(least >= _ROUNDED)
     if 2 * len(rounded) <= len(run.layers):
         return None
@@ -248,6 +248,14 @@ def _most_rounded(run: Evidence) -> Finding | None:
     return Finding("stuck", "warning", run.layers[layer], span, numbers, sentence)
 
 
+def _kept(run: Evidence) -> Array:
+    """Share of the elements that have a gradient which a step leaves as they are: ``(S, L)``."""
+    gradients = run.of(GRAD)
+    free = gradients["numel"] - gradients["zeros"]
+    kept = (run["zeros"] - (run["numel"] - free)).clip(0)
+    return np.where(free > 0, kept / np.maximum(free, 1), math.nan)
+
+
 def _stuck_alone(
     run: Evidence, steps: Array, pace: Array, going: Array, still: Array
 ) -> list[Finding]:
@@ -255,18 +263,16 @@ def _stuck_alone(
     if not len(going):
         return []
     least = max(min(_PERSISTENT, len(going)), math.ceil(len(going) / 4))
-    gradients = run.of(GRAD)
     findings = []
     for column in np.flatnonzero(still[going[-least:]].all(0)).tolist():
         moved = np.flatnonzero(~still[going, column])
         blocks = going[moved[-1] + 1 if len(moved) else 0 :]
-        records = np.concatenate([run.blocks[block] for block in blocks])
-        if _is_zero(gradients, run.names[column], records):
+        if _is_zero(run, column, blocks):
             continue
         numbers = {
             "ratio": float(steps[blocks, column].max()),
             "pace": float(np.median(pace[blocks])),
-            "zeros": _unchanged(run, records, column),
+            "zeros": _unchanged(run, blocks, column),
         }
         sentence = (
             f"{run.names[column]} stands still while others move: "
@@ -281,17 +287,18 @@ def _stuck_alone(
     return for_all(sorted(findings, key=lambda finding: finding.numbers["ratio"]))
 
 
-def _is_zero(gradients: Evidence, name: str, records: Array) -> bool:
+def _is_zero(run: Evidence, column: int, blocks: Array | slice) -> bool:
     """Whether a layer's gradient is known to be all zeros, which `find_dead` says."""
+    gradients, name = run.of(GRAD), run.names[column]
     if name not in gradients.layers:
         return False
-    at = gradients.layers.index(name)
-    return bool((gradients["zeros"][records, at] == gradients["numel"][records, at]).all())
+    zeros, numel = gradients.totals[blocks, :, gradients.layers.index(name)].T
+    return np.array_equal(zeros, numel)  # no record has more zeros than elements
 
 
-def _unchanged(run: Evidence, records: Array | slice, columns: Array | int) -> float:
+def _unchanged(run: Evidence, blocks: Array, columns: Array | int) -> float:
     """Share of some layers' elements that a step leaves as they are."""
-    zeros, numel = (run[name][records][:, columns].sum() for name in ("zeros", "numel"))
+    zeros, numel = run.totals[blocks][..., columns].reshape(len(blocks), 2, -1).sum((0, 2))
     return float(zeros / max(numel, 1))
 
 
@@ -355,10 +362,10 @@ def _stopped(run: Evidence, octaves: float) -> Array:
         return np.empty((0, len(run.layers)))
     edges = log2_edges()
     outer = np.maximum(np.abs(edges[1:]), np.abs(edges[:-1]))
-    limits = np.nan_to_num(run["rms"]) * 2.0**-octaves
-    zeros = run["zeros"] * (limits >= outer[len(outer) // 2])
+    limits = np.nan_to_num(run.sampled["rms"]) * 2.0**-octaves
+    zeros = run.sampled["zeros"] * (limits >= outer[len(outer) // 2])
     below = []
-    for sample in run.samples:
-        limit = np.repeat(limits[sample.at], sample.sizes)
-        below.append(sample.total(outer[sample.bins] <= limit) - zeros[sample.at])
+    for sample, its_limits, its_zeros in zip(run.samples, limits, zeros, strict=True):
+        limit = np.repeat(its_limits, sample.sizes)
+        below.append(sample.total(outer[sample.bins] <= limit) - its_zeros)
     return run.shares_of(below)

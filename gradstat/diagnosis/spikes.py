@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import itemgetter
 
 import numpy as np
 
@@ -94,10 +95,12 @@ def find_gradient_spikes(run: Evidence, thresholds: Thresholds) -> list[Finding]
     """Spikes of the norm of all gradients."""
     if GRAD not in run.kinds:
         return []
-    norm = run.history.norm(GRAD)
+    norm = run.norm(GRAD)
     series = log(norm)
     # An overflow is another finding, or a loss scale that is tried.
-    overflow = np.isinf(run.log_rms[:, run.is_kind(GRAD)]).any(1) | np.isinf(norm)
+    gradients = run.of(GRAD)
+    overflow = gradients.by_record(lambda part: np.asarray(np.isinf(part.log_rms).any(1)))
+    overflow |= np.isinf(norm)
     series[overflow | _small_batches(run)] = math.nan
     deviations = thresholds.spike_deviations
     findings = []
@@ -140,12 +143,12 @@ def _found(run: Evidence, series: Array, factor: float, thresholds: Thresholds) 
 
 def _small_batches(run: Evidence) -> Array:
     """Records of batches that are smaller than most, ``(S,)``, where outputs tell their size."""
-    outputs = run["numel"][:, run.is_kind(ACTIVATION)]
-    if not outputs.size:
+    if ACTIVATION not in run.kinds:
         return np.zeros(len(run.steps), bool)
-    usual = median(outputs.astype(np.float64))
+    outputs, numel = run.of(ACTIVATION), itemgetter("numel")
+    usual = np.array([median(x[:, None].astype(np.float64))[0] for _, x in outputs.by_row(numel)])
     # An expert may have more or fewer inputs.
-    return np.asarray((outputs < _SMALL * usual).mean(1) > 0.5)
+    return outputs.by_record(lambda part: np.asarray((numel(part) < _SMALL * usual).mean(1) > 0.5))
 
 
 def _finding(
@@ -218,11 +221,11 @@ def _jumps(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Rows that leap out of their usual ranges, or that grow while the loss does not fall."""
     limits = {PARAM: thresholds.jump_weights, UPDATE: thresholds.jump, ACTIVATION: thresholds.jump}
     found: list[tuple[int, Finding]] = []
-    for column, kind in enumerate(run.kinds):
-        if kind not in limits:
-            continue
+    columns = np.flatnonzero(run.is_kind(*limits))
+    for column, sizes in run.by_row(lambda part: part.sizes, columns):
+        kind = run.kinds[column]
         limit = math.log(limits[kind])
-        series = np.where(np.isinf(run.sizes[:, column]), math.nan, run.sizes[:, column])
+        series = np.where(np.isinf(sizes), math.nan, sizes)
         # Most rows never rise so far, and need no second look.
         if not (series - _least_before(series) >= limit / 2).any():
             continue

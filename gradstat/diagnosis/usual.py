@@ -16,7 +16,7 @@ WINDOW, _LEAST = 32, 10  # values before one that say where it should be
 _NEWEST = 5  # of them, that say where a falling series is now
 _PAIRS = 10, 4  # places between the values of a pair, whose slopes say how it goes on
 APART = 2  # records between what belongs together
-_CELLS = 1 << 16  # looked at together
+_CELLS = 1 << 13  # looked at together, each with the values before it
 TO_DEVIATIONS = (
     1.4826  # times the median absolute deviation is the standard deviation of a normal distribution
 )
@@ -152,12 +152,14 @@ def find_movers(
     """
     if record < 0:
         return [], []
-    x, first = run.sizes, max(0, record - WINDOW)
-    at, columns = np.mgrid[first : record + 1, : x.shape[1]]
+    first = max(0, record - WINDOW)
+    before_it = max(0, first - WINDOW)  # what says what is usual
+    x = run.part(np.arange(before_it, record + 1)).sizes
+    at, columns = np.mgrid[first - before_it : len(x), : x.shape[1]]
     typical, deviation, _ = (
         each.reshape(at.shape) for each in _expected(x, at.ravel(), columns.ravel())
     )
-    over = x[first : record + 1] - typical
+    over = x[first - before_it :] - typical
     floors = np.log([FLOORS.get(kind, 1.0) for kind in run.kinds])
     is_far = (over > np.maximum(deviations * deviation, _EARLY * floors)) | np.isinf(over)
     # The peaks of units are those of activations.
@@ -260,5 +262,5 @@ def _is_batch(run: Evidence, moved: list[Mover], record: int) -> bool:
     """Whether outputs alone moved, in that very step, from the first module on."""
     if not moved or any(run.kinds[m.column] != ACTIVATION or m.at != record for m in moved):
         return False
-    outputs = np.flatnonzero(run.is_kind(ACTIVATION) & (run["numel"][record] > 0))
+    outputs = np.flatnonzero(run.is_kind(ACTIVATION) & (run.at(record)["numel"][0] > 0))
     return bool(moved[0].column == outputs[0])

@@ -76,9 +76,9 @@ def find_low(run: Evidence, thresholds: Thresholds) -> list[Finding]:
 def find_large(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Exploding by level: layers whose rms no loss scale explains, from the start to the end."""
     findings = []
+    start = median(run.part(np.arange(len(run.steps))[:3]).rms)
     for column, layer in enumerate(run.layers):
-        start = median(run.rms[:3, column : column + 1])
-        levels = np.append(start, run.levels[:, column])
+        levels = np.append(start[column], run.levels[:, column])
         if (np.nan_to_num(levels) > thresholds.exploding_level).all():
             rms = float(np.nanmax(run.levels[:, column]))
             steps = run.steps_of(0, len(run.blocks) - 1)
@@ -93,11 +93,12 @@ def find_large(run: Evidence, thresholds: Thresholds) -> list[Finding]:
 
 def find_growth(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Exploding over steps: rms against its median so far, so that a slow start does not count."""
-    blocks = np.array_split(np.arange(len(run.rms)), min(len(run.rms), 256))
-    single = np.stack([median(run.rms[block]) for block in blocks])
+    n_records = len(run.steps)
+    blocks = np.array_split(np.arange(n_records), min(n_records, 256))
+    single = run.by_block(lambda part: part.rms, median, blocks)
     so_far = np.stack([median(single[: max(1, t)]) for t in range(len(single))])
     rms = single
-    if len(single) == len(run.rms):
+    if len(single) == n_records:
         rms = np.stack([median(single[max(0, t - 2) : t + 1]) for t in range(len(single))])
     with np.errstate(over="ignore"):  # of float64; the largest number takes the place of infinity
         growth = np.nan_to_num(rms / so_far)

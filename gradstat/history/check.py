@@ -53,13 +53,47 @@ def check_steps(steps: Sequence[int], last_step: int = -1) -> None:
 
 
 def check_numbers(
-    rows: Sequence[Row], formats: Sequence[str], bins: Bins, steps: Sequence[int], records: Unpacked
+    rows: Sequence[Row],
+    formats: Sequence[str],
+    steps: Sequence[int],
+    integers: Array,
+    floats: Array,
+    quantized: Array,
 ) -> None:
     """Refuse numbers that no measurement gives.
 
     Args:
         rows: L of them.
         formats: F names.
+        steps: S numbers.
+        integers: of S records, as `gradstat.record.Unpacked` has them.
+        floats: likewise.
+        quantized: likewise.
+
+    Raises:
+        ValueError: the first thing that is wrong, and where.
+    """
+    integers = integers.reshape(-1, len(INTEGERS))
+    floats = floats.reshape(-1, len(FLOATS))
+    quantized = quantized.reshape(len(integers), len(formats), len(PACKED))
+    is_cast = np.tile(np.array([row.kind != UNIT for row in rows], bool), len(steps))
+    for start in range(0, len(integers), _ROWS):
+        part = slice(start, start + _ROWS)
+        wrong = [
+            *_wrong_integers(integers[part]),
+            *_wrong_floats(integers[part], floats[part]),
+            *_wrong_formats(integers[part], quantized[part], is_cast[part]),
+        ]
+        _refuse(wrong, start, rows, steps)
+
+
+def check_histograms(
+    rows: Sequence[Row], bins: Bins, steps: Sequence[int], records: Unpacked
+) -> None:
+    """Refuse histograms that no measurement gives, where `check_numbers` refuses nothing.
+
+    Args:
+        rows: L of them.
         bins: scheme of the histograms.
         steps: S numbers.
         records: S records of the rows.
@@ -73,23 +107,19 @@ def check_numbers(
             f"its histograms do not end one after the other, before {len(records.bins)}"
         )
     integers = records.integers.reshape(-1, len(INTEGERS))
-    floats = records.floats.reshape(-1, len(FLOATS))
-    quantized = records.formats.reshape(len(integers), len(formats), len(PACKED))
-    is_cast = np.tile(np.array([row.kind != UNIT for row in rows], bool), len(steps))
     edges = np.append(0, records.ends)
     for part in _portions(edges):
         entries = slice(edges[part.start], edges[part.stop])
         histograms = sizes[part], records.bins[entries], records.counts[entries]
-        wrong = [
-            *_wrong_integers(integers[part]),
-            *_wrong_floats(integers[part], floats[part]),
-            *_wrong_formats(integers[part], quantized[part], is_cast[part]),
-            *_wrong_histograms(integers[part], *histograms, bins.bins),
-        ]
-        for mask, what in wrong:
-            if mask.any():
-                step, row = divmod(part.start + int(mask.argmax()), len(rows))
-                raise ValueError(f"its {what}, in step {steps[step]} of {str(rows[row])!r:.80}")
+        wrong = _wrong_histograms(integers[part], *histograms, bins.bins)
+        _refuse(wrong, part.start, rows, steps)
+
+
+def _refuse(wrong: Sequence[_Wrong], start: int, rows: Sequence[Row], steps: Sequence[int]) -> None:
+    for mask, what in wrong:
+        if mask.any():
+            step, row = divmod(start + int(mask.argmax()), len(rows))
+            raise ValueError(f"its {what}, in step {steps[step]} of {str(rows[row])!r:.80}")
 
 
 def _portions(edges: Array) -> Iterator[slice]:

@@ -10,6 +10,7 @@ import math
 import os
 import stat
 import struct
+import tempfile
 import threading
 import time
 import weakref
@@ -18,7 +19,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import repeat
+from itertools import accumulate, repeat
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -42,6 +43,7 @@ _ALIGNMENT = 8
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0)
 _PIECE = 1 << 20
 _MOST_READ, _MOST_OPEN = 1 << 30, 200  # bytes at once, files
+_IN_MEMORY = 32 << 20  # bytes of a run that is put together
 _PATIENCE_S = 0.25  # longer than a write that goes on lets a file be
 
 # Bytes at the end of a zip archive without a comment, and before them of a large one.
@@ -123,7 +125,8 @@ class RunFile:
         # Whoever reads holds a descriptor that another thread has let go of.
         descriptor = self._descriptor
         if descriptor is None:
-            descriptor = _Descriptor(self.path)
+            flags = os.O_RDONLY | _NO_WAITING | getattr(os, "O_BINARY", 0)
+            descriptor = _Descriptor(os.open(self.path, flags), self.path)
             self._identity = self._identity or descriptor.identity
             if descriptor.identity != self._identity:
                 raise ValueError("another file has taken its place")
@@ -134,11 +137,34 @@ class RunFile:
         return descriptor
 
 
+class _Scratch(RunFile):
+    """A temporary file, which is gone with whoever reads it."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.gettempdir())
+        with tempfile.TemporaryFile() as file:
+            self._descriptor = _Descriptor(os.dup(file.fileno()), self.path)
+
+    def append(self, data: bytes) -> int:
+        """Write bytes after all others, and say where."""
+        at, rest = self.size, memoryview(data)
+        number = self._get().number
+        try:
+            with _seeking:
+                os.lseek(number, at, os.SEEK_SET)
+                while rest:
+                    rest = rest[os.write(number, rest[:_MOST_READ]) :]
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+        return at
+
+
 class _Descriptor:
     """An open file, closed when nobody holds it."""
 
-    def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY | _NO_WAITING | getattr(os, "O_BINARY", 0))
+    def __init__(self, number: int, path: Path) -> None:
+        self.number = number
         weakref.finalize(self, os.close, self.number)
         found = _check_regular(self.number, path)
         self.identity = found.st_dev, found.st_ino
@@ -165,14 +191,14 @@ class _Index(NamedTuple):
         starts: first byte of each.
         sizes: bytes of each.
         checksums: of each.
-        is_checked: whether each was found to be plausible.
+        checked: whether each was found to be plausible: 1 its numbers, 2 its histograms, too.
     """
 
     file: RunFile
     starts: list[int]
     sizes: list[int]
     checksums: list[int]
-    is_checked: bytearray
+    checked: bytearray
 
 
 class StoredRecord(NamedTuple):
@@ -223,11 +249,50 @@ class StoredRecord(NamedTuple):
     @property
     def is_checked(self) -> bool:
         """Whether its numbers were found to be plausible."""
-        return bool(self.block.is_checked[self.place])
+        return self.block.checked[self.place] >= 1
 
-    def set_checked(self) -> None:
-        """They were."""
-        self.block.is_checked[self.place] = 1
+    @property
+    def is_verified(self) -> bool:
+        """Whether its histograms were, too."""
+        return self.block.checked[self.place] == 2
+
+    def set_checked(self, *, whole: bool) -> None:
+        """Its numbers were, or the whole of it."""
+        if whole or not self.is_checked:
+            self.block.checked[self.place] = 1 + whole
+
+
+class Spool:
+    """Keeps records: the first megabytes in memory, what follows in a temporary file."""
+
+    def __init__(self) -> None:
+        self._n_bytes = 0  # in memory
+        self._file: _Scratch | None = None
+
+    def keep(self, records: Sequence[Record | StoredRecord]) -> list[Record | StoredRecord]:
+        """The same records, to have in place of these; those of a file stay as they are.
+
+        Raises:
+            OSError: there is no room for the file.
+        """
+        new = [each for each in records if isinstance(each, Record)]
+        sizes = [record.n_bytes for record in new]
+        if self._n_bytes + sum(sizes) <= _IN_MEMORY:
+            self._n_bytes += sum(sizes)
+            return [*records]
+        if self._file is None:
+            self._file = _Scratch()
+        at = self._file.append(b"".join([record.data for record in new]))
+        starts = [*accumulate(sizes, initial=at)][:-1]
+        checksums = [zlib.crc32(record.data) for record in new]
+        where = _Index(self._file, starts, sizes, checksums, bytearray([2]) * len(new))
+        places = iter(range(len(new)))
+        return [
+            StoredRecord(each.step, each.time_s, where, next(places))
+            if isinstance(each, Record)
+            else each
+            for each in records
+        ]
 
 
 class Link(NamedTuple):

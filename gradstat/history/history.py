@@ -398,7 +398,8 @@ class History(Records):
                 one.
 
         Records of a large directory are read when their numbers are, and so is their damage found;
-        its files are to stay as they are meanwhile.
+        its files are to stay as they are meanwhile. What several ranks hold together is kept in a
+        temporary file, beyond 32 MB, for as long as the History is there.
         """
         return cls.from_records(ranks.load(Path(path)))
 

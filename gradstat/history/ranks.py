@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -17,12 +17,13 @@ from torch import distributed as dist
 
 from gradstat.bins import LinearBins
 from gradstat.history import reading
+from gradstat.history.file import Spool
 from gradstat.history.placements import OWN, PARTIAL, SAME, UNKNOWN, Placements
-from gradstat.history.records import Records
+from gradstat.history.records import AnyRecord, Records
 from gradstat.history.scalars import Scalars
 from gradstat.record import GRAD, KINDS, NOUNS, OF_OUTPUTS, Record, Row, Unpacked, union
 from gradstat.results import FLOATS
-from gradstat.util import Array, CutOffError, warn
+from gradstat.util import Array, CutOffError, warn, windows_of
 
 _NAME = re.compile(r"rank-(\d+)")
 _LOAD, _MERGE, _REDUCE = "History.load()", "History.merge()", "reduce()"
@@ -64,7 +65,7 @@ def reduce(mine: Records, group: dist.ProcessGroup | None, replicated: bool | No
     numbers = dist.get_process_group_ranks(group)
     union = _Union(_REDUCE, parts)
     sizes = np.sum([each for *_, each in told], axis=0).tolist()
-    for window in _windows(sizes):
+    for window in windows_of(sizes, _MOST_BYTES_OF_ALL):
         sent = [mine.packed(record) for record in mine.records[window]]
         for part, records in zip(parts, _gather(sent, group), strict=True):
             part.set_records(records)
@@ -83,18 +84,6 @@ def _gather(x: object, group: dist.ProcessGroup | None) -> list[Any]:
 
 def _shorten(x: list[int]) -> str:
     return str(x) if len(x) < 6 else f"[{x[0]!r}, {x[1]!r}, ... {x[-1]!r}] of {len(x)}"
-
-
-def _windows(sizes: Sequence[int]) -> Iterator[slice]:
-    """Records of so many bytes each, as many at a time as are unpacked together."""
-    start, size = 0, 0
-    for at, n_bytes in enumerate(sizes):
-        if size + n_bytes > _MOST_BYTES_OF_ALL and at > start:
-            yield slice(start, at)
-            start, size = at, 0
-        size += n_bytes
-    if start < len(sizes):
-        yield slice(start, len(sizes))
 
 
 class _Union:
@@ -117,7 +106,8 @@ class _Union:
         self._whole = Records(rows, parts[0].bins, parts[0].formats)
         self._whole.layers = [names[row] for row in rows]
         self._whole.placements = Placements.same(len(rows))
-        self._kept: list[Record] = []
+        self._kept: list[AnyRecord] = []
+        self._spool = Spool()
 
     def add(self, ranks: Sequence[int], parts: Sequence[Records]) -> None:
         """Take records of ranks at the same steps.
@@ -136,8 +126,10 @@ class _Union:
                 unpacked[at] = unpacked[at].take(np.where(is_first, rows, -1))
         self._check_ranges(parts[0].records, unpacked)
         data = whole.layout.pack_all(union(unpacked, whole.bins.bins))
-        for record, packed in zip(parts[0].records, data, strict=True):
-            self._kept.append(Record(record.step, record.time_s, packed))
+        together = zip(parts[0].records, data, strict=True)
+        self._kept += self._spool.keep(
+            [Record(record.step, record.time_s, packed) for record, packed in together]
+        )
         partial = [part.partial_step for part in parts if part.partial_step is not None]
         whole.partial_step = partial[0] if partial else whole.partial_step
 

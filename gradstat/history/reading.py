@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradstat.bins import parse_bins
-from gradstat.history.check import check_numbers, check_rows, check_steps
+from gradstat.history.check import (
+    check_histograms,
+    check_numbers,
+    check_rows,
+    check_steps,
+)
 from gradstat.history.file import (
     MAGIC,
     SUFFIX,
@@ -223,7 +228,8 @@ def _read_npz(path: Path) -> Records:
             raise ValueError(f"its sizes do not sum to its {len(bins)} bins")
         unpacked = Unpacked(integers, floats, formats, np.cumsum(sizes), bins, counts)
         check_steps(steps.tolist())
-        check_numbers(records.rows, records.formats, records.bins, steps.tolist(), unpacked)
+        check_numbers(records.rows, records.formats, steps.tolist(), integers, floats, formats)
+        check_histograms(records.rows, records.bins, steps.tolist(), unpacked)
         data = records.layout.pack_all(unpacked)
         records.set_records(list(map(Record, steps.tolist(), times.tolist(), data)))
     return records

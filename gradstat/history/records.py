@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from gradstat.bins import Bins
-from gradstat.history.check import check_numbers
+from gradstat.history.check import check_histograms, check_numbers
 from gradstat.history.file import StoredRecord, damage_of
 from gradstat.history.placements import Placements
 from gradstat.history.scalars import Scalars
 from gradstat.record import Data, Record, RecordLayout, Row, Unpacked, taken
 from gradstat.results import SHAPES, Statistics
-from gradstat.util import Array
+from gradstat.util import Array, windows_of
 
 AnyRecord = Record | StoredRecord
 
@@ -200,6 +200,16 @@ class Records:
         """Have these records in place of all."""
         self._kept, self._fields = _Kept([*records], len(records), 1), {}
 
+    def extend(self, part: Records) -> None:
+        """Add the records of the same rows that follow; what holds for all is as the last say."""
+        if len(part) or not len(self):
+            self.placements, self.partial_step = part.placements, part.partial_step
+            self.rank, self.world, self.run = part.rank, part.world, part.run
+            self.resumption = part.resumption
+        self.depth = self.depth if part.depth is None else part.depth
+        self.logged.extend(part.logged)
+        self._kept.records.extend(part.records)
+
     def snapshot(self) -> Self:
         """The same records, without those that are added later.
 
@@ -268,22 +278,8 @@ class Records:
         return self.at([at for at, record in enumerate(records) if record.step in steps])
 
     def reach(self, n_bytes: int) -> int:
-        """The last step of the first records of so many bytes, or a record more."""
-        return next(self._windows(self._kept.records, n_bytes))[-1].step
-
-    def pieces(self, n_bytes: int | None = None) -> Iterator[Self]:
-        """The records one after the other, of so many bytes at a time, and what was logged."""
-        start = -math.inf
-        windows = list(self._windows(self._kept.records.copy(), n_bytes))
-        for window in windows[:-1]:
-            end = window[-1].step + 1
-            part = self._with(window)
-            part.logged = self.logged.between(start, end)
-            yield part
-            start = end
-        part = self._with(windows[-1] if windows else [])
-        part.logged = self.logged.between(start)
-        yield part
+        """The last step of the first records of so many bytes, or of one record."""
+        return next(_windows(self._kept.records, n_bytes))[-1].step
 
     def take(self, columns: Array, rows: Sequence[Row], layers: Sequence[str]) -> Self:
         """The same records with other rows, which are read when their numbers are.
@@ -304,7 +300,7 @@ class Records:
 
     def unpacked(self) -> Iterator[Unpacked]:
         """Numbers of all records, of some records at a time."""
-        return map(self._unpack, self._windows(self._kept.records.copy()))
+        return map(self._unpack, _windows(self._kept.records.copy()))
 
     def unpack(self) -> Unpacked:
         """Numbers of all records together."""
@@ -312,7 +308,7 @@ class Records:
 
     def numbers(self) -> Iterator[tuple[Array, Array, Array]]:
         """Integers, floats and formats of all records, of some records at a time."""
-        return map(self._numbers, self._windows(self._kept.records.copy()))
+        return map(self._numbers, _windows(self._kept.records.copy()))
 
     def verify(self) -> None:
         """Read what has not been read of a file yet.
@@ -320,7 +316,7 @@ class Records:
         Raises:
             ValueError: it is damaged.
         """
-        for window in self._windows(self._kept.records.copy()):
+        for window in _windows(self._kept.records.copy()):
             self._read(window)
 
     def column(self, field: str) -> Array:
@@ -338,7 +334,7 @@ class Records:
                 n -= 1
         if known is None or n < len(records):
             before = self._field(field, []) if known is None else known.values[:n]
-            new = [self._field(field, window) for window in self._windows(records[n:])]
+            new = [self._field(field, window) for window in _windows(records[n:])]
             last_step = records[-1].step if records else -math.inf
             known = _Column(stride, last_step, np.concatenate([before, *new]))
             self._fields[field] = known
@@ -358,26 +354,20 @@ class Records:
             part.partial_step = None
         return part
 
-    def _windows(
-        self, records: list[AnyRecord], n_bytes: int | None = None
-    ) -> Iterator[list[AnyRecord]]:
-        start, size, most = 0, 0, n_bytes or WINDOW_BYTES
-        for at, record in enumerate(records):
-            size += record.n_bytes
-            if size >= most:
-                yield records[start : at + 1]
-                start, size = at + 1, 0
-        if start < len(records):
-            yield records[start:]
+    def _read(self, records: Sequence[AnyRecord], *, whole: bool = True) -> list[Data]:
+        """Bytes of records; what is of a file is checked when it is read for the first time.
 
-    def _read(self, records: Sequence[AnyRecord]) -> list[Data]:
-        """Bytes of records; what is of a file is checked when it is read for the first time."""
+        Args:
+            records: some of these.
+            whole: whether their histograms are read, too.
+        """
         data = [record.data for record in records]
         layout, rows = self._whole
         new = [
             (record, its_data)
             for record, its_data in zip(records, data, strict=True)
-            if isinstance(record, StoredRecord) and not record.is_checked
+            if isinstance(record, StoredRecord)
+            and not (record.is_verified if whole else record.is_checked)
         ]
         for path, pairs in groupby(new, key=lambda each: each[0].path):
             stored = list(pairs)
@@ -385,11 +375,15 @@ class Records:
                 for record, its_data in stored:
                     if not layout.fits(its_data):
                         raise ValueError(f"its record of step {record.step} has another length")
-                unpacked = layout.unpack([its_data for _, its_data in stored])
-                steps = [record.step for record, _ in stored]
-                check_numbers(rows, self.formats, self.bins, steps, unpacked)
+                steps, all_data = (
+                    [record.step for record, _ in stored],
+                    [each for _, each in stored],
+                )
+                check_numbers(rows, self.formats, steps, *layout.numbers(all_data))
+                if whole:
+                    check_histograms(rows, self.bins, steps, layout.unpack(all_data))
             for record, _ in stored:
-                record.set_checked()
+                record.set_checked(whole=whole)
         return data
 
     def _unpack(self, records: Sequence[AnyRecord]) -> Unpacked:
@@ -411,7 +405,9 @@ class Records:
         layout = self._whole[0]
         is_known = all(record.is_checked for record in records)
         data = (
-            [record.head(layout.n_fixed) for record in records] if is_known else self._read(records)
+            [record.head(layout.n_fixed) for record in records]
+            if is_known
+            else self._read(records, whole=False)
         )
         integers, floats, formats = layout.numbers(data)
         if (columns := self._taken) is None:
@@ -424,19 +420,18 @@ class Records:
 
 
 def joined(parts: Sequence[Records]) -> Records:
-    """Records of the same rows one after the other; what holds for all as the last ones say."""
-    records: list[AnyRecord] = []
-    logged = Scalars()
+    """Records of the same rows one after the other, one part at least."""
+    whole = parts[0].at([])
     for part in parts:
-        own = part.records
-        records += own if part._taken is None else map(part.packed, own)
-        logged.extend(part.logged)
-    said = [part for part in parts if len(part)] or parts
-    whole = said[-1].at([])
-    whole.set_records(records)
-    whole.partial_step, whole.logged = said[-1].partial_step, logged
-    whole.depth = next((part.depth for part in reversed(parts) if part.depth is not None), None)
+        whole.extend(part)
     return whole
+
+
+def _windows(
+    records: Sequence[AnyRecord], n_bytes: int = WINDOW_BYTES
+) -> Iterator[Sequence[AnyRecord]]:
+    spans = windows_of([record.n_bytes for record in records], n_bytes)
+    return (records[span] for span in spans)
 
 
 def next_record(

@@ -11,17 +11,19 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from gradstat.bins import Log2Bins
 from gradstat.diagnosis import diagnose
 from gradstat.history import History
+from gradstat.history.file import Spool
 from gradstat.history.follow import Follower
-from gradstat.history.records import Records, joined
+from gradstat.history.records import Records
 from gradstat.report import page, thin
 from gradstat.report.growing import Growing
 from gradstat.util import escaped
 
 _LOOK_S = 0.5  # between two looks at the files
 _READ_S = 0.5  # for which a look may read; a long run takes several
-# Findings read all records. They are looked for again after so long, in at most such a share of the
+# Findings read all records again, after so long and in at most such a share of the
 # time.
 _FINDINGS_S, _FINDINGS_SHARE = 2.0, 1 / 20
 
@@ -43,6 +45,7 @@ class LiveRun:
         self._follower = Follower(path)
         self._lock = threading.Lock()
         self._growing: Growing | None = None
+        self._records, self._spool = Records([], Log2Bins()), Spool()
         self._looked_s = -_LOOK_S
         # Rises with each change, and is above that of any earlier server.
         self._version = self._began = time.time_ns() // 1_000_000
@@ -109,8 +112,11 @@ class LiveRun:
         if self._growing is None or is_anew:
             self._growing, self._began = Growing(part, self._version), self._version
             self._findings, self._findings_of, self._findings_due_s = None, 0, 0.0
+            self._records, self._spool = records.at([]), Spool()
         else:
             self._growing.add(part, self._version)
+        records.set_records(self._spool.keep(records.records))
+        self._records.extend(records)
         self._written_s = self._follower.written_s
 
     def _rise(self) -> None:
@@ -124,22 +130,15 @@ class LiveRun:
         is_new = growing.n_records != self._findings_of
         if is_new and time.monotonic() >= self._findings_due_s:
             self._is_diagnosing = True
-            _do(functools.partial(self._diagnose, self._began))
+            history = History.from_records(self._records.snapshot())
+            _do(functools.partial(self._diagnose, history, self._began))
 
-    def _diagnose(self, began: int) -> None:
+    def _diagnose(self, history: History, began: int) -> None:
         began_s = time.monotonic()
-        found, n_records = None, 0
+        found = None
         try:
-            follower, parts = Follower(self.path), list[Records]()
-            while (look := follower.look()) is not None and look.records is not None:
-                if look.is_anew:
-                    parts = []
-                parts.append(look.records)
-            if parts:
-                history = History.from_records(joined(parts))
-                found = page.findings(diagnose(history), history.layers)
-                named = thin.positions(history, [finding["at"] for finding in found])
-                n_records = len(history)
+            found = page.findings(diagnose(history), history.layers)
+            named = thin.positions(history, [finding["at"] for finding in found])
         except (OSError, ValueError):
             pass  # the next look says so
         finally:
@@ -151,7 +150,7 @@ class LiveRun:
                 if found is not None and began == self._began and self._growing is not None:
                     self._rise()
                     self._growing.name(history, named, self._version)
-                    self._findings, self._findings_of = found, n_records
+                    self._findings, self._findings_of = found, len(history)
                     self._findings_version = self._version
 
 

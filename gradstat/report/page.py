@@ -111,7 +111,7 @@ def findings(found: Sequence[Finding], layers: Sequence[str]) -> list[dict[str, 
 
 def newest(history: History) -> dict[str, Array]:
     """Numbers of each row in the newest record: ``(L,)`` each, NaN where one is not finite."""
-    kinds = np.array(history.kinds)
+    kinds, history = np.array(history.kinds), history.newest(1)
     found = {name: history[name][-1].astype(np.float64) for name in _NUMBERS}
     # Without a finite value there is no norm.
     found["l2"][history["finite"][-1] == 0] = math.nan

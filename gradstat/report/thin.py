@@ -13,10 +13,10 @@ from typing import TypeAlias
 import numpy as np
 
 from gradstat.bins import Log2Bins, octave_of
-from gradstat.diagnosis.evidence import is_loss, is_rate
+from gradstat.diagnosis.evidence import Evidence, is_loss, is_rate
 from gradstat.history import History
 from gradstat.record import NOUNS
-from gradstat.util import Array, divide, evenly_spread
+from gradstat.util import Array, divide, evenly_spread, windows_of
 
 Numbers: TypeAlias = tuple[Array, Array]  # steps, which do not fall, and a value at each
 
@@ -24,6 +24,7 @@ _MAX_COLUMNS, _MAX_CELLS = 600, 120_000
 _MAX_SAMPLES, _MAX_HISTOGRAMS = 120, 24_000
 _MIN_COLUMNS, _MIN_SAMPLES = 20, 4  # however many layers there are
 _MAX_ROWS = 64  # of a histogram over linear bins
+_MOST_CELLS = 1 << 19  # of records and layers that are put together at a time
 _OCTAVES = 255  # that hold finite values
 _MAX_SERIES = 3  # of a kind
 _FLOAT32 = 1e38
@@ -155,9 +156,16 @@ class Sample:
 
 def columns(history: History) -> Columns:
     """Put the records of a history in columns of nearly equal size."""
-    n_records = len(history)
-    count = min(n_records, most_columns(len(history.layers)))
-    return Sums.of(history).together(np.arange(count) * n_records // count).columns()
+    n_records, n_layers = len(history), len(history.layers)
+    count = min(n_records, most_columns(n_layers))
+    starts = np.arange(count + 1) * n_records // count
+    whole: Sums | None = None
+    for span in windows_of((np.diff(starts) * n_layers).tolist(), _MOST_CELLS):
+        first, last = starts[span.start], starts[span.stop]
+        sums = Sums.of(history.at(range(first, last))).together(starts[span] - first)
+        whole = sums if whole is None else whole.followed_by(sums)
+    assert whole is not None
+    return whole.columns()
 
 
 def most_columns(n_layers: int) -> int:
@@ -233,9 +241,12 @@ def series(history: History, columns: Columns) -> dict[str, Series]:
 
 def norm_of(history: History, kind: str) -> Array:
     """The norm at each step; NaN where an element is not finite: `History.norm` leaves it out."""
-    rows = np.array(history.kinds) == kind
-    broken = (history["finite"] < history["numel"])[:, rows].any(1)
-    return np.where(broken, np.nan, history.norm(kind))
+
+    def norm(part: Evidence) -> Array:
+        broken = (part["finite"] < part["numel"]).any(1)
+        return np.where(broken, np.nan, part.history.norm(kind))
+
+    return Evidence(history, 1, kind).by_record(norm)
 
 
 def series_of(

@@ -153,8 +153,9 @@ def test_diagnose_reads_64_records_histograms_at_most_and_none_dense(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     history = make_history(Log2Bins(), 1, 200, noise)
-    read = [sample.at for sample in Evidence(history, 20, GRAD).samples]
-    assert len(read) == len(set(read)) == 64
+    run = Evidence(history, 20, GRAD)
+    read = run.sampled.steps.tolist()
+    assert len(run.samples) == len(read) == len(set(read)) == 64
     assert (min(read), max(read)) == (0, 199)
     assert set(np.diff(read)) == {3, 4}
     found = history.diagnose()

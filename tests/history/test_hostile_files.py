@@ -598,3 +598,67 @@ def test_history_load_refuses_a_directory_of_several_lists_of_formats(tmp_path: 
     (tmp_path / "a" / newest).write_bytes((tmp_path / "b" / newest).read_bytes())
     with pytest.raises(ValueError, match="needs the files of one run"):
         History.load(tmp_path / "a")
+
+
+def long_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[np.ndarray], None]
+) -> History:
+    """A file too large to be verified at once, with a change to the integers of a record."""
+    monkeypatch.setattr("gradstat.history.reading.VERIFIED_BYTES", 0)
+    history = History(["a.weight"], Log2Bins())
+    journal = Journal(path, history)
+    for step in range(3):
+        integers, floats, counts = arrays(gradstat.statistics([torch.randn(40)]))
+        if step == 1:
+            change(integers)
+        append_rows(journal, step, integers, floats, counts)
+    journal.flush()
+    return History.load(path)
+
+
+def test_history_checks_numbers_without_histograms_when_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(integers: np.ndarray) -> None:
+        integers[0, INTEGERS.index("finite")] -= 1
+
+    history = long_file(tmp_path, monkeypatch, change)
+    with pytest.raises(ValueError, match="its elements are not those finite and not, in step 1"):
+        history["std"]
+
+
+def test_history_checks_histograms_when_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def change(integers: np.ndarray) -> None:
+        integers[0, INTEGERS.index("finite")] -= 1
+        integers[0, INTEGERS.index("nan")] += 1
+
+    for read in (
+        lambda history: history.record(1),
+        lambda history: history.histogram("a.weight", 1),
+        lambda history: history["kurtosis"],
+        lambda history: history.verify(),
+        lambda history: list(history.unpacked()),
+        lambda history: history.save(tmp_path / "copy.npz"),
+    ):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        history = long_file(folder, monkeypatch, change)
+        # Numbers that are plausible need no histogram.
+        assert history["nan"].tolist() == [[0], [1], [0]]
+        with pytest.raises(ValueError, match=r"counts do not sum to its finite elements .* step 1"):
+            read(history)
+
+
+@pytest.mark.parametrize("place", ["numbers", "histogram"])
+def test_history_finds_any_damage_when_a_record_is_first_read(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = long_file(tmp_path, monkeypatch, lambda _: None)
+    record = history.find(1)
+    at = record.block.starts[1] + (80 if place == "numbers" else record.n_bytes - 9)
+    with (tmp_path / "00000000.gradstat").open("r+b") as file:
+        file.seek(at)
+        file.write(b"\xaa")
+    with pytest.raises(ValueError, match="its record of step 1 has another checksum"):
+        history["std"]

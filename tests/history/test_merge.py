@@ -96,7 +96,9 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=[1, 1 << 20])
 def any_windows(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Records are put together one by one and kept in a file, or many at a time in memory."""
     monkeypatch.setattr(merging, "_MOST_BYTES", request.param)
+    monkeypatch.setattr("gradstat.history.file._IN_MEMORY", request.param)
 
 
 def assert_close(got: Statistics, right: Statistics) -> None:

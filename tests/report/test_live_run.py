@@ -15,7 +15,8 @@ from histories import begin_journal, falling, make_history, write_steps
 
 from gradstat import History, Log2Bins
 from gradstat.diagnosis import Finding
-from gradstat.history.follow import Follower, Look
+from gradstat.history.file import StoredRecord
+from gradstat.history.follow import Follower
 from gradstat.report import live_run
 from gradstat.report.live_run import LiveRun
 
@@ -200,34 +201,38 @@ def test_live_run_does_not_tell_what_was_found_in_another_run(
     assert [each["sentence"] for each in ask(live)["findings"]] == ["7 records"]
 
 
-def test_live_run_looks_for_findings_in_a_run_that_is_resumed_meanwhile(
-    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("n_ranks", [1, 2])
+@pytest.mark.parametrize("in_memory", [0, 1 << 20])
+def test_live_run_finds_what_the_whole_run_shows_and_reads_it_once(
+    n_ranks: int, in_memory: int, history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("gradstat.history.file._IN_MEMORY", in_memory)
     monkeypatch.setattr("gradstat.history.follow._BYTES", 1)
-    journal = begin_journal(tmp_path, history)
-    for step in range(6):
-        write_steps(journal, history, step)
-    looks, looked = [], Follower.look
+    followers = []
 
-    def look(follower: Follower) -> Look | None:
-        looks.append(follower)
-        if len(looks) == 3:
-            write_steps(begin_journal(tmp_path, history, 2), history, 2, 3)
-        return looked(follower)
+    class Counted(Follower):
+        def __init__(self, path: Path) -> None:
+            followers.append(path)
+            super().__init__(path)
 
+    monkeypatch.setattr(live_run, "Follower", Counted)
+    folders = [tmp_path / f"rank-{rank}" if n_ranks > 1 else tmp_path for rank in range(n_ranks)]
+    journals = [
+        begin_journal(folder, history, rank=rank if n_ranks > 1 else None)
+        for rank, folder in enumerate(folders)
+    ]
+    for step in range(STEPS):
+        for journal in journals:
+            journal.add_scalar("loss", step, 1.0 if step < 20 else 30.0)
+            write_steps(journal, history, step)
     live = LiveRun(tmp_path)
-    while live._growing is None or live._is_behind:
-        live._look()
-    monkeypatch.setattr(Follower, "look", look)
-    seen: list[list[int]] = []
-
-    def diagnose(given: History) -> list[Finding]:
-        seen.append(given.steps.tolist())
-        return []
-
-    monkeypatch.setattr(live_run, "diagnose", diagnose)
-    live._diagnose(live._began)
-    assert seen == [[0, 1, 2, 3]]
+    told = wait_for_findings(live, STEPS)
+    expected = History.load(tmp_path).diagnose()
+    assert [each["sentence"] for each in told["findings"]] == [each.sentence for each in expected]
+    assert "loss spike" in [each["kind"] for each in told["findings"]]
+    assert followers == [tmp_path]
+    is_stored = [isinstance(each, StoredRecord) for each in live._records.records]
+    assert set(is_stored) == {n_ranks == 1 or not in_memory}
 
 
 def test_live_run_says_what_cannot_be_read(history: History, tmp_path: Path) -> None:
