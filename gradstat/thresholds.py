@@ -23,6 +23,7 @@ _FACTORS = (
     "jump",
     "jump_weights",
     "outliers_growth",
+    "weights_growth",
 )
 
 
@@ -51,6 +52,8 @@ class Thresholds:
             are not known: it may be a small one.
         jump: least factor for a layer's update or activation; its root if it rises at once.
         jump_weights: likewise, for its weights.
+        weights_growth: from which growth of all weights in 32 steps, while the loss does not fall,
+            instability is ahead.
         saturation_octaves: how many octaves below its layer's rms an element counts as stopped.
         saturation_share: largest share of stopped ones among the elements that are not zero.
         stuck_ratio: smallest change of a layer's weights in a step, as a share of their size.
@@ -97,6 +100,7 @@ class Thresholds:
     spike_single: float = 5.0
     jump: float = 20.0
     jump_weights: float = 2.0
+    weights_growth: float = 1.12
     saturation_octaves: float = 10.0
     saturation_share: float = 0.5
     stuck_ratio: float = 1e-6

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from gradstat.diagnosis.evidence import Evidence
 from gradstat.diagnosis.findings import FINDINGS, SEVERITIES, Finding, Severity, put_in_order
+from gradstat.diagnosis.instability import find_instability
 from gradstat.diagnosis.narrow_formats import (
     find_format_saturation,
     find_format_underflow,
@@ -42,6 +43,7 @@ _RULES: dict[str | None, tuple[_Rule, ...]] = {
     None: (
         find_nonfinite,
         find_all_spikes,
+        find_instability,
         find_format_underflow,
         find_format_saturation,
         find_narrowest,
@@ -67,8 +69,8 @@ def diagnose(history: History, thresholds: Thresholds | None = None) -> list[Fin
     """Find what is wrong with a run, by its gradients and whatever else was recorded.
 
     NaN, infinities and what moved before a spike are looked for in rows of any kind, and so is what
-    narrow formats would do. Spikes of the loss need a logged loss, layers that do not move need
-    updates, dead units and outliers need activations. Everything else is read off gradients alone.
+    narrow formats would do. Spikes of the loss need a logged loss, instability ahead weights beside
+    it, layers that do not move need updates, dead units and outliers need activations. Everything else is read off gradients alone.
     What began after something sudden comes after it and says so. Layers are taken in the order of
     `History.order`, the first one nearest to the input; without one, in that of the parameters.
     Saturation and underflow are read off histograms over `Log2Bins`, of at most 64 records evenly

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
 
 from gradstat.diagnosis.evidence import Evidence, is_loss, median
 from gradstat.diagnosis.findings import Finding
+from gradstat.diagnosis.instability import REACH, find_instability
 from gradstat.diagnosis.nonfinite import find_nonfinite
 from gradstat.diagnosis.spikes import find_gradient_spikes, find_loss_spikes
 from gradstat.diagnosis.usual import WINDOW
 from gradstat.diagnosis.vanishing_exploding import find_growth
 from gradstat.history import History
-from gradstat.record import GRAD, UNIT
+from gradstat.record import GRAD, PARAM, UNIT
 from gradstat.results import FLOATS, INTEGERS
 from gradstat.thresholds import Thresholds
 from gradstat.util import Array
@@ -32,7 +34,8 @@ class Alerts:
     """Watches records and losses as they come, and asks the rules when one stands out.
 
     A record costs a few operations on arrays of its rows. What `diagnose` would call non-finite, a
-    spike or exploding is told once, and again only when it has cleared in between.
+    spike or exploding is told once, and again only when it has cleared in between. Every eighth
+    record tells whether instability is ahead, where the weights have grown.
 
     Args:
         history: where they go, before this is told.
@@ -45,7 +48,7 @@ class Alerts:
         self._thresholds = Thresholds()
         kinds = np.array(history.kinds)
         self._counted = kinds != UNIT
-        self._gradients = np.flatnonzero(kinds == GRAD)
+        self._gradients, self._weights = (np.flatnonzero(kinds == each) for each in (GRAD, PARAM))
         # Logarithms of the newest records' norms, of each row and of the whole gradient.
         self._ring = np.full((WINDOW, len(kinds) + 1), math.nan)
         self._usual = np.full(len(kinds) + 1, math.inf)
@@ -54,7 +57,8 @@ class Alerts:
         self._near *= _NEAR
         self._losses: dict[str, list[float]] = {}
         self._n_records = self._n_looked_at = 0
-        self._is_due = False
+        self._steps: deque[int] = deque(maxlen=WINDOW // _REFRESHED + 1)  # of every eighth record
+        self._is_due = self._is_growing = self._is_ahead = False
         self._told: set[tuple[str, int]] = set()  # kinds, and of spikes the step of the first value
         self._is_telling = False
 
@@ -77,6 +81,20 @@ class Alerts:
         if self._n_records % _REFRESHED == 0:
             before = np.where(np.isfinite(self._ring), self._ring, math.nan)
             self._usual = np.nan_to_num(median(before), nan=math.inf)
+            self._is_growing = self._has_grown(before)
+
+    def _has_grown(self, sizes: Array) -> bool:
+        """Whether the newest weights are larger than those of a window of records before."""
+        self._steps.append(self._history.last_step)
+        if not len(self._weights) or len(self._steps) < self._steps.maxlen:
+            return False
+        at, first = self._n_records % WINDOW, self._steps[0]
+        ends = sizes[[(at + 1) % WINDOW, at]][:, self._weights]
+        before, now = np.logaddexp.reduce(2 * np.where(np.isnan(ends), -math.inf, ends), axis=1) / 2
+        growth = (now - before) * WINDOW / (self._steps[-1] - first)
+        has_grown = bool(growth > math.log(self._thresholds.weights_growth) * _NEAR)
+        self._is_ahead &= has_grown
+        return has_grown
 
     def see_scalar(self, name: str, value: float) -> None:
         """A number was logged."""
@@ -99,6 +117,9 @@ class Alerts:
         if self._is_telling:
             return
         has_records, self._n_looked_at = self._n_records > self._n_looked_at, self._n_records
+        if self._is_growing:
+            self._is_growing = False
+            self._tell_what_is_ahead()
         if not self._is_due:
             # A spike ends by its own rule; what else was there has cleared.
             if self._told and has_records:
@@ -113,6 +134,19 @@ class Alerts:
                     self._function(finding)
         finally:
             self._is_telling = False
+
+    def _tell_what_is_ahead(self) -> None:
+        newest = self._history.newest(REACH)
+        newest.logged = self._history.logged
+        found = find_instability(Evidence(newest, self._thresholds.window), self._thresholds)
+        found = [each for each in found if each.steps[1] == newest.last_step]
+        self._is_ahead, was_ahead = bool(found), self._is_ahead
+        if found and not was_ahead:
+            self._is_telling = True
+            try:
+                self._function(found[0])
+            finally:
+                self._is_telling = False
 
     def _find(self) -> list[Finding]:
         """What the newest record or loss shows."""

@@ -22,6 +22,7 @@ FINDINGS = (
     "loss spike",
     "gradient spike",
     "jump",
+    "instability ahead",
     "dead units",
     "saturation",
     "exploding",
@@ -161,7 +162,7 @@ def _follows(finding: Finding, cause: Finding, history: History, window: int) ->
     is_over = cause.numbers.get("recovered", 0.0) or cause.severity == "warning"
     last = np.searchsorted(steps, cause.steps[1]) + window if is_over else math.inf
     # Other findings begin with the window of records around it, but for one at the very start.
-    early = 0 if finding.kind in _SUDDEN else window - 1
+    early = 0 if finding.kind in (*_SUDDEN, "instability ahead") else window - 1
     return bool(max(first - early, min(first, 1)) <= begins <= last)
 
 

@@ -1,0 +1,133 @@
+"""Instability ahead: weights that grow while nothing is learned, before the loss shows it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from gradstat.diagnosis.divergence import USUAL_PACE
+from gradstat.diagnosis.evidence import Evidence, log, log_losses, median
+from gradstat.diagnosis.findings import Finding, rounded
+from gradstat.diagnosis.usual import TO_DEVIATIONS, WINDOW, named
+from gradstat.record import ACTIVATION, PARAM
+from gradstat.thresholds import Thresholds
+from gradstat.util import Array
+
+REACH = 4 * WINDOW  # records that say what one shows
+_NEWEST = 8  # values whose median says how large something is now
+_FALLS = 0.75  # deviations of the loss; medians of eight, one of each, rarely differ by so much
+_LEAST_NOISE = 0.01  # of a loss, a logarithm: less is no reason to call it falling or not
+_IN_A_ROW = 4  # records that must show it
+_NOTABLE = 1.1  # growth of an output
+
+
+def find_instability(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+    """Weights that grow while the loss no longer falls, up to now or until it has risen."""
+    if PARAM not in run.kinds or not run.losses or len(run.steps) <= WINDOW + _IN_A_ROW:
+        return []
+    growth = growth_of_weights(run)
+    levels, may_break = _losses_at_records(run, math.log(thresholds.spike_loss))
+    shows = (growth > math.log(thresholds.weights_growth)) & may_break
+    several = np.lib.stride_tricks.sliding_window_view(shows, _IN_A_ROW).all(1)
+    at = np.flatnonzero(several) + _IN_A_ROW - 1
+    if not len(at):
+        return []
+    last = int(at[-1])
+    # What it told of has come, or may come. Otherwise it is over.
+    now = np.nan_to_num(levels[-1], nan=math.inf)
+    if last < len(shows) - 1 and not now > levels[last] + math.log(thresholds.spike_loss):
+        return []
+    # From the first record on that shows it, with short breaks.
+    breaks = np.flatnonzero(np.diff(at) > WINDOW)
+    first = int(at[breaks[-1] + 1 if len(breaks) else 0])
+    return [_finding(run, first, last, growth)]
+
+
+def growth_of_weights(run: Evidence) -> Array:
+    """Logarithm of how many times larger all weights became in 32 steps: ``(S,)``."""
+    size = _newest(log(run.history.norm(PARAM)))
+    return _over_window(size) * WINDOW / _over_window(run.steps.astype(np.float64))
+
+
+def _losses_at_records(run: Evidence, most: float) -> tuple[Array, Array]:
+    """How large the first loss is at each record, a logarithm, and where no loss falls.
+
+    Args:
+        run: all rows.
+        most: how far above its least value a loss may be that still looks well.
+    """
+    first, flat = None, np.ones(len(run.steps), bool)
+    for steps, losses in run.losses.values():
+        x = log_losses(losses)
+        at = np.searchsorted(steps, run.steps, "right") - 1
+        x = np.where((at >= 0) & np.isfinite(x[at.clip(0)]), x[at.clip(0)], math.nan)
+        level = _newest(x)
+        noise = TO_DEVIATIONS * _newest(abs(x - _before(level, 1)), WINDOW)
+        least = np.fmin.reduce(_trailing(level, REACH - WINDOW), axis=0)
+        is_falling = -_over_window(level) > _FALLS * np.maximum(noise, _LEAST_NOISE)
+        flat &= ~is_falling & (level - least <= most)
+        first = level if first is None else first
+    assert first is not None
+    return first, flat
+
+
+def _finding(run: Evidence, first: int, last: int, growth: Array) -> Finding:
+    times = math.exp(float(np.fmax.reduce(growth[first : last + 1])))
+    since, until = int(run.steps[first]), int(run.steps[last])
+    numbers = {"first_step": float(since), "times": times}
+    sentence = (
+        f"Training may break soon: from step {since} on the weights grow, up to "
+        f"{rounded(times)}-fold in {WINDOW} steps, while the loss no longer falls."
+    )
+    now, before = (
+        median(run.log_rms[max(0, end - _NEWEST) : end]) for end in (last + 1, last + 1 - WINDOW)
+    )
+    rises = np.where(np.isfinite(now) & np.isfinite(before), now - before, -math.inf)
+    column, output = (
+        int(np.where(run.is_kind(kind), rises, -math.inf).argmax()) for kind in (PARAM, ACTIVATION)
+    )
+    helps = "or weight decay"
+    if run.kinds[output] == ACTIVATION and rises[output] > math.log(_NOTABLE):
+        numbers["output"] = math.exp(rises[output])
+        sentence += f" {named(run, output)} grew {rounded(numbers['output'])}-fold meanwhile."
+        helps = "weight decay, or a norm there"
+    pace, rate = float(run.pace[last]), float(run.rate[last])
+    if math.isfinite(pace):
+        numbers["pace"] = pace
+        sentence += (
+            f" A step changes the weights by {pace:.2g} of their size, where {USUAL_PACE:g} is "
+            f"usual."
+        )
+    smaller = "A smaller learning rate"
+    if math.isfinite(rate):
+        numbers["rate"] = rate
+        smaller = f"A learning rate below {rate:.3g}"
+    sentence += f" {smaller} usually helps, {helps}."
+    return Finding(
+        "instability ahead", "warning", run.layers[column], (since, until), numbers, sentence
+    )
+
+
+def _trailing(x: Array, n: int) -> Array:
+    """Each value and those before it, ``(n, S, ...)``; NaN before the first one."""
+    padded = np.concatenate([np.full((n - 1, *x.shape[1:]), math.nan), x])
+    windows = np.lib.stride_tricks.sliding_window_view(padded, n, axis=0)
+    trailing: Array = np.moveaxis(windows, -1, 0)
+    return trailing
+
+
+def _newest(x: Array, n: int = _NEWEST) -> Array:
+    """Median of the newest values at each place."""
+    return median(_trailing(x, n))
+
+
+def _before(x: Array, n: int) -> Array:
+    """Values of so many places before; NaN before the first one."""
+    return _trailing(x, n + 1)[0]
+
+
+def _over_window(x: Array) -> Array:
+    """How much it rises over a window of records, at each place."""
+    rise: Array = x - _before(x, WINDOW)
+    return rise

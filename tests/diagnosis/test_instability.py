@@ -1,0 +1,131 @@
+"""Weights that grow while the loss no longer falls: told before it breaks."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from findings import N, diagnose
+from histories import make_history
+from torch import nn
+
+import gradstat
+from gradstat import Finding, History, Log2Bins
+from gradstat.record import ACTIVATION, GRAD, PARAM
+
+STEPS, AT = 160, 100
+Series = Callable[[int], float]
+
+
+def grown(step: int) -> float:
+    """By 1 % a step from one on: 1.37-fold in 32."""
+    return 1.01 ** max(step - AT, 0)
+
+
+def flat(step: int) -> float:
+    return 1.0
+
+
+def falling(step: int) -> float:
+    return 0.99**step
+
+
+def run(
+    weights: Series = grown,
+    losses: Series | None = flat,
+    steps: int = STEPS,
+    kinds: tuple[str, ...] = (GRAD, PARAM, ACTIVATION),
+    every: int = 1,
+) -> History:
+    """Three layers; the outputs of one grow with its weights, squared."""
+
+    def row(record: int, at: int) -> torch.Tensor:
+        step = record * every
+        of = {GRAD: 1e-2, PARAM: weights(step), ACTIVATION: weights(step) ** (2 * (at % 3 == 1))}
+        generator = torch.Generator().manual_seed(1000 * record + at)
+        return of[kinds[at // 3]] * torch.randn(N, generator=generator)
+
+    made = make_history(Log2Bins(), 3, steps, row, kinds=kinds)
+    history = History(made.rows, made.bins)
+    for record in made.records:
+        history.append(record.step * every, made.packed(record).data)
+    for step in range(0, steps * every, every):
+        if losses is not None:
+            wavers = math.exp(0.05 * np.random.default_rng(step).standard_normal())
+            history.add_scalar("loss", step, losses(step) * wavers)
+    return history
+
+
+def ahead(history: History) -> list[Finding]:
+    return [each for each in diagnose(history) if each.kind == "instability ahead"]
+
+
+def test_instability_is_ahead_where_weights_grow_and_the_loss_does_not_fall() -> None:
+    (finding,) = ahead(run())
+    assert finding.severity == "warning"
+    # 12 % in 32 steps take 12 of them, the median of eight four more, three the others in a row.
+    assert AT + 12 <= finding.steps[0] <= AT + 24
+    assert finding.steps[1] == STEPS - 1
+    assert finding.numbers["first_step"] == finding.steps[0]
+    assert finding.numbers["times"] == pytest.approx(1.01**32, rel=0.05)
+    assert finding.numbers["output"] == pytest.approx(1.02**32, rel=0.1)
+    assert finding.layer.startswith("param/")
+    assert f"from step {finding.steps[0]} on the weights grow" in finding.sentence
+    assert "1.weight's activation grew" in finding.sentence
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        run(losses=falling),  # what is learned
+        run(weights=flat),
+        run(weights=lambda step: 1.002**step),  # 7 % in 32 steps
+        run(losses=None),
+        run(kinds=(GRAD, ACTIVATION)),
+        run(steps=30, weights=lambda step: 1.01**step),
+        # What grows as much from record to record, but each is of the tenth step.
+        run(weights=lambda step: 1.001**step, every=10),
+    ],
+    ids=["falls", "flat", "slow", "no loss", "no weights", "short", "every tenth"],
+)
+def test_instability_is_silent(history: History) -> None:
+    assert ahead(history) == []
+
+
+def test_instability_that_has_passed_is_not_told() -> None:
+    passed = run(weights=lambda step: grown(min(step, AT + 25)), steps=STEPS + 80)
+    assert ahead(passed) == []
+
+
+def test_instability_is_told_with_what_came_of_it() -> None:
+    history = run(losses=lambda step: 5.0 if step >= 140 else 1.0)
+    spike, finding = (e for e in diagnose(history) if e.kind in ("loss spike", "instability ahead"))
+    assert (spike.kind, spike.steps[0]) == ("loss spike", 140)
+    # It was there before the spike, and is no consequence of it.
+    assert finding.after == ""
+    assert finding.steps[0] < 140 - 10
+    assert finding.steps[1] <= 145
+
+
+def test_instability_begins_at_another_growth() -> None:
+    assert diagnose(run(), weights_growth=2.0) == []
+
+
+def test_alert_tells_of_instability_once_while_it_lasts() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(50, 4)
+    told: list[tuple[int, Finding]] = []
+    step = 0
+    alert = lambda finding: told.append((step, finding))  # noqa: E731 (of this step)
+    with gradstat.watch(model, what=("grad", "param"), alert=alert) as w:
+        for step in range(150):
+            model(torch.randn(8, 50)).mean().backward()
+            w.log(loss=1.0 + 0.01 * float(torch.randn(())))
+            model.zero_grad()
+            _ = w.history  # waits, where a device measures
+            with torch.no_grad():
+                model.weight *= 1.01 if step >= 60 else 1.0
+    assert [(finding.kind, at in range(72, 96)) for at, finding in told] == [
+        ("instability ahead", True)
+    ]
