@@ -1,24 +1,28 @@
 """Write the tables of incidents in docs/reading.md from runs in which it is known what happened.
 
-Usage: python docs/make_incidents.py [own] [foreign] [--seeds N] [--keep FOLDER]
+Usage: python docs/make_incidents.py [own] [foreign] [ahead] [--seeds N] [--keep FOLDER]
 
-`foreign` is of networks, tasks and schedules that no rule was made for. Runs that a folder keeps
-are read from there, and others are put into it.
+`foreign` is of networks, tasks and schedules that no rule was made for, `ahead` of runs that break
+by themselves, and of what trainscope tells of them, which must be installed. Runs that a folder
+keeps are read from there, and others are put into it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "incidents")]
 import foreign  # noqa: E402 (its place comes first)
+import organic  # noqa: E402
 from incidents import (  # noqa: E402
     CASES,
     FOREIGN_CASES,
@@ -36,7 +40,8 @@ from tasks import SETTINGS, Setting  # noqa: E402
 from gradstat import History  # noqa: E402
 
 PAGE = ROOT / "docs" / "reading.md"
-ALL = {"own": SEEDS, "foreign": FOREIGN_SEEDS}
+ALL = {"own": SEEDS, "foreign": FOREIGN_SEEDS, "ahead": organic.SEEDS}
+AHEAD = 10  # steps
 
 
 class Runs:
@@ -98,8 +103,66 @@ def of_healthy(
     return ["nothing", which, str(n), f"{n_sudden} sudden, {n_warned} other alarms", "", ""]
 
 
+def first_told(history: History) -> list[int | None]:
+    """When each is first told: instability ahead, trainscope's CUSUM, any output's kurtosis."""
+    from trainscope.analysis import first_crossing_step
+    from trainscope.core.detectors import make_detector
+
+    found = organic.told(history)
+    ours = next((step for step, each in found if each.kind == "instability ahead"), None)
+    name = next(each for each in history.scalars if each.endswith("loss"))
+    steps, losses = history.scalar(name)
+    detector = make_detector({"name": "changepoint"})
+    finite = itertools.takewhile(np.isfinite, losses.tolist())
+    theirs = [detector.update(loss) is not None for loss in finite]
+    outputs = history.select("activation")["kurtosis"]
+    crossings = [first_crossing_step(np.nan_to_num(each - 3).tolist()) for each in outputs.T]
+    # It begins at the first of three records above the limit, and is known at the third.
+    known = [each + 2 for each in crossings if each is not None]
+    cusum = int(steps[theirs.index(True)]) if True in theirs else None
+    return [ours, cusum, int(history.steps[min(known)]) if known else None]
+
+
+def of_organic(seeds: range, runs: Runs) -> Iterator[list[str]]:
+    """Cells of the table about what is told before a run breaks, and of runs that do not."""
+    groups: dict[str, dict[str, Callable[[int], History]]] = {
+        name: {f"O|{name}": setting.train} for name, setting in organic.ORGANIC.items()
+    }
+    groups["well: the same networks"] = {f"C|{n}": s.train for n, s in organic.CALM.items()}
+    groups["well: those above"] = {
+        f"H|{each}": lambda seed, s=each: train(s, seed)  # type: ignore[misc]
+        for each in (*foreign.HEALTHY, *SETTINGS)
+    }
+    for name, makers in groups.items():
+        told, n_runs = [], 0
+        for key, make in makers.items():
+            for seed in seeds[:1] if key.startswith("H|") else seeds:
+                history = runs.get(f"{key}|{seed}", lambda m=make, s=seed: m(s))  # type: ignore[misc]
+                broke = organic.breaks(history)
+                n_runs += 1
+                if name in organic.ORGANIC and broke is None:
+                    continue
+                when = first_told(history)
+                print(key, seed, "breaks", broke, "told", when, file=sys.stderr)
+                told.append([np.nan if at is None else (broke or 0) - at for at in when])
+        leads = np.array(told).reshape(len(told), 3)
+        if name in organic.ORGANIC:
+            counts = [str(n) for n in (leads >= AHEAD).sum(0)]
+            before = leads[:, 0][leads[:, 0] > 0]
+            median = f"{np.median(before):.0f}" if len(before) else "-"
+            yield [name, str(n_runs), str(len(told)), counts[0], median, *counts[1:]]
+        else:
+            counts = [f"{n} told" for n in (~np.isnan(leads)).sum(0)]
+            yield [name, str(n_runs), "0", counts[0], "", *counts[1:]]
+
+
 def table(group: str, seeds: range, runs: Runs) -> str:
     """The lines of a table."""
+    if group == "ahead":
+        head = ["what makes it break", "runs", "broke", f"told {AHEAD} steps ahead", "median"]
+        lines = [[*head, "trainscope's CUSUM", "its kurtosis"], ["---"] * 7]
+        lines += of_organic(seeds, runs)
+        return "".join(f"| {' | '.join(cells)} |\n".replace("|  |", "| |") for cells in lines)
     lines = [["what happened", "networks", "runs", "found", "right step", "right layer, or none"]]
     lines.append(["---"] * 6)
     if group == "own":
@@ -114,8 +177,8 @@ def table(group: str, seeds: range, runs: Runs) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("groups", nargs="*", choices=[*ALL, []], help="by default both")
-    parser.add_argument("--seeds", type=int, help="by default 20 of our own, 3 of foreign networks")
+    parser.add_argument("groups", nargs="*", choices=[*ALL, []], help="by default all")
+    parser.add_argument("--seeds", type=int, help="by default 20 of our own, 3 and 5 of others")
     parser.add_argument("--keep", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -69,12 +69,12 @@ def diagnose(history: History, thresholds: Thresholds | None = None) -> list[Fin
     """Find what is wrong with a run, by its gradients and whatever else was recorded.
 
     NaN, infinities and what moved before a spike are looked for in rows of any kind, and so is what
-    narrow formats would do. Spikes of the loss need a logged loss, instability ahead weights beside
-    it, layers that do not move need updates, dead units and outliers need activations. Everything else is read off gradients alone.
-    What began after something sudden comes after it and says so. Layers are taken in the order of
-    `History.order`, the first one nearest to the input; without one, in that of the parameters.
-    Saturation and underflow are read off histograms over `Log2Bins`, of at most 64 records evenly
-    spread; over `LinearBins` they are left out.
+    narrow formats would do. Spikes of the loss need a logged loss, instability ahead parameters
+    too, layers that do not move need updates, dead units and outliers need activations. Everything
+    else is read off gradients alone. What began after something sudden comes after it and says so.
+    Layers are taken in the order of `History.order`, the first one nearest to the input; without
+    one, in that of the parameters. Saturation and underflow are read off histograms over
+    `Log2Bins`, of at most 64 records evenly spread; over `LinearBins` they are left out.
 
     Args:
         history: with one record at least; several dozen say more than a few.

@@ -86,7 +86,7 @@ class Alerts:
     def _has_grown(self, sizes: Array) -> bool:
         """Whether the newest weights are larger than those of a window of records before."""
         self._steps.append(self._history.last_step)
-        if not len(self._weights) or len(self._steps) < self._steps.maxlen:
+        if not len(self._weights) or len(self._steps) * _REFRESHED <= WINDOW:
             return False
         at, first = self._n_records % WINDOW, self._steps[0]
         ends = sizes[[(at + 1) % WINDOW, at]][:, self._weights]

@@ -16,7 +16,8 @@ from gradstat.util import Array
 
 REACH = 4 * WINDOW  # records that say what one shows
 _NEWEST = 8  # values whose median says how large something is now
-_FALLS = 0.75  # deviations of the loss; medians of eight, one of each, rarely differ by so much
+_LONG = 2 * WINDOW  # records over which a loss that is being learned falls beyond its noise
+_FALLS = 1.0  # deviations of one loss, of which medians of eight differ by half as much
 _LEAST_NOISE = 0.01  # of a loss, a logarithm: less is no reason to call it falling or not
 _IN_A_ROW = 4  # records that must show it
 _NOTABLE = 1.1  # growth of an output
@@ -24,7 +25,7 @@ _NOTABLE = 1.1  # growth of an output
 
 def find_instability(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Weights that grow while the loss no longer falls, up to now or until it has risen."""
-    if PARAM not in run.kinds or not run.losses or len(run.steps) <= WINDOW + _IN_A_ROW:
+    if PARAM not in run.kinds or not run.losses or len(run.steps) <= _LONG:
         return []
     growth = growth_of_weights(run)
     levels, may_break = _losses_at_records(run, math.log(thresholds.spike_loss))
@@ -65,8 +66,8 @@ def _losses_at_records(run: Evidence, most: float) -> tuple[Array, Array]:
         level = _newest(x)
         noise = TO_DEVIATIONS * _newest(abs(x - _before(level, 1)), WINDOW)
         least = np.fmin.reduce(_trailing(level, REACH - WINDOW), axis=0)
-        is_falling = -_over_window(level) > _FALLS * np.maximum(noise, _LEAST_NOISE)
-        flat &= ~is_falling & (level - least <= most)
+        is_falling = _before(level, _LONG) - level > _FALLS * np.maximum(noise, _LEAST_NOISE)
+        flat &= ~is_falling & (level - least <= most) & ~np.isnan(_before(level, _LONG))
         first = level if first is None else first
     assert first is not None
     return first, flat
@@ -124,7 +125,8 @@ def _newest(x: Array, n: int = _NEWEST) -> Array:
 
 def _before(x: Array, n: int) -> Array:
     """Values of so many places before; NaN before the first one."""
-    return _trailing(x, n + 1)[0]
+    before: Array = _trailing(x, n + 1)[0]
+    return before
 
 
 def _over_window(x: Array) -> Array:

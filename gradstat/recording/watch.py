@@ -145,7 +145,8 @@ def watch(
             directory that has records: those from this step on are superseded, the others stay, and
             all of it loads as one run.
         alert: a function of a `Finding`, called as soon as a record or a logged loss shows what
-            is not finite, a spike or an explosion; once for each, and again after it has cleared.
+            is not finite, a spike or an explosion, or that instability is ahead; once for each, and
+            again after it has cleared.
             It is called in the thread that trains, and what it raises stops the training.
         bucket_bytes: gradients measured in one launch; the default leaves them in a GPU's cache.
         stream: ``"side"`` measures on a CUDA stream of its own, beside the rest of the backward

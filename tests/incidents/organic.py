@@ -72,7 +72,8 @@ def risen(step: int, steps: int) -> float:
 def risen_and_falling(step: int, steps: int) -> float:
     """Ten-fold in 116 steps, then down as a cosine."""
     first = round(math.log(10) / math.log(1.02))
-    return 1.02**step if step < first else 5 + 5 * math.cos(math.pi * (step - first) / (steps - first))
+    down = math.cos(math.pi * max(0, step - first) / (steps - first))
+    return 1.02**step if step < first else 5 + 5 * down
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,8 @@ class Organic:
     """How a network is trained.
 
     Args:
+        schedule: multiple of the learning rate, given the step and how many there are.
         few: batches, over and over; 0 for new ones.
-        beside: a learning rate's multiple at each of so many steps.
     """
 
     build: Callable[[], nn.Module]
@@ -121,6 +122,7 @@ ORGANIC = {
     "bfloat16, ResNet, SGD": Organic(resnet, sgd(0.08), rising, 64, dtype=HALF),
     "logits, GPT, AdamW": Organic(free_attention, adamw(1e-3), rising),
     "logits, GPT, SGD": Organic(free_attention, sgd(0.03), rising),
+    # All batches are known by heart, and Adam's second moments small, when the rate is too high.
     "quiet, GPT, AdamW": Organic(gpt, adamw(1e-3, 1e-15), rising, few=2),
     "quiet, ResNet, AdamW": Organic(resnet, adamw(8e-3, 1e-15), rising, 32, few=2),
     "no warm-up, GPT, SGD": Organic(free_attention, sgd(0.35)),
