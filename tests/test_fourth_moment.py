@@ -139,3 +139,10 @@ def test_kurtosis_of_a_list_is_that_of_each(generator: torch.Generator) -> None:
     whole = gradstat.statistics(x).kurtosis
     each = torch.stack([gradstat.statistics(one, Log2Bins()).kurtosis for one in x])
     torch.testing.assert_close(whole, each, equal_nan=True, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("n_bins", [1, 2, 5])
+def test_kurtosis_of_values_that_lie_evenly_in_wide_bins_is_exact(n_bins: int) -> None:
+    x = torch.linspace(-1, 1, 100_001, dtype=torch.float64)
+    got = float(gradstat.statistics(x, LinearBins(n_bins, -1, 1)).kurtosis)
+    assert got == pytest.approx(true(x), rel=1e-4)
