@@ -2,13 +2,7 @@
 
 import triton
 import triton.language as tl
-from torch.torch_version import TorchVersion
-from triton import knobs
 
-# Triton's interpreter does so before 3.8; no device does.
-MINIMUM_TAKES_NAN = tl.constexpr(
-    knobs.runtime.interpret and TorchVersion(triton.__version__) < "3.8"
-)
 LOG2_SHIFT = tl.constexpr(21)
 LOG2_MAGNITUDES = tl.constexpr(1024)
 LOG2_FINITE = tl.constexpr(1020)
@@ -85,7 +79,5 @@ def inner_slot(x, low, scale, quarters, BINS: tl.constexpr, SLOTS: tl.constexpr)
     A minimum takes the number, not the NaN.
     """
     t = tl.abs(quarters_above(x, low, scale, quarters))
-    if MINIMUM_TAKES_NAN:
-        t = tl.where(t < 4.0 * (BINS + 1), t, 4.0 * (BINS + 1))
     t = tl.minimum(t, 4.0 * (BINS + 1))
     return (t.to(tl.int32) >> 2) & (SLOTS - 1)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import triton
 from conftest import ROOT
 
 from gradstat.formats import FORMATS
@@ -171,10 +170,6 @@ def examine(chosen: list[Choice]) -> list[dict[str, Any]]:
     return rows
 
 
-# Up to Triton 3.7 a histogram is counted by ballots: the same result, more instructions.
-counts_by_atomics = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
-
-
 def check_measuring(chosen: list[Choice]) -> None:
     for row in examine(chosen):
         kind = DTYPES.index(row["dtype"])
@@ -207,7 +202,6 @@ def check_formats(chosen: list[Choice]) -> None:
         assert row["barriers"] == 0, row
 
 
-@pytest.mark.skipif(not counts_by_atomics, reason="the budget is for Triton 3.8 and later")
 def test_main_loop_keeps_to_the_budget() -> None:
     # All dtypes on one architecture, bfloat16 where the budget is another one.
     check_measuring(
@@ -230,7 +224,6 @@ def test_main_loop_of_formats_keeps_to_the_budget() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not counts_by_atomics, reason="the budget is for Triton 3.8 and later")
 @pytest.mark.parametrize("architecture", [75, 80, 86, 89, 90, 100, 120])
 def test_every_main_loop_keeps_to_the_budget(architecture: int) -> None:
     check_measuring([(architecture, kernel, d, bins) for kernel, bins in MEASURING for d in DTYPES])
