@@ -47,7 +47,7 @@ def find_instability(run: Evidence, thresholds: Thresholds) -> list[Finding]:
 
 def growth_of_weights(run: Evidence) -> Array:
     """Logarithm of how many times larger all weights became in 32 steps: ``(S,)``."""
-    size = _newest(log(run.history.norm(PARAM)))
+    size = _newest(log(run.norm(PARAM)))
     return _over_window(size) * WINDOW / _over_window(run.steps.astype(np.float64))
 
 
@@ -82,7 +82,8 @@ def _finding(run: Evidence, first: int, last: int, growth: Array) -> Finding:
         f"{rounded(times)}-fold in {WINDOW} steps, while the loss no longer falls."
     )
     now, before = (
-        median(run.log_rms[max(0, end - _NEWEST) : end]) for end in (last + 1, last + 1 - WINDOW)
+        median(run.part(np.arange(max(0, end - _NEWEST), end)).log_rms)
+        for end in (last + 1, last + 1 - WINDOW)
     )
     rises = np.where(np.isfinite(now) & np.isfinite(before), now - before, -math.inf)
     column, output = (

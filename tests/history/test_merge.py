@@ -1,5 +1,6 @@
 """What several ranks have measured, put together from histories, files and directories."""
 
+import pickle
 import re
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from gradstat import History, LinearBins, Log2Bins, Statistics
 from gradstat.bins import Bins
 from gradstat.cli import main
 from gradstat.history import ranks as merging
-from gradstat.history.file import Reader
+from gradstat.history.file import Reader, StoredRecord
 from gradstat.history.journal import Journal
 from gradstat.history.placements import OWN, PARTIAL, SAME
 from gradstat.record import Row
@@ -284,6 +285,21 @@ def test_history_load_takes_a_directory_of_ranks_as_one_run(tmp_path: Path) -> N
     assert (history.rank, history.world) == (2, 3)
     history.save(tmp_path / "saved.npz")
     assert_same(History.merge([*folders[:2], tmp_path / "saved.npz"]), loaded)
+
+
+def test_history_of_ranks_in_a_temporary_file_is_read_copied_and_appended_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_ranks(tmp_path, 3)
+    expected = History.load(tmp_path)
+    monkeypatch.setattr("gradstat.history.file._IN_MEMORY", 0)
+    got = History.load(tmp_path)
+    shutil.rmtree(tmp_path)
+    assert {type(each) for each in got.records} == {StoredRecord}
+    copied = pickle.loads(pickle.dumps(got))
+    got.append(5, got.packed(got.find(4)).data)
+    assert_same(got.between(end=5), expected)
+    assert_same(copied, expected)
 
 
 @pytest.mark.usefixtures("small_windows")
