@@ -38,7 +38,8 @@ Result = TypeVar("Result")
 
 # The least float64, from its bits, as the module is imported. Python computes a constant when it
 # compiles: `2.0**-1074` is 0.0 for good in a module that it compiles while subnormals are flushed.
-(_SUBNORMAL,) = struct.unpack("<d", (1).to_bytes(8, "little"))
+# Times 1 it is 0 in a thread that flushes subnormals.
+(SUBNORMAL,) = struct.unpack("<d", (1).to_bytes(8, "little"))
 
 
 def keeps_subnormals(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -50,7 +51,7 @@ def keeps_subnormals(function: Callable[Arguments, Result]) -> Callable[Argument
 
     @functools.wraps(function)
     def keeping(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if _SUBNORMAL * 1.0 != 0.0 or torch.compiler.is_compiling():
+        if SUBNORMAL * 1.0 != 0.0 or torch.compiler.is_compiling():
             return function(*args, **kwargs)
         threads = torch.get_num_threads()
         torch.set_flush_denormal(False)

@@ -7,7 +7,6 @@ kernels/items.py. Tables are uploaded once and kept for the next call with the s
 from __future__ import annotations
 
 import functools
-import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor
 from triton import knobs
 
 from gradstat.bins import Bins, LinearBins, Log2Bins, keeps_subnormals
-from gradstat.engines import NUMBERS, merge_dims, no_storage, reference, together
+from gradstat.engines import NUMBERS, alike, merge_dims, no_storage, reference, together
 from gradstat.kernels.finish import finish_kernel
 from gradstat.kernels.items import ROWS
 from gradstat.kernels.measure import (
@@ -58,7 +57,8 @@ MAX_TABLE_BYTES = 64 << 20  # of all tables that are kept
 
 # Work items and spans of tensors of one dtype and of their rows.
 MakeTables = Callable[[Sequence[Tensor], Sequence[int]], tuple[NDArray[Any], NDArray[Any]]]
-_dtype_of = operator.attrgetter("dtype")
+# Flat memory of integers, floats and counts, as of `Statistics`.
+Rows: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 # What CUDA graphs use at every replay: counters, tables, and their copies in the host's memory. A
 # graph may outlive whoever captured it.
@@ -78,99 +78,132 @@ def measure(tensors: Sequence[Tensor], bins: Bins) -> Statistics:
         tensors = [x.resolve_neg() for x in tensors]  # a copy where torch keeps a sign apart
     n, device = len(tensors), tensors[0].device
     rows = torch.zeros(n * (NUMBERS + bins.bins), dtype=torch.int64, device=device)
-    return _measure(tensors, bins, rows, _known_ranges(bins, n, device))
+    with on_device(device):
+        tables = find_tables(tensors, device, make_items)
+        _measure(tensors, bins, tables, rows, _known_ranges(bins, n, device))
+    integers, floats, counts = (x.view(n, -1) for x in _split(rows, n, bins.bins))
+    return Statistics(bins, integers, floats, counts)
 
 
 class Plan:
     """As `gradstat.engines.Plan`."""
 
     def __init__(self, tensors: Sequence[Tensor], bins: Bins) -> None:
-        self._bins, self._device = bins, tensors[0].device
-        self._types, self._dtypes = list(map(type, tensors)), [x.dtype for x in tensors]
+        self._bins, self._n_bins, self._device = bins, bins.bins, tensors[0].device
+        self.fits, self._like = alike(tensors), _like(tensors)
         self._ranges: Tensor | None = None
 
     def run(
         self, tensors: Sequence[Tensor], formats: Tensor | None = None, due: Tensor | None = None
-    ) -> Tensor | None:
+    ) -> Tensor:
         """All numbers of the rows in one tensor.
 
         In a replay in which they are not due no kernel reads a tensor; `reference` measures always.
         """
-        bins, n = self._bins, len(tensors)
-        if (
-            list(map(type, tensors)) != self._types
-            or [x.dtype for x in tensors] != self._dtypes
-            or any(x.layout != torch.strided or x.is_neg() for x in tensors)
-        ):
-            return None
-        if bins.bins > MAX_BINS:
+        bins, n, device = self._bins, len(tensors), self._device
+        if self._n_bins > MAX_BINS:
             return together(reference.measure(tensors, bins), formats)
         n_formats = 0 if formats is None else formats.numel()
-        size = n * (NUMBERS + bins.bins) + n_formats
-        rows = torch.zeros(size, dtype=torch.int64, device=self._device)
-        ranges = self._ranges
-        if ranges is None:
-            ranges = _known_ranges(bins, n, self._device)
-            # What a capture makes is written by its replays alone.
-            if self._device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-                self._ranges = ranges
-        _measure(tensors, bins, rows, ranges, due)
+        size = n * (NUMBERS + self._n_bins) + n_formats
+        rows = torch.zeros(size, dtype=torch.int64, device=device)
+        with on_device(device):
+            tables = find_tables(tensors, device, make_items, like=self._like)
+            ranges = self._ranges
+            if ranges is None:
+                ranges = _known_ranges(bins, n, device)
+                # What a capture makes is written by its replays alone.
+                if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+                    self._ranges = ranges
+            _measure(tensors, bins, tables, rows, ranges, due)
         if formats is not None:
             rows[-n_formats:] = formats.view(torch.int64).flatten()
         return rows
 
 
+def _split(rows: Tensor, n: int, n_bins: int) -> Rows:
+    sizes = n * NUMBERS // 2, n * NUMBERS // 2, n * n_bins
+    parts = rows.split_with_sizes((*sizes, rows.numel() - sum(sizes)))
+    return parts[0], parts[1].view(torch.float64), parts[2]
+
+
 def _measure(
     tensors: Sequence[Tensor],
     bins: Bins,
+    tables: Tables,
     rows: Tensor,
     ranges: Tensor | None,
     due: Tensor | None = None,
-) -> Statistics:
-    """Write the rows of tensors: integers, floats and counts of all, into zeros."""
-    n, device = len(tensors), rows.device
-    floats_at, counts_at, end = n * NUMBERS // 2, n * NUMBERS, n * (NUMBERS + bins.bins)
-    result = Statistics(
-        bins,
-        rows[:floats_at].view(n, -1),
-        rows[floats_at:counts_at].view(torch.float64).view(n, -1),
-        rows[counts_at:end].view(n, -1),
-    )
-    with on_device(device):
-        tables = find_tables(tensors, device, make_items)
-        for group in tables.groups:
-            _summarise(group, result, ranges, due)
-        if isinstance(bins, LinearBins) and ranges is None:
-            found = torch.stack(bins.automatic_range(result.min.float(), result.max.float()), 1)
-            result.floats[:, -2:] = found
-            for group in tables.groups:
-                _count(group, result, found, due)
-    for i in tables.float64_rows:
-        _copy_row(reference.measure([tensors[i]], bins), result, i)
-    return result
-
-
-# What was launched before, by kernel and constants.
-_compiled: dict[tuple[object, ...], Kernel] = {}
-
-
-def _launch(
-    kernel: Kernel, grid: int, tensors: Sequence[Tensor], *others: object, **options: object
 ) -> None:
-    """Launch a kernel over a grid of one dimension, the second time without the JIT's front.
+    """Write the rows of tensors: integers, floats and counts of all, into zeros."""
+    n = len(tensors)
+    to = _split(rows, n, bins.bins)
+    for group in tables.groups:
+        _summarise(group, bins, to, ranges, due)
+    if isinstance(bins, LinearBins) and ranges is None:
+        floats = to[1].view(n, -1)
+        found = torch.stack(bins.automatic_range(*floats[:, :2].float().unbind(1)), 1)
+        floats[:, -2:] = found
+        for group in tables.groups:
+            _count(group, bins, to, found, due)
+    for row in tables.float64_rows:
+        again = reference.measure([tensors[row]], bins)
+        for each, new in zip(to, (again.integers, again.floats, again.counts), strict=True):
+            each.view(n, -1)[row].copy_(new[0])
+
+
+class _Launcher:
+    """Launches a kernel over a grid of one dimension, the second time without the JIT's front.
 
     The front binds and classifies all arguments, which takes several times as long as the launch.
-    It finds the same each time: all pointers are aligned as memory of PyTorch's is, and what else
-    a kernel takes is part of the key.
+    It finds the same each time: all pointers are aligned as memory of PyTorch's is.
+
+    Args:
+        kernel: of Triton.
+        constants: its last arguments, for which it is compiled.
+        options: of the compiler.
     """
-    key = (kernel.__name__, tensors[0].get_device(), *others)
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[grid, 1, 1](*tensors, *others)
-        return
-    compiled = kernel[(grid,)](*tensors, *others, **options)
-    if hasattr(compiled, "packed_metadata"):  # nothing is, where Triton interprets
-        _compiled[key] = compiled
+
+    def __init__(self, kernel: Kernel, *constants: object, **options: object) -> None:
+        self._kernel, self._constants, self._options = kernel, constants, options
+        self._compiled: Kernel | None = None
+
+    def __call__(self, grid: int, *tensors: Tensor) -> None:
+        if self._compiled is not None:
+            self._compiled[grid, 1, 1](*tensors, *self._constants)
+            return
+        compiled = self._kernel[(grid,)](*tensors, *self._constants, **self._options)
+        if hasattr(compiled, "packed_metadata"):  # nothing is, where Triton interprets
+            self._compiled = compiled
+
+
+@functools.cache
+def _measuring(device: torch.device, dtype: torch.dtype, bins: Bins, has_range: bool) -> _Launcher:
+    """What launches the measurement of tensors, with their histogram if the range is known."""
+    is_log2, slots = isinstance(bins, Log2Bins), slots_of(bins)
+    capability, itemsize = capability_of(device), dtype.itemsize
+    return _Launcher(
+        measure_kernel,
+        ELEMENTS[dtype],
+        bins.bins if is_log2 or has_range else 0,
+        slots,
+        is_log2,
+        compares_pairs(itemsize, capability),
+        THREADS,
+        num_warps=warps_on(device),
+        **limit_registers(itemsize, slots, capability),
+    )
+
+
+@functools.cache
+def _finishing(device: torch.device, has_range: bool) -> _Launcher:
+    options = {"num_warps": warps_on(device), "enable_fp_fusion": False}
+    return _Launcher(finish_kernel, has_range, FINISH_BLOCK, **options)
+
+
+@functools.cache
+def _counting(device: torch.device, dtype: torch.dtype, bins: Bins) -> _Launcher:
+    constants = ELEMENTS[dtype], bins.bins, slots_of(bins), THREADS
+    return _Launcher(second_sweep_kernel, *constants, num_warps=warps_on(device))
 
 
 @keeps_subnormals
@@ -191,52 +224,27 @@ def check_device(function: str, argument: str, device: torch.device) -> None:
         )
 
 
-def _summarise(group: Group, result: Statistics, ranges: Tensor | None, due: Tensor | None) -> None:
+def _summarise(
+    group: Group, bins: Bins, to: Rows, ranges: Tensor | None, due: Tensor | None
+) -> None:
     """Launch all but the histogram of automatic ranges, which are not known yet."""
-    bins, n_items, due = result.bins, len(group.items), group.always if due is None else due
-    device, is_log2, slots = result.floats.device, isinstance(bins, Log2Bins), slots_of(bins)
-    capability, itemsize = capability_of(device), group.dtype.itemsize
-    partials = result.floats.new_empty((n_items, PARTIAL_FIELDS.value))
-    known = result.floats if ranges is None else ranges  # else not read
+    n_items, due = group.n_items, group.always if due is None else due
+    integers, floats, counts = to
+    partials = floats.new_empty(n_items * PARTIAL_FIELDS.value)
+    known = floats if ranges is None else ranges  # else not read
     if n_items:
-        _launch(
-            measure_kernel,
-            n_items,
-            (due, group.items, known, partials, result.counts),
-            ELEMENTS[group.dtype],
-            bins.bins if is_log2 or ranges is not None else 0,
-            slots,
-            is_log2,
-            compares_pairs(itemsize, capability),
-            THREADS,
-            num_warps=warps_on(device),
-            **limit_registers(itemsize, slots, capability),
-        )
-    _launch(
-        finish_kernel,
-        len(group.spans),
-        (due, group.spans, partials, known, result.integers, result.floats),
-        ranges is not None,
-        FINISH_BLOCK,
-        num_warps=warps_on(device),
-        enable_fp_fusion=False,
-    )
+        measure = _measuring(floats.device, group.dtype, bins, ranges is not None)
+        measure(n_items, due, group.items, known, partials, counts)
+    finish = _finishing(floats.device, ranges is not None)
+    finish(group.n_spans, due, group.spans, partials, known, integers, floats)
 
 
-def _count(group: Group, result: Statistics, ranges: Tensor, due: Tensor | None) -> None:
+def _count(group: Group, bins: Bins, to: Rows, ranges: Tensor, due: Tensor | None) -> None:
     """Launch the histogram over ranges that the measurement has found."""
-    n_items = len(group.items)
-    if n_items:
-        _launch(
-            second_sweep_kernel,
-            n_items,
-            (group.always if due is None else due, group.items, ranges, result.counts),
-            ELEMENTS[group.dtype],
-            result.bins.bins,
-            slots_of(result.bins),
-            THREADS,
-            num_warps=warps_on(ranges.device),
-        )
+    if group.n_items:
+        due = group.always if due is None else due
+        count = _counting(ranges.device, group.dtype, bins)
+        count(group.n_items, due, group.items, ranges, to[2])
 
 
 def slots_of(bins: Bins) -> int:
@@ -277,12 +285,6 @@ def limit_registers(itemsize: int, slots: int, capability: int) -> dict[str, int
         return {}
     least = 72 if itemsize == 2 else 48 if capability < BLACKWELL else 56
     return {"maxnreg": least + -(-(slots // THREADS) // 8) * 8}  # they come in eights
-
-
-def _copy_row(source: Statistics, target: Statistics, row: int) -> None:
-    target.integers[row].copy_(source.integers[0])
-    target.floats[row].copy_(source.floats[0])
-    target.counts[row].copy_(source.counts[0])
 
 
 class StridedPart(NamedTuple):
@@ -394,6 +396,8 @@ class Group:
     items: Tensor
     spans: Tensor
     always: Tensor  # flag of what is measured in any case, int64
+    n_items: int
+    n_spans: int
 
 
 @dataclass(frozen=True)
@@ -415,23 +419,26 @@ _tables: OrderedDict[tuple[Any, ...], Tables] = OrderedDict()
 _tables_lock = threading.Lock()
 
 
+def _like(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
+    """What tables depend on beside addresses."""
+    gaps = None
+    if not all(map(Tensor.is_contiguous, tensors)):
+        gaps = tuple([(x.shape, x.stride()) for x in tensors])
+    return tuple([x.numel() for x in tensors]), tuple([x.dtype for x in tensors]), gaps
+
+
 def find_tables(
-    tensors: Sequence[Tensor], device: torch.device, make_tables: MakeTables, *more: Hashable
+    tensors: Sequence[Tensor],
+    device: torch.device,
+    make_tables: MakeTables,
+    *more: Hashable,
+    like: tuple[Hashable, ...] | None = None,
 ) -> Tables:
     """Tables of a list; built and uploaded anew only when addresses, shapes or dtypes change.
 
-    They depend on ``more``, too.
+    They depend on ``more``, too; ``like`` is what `_like` says, if that is known.
     """
-    # Mapped methods: this is most of the cost of a call with many tensors.
-    key: tuple[Any, ...] = (
-        device,
-        tuple(map(Tensor.data_ptr, tensors)),
-        tuple(map(Tensor.numel, tensors)),
-        tuple(map(_dtype_of, tensors)),
-        *more,
-    )
-    if not all(map(Tensor.is_contiguous, tensors)):
-        key = (*key, tuple([(x.shape, x.stride()) for x in tensors]))
+    key = (device, tuple(map(Tensor.data_ptr, tensors)), *(like or _like(tensors)), *more)
     is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     with _tables_lock:
         tables = _tables.get(key)
@@ -462,7 +469,8 @@ def _make_tables(
         items, spans = make_tables([tensors[i] for i in members], members)
         ones = np.ones_like(spans[:1])
         tables = [_upload(x, device, is_capturing) for x in (items, np.concatenate([spans, ones]))]
-        groups.append(Group(dtype, tables[0], tables[1][:-1], tables[1][-1]))
+        counts = len(items), len(spans)
+        groups.append(Group(dtype, tables[0], tables[1][:-1], tables[1][-1], *counts))
     if device.type != "cuda" or is_capturing:
         return Tables(groups, float64_rows, 0, None)
     stream = torch.cuda.current_stream(device)

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from gradstat.engines import Result
 from gradstat.ops import choose_engine
 from gradstat.recording.torch_internals import (
     SparingCaptures,
     call_after_replays,
     capturing_graph,
-    is_cuda_initialized,
+    is_capturing,
     raw_stream,
 )
 from gradstat.util import warn
@@ -189,20 +188,15 @@ class Launch(NamedTuple):
 
     Args:
         rows: whose tensors they were, in order.
-        result: of the engine.
+        result: of the engine, int64 on their device.
         stream: that computes it.
         scales: what the values of a kind are still to be divided by.
     """
 
     rows: tuple[int, ...]
-    result: Result
+    result: Tensor
     stream: torch.Stream | None
     scales: Mapping[str, Computed]
-
-
-def is_capturing() -> bool:
-    """Whether what runs now becomes part of a CUDA graph, and runs when that is replayed."""
-    return is_cuda_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class Schedule:
@@ -230,8 +224,8 @@ class Schedule:
         # Passes that it has been told of; those before the first step count as told.
         self.n_told = first_step * accumulation_steps
         # Replays that nobody told it of, as the device has counted them.
-        self._n_missed = 0
-        self._every, self._accumulation_steps = every, accumulation_steps
+        self.n_missed = 0
+        self._every, self.accumulation_steps = every, accumulation_steps
         self._counters: dict[torch.device, PassCounter] = {}
         for x in tensors:
             if x.is_cuda and x.device not in self._counters:
@@ -242,40 +236,32 @@ class Schedule:
         self._n_uncounted: int | None = None
         # Flags of the pass being captured, each with an event for other streams to wait for.
         self._flags: dict[torch.device, tuple[Tensor, torch.cuda.Event]] = {}
-        self._graph: weakref.ref[object] | None = None
+        self.graph: weakref.ref[object] | None = None  # that the pass last asked for is in
 
     @property
     def n_passes(self) -> int:
         """Passes that have ended."""
-        return self.n_told + self._n_missed
+        return self.n_told + self.n_missed
 
     @property
     def step(self) -> int:
         """Number of the step that the pass belongs to."""
-        return (self.n_told + self._n_missed) // self._accumulation_steps
+        return (self.n_told + self.n_missed) // self.accumulation_steps
 
-    def step_of(self, number: int) -> int:
-        """Number of the step that a pass belongs to, by its own number."""
-        return number // self._accumulation_steps
-
-    def is_due(self, *, is_captured: bool) -> bool:
-        """Whether to record the pass that comes or goes on; a captured one may be due later."""
-        if is_captured:
-            return True
-        step, within = divmod(self.n_told + self._n_missed, self._accumulation_steps)
-        return within == self._accumulation_steps - 1 and step % self._every == 0
+    def is_due(self) -> bool:
+        """Whether to record the pass that comes or goes on, outside a graph."""
+        step, within = divmod(self.n_told + self.n_missed, self.accumulation_steps)
+        return within == self.accumulation_steps - 1 and step % self._every == 0
 
     def has_left_graph(self, *, is_captured: bool) -> bool:
         """Whether this pass is in another graph, or none, than the pass last asked for.
 
         What that pass has kept is then lost: its capture has failed.
         """
-        if not is_captured and self._graph is None:
-            return False
         graph = weakref.ref(capturing_graph()) if is_captured else None
-        if graph == self._graph:
+        if graph == self.graph:
             return False
-        self._graph = graph
+        self.graph = graph
         self._flags.clear()
         return True
 
@@ -293,18 +279,20 @@ class Schedule:
         if device not in self._flags:
             if self._n_uncounted is None:
                 self._n_uncounted = self.n_passes
-            due = counter.flag(self._n_uncounted, self._accumulation_steps - 1)
+            due = counter.flag(self._n_uncounted, self.accumulation_steps - 1)
             self._flags[device] = due, stream.record_event()
         due, is_set = self._flags[device]
         stream.wait_event(is_set)
         return due
 
-    def count(self) -> None:
-        """Count a pass that ran outside a graph."""
+    def count(self) -> int:
+        """Count a pass that ran outside a graph; return the number of its step."""
+        step = (self.n_told + self.n_missed) // self.accumulation_steps
         self.n_told += 1
         if self._n_uncounted is not None:
             for counter in self._counters.values():
                 counter.count()
+        return step
 
     def count_captured(self) -> Tensor | None:
         """Let each replay count the pass that has just been captured.
@@ -337,10 +325,10 @@ class Schedule:
         """
         n_counted, is_due = stamp.host().tolist()
         n_passes = n_counted + (self._n_uncounted or 0)
-        if n_passes - n_told != self._n_missed:
-            self._n_missed = n_passes - n_told
+        if n_passes - n_told != self.n_missed:
+            self.n_missed = n_passes - n_told
             warn(_MISSED)
-        return self.step_of(n_passes) if is_due else None
+        return n_passes // self.accumulation_steps if is_due else None
 
 
 class CapturedPass(NamedTuple):

@@ -11,14 +11,12 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from itertools import takewhile
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gradstat.bins import LinearBins
 from gradstat.diagnosis.alerts import Alerts
@@ -31,7 +29,18 @@ from gradstat.recording.cuda import Computed, Launch, Schedule, Transfer, take_o
 from gradstat.results import PACKED, Statistics, as_arrays, as_statistics, union_packed
 from gradstat.util import Array, call_after_fork, warn
 
-_NOTHING = nullcontext()
+
+class _Nothing:
+    """A context that does nothing; unlike `nullcontext` it is written in C.
+
+    It goes with each lock: an interrupt just before the end of a single context would leave that
+    locked.
+    """
+
+    __enter__ = __exit__ = staticmethod("".format)
+
+
+_NOTHING = _Nothing()
 
 Sink = Callable[[int, Statistics], object]
 
@@ -102,25 +111,23 @@ def send(launches: Sequence[Launch]) -> list[Part]:
     parts: list[Part] = []
     together: dict[object, list[Launch]] = {}
     for launch in launches:
-        if isinstance(launch.result, Tensor):
-            scales = tuple(map(id, launch.scales.values()))
-            together.setdefault((launch.result.device, scales), []).append(launch)
-        else:
-            parts.append(Part(launch.rows, launch.result, None, 0, _sent(launch.scales)))
+        scales = tuple(map(id, launch.scales.values()))
+        together.setdefault((launch.result.device, scales), []).append(launch)
     for group in together.values():
-        results = [launch.result for launch in group if isinstance(launch.result, Tensor)]
+        results = [launch.result for launch in group]
         for result, launch in zip(results, group, strict=True):
             take_over([result], launch.stream)
         arriving = Transfer(results[0] if len(results) == 1 else torch.cat(results))
-        arriving_scales, start = _sent(group[0].scales), 0
+        arriving_scales, start = sent(group[0].scales), 0
         for result, launch in zip(results, group, strict=True):
             parts.append(Part(launch.rows, None, arriving, start, arriving_scales))
             start += result.numel()
     return parts
 
 
-def _sent(scales: Mapping[str, Computed]) -> dict[str, Transfer]:
-    return {kind: Transfer(scale.get()) for kind, scale in scales.items()} if scales else {}
+def sent(scales: Mapping[str, Computed]) -> dict[str, Transfer]:
+    """Scales on their way to the host."""
+    return {kind: Transfer(scale.get()) for kind, scale in scales.items()}
 
 
 class Assembly:
@@ -139,7 +146,7 @@ class Assembly:
         """The whole record; rows that no part has are without values."""
         n = self.layout.n_rows
         if len(parts) == 1 and len(parts[0].rows) == n and not self._is_scaled(parts[0]):
-            return parts[0].data or self._data(parts[0])
+            return self._data(parts[0])
         seen = Counter(row for part in parts for row in part.rows)
         joins = any(n > 1 and self._kinds[row] in OF_OUTPUTS for row, n in seen.items())
         if joins or not parts or any(map(self._is_scaled, parts)):
@@ -203,7 +210,7 @@ class Assembly:
     def _data(self, part: Part) -> bytes:
         if part.data is not None:
             return part.data
-        layout, arriving = self._of(part.rows), part.arriving
+        layout, arriving = self.layout, part.arriving
         assert arriving is not None
         n_formats = len(part.rows) * layout.n_formats * len(PACKED)
         size = len(part.rows) * (NUMBERS + layout.n_bins) + n_formats
@@ -367,19 +374,31 @@ class Delivery:
     ) -> None:
         self._history, self._schedule = history, schedule
         self._sink, self._journal, self._alerts = sink, journal, alerts
-        self._assembly = Assembly(history)
-        self._pending: deque[ArrivingRecord] = deque()
-        self._newest_step = -1
-        self._arrived: deque[Record] = deque()
+        self._assembly, self._n_rows = Assembly(history), len(history.rows)
+        self.pending: deque[ArrivingRecord] = deque()
+        self._newest_step, self._n_filed = -1, 0
+        self._arrived: deque[Record] = deque()  # for the sink
         # Held while records are moved, and handed on, by whoever does so further out in the thread.
-        # `_NOTHING` goes with each: an interrupt just before the end of a single context would
-        # leave it locked.
         self._moving, self._handing_on = threading.Lock(), threading.Lock()
         self._is_to_warn = self._has_told_bytes = False
 
-    def add(self, record: ArrivingRecord) -> None:
-        """Take a record that may still be on its way from its device."""
-        self._pending.append(record)
+    def add(self, step: int, parts: list[Part], n_told: int, stamp: Transfer | None = None) -> None:
+        """Take a record that may still be on its way from its device; arguments as of that."""
+        part = parts[0] if len(parts) == 1 else None
+        if (
+            part is None
+            or part.data is None
+            or part.scales
+            or len(part.rows) != self._n_rows
+            or self.pending
+            or self._moving.locked()
+        ):
+            self.pending.append(ArrivingRecord(step, parts, n_told, stamp))
+            return
+        with self._moving, _NOTHING:
+            self._file(step, part.data)
+        if self._sink is not None or self._alerts is not None:
+            self.collect(wait=False)
 
     def combine_arrived(self, parts: list[Part]) -> list[Part]:
         """Parts of a record in their order, the first of them that have arrived as one."""
@@ -387,7 +406,7 @@ class Delivery:
 
     def collect(self, wait: bool) -> None:
         """Hand on records: those that have arrived, or all."""
-        if self._pending and not self._moving.locked():
+        if self.pending and not self._moving.locked():
             with self._moving, _NOTHING:
                 self._move(wait)
         sink = self._sink
@@ -397,16 +416,6 @@ class Delivery:
                 while self._arrived:
                     record, layout = self._arrived.popleft(), self._assembly.layout
                     sink(record.step, layout.statistics(record.data, self._history.bins))
-        if self._alerts is not None:
-            self._alerts.tell()
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether there are records that have not been handed on."""
-        return bool(self._pending or self._arrived)
-
-    def tell_alerts(self) -> None:
-        """Tell of what is new and severe, if anybody is to be told."""
         if self._alerts is not None:
             self._alerts.tell()
 
@@ -424,35 +433,40 @@ class Delivery:
         """In a forked process: keep later records in the history alone."""
         self._moving, self._handing_on = threading.Lock(), threading.Lock()
         # These records are the other process's.
-        self._pending.clear()
+        self.pending.clear()
         self._arrived.clear()
         self._is_to_warn |= self._sink is not None or self._journal is not None
         self._sink = self._journal = self._alerts = None
 
     def _move(self, wait: bool) -> None:
-        while self._pending and self._pending[0].has_arrived(wait):
-            record = self._pending.popleft()
+        while self.pending and self.pending[0].has_arrived(wait):
+            record = self.pending.popleft()
             step: int | None = record.step
             if record.stamp is not None:
                 step = self._schedule.take_stamp(record.stamp, record.n_told)
-            if step is None or step <= self._newest_step:
-                continue  # replayed() was not called once for each replay
-            self._newest_step = step
-            data = self._assembly.record(record.parts)
-            filed = Record(step, time.time(), data)
-            self._history.add(filed)
-            if not self._has_told_bytes and len(self._history) % _LOOK == 0:
-                self._watch_memory()
-            if self._journal is not None:
-                self._journal.add(filed)
-            if self._alerts is not None:
-                layout = self._assembly.layout
-                self._alerts.see_record(layout.integers(data), layout.floats(data))
-            if self._sink is not None:
-                self._arrived.append(filed)
-            if self._is_to_warn:
-                self._is_to_warn = False
-                warn(_FORKED)
+            if step is not None:
+                self._file(step, self._assembly.record(record.parts))
+
+    def _file(self, step: int, data: bytes) -> None:
+        """Hand on the bytes of a record."""
+        if step <= self._newest_step:
+            return  # replayed() was not called once for each replay
+        self._newest_step = step
+        filed = Record(step, time.time(), data)
+        self._history.add(filed)
+        self._n_filed += 1
+        if self._n_filed % _LOOK == 0 and not self._has_told_bytes:
+            self._watch_memory()
+        if self._journal is not None:
+            self._journal.add(filed)
+        if self._alerts is not None:
+            layout = self._assembly.layout
+            self._alerts.see_record(layout.integers(data), layout.floats(data))
+        if self._sink is not None:
+            self._arrived.append(filed)
+        if self._is_to_warn:
+            self._is_to_warn = False
+            warn(_FORKED)
 
     def _watch_memory(self) -> None:
         """Say once that the records take a lot of memory."""

@@ -18,18 +18,21 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gradstat.record import GRAD, PARAM, UPDATE
-from gradstat.recording import torch_internals
 from gradstat.recording.passes import Recorder
 from gradstat.recording.scalars import LearningRates
 from gradstat.recording.shards import copy_placement, local_part
 from gradstat.recording.torch_internals import (
-    compiler_callback,
-    disable_dynamo,
+    bequeath,
+    call_at_end_of_backward,
     hooks_on_gradient,
+    inherited,
     is_compiled_autograd,
     is_in_backward,
+    leave_uncompiled,
+    raw_stream,
     run_first,
     running_node,
+    running_pass,
     scale_of,
 )
 from gradstat.util import call_after_fork
@@ -59,14 +62,11 @@ class RunningPass:
     def await_end(self, function: Callable[[], None]) -> None:
         """Have a function called at the end of the pass that the caller of this is a hook of."""
         call = partial(function)
-        torch_internals.call_at_end_of_backward(call)
-        self.await_call(weakref.ref(call))
-
-    def await_call(self, call: Call) -> None:
-        """Await a call that autograd alone keeps: no frame does, which an exception would keep."""
-        self.call = call
+        call_at_end_of_backward(call)
+        # Autograd alone keeps it: no frame does, which an exception would keep.
+        self.call = weakref.ref(call)
         if self._is_asked:
-            self._caller = torch_internals.inherited(_CALLER)
+            self._caller = inherited(_CALLER)
 
     def end(self) -> None:
         """Await nothing any more."""
@@ -84,14 +84,14 @@ class RunningPass:
         """Whether the pass has begun and neither ended nor been ended by an exception."""
         call = self.call
         return (call is not None and call() is not None) and (
-            torch_internals.running_pass() != -1 or self._caller != threading.get_ident()
+            running_pass() != -1 or self._caller != threading.get_ident()
         )
 
 
 def remember_caller() -> None:
     """Let the passes that this thread will call know that it is their caller."""
     if not is_in_backward():
-        torch_internals.bequeath(_CALLER, threading.get_ident())
+        bequeath(_CALLER, threading.get_ident())
 
 
 class BackwardHooks:
@@ -151,44 +151,47 @@ class BackwardHooks:
         A training step fills the caches with its own, so each call of Python's costs several times
         what it costs alone: this is one function, and takes no lock.
         """
-        recorder, note, running = self._recorder, self._recorder.note, self._pass
+        recorder, running = self._recorder, self._pass
+        note, note_on, streams = recorder.note, recorder.note_on, recorder.streams
         row = (self._first_gradient or 0) + index
         waits = self._fit_in_bucket and index not in self._at_once
         waits &= self._first_gradient is not None
 
+        @leave_uncompiled
         def on_gradient(parameter: Tensor) -> None:
-            if torch.compiler.is_compiling() or compiler_callback() is not None:
-                self._on_gradient_uncompiled(index, parameter)
-                return
             call = running.call
             if call is None or call() is None:
                 self._begin()
             if recorder.is_recording:
                 gradient = parameter.grad
                 # All gradients wait for the end of the pass, but for those that may change before.
-                if waits and gradient is not None and gradient.is_cpu and not gradient._is_view():
-                    note((row, gradient))
-                else:
-                    self._on_gradient(index, parameter)
+                if waits and gradient is not None and not gradient._is_view():
+                    if gradient.is_cpu:
+                        note((row, gradient))
+                        return
+                    if gradient.is_cuda:
+                        device = gradient.get_device()
+                        place = device, raw_stream(device)
+                        if place in streams:
+                            note_on((row, gradient, place))
+                            return
+                self._on_gradient(index, parameter)
 
         return on_gradient
 
     def _on_gradient(self, index: int, parameter: Tensor) -> None:
-        recorder, call = self._recorder, self._pass.call
-        if call is None or call() is None:
-            self._begin()
+        recorder = self._recorder
         with recorder.lock:
             if not recorder.is_recording:
                 return
-            if not recorder.order.is_known:
-                recorder.order.note_gradient(index)
             gradient = parameter.grad
             if gradient is not None and self._first_gradient is not None:
                 recorder.add(self._first_gradient + index, gradient)
                 if index in self._at_once:
                     recorder.measure_waiting()
-
-    _on_gradient_uncompiled = disable_dynamo(_on_gradient)
+            # After those that hooks have noted before.
+            if not recorder.order.is_known:
+                recorder.order.note_gradient(index)
 
     def _begin(self) -> None:
         if is_compiled_autograd():
@@ -202,34 +205,27 @@ class BackwardHooks:
             self._recorder.begin(None if self._scaler is None else scale_of(self._scaler))
             self._pass.await_end(self._on_end)
 
+    @leave_uncompiled
     def _on_end(self) -> None:
-        if compiler_callback() is not None:
-            self._end_uncompiled()  # which calls this one
-            return
-        with self._recorder.lock:
+        recorder = self._recorder
+        with recorder.lock:
             node = running_node()
-            if node is None:
-                self._end()
-                return
-            # A node of an outer pass has run this one, as reentrant checkpoints do. By the end of
-            # the outer pass others may have changed the gradients of this one.
-            self._recorder.measure_waiting()
-            call = _hook_nodes_after(node, self._on_outer_node)
-            if call is None:
-                self._end()
-            else:
-                self._pass.await_call(call)
+            if node is not None:
+                # A node of an outer pass has run this one, as reentrant checkpoints do. By the end
+                # of the outer pass others may have changed the gradients of this one.
+                recorder.measure_waiting()
+                call = _hook_nodes_after(node, self._on_outer_node)
+                if call is not None:
+                    self._pass.call = call
+                    return
+            for row, reference in self._weights:
+                weight = reference()
+                if weight is not None:
+                    recorder.add(row, weight)
+            self._pass.call = None
+            recorder.end()
 
-    _end_uncompiled = disable_dynamo(_on_end)
-
-    def _end(self) -> None:
-        for row, reference in self._weights:
-            weight = reference()
-            if weight is not None:
-                self._recorder.add(row, weight)
-        self._pass.end()
-        self._recorder.end()
-
+    @leave_uncompiled
     def _on_outer_node(self, handles: list[RemovableHandle], *_: object) -> None:
         with self._recorder.lock:
             _take_off(handles)
@@ -325,7 +321,7 @@ class StepHook:
         self._recorder.measure_waiting()
         self._before = {index: (p, _wide_copy(p)) for index, p in parameters.items()}
 
-    @disable_dynamo
+    @leave_uncompiled
     def _on_step(
         self,
         optimizer: Optimizer,
@@ -343,7 +339,7 @@ class StepHook:
             elif self._recorder.is_recording:
                 self._copy(known)
 
-    @disable_dynamo
+    @leave_uncompiled
     def _after_step(self, *_: Any) -> None:  # noqa: ANN401 (the optimizer, what step() is given)
         with self._recorder.lock:
             if self.calls_only and not self._before:

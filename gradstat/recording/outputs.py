@@ -20,9 +20,9 @@ from gradstat.recording.passes import Recorder
 from gradstat.recording.torch_internals import (
     BATCH_NORM,
     base_of,
-    disable_dynamo,
     is_transformed,
     keep_in_graphs,
+    leave_uncompiled,
     name_of_wrapped,
     running_node,
     saved_tensor_hook,
@@ -98,7 +98,7 @@ class OutputHooks:
         self._handles.clear()
         self._is_closed = True
 
-    @disable_dynamo
+    @leave_uncompiled
     def see(self, index: int, x: Tensor, is_gradient: bool) -> None:
         """Measure an output of the module of that index, or the gradient with respect to one."""
         model = self._model()

@@ -33,16 +33,20 @@ from gradstat.recording.cuda import (
     Schedule,
     SideStream,
     Transfer,
-    is_capturing,
     place_of,
     stream_of,
     take_over,
 )
-from gradstat.recording.delivery import ArrivingRecord, Delivery, Part, send
+from gradstat.recording.delivery import Delivery, Part, send, sent
 from gradstat.recording.options import LOOKS, Replaced
 from gradstat.recording.scalars import ScalarLog
 from gradstat.recording.shards import local_part, note_placement
-from gradstat.recording.torch_internals import has_compiled, multiplied, running_pass
+from gradstat.recording.torch_internals import (
+    has_compiled,
+    is_capturing,
+    multiplied,
+    running_pass,
+)
 from gradstat.results import PACKED, packed
 from gradstat.util import call_after_fork, warn
 
@@ -140,13 +144,15 @@ class Recorder:
         self._schedule, self.scalars, self.order = schedule, scalars, Order(history)
         self.bucket_bytes, self._engine, self._side = bucket_bytes, engine, side
         # Gradients that hooks have noted: they append, in whatever thread, and need no lock.
-        self._noted: list[tuple[int, Tensor]] = []
-        self.note = self._noted.append
+        self._noted: list[tuple[int, Tensor]] = []  # on the CPU
+        self._noted_on: list[tuple[int, Tensor, Place]] = []  # of a stream
+        self.note, self.note_on = self._noted.append, self._noted_on.append
+        self.streams: dict[Place, torch.Stream | None] = {}  # that have computed gradients
         self._kinds, self._formats = (
             history.kinds,
             [parse_format("watch", name) for name in history.formats],
         )
-        self._is_linear = isinstance(history.bins, LinearBins)
+        self._is_linear, self._n_rows = isinstance(history.bins, LinearBins), len(history.rows)
         # By device and rows.
         self._plans: dict[tuple[Any, ...], _RowsPlan] = {}
         self._most_plans = 2 * len(history.rows) + 16
@@ -160,10 +166,13 @@ class Recorder:
 
     def is_due(self) -> bool:
         """Whether to record the pass that comes or goes on; a captured one may be due later."""
-        is_captured = is_capturing()
-        if self._schedule.has_left_graph(is_captured=is_captured):
+        is_captured, schedule = is_capturing(), self._schedule
+        if (is_captured or schedule.graph is not None) and schedule.has_left_graph(
+            is_captured=is_captured
+        ):
             self.drop()
-        return self._schedule.is_due(is_captured=is_captured)
+            self._captured.end_graph()
+        return is_captured or schedule.is_due()
 
     @property
     def n_passes(self) -> int:
@@ -209,13 +218,11 @@ class Recorder:
         buckets = self._pass.buckets
         if self._noted:
             buckets.setdefault(None, _Bucket(None)).tensors.update(self._take_noted())
-        bucket = buckets.get(place)
-        if bucket is None:
-            bucket = buckets[place] = _Bucket(stream_of(gradient.device))
-        if len(buckets) > 1:
-            for each in buckets.values():
-                each.tensors.pop(row, None)
-        bucket.tensors[row] = gradient
+        if self._noted_on:
+            self._put_noted()
+        if place not in self.streams:
+            self.streams[place] = stream_of(gradient.device)
+        bucket = self._put(row, gradient, place)
         bucket.n_bytes += gradient.element_size() * gradient.numel()
         # A part of a larger buffer may be changed in it meanwhile, as DistributedDataParallel does;
         # a shard is nobody else's.
@@ -259,6 +266,8 @@ class Recorder:
                 self._measure(tensors, None, None)
             else:
                 bucket.tensors.update(tensors)
+        if self._noted_on:
+            self._put_noted()
         for place in list(self._pass.buckets):
             self._measure_bucket(place, is_to_change=False)
         if self._side is not None:
@@ -269,31 +278,36 @@ class Recorder:
 
         A captured pass has a record each time that `replayed` is called.
         """
-        record, unfinished = None, self._pass
+        parts, unfinished, schedule = None, self._pass, self._schedule
         if self.is_recording:
-            for (row, _, _), peaks in unfinished.peaks.items():
-                self._join(row, peaks.get(), at_once=False)
+            if unfinished.peaks:
+                for (row, _, _), peaks in unfinished.peaks.items():
+                    self._join(row, peaks.get(), at_once=False)
             if self._lacks_outputs:
                 self._lacks_outputs = False
                 warn(_NO_OUTPUTS)
             self.measure_waiting()
             if is_capturing():
                 # It has not run yet, and nothing may be asked of the device now.
-                self._captured.add(unfinished.launches, self._schedule.count_captured())
+                self._captured.add(unfinished.launches, schedule.count_captured())
                 self.drop()
                 return
             if not self.order.is_known:
                 self.order.settle()
-            record = self._record(unfinished.parts, unfinished.launches, None)
+            parts = unfinished.parts
+            if unfinished.launches:
+                parts = [*parts, *send(unfinished.launches)]
             # After an interrupt from here on the record is missing, or there as a whole.
             self.drop()
-        self._captured.end_graph()
-        if self._schedule.n_told % LOOKS == 0:
+        n_told = schedule.n_told
+        if n_told % LOOKS == 0:
             self._replaced.look()
-        self._schedule.count()
-        if record is not None:
-            self._delivery.add(record)
-        self._collect_pending()
+        step = schedule.count()
+        if parts is not None:
+            self._delivery.add(step, parts, n_told)
+        # A pass without a record says nothing of what alerts have told of.
+        if self._delivery.pending or self.scalars.pending:
+            self.collect(wait=False)
 
     def replayed(self, graph: object) -> bool:
         """Take the results of captured passes that are due, which a replay has written anew.
@@ -309,21 +323,25 @@ class Recorder:
         if captured is None:
             return False
         for launches, stamp in captured.passes:
-            record = None
+            schedule, parts, arriving = self._schedule, None, None
+            step, n_told = schedule.step, schedule.n_told
             if self.is_due():
                 # After this replay, and before the next one on its stream.
                 with torch.cuda.stream(captured.stream):
-                    record = self._record([], launches, stamp)
-            self._schedule.count_replayed()
-            if record is not None:
-                self._delivery.add(record)
-        self._collect_pending()
+                    arriving = None if stamp is None else Transfer(stamp)
+                    parts = send(launches)
+            schedule.count_replayed()
+            if parts is not None:
+                self._delivery.add(step, parts, n_told, arriving)
+        if self._delivery.pending or self.scalars.pending:
+            self.collect(wait=False)
         return True
 
     def drop(self) -> None:
         """Forget an unfinished pass."""
         self.is_recording, self._pass = False, _Pass()
         self._noted.clear()
+        self._noted_on.clear()
         if self._side is not None:
             self._side.forget()
         if not self.order.is_known:
@@ -352,10 +370,6 @@ class Recorder:
         self.scalars.collect(wait)
         self._delivery.collect(wait)
 
-    def tell_alerts(self) -> None:
-        """Tell of what is new and severe, if anybody is to be told."""
-        self._delivery.tell_alerts()
-
     def finish(self) -> None:
         """Wait for all records if anybody else is to have them, and hand them on."""
         with self.lock:
@@ -369,20 +383,8 @@ class Recorder:
         """In a forked process: leave to the other one what it records."""
         self.lock = threading.RLock()
         self.drop()
-        self.scalars.forget_pending()
+        self.scalars.forget_other_threads()
         self._delivery.forget_other_threads()
-
-    def _collect_pending(self) -> None:
-        # A pass without a record says nothing of what alerts have told of.
-        if self._delivery.is_pending or self.scalars.is_pending:
-            self.collect(wait=False)
-
-    def _record(
-        self, parts: list[Part], launches: Sequence[Launch], stamp: Tensor | None
-    ) -> ArrivingRecord:
-        schedule = self._schedule
-        arriving = None if stamp is None else Transfer(stamp)
-        return ArrivingRecord(schedule.step, [*parts, *send(launches)], schedule.n_told, arriving)
 
     def _take_noted(self) -> dict[int, Tensor]:
         """The gradients that hooks have noted so far, by row."""
@@ -393,6 +395,28 @@ class Recorder:
             for row, _ in noted:
                 self.order.note_gradient(row - self.first_rows[GRAD])
         return dict(noted)
+
+    def _put_noted(self) -> None:
+        """Put gradients of streams that hooks have noted into buckets."""
+        n = len(self._noted_on)
+        noted = self._noted_on[:n]
+        del self._noted_on[:n]
+        for row, gradient, place in noted:
+            if not self.order.is_known:
+                self.order.note_gradient(row - self.first_rows[GRAD])
+            self._put(row, gradient, place)
+
+    def _put(self, row: int, gradient: Tensor, place: Place) -> _Bucket:
+        """Put a gradient into its bucket, in place of one of the same row in any."""
+        buckets = self._pass.buckets
+        bucket = buckets.get(place)
+        if bucket is None:
+            bucket = buckets[place] = _Bucket(self.streams[place])
+        if len(buckets) > 1:
+            for each in buckets.values():
+                each.tensors.pop(row, None)
+        bucket.tensors[row] = gradient
+        return bucket
 
     def _join(self, row: int, x: Tensor, *, at_once: bool) -> None:
         """Add an output to those that wait; one of the same row is measured before it."""
@@ -433,13 +457,17 @@ class Recorder:
             device: a CUDA device that they are on.
             due: as for `Plan.run`.
         """
-        unfinished, key, result = self._pass, (device, *tensors), None
+        unfinished, key, formats = self._pass, (device, *tensors), None
         # Taken out while it is used: whoever measures within that, as the handler of a signal may,
         # has another one.
         plan = self._plans.pop(key, None)
-        if plan is not None and not self._formats and not (self._is_linear and unfinished.scales):
-            result = plan.measuring.run(plan.take(tensors), None, due)
-        if plan is None or result is None:
+        listed = () if plan is None else plan.take(tensors)
+        if (
+            plan is None
+            or self._formats
+            or (self._is_linear and unfinished.scales)
+            or not plan.measuring.fits(*listed)
+        ):
             tensors = self._prepared(tensors)
             if not tensors:
                 return
@@ -447,16 +475,19 @@ class Recorder:
             formats = self._measured_formats(rows, listed) if self._formats else None
             key = (device, *tensors)
             plan = self._plans.pop(key, plan)
-            if plan is None or (result := plan.measuring.run(listed, formats, due)) is None:
+            if plan is None or not plan.measuring.fits(*listed):
                 plan = self._new_plan(rows, listed)
-                result = plan.measuring.run(listed, formats, due)
-                assert result is not None
+        result = plan.measuring.run(listed, formats, due)
         self._plans[key] = plan
         if len(self._plans) > self._most_plans:
             del self._plans[next(iter(self._plans))]
         scales = {} if self._is_linear else unfinished.scales
-        stream = None if device is None else stream_of(device)
-        unfinished.launches.append(Launch(plan.rows, result, stream, scales))
+        if isinstance(result, bytes):
+            arriving = sent(scales) if scales else {}
+            unfinished.parts.append(Part(plan.rows, result, None, 0, arriving))
+        else:
+            stream = None if device is None else stream_of(device)
+            unfinished.launches.append(Launch(plan.rows, result, stream, scales))
         if self.sees_outputs:
             self._send_early()
 
@@ -508,8 +539,10 @@ class Recorder:
     def _send_early(self) -> None:
         """Keep what waits for the end of a record from growing with the outputs it counts."""
         unfinished = self._pass
-        n_rows = sum(len(launch.rows) for launch in unfinished.launches)
-        if n_rows <= _MOST_ROWS or is_capturing():
+        rows = [launch.rows for launch in unfinished.launches]
+        rows += [part.rows for part in unfinished.parts if part.data is not None]
+        # What was put together before has each row once.
+        if sum(map(len, rows)) <= self._n_rows + _MOST_ROWS or is_capturing():
             return
         parts = [*unfinished.parts, *send(unfinished.launches)]
         unfinished.launches, unfinished.parts = [], self._delivery.combine_arrived(parts)

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from numbers import Real
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gradstat.diagnosis.alerts import Alerts
-from gradstat.recording.cuda import Schedule, Transfer, is_capturing
+from gradstat.recording.cuda import Schedule, Transfer
 from gradstat.recording.options import LOOKS, Replaced
 from gradstat.recording.shards import local_part
+from gradstat.recording.torch_internals import is_capturing
+
+_LR = itemgetter("lr")
 
 Keep = Callable[[str, int, float], None]
 
@@ -65,7 +69,7 @@ class ScalarLog:
         self.broken_step = -1  # of the newest value that is not finite
         self._passes: dict[str, int] = {}  # that each name's last value belongs to
         self._n_before = schedule.n_passes  # passes before the first value
-        self._pending: deque[_Entry] = deque()
+        self.pending: deque[_Entry] = deque()  # on their way
 
     def add(self, values: Mapping[str, float | Tensor]) -> None:
         """Log values by name: numbers, or 0-dim tensors on any device.
@@ -85,40 +89,38 @@ class ScalarLog:
                 on_devices.setdefault(value.device, {})[name] = value
             else:
                 numbers[name] = value
-        last = self._schedule.n_passes - 1
+        last = self._schedule.n_told + self._schedule.n_missed - 1
         for tensors in on_devices.values():
             steps = [self._step_of(name, last) for name in tensors]
             with torch.no_grad():
                 # In memory of its own: the values may be changed in place afterwards.
                 source = torch.stack([_wide(value.detach()) for value in tensors.values()])
-            self._pending.append(_Entry(list(tensors), steps, None, Transfer(source), source))
-        if numbers and self._pending:
+            self.pending.append(_Entry(list(tensors), steps, None, Transfer(source), source))
+        if numbers and self.pending:
             steps = [self._step_of(name, last) for name in numbers]
-            self._pending.append(_Entry(list(numbers), steps, list(numbers.values()), None, None))
+            self.pending.append(_Entry(list(numbers), steps, list(numbers.values()), None, None))
         else:
             for name, number in numbers.items():
                 self._keep(name, self._step_of(name, last), number)
-
-    @property
-    def is_pending(self) -> bool:
-        """Whether values are on their way."""
-        return bool(self._pending)
+        if self._alerts is not None:
+            self._alerts.tell()
 
     def collect(self, wait: bool) -> None:
         """Keep values in their order: those that have arrived, or all."""
-        while self._pending:
-            names, steps, values, arriving, _ = self._pending[0]
+        while self.pending:
+            names, steps, values, arriving, _ = self.pending[0]
             if arriving is not None:
                 if not arriving.has_arrived(wait):
                     return
                 values = arriving.host().tolist()
-            self._pending.popleft()
+            self.pending.popleft()
             for name, step, value in zip(names, steps, values or (), strict=True):
                 self._keep(name, step, value)
 
-    def forget_pending(self) -> None:
-        """In a forked process: values on their way are the other one's."""
-        self._pending.clear()
+    def forget_other_threads(self) -> None:
+        """In a forked process: values on their way, and alerts, are the other one's."""
+        self.pending.clear()
+        self._alerts = None
 
     def _keep(self, name: str, step: int, value: float) -> None:
         if not isfinite(value):
@@ -131,7 +133,7 @@ class ScalarLog:
     def _step_of(self, name: str, last: int) -> int:
         newest = self._passes.get(name, self._n_before - 1)
         of = self._passes[name] = max(last + (newest >= last), newest)
-        return self._schedule.step_of(of)
+        return of // self._schedule.accumulation_steps
 
 
 class LearningRates:
@@ -147,21 +149,20 @@ class LearningRates:
     ) -> None:
         self._add, self._names = add, ["lr"]
         # The hook is the optimizer's, and must not keep alive what it logs to.
-        method = weakref.WeakMethod(self.on_step)
+        reference = weakref.ref(self)
 
         def on_step(optimizer: Optimizer, *_: Any) -> None:  # noqa: ANN401 (what step() is given)
-            call = method()
-            if call is not None and not is_capturing():
-                call(optimizer)
+            rates = reference()
+            if rates is not None and not is_capturing():
+                rates.log(optimizer.param_groups)
 
         self._handle: RemovableHandle = optimizer.register_step_pre_hook(on_step)
 
-    def on_step(self, optimizer: Optimizer) -> None:
+    def log(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Log the rates of a step that comes."""
-        groups = optimizer.param_groups
         if len(groups) != len(self._names):
             self._names = [f"lr/{i}" for i in range(len(groups))]
-        self._add({name: group["lr"] for name, group in zip(self._names, groups, strict=True)})
+        self._add(dict(zip(self._names, map(_LR, groups), strict=True)))
 
     def remove(self) -> None:
         """Take the hook off."""

@@ -7,17 +7,19 @@ first, by name.
 from __future__ import annotations
 
 import ctypes
-import functools
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch._compile import _disable_dynamo
+from torch._C._dynamo.eval_frame import (
+    _FrameAction,
+    _FrameExecStrategy,
+    set_code_exec_strategy,
+)
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.amp import GradScaler
 from torch.autograd.graph import Node
@@ -34,31 +36,27 @@ _RELAXED = 2  # cudaStreamCaptureModeRelaxed
 BATCH_NORM = nn.modules.batchnorm._NormBase
 
 
-def disable_dynamo(function: Function) -> Function:
-    """Keep a hook out of compiled graphs: without it torch.compile of a watched model breaks at it.
+def leave_uncompiled(function: Function) -> Function:
+    """Keep a hook and what it calls out of compiled graphs: else torch.compile breaks at it.
 
-    `torch._dynamo.disable`, the public name, imports the compiler with gradstat. Its switch takes
-    longer than most hooks, so it is left alone where nothing is compiled.
+    `torch._dynamo.disable`, the public name, imports the compiler with gradstat, and its switch
+    takes longer than most hooks. This costs a call nothing.
     """
-    disabled = _disable_dynamo(function)
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 (what the hook is given)
-        if torch.compiler.is_compiling() or get_eval_frame_callback() is not None:
-            return disabled(*args, **kwargs)
-        return function(*args, **kwargs)
-
-    return cast(Function, call)
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]  # where it would be traced
+    # Where frames are compiled as they begin to run.
+    as_it_is = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    set_code_exec_strategy(function.__code__, as_it_is)
+    return function
 
 
-def is_cuda_initialized() -> bool:
-    """Whether this process uses CUDA: asked for at each pass, so it must cost next to nothing."""
-    return torch.cuda._initialized and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+def is_capturing() -> bool:
+    """Whether what runs now becomes part of a CUDA graph, and runs when that is replayed.
 
+    It is asked for at each pass, so it must cost next to nothing where nobody uses CUDA.
+    """
+    cuda = torch.cuda
+    return cuda._initialized and cuda.is_initialized() and cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
-# What compiles frames that run now, if anything does: hooks stay out of its way. This and the next
-# are PyTorch's own functions, not ours around them, since hooks call them at each gradient.
-compiler_callback: Callable[[], object] = get_eval_frame_callback
 
 # Number of the backward pass of this thread, -1 outside: a scale is taken once in each.
 running_pass: Callable[[], int] = torch._C._current_graph_task_id
@@ -67,9 +65,8 @@ running_pass: Callable[[], int] = torch._C._current_graph_task_id
 running_node: Callable[[], Node | None] = torch._C._current_autograd_node
 
 
-def raw_stream(device: int) -> int:
-    """The current stream of a CUDA device, as CUDA's own number; asking for it takes little."""
-    return torch._C._cuda_getCurrentRawStream(device)
+# The current stream of a CUDA device, as CUDA's own number; asking for it takes little.
+raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0)
 
 
 # Has autograd call a function when the running pass ends; without it no pass has a record.

@@ -41,7 +41,7 @@ from gradstat.recording.outputs import OutputHooks
 from gradstat.recording.passes import Recorder
 from gradstat.recording.scalars import LearningRates, ScalarLog
 from gradstat.recording.shards import agreed_run, rank_and_world, usual_owners
-from gradstat.recording.torch_internals import SparingCaptures, disable_dynamo, unwrapped
+from gradstat.recording.torch_internals import SparingCaptures, leave_uncompiled, unwrapped
 from gradstat.results import Statistics
 from gradstat.util import warn
 
@@ -228,7 +228,8 @@ def watch(
     alerts = None
     if alert is not None:
         alerts = Alerts(history, alert, is_scaled=scaler is not None)
-    keepers = [each.add_scalar for each in (history, journal, writer) if each is not None]
+    keepers = [history.logged.add]
+    keepers += [each.add_scalar for each in (journal, writer) if each is not None]
     replaced = options.Replaced(model, selected)
     scalars = ScalarLog(schedule, keepers, alerts, replaced)
     delivery = Delivery(history, schedule, sink, journal, alerts)
@@ -344,7 +345,7 @@ class Watch:
         self._check_open("measure()")
         self._hooks.measure()
 
-    @disable_dynamo
+    @leave_uncompiled
     def log(self, **values: float | Tensor) -> None:
         """Keep numbers such as the loss with the record, at every step, recorded or not.
 
@@ -375,7 +376,6 @@ class Watch:
         """
         with self._recorder.lock:
             self._recorder.scalars.add(values)
-            self._recorder.tell_alerts()
 
     def replayed(self, graph: CUDAGraph | None = None) -> None:
         """Make records of the passes of a CUDA graph that was replayed, of those that are due.

@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from conftest import CUDA, numpy_silent_as_a_gpu
 
-from gradstat import LinearBins, Log2Bins, Statistics, bins, kernels
+from gradstat import LinearBins, Log2Bins, bins, kernels
 from gradstat.engines import reference, triton_formats
 from gradstat.engines import triton as triton_engine
 from gradstat.formats import FORMATS
@@ -189,10 +189,10 @@ def test_kernels_read_and_write_nothing_where_the_flag_is_zero(
     sevens = [torch.full(shape, 7, dtype=dtype, device=DEVICE) for shape, dtype in shapes]
     ranges = torch.full((3, 2), 7.0, device=DEVICE)
     due = torch.zeros(1, dtype=torch.int64, device=DEVICE)
-    result = Statistics(bins, *sevens)
-    triton_engine._summarise(group, result, ranges if kind == "known range" else None, due)
+    known = ranges if kind == "known range" else None
+    triton_engine._summarise(group, bins, tuple(sevens), known, due)
     if kind == "automatic range":
-        triton_engine._count(group, result, ranges, due)
+        triton_engine._count(group, bins, tuple(sevens), ranges, due)
     assert all(bool((x == 7).all()) for x in (*sevens, ranges))
 
 

@@ -173,16 +173,31 @@ def test_keep_in_graphs_keeps_what_returns_nothing() -> None:
     assert calls == [3]
 
 
-def test_disable_dynamo_keeps_a_function_out_of_graphs() -> None:
+@pytest.mark.parametrize("is_hook", [False, True])
+def test_leave_uncompiled_keeps_a_function_and_what_it_calls_out_of_graphs(is_hook: bool) -> None:
     seen: list[Any] = []
+    x = torch.ones(2, requires_grad=is_hook)
 
-    @torch_internals.disable_dynamo
-    def outside(x: torch.Tensor) -> torch.Tensor:
-        seen.append(torch.compiler.is_compiling())
-        return x
+    def inside(x: torch.Tensor) -> None:
+        seen.append((torch.compiler.is_compiling(), torch.neg(x)))
 
-    torch.compile(lambda x: outside(x) + 1, backend="eager")(torch.ones(2))
-    assert seen == [False]
+    @torch_internals.leave_uncompiled
+    def outside(x: torch.Tensor) -> None:
+        inside(x)
+
+    def step(x: torch.Tensor) -> None:
+        if is_hook:
+            (x * 2).sum().backward()
+        else:
+            outside(x * 2)
+
+    if is_hook:
+        x.register_post_accumulate_grad_hook(outside)
+    graphs: list[torch.fx.GraphModule] = []
+    torch.compile(step, backend=lambda graph, _: graphs.append(graph) or graph)(x)
+    assert [is_compiling for is_compiling, _ in seen] == [False]
+    assert graphs
+    assert not any(node.target is torch.neg for graph in graphs for node in graph.graph.nodes)
 
 
 @pytest.mark.gpu

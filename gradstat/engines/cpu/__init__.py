@@ -14,8 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradstat.bins import FLOAT32_MAX, Bins, LinearBins, Log2Bins, keeps_subnormals
-from gradstat.engines import merge_dims, no_storage, reference
+from gradstat.bins import (
+    FLOAT32_MAX,
+    SUBNORMAL,
+    Bins,
+    LinearBins,
+    Log2Bins,
+    keeps_subnormals,
+)
+from gradstat.engines import alike, merge_dims, no_storage, reference
 from gradstat.engines.cpu.compiling import passes_trial, trial_tensors
 from gradstat.engines.cpu.partials import FIELDS
 from gradstat.engines.cpu.pool import count_threads, run_together
@@ -113,9 +120,8 @@ class Plan:
     ) -> None:
         is_trusted = is_trusted or _is_trusted
         self._bins, self._n = bins, len(tensors)
-        self._types, self._dtypes = list(map(type, tensors)), [x.dtype for x in tensors]
-        self._numels, self._pack = [x.numel() for x in tensors], pack_rows()
-        self._strides = _strides_of(tensors)
+        self._n_bins, self._pack, self.fits = bins.bins, pack_rows(), alike(tensors)
+        self._numels, self._dtypes = [x.numel() for x in tensors], [x.dtype for x in tensors]
         is_linear, self._ranges = isinstance(bins, LinearBins), _known_ranges(bins, self._n)
         self._is_automatic = is_linear and self._ranges is None
         self._room: _Rows | None = None  # where the tables have the results written
@@ -130,28 +136,18 @@ class Plan:
 
     def run(
         self, tensors: Sequence[Tensor], formats: Tensor | None = None, due: Tensor | None = None
-    ) -> bytes | None:
-        """Measure tensors: a record of their rows, see `gradstat.record`.
+    ) -> bytes:
+        """Measure tensors that fit: a record of their rows, see `gradstat.record`.
 
         Args:
             tensors: L on the CPU.
             formats: what narrow formats would do to each, float64 ``(L, F, 10)``.
             due: of no use here: nothing is captured on a CPU.
-
-        Returns:
-            ``None`` where the tensors are not like those that the plan was made for.
         """
-        if not self._fits(tensors):
-            return None
         n_formats = 0 if formats is None else formats.numel()
-        n, n_bins = self._n, self._bins.bins
+        n, n_bins = self._n, self._n_bins
         n_rows = n * (NUMBERS + n_bins)
-        try:
-            room = _rooms.pop()
-        except IndexError:  # all are in use
-            room = _Room(n_rows + n_formats)
-        if room.size < n_rows + n_formats:
-            room = _Room(n_rows + n_formats)
+        room = _take_room(n_rows + n_formats)
         self.measure(tensors, room)
         if formats is not None:
             room.held.view(np.float64)[n_rows : n_rows + n_formats] = formats.numpy().ravel()
@@ -162,20 +158,6 @@ class Plan:
         _leave(room)
         return data
 
-    def _fits(self, tensors: Sequence[Tensor]) -> bool:
-        # Mapped methods: this is most of what a call with many tensors costs.
-        return (
-            list(map(type, tensors)) == self._types
-            and list(map(Tensor.numel, tensors)) == self._numels
-            and [x.dtype for x in tensors] == self._dtypes
-            and (
-                all(map(Tensor.is_contiguous, tensors))
-                if self._strides is None
-                else _strides_of(tensors) == self._strides
-            )
-            and not any(map(Tensor.is_neg, tensors))
-        )
-
     def measure(self, tensors: Sequence[Tensor], to: _Rows) -> None:
         """Write the rows of tensors that fit to memory that is zero: `_split` tells how."""
         addresses = list(map(Tensor.data_ptr, tensors))
@@ -184,7 +166,7 @@ class Plan:
         if to is not self._room:
             self._room = to
             for table in self._tables:
-                table.write_to(to, self._n, self._bins.bins, self._ranges)
+                table.write_to(to, self._n, self._n_bins, self._ranges)
         stage, others = FLOATS_ONLY if self._is_automatic else FUSED, self._others
         for table in self._tables:
             table.run(stage, addresses)
@@ -267,15 +249,16 @@ class _Table:
         if self._is_shared:
             threads = count_threads()
             if threads > 1:
-                run_together(lambda: self._share(stage, False), threads)
-        self._share(stage, True)
+                run_together(lambda: self._share(stage, is_last=False), threads)
+        self._share(stage, is_last=True)
 
-    def _share(self, stage: int, is_last: bool) -> None:
+    def _share(self, stage: int, *, is_last: bool) -> None:
         try:
             scratch = _scratches.pop()
         except IndexError:  # all are in use
             scratch = _new_scratch()
-        self._work(self._address, stage, is_last, scratch[1])
+        work = self._work if SUBNORMAL * 1.0 else keeps_subnormals(self._work)
+        work(self._address, stage, is_last, scratch[1])
         _scratches.append(scratch)
 
     def _layout_of(self, x: Tensor) -> int:
@@ -300,9 +283,11 @@ def pack(rows: Tensor, n: int, n_bins: int, n_formats: int) -> bytes:
         n_bins: bins of each.
         n_formats: how many numbers the formats' are, for all rows.
     """
-    packed = np.empty(2 * rows.numel(), np.int64)
-    end = pack_rows()(rows.data_ptr(), n, n_bins, n_formats, 0, packed.ctypes.data)
-    return bytes(packed.data.cast("B")[:end])
+    room = _take_room(rows.numel())
+    end = pack_rows()(rows.data_ptr(), n, n_bins, n_formats, 0, room.packed_address)
+    data = bytes(room.packed[:end])
+    _leave(room)
+    return data
 
 
 def _measure(tensors: Sequence[Tensor], bins: Bins) -> Rows:
@@ -362,13 +347,6 @@ def _split(memory: Array, n: int, n_bins: int) -> Rows:
     return integers, floats.view(np.float64), counts.reshape(n, n_bins)
 
 
-def _strides_of(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, tuple[int, ...]]] | None:
-    """Shapes and strides; ``None`` where no tensor has gaps: then only sizes matter."""
-    if all(map(Tensor.is_contiguous, tensors)):
-        return None
-    return [(x.shape, x.stride()) for x in tensors]
-
-
 def _check_storage(addresses: Sequence[int], numels: Sequence[int]) -> None:
     for row, (address, numel) in enumerate(zip(addresses, numels, strict=True)):
         if numel and not address:
@@ -387,6 +365,15 @@ def _nice_ranges(bins: LinearBins, floats: Array) -> array[float]:
     minimum, maximum = torch.from_numpy(floats[:, :2]).unbind(-1)  # the first of `FLOATS`
     low, high = bins.automatic_range(minimum, maximum)
     return array("f", low.tolist() + high.tolist())
+
+
+def _take_room(size: int) -> _Room:
+    """Memory for rows of so many numbers."""
+    try:
+        room = _rooms.pop()
+    except IndexError:  # all are in use
+        return _Room(size)
+    return room if room.size >= size else _Room(size)
 
 
 def _leave(room: _Room) -> None:
