@@ -357,7 +357,7 @@ class Recorder:
         if is_capturing() or not self.is_due():
             return
         unfinished = self._pass
-        waits = self._noted or unfinished.buckets or unfinished.peaks
+        waits = self._noted or self._noted_on or unfinished.buckets or unfinished.peaks
         if waits or unfinished.launches or unfinished.parts:
             self.is_recording = True
             self.history.partial_step = self._schedule.step
