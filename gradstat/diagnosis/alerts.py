@@ -23,7 +23,7 @@ from gradstat.util import Array
 
 Alert = Callable[[Finding], object]
 
-_REFRESHED = 8  # records between two looks at what is usual
+_REFRESHED = 8  # records between two looks at what is usual, and values that tell of it
 _NEAR = 0.5  # share of a threshold, in the logarithm, from which the rules are asked
 _TRIED = 4  # scales one after the other, each of which may overflow
 _L2 = FLOATS.index("l2")
@@ -81,7 +81,7 @@ class Alerts:
         if self._n_records % _REFRESHED == 0:
             before = np.where(np.isfinite(self._ring), self._ring, math.nan)
             self._usual = np.nan_to_num(median(before), nan=math.inf)
-            self._is_growing = self._has_grown(before)
+            self._is_growing = self._has_grown(before) and not self._is_learning()
 
     def _has_grown(self, sizes: Array) -> bool:
         """Whether the newest weights are larger than those of a window of records before."""
@@ -95,6 +95,15 @@ class Alerts:
         has_grown = bool(growth > math.log(self._thresholds.weights_growth) * _NEAR)
         self._is_ahead &= has_grown
         return has_grown
+
+    def _is_learning(self) -> bool:
+        """Whether a loss falls by a tenth or more in a window of its values."""
+        for recent in self._losses.values():
+            parts = recent[:_REFRESHED], recent[-_REFRESHED:]
+            before, now = (sorted(part)[len(part) // 2] for part in parts)
+            if now < before - 0.1 * abs(before):
+                return True
+        return False
 
     def see_scalar(self, name: str, value: float) -> None:
         """A number was logged."""
@@ -140,9 +149,9 @@ class Alerts:
         newest.logged = self._history.logged
         found = find_instability(Evidence(newest, self._thresholds.window), self._thresholds)
         found = [each for each in found if each.steps[1] == newest.last_step]
-        self._is_ahead, was_ahead = bool(found), self._is_ahead
-        if found and not was_ahead:
-            self._is_telling = True
+        # The loss wavers; what has been told is over when the weights stop growing.
+        if found and not self._is_ahead:
+            self._is_ahead = self._is_telling = True
             try:
                 self._function(found[0])
             finally:
