@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -103,11 +104,12 @@ def of_healthy(
     return ["nothing", which, str(n), f"{n_sudden} sudden, {n_warned} other alarms", "", ""]
 
 
-def first_told(history: History) -> list[int | None]:
-    """When each is first told: instability ahead, trainscope's CUSUM, any output's kurtosis."""
+def first_told(history: History, broke: int | None) -> list[int | None]:
+    """When each first tells before a run breaks: `alert=`, trainscope's CUSUM, its kurtosis."""
     from trainscope.analysis import first_crossing_step
     from trainscope.core.detectors import make_detector
 
+    history = history.between(end=math.inf if broke is None else broke)
     found = organic.told(history)
     ours = next((step for step, each in found if each.kind == "instability ahead"), None)
     name = next(each for each in history.scalars if each.endswith("loss"))
@@ -142,7 +144,7 @@ def of_organic(seeds: range, runs: Runs) -> Iterator[list[str]]:
                 n_runs += 1
                 if name in organic.ORGANIC and broke is None:
                     continue
-                when = first_told(history)
+                when = first_told(history, broke)
                 print(key, seed, "breaks", broke, "told", when, file=sys.stderr)
                 told.append([np.nan if at is None else (broke or 0) - at for at in when])
         leads = np.array(told).reshape(len(told), 3)
