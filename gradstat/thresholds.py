@@ -100,7 +100,7 @@ class Thresholds:
     spike_single: float = 5.0
     jump: float = 20.0
     jump_weights: float = 2.0
-    weights_growth: float = 1.08
+    weights_growth: float = 1.1
     saturation_octaves: float = 10.0
     saturation_share: float = 0.5
     stuck_ratio: float = 1e-6

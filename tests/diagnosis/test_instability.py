@@ -64,8 +64,8 @@ def ahead(history: History) -> list[Finding]:
 def test_instability_is_ahead_where_weights_grow_and_the_loss_does_not_fall() -> None:
     (finding,) = ahead(run())
     assert finding.severity == "warning"
-    # 8 % in 32 steps take 8 of them, the median of eight four more, three the others in a row.
-    assert AT + 8 <= finding.steps[0] <= AT + 20
+    # 10 % in 32 steps take ten of them, the median of eight four more, three the others in a row.
+    assert AT + 10 <= finding.steps[0] <= AT + 22
     assert finding.steps[1] == STEPS - 1
     assert finding.numbers["first_step"] == finding.steps[0]
     assert finding.numbers["times"] == pytest.approx(1.01**32, rel=0.05)
@@ -80,7 +80,7 @@ def test_instability_is_ahead_where_weights_grow_and_the_loss_does_not_fall() ->
     [
         run(losses=falling),  # what is learned
         run(weights=flat),
-        run(weights=lambda step: 1.0015**step),  # 5 % in 32 steps
+        run(weights=lambda step: 1.002**step),  # 7 % in 32 steps
         run(losses=None),
         run(kinds=(GRAD, ACTIVATION)),
         run(steps=64, weights=lambda step: 1.01**step),
@@ -126,6 +126,6 @@ def test_alert_tells_of_instability_once_while_it_lasts() -> None:
             _ = w.history  # waits, where a device measures
             with torch.no_grad():
                 model.weight *= 1.01 if step >= 60 else 1.0
-    assert [(finding.kind, at in range(68, 92)) for at, finding in told] == [
+    assert [(finding.kind, at in range(70, 94)) for at, finding in told] == [
         ("instability ahead", True)
     ]
