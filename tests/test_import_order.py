@@ -11,7 +11,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "gradstat"
 # Rooms in the order of the data, each from those before it; rooms of one line from one another.
 ORDER = (
-    ("util", "version", "thresholds"),
+    ("util", "thresholds"),
     ("bins",),
     ("formats",),
     ("results",),
