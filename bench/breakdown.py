@@ -22,7 +22,7 @@ from training import Run, WithGradstat, build_mlp, seconds_per_step
 
 import gradstat
 from gradstat.engines import cpu
-from gradstat.recording import delivery, gradients, passes
+from gradstat.recording import gradients, passes, transfers
 
 CALLS, STEPS = 3000, 2000
 
@@ -39,7 +39,7 @@ WATCH: list[tuple[Any, str, str]] = [
     (passes.Recorder, "measure_waiting", "of it, all that is measured"),
     (cpu.Plan, "run", "of that, the engine"),
     (cpu._Table, "run", "of the engine, the compiled work"),
-    (delivery.Delivery, "collect", "of the end, the record into the history"),
+    (transfers.Delivery, "collect", "of the end, the record into the history"),
 ]
 
 

@@ -14,10 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gradstat.history.file import Link, encode
+from gradstat.history.file import Link, encode, json_number
 from gradstat.history.reading import check_fits, head_of, segment_name, segments, state_of
 from gradstat.history.records import Records, next_record
-from gradstat.history.scalars import json_number
 from gradstat.record import Data, Record
 from gradstat.util import call_after_fork, warn
 

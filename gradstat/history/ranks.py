@@ -19,8 +19,7 @@ from gradstat.bins import LinearBins
 from gradstat.history import reading
 from gradstat.history.file import Spool
 from gradstat.history.placements import OWN, PARTIAL, SAME, UNKNOWN, Placements
-from gradstat.history.records import AnyRecord, Records
-from gradstat.history.scalars import Scalars
+from gradstat.history.records import AnyRecord, Records, Scalars
 from gradstat.record import GRAD, KINDS, NOUNS, OF_OUTPUTS, Record, Row, Unpacked, union
 from gradstat.results import FLOATS
 from gradstat.util import Array, CutOffError, warn, windows_of

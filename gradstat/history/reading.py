@@ -25,12 +25,13 @@ from gradstat.history.file import (
     Reader,
     RunFile,
     damage_of,
+    json_number,
     open_regular,
+    parse_json_number,
     write_npz,
 )
 from gradstat.history.placements import SAME, Placements
 from gradstat.history.records import Records, Resumption, joined
-from gradstat.history.scalars import json_number, parse_json_number
 from gradstat.record import Record, Row, Unpacked
 from gradstat.results import FLOATS, INTEGERS, PACKED
 from gradstat.util import Array, CutOffError, replacing, warn

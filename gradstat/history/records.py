@@ -1,5 +1,7 @@
 """`Records`: what a run recorded, as packed records that are read when their numbers are asked for.
 
+`Scalars` are what it logged beside them, such as its loss.
+
 The rule for whoever interrupts, reads in another thread, or forks: what a reader sees changes in
 one step of the interpreter. A record is appended by one ``list.append``, whatever is replaced is
 replaced in one assignment, and everything that can fail is done before. So a reader takes the list
@@ -10,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 from bisect import bisect_left
 from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import groupby
@@ -23,7 +26,6 @@ from gradstat.bins import Bins
 from gradstat.history.check import check_histograms, check_numbers
 from gradstat.history.file import StoredRecord, damage_of
 from gradstat.history.placements import Placements
-from gradstat.history.scalars import Scalars
 from gradstat.record import Data, Record, RecordLayout, Row, Unpacked, taken
 from gradstat.results import SHAPES, Statistics
 from gradstat.util import Array, windows_of
@@ -34,6 +36,86 @@ WINDOW_BYTES = 4 << 20  # of records that are unpacked at a time
 _CELLS = 1 << 20  # of histograms that are dense at a time
 
 _step = attrgetter("step")
+
+
+class Scalars:
+    """Values by name, each with its step: 16 bytes a value.
+
+    One thread adds; others, and handlers of signals, may read meanwhile: a step is added before its
+    value, and is there once its value is.
+    """
+
+    def __init__(self) -> None:
+        self._series: dict[str, tuple[array[int], array[float]]] = {}
+
+    def add(self, name: str, step: int, value: float) -> None:
+        """Append a value.
+
+        Args:
+            name: of the scalar; a new one is made.
+            step: no lower than that of the value before; several may belong to one step.
+            value: any number, NaN and infinities among them.
+
+        Raises:
+            ValueError: a lower step.
+        """
+        series = self._series.get(name)
+        if series is None:
+            series = self._series[name] = (array("q"), array("d"))
+        steps, values = series
+        if steps and step < steps[-1]:
+            raise ValueError(f"add_scalar() needs steps from {steps[-1]} on; step is {step}")
+        del steps[len(values) :]  # what an interrupt has left
+        steps.append(step)
+        values.append(value)
+
+    def extend(self, other: Scalars, prefix: str = "") -> None:
+        """Append the values of another run, or of a later part of this one."""
+        for name, (steps, values) in other._series.items():
+            self.add_all(prefix + name, steps, values)
+
+    def add_all(self, name: str, steps: Iterable[int], values: Iterable[float]) -> None:
+        """Append values of one name."""
+        for step, value in zip(steps, values, strict=True):
+            self.add(name, step, value)
+
+    def between(self, start: float = -math.inf, end: float = math.inf) -> Scalars:
+        """Those of the steps from a first one on and before a last one."""
+        kept = Scalars()
+        for name, series in list(self._series.items()):
+            steps, values = _cut(series)
+            part = slice(bisect_left(steps, start), bisect_left(steps, end))
+            if part.start < part.stop:
+                kept._series[name] = steps[part], values[part]
+        return kept
+
+    @property
+    def names(self) -> list[str]:
+        """In the order in which they were first logged."""
+        return list(self._series)
+
+    def get(self, name: str) -> tuple[Array, Array]:
+        """Steps, int64 ``(N,)``, and values, float64 ``(N,)``: copies."""
+        steps, values = _cut(self._series[name])
+        return np.array(steps, np.int64), np.array(values, np.float64)
+
+    def copy(self) -> Scalars:
+        """The same values, to which later ones are not added."""
+        copied = Scalars()
+        copied._series = {name: _cut(each) for name, each in list(self._series.items())}
+        return copied
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the values take."""
+        return sum(16 * len(steps) for steps, _ in list(self._series.values()))
+
+
+def _cut(series: tuple[array[int], array[float]]) -> tuple[array[int], array[float]]:
+    """A copy of as many steps as have values; to look into the arrays would keep them small."""
+    steps, values = series
+    copied = values[:]
+    return steps[: len(copied)], copied
 
 
 class _Kept(NamedTuple):

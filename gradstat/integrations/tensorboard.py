@@ -17,6 +17,7 @@ import numpy as np
 from gradstat.history import History
 from gradstat.history.history import check_history
 from gradstat.integrations.viewers import (
+    RunWriter,
     buckets,
     check_tags,
     chosen_steps,
@@ -27,7 +28,6 @@ from gradstat.integrations.viewers import (
     scalars,
 )
 from gradstat.record import GRAD, Row
-from gradstat.recording.delivery import RunWriter
 from gradstat.recording.options import check_directory
 from gradstat.util import Array
 

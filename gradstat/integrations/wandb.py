@@ -14,6 +14,7 @@ import numpy as np
 from gradstat.history import History
 from gradstat.history.history import check_history
 from gradstat.integrations.viewers import (
+    RunWriter,
     buckets,
     check_tags,
     chosen_steps,
@@ -25,7 +26,6 @@ from gradstat.integrations.viewers import (
     scalars,
 )
 from gradstat.record import NOUNS, UPDATE
-from gradstat.recording.delivery import RunWriter
 from gradstat.util import Array, evenly_spread
 
 if TYPE_CHECKING:

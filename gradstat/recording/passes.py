@@ -37,7 +37,6 @@ from gradstat.recording.cuda import (
     stream_of,
     take_over,
 )
-from gradstat.recording.delivery import Delivery, Part, send, sent
 from gradstat.recording.options import LOOKS, Replaced
 from gradstat.recording.scalars import ScalarLog
 from gradstat.recording.shards import local_part, note_placement
@@ -47,6 +46,7 @@ from gradstat.recording.torch_internals import (
     multiplied,
     running_pass,
 )
+from gradstat.recording.transfers import Delivery, Part, send, sent
 from gradstat.results import PACKED, packed
 from gradstat.util import call_after_fork, warn
 

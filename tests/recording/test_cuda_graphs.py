@@ -16,7 +16,7 @@ from watching import assert_record, backward, make_model
 import gradstat
 from gradstat import History, LinearBins, Log2Bins
 from gradstat.engines import cpu, together
-from gradstat.recording.delivery import Transfer
+from gradstat.recording.transfers import Transfer
 
 pytestmark = pytest.mark.host("imitates a graph on the CPU")
 
@@ -37,7 +37,7 @@ class Graph:
         monkeypatch.setattr("gradstat.engines.cpu.Plan", Plan)
         # From a device results are copied to the host, and the next replay does not change those.
         monkeypatch.setattr(
-            "gradstat.recording.delivery.Transfer", lambda x: Transfer(torch.as_tensor(x).clone())
+            "gradstat.recording.transfers.Transfer", lambda x: Transfer(torch.as_tensor(x).clone())
         )
 
     @contextmanager

@@ -8,7 +8,7 @@ import torch
 
 import gradstat
 from gradstat import History
-from gradstat.recording.delivery import RunWriter
+from gradstat.integrations.viewers import RunWriter
 
 
 class Kept(RunWriter):

@@ -23,7 +23,7 @@ from watching import (
 import gradstat
 from gradstat import History, LinearBins, Log2Bins, Statistics
 from gradstat.bins import Bins
-from gradstat.recording import delivery
+from gradstat.recording import transfers
 
 
 @pytest.fixture(autouse=True)
@@ -190,8 +190,8 @@ def test_history_nbytes_is_what_its_arrays_take(generator: torch.Generator) -> N
 def test_watch_tells_once_of_the_memory_that_its_records_take(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(delivery, "MANY_BYTES", 20_000)
-    monkeypatch.setattr(delivery, "_LOOK", 4)
+    monkeypatch.setattr(transfers, "MANY_BYTES", 20_000)
+    monkeypatch.setattr(transfers, "_LOOK", 4)
     model = make_model()
     w = gradstat.watch(model)
     with warnings.catch_warnings(record=True) as told:

@@ -16,7 +16,7 @@ import gradstat
 from gradstat import History
 from gradstat.bins import Bins
 from gradstat.report import thin
-from gradstat.report.growing import Growing
+from gradstat.report.live_run import Growing
 
 LOG2 = gradstat.Log2Bins()
 

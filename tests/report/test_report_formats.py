@@ -13,7 +13,7 @@ from pages import MAP, Open, hover, pixels
 import gradstat
 from gradstat import History
 from gradstat.report import thin
-from gradstat.report.growing import Growing
+from gradstat.report.live_run import Growing
 
 FORMATS = ("float8_e5m2", "nvfp4")
 
