@@ -8,7 +8,7 @@ import importlib.util
 import sys
 import typing
 
-__version__ = "0.1.0"  # the build reads it, without running this
+from gradstat.util import __version__
 
 if typing.TYPE_CHECKING:
     from gradstat import plot as plot

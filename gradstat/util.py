@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+__version__ = "0.1.0"  # the build reads it, without running this
+
 Array: TypeAlias = "NDArray[Any]"
 
 ENGINE_VARIABLE = "GRADSTAT_ENGINE"  # of the environment: which engine is used

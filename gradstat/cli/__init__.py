@@ -19,9 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, TypeAlias
 
-from gradstat import __version__
 from gradstat.thresholds import Thresholds
-from gradstat.util import ENGINE_VARIABLE, escaped, one_of
+from gradstat.util import ENGINE_VARIABLE, __version__, escaped, one_of
 
 _PRINTING, _WRITING = ("diagnose", "formats", "compare", "tail"), ("export", "report", "merge")
 COMMANDS = {

@@ -21,13 +21,12 @@ from stat import S_ISDIR
 from typing import Any
 from urllib.parse import parse_qs
 
-from gradstat import __version__
 from gradstat.cli.commands import run_name
 from gradstat.history.file import open_regular
 from gradstat.history.ranks import stats_of
 from gradstat.report import page
 from gradstat.report.live_run import LiveRun
-from gradstat.util import escaped, json_text
+from gradstat.util import __version__, escaped, json_text
 
 _MOST_SIDE_BY_SIDE = 4
 _FIRST_NUMBER = 1000  # of runs of a directory

@@ -6,12 +6,11 @@ narrow formats would do is in `reference`, `cpu.formats` and `triton_formats`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
 from gradstat.bins import Bins
 from gradstat.results import FLOATS, INTEGERS, Statistics
@@ -24,21 +23,15 @@ Result: TypeAlias = bytes | Tensor
 
 
 class Plan(Protocol):
-    """How to measure tensors of which there are others like them at each step of a training.
-
-    Attributes:
-        fits: what `alike` says of the tensors that it was made for.
-    """
-
-    fits: Callable[..., bool]
+    """How to measure tensors of which there are others like them at each step of a training."""
 
     def run(
         self, tensors: Sequence[Tensor], formats: Tensor | None = None, due: Tensor | None = None
     ) -> Result:
-        """Measure tensors that fit, without waiting for their device.
+        """Measure tensors, without waiting for their device.
 
         Args:
-            tensors: L of them.
+            tensors: L that differ from those it was made for in addresses and values alone.
             formats: what narrow formats would do to each, float64 ``(L, F, 10)``.
             due: for captures: a flag on the device, int64 ``(1,)``. A replay where it is 0 need not
                 measure.
@@ -56,17 +49,6 @@ class Engine(Protocol):
     def Plan(self, tensors: Sequence[Tensor], bins: Bins) -> Plan:
         """How to measure these and others like them."""
         ...
-
-
-def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """What says of as many others whether they are like these in all but addresses and values.
-
-    It compares types, dtypes, sizes, strides, devices, layouts and signs that torch keeps apart, in
-    one call. Of a tensor that comes twice it says no.
-    """
-    guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-    check: Callable[..., bool] = guards.check
-    return check
 
 
 def together(statistics: Statistics, formats: Tensor | None) -> Tensor:

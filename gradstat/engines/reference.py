@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gradstat.bins import FLOAT32_MAX, Bins, LinearBins, keeps_subnormals, widen
-from gradstat.engines import alike, together
+from gradstat.engines import together
 from gradstat.formats import (
     E4M3,
     FORMATS,
@@ -40,7 +40,7 @@ class Plan:
     """Measures anew each time; arguments as of `gradstat.engines.Plan`."""
 
     def __init__(self, tensors: Sequence[Tensor], bins: Bins) -> None:
-        self._bins, self.fits = bins, alike(tensors)
+        self._bins = bins
 
     def run(
         self, tensors: Sequence[Tensor], formats: Tensor | None = None, due: Tensor | None = None

@@ -23,7 +23,7 @@ from torch import Tensor
 from triton import knobs
 
 from gradstat.bins import Bins, LinearBins, Log2Bins, keeps_subnormals
-from gradstat.engines import NUMBERS, alike, merge_dims, no_storage, reference, together
+from gradstat.engines import NUMBERS, merge_dims, no_storage, reference, together
 from gradstat.kernels.finish import finish_kernel
 from gradstat.kernels.items import ROWS
 from gradstat.kernels.measure import (
@@ -90,7 +90,7 @@ class Plan:
 
     def __init__(self, tensors: Sequence[Tensor], bins: Bins) -> None:
         self._bins, self._n_bins, self._device = bins, bins.bins, tensors[0].device
-        self.fits, self._like = alike(tensors), _like(tensors)
+        self._like = _like(tensors)
         self._ranges: Tensor | None = None
 
     def run(

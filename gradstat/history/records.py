@@ -510,9 +510,9 @@ def joined(parts: Sequence[Records]) -> Records:
 
 
 def _windows(
-    records: Sequence[AnyRecord], n_bytes: int = WINDOW_BYTES
+    records: Sequence[AnyRecord], n_bytes: int | None = None
 ) -> Iterator[Sequence[AnyRecord]]:
-    spans = windows_of([record.n_bytes for record in records], n_bytes)
+    spans = windows_of([record.n_bytes for record in records], n_bytes or WINDOW_BYTES)
     return (records[span] for span in spans)
 
 

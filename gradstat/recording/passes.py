@@ -41,6 +41,7 @@ from gradstat.recording.options import LOOKS, Replaced
 from gradstat.recording.scalars import ScalarLog
 from gradstat.recording.shards import local_part, note_placement
 from gradstat.recording.torch_internals import (
+    alike,
     has_compiled,
     is_capturing,
     multiplied,
@@ -78,11 +79,13 @@ class _RowsPlan(NamedTuple):
     Args:
         rows: whose tensors they are, in the order of a record.
         take: puts a bucket's tensors in that order.
+        fits: says of tensors whether they are like those that it was made for.
         measuring: what the engine has prepared for them.
     """
 
     rows: tuple[int, ...]
     take: Callable[[Mapping[int, Tensor]], Sequence[Tensor]]
+    fits: Callable[..., bool]
     measuring: Plan
 
 
@@ -466,7 +469,7 @@ class Recorder:
             plan is None
             or self._formats
             or (self._is_linear and unfinished.scales)
-            or not plan.measuring.fits(*listed)
+            or not plan.fits(*listed)
         ):
             tensors = self._prepared(tensors)
             if not tensors:
@@ -475,7 +478,7 @@ class Recorder:
             formats = self._measured_formats(rows, listed) if self._formats else None
             key = (device, *tensors)
             plan = self._plans.pop(key, plan)
-            if plan is None or not plan.measuring.fits(*listed):
+            if plan is None or not plan.fits(*listed):
                 plan = self._new_plan(rows, listed)
         result = plan.measuring.run(listed, formats, due)
         self._plans[key] = plan
@@ -494,7 +497,7 @@ class Recorder:
     def _new_plan(self, rows: tuple[int, ...], tensors: Sequence[Tensor]) -> _RowsPlan:
         engine = choose_engine(self._engine, tensors[0])
         take = itemgetter(*rows) if len(rows) > 1 else lambda tensors: (tensors[rows[0]],)
-        return _RowsPlan(rows, take, engine.Plan(tensors, self.history.bins))
+        return _RowsPlan(rows, take, alike(tensors), engine.Plan(tensors, self.history.bins))
 
     def _prepared(self, tensors: dict[int, Tensor]) -> dict[int, Tensor]:
         """What is measured of tensors of any kind; those that cannot be measured are left out."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from torch._C._dynamo.eval_frame import (
     _FrameExecStrategy,
     set_code_exec_strategy,
 )
+from torch._C._dynamo.guards import TensorGuards
 from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
 from torch.amp import GradScaler
 from torch.autograd.graph import Node
@@ -227,6 +228,17 @@ def run_first(parameter: Tensor, handle: RemovableHandle) -> None:
     # PyTorch takes them in the order of insertion, not in that of OrderedDict.move_to_end(). In one
     # call, in which an interrupt cannot lose one.
     list(map(hooks.__setitem__, others, map(hooks.pop, others)))
+
+
+def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """What says of as many others whether they are like these in all but addresses and values.
+
+    It compares types, dtypes, sizes, strides, devices, layouts and signs that torch keeps apart, in
+    one call. Of a tensor that comes twice it says no.
+    """
+    guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    check: Callable[..., bool] = guards.check
+    return check
 
 
 def parameter_ids(model: nn.Module) -> set[int]:

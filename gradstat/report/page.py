@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from gradstat import __version__
 from gradstat.bins import Log2Bins
 from gradstat.diagnosis import Finding, diagnose
 from gradstat.diagnosis.evidence import Evidence
@@ -26,7 +25,7 @@ from gradstat.history import History
 from gradstat.history.history import check_history
 from gradstat.record import ACTIVATION, NOUNS, OF_PARAMETERS, PARAM, UNIT, UPDATE
 from gradstat.report import thin
-from gradstat.util import Array, escaped, json_text, replacing
+from gradstat.util import Array, __version__, escaped, json_text, replacing
 
 _NUMBERS = ("numel", "mean", "std", "rms", "l2", "min", "max", "zeros", "nan", "posinf", "neginf")
 _WIDTHS = ("<u1", "<u2", "<u4")

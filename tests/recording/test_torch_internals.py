@@ -2,13 +2,14 @@
 
 import gc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch import distributed as dist
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gradstat.recording import torch_internals
@@ -256,3 +257,23 @@ def test_default_store_keeps_what_the_first_process_says(tmp_path: Path) -> None
     finally:
         dist.destroy_process_group()
     assert said == [b"a", b"a"]
+
+
+OTHERS = {
+    "size": lambda x: x[:-1],
+    "dtype": lambda x: x.bfloat16(),
+    "strides": lambda x: torch.stack([x, x, x], 1)[:, 0],
+    "type": nn.Parameter,
+    "sparse": lambda x: x.to_sparse(),
+    "negated": lambda x: torch.complex(x, x).conj().imag,
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS.keys())
+def test_alike_tells_others_apart_by_all_but_address_and_values(
+    other: Callable[[Tensor], Tensor],
+) -> None:
+    x = torch.complex(torch.arange(10.0), torch.ones(10)).real  # the strides of a negated view
+    fits = torch_internals.alike([x, x])
+    assert not fits(x, other(x))
+    assert fits(x, torch.complex(x, x).real)

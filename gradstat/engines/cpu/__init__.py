@@ -22,7 +22,7 @@ from gradstat.bins import (
     Log2Bins,
     keeps_subnormals,
 )
-from gradstat.engines import alike, merge_dims, no_storage, reference
+from gradstat.engines import merge_dims, no_storage, reference
 from gradstat.engines.cpu.compiling import passes_trial, trial_tensors
 from gradstat.engines.cpu.partials import FIELDS
 from gradstat.engines.cpu.pool import count_threads, run_together
@@ -120,7 +120,7 @@ class Plan:
     ) -> None:
         is_trusted = is_trusted or _is_trusted
         self._bins, self._n = bins, len(tensors)
-        self._n_bins, self._pack, self.fits = bins.bins, pack_rows(), alike(tensors)
+        self._n_bins, self._pack = bins.bins, pack_rows()
         self._numels, self._dtypes = [x.numel() for x in tensors], [x.dtype for x in tensors]
         is_linear, self._ranges = isinstance(bins, LinearBins), _known_ranges(bins, self._n)
         self._is_automatic = is_linear and self._ranges is None
