@@ -154,7 +154,7 @@ FAULTS = [
     # What watches a training.
     Fault(
         "gradstat/recording",
-        "within == self._accumulation_steps - 1",
+        "within == self.accumulation_steps - 1",
         "within == 0",
         "tests/recording",
     ),
