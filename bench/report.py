@@ -173,9 +173,9 @@ def summary_table(machines: Sequence[Machine]) -> str:
         ],
         [
             "a training step of a small GPT, all its gradients measured",
-            more([trained(d, "small GPT", "gradstat.watch")["ratio"] for d in training]),
+            more(trained(training, "small GPT", "gradstat.watch", "ratio")),
             "`wandb.watch`",
-            more([min(trained(d, "small GPT", "wandb.watch")["ratio"] for d in training)]),
+            more([min(trained(training, "small GPT", "wandb.watch", "ratio"))]),
         ],
     ]
     head = ["two threads of a CPU", "gradstat", "instead", "takes at least"]
@@ -187,21 +187,23 @@ def cost_table(machines: Sequence[Machine]) -> str:
     documents = [machine.training for machine in machines]
     rows = documents[0]["benchmarks"]
     networks = list(dict.fromkeys(row["network"] for row in rows))
-    bare = {n: [trained(d, n, "gradstat.watch")["bare"] for d in documents] for n in networks}
+    bare = {n: trained(documents, n, "gradstat.watch", "bare") for n in networks}
     head = [f"{n}, a step of {between(times)}" for n, times in bare.items()]
     lines = [
-        [way_cell(way), *(more([trained(d, n, way)["ratio"] for d in documents]) for n in networks)]
+        [way_cell(way), *(more(trained(documents, n, way, "ratio")) for n in networks)]
         for way in dict.fromkeys(row["way"] for row in rows)
     ]
     return table(["measured at every step", *head], lines)
 
 
-def trained(document: Document, network: str, way: str) -> Row:
-    return next(
-        dict(row)
+def trained(documents: Sequence[Document], network: str, way: str, what: str) -> list[float]:
+    """A number of each machine on which that was timed."""
+    return [
+        row[what]
+        for document in documents
         for row in document["benchmarks"]
         if (row["network"], row["way"]) == (network, way)
-    )
+    ]
 
 
 def between(seconds: Sequence[float]) -> str:
