@@ -103,8 +103,8 @@ def test_summary_takes_the_least_favourable_machine(monkeypatch: pytest.MonkeyPa
     assert "| 20 times as long |" in both
     assert "| 32 times as long |" in one
     assert "| 32 times as long |" not in both
-    assert "+2.2 to 5.5 %" in both
-    assert "+2.2 %" in one
+    assert "+3.0 to 5.5 %" in both
+    assert "+3.0 %" in one
     assert "+5.5 %" in other
 
 
