@@ -145,7 +145,7 @@ def _glyphs() -> list[list[Any]]:
     side = SIDE * SUPERSAMPLING
     glyphs = []
     for face in FACES:
-        font = ImageFont.truetype(folder / f"{face}.ttf", size=26 * SUPERSAMPLING)
+        font = ImageFont.truetype(str(folder / f"{face}.ttf"), size=26 * SUPERSAMPLING)
         row = []
         for digit in range(CLASSES):
             image = Image.new("L", (side, side))
