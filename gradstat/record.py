@@ -6,8 +6,6 @@ merging hand it on as it is; it is unpacked when its numbers are read.
 
 from __future__ import annotations
 
-import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,15 +43,10 @@ FROM_THE_END = (GRAD, GRAD_OUTPUT)
 
 
 class Row(NamedTuple):
-    """What a row of a record is of.
+    """What a row of a record is of."""
 
-    Args:
-        kind: one of `KINDS`.
-        name: of the parameter or module that has values of that kind.
-    """
-
-    kind: str
-    name: str
+    kind: str  # one of `KINDS`
+    name: str  # of the parameter or module that has values of that kind
 
     def __str__(self) -> str:
         """The row as it is printed: a gradient by its parameter's name, others after their kind."""
@@ -71,21 +64,14 @@ Data: TypeAlias = bytes | memoryview
 _ALIGNMENT = 8
 _SUMMED_ROWS = 2048  # that are dense at a time
 _WIDE = 1 << 32  # elements of a row from which on counts need 8 bytes
-_LAST_END = struct.Struct("<I")
 
 
 class Record(NamedTuple):
-    """One record of L rows.
-
-    Args:
-        step: its number.
-        time_s: when it was recorded, in seconds since 1970; NaN if unknown.
-        data: its numbers, in the order of a `RecordLayout`.
-    """
+    """One record of L rows."""
 
     step: int
-    time_s: float
-    data: Data
+    time_s: float  # when it was recorded, in seconds since 1970; NaN if unknown
+    data: Data  # its numbers, in the order of a `RecordLayout`
 
     @property
     def n_bytes(self) -> int:
@@ -111,33 +97,24 @@ class RecordLayout:
     where the filled bins of each row end; their numbers, uint16, or uint32 of more than 65,536
     bins; their counts, uint32, or uint64 where a row has 2**32 elements or more. A row without
     values has zeros, NaN and no filled bin.
-
-    Args:
-        n_rows: L.
-        n_formats: F.
-        n_bins: bins of each histogram.
     """
 
-    n_rows: int
-    n_formats: int
-    n_bins: int
+    n_rows: int  # L
+    n_formats: int  # F
+    n_bins: int  # of each histogram
 
     @cached_property
-    def _floats_at(self) -> int:
-        return 8 * len(INTEGERS) * self.n_rows
-
-    @cached_property
-    def _formats_at(self) -> int:
-        return self._floats_at + 8 * len(FLOATS) * self.n_rows
-
-    @cached_property
-    def _ends_at(self) -> int:
-        return self._formats_at + 8 * len(PACKED) * self.n_formats * self.n_rows
-
-    @cached_property
-    def n_fixed(self) -> int:
-        """Bytes before the numbers of the filled bins, the same in each record."""
-        return self._ends_at + _padded(4 * self.n_rows)
+    def fixed(self) -> np.dtype[np.void]:
+        """What each record begins with, before the numbers of the filled bins."""
+        n = self.n_rows
+        return np.dtype(
+            [
+                ("integers", "<i8", (n, len(INTEGERS))),
+                ("floats", "<f8", (n, len(FLOATS))),
+                ("formats", "<f8", (n, self.n_formats, len(PACKED))),
+                ("ends", "<u4", (n + n % 2,)),
+            ]
+        )
 
     @cached_property
     def bin_type(self) -> np.dtype[np.unsignedinteger]:
@@ -146,40 +123,28 @@ class RecordLayout:
 
     def fits(self, data: Data) -> bool:
         """Whether bytes are as many as a record of this layout has."""
-        if len(data) < self.n_fixed:
+        if len(data) < self.fixed.itemsize:
             return False
-        n, counts = self._n_entries(data), self._count_type(self.integers(data))
+        _, n, counts = self._ends(data)
         return len(data) == self._counts_at(n) + _padded(counts.itemsize * n)
 
     def integers(self, data: Data) -> Array:
         """Integers of a record: int64 ``(L, 8)``, a view."""
-        flat = np.frombuffer(data, "<i8", len(INTEGERS) * self.n_rows)
-        return flat.reshape(self.n_rows, len(INTEGERS))
+        return self._part(data, "integers")
 
     def floats(self, data: Data) -> Array:
         """Floats of a record: float64 ``(L, 8)``, a view."""
-        flat = np.frombuffer(data, "<f8", len(FLOATS) * self.n_rows, self._floats_at)
-        return flat.reshape(self.n_rows, len(FLOATS))
+        return self._part(data, "floats")
 
     def formats(self, data: Data) -> Array:
         """What formats would do to each row: float64 ``(L, F, 10)``, a view."""
-        shape = self.n_rows, self.n_formats, len(PACKED)
-        flat = np.frombuffer(data, "<f8", math.prod(shape), self._formats_at)
-        return flat.reshape(shape)
+        return self._part(data, "formats")
 
     def entries(self, data: Data) -> tuple[Array, Array, Array]:
         """Where the filled bins of each row end, their numbers and their counts: views."""
-        n, counts = self._n_entries(data), self._count_type(self.integers(data))
-        return (
-            np.frombuffer(data, "<u4", self.n_rows, self._ends_at),
-            np.frombuffer(data, self.bin_type, n, self.n_fixed),
-            np.frombuffer(data, counts, n, self._counts_at(n)),
-        )
-
-    def histogram(self, data: Data, row: int) -> Array:
-        """Histogram of one row: int64 ``(bins,)``."""
-        histogram: Array = self.dense(data, slice(row, row + 1))[0]
-        return histogram
+        ends, n, counts = self._ends(data)
+        bins = np.frombuffer(data, self.bin_type, n, self.fixed.itemsize)
+        return ends, bins, np.frombuffer(data, counts, n, self._counts_at(n))
 
     def dense(self, data: Data, rows: slice = slice(None)) -> Array:
         """Histograms of rows that follow each other, by default of all: int64 ``(n, bins)``."""
@@ -224,44 +189,39 @@ class RecordLayout:
         ends = records.ends.reshape(len(records.integers), self.n_rows)
         for integers, floats, formats, its_ends in zip(*records[:3], ends, strict=True):
             stop = int(its_ends[-1]) if self.n_rows else start
-            parts = (
-                (integers, "<i8"),
-                (floats, "<f8"),
-                (formats, "<f8"),
-                (its_ends - start, "<u4"),
-                (records.bins[start:stop], self.bin_type),
-                (records.counts[start:stop], self._count_type(integers)),
-            )
-            packed.append(b"".join([_bytes_of(array, dtype) for array, dtype in parts]))
+            fixed = np.zeros(1, self.fixed)
+            fixed["integers"], fixed["floats"], fixed["formats"] = integers, floats, formats
+            fixed["ends"][0, : self.n_rows] = its_ends - start
+            bins, counts = (each[start:stop] for each in (records.bins, records.counts))
+            parts = bins.astype(self.bin_type), counts.astype(self._count_type(integers))
+            padded = (part.tobytes() + bytes(-part.nbytes % _ALIGNMENT) for part in parts)
+            packed.append(b"".join([fixed.tobytes(), *padded]))
             start = stop
         return packed
 
     def unpack(self, records: Sequence[Data]) -> Unpacked:
         """Numbers of several records."""
-        fixed, integers, floats, formats = self._fixed(records)
-        ends = self._part(fixed, self._ends_at, "<u4", self.n_rows).astype(np.int64)
-        return Unpacked(integers, floats, formats, *self._entries_of(records, ends))
+        integers, floats, formats, ends = self._joined(records)
+        its_ends = ends[:, : self.n_rows].astype(np.int64)
+        return Unpacked(integers, floats, formats, *self._entries_of(records, its_ends))
 
     def numbers(self, records: Sequence[Data]) -> tuple[Array, Array, Array]:
-        """Integers, floats and formats of several records, of which `n_fixed` bytes are enough."""
-        return self._fixed(records)[1:]
+        """Integers, floats and formats of several records, whose `fixed` bytes are enough."""
+        return self._joined(records)[:3]
 
-    def _fixed(self, records: Sequence[Data]) -> tuple[Array, Array, Array, Array]:
-        n, size = len(records), self.n_fixed
+    def _joined(self, records: Sequence[Data]) -> tuple[Array, Array, Array, Array]:
         # In memory that may be changed.
-        joined = bytearray().join([data[:size] for data in records])
-        fixed = np.frombuffer(joined, np.uint8, n * size).reshape(n, size)
-        return (
-            fixed,
-            self._part(fixed, 0, "<i8", self.n_rows, len(INTEGERS)),
-            self._part(fixed, self._floats_at, "<f8", self.n_rows, len(FLOATS)),
-            self._part(fixed, self._formats_at, "<f8", self.n_rows, self.n_formats, len(PACKED)),
-        )
+        joined = bytearray().join([data[: self.fixed.itemsize] for data in records])
+        fixed = self._fixed(joined, len(records))
+        return fixed["integers"], fixed["floats"], fixed["formats"], fixed["ends"]
 
-    @staticmethod
-    def _part(fixed: Array, start: int, dtype: str, *shape: int) -> Array:
-        n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-        return fixed[:, start : start + n_bytes].view(dtype).reshape(len(fixed), *shape)
+    def _part(self, data: Data, name: str) -> Array:
+        part: Array = self._fixed(data)[name][0]
+        return part
+
+    def _fixed(self, data: Data | bytearray, n: int = 1) -> Array:
+        # As numpy.frombuffer(), which takes no type without bytes: that of a run without rows.
+        return np.ndarray(n, self.fixed, data)
 
     def assemble(self, parts: Sequence[tuple[Sequence[int], RecordLayout, Data]]) -> bytes:
         """One record of several that have some of its rows each.
@@ -285,37 +245,29 @@ class RecordLayout:
         bins, counts = (np.concatenate(each) for each in zip(empty, *entries, strict=True))
         return (ends + starts[:, None]).ravel(), bins, counts
 
-    def _n_entries(self, data: Data) -> int:
-        if not self.n_rows:
-            return 0
-        (n,) = _LAST_END.unpack_from(data, self._ends_at + 4 * (self.n_rows - 1))
-        return int(n)
+    def _ends(self, data: Data) -> tuple[Array, int, np.dtype[np.unsignedinteger]]:
+        """Where the filled bins of each row end, how many there are, and the type of counts."""
+        fixed = self._fixed(data)
+        ends = fixed["ends"][0, : self.n_rows]
+        n = int(ends[-1]) if self.n_rows else 0
+        return ends, n, self._count_type(fixed["integers"][0])
 
     def _counts_at(self, n_entries: int) -> int:
-        return self.n_fixed + _padded(self.bin_type.itemsize * n_entries)
+        return self.fixed.itemsize + _padded(self.bin_type.itemsize * n_entries)
 
     def _count_type(self, integers: Array) -> np.dtype[np.unsignedinteger]:
         return np.dtype("<u8" if integers[:, 0].max(initial=0) >= _WIDE else "<u4")
 
 
 class Unpacked(NamedTuple):
-    """Numbers of S records of L rows as arrays, which are not to be changed.
+    """Numbers of S records of L rows as arrays, which are not to be changed."""
 
-    Args:
-        integers: int64 ``(S, L, 8)``, as `gradstat.results.INTEGERS`.
-        floats: float64 ``(S, L, 8)``, as `gradstat.results.FLOATS`.
-        formats: float64 ``(S, L, F, 10)``, as `gradstat.results.PACKED`.
-        ends: int64 ``(S L,)``, where the filled bins of each row of each record end.
-        bins: numbers of the filled bins, ``(E,)``, which rise within a row.
-        counts: their counts, ``(E,)``.
-    """
-
-    integers: Array
-    floats: Array
-    formats: Array
-    ends: Array
-    bins: Array
-    counts: Array
+    integers: Array  # int64 (S, L, 8), as `gradstat.results.INTEGERS`
+    floats: Array  # float64 (S, L, 8), as `gradstat.results.FLOATS`
+    formats: Array  # float64 (S, L, F, 10), as `gradstat.results.PACKED`
+    ends: Array  # int64 (S L,), where the filled bins of each row of each record end
+    bins: Array  # numbers of the filled bins, (E,), which rise within a row
+    counts: Array  # their counts, (E,)
 
     @property
     def sizes(self) -> Array:
@@ -331,11 +283,7 @@ class Unpacked(NamedTuple):
         return edges
 
     def take(self, columns: Array) -> Unpacked:
-        """Other rows of each record, by their numbers; -1 stands for a row without values.
-
-        Args:
-            columns: int64 ``(M,)``.
-        """
+        """Other rows of each record, by their numbers; -1 stands for a row without values."""
         n_records, n_rows = self.integers.shape[:2]
         rows = np.arange(n_records)[:, None] * n_rows + columns
         sizes, bins, counts = self.histograms(np.where(columns < 0, -1, rows).ravel())
@@ -349,13 +297,9 @@ class Unpacked(NamedTuple):
         )
 
     def histograms(self, rows: Array) -> tuple[Array, Array, Array]:
-        """The filled bins of some rows of all records.
+        """How many filled bins some of the S L rows have, their numbers and their counts.
 
-        Args:
-            rows: numbers of N of the S L rows, int64 ``(N,)``; -1 stands for one without any.
-
-        Returns:
-            How many each has, int64 ``(N,)``, their numbers and their counts.
+        The rows are given by their numbers; -1 stands for one without any.
         """
         ends = np.append(self.ends, 0)
         sizes = np.append(self.sizes, 0)[rows]
@@ -365,12 +309,7 @@ class Unpacked(NamedTuple):
 
 
 def union(parts: Sequence[Unpacked], n_bins: int) -> Unpacked:
-    """The same rows of the same records of several parts together.
-
-    Args:
-        parts: one at least, of as many records and rows each, over the same ranges.
-        n_bins: of each histogram.
-    """
+    """The same rows of the same records of one or several parts, over the same ranges, together."""
     integers, floats, formats = (
         torch.from_numpy(np.stack(each)) for each in list(zip(*parts, strict=True))[:3]
     )
@@ -378,47 +317,36 @@ def union(parts: Sequence[Unpacked], n_bins: int) -> Unpacked:
         integers.sum(0).numpy(),
         union_floats(integers, floats).numpy(),
         union_packed(formats).numpy(),
-        *_summed([(part.sizes, part.bins, part.counts) for part in parts], n_bins),
+        *_summed(parts, n_bins),
     )
 
 
-_Histograms = tuple[Array, Array, Array]  # sizes of rows, numbers of filled bins, counts
-
-
-def _summed(parts: Sequence[_Histograms], n_bins: int) -> tuple[Array, Array, Array]:
+def _summed(parts: Sequence[Unpacked], n_bins: int) -> tuple[Array, Array, Array]:
     """Histograms of rows added up: ends, numbers of filled bins and counts."""
-    n_rows = len(parts[0][0])
-    edges = [np.append(0, np.cumsum(sizes)) for sizes, _, _ in parts]
+    n_rows = len(parts[0].ends)
+    edges = [np.append(0, part.ends) for part in parts]
+    used = np.zeros(n_bins, bool)
+    for part in parts:
+        used[part.bins] = True
+    # Most bins are empty in all rows, and have no place.
+    columns, place = np.flatnonzero(used), np.cumsum(used) - 1
     empty = np.empty(0, np.int64)
     found = [(empty, empty, empty)]
     # In memory for some of them, dense.
     for start in range(0, n_rows, _SUMMED_ROWS):
-        rows = slice(start, min(start + _SUMMED_ROWS, n_rows))
-        some = []
-        for (sizes, bins, counts), edge in zip(parts, edges, strict=True):
-            entries = slice(edge[rows.start], edge[rows.stop])
-            some.append((sizes[rows], bins[entries], counts[entries]))
-        found.append(_summed_dense(some, n_bins))
+        stop = min(start + _SUMMED_ROWS, n_rows)
+        starts = np.arange(stop - start) * len(columns)
+        dense = np.zeros(len(starts) * len(columns), np.int64)
+        for part, edge in zip(parts, edges, strict=True):
+            entries = slice(edge[start], edge[stop])
+            rows = np.repeat(starts, np.diff(edge[start : stop + 1]))
+            # No bin comes twice in a row.
+            dense[place[part.bins[entries]] + rows] += part.counts[entries].astype(np.int64)
+        at = np.flatnonzero(dense)
+        sizes = np.bincount(at // max(1, len(columns)), minlength=len(starts))
+        found.append((sizes, columns[at - np.repeat(starts, sizes)], dense[at]))
     sizes, bins, counts = (np.concatenate(each) for each in zip(*found, strict=True))
     return np.cumsum(sizes), bins, counts
-
-
-def _summed_dense(parts: Sequence[_Histograms], n_bins: int) -> _Histograms:
-    used = np.zeros(n_bins, bool)
-    for _, bins, _ in parts:
-        used[bins] = True
-    # Most bins are empty in all rows, and have no place.
-    columns = np.flatnonzero(used)
-    place = np.cumsum(used) - 1
-    n_rows = len(parts[0][0])
-    dense = np.zeros(n_rows * len(columns), np.int64)
-    starts = np.arange(n_rows) * len(columns)
-    for sizes, bins, counts in parts:
-        # No bin comes twice in a row.
-        dense[place[bins] + np.repeat(starts, sizes)] += counts.astype(np.int64)
-    at = np.flatnonzero(dense)
-    sizes = np.bincount(at // max(1, len(columns)), minlength=n_rows)
-    return sizes, columns[at - np.repeat(starts, sizes)], dense[at]
 
 
 def _side_by_side(parts: Sequence[Unpacked]) -> Unpacked:
@@ -445,8 +373,3 @@ def taken(x: Array, columns: Array, absent: float) -> Array:
 
 def _padded(n_bytes: int) -> int:
     return n_bytes + -n_bytes % _ALIGNMENT
-
-
-def _bytes_of(array: Array, dtype: str | np.dtype[np.unsignedinteger]) -> bytes:
-    data = array.astype(dtype, copy=False).tobytes()
-    return data + bytes(-len(data) % _ALIGNMENT)

@@ -256,7 +256,8 @@ class History(Records):
             KeyError: an unknown layer, or a step that was not recorded.
         """
         row, data = self._find_layer(layer), self.packed(self.find(step)).data
-        return self.layout.histogram(data, row), self._edges(self.layout.floats(data)[row])
+        (found,) = self.layout.statistics(data, self.bins, slice(row, row + 1))
+        return found.counts.numpy(), found.edges.numpy()
 
     def histograms(self, layer: str) -> tuple[Array, Array]:
         """Histogram of one layer in every recorded step.
@@ -273,12 +274,12 @@ class History(Records):
         """
         row, records = self._find_layer(layer), self.records
         counts = np.empty((len(records), self.bins.bins), dtype=np.int64)
-        floats = np.empty((len(records), len(FLOATS)))
+        ends = np.empty((2, len(records)))
         for at, record in enumerate(records):
             data = self.packed(record).data
-            counts[at] = self.layout.histogram(data, row)
-            floats[at] = self.layout.floats(data)[row]
-        return counts, self._edges(floats)
+            counts[at] = self.layout.dense(data, slice(row, row + 1))[0]
+            ends[:, at] = self.layout.floats(data)[row, -2:]
+        return counts, self.bins.edges(*torch.from_numpy(ends)).numpy()
 
     def select(self, kind: str) -> History:
         """The rows of one kind, where ``watch(what=...)`` has recorded several.
@@ -476,12 +477,6 @@ class History(Records):
         if not found:
             raise ValueError("History.merge() needs one rank or more; parts is empty")
         return cls.from_records(ranks.merge_parts(found, replicated))
-
-    def _edges(self, floats: Array) -> Array:
-        """Edges for rows of `FLOATS`."""
-        ends = torch.from_numpy(floats[..., -2:].copy())
-        edges: Array = self.bins.edges(ends[..., 0], ends[..., 1]).numpy()
-        return edges
 
     def _columns(self, function: str, kind: str) -> Array:
         """Where the rows of a kind are."""

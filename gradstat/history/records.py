@@ -487,7 +487,7 @@ class Records:
         layout = self._whole[0]
         is_known = all(record.is_checked for record in records)
         data = (
-            [record.head(layout.n_fixed) for record in records]
+            [record.head(layout.fixed.itemsize) for record in records]
             if is_known
             else self._read(records, whole=False)
         )
