@@ -19,7 +19,7 @@ import torch
 import gradstat
 from gradstat import History, Log2Bins
 from gradstat.history.journal import Journal
-from gradstat.record import Unpacked
+from gradstat.record import Placement, Unpacked
 
 N_VALUES = 4096
 POOL = 2000  # different histograms
@@ -44,7 +44,7 @@ def write_rank(folder: Path, pool: Unpacked, rank: int, args: argparse.Namespace
     draw = classes + np.arange(args.layers) % 7
     history = History([f"{i}.weight" for i in range(args.layers)], Log2Bins())
     history.rank, history.world = rank, args.ranks
-    history.placements.owners[:] = rank
+    history.placements = [Placement(rank)] * args.layers
     journal = Journal(folder, history, run="of bench/merge.py")
     for step, rows in enumerate(draw):
         journal.append(step, history.layout.pack_all(pool.take(rows))[0], time_s=float(step))

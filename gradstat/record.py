@@ -1,4 +1,4 @@
-"""What a row of a record is of, and the one layout of a record, from the engine to the file.
+"""What a row of a record is of, who holds it, and the one layout of a record, from engine to file.
 
 A record is a step, a time and one block of bytes. Engines write it, and history, journal, file and
 merging hand it on as it is; it is unpacked when its numbers are read.
@@ -6,7 +6,7 @@ merging hand it on as it is; it is unpacked when its numbers are read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
@@ -58,8 +58,37 @@ class Row(NamedTuple):
         return cls(kind, text if kind == GRAD else text.removeprefix(f"{kind}/"))
 
 
+# Owners that are no rank: values are this rank's alone, or the same on each rank.
+OWN, SAME = -1, -2
+# Shards without a number: nothing is known of them, or they are of a sum that was not taken.
+UNKNOWN, PARTIAL = -1, -2
+
+
+class Placement(NamedTuple):
+    """Which part of which tensor a rank holds of a row, and who holds the same."""
+
+    owner: int = OWN  # the first rank that holds the same values, `OWN` or `SAME`
+    # Number of the shard, from 0, and how many there are, of a DTensor: replicas on one mesh or on
+    # several have the same. `UNKNOWN` or `PARTIAL` in its place.
+    shard: tuple[int, int] = (UNKNOWN, UNKNOWN)
+    shape: tuple[int, ...] = ()  # of the whole tensor, where the shard is known
+
+    def replica(self, *, is_of_output: bool) -> Hashable:
+        """What ranks that hold the same values have in common; ``None``: they are its own alone."""
+        if self.owner < 0 or self.shard[0] == UNKNOWN:
+            return None if self.owner == OWN else self.owner
+        if is_of_output:
+            # Those of another mesh are of another batch.
+            return None if self.shard[0] == PARTIAL else self.owner
+        # Another mesh may hold the same, as FSDP does outside the plan of tensor parallelism.
+        return (self.shape, *self.shard)
+
+
 # The bytes of a record: its own, or a part of a file that is mapped.
 Data: TypeAlias = bytes | memoryview
+
+# Integers, floats and formats of records.
+Numbers: TypeAlias = tuple[Array, Array, Array]
 
 _ALIGNMENT = 8
 _SUMMED_ROWS = 2048  # that are dense at a time
@@ -205,7 +234,7 @@ class RecordLayout:
         its_ends = ends[:, : self.n_rows].astype(np.int64)
         return Unpacked(integers, floats, formats, *self._entries_of(records, its_ends))
 
-    def numbers(self, records: Sequence[Data]) -> tuple[Array, Array, Array]:
+    def numbers(self, records: Sequence[Data]) -> Numbers:
         """Integers, floats and formats of several records, whose `fixed` bytes are enough."""
         return self._joined(records)[:3]
 
@@ -288,9 +317,7 @@ class Unpacked(NamedTuple):
         rows = np.arange(n_records)[:, None] * n_rows + columns
         sizes, bins, counts = self.histograms(np.where(columns < 0, -1, rows).ravel())
         return Unpacked(
-            taken(self.integers, columns, 0),
-            taken(self.floats, columns, np.nan),
-            taken(self.formats, columns, np.nan),
+            *taken(self[:3], columns),
             np.cumsum(sizes),
             bins,
             counts,
@@ -363,12 +390,15 @@ def _side_by_side(parts: Sequence[Unpacked]) -> Unpacked:
     )
 
 
-def taken(x: Array, columns: Array, absent: float) -> Array:
-    """Some rows of each record by their numbers, ``(S, M, ...)``; -1 stands for an absent one."""
-    found = np.full((len(x), len(columns), *x.shape[2:]), absent, x.dtype)
-    has = columns >= 0
-    found[:, has] = x[:, columns[has]]
-    return found
+def taken(numbers: Numbers, columns: Array) -> Numbers:
+    """Some rows of integers, floats and formats by their numbers; -1 stands for an absent one."""
+    has, (integers, floats, formats) = columns >= 0, numbers
+    found = []
+    for x, absent in ((integers, 0), (floats, np.nan), (formats, np.nan)):
+        rows = np.full((len(x), len(columns), *x.shape[2:]), absent, x.dtype)
+        rows[:, has] = x[:, columns[has]]
+        found.append(rows)
+    return found[0], found[1], found[2]
 
 
 def _padded(n_bytes: int) -> int:

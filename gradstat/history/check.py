@@ -1,4 +1,7 @@
-"""What must hold in a run that anybody may have written."""
+"""What must hold in a run that anybody may have written.
+
+Each check raises ValueError of the first thing that does not, and says where that is.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +29,7 @@ _Wrong = tuple[Array, str]  # where, bool (N,), and what
 
 
 def check_rows(rows: Sequence[Row], formats: Sequence[str]) -> None:
-    """Refuse rows and formats that no run has.
-
-    Raises:
-        ValueError: the first thing that is wrong.
-    """
+    """Refuse rows and formats that no run has."""
     if unknown := {row.kind for row in rows} - set(KINDS):
         raise ValueError(f"its rows are of {min(unknown)!r}, which is none of {', '.join(KINDS)}")
     if len(set(rows)) < len(rows):
@@ -43,11 +42,7 @@ def check_rows(rows: Sequence[Row], formats: Sequence[str]) -> None:
 
 
 def check_steps(steps: Sequence[int], last_step: int = -1) -> None:
-    """Refuse steps that do not rise, after the last one before them.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """Refuse steps that do not rise, after the last one before them."""
     if any(a >= b for a, b in pairwise([last_step, *steps])):
         raise ValueError("its steps do not rise from 0 or more")
 
@@ -60,19 +55,7 @@ def check_numbers(
     floats: Array,
     quantized: Array,
 ) -> None:
-    """Refuse numbers that no measurement gives.
-
-    Args:
-        rows: L of them.
-        formats: F names.
-        steps: S numbers.
-        integers: of S records, as `gradstat.record.Unpacked` has them.
-        floats: likewise.
-        quantized: likewise.
-
-    Raises:
-        ValueError: the first thing that is wrong, and where.
-    """
+    """Refuse numbers of records, as `Unpacked` has them, that no measurement gives."""
     integers = integers.reshape(-1, len(INTEGERS))
     floats = floats.reshape(-1, len(FLOATS))
     quantized = quantized.reshape(len(integers), len(formats), len(PACKED))
@@ -90,17 +73,7 @@ def check_numbers(
 def check_histograms(
     rows: Sequence[Row], bins: Bins, steps: Sequence[int], records: Unpacked
 ) -> None:
-    """Refuse histograms that no measurement gives, where `check_numbers` refuses nothing.
-
-    Args:
-        rows: L of them.
-        bins: scheme of the histograms.
-        steps: S numbers.
-        records: S records of the rows.
-
-    Raises:
-        ValueError: the first thing that is wrong, and where.
-    """
+    """Refuse histograms that no measurement gives, where `check_numbers` refuses nothing."""
     sizes = records.sizes
     if (sizes < 0).any() or records.ends[-1:].sum() != len(records.bins):
         raise ValueError(

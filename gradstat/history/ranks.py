@@ -18,9 +18,22 @@ from torch import distributed as dist
 from gradstat.bins import LinearBins
 from gradstat.history import reading
 from gradstat.history.file import Spool
-from gradstat.history.placements import OWN, PARTIAL, SAME, UNKNOWN, Placements
 from gradstat.history.records import AnyRecord, Records, Scalars
-from gradstat.record import GRAD, KINDS, NOUNS, OF_OUTPUTS, Record, Row, Unpacked, union
+from gradstat.record import (
+    GRAD,
+    KINDS,
+    NOUNS,
+    OF_OUTPUTS,
+    OWN,
+    PARTIAL,
+    SAME,
+    UNKNOWN,
+    Placement,
+    Record,
+    Row,
+    Unpacked,
+    union,
+)
 from gradstat.results import FLOATS
 from gradstat.util import Array, CutOffError, warn, windows_of
 
@@ -104,7 +117,7 @@ class _Union:
         }
         self._whole = Records(rows, parts[0].bins, parts[0].formats)
         self._whole.layers = [names[row] for row in rows]
-        self._whole.placements = Placements.same(len(rows))
+        self._whole.placements = [Placement(SAME)] * len(rows)
         self._kept: list[AnyRecord] = []
         self._spool = Spool()
 
@@ -165,14 +178,15 @@ class _Union:
         for at, part in enumerate(parts):
             is_first, others = np.ones(len(rows), bool), dict[int, list[int]]()
             for column, row in enumerate(rows):
-                replica = part.placements.replica(column, is_of_output=row.kind in OF_OUTPUTS)
+                placement = part.placements[column]
+                replica = placement.replica(is_of_output=row.kind in OF_OUTPUTS)
                 if replica is None:
                     continue
                 holder = first.setdefault((column, replica), at)
                 if holder != at:
                     is_first[column] = False
                     others.setdefault(holder, []).append(column)
-                    if part.placements.is_partial(column):
+                    if placement.shard[0] == PARTIAL:
                         self._refuse_partial(row, ranks[holder], ranks[at])
             for holder, columns in others.items():
                 differs = _differences(unpacked[holder], unpacked[at], columns)
@@ -268,12 +282,12 @@ def told_of_replicas(function: str, records: Records, replicated: bool | None) -
     if replicated is None:
         return records
     told = records.snapshot()
-    owners, shards = told.placements.owners, told.placements.shards
-    is_grad = np.array([row.kind == GRAD for row in records.rows], bool)
-    owners[is_grad & (owners < 0)] = SAME if replicated else OWN
-    if not replicated:
-        owners[shards[:, 0] == PARTIAL] = OWN
-        shards[:] = UNKNOWN
+    for at, (owner, shard, shape) in enumerate(told.placements):
+        if owner < 0 and records.rows[at].kind == GRAD:
+            owner = SAME if replicated else OWN
+        if not replicated:
+            owner, shard = OWN if shard[0] == PARTIAL else owner, (UNKNOWN, UNKNOWN)
+        told.placements[at] = Placement(owner, shard, shape)
     return told
 
 

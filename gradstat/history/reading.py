@@ -30,9 +30,8 @@ from gradstat.history.file import (
     parse_json_number,
     write_npz,
 )
-from gradstat.history.placements import SAME, Placements
 from gradstat.history.records import Records, Resumption, joined
-from gradstat.record import Record, Row, Unpacked
+from gradstat.record import SAME, Placement, Record, Row, Unpacked
 from gradstat.results import FLOATS, INTEGERS, PACKED
 from gradstat.util import Array, CutOffError, replacing, warn
 
@@ -76,9 +75,9 @@ def state_of(records: Records) -> dict[str, Any]:
     """What is said of some records, and may be another for the next ones."""
     placements, depth = records.placements, records.depth
     return {
-        "owners": placements.owners.tolist(),
-        "shards": placements.shards.tolist(),
-        "shapes": [list(shape) for shape in placements.shapes],
+        "owners": [each.owner for each in placements],
+        "shards": [list(each.shard) for each in placements],
+        "shapes": [list(each.shape) for each in placements],
         "depth": None if depth is None else depth.tolist(),
         "partial_step": records.partial_step,
     }
@@ -130,14 +129,15 @@ def _learn(records: Records, said: Mapping[str, Any]) -> None:
         records.logged.add_all(name, steps, map(parse_json_number, values))
 
 
-def _placements(said: Mapping[str, Any], n_rows: int) -> Placements:
+def _placements(said: Mapping[str, Any], n_rows: int) -> list[Placement]:
     owners, shards = _integers(said, "owners", n_rows), _integers(said, "shards", n_rows, 2)
     if len(bad := owners[(owners < SAME) | (owners >= _MOST_RANKS)]):
         raise ValueError(f"its owners hold {bad[0]}, which is no rank")
     shapes = [tuple(_list({"shapes": each}, "shapes")) for each in _list(said, "shapes")]
     if len(shapes) != n_rows or not all(type(n) is int for shape in shapes for n in shape):
         raise ValueError(f"its shapes are none of {n_rows} rows")
-    return Placements(owners, shards, shapes)
+    held = zip(owners.tolist(), map(tuple, shards.tolist()), shapes, strict=True)
+    return [Placement(*each) for each in held]
 
 
 def _list(said: Mapping[str, Any], name: str) -> list[Any]:
@@ -471,7 +471,7 @@ def _read_file(
             for block in blocks:
                 newest = _after(newest, block, last_step)
                 last_step = max(last_step, newest.last_step)
-                if found and newest.placements.equals(found[-1][0].placements):
+                if found and newest.placements == found[-1][0].placements:
                     found[-1].append(newest)
                 else:
                     found.append([newest])

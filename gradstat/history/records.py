@@ -25,8 +25,7 @@ import torch
 from gradstat.bins import Bins
 from gradstat.history.check import check_histograms, check_numbers
 from gradstat.history.file import StoredRecord, damage_of
-from gradstat.history.placements import Placements
-from gradstat.record import Data, Record, RecordLayout, Row, Unpacked, taken
+from gradstat.record import Data, Placement, Record, RecordLayout, Row, Unpacked, taken
 from gradstat.results import SHAPES, Statistics
 from gradstat.util import Array, windows_of
 
@@ -49,16 +48,7 @@ class Scalars:
         self._series: dict[str, tuple[array[int], array[float]]] = {}
 
     def add(self, name: str, step: int, value: float) -> None:
-        """Append a value.
-
-        Args:
-            name: of the scalar; a new one is made.
-            step: no lower than that of the value before; several may belong to one step.
-            value: any number, NaN and infinities among them.
-
-        Raises:
-            ValueError: a lower step.
-        """
+        """Append a value; ValueError for a step below that of the value of this name before."""
         series = self._series.get(name)
         if series is None:
             series = self._series[name] = (array("q"), array("d"))
@@ -119,63 +109,33 @@ def _cut(series: tuple[array[int], array[float]]) -> tuple[array[int], array[flo
 
 
 class _Kept(NamedTuple):
-    """The records, and how they came to be those.
+    """The records, and how they came to be those."""
 
-    Args:
-        records: in the order of their steps. Whoever has this list sees records added, no others.
-        n_appended: records that there were at one time or another, where the number is bounded.
-        stride: of them, from one that is kept to the next.
-    """
-
+    # In the order of their steps. Whoever has this list sees records added, no others.
     records: list[AnyRecord]
-    n_appended: int
-    stride: int
+    n_appended: int  # that there were at one time or another, where the number is bounded
+    stride: int  # of them, from one that is kept to the next
 
 
 class _Column(NamedTuple):
-    """A field of the first n records that there were when it was read.
+    """A field of the first n records that there were when it was read."""
 
-    Args:
-        stride: of the records.
-        last_step: of the last one of them.
-        values: ``(n, L)``, not to be changed.
-    """
-
-    stride: int
-    last_step: float
-    values: Array
+    stride: int  # of the records
+    last_step: float  # of the last one of them
+    values: Array  # (n, L), not to be changed
 
 
 class Resumption(NamedTuple):
-    """How a run was begun again.
+    """How a run was begun again."""
 
-    Args:
-        first_step: from which on it supersedes what was recorded before.
-        n_before: times that it had been begun.
-    """
-
-    first_step: int
-    n_before: int
+    first_step: int  # from which on it supersedes what was recorded before
+    n_before: int  # times that it had been begun
 
 
 class Records:
-    """S packed records of L rows, and what holds for all of them.
+    """S packed records of L rows, and what holds for all of them, as `History` says.
 
-    Args:
-        rows: L of them.
-        bins: scheme of every histogram.
-        formats: names of F narrow formats that are measured.
-        capacity: most records to keep, 2 or more: the first, the last, and between them every so
-            many, evenly. Whenever it is full every other one is dropped.
-
-    Attributes:
-        layers: their names, as printed.
-        layout: of the bytes of a record.
-        placements: which shard of each row this rank holds, and who holds the same.
-        logged: what was logged at the steps.
-        depth: as `History.depth`, and ``partial_step``, ``rank`` and ``world``.
-        run: identifier of the run, made when it begins; ``None`` where it was not written.
-        resumption: how it was begun, if it was resumed.
+    Beside that a run has an identifier, where it is written, and how it was resumed, if it was.
     """
 
     def __init__(
@@ -186,9 +146,10 @@ class Records:
         capacity: int | None = None,
     ) -> None:
         self.rows, self.bins, self.formats = list(rows), bins, list(formats)
-        self.layers = [str(row) for row in self.rows]
+        self.layers = [str(row) for row in self.rows]  # as printed
         self.layout = RecordLayout(len(self.rows), len(self.formats), bins.bins)
-        self.placements = Placements.unknown(len(self.rows))
+        # Which shard of each row this rank holds, and who holds the same.
+        self.placements = [Placement()] * len(self.rows)
         self.logged = Scalars()
         self.depth: Array | None = None
         self.partial_step: int | None = None
@@ -366,10 +327,7 @@ class Records:
     def take(self, columns: Array, rows: Sequence[Row], layers: Sequence[str]) -> Self:
         """The same records with other rows, which are read when their numbers are.
 
-        Args:
-            columns: the number of each of M rows here, int64 ``(M,)``; -1 for one without values.
-            rows: M of them.
-            layers: their names, as printed.
+        ``columns`` are the numbers of these rows here; -1 stands for one without values.
         """
         part = self._with(self._kept.records.copy())
         part.rows, part.layers = list(rows), list(layers)
@@ -377,7 +335,8 @@ class Records:
         part._taken = columns
         if self._taken is not None:
             part._taken = np.where(columns < 0, -1, self._taken[columns])
-        part.placements, part.depth = self.placements.take(columns.tolist()), None
+        part.depth = None
+        part.placements = [self.placements[at] if at >= 0 else Placement() for at in columns]
         return part
 
     def unpacked(self) -> Iterator[Unpacked]:
@@ -393,19 +352,12 @@ class Records:
         return map(self._numbers, _windows(self._kept.records.copy()))
 
     def verify(self) -> None:
-        """Read what has not been read of a file yet.
-
-        Raises:
-            ValueError: it is damaged.
-        """
+        """Read what has not been read of a file yet; ValueError if it is damaged."""
         for window in _windows(self._kept.records.copy()):
             self._read(window)
 
     def column(self, field: str) -> Array:
-        """A field of `Statistics` of all records: ``(S, L)``, a copy.
-
-        What was read before is kept, and what is new is read.
-        """
+        """A field of `Statistics` of all records, ``(S, L)``, a copy; reads what is new."""
         records, _, stride = self._kept
         records = records.copy()
         known, n = self._fields.get(field), 0
@@ -437,12 +389,7 @@ class Records:
         return part
 
     def _read(self, records: Sequence[AnyRecord], *, whole: bool = True) -> list[Data]:
-        """Bytes of records; what is of a file is checked when it is read for the first time.
-
-        Args:
-            records: some of these.
-            whole: whether their histograms are read, too.
-        """
+        """Bytes of records, checked at first reading: numbers, or the whole with histograms."""
         data = [record.data for record in records]
         layout, rows = self._whole
         new = [
@@ -457,10 +404,8 @@ class Records:
                 for record, its_data in stored:
                     if not layout.fits(its_data):
                         raise ValueError(f"its record of step {record.step} has another length")
-                steps, all_data = (
-                    [record.step for record, _ in stored],
-                    [each for _, each in stored],
-                )
+                steps = [record.step for record, _ in stored]
+                all_data = [each for _, each in stored]
                 check_numbers(rows, self.formats, steps, *layout.numbers(all_data))
                 if whole:
                     check_histograms(rows, self.bins, steps, layout.unpack(all_data))
@@ -486,19 +431,10 @@ class Records:
         """Integers, floats and formats, for which a record that was checked is read in part."""
         layout = self._whole[0]
         is_known = all(record.is_checked for record in records)
-        data = (
-            [record.head(layout.fixed.itemsize) for record in records]
-            if is_known
-            else self._read(records, whole=False)
-        )
-        integers, floats, formats = layout.numbers(data)
-        if (columns := self._taken) is None:
-            return integers, floats, formats
-        return (
-            taken(integers, columns, 0),
-            taken(floats, columns, np.nan),
-            taken(formats, columns, np.nan),
-        )
+        size = layout.fixed.itemsize
+        heads = [record.head(size) for record in records] if is_known else None
+        numbers = layout.numbers(heads or self._read(records, whole=False))
+        return numbers if self._taken is None else taken(numbers, self._taken)
 
 
 def joined(parts: Sequence[Records]) -> Records:
@@ -535,11 +471,7 @@ def next_record(
 
 
 def _kurtosis_of(bins: Bins, records: Unpacked) -> Array:
-    """`Statistics.kurtosis` of each row of each record, from its filled bins alone.
-
-    Returns:
-        float64 ``(S, L)``.
-    """
+    """`Statistics.kurtosis` of each row of each record, from its filled bins alone: ``(S, L)``."""
     integers, floats = (each.reshape(-1, each.shape[-1]) for each in records[:2])
     n_filled = records.sizes
     # A row has places for a power of two of bins, so that its sums are rounded alike whatever is

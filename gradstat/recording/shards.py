@@ -14,13 +14,21 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradstat.history import History
 from gradstat.history.journal import new_run
-from gradstat.history.placements import OWN, PARTIAL, SAME, UNKNOWN
-from gradstat.record import GRAD, OF_OUTPUTS, OF_PARAMETERS
+from gradstat.record import (
+    GRAD,
+    OF_OUTPUTS,
+    OF_PARAMETERS,
+    OWN,
+    PARTIAL,
+    SAME,
+    UNKNOWN,
+    Placement,
+)
 from gradstat.recording.torch_internals import default_store
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor.placement_types import Placement
+    from torch.distributed.tensor import placement_types
 
 
 def rank_and_world() -> tuple[int, int] | tuple[None, None]:
@@ -58,7 +66,9 @@ def local_part(x: Tensor) -> Tensor:
 
 
 @lru_cache(64)
-def _place(mesh: DeviceMesh, placements: tuple[Placement, ...]) -> tuple[int, tuple[int, int]]:
+def _place(
+    mesh: DeviceMesh, placements: tuple[placement_types.Placement, ...]
+) -> tuple[int, tuple[int, int]]:
     """The first rank of a mesh that holds the same, or `OWN` outside of it; and the shard held.
 
     To look into a mesh takes longer than to measure.
@@ -83,13 +93,13 @@ def note_placement(history: History, row: int, x: Tensor) -> bool:
     if mesh is None:
         return False
     owner, shard = _place(mesh, tuple(x.placements))  # type: ignore[attr-defined]
-    history.placements.set(row, owner, shard, tuple(x.shape))
+    history.placements[row] = Placement(owner, shard, tuple(x.shape))
     return True
 
 
 def copy_placement(history: History, row: int, like: int) -> None:
     """Tell a history that this rank holds the same part of a row as of another one."""
-    history.placements.copy_row(row, like)
+    history.placements[row] = history.placements[like]
 
 
 def _owner_beside_tensor_parallelism(model: nn.Module) -> int:
@@ -111,15 +121,9 @@ def _owner_beside_tensor_parallelism(model: nn.Module) -> int:
     return int(meshes[0].mesh.flatten()[0])
 
 
-def usual_owners(model: nn.Module, kinds: Iterable[str], when: str) -> list[int]:
-    """Who holds the same values of each row, by its kind, unless they are DTensors.
-
-    Args:
-        model: whose parameters and modules they are.
-        kinds: of the rows.
-        when: they are measured, as for `watch`.
-    """
+def usual_placements(model: nn.Module, kinds: Iterable[str], when: str) -> list[Placement]:
+    """Who holds the same values of each row, by its kind, unless they are DTensors."""
     owners = dict.fromkeys(OF_PARAMETERS, SAME) | dict.fromkeys(OF_OUTPUTS, OWN)
     if when == "backward":
         owners[GRAD] = _owner_beside_tensor_parallelism(model)
-    return [owners[kind] for kind in kinds]
+    return [Placement(owners[kind]) for kind in kinds]

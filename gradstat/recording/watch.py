@@ -43,7 +43,7 @@ from gradstat.recording.options import (
 from gradstat.recording.outputs import OutputHooks
 from gradstat.recording.passes import Recorder
 from gradstat.recording.scalars import LearningRates, ScalarLog
-from gradstat.recording.shards import agreed_run, rank_and_world, usual_owners
+from gradstat.recording.shards import agreed_run, rank_and_world, usual_placements
 from gradstat.recording.torch_internals import SparingCaptures, leave_uncompiled, unwrapped
 from gradstat.recording.transfers import Delivery, RunSink, Sink
 from gradstat.results import Statistics
@@ -226,7 +226,7 @@ def watch(
         for name in (seen if kind in OF_OUTPUTS else selected)
     ]
     history = History(rows, scheme, capacity=capacity, formats=[each.name for each in parsed])
-    history.placements.owners[:] = usual_owners(model, history.kinds, when)
+    history.placements = usual_placements(model, history.kinds, when)
     history.rank, history.world = rank_and_world()
     journal = None
     if path is not None:

@@ -15,7 +15,7 @@ from gradstat import History, LinearBins, Log2Bins
 from gradstat.bins import Bins
 from gradstat.history import reading
 from gradstat.history.journal import Journal
-from gradstat.record import Row
+from gradstat.record import Placement, Row
 from gradstat.results import FLOATS, INTEGERS
 
 
@@ -178,7 +178,7 @@ def test_saved_file_can_be_read_with_numpy_alone(
 def with_placements(generator: torch.Generator) -> History:
     history, _ = make_history(Log2Bins(), generator)
     history.rank, history.world = 3, 8
-    history.placements.set(1, 2, (2, 4), (24, 8))
+    history.placements[1] = Placement(2, (2, 4), (24, 8))
     return history
 
 
@@ -195,6 +195,4 @@ def test_history_keeps_what_a_rank_holds_of_which_tensor(
     for loaded in (History.load(tmp_path / "run.npz"), History.load(tmp_path / "run")):
         assert (loaded.rank, loaded.world) == (3, 8)
         for each in (loaded, loaded.select("grad"), loaded.snapshot()):
-            assert each.placements.owners.tolist() == [-1, 2]
-            assert each.placements.shards.tolist() == [[-1, -1], [2, 4]]
-            assert each.placements.shapes == [(), (24, 8)]
+            assert each.placements == [(-1, (-1, -1), ()), (2, (2, 4), (24, 8))]

@@ -38,8 +38,8 @@ def small(n_records: int = 3) -> History:
 def content(history: History) -> tuple[object, ...]:
     """All that a history holds, times too."""
     packed = tuple(history.packed(record) for record in history.records)
-    placements = tuple(x.tobytes() for x in (history.placements.owners, history.placements.shards))
-    return tuple(history.rows), tuple(history.layers), history.bins, packed, placements
+    rows, layers, placements = map(tuple, (history.rows, history.layers, history.placements))
+    return rows, layers, history.bins, packed, placements
 
 
 def write_journal(folder: Path, history: History) -> list[int]:

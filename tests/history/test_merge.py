@@ -23,8 +23,7 @@ from gradstat.cli import main
 from gradstat.history import ranks as merging
 from gradstat.history.file import Reader, StoredRecord
 from gradstat.history.journal import Journal
-from gradstat.history.placements import OWN, PARTIAL, SAME
-from gradstat.record import Row
+from gradstat.record import OWN, PARTIAL, SAME, Placement, Row
 
 ROWS = ["a.weight", "b.weight"]
 
@@ -46,7 +45,7 @@ def make_rank(
     """A rank's shards, or, of one origin, what several ranks hold."""
     history = History(rows, bins or Log2Bins())
     history.rank, history.world = rank, world
-    history.placements.owners[:] = OWN if origin is None else origin
+    history.placements = [Placement(OWN if origin is None else origin)] * len(rows)
     for step in steps:
         source = rank if origin is None else 0
         tensors = [values(source, step, row) for row in range(len(rows))]
@@ -132,7 +131,7 @@ def test_history_merge_puts_shards_together(bins: Bins) -> None:
     assert merged.steps.tolist() == list(range(5))
     assert merged.layers == ROWS
     assert_union(merged, range(3), bins)
-    assert merged.placements.owners.tolist() == [SAME, SAME]
+    assert merged.placements == [Placement(SAME)] * 2
     assert merged.scalars == ["rank0/loss", "rank1/loss", "rank2/loss"]
     assert merged.scalar("rank2/loss")[1].tolist() == [20, 21, 22, 23, 24]
     assert merged.rank is None
@@ -170,7 +169,7 @@ def make_on_mesh(rank: int, source: int, origin: int, part: int, kind: str = "gr
     """A rank's part of two, of what is on the mesh that begins with a rank."""
     history = History([Row(kind, "a")], Log2Bins())
     history.rank = rank
-    history.placements.set(0, origin, (part, 2), (80,))
+    history.placements = [Placement(origin, (part, 2), (80,))]
     append_rows(history, 0, *arrays(gradstat.statistics([values(source, 0, 0)])))
     return history
 
@@ -335,8 +334,7 @@ def make_sharded(rank: int, parts: int, steps: Sequence[int]) -> History:
     """Of four ranks one of a mesh that cuts into so many parts, and else has replicas."""
     history = make_rank(rank % parts, 4, steps)
     history.rank = rank
-    for row in range(len(ROWS)):
-        history.placements.set(row, rank % parts, (rank % parts, parts), (80,))
+    history.placements = [Placement(rank % parts, (rank % parts, parts), (80,))] * len(ROWS)
     return history
 
 
@@ -534,7 +532,7 @@ def test_history_load_takes_one_rank_as_it_is(tmp_path: Path) -> None:
     loaded = History.load(tmp_path)
     assert_same(loaded, make_rank(0, 1))
     assert loaded.scalars == ["loss"]
-    assert loaded.placements.owners.tolist() == [OWN, OWN]
+    assert loaded.placements == [Placement(OWN)] * 2
 
 
 def test_history_load_refuses_records_of_a_process_beside_those_of_ranks(tmp_path: Path) -> None:

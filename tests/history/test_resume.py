@@ -16,6 +16,7 @@ from gradstat import History, LinearBins, Log2Bins
 from gradstat.history.file import Reader
 from gradstat.history.follow import Follower
 from gradstat.history.journal import Journal
+from gradstat.record import SAME, Placement
 
 
 @pytest.fixture(autouse=True)
@@ -209,11 +210,11 @@ def test_journal_keeps_owners_where_its_last_block_has_scalars_alone(
 ) -> None:
     history, records = make_history(Log2Bins(), generator, 1)
     kept = Journal(tmp_path, history)
-    history.placements.owners[:] = [-2, 5]
+    history.placements = [Placement(SAME), Placement(5)]
     append_rows(kept, 0, *arrays(records[0]))
     kept.flush()
     kept.add_scalar("loss", 1, 2.0)
     kept.flush()
     blocks = Reader(segment(tmp_path, 0)).blocks()
     assert [len(block.records) for block in blocks] == [0, 1, 0]
-    assert History.load(tmp_path).placements.owners.tolist() == [-2, 5]
+    assert History.load(tmp_path).placements == history.placements

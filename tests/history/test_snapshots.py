@@ -12,7 +12,7 @@ from histories import append_rows
 
 from gradstat import History, LinearBins, Log2Bins, plot
 from gradstat.bins import Bins
-from gradstat.record import Unpacked
+from gradstat.record import Placement, Unpacked
 from gradstat.results import FLOATS, INTEGERS
 
 LAYERS = ["first", "second", "third"]
@@ -74,7 +74,7 @@ def test_history_snapshot_goes_its_own_way() -> None:
     for step in range(5):
         append(history, step)
     snapshot = history.snapshot()
-    snapshot.placements.owners[:] = 7
+    snapshot.placements[:] = [Placement(7)] * len(LAYERS)
     for step in range(5, 30, 2):
         append(history, step)
         append(snapshot, step + 1)
@@ -82,7 +82,7 @@ def test_history_snapshot_goes_its_own_way() -> None:
         check(each)
     assert history.steps[-1] == 29
     assert snapshot.steps[-1] == 30
-    assert (history.placements.owners != 7).all()
+    assert history.placements == [Placement()] * len(LAYERS)
 
 
 def test_history_reads_the_same_records_however_often_it_is_read() -> None:
