@@ -95,11 +95,7 @@ def _check_regular(descriptor: int, path: Path) -> os.stat_result:
 
 
 class RunFile:
-    """A regular file that is read at any place; it stays readable when it is renamed or removed.
-
-    Args:
-        path: any other file, such as a pipe, is refused rather than waited for.
-    """
+    """A regular file that is read at any place; it stays readable when it is renamed or removed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -184,37 +180,22 @@ _seeking = threading.Lock()
 
 
 class _Index(NamedTuple):
-    """Where the records of a block are.
+    """Where the records of a block are."""
 
-    Args:
-        file: that they are in.
-        starts: first byte of each.
-        sizes: bytes of each.
-        checksums: of each.
-        checked: whether each was found to be plausible: 1 its numbers, 2 its histograms, too.
-    """
-
-    file: RunFile
-    starts: list[int]
-    sizes: list[int]
-    checksums: list[int]
-    checked: bytearray
+    file: RunFile  # that they are in
+    starts: list[int]  # first byte of each
+    sizes: list[int]  # bytes of each
+    checksums: list[int]  # of each
+    checked: bytearray  # whether each was found plausible: 1 its numbers, 2 its histograms, too
 
 
 class StoredRecord(NamedTuple):
-    """A record in a file, whose bytes are read when they are asked for.
-
-    Args:
-        step: its number.
-        time_s: when it was recorded.
-        block: where its block is.
-        place: in that block.
-    """
+    """A `Record` in a file, whose bytes are read when they are asked for."""
 
     step: int
     time_s: float
     block: _Index
-    place: int
+    place: int  # in that block
 
     @property
     def path(self) -> Path:
@@ -228,12 +209,7 @@ class StoredRecord(NamedTuple):
 
     @property
     def data(self) -> bytes:
-        """Its numbers.
-
-        Raises:
-            ValueError: the file was damaged since, or is another one.
-            OSError: it cannot be read.
-        """
+        """Its numbers; ValueError if the file was damaged since, or is another one."""
         data = self.head(self.n_bytes)
         with damage_of(self.path):
             if len(data) < self.n_bytes:
@@ -270,11 +246,7 @@ class Spool:
         self._file: _Scratch | None = None
 
     def keep(self, records: Sequence[Record | StoredRecord]) -> list[Record | StoredRecord]:
-        """The same records, to have in place of these; those of a file stay as they are.
-
-        Raises:
-            OSError: there is no room for the file.
-        """
+        """The same records, to have in place of these; those of a file stay as they are."""
         new = [each for each in records if isinstance(each, Record)]
         sizes = [record.n_bytes for record in new]
         if self._n_bytes + sum(sizes) <= _IN_MEMORY:
@@ -296,42 +268,23 @@ class Spool:
 
 
 class Link(NamedTuple):
-    """Where in a file a block ends.
+    """Where in a file a block ends."""
 
-    Args:
-        number: of the next block.
-        checksum: of the block's header.
-    """
-
-    number: int = 0
-    checksum: int = 0
+    number: int = 0  # of the next block
+    checksum: int = 0  # of the block's header
 
 
 class Block(NamedTuple):
-    """A block as it is in a file.
+    """A block as it is in a file."""
 
-    Args:
-        said: what holds for its records, and what was logged.
-        records: in the order of their steps.
-    """
-
-    said: dict[str, Any]
-    records: list[StoredRecord]
+    said: dict[str, Any]  # what holds for its records, and what was logged
+    records: list[StoredRecord]  # in the order of their steps
 
 
 def encode(
     said: Mapping[str, Any], records: Sequence[Record], before: Link
 ) -> tuple[list[Data], Link]:
-    """The bytes of a block.
-
-    Args:
-        said: what holds for its records, ready for JSON.
-        records: S of them.
-        before: where the block before it ends.
-
-    Returns:
-        The bytes in parts, and where they end.
-    """
+    """The bytes of a block after another one, in parts, and where they end."""
     index = np.zeros(len(records), _INDEX)
     index["step"] = [record.step for record in records]
     index["time_s"] = [record.time_s for record in records]
@@ -349,28 +302,19 @@ def encode(
 
 
 class Reader:
-    """Reads what the blocks of a file say, from its beginning, as far as they are there.
-
-    Args:
-        path: of the file.
-
-    Attributes:
-        is_over: whether no whole block follows those that were read.
-        n_lost: records in the block that is cut off, if it says so.
-    """
+    """Reads what the blocks of a file say, from its beginning, as far as they are there."""
 
     def __init__(self, path: Path) -> None:
         self.file = RunFile(path)
         self._at = self._newest = 0  # of the next block, and of the newest that was read
         self._link = Link()
-        self.is_over = False
-        self.n_lost: int | None = None
+        self.is_over = False  # no whole block follows those that were read
+        self.n_lost: int | None = None  # records in the block that is cut off, if it says so
 
     def blocks(self, n_bytes: float = math.inf) -> Iterator[Block]:
         """Blocks that follow, of so many bytes or a block more; may be called again.
 
-        Raises:
-            ValueError: one is damaged, or out of its place.
+        ValueError for one that is damaged or out of its place.
         """
         end = self._at + n_bytes
         self.is_over = False
@@ -454,12 +398,8 @@ class Reader:
 class Npz:
     """The arrays of a ``.npz`` file, whose sizes are checked before anything is inflated.
 
-    Args:
-        path: of the file.
-
-    Raises:
-        ValueError: it is no ``.npz`` file, or its members are no plain arrays or declare sizes that
-            they cannot have.
+    ValueError for another file, and for members that are no plain arrays or declare sizes that they
+    cannot have.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -506,15 +446,7 @@ class Npz:
 def write_npz(
     path: Path, arrays: Mapping[str, tuple[tuple[int, ...], str, Iterable[Array]]]
 ) -> None:
-    """Write a ``.npz`` file.
-
-    Args:
-        path: the file.
-        arrays: by name: shape, type, and parts of each, one after the other.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a ``.npz`` file of arrays by name: shape, type, and parts, one after the other."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for name, (shape, dtype, parts) in arrays.items():
             info = zipfile.ZipInfo(f"{name}.npy")
@@ -551,11 +483,7 @@ def json_number(value: float) -> float | str:
 
 
 def parse_json_number(value: object) -> float:
-    """A value from what files have of it.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """A value from what files have of it; ValueError if it is none."""
     if isinstance(value, int | float) or value in _NOT_FINITE:
         return float(value)
     raise ValueError(f"its scalars hold {value!r:.80}, which is no number")

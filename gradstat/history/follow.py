@@ -20,35 +20,23 @@ _Files = dict[Path, tuple[_File, int]]  # and how many bytes
 
 
 class Look(NamedTuple):
-    """What a look has found.
+    """What a look has found."""
 
-    Args:
-        records: new ones, if there are any.
-        is_anew: whether these are the first ones, and those before no longer hold.
-        is_all: whether there are no more at the moment.
-    """
-
-    records: Records | None
-    is_anew: bool
-    is_all: bool
+    records: Records | None  # new ones, if there are any
+    is_anew: bool  # these are the first ones, and those before no longer hold
+    is_all: bool  # there are no more at the moment
 
 
 class Follower:
     """Reads a run that is written meanwhile: a few megabytes at each look, each record once.
 
-    A run that is resumed, replaced, or joined by another rank is read from its beginning again.
-
-    Args:
-        path: file or directory, which need not be there yet.
-        newest: whether of what is new the records that were written last are enough.
-
-    Attributes:
-        written_s: when its files were written to last, in seconds since 1970; 0: there are none.
+    A run that is resumed, replaced, or joined by another rank is read from its beginning again. It
+    need not be there yet. With ``newest`` the records that were written last are enough.
     """
 
     def __init__(self, path: Path, *, newest: bool = False) -> None:
         self._path, self._is_newest = path, newest
-        self.written_s = 0.0
+        self.written_s = 0.0  # when its files were written to last, since 1970; 0: there are none
         self._files: _Files = {}
         self._source: Iterator[Records | None] | None = None
         self._begun: set[tuple[int, int]] = set()  # files that have a whole block
@@ -56,14 +44,10 @@ class Follower:
         self._tried_again: _Files = {}
 
     def look(self) -> Look | None:
-        """Read what is new.
+        """Read what is new; ``None`` where there are no files.
 
-        Returns:
-            ``None`` where there are no files.
-
-        Raises:
-            OSError: a file cannot be opened.
-            ValueError: one is damaged or another kind. It is not read again before it changes.
+        OSError if a file cannot be opened, ValueError if one is damaged or another kind: it is not
+        read again before it changes.
         """
         found = self._find()
         if not found:

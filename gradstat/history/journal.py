@@ -29,23 +29,14 @@ _Scalar = tuple[str, int, float]  # name, step, value
 
 
 class _State(NamedTuple):
-    """What is where; it changes in one assignment.
+    """What is where; it changes in one assignment."""
 
-    Args:
-        waiting: records of the next block.
-        scalars: of the next block.
-        leaving: records and scalars that are being written.
-        told: what the blocks before have said.
-        end: bytes of the file that are written.
-        link: where its last block ends.
-    """
-
-    waiting: list[Record]
-    scalars: list[_Scalar]
-    leaving: tuple[list[Record], list[_Scalar]]
-    told: dict[str, Any]
-    end: int
-    link: Link
+    waiting: list[Record]  # of the next block
+    scalars: list[_Scalar]  # of the next block
+    leaving: tuple[list[Record], list[_Scalar]]  # that are being written
+    told: dict[str, Any]  # what the blocks before have said
+    end: int  # bytes of the file that are written
+    link: Link  # where its last block ends
 
 
 def new_run() -> str:
@@ -142,10 +133,7 @@ class Journal:
         _write_soon(self)
 
     def flush(self) -> None:
-        """Write all records that are waiting; waits for those that are being written.
-
-        For the thread that adds records.
-        """
+        """Write all records that wait, in the thread that adds them, after those being written."""
         _write_no_more(self)
         self.write()
 
@@ -168,10 +156,8 @@ class Journal:
             )
 
     def _is_writing_here(self) -> bool:
-        """Whether this is called by a signal's handler while its own thread writes.
-
-        A flag could be left set by an interrupt; the stack of calls cannot.
-        """
+        """Whether this is called by a signal's handler while its own thread writes."""
+        # A flag could be left set by an interrupt; the stack of calls cannot.
         frame = inspect.currentframe()
         while frame is not None:
             if frame.f_code is Journal._write_waiting.__code__ and frame.f_locals["self"] is self:
