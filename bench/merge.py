@@ -19,7 +19,7 @@ import torch
 import gradstat
 from gradstat import History, Log2Bins
 from gradstat.history.journal import Journal
-from gradstat.record import Placement, Unpacked
+from gradstat.record import Placement, Record, Unpacked
 
 N_VALUES = 4096
 POOL = 2000  # different histograms
@@ -47,7 +47,7 @@ def write_rank(folder: Path, pool: Unpacked, rank: int, args: argparse.Namespace
     history.placements = [Placement(rank)] * args.layers
     journal = Journal(folder, history, run="of bench/merge.py")
     for step, rows in enumerate(draw):
-        journal.append(step, history.layout.pack_all(pool.take(rows))[0], time_s=float(step))
+        journal.add(Record(step, float(step), history.layout.pack_all(pool.take(rows))[0]))
         if (step + 1) % (BLOCK + rank % 10) == 0:
             journal.flush()
     journal.flush()

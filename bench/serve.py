@@ -50,7 +50,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
         journal = Journal(Path(folder) / "run", History(history.layers, history.bins))
         for at, record in enumerate(history.records[: options.steps]):
-            journal.append(record.step, record.data, time_s=record.time_s)
+            journal.add(record)
             if at % BLOCK == BLOCK - 1:
                 journal.flush()
         journal.flush()
@@ -73,7 +73,7 @@ def main() -> None:
             took, sizes, lags = [], [], []
             for step in range(options.steps, options.steps + options.polls):
                 time.sleep(1)
-                journal.append(step, history.records[step].data, time_s=float(step))
+                journal.add(history.records[step]._replace(time_s=float(step)))
                 journal.flush()
                 start_s = time.perf_counter()
                 reply = urllib.request.urlopen(f"{address}run/0/data?since={version}").read()

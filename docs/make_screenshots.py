@@ -49,7 +49,7 @@ def take_report(browser: Browser, history: gradstat.History, folder: Path) -> No
 
 def write(journal: Journal, history: gradstat.History, start: int, stop: int) -> None:
     for step in history.steps[start:stop].tolist():
-        journal.append(step, history.packed(history.find(step)).data)
+        journal.add(history.packed(history.find(step)))
     journal.flush()
 
 

@@ -1,5 +1,6 @@
 """Histories made without training, for the tests of the figures."""
 
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import gradstat
 from gradstat import History
 from gradstat.bins import Bins
 from gradstat.history.journal import Journal
-from gradstat.record import GRAD, RecordLayout, Row
+from gradstat.record import GRAD, Record, RecordLayout, Row
 
 LONG_NAMES = [f"transformer.h.{i}.mlp.c_proj.weight" for i in range(12)]
 
@@ -35,7 +36,11 @@ def append_rows(
     """Add a record to a history or a journal."""
     n_formats = 0 if formats is None else formats.shape[1]
     layout = RecordLayout(len(integers), n_formats, counts.shape[1])
-    to.append(step, layout.pack(integers, floats, formats, counts), time_s=time_s)
+    data = layout.pack(integers, floats, formats, counts)
+    if isinstance(to, Journal):
+        to.add(Record(step, time.time() if time_s is None else time_s, data))
+    else:
+        to.append(step, data, time_s=time_s)
 
 
 def make_history(
@@ -84,7 +89,7 @@ def begin_journal(
 def write_steps(journal: Journal, history: History, *steps: int) -> None:
     """Put some records of a history on the disk, and what was logged at their steps."""
     for step in steps:
-        journal.append(step, history.packed(history.find(step)).data, time_s=float(step))
+        journal.add(history.packed(history.find(step))._replace(time_s=float(step)))
         for name in history.scalars:
             at, values = history.scalar(name)
             for value in values[at == step].tolist():

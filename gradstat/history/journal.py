@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 from gradstat.history.file import Link, encode, json_number
 from gradstat.history.reading import check_fits, head_of, segment_name, segments, state_of
-from gradstat.history.records import Records, next_record
-from gradstat.record import Data, Record
+from gradstat.history.records import Records
+from gradstat.record import Record
 from gradstat.util import call_after_fork, warn
 
 _INTERVAL_S = 5.0
@@ -54,10 +54,8 @@ class Journal:
         path: the directory; it is made if need be.
         like: a history of the same rows, bins and formats, which learns which run it is of.
         first_step: goes on with the records that are there, those from this step on superseded.
+            Without it ValueError refuses them, and always those of other layers or bins.
         run: identifier of the run, which its ranks have in common; by default a new one.
-
-    Raises:
-        ValueError: records are there already, and no first step; they are of other layers or bins.
     """
 
     def __init__(
@@ -67,7 +65,6 @@ class Journal:
         self._path = path.absolute()
         self._like = like
         self._state = _State([], [], ([], []), {}, 0, Link())
-        self._newest_step = -1
         self._waiting_bytes = 0  # about so many
         self._is_created = self._is_forked = False
         self._has_warned, self._n_lost, self._n_told = False, 0, 0
@@ -104,21 +101,12 @@ class Journal:
         """In a forked process: write nothing, which is for the other one to do."""
         self._is_forked = True
 
-    def append(self, step: int, data: Data, *, time_s: float | None = None) -> None:
-        """Take a record, as `History.append`; it is written within a few seconds.
-
-        Raises:
-            ValueError: a step that is not higher than the last one, bytes of another layout.
-        """
-        self.add(next_record(self._like.layout, self._newest_step, step, data, time_s))
-
     def add(self, record: Record) -> None:
-        """Take a record that `watch` has made, as `History.add`."""
+        """Take a record of a higher step than before; it is written within a few seconds."""
         if self._is_forked:
             return
         with self._lock:
             self._state.waiting.append(record)
-        self._newest_step = record.step
         self._waiting_bytes += len(record.data)
         if self._waiting_bytes >= _MOST_WAITING_BYTES:
             self.flush()

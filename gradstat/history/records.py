@@ -203,8 +203,15 @@ class Records:
         Raises:
             ValueError: a step that is not higher, bytes of another layout.
         """
-        last_step = self._kept.records[-1].step if self._kept.records else -math.inf
-        self.add(next_record(self.layout, last_step, step, data, time_s))
+        layout = self.layout
+        if self and step <= self.last_step:
+            raise ValueError(f"append() needs a step after {self.last_step}; step is {step}")
+        if not layout.fits(data):
+            raise ValueError(
+                f"append() needs the bytes of a record of {layout.n_rows} rows, {layout.n_formats} "
+                f"formats and {layout.n_bins} bins; data are {len(data)} of another one"
+            )
+        self.add(Record(step, time.time() if time_s is None else time_s, data))
 
     def add(self, record: Record) -> None:
         """Add a record that `watch` has made: of a higher step, and of this layout."""
@@ -450,24 +457,6 @@ def _windows(
 ) -> Iterator[Sequence[AnyRecord]]:
     spans = windows_of([record.n_bytes for record in records], n_bytes or WINDOW_BYTES)
     return (records[span] for span in spans)
-
-
-def next_record(
-    layout: RecordLayout, last_step: float, step: int, data: Data, time_s: float | None
-) -> Record:
-    """A record that follows another one.
-
-    Raises:
-        ValueError: a step that is not higher, bytes of another layout.
-    """
-    if step <= last_step:
-        raise ValueError(f"append() needs a step after {last_step}; step is {step}")
-    if not layout.fits(data):
-        raise ValueError(
-            f"append() needs the bytes of a record of {layout.n_rows} rows, {layout.n_formats} "
-            f"formats and {layout.n_bins} bins; data are {len(data)} of another one"
-        )
-    return Record(step, time.time() if time_s is None else time_s, data)
 
 
 def _kurtosis_of(bins: Bins, records: Unpacked) -> Array:

@@ -66,7 +66,7 @@ def test_tail_reads_only_what_was_written_last(
     journal = Journal(tmp_path, history)
     ends = []
     for step in range(3):
-        journal.append(step, history.packed(history.find(step)).data)
+        journal.add(history.packed(history.find(step)))
         journal.flush()
         ends.append((tmp_path / "00000000.gradstat").stat().st_size)
     with (tmp_path / "00000000.gradstat").open("r+b") as file:

@@ -156,7 +156,7 @@ def long_run(path: Path, n_records: int) -> History:
     journal = begin_journal(path, history)
     records = [history.packed(record).data for record in history.records]
     for step in range(n_records):
-        journal.append(step, records[step % 10], time_s=0.0)
+        journal.add(Record(step, 0.0, records[step % 10]))
     journal.flush()
     found = History.load(path)
     found.verify()

@@ -21,6 +21,7 @@ from gradstat import History, Log2Bins, statistics
 from gradstat.history import file as files
 from gradstat.history import journal
 from gradstat.history.journal import Journal
+from gradstat.record import Record
 
 pytestmark = pytest.mark.faults
 
@@ -216,7 +217,7 @@ def write_for_ever(folder: Path) -> None:
     )
     for step in range(1_000_000):
         floats[:, 2] = step
-        kept.append(step, history.layout.pack(integers, floats, None, counts))
+        kept.add(Record(step, 0.0, history.layout.pack(integers, floats, None, counts)))
         if step % 3 == 0:
             kept.flush()
 
@@ -305,7 +306,7 @@ def test_journal_interrupted_at_any_line_loses_at_most_that_record(
         sys.settrace(interrupts)
         for step, record in enumerate(records):
             try:
-                kept.append(step, record)
+                kept.add(Record(step, 0.0, record))
                 if step == 6:
                     kept.flush()
             except KeyboardInterrupt:

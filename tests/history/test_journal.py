@@ -376,20 +376,6 @@ def test_journal_that_is_interrupted_in_a_write_loses_nothing(
     assert_same(History.load(tmp_path), history)
 
 
-def test_journal_append_refuses_a_step_that_is_not_higher(
-    generator: torch.Generator, tmp_path: Path
-) -> None:
-    history, records = make_history(Log2Bins(), generator)
-    kept = Journal(tmp_path, history)
-    append_rows(kept, 3, *arrays(records[0]))
-    for step in (3, 2):
-        message = f"^append\\(\\) needs a step after 3; step is {step}$"
-        with pytest.raises(ValueError, match=message):
-            append_rows(kept, step, *arrays(records[1]))
-        kept.flush()
-    assert History.load(tmp_path).steps.tolist() == [3]
-
-
 @pytest.mark.usefixtures("hurried")
 def test_watch_warns_once_where_it_cannot_write_and_goes_on(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")

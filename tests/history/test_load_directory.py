@@ -104,7 +104,7 @@ def write_resumed(path: Path) -> None:
         journal = Journal(path, history, first_step)
         for record in history.records:
             if record.step >= (first_step or 0):
-                journal.append(record.step, record.data)
+                journal.add(record)
         journal.flush()
 
 

@@ -688,7 +688,7 @@ def begin(path: Path, rank: int, world: int, run: str | None = None) -> Path:
     history = make_rank(rank, world, steps=range(3))
     kept = Journal(path / f"rank-{rank}", history, run=run)
     for record in history.records:
-        kept.append(record.step, record.data)
+        kept.add(record)
     kept.flush()
     return path / f"rank-{rank}"
 
