@@ -46,22 +46,7 @@ _MOST_BYTES, _MOST_BYTES_OF_ALL = 4 << 20, 64 << 20
 
 
 def reduce(mine: Records, group: dist.ProcessGroup | None, replicated: bool | None) -> Records:
-    """What all ranks of a group hold together; each of them must call it.
-
-    The ranks tell each other what they have, and then send their records, some steps at a time.
-
-    Args:
-        mine: this rank's.
-        group: by default all ranks.
-        replicated: as for `History.reduce`.
-
-    Returns:
-        The same on each rank.
-
-    Raises:
-        ValueError: on each rank: other bins, steps or ranges elsewhere, or a row that should be the
-            same on several ranks and is not.
-    """
+    """As `History.reduce`: ranks tell each other what they have, then send it, some at a time."""
     mine = told_of_replicas(_REDUCE, mine, replicated)
     mine.verify()  # nobody waits for a rank that cannot read its own
     sizes = [record.n_bytes for record in mine.records]
@@ -99,15 +84,10 @@ def _shorten(x: list[int]) -> str:
 
 
 class _Union:
-    """The records of all ranks, put together window by window.
-
-    Args:
-        function: what errors are of.
-        parts: of each rank some records, or none, of its rows.
-    """
+    """The records of all ranks, put together window by window."""
 
     def __init__(self, function: str, parts: Sequence[Records]) -> None:
-        self._function = function
+        self._function = function  # what errors are of
         rows = list(dict.fromkeys(row for part in parts for row in part.rows))
         # Rows that all parts have stay in their places.
         if any(part.rows != rows for part in parts):
@@ -122,12 +102,7 @@ class _Union:
         self._spool = Spool()
 
     def add(self, ranks: Sequence[int], parts: Sequence[Records]) -> None:
-        """Take records of ranks at the same steps.
-
-        Args:
-            ranks: their numbers.
-            parts: of each rank.
-        """
+        """Take records of ranks, which have these numbers, at the same steps."""
         whole = self._whole
         aligned = [self._with_all_rows(part) for part in parts]
         unpacked = [part.unpack() for part in aligned]
@@ -146,12 +121,7 @@ class _Union:
         whole.partial_step = partial[0] if partial else whole.partial_step
 
     def records(self, scalars: Scalars, parts: Sequence[Records]) -> Records:
-        """All of them.
-
-        Args:
-            scalars: what was logged.
-            parts: of each rank, whose orders of rows are known by now.
-        """
+        """All of them; the parts know the orders of their rows by now."""
         self._whole.set_records(self._kept)
         self._whole.logged, self._whole.depth = scalars, _join_depths(self._whole.rows, parts)
         return self._whole
@@ -167,11 +137,7 @@ class _Union:
     def _first_replicas(
         self, ranks: Sequence[int], parts: Sequence[Records], unpacked: Sequence[Unpacked]
     ) -> list[Array]:
-        """Of each part and row whether no part before holds the same: bool ``(L,)`` each.
-
-        Raises:
-            ValueError: a row that another rank should hold the same of, and does not.
-        """
+        """Of each part and row whether no part before holds the same: bool ``(L,)`` each."""
         rows = self._whole.rows
         first: dict[tuple[int, Any], int] = {}
         found = []
@@ -239,11 +205,7 @@ def _differences(one: Unpacked, other: Unpacked, columns: list[int]) -> Array:
 
 
 def _join_depths(rows: Sequence[Row], parts: Sequence[Records]) -> Array | None:
-    """Places of rows among those of their kind: each part's come after those of the part before.
-
-    Returns:
-        int64 ``(L,)``; ``None`` if any part does not know its own.
-    """
+    """Places of rows among those of their kind, part after part; ``None`` if one has none."""
     places: dict[Row, int] = {}
     n_placed: Counter[str] = Counter()
     for part in parts:
@@ -269,14 +231,7 @@ def _check_alike(function: str, parts: Sequence[tuple[str, Records]]) -> None:
 
 
 def told_of_replicas(function: str, records: Records, replicated: bool | None) -> Records:
-    """Records of which it is told whether ranks hold the same, where no single mesh says it.
-
-    Args:
-        function: what errors are of.
-        records: whose placements are replaced.
-        replicated: whether gradients that are no DTensors are the same on each rank; ``False`` also
-            keeps what is on another mesh, and what is partial, apart. ``None``: as it was recorded.
-    """
+    """Records with the placements that ``replicated`` of `History.reduce` tells of."""
     if replicated is not None and not isinstance(replicated, bool):
         raise TypeError(f"{function} needs True, False or None; replicated is {replicated!r}")
     if replicated is None:
@@ -292,28 +247,17 @@ def told_of_replicas(function: str, records: Records, replicated: bool | None) -
 
 
 class _Attempt(NamedTuple):
-    """One time that a run was started or resumed, the same for all ranks that took part.
+    """One time that a run was started or resumed, the same for all ranks that took part."""
 
-    Args:
-        first_step: of a resumed run; -1 where it was not resumed.
-        world: how many ranks there were, if it is known.
-        number: of attempts of this first step and world, from 0.
-    """
-
-    first_step: int
-    world: int | None
-    number: int
+    first_step: int  # of a resumed run; -1 where it was not resumed
+    world: int | None  # how many ranks there were, if it is known
+    number: int  # of attempts of this first step and world, from 0
 
 
 class Rank:
-    """What one rank recorded.
+    """What one rank recorded, in pieces, each of one attempt and with the same placements.
 
-    Args:
-        number: of the rank.
-        name: of where it comes from.
-        pieces: its records in order, each of one attempt and with the same placements.
-        is_journal: whether they are all that a rank wrote to its directory, so that they say which
-            attempts there were.
+    A journal is all that a rank wrote to its directory: it says which attempts there were.
     """
 
     def __init__(
@@ -329,11 +273,7 @@ class Rank:
             self.add(piece)
 
     def add(self, piece: Records) -> None:
-        """Take what follows.
-
-        Raises:
-            ValueError: it is of another rank.
-        """
+        """Take what follows; ValueError if it is of another rank."""
         if piece.rank not in (None, self.number):
             raise ValueError(
                 f"{_LOAD} needs the files of a rank in its directory; {self.name} has those of "
@@ -398,20 +338,10 @@ def merge(
     end: float = math.inf,
     quiet: bool = False,
 ) -> Records:
-    """Records that all ranks hold together, and that were not merged before.
+    """The union of all ranks' rows at the steps before an end that all have, not merged before.
 
-    Args:
-        ranks: one at least.
-        replicated: as for `History.reduce`.
-        end: before this step.
-        quiet: say nothing of steps that are left out.
-
-    Returns:
-        The union of their rows at the steps that all have. Where a run was resumed with other
-        ranks, all are those that it had in a step.
-
-    Raises:
-        ValueError: other bins, other ranges, replicas that are not equal, ranks of several runs.
+    Where a run was resumed with other ranks, all are those that it had in a step. ValueError for
+    other bins, other ranges, replicas that are not equal, and ranks of several runs.
     """
     _check_one_run(ranks)
     _check_alike(_MERGE, [(f"rank {rank.number}", rank.like) for rank in ranks])
@@ -500,11 +430,7 @@ def ranges_of(numbers: Sequence[int]) -> str:
 
 
 def own_directory(path: Path, rank: int | None) -> Path:
-    """Where in a run's directory a rank writes; a process that is no rank writes to it directly.
-
-    Raises:
-        ValueError: it has records of a process that was no rank, or of ranks.
-    """
+    """Where in a run's directory a rank writes; a process that is no rank writes to it directly."""
     others = rank_directories(path) if rank is None else reading.segments(path)
     if others:
         what = "records of ranks" if rank is None else "records of a process without ranks"
@@ -522,11 +448,7 @@ def rank_directories(path: Path) -> list[Path]:
 
 
 def directories(path: Path) -> list[Path]:
-    """As `rank_directories`, of each rank one; none beside records of a process without ranks.
-
-    Raises:
-        ValueError: there are others.
-    """
+    """As `rank_directories`; ValueError unless of each rank one, and beside no other records."""
     folders = rank_directories(path)
     for a, b in pairwise(folders):
         if _number_of(a) == _number_of(b):
@@ -559,18 +481,7 @@ def stats_of(path: Path) -> dict[Path, os.stat_result]:
 
 
 def load(path: Path, replicated: bool | None = None) -> Records:
-    """Read a file, a directory of one process, or one of several ranks as one run.
-
-    Args:
-        path: of what `reading.save` or a journal wrote.
-        replicated: of ranks, as for `History.merge`.
-
-    Returns:
-        Its records, those of several ranks merged.
-
-    Raises:
-        As `reading.pieces`, and ValueError as `merge`.
-    """
+    """Read a file, a directory of one process, or one of several ranks, which are merged."""
     folders = directories(path)
     if not folders:
         return reading.load(path)
@@ -586,12 +497,7 @@ def load(path: Path, replicated: bool | None = None) -> Records:
 
 
 def merge_parts(parts: Sequence[Records | Path], replicated: bool | None) -> Records:
-    """Merge what several ranks measured.
-
-    Raises:
-        As `load`, and ValueError for a path or a rank that comes twice, and for parts of which only
-        some are of a rank.
-    """
+    """As `History.merge`."""
     if len(parts) == 1 and isinstance(parts[0], Path) and rank_directories(parts[0]):
         return load(parts[0], replicated)
     found: list[tuple[str, Records | Path]] = []
@@ -604,7 +510,8 @@ def merge_parts(parts: Sequence[Records | Path], replicated: bool | None) -> Rec
     if twice := [path for at, path in enumerate(paths) if path in paths[:at]]:
         raise ValueError(f"{_MERGE} needs each path once; {twice[0]} is there twice")
     ranks: list[Rank] = []
-    names: dict[int | None, str] = {}  # of the first part of each rank, and of none
+    # Of the first part of each rank, and of none: a run that is merged already has none.
+    names: dict[int | None, str] = {}
     error: CutOffError | None = None
     for at, (name, part) in enumerate(found):
         is_journal = isinstance(part, Path) and part.is_dir()
@@ -628,13 +535,7 @@ def merge_parts(parts: Sequence[Records | Path], replicated: bool | None) -> Rec
 
 
 def _check_rank(names: dict[int | None, str], rank: int | None, name: str) -> None:
-    """Refuse a part of a rank that others are of, and parts of which only some are of a rank.
-
-    Args:
-        names: of the parts before, by rank, to which this one's is added.
-        rank: of the part; ``None``: it is of none, such as a run that is merged already.
-        name: of the part.
-    """
+    """Refuse a part of a rank that others are of, and parts of which only some are of a rank."""
     if rank is not None and rank in names:
         raise ValueError(f"{_MERGE} needs each rank once; {name} is another one of rank {rank}")
     names.setdefault(rank, name)
@@ -652,7 +553,6 @@ def rank_of(folder: Path, pieces: Iterable[Records]) -> Rank:
 
 
 def _number_of(folder: Path) -> int:
-    """Rank of a directory of one."""
     return int(folder.name.partition("-")[2])
 
 

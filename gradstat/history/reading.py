@@ -84,11 +84,7 @@ def state_of(records: Records) -> dict[str, Any]:
 
 
 def _begun(said: Mapping[str, Any]) -> Records:
-    """A run without records, from what is said of it where its file begins.
-
-    Raises:
-        ValueError: it is of another format, or says what no run says.
-    """
+    """A run without records, from what is said of it where its file begins."""
     if said.get("format") != FORMAT:
         raise ValueError(f"its format is {said.get('format')!r:.80}, not {FORMAT}")
     rows = [Row(*_texts({"rows": each}, "rows")) for each in _list(said, "rows")]
@@ -176,15 +172,7 @@ def _number(said: Mapping[str, Any], name: str) -> int | None:
 
 
 def save(path: Path, records: Records) -> None:
-    """Write a ``.npz`` file, which appears whole or not at all.
-
-    Args:
-        path: the file; one that is there is replaced.
-        records: what it is to hold.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """As `History.save`."""
     logged = records.logged
     scalars = {}
     for name in logged.names:
@@ -256,48 +244,47 @@ def _read_arrays(npz: Npz, lengths: dict[str, int]) -> list[Array]:
 
 
 class _Source(NamedTuple):
-    """A file of a directory that is to be read.
-
-    Args:
-        path: of the file.
-        may_end_early: whether it may be cut off.
-        end: the step from which on it is superseded, or infinity.
-    """
+    """A file of a directory that is to be read."""
 
     path: Path
-    may_end_early: bool
-    end: float
+    may_end_early: bool  # it may be cut off
+    end: float  # the step from which on it is superseded, or infinity
 
 
-def pieces(path: Path, n_bytes: float = math.inf) -> Iterator[Records]:
+def pieces(path: Path) -> Iterator[Records]:
     """Find the records of a file, or of all files of a directory, some at a time.
 
-    Args:
-        path: of what `save` or a journal wrote.
-        n_bytes: of a file that are looked through at once, or a block more.
-
-    Returns:
-        Records of the same rows and placements, their steps rising. Those at the end of a
-        directory's last file that are cut off are left out, with a warning.
-
-    Raises:
-        FileNotFoundError: there is no such file; another OSError: it cannot be opened.
-        ValueError: a damaged file or one of another kind, a directory without files or without one
-            of them.
+    Those of a piece have the same rows and placements, and their steps rise. Those at the end of a
+    directory's last file that are cut off are left out, with a warning. Errors are as of
+    `History.load`.
     """
-    return (piece for piece in _pieces(path, n_bytes) if piece is not None)
+    return (piece for piece in followed(path, math.inf, goes_on=False) if piece is not None)
 
 
-def followed(path: Path, n_bytes: float) -> Iterator[Records | None]:
+def followed(path: Path, n_bytes: float, *, goes_on: bool = True) -> Iterator[Records | None]:
     """Read as `pieces`, and go on for ever with a directory's last file, which a run writes.
 
-    Yields:
-        As `pieces`; ``None`` when there is nothing new yet, or no whole block of it.
-
-    Raises:
-        As `pieces`.
+    It looks through so many bytes of a file at once, or a block more. ``None`` stands for nothing
+    new yet, or no whole block of it.
     """
-    yield from _pieces(path, n_bytes, goes_on=True)
+    if not path.is_dir():
+        yield from _read_file(_Source(path, True, math.inf), n_bytes)
+        return
+    run, last_step = None, -1
+    plan = _plan(path, quiet=goes_on)
+    for source in plan:
+        for piece in _read_file(source, n_bytes, goes_on=goes_on and source is plan[-1]):
+            if piece is None:
+                yield None
+                continue
+            found = piece.rows, piece.layers, piece.bins, piece.formats
+            run = run or found
+            if found != run or (len(piece) and piece.first_step <= last_step):
+                raise ValueError(
+                    f"History.load() needs the files of one run; {path} has those of several"
+                )
+            last_step = max(last_step, piece.last_step)
+            yield piece
 
 
 def load(path: Path) -> Records:
@@ -309,13 +296,9 @@ def load(path: Path) -> Records:
 
 
 def check_fits(path: Path, records: Records) -> str | None:
-    """Refuse a directory with the records of other layers or bins than some.
+    """Refuse a directory with the records of other layers or bins than some, or a damaged one.
 
-    Returns:
-        Identifier of the run that it holds; ``None`` where no file has a whole block.
-
-    Raises:
-        ValueError: it holds those of another run, it lacks a file, or it is damaged.
+    Returns the identifier of the run that it holds; ``None`` where no file has a whole block.
     """
     try:
         *_, source = _plan(path, quiet=True)
@@ -368,12 +351,7 @@ def _begin(path: Path) -> tuple[Records, dict[str, Any]]:
 
 
 def _plan(path: Path, *, quiet: bool) -> list[_Source]:
-    """Files of a directory that are to be read.
-
-    Args:
-        path: of the directory.
-        quiet: say nothing of those that are left out.
-    """
+    """Files of a directory that are to be read."""
     files = segments(path)
     if not files:
         raise ValueError(
@@ -418,33 +396,12 @@ def _plan(path: Path, *, quiet: bool) -> list[_Source]:
     return plan
 
 
-def _pieces(path: Path, n_bytes: float, *, goes_on: bool = False) -> Iterator[Records | None]:
-    if not path.is_dir():
-        yield from _read_file(_Source(path, True, math.inf), n_bytes)
-        return
-    run, last_step = None, -1
-    plan = _plan(path, quiet=goes_on)
-    for source in plan:
-        for piece in _read_file(source, n_bytes, goes_on=goes_on and source is plan[-1]):
-            if piece is None:
-                yield None
-                continue
-            found = piece.rows, piece.layers, piece.bins, piece.formats
-            run = run or found
-            if found != run or (len(piece) and piece.first_step <= last_step):
-                raise ValueError(
-                    f"History.load() needs the files of one run; {path} has those of several"
-                )
-            last_step = max(last_step, piece.last_step)
-            yield piece
-
-
 def _read_file(
     source: _Source, n_bytes: float = math.inf, *, goes_on: bool = False
 ) -> Iterator[Records | None]:
     """Records of a file before a step, some at a time; ``None`` if there are none yet."""
     path = source.path
-    if not _is_journal(path):
+    if RunFile(path).read(0, len(MAGIC)) != MAGIC and path.suffix != SUFFIX:
         yield _read_npz(path).between(end=source.end)
         return
     with damage_of(path):
@@ -490,10 +447,6 @@ def _after(before: Records | None, block: Block, last_step: int) -> Records:
     check_steps([record.step for record in block.records], last_step)
     records.set_records([*block.records])
     return records
-
-
-def _is_journal(path: Path) -> bool:
-    return RunFile(path).read(0, len(MAGIC)) == MAGIC or path.suffix == SUFFIX
 
 
 def _warn(path: Path, lost: str) -> None:
