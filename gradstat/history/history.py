@@ -113,10 +113,7 @@ class History(Records):
         return fragment(self)
 
     def __getitem__(self, field: str) -> Array:
-        """One field of `Statistics` at every step and layer.
-
-        Args:
-            field: its name, such as ``"mean"``, ``"std"`` or ``"nan"``.
+        """One field of `Statistics`, such as ``"mean"`` or ``"nan"``, at every step and layer.
 
         Returns:
             float64 or int64, shape ``(S, L)``; NaN (0 for a count) where a layer had no gradient.
@@ -154,10 +151,7 @@ class History(Records):
         return self.logged.names
 
     def scalar(self, name: str) -> tuple[Array, Array]:
-        """What was logged under a name, at every step, recorded or not.
-
-        Args:
-            name: one of `scalars`.
+        """What was logged under a name, one of `scalars`, at every step, recorded or not.
 
         Returns:
             steps, int64 ``(N,)``, which do not fall, and values, float64 ``(N,)``.
@@ -173,15 +167,10 @@ class History(Records):
         return self.logged.get(name)
 
     def add_scalar(self, name: str, step: int, value: float) -> None:
-        """Add a number that belongs to a step; all of them are kept, whatever the capacity.
-
-        Args:
-            name: such as ``"loss"``.
-            step: no lower than that of the last value of this name.
-            value: 16 bytes of memory.
+        """Add a number that belongs to a step; all are kept, 16 bytes each, whatever the capacity.
 
         Raises:
-            ValueError: a lower step.
+            ValueError: a step below that of the last value of this name.
         """
         self.logged.add(name, step, value)
 
@@ -190,14 +179,11 @@ class History(Records):
 
         Non-finite elements and absent layers are left out.
 
-        Args:
-            kind: as for `select`.
-
         Returns:
             float64 ``(S,)``; NaN for a record without any of them.
 
         Raises:
-            KeyError: a kind that was not recorded.
+            KeyError: a kind, as for `select`, that was not recorded.
         """
         l2 = self["l2"][:, self._columns("norm", kind)]
         known = ~np.isnan(l2)
@@ -225,16 +211,10 @@ class History(Records):
         return replace(found, names=tuple(self.layers))
 
     def parts(self, step: int = -1) -> Iterator[tuple[slice, Statistics]]:
-        """Everything measured in one step, some layers at a time, in memory for a few histograms.
-
-        Args:
-            step: a number in `steps`, or negative to count back from the newest.
+        """As `record`, some layers at a time, in memory for a few histograms.
 
         Yields:
             Which of the L layers, and their statistics, on the CPU.
-
-        Raises:
-            KeyError: a step that was not recorded.
         """
         data, n_layers = self.packed(self.find(step)).data, len(self.layers)
         size = max(1, _DENSE_BYTES // (8 * self.bins.bins))
@@ -243,11 +223,7 @@ class History(Records):
             yield part, self.layout.statistics(data, self.bins, part)
 
     def histogram(self, layer: str, step: int = -1) -> tuple[Array, Array]:
-        """Histogram of one layer in one step.
-
-        Args:
-            layer: a name in `layers`.
-            step: a number in `steps`, or negative to count back from the newest.
+        """Histogram of one layer, a name in `layers`, in one step, as for `record`.
 
         Returns:
             counts, int64 ``(bins,)``, and edges, float64 ``(bins + 1,)``.
@@ -260,10 +236,7 @@ class History(Records):
         return found.counts.numpy(), found.edges.numpy()
 
     def histograms(self, layer: str) -> tuple[Array, Array]:
-        """Histogram of one layer in every recorded step.
-
-        Args:
-            layer: a name in `layers`.
+        """Histogram of one layer, a name in `layers`, in every recorded step.
 
         Returns:
             counts, int64 ``(S, bins)``, and edges, float64, ``(bins + 1,)`` for `Log2Bins` and
@@ -373,11 +346,8 @@ class History(Records):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the whole record to a NumPy ``.npz`` file, which appears whole or not at all.
 
-        Args:
-            path: the file; one that is there is replaced.
-
-        Raises:
-            OSError: it cannot be written.
+        A file that is there is replaced. OSError tells that it cannot be written, as of all methods
+        that write a file.
         """
         reading.save(Path(path), self.snapshot())
 
@@ -498,14 +468,8 @@ class History(Records):
     def diagnose(self, thresholds: Thresholds | None = None) -> list[Finding]:
         """Find what is wrong with the gradients and the rest of a run, the worst first.
 
-        Args:
-            thresholds: by default those that healthy runs stay within.
-
-        Returns:
-            Findings, as `gradstat.diagnosis.diagnose` describes them.
-
-        Raises:
-            ValueError: there are no records.
+        By default the thresholds are those that healthy runs stay within. ValueError where there
+        are no records. `gradstat.diagnosis.diagnose` describes the findings.
         """
         from gradstat.diagnosis import diagnose
 
@@ -514,39 +478,20 @@ class History(Records):
     def to_pandas(self) -> pandas.DataFrame:
         """Make a table: a row for each step, kind and layer, with every field and the histogram.
 
-        Returns:
-            DataFrame, its columns those of `gradstat.tables`.
-
-        Raises:
-            ImportError: pandas is not installed.
+        Its columns are those of `gradstat.tables`. ImportError where pandas is not installed.
         """
         from gradstat.tables import to_pandas
 
         return to_pandas(self)
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
-        """Write that table to a Parquet file.
-
-        Args:
-            path: the file; one that is there is replaced.
-
-        Raises:
-            ImportError: pyarrow is not installed.
-            OSError: the file cannot be written.
-        """
+        """Write that table to a Parquet file; ImportError where pyarrow is not installed."""
         from gradstat.tables import to_parquet
 
         to_parquet(self, path)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write that table to a CSV file, lists as JSON.
-
-        Args:
-            path: the file; one that is there is replaced.
-
-        Raises:
-            OSError: the file cannot be written.
-        """
+        """Write that table to a CSV file, lists as JSON."""
         from gradstat.tables import to_csv
 
         to_csv(self, path)
@@ -554,16 +499,8 @@ class History(Records):
     def report(self, path: str | os.PathLike[str], *, title: str = "Gradients") -> None:
         """Write a page to look around in: findings, a map, every layer's distribution over time.
 
-        One file of HTML, which needs neither a network nor a server.
-
-        Args:
-            path: the file; one that is there is replaced.
-            title: heading of the page.
-
-        Raises:
-            TypeError: a title that is no text.
-            ValueError: there are no records.
-            OSError: the file cannot be written.
+        One file of HTML, which needs neither a network nor a server. TypeError for a title that is
+        no text, ValueError where there are no records.
         """
         from gradstat.report import write
 

@@ -196,12 +196,12 @@ class Records:
         """Add one record.
 
         Args:
-            step: its number, higher than the last one's.
+            step: its number.
             data: its numbers, as ``layout.pack()`` makes them; kept, not copied.
             time_s: when it was recorded, in seconds since 1970; by default now.
 
         Raises:
-            ValueError: a step that is not higher, bytes of another layout.
+            ValueError: a step that is not higher than the last one's, bytes of another layout.
         """
         layout = self.layout
         if self and step <= self.last_step:
@@ -277,11 +277,7 @@ class Records:
         return taken
 
     def find(self, step: int) -> AnyRecord:
-        """The record of a step, which may be counted back from the newest.
-
-        Raises:
-            KeyError: a step that was not recorded.
-        """
+        """The record of a step, which may be counted back from the newest; else KeyError."""
         records = self._kept.records
         n = len(records)
         if -n <= step < 0:

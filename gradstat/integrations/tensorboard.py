@@ -17,7 +17,6 @@ import numpy as np
 from gradstat.history import History
 from gradstat.history.history import check_history
 from gradstat.integrations.viewers import (
-    RunWriter,
     buckets,
     check_tags,
     chosen_steps,
@@ -29,6 +28,7 @@ from gradstat.integrations.viewers import (
 )
 from gradstat.record import GRAD, Row
 from gradstat.recording.options import check_directory
+from gradstat.recording.sinks import RunWriter
 from gradstat.util import Array
 
 _HISTOGRAM = {GRAD: "gradient"}  # others: "histogram"

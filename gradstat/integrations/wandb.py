@@ -14,7 +14,6 @@ import numpy as np
 from gradstat.history import History
 from gradstat.history.history import check_history
 from gradstat.integrations.viewers import (
-    RunWriter,
     buckets,
     check_tags,
     chosen_steps,
@@ -26,6 +25,7 @@ from gradstat.integrations.viewers import (
     scalars,
 )
 from gradstat.record import NOUNS, UPDATE
+from gradstat.recording.sinks import RunWriter
 from gradstat.util import Array, evenly_spread
 
 if TYPE_CHECKING:

@@ -1,4 +1,7 @@
-"""Options of `watch`, checked before anything is changed, and what of a model they select."""
+"""Options of `watch`, checked before anything is changed, and what of a model they select.
+
+What is of another kind raises TypeError, what has no such value ValueError.
+"""
 
 from __future__ import annotations
 
@@ -136,16 +139,7 @@ def check_holds(optimizer: Optimizer, selected: Sequence[nn.Parameter]) -> None:
 def select_parameters(
     model: nn.Module, parameters: ParameterSelector | None
 ) -> dict[str, nn.Parameter]:
-    """Floating-point parameters to watch, by plain name; by default all but biases.
-
-    Args:
-        model: whose they are.
-        parameters: regular expression or function of name and parameter.
-
-    Raises:
-        TypeError: a selector of another kind.
-        ValueError: none that needs a gradient, one without a shape so far, a bad expression.
-    """
+    """Floating-point parameters to watch, by plain name; by default all but biases."""
     matches = _is_weight if parameters is None else _matcher("parameters", parameters)
     selected = {}
     for full_name, parameter in model.named_parameters():
@@ -173,15 +167,8 @@ def select_parameters(
 def select_modules(model: nn.Module, modules: ModuleSelector | None) -> dict[str, nn.Module]:
     """Modules whose outputs to watch, by plain name; by default those without modules in them.
 
-    What wraps another module is none of them: it returns the same.
-
-    Args:
-        model: whose they are; its own name is that of its class in parentheses.
-        modules: regular expression or function of name and module.
-
-    Raises:
-        TypeError: a selector of another kind.
-        ValueError: none selected, a bad expression.
+    What wraps another module is none of them: it returns the same. The model's own name is that of
+    its class in parentheses.
     """
     matches = _usual_modules(model) if modules is None else _matcher("modules", modules)
     selected = {}
@@ -202,12 +189,7 @@ def select_modules(model: nn.Module, modules: ModuleSelector | None) -> dict[str
 
 
 class Replaced:
-    """Tells of watched parameters that the model no longer has: no hook sees what replaced them.
-
-    Args:
-        model: whose they are.
-        selected: by plain name.
-    """
+    """Tells of watched parameters that the model no longer has: no hook sees what replaced them."""
 
     def __init__(self, model: nn.Module, selected: Mapping[str, nn.Parameter]) -> None:
         self._model = weakref.ref(model)
@@ -241,12 +223,7 @@ class Replaced:
 
 
 def plain_name(model: nn.Module, name: str) -> str:
-    """The name of a parameter or module without those that wrappers put into it.
-
-    Args:
-        model: whose it is.
-        name: in the model, wrappers such as ``torch.compile`` or DistributedDataParallel included.
-    """
+    """The name of a parameter or module without those that wrappers, as of DDP, put into it."""
     module: nn.Module | None = model
     kept = []
     for part in name.split("."):

@@ -53,15 +53,7 @@ class OutputHooks:
     """Each output of a module, and the gradient with respect to it, goes to the recorder.
 
     Outputs count while the model is in training mode and gradients are enabled. Outputs that a
-    checkpoint computes once more do not.
-
-    Args:
-        model: whose mode counts.
-        modules: to hook, in the order of the recorder's rows.
-        recorder: what sees their outputs.
-        scaler: what scales the loss, or ``None``.
-        optimizer: whose steps make the records, or ``None``.
-        is_running: whether a pass that the recorder has begun still goes on.
+    checkpoint computes once more do not. The modules are in the order of the recorder's rows.
     """
 
     def __init__(
@@ -70,8 +62,8 @@ class OutputHooks:
         modules: Sequence[nn.Module],
         recorder: Recorder,
         scaler: GradScaler | None,
-        optimizer: Optimizer | None,
-        is_running: Callable[[], bool],
+        optimizer: Optimizer | None,  # whose steps make the records
+        is_running: Callable[[], bool],  # whether a pass that the recorder has begun goes on
     ) -> None:
         # The hooks are on the model and keep this alive, not the other way round.
         self._model = weakref.ref(_unwrapped(model))
@@ -203,9 +195,6 @@ class _UnitDims:
     linear layers, layer norms, embeddings and recurrent ones have their features last. Any other
     module, such as an activation, has its units where the newest of those had them, if its output
     has the same shape; if not, after the batch in four dimensions or more, and last otherwise.
-
-    Args:
-        modules: in the order of their indices.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:

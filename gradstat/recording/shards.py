@@ -69,10 +69,8 @@ def local_part(x: Tensor) -> Tensor:
 def _place(
     mesh: DeviceMesh, placements: tuple[placement_types.Placement, ...]
 ) -> tuple[int, tuple[int, int]]:
-    """The first rank of a mesh that holds the same, or `OWN` outside of it; and the shard held.
-
-    To look into a mesh takes longer than to measure.
-    """
+    """The first rank of a mesh that holds the same, or `OWN` outside of it; and the shard held."""
+    # Kept, as to look into a mesh takes longer than to measure.
     at = mesh.get_coordinate()
     if at is None:
         return OWN, (UNKNOWN, UNKNOWN)
@@ -107,9 +105,7 @@ def _owner_beside_tensor_parallelism(model: nn.Module) -> int:
 
     Tensor parallelism gives each rank of its mesh the same batch, so the parameters that it leaves
     alone have the same gradients on each. That is not so beside FSDP or DistributedDataParallel.
-
-    Returns:
-        The first rank of the mesh; `OWN` where there is none, or several.
+    It is the first rank of the mesh, `OWN` where there is none, or several.
     """
     meshes = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
     if not meshes or any(mesh != meshes[0] for mesh in meshes) or not meshes[0].get_coordinate():

@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from gradstat.history.journal import Journal
 from gradstat.ops import import_engine
 from gradstat.record import OF_OUTPUTS, Record, RecordLayout
 from gradstat.recording.cuda import Computed, Launch, Schedule, Transfer, take_over
+from gradstat.recording.sinks import RunWriter
 from gradstat.results import PACKED, Statistics, as_arrays, as_statistics, union_packed
 from gradstat.util import Array, warn
 
@@ -250,26 +251,6 @@ def _turns(
     return [(joins, at) for (_, joins), at in turns.items()]
 
 
-@runtime_checkable
-class RunSink(Protocol):
-    """A sink that knows its run: `gradstat.integrations.viewers.RunWriter` says how."""
-
-    def __call__(self, step: int, statistics: Statistics) -> object:
-        """Take a record."""
-
-    def check_new(self) -> None:
-        """Raise ValueError if it has a run already."""
-
-    def begin(self, history: History, first_step: int | None, collect: Callable[[], None]) -> None:
-        """Take the run."""
-
-    def add_scalar(self, name: str, step: int, value: float) -> None:
-        """Take a logged value."""
-
-    def finish(self) -> None:
-        """Take the end of the run."""
-
-
 class Delivery:
     """Records on their way to whoever is to have them, oldest first.
 
@@ -346,7 +327,7 @@ class Delivery:
         if self._journal is not None:
             self._journal.flush()
             self._journal.warn_of_unwritten()
-        if isinstance(self._sink, RunSink):
+        if isinstance(self._sink, RunWriter):
             self._sink.finish()
 
     def forget_other_threads(self) -> None:

@@ -44,8 +44,9 @@ from gradstat.recording.outputs import OutputHooks
 from gradstat.recording.passes import Recorder
 from gradstat.recording.scalars import LearningRates, ScalarLog
 from gradstat.recording.shards import agreed_run, rank_and_world, usual_placements
+from gradstat.recording.sinks import RunWriter
 from gradstat.recording.torch_internals import SparingCaptures, leave_uncompiled, unwrapped
-from gradstat.recording.transfers import Delivery, RunSink, Sink
+from gradstat.recording.transfers import Delivery, Sink
 from gradstat.results import Statistics
 from gradstat.util import call_after_fork, warn
 
@@ -197,7 +198,7 @@ def watch(
     for argument, function in (("sink", sink), ("alert", alert)):
         if function is not None and not callable(function):
             raise TypeError(f"watch() needs a function; {argument} is {function!r}")
-    writer = sink if isinstance(sink, RunSink) else None
+    writer = sink if isinstance(sink, RunWriter) else None
     if writer is not None:
         writer.check_new()
     if path is not None:
@@ -264,7 +265,8 @@ def watch(
     if optimizer is not None:
         hooks.rates = LearningRates(optimizer, scalars.add)
         others.append(hooks.rates)
-    _add_open(model, name, measures, recorder, hooks, others)
+    opened = _Open(name, measures, recorder, weakref.ref(hooks), others)
+    _OPEN[model] = [*(each for each in _OPEN.get(model, ()) if each.is_open), opened]
     return Watch(recorder, hooks, others)
 
 
@@ -277,13 +279,7 @@ def _is_changed_in_backward(model: nn.Module) -> bool:
 
 
 class Watch:
-    """Running hooks; made by `watch`.
-
-    Args:
-        recorder: what the hooks feed.
-        hooks: on the parameters or the optimizer.
-        others: on the modules, if any, and on the optimizer, if it is known.
-    """
+    """Running hooks; made by `watch`."""
 
     def __init__(self, recorder: Recorder, hooks: Hooks, others: list[Others]) -> None:
         self._recorder, self._hooks, self._others = recorder, hooks, others
@@ -304,11 +300,7 @@ class Watch:
 
     @property
     def last(self) -> Statistics:
-        """The newest record, shape ``(L,)``, on the CPU; waits for it.
-
-        Raises:
-            KeyError: there is none yet.
-        """
+        """The newest record, shape ``(L,)``, on the CPU, once it is there; KeyError without any."""
         with self._recorder.lock:
             return self.history.record(-1)
 
@@ -429,11 +421,7 @@ class Watch:
             view.finish()
 
     def __enter__(self) -> Watch:
-        """The watch itself.
-
-        Raises:
-            RuntimeError: it is closed.
-        """
+        """The watch itself; RuntimeError if it is closed."""
         self._check_open("with")
         return self
 
@@ -453,21 +441,13 @@ class Watch:
 
 @dataclass(frozen=True)
 class _Open:
-    """A watch, without what would keep its model alive.
+    """A watch, without what would keep its model alive."""
 
-    Args:
-        name: given by the user, or ``None``.
-        measures: equal for watches that measure the same.
-        recorder: what the hooks feed.
-        hooks: on the parameters or the optimizer.
-        others: on the modules and for the learning rate.
-    """
-
-    name: str | None
-    measures: Hashable
+    name: str | None  # given by the user
+    measures: Hashable  # equal for watches that measure the same
     recorder: Recorder
-    hooks: weakref.ref[Hooks]
-    others: list[weakref.ref[Others]]
+    hooks: weakref.ref[Hooks]  # on the parameters or the optimizer
+    others: list[Others]  # on the modules, and on the optimizer for its learning rate
 
     @property
     def is_open(self) -> bool:
@@ -478,10 +458,7 @@ _OPEN: weakref.WeakKeyDictionary[nn.Module, list[_Open]] = weakref.WeakKeyDictio
 
 
 def _make_room(model: nn.Module, name: str | None, measures: Hashable) -> None:
-    """Close the open watch that has a new one's name; without a name, warn of one like it.
-
-    Arguments as of `_add_open`, for the new watch.
-    """
+    """Close the open watch that has a new one's name; without a name, warn of one like it."""
     still_open = [each for each in _OPEN.get(model, ()) if each.is_open]
     if name is None:
         n_same = sum(each.name is None and each.measures == measures for each in still_open)
@@ -498,21 +475,7 @@ def _make_room(model: nn.Module, name: str | None, measures: Hashable) -> None:
     for each in still_open:
         hooks = each.hooks()
         if name is not None and each.name == name and hooks is not None:
-            others = [other for other in (ref() for ref in each.others) if other is not None]
-            _close(each.recorder, hooks, others)
-
-
-def _add_open(
-    model: nn.Module,
-    name: str | None,
-    measures: Hashable,
-    recorder: Recorder,
-    hooks: Hooks,
-    others: list[Others],
-) -> None:
-    """Remember a watch that hangs on a model now; other arguments as of `_Open`."""
-    opened = _Open(name, measures, recorder, weakref.ref(hooks), list(map(weakref.ref, others)))
-    _OPEN[model] = [*(each for each in _OPEN.get(model, ()) if each.is_open), opened]
+            _close(each.recorder, hooks, each.others)
 
 
 def _close(recorder: Recorder, hooks: Hooks, others: list[Others]) -> None:
@@ -532,16 +495,7 @@ def _close(recorder: Recorder, hooks: Hooks, others: list[Others]) -> None:
 
 
 class LiveView:
-    """An output of a notebook's cell that shows a watch; a thread of its own draws it.
-
-    Args:
-        recorder: of the watch; its history is drawn.
-        hooks: of the watch; the run goes on as long as they live.
-        every_s: seconds from one drawing to the next, or more where a drawing takes long.
-
-    Raises:
-        RuntimeError: this is no notebook.
-    """
+    """An output of a notebook's cell that shows a watch; a thread of its own draws it."""
 
     def __init__(self, recorder: Recorder, hooks: Hooks, every_s: float) -> None:
         if not _is_notebook():
@@ -561,10 +515,7 @@ class LiveView:
         threading.Thread(target=self._follow, name="gradstat-live", daemon=True).start()
 
     def finish(self) -> None:
-        """Draw the end of the run, and no more; what a slow viewer holds up is left to the thread.
-
-        The thread comes here too when the run has ended, so that it is drawn in any case.
-        """
+        """Draw the end of the run, and no more; the thread comes here too, after a slow viewer."""
         self._is_to_end = True
         if self._lock.acquire(timeout=_PATIENCE_S):
             try:

@@ -8,7 +8,7 @@ import torch
 
 import gradstat
 from gradstat import History
-from gradstat.integrations.viewers import RunWriter
+from gradstat.recording.sinks import RunWriter
 
 
 class Kept(RunWriter):
