@@ -279,7 +279,10 @@ def _is_changed_in_backward(model: nn.Module) -> bool:
 
 
 class Watch:
-    """Running hooks; made by `watch`."""
+    """Running hooks on a model's parameters, modules and optimizer; made by `watch`.
+
+    A context manager; without a with block ``close()`` takes the hooks off.
+    """
 
     def __init__(self, recorder: Recorder, hooks: Hooks, others: list[Others]) -> None:
         self._recorder, self._hooks, self._others = recorder, hooks, others
