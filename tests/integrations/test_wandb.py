@@ -22,8 +22,9 @@ from gradstat.integrations import wandb as viewer
 
 pytestmark = [
     pytest.mark.integrations,
-    # wandb leaves a temporary folder of its own to the garbage collector.
+    # wandb leaves a temporary folder and a socket of its own to the garbage collector.
     pytest.mark.filterwarnings("ignore:Implicitly cleaning up:ResourceWarning"),
+    pytest.mark.filterwarnings(r"ignore:(?s).*unclosed <socket.*wandb"),
 ]
 wandb = pytest.importorskip("wandb")
 
