@@ -40,6 +40,8 @@ class Evidence:
 
     Attributes:
         blocks: positions of the records of each.
+        names: of parameters and modules.
+        printed: the same, modules with their type.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Evidence:
         rows = [history.rows[column] for column in self.columns]
         self.kinds = [row.kind for row in rows]
         self.names = [row.name for row in rows]
+        self.printed = [row.name + history.type_of(row) for row in rows]
         self.layers = [history.layers[column] for column in self.columns]
         self._fields: dict[str, Array] = {}
         self._of_kind: dict[str, Evidence] = {}

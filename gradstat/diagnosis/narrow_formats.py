@@ -279,7 +279,7 @@ def find_outliers(run: Evidence, thresholds: Thresholds) -> list[Finding]:
             run.layers[column],
             (int(run.steps[0]), int(run.steps[-1])),
             {"kurtosis": float(parts[-1, column]), "before": float(parts[0, column])},
-            f"The kurtosis of {run.names[column]}'s output grew steadily, from "
+            f"The kurtosis of {run.printed[column]}'s output grew steadily, from "
             f"{parts[0, column]:.3g} to {parts[-1, column]:.3g}, where a normal distribution has "
             f"3: a few features become far larger than the others, which narrow types round away.",
         )
@@ -302,7 +302,7 @@ def _exceeding(run: Evidence, kind: str, field: str, limit: float, said: str) ->
         column = int(worst.argmax())
         sentence = said.format(
             share=_percent(worst[column]),
-            layer=run.names[column],
+            layer=run.printed[column],
             noun=NOUNS[run.kinds[column]],
         )
         if len(above) > 1:

@@ -88,7 +88,7 @@ def _finding(
     others = len(columns) - 1
     rest = f", before {others} other {_OTHERS.get(kind, 'layer')}{'s' * (others > 1)}"
     sentence = (
-        f"{_FIRST_MET[kind].format(run.names[column])}, at step {run.steps[at]}"
+        f"{_FIRST_MET[kind].format(run.printed[column])}, at step {run.steps[at]}"
         f"{rest * (others > 0)}: of {numbers['numel']:,.0f} elements {_count(numbers)}. This holds "
         f"for {n_records} of {len(bad)} records"
         + ", the newest not among them" * has_passed

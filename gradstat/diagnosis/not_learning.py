@@ -113,7 +113,7 @@ def find_dead_units(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         n = int(units[-1])
         which = f"All {n} units" if least == 1 else f"{math.ceil(least * n)} of {n} units or more"
         sentence = (
-            f"{which} of {run.names[column]} are zero for every input of a batch, in each of "
+            f"{which} of {run.printed[column]} are zero for every input of a batch, in each of "
             f"{len(units)} records: they add nothing and do not learn."
         )
         numbers = {"share": least, "units": float(units[-1])}
@@ -154,8 +154,8 @@ def find_saturated_outputs(run: Evidence, thresholds: Thresholds) -> list[Findin
         run,
         run.lasting(shares, thresholds.saturation_share),
         lambda each: (
-            f"{each.share:.0%} of {run.names[each.column]}'s outputs are within {1 - _END:g} of 1 "
-            f"or -1, the ends of a tanh, where its slope is almost zero: what is below it hardly "
+            f"{each.share:.0%} of {run.printed[each.column]}'s outputs are within {1 - _END:g} of "
+            f"1 or -1, the ends of a tanh, where its slope is almost zero: what is below it hardly "
             f"learns. Smaller weights or a norm before it help."
         ),
     )

@@ -199,7 +199,7 @@ def tell_movers(run: Evidence, moved: list[Mover], begin: int) -> str:
 
 def named(run: Evidence, column: int) -> str:
     """A row in words."""
-    return f"{run.names[column]}'s {NOUNS[run.kinds[column]]}"
+    return f"{run.printed[column]}'s {NOUNS[run.kinds[column]]}"
 
 
 def _expected(x: Array, at: Array, columns: Array) -> tuple[Array, Array, Array]:

@@ -16,7 +16,7 @@ from gradstat.bins import Bins
 from gradstat.formats import Format, asked_formats, parse_format
 from gradstat.history import ranks, reading
 from gradstat.history.records import Records
-from gradstat.record import FROM_THE_END, GRAD, PARAM, UNIT, UPDATE, Row
+from gradstat.record import FROM_THE_END, GRAD, OF_OUTPUTS, PARAM, UNIT, UPDATE, Row
 from gradstat.results import (
     DERIVED,
     FLOATS,
@@ -55,6 +55,7 @@ class History(Records):
 
     Attributes:
         formats: their names.
+        modules: type of each module whose output has a row, by its name.
         depth: int64 ``(L,)``, the place of each layer among those of its kind, from the input on,
             as the first record has shown it; ``None`` where no order was seen, as of compiled
             models: then layers are taken in the order in which they are registered.
@@ -101,6 +102,11 @@ class History(Records):
     def kinds(self) -> list[str]:
         """The kind of each layer."""
         return [row.kind for row in self.rows]
+
+    def type_of(self, row: Row) -> str:
+        """What is printed behind the name of a module: `` (ReLU)``; nothing of a parameter."""
+        known = row.kind in OF_OUTPUTS and row.name in self.modules
+        return f" ({self.modules[row.name]})" if known else ""
 
     def __repr__(self) -> str:
         """Size and bins."""
@@ -208,7 +214,10 @@ class History(Records):
             KeyError: a step that was not recorded.
         """
         found = self.layout.statistics(self.packed(self.find(step)).data, self.bins)
-        return replace(found, names=tuple(self.layers))
+        names = [
+            layer + self.type_of(row) for layer, row in zip(self.layers, self.rows, strict=True)
+        ]
+        return replace(found, names=tuple(names))
 
     def parts(self, step: int = -1) -> Iterator[tuple[slice, Statistics]]:
         """As `record`, some layers at a time, in memory for a few histograms.

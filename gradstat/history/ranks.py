@@ -97,6 +97,8 @@ class _Union:
         }
         self._whole = Records(rows, parts[0].bins, parts[0].formats)
         self._whole.layers = [names[row] for row in rows]
+        for part in parts:
+            self._whole.modules |= part.modules
         self._whole.placements = [Placement(SAME)] * len(rows)
         self._kept: list[AnyRecord] = []
         self._spool = Spool()

@@ -65,6 +65,7 @@ def head_of(records: Records) -> dict[str, Any]:
         "bins": records.bins.spec,
         "rows": records.rows,
         "layers": records.layers,
+        "modules": records.modules,
         "formats": records.formats,
         "rank": records.rank,
         "world": records.world,
@@ -94,6 +95,10 @@ def _begun(said: Mapping[str, Any]) -> Records:
     records.layers = _texts(said, "layers")
     if len(records.layers) != len(rows):
         raise ValueError(f"its layers are {len(records.layers)}, of {len(rows)} rows")
+    modules = said.get("modules", {})
+    if not isinstance(modules, dict) or not all(type(each) is str for each in modules.values()):
+        raise ValueError(f"its modules are {modules!r:.80}")
+    records.modules = modules
     for name in ("owners", "shards", "shapes"):
         _list(said, name)
     records.rank, records.world = _number(said, "rank"), _number(said, "world")

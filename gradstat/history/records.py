@@ -150,6 +150,7 @@ class Records:
         self.layout = RecordLayout(len(self.rows), len(self.formats), bins.bins)
         # Which shard of each row this rank holds, and who holds the same.
         self.placements = [Placement()] * len(self.rows)
+        self.modules: dict[str, str] = {}
         self.logged = Scalars()
         self.depth: Array | None = None
         self.partial_step: int | None = None

@@ -227,6 +227,7 @@ def watch(
         for name in (seen if kind in OF_OUTPUTS else selected)
     ]
     history = History(rows, scheme, capacity=capacity, formats=[each.name for each in parsed])
+    history.modules = {name: type(module).__name__ for name, module in seen.items()}
     history.placements = usual_placements(model, history.kinds, when)
     history.rank, history.world = rank_and_world()
     journal = None

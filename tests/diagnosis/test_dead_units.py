@@ -56,9 +56,11 @@ def test_diagnose_finds_modules_with_many_dead_units(share: float, severity: str
 
 
 def test_diagnose_finds_that_all_units_are_dead() -> None:
-    finding = only(putting_out(with_dead(1.0)), "dead units")
+    history = putting_out(with_dead(1.0))
+    history.modules["1.weight"] = "ReLU"
+    finding = only(history, "dead units")
     assert (finding.severity, finding.numbers["share"]) == ("severe", 1)
-    assert finding.sentence.startswith("All 200 units of 1.weight are zero")
+    assert finding.sentence.startswith("All 200 units of 1.weight (ReLU) are zero")
 
 
 def test_diagnose_is_not_severe_about_dead_units_that_have_come_back() -> None:

@@ -150,6 +150,8 @@ NO_STEP = "its scalars hold what is no step, of 'loss'"
         ("rows", [ROWS[0], ROWS[0]], "its rows are not all different"),
         ("rows", ROWS[:1], "its layers are 2, of 1 rows"),
         ("layers", [1, 2], "its layers hold what is no text"),
+        ("modules", ["ReLU"], "its modules are ['ReLU']"),
+        ("modules", {"0": 1}, "its modules are {'0': 1}"),
         ("formats", "nvfp4", "its formats hold 'nvfp4'"),
         ("rank", "0", "its rank is '0'"),
         ("rank", True, "its rank is True"),

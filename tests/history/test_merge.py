@@ -211,6 +211,7 @@ def test_history_merge_has_the_layers_of_all_stages() -> None:
     stages = [make_rank(stage, 2, rows=rows[stage]) for stage in range(2)]
     for stage in stages:
         stage.depth = np.array([0, 0])
+        stage.modules = {stage.rows[1].name: "ReLU"}
     merged = History.merge(stages)
     assert merged.layers == [
         "0.grad",
@@ -218,6 +219,7 @@ def test_history_merge_has_the_layers_of_all_stages() -> None:
         "activation/0.activation",
         "activation/1.activation",
     ]
+    assert merged.modules == {"0.activation": "ReLU", "1.activation": "ReLU"}
     assert merged.depth is not None
     assert merged.depth.tolist() == [0, 1, 0, 1]
     assert merged.order == ["1.grad", "0.grad"]

@@ -531,6 +531,18 @@ def test_kinds_are_saved_and_written_with_the_records(tmp_path: Path) -> None:
         assert_record(loaded.select("unit").record(1), w.history.select("unit").record(1))
 
 
+def test_module_is_printed_with_its_type(tmp_path: Path) -> None:
+    model = make_model()
+    with gradstat.watch(model, what=("grad", "activation"), path=tmp_path / "run") as w:
+        backward(model)
+    w.history.save(tmp_path / "run.npz")
+    read = [History.load(tmp_path / name) for name in ("run", "run.npz")]
+    for history in (w.history, *read):
+        table = str(history.record())
+        assert "activation/1 (Tanh) " in table
+        assert "2.weight " in table
+
+
 def test_select_refuses_what_was_not_recorded() -> None:
     model = make_model()
     with gradstat.watch(model) as w:
