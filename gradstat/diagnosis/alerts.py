@@ -97,11 +97,12 @@ class Alerts:
         return has_grown
 
     def _is_learning(self) -> bool:
-        """Whether a loss falls by a tenth or more in a window of its values."""
+        """Whether a loss falls by a tenth or more in a window of its values, noise apart."""
         for recent in self._losses.values():
-            parts = recent[:_REFRESHED], recent[-_REFRESHED:]
-            before, now = (sorted(part)[len(part) // 2] for part in parts)
-            if now < before - 0.1 * abs(before):
+            before, now = sorted(recent[:_REFRESHED]), sorted(recent[-_REFRESHED:])
+            # The upper quartile of the newest, and the lower one of the oldest.
+            upper, lower = now[3 * len(now) // 4], before[len(before) // 4]
+            if upper < lower - 0.1 * abs(lower):
                 return True
         return False
 
@@ -148,7 +149,7 @@ class Alerts:
         newest = self._history.newest(REACH)
         newest.logged = self._history.logged
         found = find_instability(Evidence(newest, self._thresholds.window), self._thresholds)
-        found = [each for each in found if each.steps[1] == newest.last_step]
+        found = [each for each in found if each.steps[1] > self._steps[-2]]
         # The loss wavers; what has been told is over when the weights stop growing.
         if found and not self._is_ahead:
             self._is_ahead = self._is_telling = True

@@ -35,9 +35,9 @@ def find_instability(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     if not len(at):
         return []
     last = int(at[-1])
-    # What it told of has come, or may come. Otherwise it is over.
+    # What it told of has come, or may come. Otherwise it is over. A loss wavers, and so does this.
     now = np.nan_to_num(levels[-1], nan=math.inf)
-    if last < len(shows) - 1 and not now > levels[last] + math.log(thresholds.spike_loss):
+    if last < len(shows) - _NEWEST and not now > levels[last] + math.log(thresholds.spike_loss):
         return []
     # From the first record on that shows it, with short breaks.
     breaks = np.flatnonzero(np.diff(at) > WINDOW)

@@ -11,7 +11,8 @@ from histories import make_history
 from torch import nn
 
 import gradstat
-from gradstat import Finding, History, Log2Bins
+from gradstat import Finding, History, Log2Bins, Thresholds
+from gradstat.diagnosis.evidence import Evidence
 from gradstat.record import ACTIVATION, GRAD, PARAM
 
 STEPS, AT = 160, 100
@@ -93,6 +94,14 @@ def test_instability_is_silent(history: History) -> None:
     assert ahead(history) == []
 
 
+def test_instability_is_told_where_the_loss_has_fallen_for_a_few_records() -> None:
+    (shown,) = ahead(run())
+    # Of the newest eight losses four are low: so is their median, half-way.
+    (wavers,) = ahead(run(losses=lambda step: 0.5 if step >= STEPS - 5 else 1.0))
+    assert wavers.steps == (shown.steps[0], STEPS - 4)
+    assert ahead(run(losses=lambda step: 0.5 if step >= STEPS - 14 else 1.0)) == []
+
+
 def test_instability_that_has_passed_is_not_told() -> None:
     passed = run(weights=lambda step: grown(min(step, AT + 25)), steps=STEPS + 80)
     assert ahead(passed) == []
@@ -112,20 +121,54 @@ def test_instability_begins_at_another_growth() -> None:
     assert diagnose(run(), weights_growth=2.0) == []
 
 
-def test_alert_tells_of_instability_once_while_it_lasts() -> None:
+def alerts(losses: Series) -> list[tuple[int, str]]:
+    """What `alert=` tells of weights that grow from step 60 on, and at which step."""
     torch.manual_seed(0)
     model = nn.Linear(50, 4)
-    told: list[tuple[int, Finding]] = []
+    told: list[tuple[int, str]] = []
     step = 0
-    alert = lambda finding: told.append((step, finding))  # noqa: E731 (of this step)
+    alert = lambda finding: told.append((step, finding.kind))  # noqa: E731 (of this step)
     with gradstat.watch(model, what=("grad", "param"), alert=alert) as w:
         for step in range(150):
             model(torch.randn(8, 50)).mean().backward()
-            w.log(loss=1.0 + 0.01 * float(torch.randn(())))
+            w.log(loss=losses(step))
             model.zero_grad()
             _ = w.history  # waits, where a device measures
             with torch.no_grad():
                 model.weight *= 1.01 if step >= 60 else 1.0
-    assert [(finding.kind, at in range(70, 94)) for at, finding in told] == [
-        ("instability ahead", True)
-    ]
+    return told
+
+
+def wavering(step: int, deviation: float = 0.01) -> float:
+    return 1 + deviation * float(np.random.default_rng(step).standard_normal())
+
+
+def test_alert_tells_of_instability_once_while_it_lasts() -> None:
+    told = alerts(wavering)
+    assert [(kind, at in range(70, 94)) for at, kind in told] == [("instability ahead", True)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "is_asked"),
+    [
+        (wavering, True),
+        # Medians of eight differ by more than a tenth by chance.
+        (lambda step: wavering(step, 0.3), True),
+        (lambda step: 0.98**step * wavering(step), False),
+        (lambda step: 1 - 0.02 * step, False),
+    ],
+    ids=["flat", "noisy", "falls", "falls below zero"],
+)
+def test_alert_asks_whether_instability_is_ahead_where_no_loss_falls(
+    losses: Series, is_asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def find(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+        asked.append(int(run.steps[-1]))
+        return []
+
+    monkeypatch.setattr("gradstat.diagnosis.alerts.find_instability", find)
+    alerts(losses)
+    # From the fifth eighth record after 60 on, each eighth one.
+    assert [step for step in asked if step >= 95] == [*range(95, 150, 8)] * is_asked
