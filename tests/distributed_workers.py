@@ -1,9 +1,10 @@
-"""What each rank of the tests of distributed training runs: python distributed_workers.py R W DIR.
+"""What the ranks of the tests of distributed training run: python distributed_workers.py W DIR.
 
 All numbers are multiples of powers of two that float64 holds, so that sums are the same in any
 order and one process can compute what the ranks must have seen.
 """
 
+import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -442,5 +443,20 @@ def main(rank: int, world: int, directory: Path) -> None:
     dist.destroy_process_group()
 
 
+def fork(world: int, directory: Path) -> bool:
+    """Run all ranks; whether all went through. What they import is imported once, before."""
+    import torch._dynamo
+
+    torch.set_num_threads(1)
+    gradstat.statistics([torch.ones(1, dtype=torch.float64)])
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=main, args=(rank, world, directory)) for rank in range(world)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    return all(rank.exitcode == 0 for rank in ranks)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    sys.exit(not fork(int(sys.argv[1]), Path(sys.argv[2])))

@@ -2,10 +2,9 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -70,26 +69,22 @@ class Run:
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     world, directory = request.param, tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error::UserWarning:gradstat", WORKER, *arguments],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for arguments in ([str(rank), str(world), str(directory)] for rank in range(world))
-    ]
-    end_s = time.monotonic() + TIMEOUT_S
+    ranks = subprocess.Popen(
+        [sys.executable, "-W", "error::UserWarning:gradstat", WORKER, str(world), str(directory)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        errors = [rank.communicate(timeout=max(end_s - time.monotonic(), 1))[1] for rank in ranks]
+        errors = ranks.communicate(timeout=TIMEOUT_S)[1]
     finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(errors)
+        if ranks.poll() is None:
+            os.killpg(ranks.pid, signal.SIGKILL)
+    assert ranks.returncode == 0, errors
     return Run(world, directory)
 
 
