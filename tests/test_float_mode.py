@@ -1,10 +1,12 @@
 """Counts and edges do not depend on `torch.set_flush_denormal`."""
 
+import contextlib
+import io
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import CodeType
 
@@ -21,7 +23,7 @@ TINY = torch.tensor([1e-44, 2e-44, 5e-44, 7e-44, -3e-39, 1e-39, 4e-39, 0.0])
 SMALL = TINY * 2.0**20
 
 
-@contextmanager
+@contextlib.contextmanager
 def flushing() -> Iterator[None]:
     """Subnormals count as zero, as far as torch and the processor are concerned."""
     if not torch.set_flush_denormal(True):
@@ -121,9 +123,8 @@ def test_keeps_subnormals_returns_to_the_callers_mode_after_an_error() -> None:
 
 # What Python and Numba compile while subnormals are flushed is kept, and serves all processes.
 COMPILED = """
-import sys, torch
-flushes = sys.argv[1] == "flushing"
-torch.set_flush_denormal(flushes)
+import torch
+torch.set_flush_denormal(FLUSHES)
 import gradstat
 x = torch.arange(8, dtype=torch.int32).view(torch.float32)
 y = torch.arange(8, dtype=torch.int64).view(torch.float64)
@@ -134,34 +135,36 @@ for engine in ("reference", "cpu"):
         print(s.integers.tolist(), s.floats.view(torch.int64).tolist(), s.counts[s.counts > 0])
     q = gradstat.quantization(x, ("mxfp4_e2m1", "nvfp4"), engine=engine)
     print([(each.integers, each.floats.view(torch.int64)) for each in q.values()])
-assert (float(torch.tensor(1e-41) * 1) == 0) == flushes
+assert (float(torch.tensor(1e-41) * 1) == 0) == FLUSHES
 """
 
 
-def run_compiled(mode: str, **caches: str) -> str:
-    """Run `COMPILED`, by default with the caches that these tests use too."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **caches}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILED, mode],
-        env=environment,
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_what_is_first_compiled_where_torch_flushes_subnormals_is_right(tmp_path: Path) -> None:
-    caches = {
-        "PYTHONPYCACHEPREFIX": str(tmp_path / "python"),
-        "NUMBA_CACHE_DIR": str(tmp_path / "numba"),
-    }
-    first = run_compiled("flushing", **caches)
-    assert run_compiled("plain", **caches) == first
-    # Of what was compiled in the other mode.
-    assert run_compiled("plain") == first
+    # A package that nobody has imported yet, with its own caches of Python and of Numba.
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "gradstat", tmp_path / "gradstat", ignore=ignore)
+    elsewhere = ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "NUMBA_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
+    environment["PYTHONPATH"] = str(tmp_path)
+    printed = []
+    for flushes in ("True", "False"):  # it is compiled, then it is loaded
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILED.replace("FLUSHES", flushes)],
+            env=environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+        suffixes = {path.suffix for path in (tmp_path / "gradstat").rglob("__pycache__/*")}
+        assert {".pyc", ".nbi"} <= suffixes
+    # What was compiled in the usual mode.
+    usual = io.StringIO()
+    with contextlib.redirect_stdout(usual):
+        exec(COMPILED.replace("FLUSHES", "False"), {})
+    assert printed == [usual.getvalue()] * 2
 
 
 def constants(code: CodeType) -> Iterator[float]:

@@ -101,14 +101,26 @@ x = torch.tensor([1.0, -2.0, 0.0, float("nan")], device=DEVICE)
 for engine in ("triton", *(["cpu"] if DEVICE == "cpu" else []), "reference"):
     s = gradstat.statistics(x, engine=engine)
     assert (float(s.l1), int(s.nan), int(s.counts.sum())) == (3.0, 1, 3), engine
+if DEVICE == "cpu":
+    from gradstat.engines.cpu.work import work_on
+    assert type(work_on(torch.float32, False)._cache).__name__ == "NullCache"
 """
 
 
-def test_wheel_works_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
+# One process for both: to compile takes it long.
+def test_wheel_works_outside_the_checkout_where_numba_can_write_no_cache(
+    installed: Path, tmp_path: Path
+) -> None:
     device = "cuda" if CUDA else "cpu"
+    # A file in the place of a directory is unwritable even to the superuser.
+    blocked = installed / "gradstat" / "engines" / "cpu" / "__pycache__"
+    shutil.rmtree(blocked, ignore_errors=True)
+    blocked.touch()
+    homes = ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "HOME")
+    nowhere = dict.fromkeys(homes, str(blocked / "none"))
     code = INSTALLED.replace("FOLDER", repr(str(installed))).replace("DEVICE", repr(device))
     # -I leaves out the current folder, PYTHONPATH and the user's own packages.
-    result = run("-I", "-W", "ignore::RuntimeWarning", "-c", code, cwd=tmp_path)
+    result = run("-I", "-W", "ignore::RuntimeWarning", "-c", code, cwd=tmp_path, **nowhere)
     assert result.returncode == 0, result.stderr
     files = [Path(line) for line in result.stdout.splitlines()]
     assert files == [

@@ -4,7 +4,6 @@ import functools
 import math
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 
 import gradstat
 from gradstat import LinearBins, Log2Bins, Statistics
@@ -199,48 +197,20 @@ class Rows(torch.utils.data.Dataset):
         return gradstat.statistics(x * i, engine="cpu").l1
 
 here = count(0)
-if METHOD == "fork":
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.map(count, range(4)) == [here] * 4
-        assert all(alive and all(alive) for alive in pool.map(helpers, range(4)))
-else:
-    loader = torch.utils.data.DataLoader(Rows(), num_workers=2, multiprocessing_context="fork")
-    assert [float(row) for row in loader] == [float((x.double() * i).sum()) for i in range(4)]
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    assert pool.map(count, range(4)) == [here] * 4
+    assert all(alive and all(alive) for alive in pool.map(helpers, range(4)))
+assert count(0) == here
+loader = torch.utils.data.DataLoader(Rows(), num_workers=2, multiprocessing_context="fork")
+assert [float(row) for row in loader] == [float((x.double() * i).sum()) for i in range(4)]
 assert count(0) == here
 print("done")
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize("method", ["fork", "DataLoader"])
-def test_measure_works_after_a_fork(method: str, tmp_path: Path) -> None:
-    code = FORKED.replace("METHOD", repr(method))
-    assert run_python(code, cwd=tmp_path).endswith("done\n")
-
-
-def test_measure_works_where_numba_can_write_no_cache(tmp_path: Path) -> None:
-    shutil.copytree(
-        ROOT / "gradstat", tmp_path / "gradstat", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    # A file in the place of a directory is unwritable even to the superuser.
-    blocked = tmp_path / "gradstat" / "engines" / "cpu" / "__pycache__"
-    blocked.touch()
-    code = """
-import torch, gradstat
-from gradstat.engines.cpu.work import work_on
-print(gradstat.__file__, float(gradstat.statistics(torch.ones(3), engine="cpu").sum))
-print(type(work_on(torch.float32, False)._cache).__name__)
-"""
-    nowhere = str(blocked / "none")
-    output = run_python(
-        code,
-        cwd=tmp_path,
-        PYTHONPATH=str(tmp_path),
-        NUMBA_CACHE_DIR=nowhere,
-        XDG_CACHE_HOME=nowhere,
-        HOME=nowhere,
-    )
-    assert output.split() == [str(tmp_path / "gradstat" / "__init__.py"), "3.0", "NullCache"]
+def test_measure_works_after_a_fork_and_in_a_data_loader(tmp_path: Path) -> None:
+    assert run_python(FORKED, cwd=tmp_path).endswith("done\n")
 
 
 @pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(30), LinearBins(5000)], ids=str)
@@ -280,30 +250,29 @@ MEMORY = """
 import torch, gradstat
 from pathlib import Path
 
-torch.set_num_threads(THREADS)
-SETUP
+torch.set_num_threads(2)
+
 def peak_bytes():
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) << 10
 
-for bins in (gradstat.Log2Bins(), gradstat.LinearBins(30)):
-    gradstat.statistics([x[:, :3], y[:3]], bins, engine="cpu")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = peak_bytes()
-    gradstat.statistics([x, y], bins, engine="cpu")
-    print(peak_bytes() - before)
+for dtype in (torch.bfloat16, torch.float32, torch.float64):
+    x = torch.ones(3000, 4000, dtype=dtype)[:, ::2]
+    y = x.t()[1:].expand(2, -1, -1)
+    for bins in (gradstat.Log2Bins(), gradstat.LinearBins(30)):
+        gradstat.statistics([x[:, :3], y[:3]], bins, engine="cpu")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = peak_bytes()
+        gradstat.statistics([x, y], bins, engine="cpu")
+        print(peak_bytes() - before)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_measure_needs_under_a_megabyte_beside_the_tensors(
-    dtype: torch.dtype, tmp_path: Path
-) -> None:
-    setup = f"x = torch.ones(3000, 4000, dtype={dtype})[:, ::2]\ny = x.t()[1:].expand(2, -1, -1)"
-    code = MEMORY.replace("THREADS", "2").replace("SETUP", setup)
-    for growth in run_python(code, cwd=tmp_path).split():
-        assert int(growth) < 1 << 20
+def test_measure_needs_under_a_megabyte_beside_the_tensors(tmp_path: Path) -> None:
+    growths = [int(growth) for growth in run_python(MEMORY, cwd=tmp_path).split()]
+    assert len(growths) == 3 * 2
+    assert max(growths) < 1 << 20
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -416,8 +385,8 @@ signal.signal(signal.SIGALRM, interrupt)
 interrupts = 0
 while interrupts < 100:
     try:
-        y = torch.ones(1 << 24)
-        signal.setitimer(signal.ITIMER_REAL, random.uniform(20e-6, 2e-3))
+        y = torch.ones(9 << 20)  # over 32 MB, which leave the process as soon as they are freed
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(20e-6, 1e-3))
         gradstat.statistics(y)
         signal.setitimer(signal.ITIMER_REAL, 0)
     except Interrupt:
@@ -675,23 +644,35 @@ def test_measure_counts_any_bit_pattern(dtype: torch.dtype, generator: torch.Gen
         assert torch.equal(got.counts, expected.counts)
 
 
-def test_processes_that_compile_at_once_do_not_harm_each_other(tmp_path: Path) -> None:
-    code = """
-import torch, gradstat
-print(gradstat.statistics(torch.arange(-500.0, 500.0), engine="cpu").l1.item())
+# The function that is compiled soonest, in two processes that reach the compiler together.
+AT_ONCE = """
+import multiprocessing
+from gradstat.engines import cpu
+
+def find(barrier, edges):
+    barrier.wait()
+    assert cpu._are_edges_trusted()
+    edges.put(cpu._edges(0.0, 3.0, 3).tolist())
+
+context = multiprocessing.get_context("fork")
+for _ in range(2):  # they compile, then they load
+    barrier, edges = context.Barrier(2), context.SimpleQueue()
+    processes = [context.Process(target=find, args=(barrier, edges)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+        print(edges.get())
 """
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
-    for _ in range(2):  # they compile, then they load
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-c", code],
-                env=environment,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for _ in range(2)
-        ]
-        assert [process.communicate(timeout=120)[0] for process in processes] == ["250000.0\n"] * 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_processes_that_compile_at_once_do_not_harm_each_other(tmp_path: Path) -> None:
+    found = run_python(AT_ONCE, cwd=tmp_path, NUMBA_CACHE_DIR=str(tmp_path))
+    assert found.splitlines() == ["[0.0, 1.0, 2.0, 3.0]"] * 4
+    files = [path.suffix for path in tmp_path.rglob("*.*") if path.is_file()]
+    assert sorted(files) == [".agrees", ".nbc", ".nbi"]
 
 
 def test_a_long_compilation_is_announced_on_a_terminal(
