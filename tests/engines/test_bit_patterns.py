@@ -75,15 +75,18 @@ def test_measure_counts_every_payload_of_nan(
 def test_measure_counts_each_of_the_patterns_of_sixteen_bits(
     engine: Engine, dtype: torch.dtype, bins: Bins
 ) -> None:
-    x = from_bits(list(range(1 << 16)), dtype).to(engine.device)
+    # Triton's interpreter widens them alike for all bins: each is tried over those of one kind.
+    step = 7 if engine.is_interpreted and bins != SCHEMES[0] else 1
+    patterns = list(range(0, 1 << 16, step))
+    x = from_bits(patterns, dtype).to(engine.device)
     # A finite part too, which takes no careful path.
     parts = [x, x[x.isfinite()], x[x.isfinite() & (x > 0)]]
     s = engine.measure(parts, bins)
     assert_counts_are_numpys(s, parts)
     assert_floats_are_right(s, parts, engine)
-    expected = Counter(kind_of(bits, dtype) for bits in range(1 << 16))
-    assert int(s.nan[0]) == expected["nan"]
-    assert int(s.zeros[0]) == expected["zeros"] == 2
+    expected = Counter(kind_of(bits, dtype) for bits in patterns)
+    assert int(s.nan[0]) == expected["nan"] > 0
+    assert int(s.zeros[0]) == expected["zeros"] > 0
 
 
 @pytest.mark.parametrize("bins", SCHEMES, ids=str)
