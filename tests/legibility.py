@@ -1,4 +1,4 @@
-"""Whether every text of a figure can be read."""
+"""Whether a figure can be drawn, and every text of it read."""
 
 import itertools
 
@@ -9,6 +9,12 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 PIXEL = 1.0
+
+
+def draw_small(figure: Figure) -> None:
+    """Draw all of a figure, once and in few pixels, to see that nothing warns or fails."""
+    figure.set_dpi(30)
+    FigureCanvasAgg(figure).draw()
 
 
 def drawn_texts(figure: Figure, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Bbox]]:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from histories import append_rows, make_history
+from legibility import draw_small
 
 from gradstat import History, LinearBins, Log2Bins, plot
 from gradstat.bins import FLOAT64_MAX, Bins
@@ -51,15 +52,15 @@ def to_csv(history: History, path: Path) -> object:
 
 
 def ridge(history: History, path: Path) -> object:
-    return plot.ridge(history).savefig(path / "figure.png")
+    return draw_small(plot.ridge(history))
 
 
 def curves(history: History, path: Path) -> object:
-    return [plot.curves(history, field).savefig(path / "a.png") for field in ("mean_abs", "mean")]
+    return [draw_small(plot.curves(history, field)) for field in ("mean_abs", "mean")]
 
 
 def heatmap(history: History, path: Path) -> object:
-    return [plot.heatmap(history, field).savefig(path / "a.png") for field in ("std", "min")]
+    return [draw_small(plot.heatmap(history, field)) for field in ("std", "min")]
 
 
 READERS = [newest, compare, diagnose, report, to_csv, ridge, curves, heatmap]

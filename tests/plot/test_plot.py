@@ -1,4 +1,3 @@
-import io
 import math
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from histories import make_history, repeat_record
+from legibility import draw_small
 from matplotlib import pyplot
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -69,7 +69,7 @@ def test_figure_has_its_panels_and_a_colour_bar(
     assert isinstance(figure, Figure)
     assert len(figure.axes) == axes[function.__name__]
     before = pyplot.get_fignums()
-    figure.savefig(io.BytesIO(), dpi=30)
+    draw_small(figure)
     assert pyplot.get_fignums() == before == []
 
 
