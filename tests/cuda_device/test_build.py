@@ -25,6 +25,8 @@ def missing() -> str:
 
 
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing())
+# They need no card, but `make test-cuda` runs them, and not each run of the others.
+with_the_device = pytest.mark.gpu
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -47,6 +49,7 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@with_the_device
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_processes_that_build_at_once_share_a_folder(tmp_path: Path) -> None:
     command = [sys.executable, str(RUN), "--", "true"]
@@ -62,6 +65,7 @@ def test_processes_that_build_at_once_share_a_folder(tmp_path: Path) -> None:
     assert found == ["done", "libcuda.so.1", "libcudart.so.13"]
 
 
+@with_the_device
 @pytest.mark.parametrize(
     ("variables", "says"),
     [
@@ -82,6 +86,7 @@ def test_without_a_compiler_one_line_says_so(
     assert list((tmp_path / "new").iterdir()) == []
 
 
+@with_the_device
 def test_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
@@ -92,6 +97,7 @@ def test_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         assert "SOFTWARE_CUDA_CACHE" in line
 
 
+@with_the_device
 def test_exit_status_is_the_commands() -> None:
     assert run(sys.executable, "-c", "raise SystemExit(7)").returncode == 7
     assert run("no-such-command").returncode == 127

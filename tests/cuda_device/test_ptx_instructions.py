@@ -22,8 +22,11 @@ from cuda_device.ptx.memory import (
     UnsupportedInstruction,
 )
 
-# The interpreter counts bits with NumPy 2.
-pytestmark = pytest.mark.skipif(not hasattr(np, "bitwise_count"), reason="needs NumPy 2")
+pytestmark = [
+    pytest.mark.gpu,  # nobody else runs PTX
+    # The interpreter counts bits with NumPy 2.
+    pytest.mark.skipif(not hasattr(np, "bitwise_count"), reason="needs NumPy 2"),
+]
 
 INF = float("inf")
 
