@@ -131,7 +131,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 @pytest.mark.parametrize("rounds", [0.0, 1e-7], ids=["exact", "rounded"])
 @pytest.mark.parametrize("slow", [1.0, 1 / 300])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("steps", [20, 50, 200])
+@pytest.mark.parametrize("steps", [20, 200])
 def test_diagnose_lets_a_schedule_slow_all_layers_down(
     schedule: str, slow: float, steps: int, rounds: float
 ) -> None:
