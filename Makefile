@@ -12,11 +12,13 @@ RESULTS ?= .benchmarks
 OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 
-.PHONY: help study images docs test test-oldest test-cuda test-slow test-faults test-integrations lint format bench bench-training bench-results bench-gpu roofline clean
+.PHONY: help installed study images docs test test-oldest test-cuda test-slow test-faults test-integrations lint format bench bench-training bench-results bench-gpu roofline clean
 # Two installs at once into one environment would damage it.
 .NOTPARALLEL:
 # A half-made environment must not pass for a whole one.
 .DELETE_ON_ERROR:
+# Tests start a hundred processes: each would compile every module of the project anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make study      train two small networks and draw how their gradients are distributed"
@@ -110,6 +112,11 @@ roofline: $(VENV)/installed-bench
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist gradstat.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# All that .ci/run needs, at once: each installation builds the package and looks at all others.
+installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[docs,lint,test,test-integrations]"
+	cd $(VENV) && touch installed-docs installed-lint installed-test installed-test-integrations
 
 # One stamp for each extra of pyproject.toml: installed once, and again when that file changes.
 $(VENV)/installed-%: pyproject.toml | $(BIN)/python
