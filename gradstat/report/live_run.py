@@ -5,14 +5,12 @@ Of its records a `Growing` keeps what a page shows.
 
 from __future__ import annotations
 
-import functools
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -29,22 +27,15 @@ from gradstat.util import Array, escaped
 
 _LOOK_S = 0.5  # between two looks at the files
 _READ_S = 0.5  # for which a look may read; a long run takes several
-# Findings read all records again, after so long and in at most such a share of the
-# time.
+# Findings read all records again, after so long and in at most such a share of the time.
 _FINDINGS_S, _FINDINGS_SHARE = 2.0, 1 / 20
 
 # One thread for all runs: each new one would keep some of a long run's memory to itself.
-_WORKER = "gradstat findings"
-_jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
-_starting = threading.Lock()
+_WORKER = ThreadPoolExecutor(1, "gradstat findings")
 
 
 class LiveRun:
-    """What pages are told of a run, which is read only when one of them asks.
-
-    Args:
-        path: file or directory, which need not be there yet.
-    """
+    """What pages are told of a run, there or to come, which is read only when one of them asks."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -63,14 +54,10 @@ class LiveRun:
         self._is_diagnosing = False
 
     def since(self, version: int) -> dict[str, Any]:
-        """What a page lacks that has seen everything up to a version.
+        """What a page lacks that has seen everything up to a version, 0 for a new one.
 
-        Args:
-            version: what the page was told last; 0 for a new one.
-
-        Returns:
-            For JSON: the version, what state the run is in, seconds since it was written to; and
-            what is new, if anything is.
+        It is ready for JSON: the version, what state the run is in, seconds since it was written
+        to; and what is new, if anything is.
         """
         with self._lock:
             if time.monotonic() - self._looked_s >= _LOOK_S or self._is_behind:
@@ -137,7 +124,8 @@ class LiveRun:
         if is_new and time.monotonic() >= self._findings_due_s:
             self._is_diagnosing = True
             history = History.from_records(self._records.snapshot())
-            _do(functools.partial(self._diagnose, history, self._began))
+            job = _WORKER.submit(self._diagnose, history, self._began)
+            job.add_done_callback(_tell_of_error)
 
     def _diagnose(self, history: History, began: int) -> None:
         began_s = time.monotonic()
@@ -164,11 +152,8 @@ class Growing:
     """A run in a bounded number of columns and samples, however long it becomes.
 
     Each column holds the same number of records, the last one perhaps fewer. Whenever there are too
-    many columns, pairs of them are put together. Samples are every n-th record, and the newest.
-
-    Args:
-        first: its first records.
-        version: a number that rises with each change.
+    many columns, pairs of them are put together. Samples are every n-th record, and the newest. Its
+    version is a number that rises with each change.
     """
 
     def __init__(self, first: History, version: int) -> None:
@@ -255,13 +240,7 @@ class Growing:
         self._series = series
 
     def name(self, history: History, at: list[int], version: int) -> None:
-        """Keep the samples of records that findings name, and no more of those that they named.
-
-        Args:
-            history: these records and more.
-            at: their positions.
-            version: as for `add`.
-        """
+        """Keep samples of the records at the positions that findings name, in place of others."""
         steps = history.steps[at].tolist()
         self._named = {
             step: self._named.get(step) or (version, thin.sample(history, each))
@@ -270,14 +249,7 @@ class Growing:
         self._version = version
 
     def since(self, version: int) -> dict[str, Any]:
-        """What a page lacks that has seen everything up to a version.
-
-        Args:
-            version: one that it was told before; 0 gets everything.
-
-        Returns:
-            As `page.contents` and more, ready for JSON.
-        """
+        """As `LiveRun.since`: `page.contents` and more."""
         is_whole = version < self._whole_since
         changed = np.flatnonzero(self._changed > version)
         start = 0 if is_whole else int(changed[0]) if len(changed) else len(self._changed)
@@ -301,20 +273,9 @@ class Growing:
         return found | ({"head": self._head} if is_whole else {})
 
 
-def _do(job: Callable[[], None]) -> None:
-    """Do a job that takes its time, after the jobs before it."""
-    _jobs.put(job)
-    with _starting:
-        if not any(thread.name == _WORKER for thread in threading.enumerate()):
-            threading.Thread(target=_work, name=_WORKER, daemon=True).start()
-
-
-def _work() -> None:
-    while True:
-        try:
-            _jobs.get()()
-        except Exception:
-            traceback.print_exc()
+def _tell_of_error(job: Future[None]) -> None:
+    if error := job.exception():
+        traceback.print_exception(error)
 
 
 def _said(error: OSError | ValueError) -> object:
