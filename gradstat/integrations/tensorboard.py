@@ -83,18 +83,19 @@ def write(
     check_tags("write", tags)
     steps = chosen_steps("write", history, max_records)
     events = _Events("write", log_dir, by_kind=tags == "kind")
+    events.start(history, None)
     time_at, of_several_kinds = _times(history), _of_several_kinds(history)
     try:
         for step in counted(history, steps, progress):
             events.add_record(history, step, of_several_kinds, time_at(step))
         for name in history.scalars:
             for step, value in zip(*(x.tolist() for x in history.scalar(name)), strict=True):
-                events.add_scalar(name, step, value, time_at(step))
+                events.write_scalar(name, step, value, time_at(step))
     except OSError as error:
         # What TensorBoard raises does not say where.
         raise OSError(error.errno, error.strerror, os.fspath(log_dir)) from error
     finally:
-        events.close()
+        events.end(history)
 
 
 def writer(
@@ -128,30 +129,7 @@ def writer(
     """
     check_tags("writer", tags)
     check_directory("writer", "log_dir", log_dir)
-    _import("writer")
-    return _EventWriter(_absolute(log_dir), by_kind=tags == "kind")
-
-
-class _EventWriter(RunWriter):
-    """What `writer` returns; arguments as of `_Events`."""
-
-    def __init__(self, log_dir: str, *, by_kind: bool) -> None:
-        super().__init__("tensorboard.writer()")
-        self._log_dir, self._by_kind = log_dir, by_kind
-
-    def start(self, history: History, first_step: int | None) -> None:
-        self._events = _Events("writer", self._log_dir, by_kind=self._by_kind)
-        if first_step is not None:
-            self._events.supersede(first_step)
-
-    def write_record(self, record: History, step: int) -> None:
-        self._events.add_record(record, step, _of_several_kinds(record))
-
-    def write_scalar(self, name: str, step: int, value: float) -> None:
-        self._events.add_scalar(name, step, value)
-
-    def end(self, history: History) -> None:
-        self._events.close()
+    return _Events("writer", log_dir, by_kind=tags == "kind")
 
 
 def _import(function: str) -> SimpleNamespace:
@@ -175,18 +153,34 @@ def _import(function: str) -> SimpleNamespace:
     )
 
 
-class _Events:
-    """An event file."""
+class _Events(RunWriter):
+    """An event file, and what `writer` returns, which opens a new one for each run."""
 
     def __init__(self, function: str, log_dir: str | os.PathLike[str], *, by_kind: bool) -> None:
-        self._api, self._by_kind = _import(function), by_kind
-        gfile, folder = self._api.gfile, _absolute(log_dir)
-        gfile.makedirs(folder)
+        super().__init__("tensorboard.writer()")
+        self._api, self._by_kind, self._folder = _import(function), by_kind, _absolute(log_dir)
+
+    def start(self, history: History, first_step: int | None) -> None:
+        gfile = self._api.gfile
+        gfile.makedirs(self._folder)
         name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}"
         # TensorBoard's own class for this writes in a thread, which hides an error at the end.
-        file = gfile.GFile(f"{folder}/{name}.{next(_NUMBERS)}", "wb")
+        file = gfile.GFile(f"{self._folder}/{name}.{next(_NUMBERS)}", "wb")
         self._file = self._api.RecordWriter(file)
         self._add(self._api.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if first_step is not None:
+            # TensorBoard forgets what the folder has of this step and later ones.
+            begin = self._api.SessionLog(status=self._api.SessionLog.START)
+            self._add(self._api.Event(wall_time=time.time(), step=first_step, session_log=begin))
+
+    def write_record(self, record: History, step: int) -> None:
+        self.add_record(record, step, _of_several_kinds(record))
+
+    def write_scalar(self, name: str, step: int, value: float, time_s: float | None = None) -> None:
+        self._add_summary(self._api.scalar(_text(name), value), step, time_s)
+
+    def end(self, history: History) -> None:
+        self._file.close()
 
     def add_record(
         self,
@@ -224,19 +218,6 @@ class _Events:
         for tag, value in points.items():
             summary.MergeFrom(self._api.scalar(tag, value))
         self._add_summary(summary, step, time_s)
-
-    def add_scalar(self, name: str, step: int, value: float, time_s: float | None = None) -> None:
-        """Write a logged value."""
-        self._add_summary(self._api.scalar(_text(name), value), step, time_s)
-
-    def close(self) -> None:
-        """Write all of it."""
-        self._file.close()
-
-    def supersede(self, first_step: int) -> None:
-        """Let TensorBoard forget what the folder has of a step and later ones."""
-        start = self._api.SessionLog(status=self._api.SessionLog.START)
-        self._add(self._api.Event(wall_time=time.time(), step=first_step, session_log=start))
 
     def _add_summary(self, summary: Any, step: int, time_s: float | None) -> None:
         wall_time = time.time() if time_s is None else time_s
