@@ -445,16 +445,14 @@ def _extreme(x: Tensor, sign: int) -> Tensor:
 
 
 def _mean_between_extremes(n: Tensor, floats: Tensor) -> Tensor:
-    """Mean, 0 of nothing; NaN where values are so large that neither sum nor norm is finite.
-
-    Rounding may take a quotient past the extremes: equal values have a mean that is equal to them.
-    """
+    """Mean, 0 of nothing; NaN where values are so large that neither sum nor norm is finite."""
     least, most, total, std, _, l2, _, _ = floats.unbind(-1)
     # Where the sum overflows, the mean square is the mean's own and that of the deviations.
     rms = l2 / n.sqrt()
     size = rms * (1 - (std / rms) ** 2 * (n - 1) / n).clamp(min=0).sqrt()
     size = torch.where(l2.isinf(), math.nan, size)
     mean = torch.where(total.isinf(), size.copysign(total), total / n)
+    # Rounding may take a quotient past the extremes: equal values have a mean equal to them.
     mean = torch.where(least == most, least, mean.clamp(least, most))
     return torch.where(n > 0, mean, 0.0)
 
@@ -478,13 +476,9 @@ def _kurtosis(
     mean: Tensor,
     std: Tensor,
 ) -> Tensor:
-    """Fourth central moment over the square of the second one.
-
-    One element is the least exactly and one the greatest; the others are taken to lie evenly in
-    their bins, between the extremes, and then scaled so that the second moment is the known one.
-    NaN where it is undefined or where the bins are too wide to tell. Counts and the ends of their
-    bins are ``(..., N)``, the others ``(...)``.
-    """
+    """Kurtosis, ``(...)`` as the mean, of counts ``(..., N)`` between the ends of their bins."""
+    # One element is the least exactly and one the greatest; the others are taken to lie evenly in
+    # their bins, between the extremes, and then scaled so that the second moment is the known one.
     n = counts.sum(-1).to(std.dtype)
     least, greatest = extremes
     # In units of the farthest element no power overflows or underflows.
@@ -494,7 +488,8 @@ def _kurtosis(
     inner = counts.to(std.dtype)
     filled = (counts > 0).to(torch.int64)
     # The outer filled bins: the first, and the first from behind.
-    for at in (filled.argmax(-1, keepdim=True), _last(filled)):
+    last = filled.shape[-1] - 1 - filled.flip(-1).argmax(-1, keepdim=True)
+    for at in (filled.argmax(-1, keepdim=True), last):
         inner = inner.scatter_add(-1, at, -torch.ones_like(inner[..., :1]))
     inner = inner.clamp(min=0)
     centre, half = (a + b) / 2, (b - a) / 2
@@ -506,10 +501,6 @@ def _kurtosis(
     moment = (outer**4).sum(-1) + fourths * scale**2
     result = n * moment / total**2
     return torch.where((n > 3) & (mean.abs() <= _FARTHEST_MEAN * std), result, torch.nan)
-
-
-def _last(filled: Tensor) -> Tensor:
-    return filled.shape[-1] - 1 - filled.flip(-1).argmax(-1, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

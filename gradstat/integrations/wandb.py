@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _MAX_BUCKETS = 512  # wandb.Histogram takes no more
 _MAX_POINTS = 10_000  # of one custom chart
 _STEP = "gradients/step"  # what the run's values are drawn against
+_log10 = np.errstate(divide="ignore")(np.log10)
 _COLUMNS = ("layer", "numel", "mean", "std", "rms", "l2", "zero_fraction", "nonfinite")
 
 
@@ -139,7 +140,7 @@ def writer(
 
 
 class _WandbWriter(RunWriter):
-    """What `writer` returns; arguments as for it."""
+    """What `writer` returns."""
 
     def __init__(self, run: wandb.Run, tags: str, commit: bool) -> None:
         super().__init__("wandb.writer()")
@@ -292,12 +293,6 @@ def _charts(history: History) -> Iterator[tuple[str, str, list[str], Array]]:
         if kind == UPDATE:
             values, title = _log10(values), "log10 of each layer's update / parameter"
         yield f"{group(kind)}/{name}", title, names, values
-
-
-def _log10(x: Array) -> Array:
-    with np.errstate(divide="ignore"):
-        logarithm: Array = np.log10(x)
-    return logarithm
 
 
 def _lines(

@@ -30,6 +30,8 @@ _MAX_SERIES = 3  # of a kind
 _FLOAT32 = 1e38
 _LARGEST = 1e308  # magnitude that the page draws: 2 to its logarithm is finite in float64
 
+_log2 = np.errstate(divide="ignore")(np.log2)
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -275,9 +277,3 @@ def _in_columns(steps: Array, values: Array, first: Array) -> Series:
     broken = np.maximum(np.searchsorted(first, steps[~finite], "right") - 1, 0)
     mean, least, most = (x.astype(np.float32) for x in (mean, least, most))
     return Series(mean, least, most, np.bincount(broken, minlength=len(first)))
-
-
-def _log2(x: Array) -> Array:
-    with np.errstate(divide="ignore"):
-        logarithm: Array = np.log2(x)
-    return logarithm
