@@ -125,7 +125,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_printing(add: _Add) -> None:
-    """Add what commands are told that print."""
     info = add("info", "show versions, engines, and what will run where; or what a run has logged")
     info.add_argument(
         "run_path", metavar="RUN", type=Path, nargs="?", help="instead: what this run has logged"
@@ -171,7 +170,6 @@ def _add_printing(add: _Add) -> None:
 
 
 def _add_writing(add: _Add) -> None:
-    """Add what commands are told that write files."""
     export = add("export", "write a run for other programs")
     _add_run(export)
     export.add_argument(

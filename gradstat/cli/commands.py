@@ -292,7 +292,6 @@ def export(options: argparse.Namespace) -> int:
 def _export(
     history: History, options: argparse.Namespace, name: str, progress: Callable[[int], object]
 ) -> Path:
-    """Write a run, and return what was written."""
     folder, to = options.directory, options.to
     tags: Literal["layer", "kind"] = options.tags or "layer"
     path: Path = folder / (f"{name}.{to}" if to in ("parquet", "csv") else name)
@@ -436,5 +435,4 @@ def _percent(value: float) -> str:
 
 
 def _width() -> int:
-    """Characters of a line."""
     return max(60, min(shutil.get_terminal_size().columns, 100))

@@ -346,7 +346,6 @@ class Reader:
         return False
 
     def _next(self) -> Block | None:
-        """The block that follows, if all of it is there."""
         self.n_lost = None
         header = self.file.read(self._at, HEADER_BYTES)
         if len(header) < HEADER_BYTES:
@@ -385,7 +384,6 @@ class Reader:
         return Block(said, list(map(StoredRecord, steps, times, repeat(where), places)))
 
     def _head(self, start: int, n_bytes: int, checksum: int) -> bytes:
-        """The head of a block."""
         # A large one is read once more, rather than kept before its checksum is known.
         crc, at, piece = 0, 0, b""
         while at < n_bytes and (piece := self.file.read(start + at, min(n_bytes - at, _PIECE))):
@@ -424,7 +422,6 @@ class Npz:
             return array
 
     def _declared(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Shape and type that a member declares."""
         info = self._infos[name]
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError(f"{name} is compressed in a way that NumPy does not use")

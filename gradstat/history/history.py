@@ -458,7 +458,6 @@ class History(Records):
         return cls.from_records(ranks.merge_parts(found, replicated))
 
     def _columns(self, function: str, kind: str) -> Array:
-        """Where the rows of a kind are."""
         columns = np.flatnonzero(np.array(self.kinds) == kind)
         if not len(columns):
             raise KeyError(

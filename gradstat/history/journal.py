@@ -200,7 +200,6 @@ class Journal:
 
 
 def _by_name(scalars: Sequence[_Scalar]) -> dict[str, list[list[Any]]]:
-    """Steps and values of each name."""
     found: dict[str, list[list[Any]]] = {}
     for name, step, value in scalars:
         steps, values = found.setdefault(name, [[], []])

@@ -181,7 +181,6 @@ class _Union:
         )
 
     def _check_ranges(self, records: Sequence[Any], unpacked: Sequence[Unpacked]) -> None:
-        """Refuse histograms over other ranges."""
         bins = self._whole.bins
         if not isinstance(bins, LinearBins):
             return

@@ -356,7 +356,6 @@ def _begin(path: Path) -> tuple[Records, dict[str, Any]]:
 
 
 def _plan(path: Path, *, quiet: bool) -> list[_Source]:
-    """Files of a directory that are to be read."""
     files = segments(path)
     if not files:
         raise ValueError(

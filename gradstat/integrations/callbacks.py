@@ -22,13 +22,9 @@ _OPTIONS = tuple(name for name in inspect.signature(watch).parameters if name no
 
 
 class Watching:
-    """A watch that lasts as long as a training.
+    """A watch that lasts as long as a training, with options of `gradstat.watch`.
 
-    Args:
-        **options: as `gradstat.watch`.
-
-    Raises:
-        TypeError: an option that the trainer knows, or that `gradstat.watch` does not have.
+    TypeError for one that the trainer knows, or that `gradstat.watch` does not have.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -53,11 +49,7 @@ class Watching:
 
     @property
     def watch(self) -> Watch:
-        """The watch of the newest training.
-
-        Raises:
-            RuntimeError: there has been none.
-        """
+        """The watch of the newest training; RuntimeError if there has been none."""
         if self._watch is None:
             raise RuntimeError("WatchCallback needs a training; the trainer has not started one")
         return self._watch
@@ -80,7 +72,6 @@ class Watching:
 
     @property
     def _asked(self) -> tuple[str, ...]:
-        """What is to be measured."""
         what = self._options.get("what", GRAD)
         return (what,) if isinstance(what, str) else tuple(what)
 

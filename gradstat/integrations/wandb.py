@@ -140,8 +140,6 @@ def writer(
 
 
 class _WandbWriter(RunWriter):
-    """What `writer` returns."""
-
     def __init__(self, run: wandb.Run, tags: str, commit: bool) -> None:
         super().__init__("wandb.writer()")
         self._run, self._tags, self._commit = run, tags, commit

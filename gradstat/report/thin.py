@@ -81,21 +81,12 @@ class Sums:
     def together(self, starts: Array) -> Sums:
         """Fewer columns: each goes from one start to before the next. Starts rise from 0."""
         last = np.append(starts[1:], len(self.records)) - 1
-        finite, zeros, nonfinite, lost = (
-            np.add.reduceat(x, starts) for x in (self.finite, self.zeros, self.nonfinite, self.lost)
+        steps = np.stack([self.steps[starts, 0], self.steps[last, 1]], 1)
+        sums = (
+            _TOGETHER.get(each.name, np.add).reduceat(getattr(self, each.name), starts)
+            for each in fields(self)[1:]
         )
-        return Sums(
-            np.stack([self.steps[starts, 0], self.steps[last, 1]], 1),
-            np.add.reduceat(self.records, starts),
-            np.logaddexp2.reduceat(self.power, starts),
-            np.fmin.reduceat(self.least, starts),
-            np.fmax.reduceat(self.most, starts),
-            finite,
-            zeros,
-            nonfinite,
-            np.logaddexp2.reduceat(self.noise, starts),
-            lost,
-        )
+        return Sums(steps, *sums)
 
     def part(self, part: slice) -> Sums:
         """Some of the columns."""
@@ -120,6 +111,10 @@ class Sums:
         level, least, most, zeros, snr, lost = (x.T.astype(np.float32) for x in numbers)
         nonfinite = self.nonfinite.T
         return Columns(self.steps, self.records, level, least, most, zeros, nonfinite, snr, lost)
+
+
+# Other fields of `Sums` are added up.
+_TOGETHER = {"power": np.logaddexp2, "noise": np.logaddexp2, "least": np.fmin, "most": np.fmax}
 
 
 def _formats(history: History, power: Array) -> tuple[Array, Array]:
