@@ -199,7 +199,7 @@ FAULTS = [
     Fault("gradstat/diagnosis", "is_out[-APART:].any(0)", "is_out[-1:].any(0)", "tests/diagnosis"),
     Fault(
         "gradstat/report",
-        "np.fmin.reduceat(self.least, starts)",
+        '"least": np.fmin',
         "np.fmax.reduceat(self.least, starts)",
         "tests/report",
     ),
