@@ -200,7 +200,7 @@ FAULTS = [
     Fault(
         "gradstat/report",
         '"least": np.fmin',
-        "np.fmax.reduceat(self.least, starts)",
+        '"least": np.fmax',
         "tests/report",
     ),
     Fault("gradstat/report", "counts[:, 0] -= zeros", "pass", "tests/report"),
