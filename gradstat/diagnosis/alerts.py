@@ -63,12 +63,7 @@ class Alerts:
         self._is_telling = False
 
     def see_record(self, integers: Array, floats: Array) -> None:
-        """A record has come.
-
-        Args:
-            integers: as for `History.append`.
-            floats: as for `History.append`.
-        """
+        """A record has come."""
         self._n_records += 1
         at = self._n_records % WINDOW
         row = self._ring[at]

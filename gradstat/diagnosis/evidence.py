@@ -92,11 +92,7 @@ class Evidence:
     ) -> Iterator[tuple[Evidence, list[Array]]]:
         """The run in parts of whole blocks, each few enough to be in memory.
 
-        Args:
-            blocks: by default `blocks`.
-
-        Yields:
-            A part, and the positions in it of each block's records.
+        With each part come the positions in it of its blocks' records.
         """
         blocks = self.blocks if blocks is None else blocks
         n_rows = len(self.history.rows)  # of all kinds are read
@@ -106,11 +102,7 @@ class Evidence:
             yield part, [block - some[0][0] for block in some]
 
     def by_record(self, values: Callable[[Evidence], Array]) -> Array:
-        """What each record has: ``(S, ...)``.
-
-        Args:
-            values: of the records of a part.
-        """
+        """What each record has, ``(S, ...)``, by the values of the records of a part."""
         return np.concatenate([values(part) for part, _ in self.parts()])
 
     def by_block(
@@ -119,13 +111,7 @@ class Evidence:
         reduced: Callable[[Array], Array],
         blocks: Sequence[Array] | None = None,
     ) -> Array:
-        """What each block has: ``(B, ...)``.
-
-        Args:
-            values: of the records of a part.
-            reduced: of those of a block.
-            blocks: by default `blocks`.
-        """
+        """What each block has, ``(B, ...)``: its records' values, of a part, reduced to one."""
         found: list[Array] = []
         for part, its_blocks in self.parts(blocks):
             numbers = values(part)
@@ -135,11 +121,9 @@ class Evidence:
     def by_row(
         self, values: Callable[[Evidence], Array], columns: Array | None = None
     ) -> Iterator[tuple[int, Array]]:
-        """What some rows have in all records, ``(S,)`` each, with the column of each.
+        """The column of some rows, by default of all, and what they have in all records, ``(S,)``.
 
-        Args:
-            values: of all rows of a part, ``(n, L)``.
-            columns: of the rows; by default all of them.
+        Values are those of all rows of a part, ``(n, L)``.
         """
         columns = np.arange(len(self.layers)) if columns is None else columns
         size = max(1, _SERIES // len(self.steps))
@@ -312,12 +296,7 @@ class Evidence:
     def lasting(self, shares: Array, limit: float) -> list[Lasting]:
         """Layers whose share stays at a limit or above it in three samples in a row, or in all.
 
-        Args:
-            shares: of each sample, ``(samples, L)``.
-            limit: 0 to 1.
-
-        Returns:
-            Layer, first and last step, and the largest share meanwhile; the largest first.
+        Shares are ``(samples, L)``. The largest share meanwhile comes first.
         """
         if not len(shares):
             return []
@@ -333,17 +312,11 @@ class Evidence:
 
 @dataclass(frozen=True)
 class SampledCounts:
-    """The histograms of a record, as the entries of all layers that are not zero.
+    """The histograms of a record, as the entries of all layers that are not zero."""
 
-    Args:
-        sizes: entries of each layer, ``(L,)``.
-        bins: of each entry, ``(E,)``.
-        counts: of each entry.
-    """
-
-    sizes: Array
-    bins: Array
-    counts: Array
+    sizes: Array  # entries of each layer, (L,)
+    bins: Array  # of each entry, (E,)
+    counts: Array  # of each entry
 
     def total(self, chosen: Array) -> Array:
         """Elements of each layer, int64 ``(L,)``, in the chosen ones of the entries, ``(E,)``."""
@@ -365,29 +338,17 @@ class Lasting:
 
 @dataclass(frozen=True)
 class DepthFit:
-    """A straight line through log10 rms over depth.
+    """A straight line through log10 rms over depth."""
 
-    Args:
-        first: column of the first layer that has an rms.
-        last: column of the last one.
-        slope: decades from one layer to the next.
-        fall: decades from the last layer back to the first, along the line.
-        r2: share of the variance that the line explains.
-    """
-
-    first: int
-    last: int
-    slope: float
-    fall: float
-    r2: float
+    first: int  # column of the first layer that has an rms
+    last: int  # of the last one
+    slope: float  # decades from one layer to the next
+    fall: float  # decades from the last layer back to the first, along the line
+    r2: float  # share of the variance that the line explains
 
 
 def fit_depth(levels: Array) -> DepthFit | None:
-    """Least squares over the layers that have an rms; ``None`` for fewer than three of them.
-
-    Args:
-        levels: rms of each layer, ``(L,)``; NaN where there is none.
-    """
+    """Least squares over the layers that have an rms, not NaN; ``None`` for fewer than three."""
     present = np.flatnonzero(levels > 0)
     if len(present) < 3:
         return None

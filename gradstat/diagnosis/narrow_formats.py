@@ -34,21 +34,14 @@ _LEAST = 20.0  # a normal distribution has 3
 
 @dataclass(frozen=True)
 class FormatFit:
-    """What a format would have done to a layer, at its worst in a run.
+    """What a format would have done to a layer, at its worst in a run."""
 
-    Args:
-        snr: smallest signal-to-noise ratio in dB, a median over a window's records.
-        underflow: largest share of the non-zero values that becomes zero, likewise.
-        saturated: largest share that saturates, likewise.
-        scales: exponents of the smallest and the largest scale of a block; NaN without blocks.
-        learned: signal-to-noise ratio of how far parameters are from their mean, in the newest
-            window: of a norm's weights, near 1, that is what was learned; infinite of others.
-    """
-
-    snr: float
-    underflow: float
-    saturated: float
-    scales: tuple[float, float]
+    snr: float  # the smallest signal-to-noise ratio in dB, a median over a window's records
+    underflow: float  # the largest share of the non-zero values that becomes zero, likewise
+    saturated: float  # the largest share that saturates, likewise
+    scales: tuple[float, float]  # exponents of a block's least and greatest; NaN without blocks
+    # Signal-to-noise ratio of how far parameters are from their mean, in the newest window: of a
+    # norm's weights, near 1, that is what was learned; infinite of others.
     learned: float
 
     def keeps(self, thresholds: Thresholds, spare: float = _SPARE) -> bool:
@@ -62,17 +55,11 @@ class FormatFit:
 
 @dataclass(frozen=True)
 class LayerFits:
-    """The `FormatFit` of each format to a row of a history.
-
-    Args:
-        row: the row.
-        layer: its name, as printed.
-        fits: by the format's name.
-    """
+    """The `FormatFit` of each format to a row of a history."""
 
     row: Row
-    layer: str
-    fits: dict[str, FormatFit]
+    layer: str  # its name, as printed
+    fits: dict[str, FormatFit]  # by the format's name
 
     def narrowest(self, thresholds: Thresholds) -> str | None:
         """The format of the fewest bits that keeps the layer; ``None``: none does."""
@@ -88,11 +75,7 @@ class LayerFits:
 def layer_fits(run: Evidence) -> list[LayerFits]:
     """What each format would have done at its worst to each row with values other than zero.
 
-    Args:
-        run: all rows of a history with one record at least.
-
-    Returns:
-        Those rows, kind by kind, the one nearest to the input first.
+    The rows come kind by kind, the one nearest to the input first.
     """
     found: list[dict[str, FormatFit]] = [{} for _ in run.layers]
     newest = run.part(run.blocks[-1])

@@ -37,23 +37,14 @@ FLOORS = {PARAM: 1.1, ACTIVATION: 2.0, GRAD_OUTPUT: 3.0, GRAD: 3.0, UPDATE: 3.0}
 
 @dataclass(frozen=True)
 class Departure:
-    """Values above their usual range.
+    """Values above their usual range."""
 
-    Args:
-        begin: position of the first one.
-        end: position after the last one.
-        peak: position of the greatest.
-        typical: logarithm of what was usual where it began.
-        slope: of the trend there, if it rose; what is usual goes on with it.
-        is_over: whether the values came back.
-    """
-
-    begin: int
-    end: int
-    peak: int
-    typical: float
-    slope: float
-    is_over: bool
+    begin: int  # position of the first one
+    end: int  # after the last one
+    peak: int  # of the greatest
+    typical: float  # logarithm of what was usual where it began
+    slope: float  # of the trend there, if it rose; what is usual goes on with it
+    is_over: bool  # the values came back
 
     def over(self, x: Array, most: int | None = None) -> float:
         """How far the series was above what was usual, at most, in so many values."""
@@ -63,17 +54,11 @@ class Departure:
 
 @dataclass(frozen=True)
 class Mover:
-    """A row that has left its usual range.
-
-    Args:
-        column: of the rows.
-        at: position of the record in which it did.
-        times: its greatest multiple of what was usual there.
-    """
+    """A row that has left its usual range."""
 
     column: int
-    at: int
-    times: float
+    at: int  # position of the record in which it did
+    times: float  # its greatest multiple of what was usual there
 
 
 def find_departures(
@@ -138,17 +123,9 @@ def _ahead(x: Array, n: int) -> Array:
 def find_movers(
     run: Evidence, record: int, step: int, phase: int, deviations: float
 ) -> tuple[list[Mover], list[Mover]]:
-    """Rows outside their usual ranges when something began, in the order in which they left them.
+    """Rows that left their usual ranges before something began, and with it or after it, in order.
 
-    Args:
-        run: all rows.
-        record: position of the newest record at that step or before it.
-        step: at which it began.
-        phase: of the step in which it did.
-        deviations: half-width of the ranges.
-
-    Returns:
-        Those that left them before it, and those that did with it or after it.
+    It began at a step, in a phase of it, of which the newest record at or before it has a position.
     """
     if record < 0:
         return [], []
