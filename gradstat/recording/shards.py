@@ -42,10 +42,8 @@ _n_begun: Counter[str] = Counter()  # runs in each directory
 
 
 def agreed_run(path: str | os.PathLike[str]) -> str | None:
-    """Identifier of the run that all ranks begin in a directory; ``None`` if they cannot tell.
-
-    Nobody waits: the rank that comes first says it.
-    """
+    """Identifier of the run that all ranks begin in a directory; ``None`` if they cannot tell."""
+    # Nobody waits: the rank that comes first says it.
     name = os.fspath(path)
     _n_begun[name] += 1
     store = default_store()

@@ -38,11 +38,9 @@ BATCH_NORM = nn.modules.batchnorm._NormBase
 
 
 def leave_uncompiled(function: Function) -> Function:
-    """Keep a hook and what it calls out of compiled graphs: else torch.compile breaks at it.
-
-    `torch._dynamo.disable`, the public name, imports the compiler with gradstat, and its switch
-    takes longer than most hooks. This costs a call nothing.
-    """
+    """Keep a hook and what it calls out of compiled graphs: else torch.compile breaks at it."""
+    # `torch._dynamo.disable`, the public name, imports the compiler with gradstat, and its switch
+    # takes longer than most hooks. This costs a call nothing.
     function._torchdynamo_disable = True  # type: ignore[attr-defined]  # where it would be traced
     # Where frames are compiled as they begin to run.
     as_it_is = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
@@ -51,10 +49,8 @@ def leave_uncompiled(function: Function) -> Function:
 
 
 def is_capturing() -> bool:
-    """Whether what runs now becomes part of a CUDA graph, and runs when that is replayed.
-
-    It is asked for at each pass, so it must cost next to nothing where nobody uses CUDA.
-    """
+    """Whether what runs now becomes part of a CUDA graph, and runs when that is replayed."""
+    # It is asked for at each pass, so it must cost next to nothing where nobody uses CUDA.
     cuda = torch.cuda
     return cuda._initialized and cuda.is_initialized() and cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
@@ -82,10 +78,8 @@ def is_in_backward() -> bool:
 
 
 def bequeath(name: str, value: object) -> None:
-    """Let all hooks of the passes that this thread will call read a value, in whatever thread.
-
-    Without it a pass that fails in a device's own thread may be noticed late.
-    """
+    """Let all hooks of the passes that this thread will call read a value, in whatever thread."""
+    # Without it a pass that fails in a device's own thread may be noticed late.
     torch._C._stash_obj_in_tls(name, value)
 
 
@@ -95,11 +89,9 @@ def inherited(name: str) -> object:
 
 
 def capturing_graph() -> object:
-    """The `torch.cuda.CUDAGraph` that is being captured: its passes are told from another one's.
-
-    Without it passes are of one graph until one is replayed, or a pass runs outside a graph, and
-    ``Watch.replayed`` can be told of no other graph than the newest.
-    """
+    """The `torch.cuda.CUDAGraph` that is being captured: its passes are told from another one's."""
+    # Without it passes are of one graph until one is replayed, or a pass runs outside a graph, and
+    # ``Watch.replayed`` can be told of no other graph than the newest.
     graphs = torch.cuda.CUDAGraph
     graph: object = getattr(graphs, "get_currently_capturing_graph", lambda: graphs)()
     return graph
@@ -136,10 +128,8 @@ class SparingCaptures:
 
 
 def call_after_replays(graph: object, method: Callable[[], None]) -> None:
-    """Have a method called after each launch of a CUDA graph, as long as its object lives.
-
-    Without it, before PyTorch 2.14, ``Watch.replayed`` must be called on the stream of the replay.
-    """
+    """Have a method called after each launch of a CUDA graph, as long as its object lives."""
+    # Without it ``Watch.replayed`` must be called on the stream of the replay.
     register = getattr(graph, "register_replay_end_hook", None)
     if register is None or isinstance(graph, type):
         return
@@ -162,10 +152,8 @@ def is_compiled_autograd() -> bool:
 
 
 def scale_of(scaler: GradScaler | None) -> Tensor | None:
-    """A scaler's scale, 0-dim; ``None`` before its first loss: gradients are unscaled by it.
-
-    ``get_scale()``, the public name, waits for the device.
-    """
+    """A scaler's scale, 0-dim; ``None`` before its first loss: gradients are unscaled by it."""
+    # ``get_scale()``, the public name, waits for the device.
     scale: Tensor | None = getattr(scaler, "_scale", None)
     return scale
 
@@ -219,10 +207,7 @@ def hooks_on_gradient(parameter: Tensor) -> list[Callable[..., None]]:
 
 
 def run_first(parameter: Tensor, handle: RemovableHandle) -> None:
-    """Move a hook on a parameter's gradient before the others.
-
-    Without it what others do to a gradient in hooks that were there before comes first.
-    """
+    """Move a hook on a parameter's gradient before the others, which may change it."""
     hooks: dict[int, Callable[..., None]] = parameter._post_accumulate_grad_hooks
     others = [key for key in hooks if key != handle.id]
     # PyTorch takes them in the order of insertion, not in that of OrderedDict.move_to_end(). In one
@@ -231,11 +216,9 @@ def run_first(parameter: Tensor, handle: RemovableHandle) -> None:
 
 
 def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """What says of as many others whether they are like these in all but addresses and values.
-
-    It compares types, dtypes, sizes, strides, devices, layouts and signs that torch keeps apart, in
-    one call. Of a tensor that comes twice it says no.
-    """
+    """What says of as many others whether they are like these in all but addresses and values."""
+    # It compares types, dtypes, sizes, strides, devices, layouts and signs that torch keeps apart,
+    # in one call. Of a tensor that comes twice it says no.
     guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
     check: Callable[..., bool] = guards.check
     return check
@@ -256,11 +239,9 @@ def parameter_ids(model: nn.Module) -> set[int]:
 
 
 def name_of_wrapped(module: nn.Module) -> str | None:
-    """Under which name a wrapper has the user's own module; ``None`` of any other module.
-
-    Without it a layer has another name where it is compiled, and the mode that the user sets is
-    not that of the wrapper.
-    """
+    """Under which name a wrapper has the user's own module; ``None`` of any other module."""
+    # Without it a layer has another name where it is compiled, and the mode that the user sets is
+    # not that of the wrapper.
     if isinstance(module, DistributedDataParallel | nn.DataParallel):
         return "module"
     # Of torch.compile, of checkpoint_wrapper, and of the first FSDP.
@@ -275,18 +256,12 @@ def keep_in_graphs(op: Any) -> None:  # noqa: ANN401 (an overload of torch.ops, 
 
 
 def has_compiled() -> bool:
-    """Whether torch.compile has compiled anything in this process.
-
-    Without it the order in which compiled gradients arrive would pass for that of the layers.
-    """
+    """Whether torch.compile has compiled anything: then gradients arrive in no order of layers."""
     utils = sys.modules.get("torch._dynamo.utils")
     return utils is not None and utils.counters["stats"]["unique_graphs"] > 0
 
 
 def default_store() -> Any | None:  # noqa: ANN401 (has no public type)
-    """What the processes of a distributed run tell each other by name.
-
-    Without it the ranks of two runs in one directory are taken for one.
-    """
+    """What ranks tell each other by name: else those of two runs in a directory pass for one."""
     get = getattr(dist.distributed_c10d, "_get_default_store", None)
     return None if get is None else get()
