@@ -110,7 +110,7 @@ class Journal:
         self._waiting_bytes += len(record.data)
         if self._waiting_bytes >= _MOST_WAITING_BYTES:
             self.flush()
-        _write_soon(self)
+        _LATER.write(self)
 
     def add_scalar(self, name: str, step: int, value: float) -> None:
         """Take a number, as `History.add_scalar`; it is written within a few seconds."""
@@ -118,11 +118,11 @@ class Journal:
             return
         with self._lock:
             self._state.scalars.append((name, step, value))
-        _write_soon(self)
+        _LATER.write(self)
 
     def flush(self) -> None:
         """Write all records that wait, in the thread that adds them, after those being written."""
-        _write_no_more(self)
+        _LATER.write_no_more(self)
         self.write()
 
     def write(self) -> None:
@@ -212,68 +212,60 @@ class _Timer(threading.Timer):
     """Writes what journals have, after a while."""
 
 
-_timer: _Timer | None = None  # of all journals, until it begins to write
-_due: set[Journal] = set()  # that it writes
+class _Later:
+    """Has journals write what they have within a few seconds, in one timer's thread for all."""
 
-
-def _write_soon(journal: Journal) -> None:
-    """Write what a journal has within a few seconds."""
-    _due.add(journal)
-    if _timer is None:
-        _start_timer()
-
-
-def _start_timer() -> None:
-    global _timer
-    timer = _Timer(_INTERVAL_S, _on_time)
-    timer.daemon = True
-    try:
-        _timer = timer
-        timer.start()
-    except RuntimeError:  # the process ends, or may have no more threads
-        _on_time()
-    except BaseException:
-        _timer = None
-        raise
-
-
-def _on_time() -> None:
-    global _timer
-    # Before a block is begun: a record that comes later has a timer of its own.
-    _timer = None
-    try:
-        while _due:
-            _due.pop().write()
-    except KeyError:  # another thread has taken the last one
-        pass
-    finally:
-        if _due:  # an error in one journal is none in the others
-            _start_timer()
-
-
-def _write_no_more(journal: Journal) -> None:
-    """End the timer where this journal was the last one."""
-    global _timer
-    _due.discard(journal)
-    timer = _timer
-    if not _due and timer is not None:
-        _timer = None
-        timer.cancel()
-        if _due:  # since another thread has asked meanwhile
-            _start_timer()
-
-
-class _Forked:
-    """In a forked process there is no timer."""
+    def __init__(self) -> None:
+        self._timer: _Timer | None = None  # until it begins to write
+        self._due: set[Journal] = set()  # that it writes
+        call_after_fork(self)
 
     def forget_other_threads(self) -> None:
-        global _timer
-        _timer = None
-        _due.clear()
+        """In a forked process there is no timer."""
+        self._timer = None
+        self._due.clear()
+
+    def write(self, journal: Journal) -> None:
+        self._due.add(journal)
+        if self._timer is None:
+            self._start()
+
+    def write_no_more(self, journal: Journal) -> None:
+        """End the timer where this journal was the last one."""
+        self._due.discard(journal)
+        timer = self._timer
+        if not self._due and timer is not None:
+            self._timer = None
+            timer.cancel()
+            if self._due:  # since another thread has asked meanwhile
+                self._start()
+
+    def _start(self) -> None:
+        timer = _Timer(_INTERVAL_S, self._on_time)
+        timer.daemon = True
+        try:
+            self._timer = timer
+            timer.start()
+        except RuntimeError:  # the process ends, or may have no more threads
+            self._on_time()
+        except BaseException:
+            self._timer = None
+            raise
+
+    def _on_time(self) -> None:
+        # Before a block is begun: a record that comes later has a timer of its own.
+        self._timer = None
+        try:
+            while self._due:
+                self._due.pop().write()
+        except KeyError:  # another thread has taken the last one
+            pass
+        finally:
+            if self._due:  # an error in one journal is none in the others
+                self._start()
 
 
-_FORKED = _Forked()
-call_after_fork(_FORKED)
+_LATER = _Later()
 
 
 @atexit.register
