@@ -15,7 +15,15 @@ import numpy as np
 import torch
 
 from gradstat.bins import Bins
-from gradstat.results import FLOATS, INTEGERS, PACKED, Statistics, union_floats, union_packed
+from gradstat.results import (
+    FLOATS,
+    INTEGERS,
+    PACKED,
+    Statistics,
+    as_statistics,
+    union_floats,
+    union_packed,
+)
 from gradstat.util import Array
 
 GRAD, PARAM, UPDATE = "grad", "param", "update"
@@ -187,8 +195,8 @@ class RecordLayout:
 
     def statistics(self, data: Data, bins: Bins, rows: slice = slice(None)) -> Statistics:
         """Rows that follow each other, by default all: copies, on the CPU."""
-        numbers = self.integers(data)[rows].copy(), self.floats(data)[rows].copy()
-        return Statistics(bins, *map(torch.from_numpy, (*numbers, self.dense(data, rows))))
+        integers, floats = self.integers(data)[rows].copy(), self.floats(data)[rows].copy()
+        return as_statistics(bins, (integers, floats, self.dense(data, rows)))
 
     def pack(self, integers: Array, floats: Array, formats: Array | None, counts: Array) -> bytes:
         """The bytes of a record.

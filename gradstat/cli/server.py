@@ -254,7 +254,7 @@ class RunList:
         for group in groups:
             lines = [_line(numbers[path], headings[path], path) for path in group]
             # Those that are being written keep their places, whichever changed last.
-            found += sorted(lines, key=lambda line: (_minutes(line["quiet"]), line["name"]))
+            found += sorted(lines, key=lambda line: (_age_s(line["quiet"]), line["name"]))
         return found
 
     def _headings(self) -> dict[Path, str]:
@@ -284,7 +284,7 @@ def _line(number: int, name: str, path: Path) -> dict[str, Any]:
     }
 
 
-def _minutes(quiet: float | None) -> float:
+def _age_s(quiet: float | None) -> float:
     """Seconds since a run was written to; 0 while it is being written."""
     return 0.0 if quiet is None or quiet < _WRITTEN_S else quiet
 
@@ -297,13 +297,6 @@ def _files_of(path: Path) -> dict[Path, os.stat_result]:
         return {}
 
 
-def _stat(path: Path) -> os.stat_result | None:
-    try:
-        return path.stat()
-    except OSError:  # it has gone, or may not be looked at
-        return None
-
-
 def _is_directory_of_runs(path: Path) -> bool:
     if not path.is_dir() or _files_of(path):
         return False
@@ -312,8 +305,11 @@ def _is_directory_of_runs(path: Path) -> bool:
 
 
 def _is_run(path: Path) -> bool:
-    stat = None if path.name.startswith(".") else _stat(path)
-    if stat is None:
+    try:
+        stat = path.stat()
+    except OSError:  # it has gone, or may not be looked at
+        return False
+    if path.name.startswith("."):
         return False
     if S_ISDIR(stat.st_mode):
         return bool(_files_of(path))

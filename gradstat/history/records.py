@@ -26,7 +26,7 @@ from gradstat.bins import Bins
 from gradstat.history.check import check_histograms, check_numbers
 from gradstat.history.file import StoredRecord, damage_of
 from gradstat.record import Data, Placement, Record, RecordLayout, Row, Unpacked, taken
-from gradstat.results import SHAPES, Statistics
+from gradstat.results import SHAPES, as_statistics
 from gradstat.util import Array, windows_of
 
 AnyRecord = Record | StoredRecord
@@ -425,9 +425,7 @@ class Records:
         if field in SHAPES:
             return _kurtosis_of(self.bins, self._unpack(records))
         integers, floats, _ = self._numbers(records)
-        statistics = Statistics(
-            self.bins, torch.from_numpy(integers), torch.from_numpy(floats), torch.empty(0)
-        )
+        statistics = as_statistics(self.bins, (integers, floats, np.empty(0)))
         values: Array = getattr(statistics, field).numpy()
         return values.copy()
 
@@ -475,6 +473,6 @@ def _kurtosis_of(bins: Bins, records: Unpacked) -> Array:
         place = np.arange(len(row)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         counts, at = np.zeros((2, len(rows), most), np.int64)
         counts[row, place], at[row, place] = values, indices
-        numbers = map(torch.from_numpy, (integers[rows], floats[rows], counts))
-        found[rows] = Statistics(bins, *numbers).kurtosis_over(torch.from_numpy(at)).numpy()
+        statistics = as_statistics(bins, (integers[rows], floats[rows], counts))
+        found[rows] = statistics.kurtosis_over(torch.from_numpy(at)).numpy()
     return found.reshape(records.integers.shape[:2])

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from gradstat.history import History
 from gradstat.history.history import check_count
 from gradstat.record import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE, Row
-from gradstat.results import Statistics
+from gradstat.results import Statistics, as_statistics
 from gradstat.util import Array, evenly_spread
 
 
@@ -69,10 +68,10 @@ def rows(history: History, step: int) -> Iterator[tuple[Row, Statistics, Filled]
     edges, starts = record.edges(history.bins), np.append(0, record.ends)
     for at, row in enumerate(history.rows):
         if record.integers[0, at, 0]:
-            integers, floats = (torch.from_numpy(x[0, at].copy()) for x in record[:2])
+            integers, floats = (x[0, at].copy() for x in record[:2])
             part = slice(starts[at], starts[at + 1])
             filled = Filled(numbers[part], counts[part], edges[part])
-            yield row, Statistics(history.bins, integers, floats, torch.empty(0)), filled
+            yield row, as_statistics(history.bins, (integers, floats, np.empty(0))), filled
 
 
 def layers_of(history: History, kind: str) -> dict[int, str]:
