@@ -95,15 +95,9 @@ class Log2Bins:
 
     @keeps_subnormals
     def index(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Bin of each value.
+        """Bin of each value, finite, of any floating-point dtype and shape: int64, in 0..2047.
 
-        Args:
-            x: finite values of any floating-point dtype, any shape.
-            low: ignored; there for a common signature with `LinearBins`.
-            high: ignored.
-
-        Returns:
-            int64, the shape of ``x``, in 0..2047.
+        Low and high are ignored; they are there for a common signature with `LinearBins`.
         """
         # Rounding a magnitude down keeps it in its bin.
         magnitude = float32_below(x.abs()).view(torch.int32) >> LOG2_SHIFT
@@ -215,15 +209,10 @@ class LinearBins:
 
     @keeps_subnormals
     def index(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Bin of each value; -1 below the range, ``bins`` above it.
+        """Bin of each value, finite, of any floating-point dtype and shape: int64, in -1..bins.
 
-        Args:
-            x: finite values of any floating-point dtype.
-            low: lower end, float32 or float64, broadcastable to ``x``.
-            high: upper end, likewise.
-
-        Returns:
-            int64, the shape of ``x``, in -1..bins.
+        It is -1 below the range and ``bins`` above it. The ends of the range, float32 or float64,
+        are broadcast to the values.
         """
         x, low, high = widen(x), widen(low), widen(high)
         unit = _unit(low, high)

@@ -196,16 +196,13 @@ def quantization(
     float64. `gradstat.formats` defines the formats; ``docs/formats.md`` describes them.
 
     Args:
-        x: float16, bfloat16, float32 or float64 tensor of any shape and strides, or several on
-            one device: a sequence, a generator, or a mapping, whose values are taken in order.
-            float64 values are rounded to float32 first.
+        x: as for `statistics`; float64 values are rounded to float32 first.
         formats: float16, bfloat16, float8_e4m3fn, float8_e5m2, either float8 with ``_amax``,
             ``_1x128``, ``_128x128`` or ``_scale_`` and a number behind, mxfp8_e4m3, mxfp8_e5m2,
             mxfp6_e2m3, mxfp6_e3m2, mxfp4_e2m1, nvfp4; one of them or several.
         dim: dimension that blocks of values with one scale run along; the others, in their order,
             are rows.
-        engine: ``"triton"`` (CUDA and ROCm), ``"cpu"`` or ``"reference"``; by default, or by the
-            environment variable ``GRADSTAT_ENGINE``, the fastest one for the device.
+        engine: as for `statistics`.
 
     Returns:
         A Quantization of shape ``()`` for a tensor, ``(L,)`` for several; for several formats a
