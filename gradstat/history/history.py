@@ -25,6 +25,7 @@ from gradstat.results import (
     QUANTIZATION_FIELDS,
     SHAPES,
     Statistics,
+    union_norms,
     unpacked,
 )
 from gradstat.util import Array, divide, one_of
@@ -140,9 +141,8 @@ class History(Records):
 
         Gradients arrive from the last layer back; parameters and outputs begin with the first.
         """
-        first = self.kinds[0] if self.kinds else GRAD
-        columns = self.by_depth(self._columns("order", first))
-        return [self.layers[at] for at in (columns[::-1] if first in FROM_THE_END else columns)]
+        rows = first_rows(self)
+        return rows[::-1] if self.kinds and self.kinds[0] in FROM_THE_END else rows
 
     def by_depth(self, columns: Array) -> Array:
         """Columns of rows of one kind, that of the row nearest to the input first."""
@@ -193,12 +193,7 @@ class History(Records):
         """
         l2 = self["l2"][:, self._columns("norm", kind)]
         known = ~np.isnan(l2)
-        l2 = np.where(known, l2, 0.0)
-        # No square overflows or underflows, unless a norm is itself infinite.
-        largest = l2.max(1, keepdims=True, initial=0.0)
-        unit = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
-        with np.errstate(over="ignore"):
-            norm: Array = unit[:, 0] * np.sqrt(((l2 / unit) ** 2).sum(1))
+        norm = union_norms(torch.from_numpy(np.where(known, l2, 0.0).T)).numpy()
         return np.where(known.any(1), norm, np.nan)
 
     def record(self, step: int = -1) -> Statistics:

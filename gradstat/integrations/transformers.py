@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,11 +105,9 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
         self, model: nn.Module, arguments: tuple[Any, ...], options: Mapping[str, Any], outputs: Any
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
-        if model.training and torch.is_grad_enabled() and _is_loss(loss):
+        if not isinstance(loss, Tensor) or loss.dim() or not loss.is_floating_point():
+            return
+        if model.training and torch.is_grad_enabled():
             # Not a copy: the Trainer scales it in place for the number of ranks.
             self._losses.append(loss.detach())
             self._are_parts = options.get("num_items_in_batch") is not None
-
-
-def _is_loss(x: object) -> TypeGuard[Tensor]:
-    return isinstance(x, Tensor) and x.dim() == 0 and x.is_floating_point()

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from gradstat.record import GRAD, PARAM, UPDATE
 from gradstat.recording.passes import Recorder
 from gradstat.recording.scalars import LearningRates
-from gradstat.recording.shards import copy_placement, local_part
+from gradstat.recording.shards import local_part
 from gradstat.recording.torch_internals import (
     bequeath,
     call_at_end_of_backward,
@@ -344,12 +344,12 @@ class StepHook:
         with self._recorder.lock:
             if self.calls_only and not self._before:
                 return
-            history = self._recorder.history
+            placements = self._recorder.history.placements
             before_step, self._before = self._before, {}
             for index, (parameter, before) in before_step.items():
                 change = torch.sub(local_part(parameter.detach()), before, out=before)
                 row = self._rows[UPDATE] + index
-                copy_placement(history, row, self._rows[PARAM] + index)
+                placements[row] = placements[self._rows[PARAM] + index]
                 self._recorder.add(row, change)
             self._recorder.end()
 

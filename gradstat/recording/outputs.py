@@ -146,7 +146,9 @@ class _OnOutput:
         self.place = torch.tensor([hooks.key, index], device="cpu")
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
-        if not torch.is_grad_enabled() or torch.compiler.is_exporting() or _is_tracing():
+        if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+            return
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             return
         x = _first_tensor(output)
         if x is None:
@@ -290,10 +292,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     """The user's own module, whose mode may be set without that of what is around it."""
     name = name_of_wrapped(model)
     return model if name is None else _unwrapped(model.get_submodule(name))
-
-
-def _is_tracing() -> bool:
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
 def _is_ordinary(x: object) -> bool:

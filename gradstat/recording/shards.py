@@ -93,11 +93,6 @@ def note_placement(history: History, row: int, x: Tensor) -> bool:
     return True
 
 
-def copy_placement(history: History, row: int, like: int) -> None:
-    """Tell a history that this rank holds the same part of a row as of another one."""
-    history.placements[row] = history.placements[like]
-
-
 def _owner_beside_tensor_parallelism(model: nn.Module) -> int:
     """Who holds the same gradients of the plain parameters in a model that has DTensors too.
 
