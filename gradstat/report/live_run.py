@@ -9,7 +9,6 @@ import threading
 import time
 import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,13 +219,9 @@ class Growing:
         self._samples = kept
 
     def _add_series(self, part: History) -> None:
-        for name in part.scalars:
-            for step, value in zip(*(x.tolist() for x in part.scalar(name)), strict=True):
-                self._scalars.add(name, step, value)
+        self._scalars.extend(part.logged)
         if len(part):
-            norms = norm_of(part, self._kind).tolist()
-            for step, norm in zip(part.steps.tolist(), norms, strict=True):
-                self._norm.add("norm", step, norm)
+            self._norm.add_all("norm", part.steps.tolist(), norm_of(part, self._kind).tolist())
         if not len(self._changed):
             return
         named = {name: self._scalars.get(name) for name in self._scalars.names}
@@ -259,7 +254,7 @@ class Growing:
         samples = dict(sorted(samples.items()))
         found = page.contents(
             self._sums.part(cut).columns(),
-            {name: _part(each, cut) for name, each in self._series.items()},
+            {name: Series(*(x[cut] for x in each)) for name, each in self._series.items()},
             [sample for at, sample in samples.values() if is_whole or at > version],
             self._newest if has_new else {},
             log2=self._log2,
@@ -284,17 +279,9 @@ def _said(error: OSError | ValueError) -> object:
     return error
 
 
-def _part(series: Series, part: slice) -> Series:
-    return replace(
-        series, **{name: getattr(series, name)[part] for name in series.__dataclass_fields__}
-    )
-
-
 def _differing(before: Series, now: Series) -> Array:
     """Which columns have changed, of those that were there before."""
     n = min(len(before.mean), len(now.mean))
-    differing = np.zeros(n, bool)
-    for name in before.__dataclass_fields__:
-        a, b = getattr(before, name)[:n], getattr(now, name)[:n]
-        differing |= (a != b) & ~((a != a) & (b != b))
+    pairs = [(a[:n], b[:n]) for a, b in zip(before, now, strict=True)]
+    differing = np.any([(a != b) & ~((a != a) & (b != b)) for a, b in pairs], axis=0)
     return np.flatnonzero(differing)

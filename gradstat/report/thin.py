@@ -7,8 +7,8 @@ sample is one record as it was measured. A series, such as a loss, has the same 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -50,8 +50,7 @@ class Columns:
     lost: Array  # share of the non-zero values that a format flushes to zero, float32 (L F, T)
 
 
-@dataclass(frozen=True)
-class Sums:
+class Sums(NamedTuple):
     """What columns add up to, so that some of them can be put together: T columns of L layers."""
 
     steps: Array  # first and last of each column, int64 (T, 2)
@@ -82,20 +81,17 @@ class Sums:
         """Fewer columns: each goes from one start to before the next. Starts rise from 0."""
         last = np.append(starts[1:], len(self.records)) - 1
         steps = np.stack([self.steps[starts, 0], self.steps[last, 1]], 1)
-        sums = (
-            _TOGETHER.get(each.name, np.add).reduceat(getattr(self, each.name), starts)
-            for each in fields(self)[1:]
-        )
+        parts = zip(self._fields[1:], self[1:], strict=True)
+        sums = (_TOGETHER.get(name, np.add).reduceat(part, starts) for name, part in parts)
         return Sums(steps, *sums)
 
     def part(self, part: slice) -> Sums:
         """Some of the columns."""
-        return Sums(*(getattr(self, each.name)[part] for each in fields(self)))
+        return Sums(*(x[part] for x in self))
 
     def followed_by(self, other: Sums) -> Sums:
         """These columns and others after them."""
-        names = [each.name for each in fields(self)]
-        return Sums(*(np.concatenate([getattr(x, name) for x in (self, other)]) for name in names))
+        return Sums(*map(np.concatenate, zip(self, other, strict=True)))
 
     def columns(self) -> Columns:
         """What is drawn of them."""
@@ -219,8 +215,7 @@ def sample(history: History, at: int) -> Sample:
     )
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """One number a step, in the columns of a history; NaN where a column has none."""
 
     mean: Array  # of the finite values of each column, float32 (T,)
