@@ -287,12 +287,10 @@ class LinearBins:
         return t.clamp(0, self.bins - 1).floor().long()
 
     def _factors(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """Power of two by which values are scaled, and bins per scaled unit, both float32.
-
-        The scale keeps ``high - low`` and its reciprocal inside float32's normal range. It is 1 for
-        widths from 2**-100 to 2**126; elsewhere ``x * scale`` is still exact where it matters, so
-        fusing it with the subtraction changes nothing.
-        """
+        """Power of two by which values are scaled, and bins per scaled unit, both float32."""
+        # The scale keeps `high - low` and its reciprocal inside float32's normal range. It is 1 for
+        # widths from 2**-100 to 2**126; elsewhere `x * scale` is still exact where it matters, so
+        # fusing it with the subtraction changes nothing.
         width = high - low
         scale = torch.ones_like(width)
         scale = torch.where(width < 2.0**-100, 2.0**100, scale)

@@ -96,14 +96,8 @@ def _last_good(x: Array) -> int | None:
 def _cause(
     run: Evidence, record: int, rise: float, at_once: float
 ) -> tuple[int, dict[str, float], str] | None:
-    """Since which record steps are too large, numbers and words about it; ``None`` if none says so.
-
-    Args:
-        run: all rows.
-        record: the last one before the loss rises.
-        rise: of the loss, a logarithm.
-        at_once: of it, from that record to the next.
-    """
+    """Since which record steps are too large, numbers and words about it, if anything says so."""
+    # After `record` the loss rises, in all and at once by so much: logarithms.
     rates, pace = run.rate, run.pace
     if rise >= _RISE and (leap := find_leap(run, record)):
         times = {"rate": leap.after, "times": leap.after / leap.before}

@@ -122,10 +122,7 @@ def rounded(times: float) -> str:
 def put_in_order(findings: list[Finding], history: History, window: int) -> Findings:
     """Put the worst first; but what began after a cause comes after it, and says so.
 
-    Args:
-        findings: in any order.
-        history: whose they are.
-        window: records for which something that is over may have consequences.
+    For a window's records something that is over may have consequences.
     """
     causes = sorted(
         (each for each in findings if each.kind in _SUDDEN or _is_lasting(each)),

@@ -52,12 +52,8 @@ def growth_of_weights(run: Evidence) -> Array:
 
 
 def _losses_at_records(run: Evidence, most: float) -> tuple[Array, Array]:
-    """How large the first loss is at each record, a logarithm, and where no loss falls.
-
-    Args:
-        run: all rows.
-        most: how far above its least value a loss may be that still looks well.
-    """
+    """How large the first loss is at each record, a logarithm, and where no loss falls."""
+    # A loss still looks well up to `most` above its least value.
     first, flat = None, np.ones(len(run.steps), bool)
     for steps, losses in run.losses.values():
         x = log_losses(losses)

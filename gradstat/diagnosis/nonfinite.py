@@ -113,10 +113,8 @@ def _count(numbers: dict[str, float]) -> str:
 
 
 def _is_search(run: Evidence, bad: Array, at: int) -> bool:
-    """Whether all records from the start have infinite gradients and nothing else that is broken.
-
-    A scale halves with each step that it makes overflow.
-    """
+    """Whether all records from the start have infinite gradients and nothing else is broken."""
+    # A scale halves with each step that it makes overflow.
     if at > 0 or len(bad) > _HALVINGS:
         return False
     infinite = (run["posinf"] + run["neginf"] > 0) & run.is_kind(GRAD)

@@ -324,12 +324,10 @@ def _percent(share: float) -> str:
 
 
 def _dead(run: Evidence) -> Array:
-    """Share of dead units among those that a batch should reach: ``(S, L)``; 0 where absent.
-
-    Were all units on equally often, a share of 1 - z of the time, one of them would be zero in all
-    of a batch's N places with probability z to the N: almost never in a large batch, but where a
-    batch is a single input all of its zeros are that.
-    """
+    """Share of dead units among those that a batch should reach: ``(S, L)``; 0 where absent."""
+    # Were all units on equally often, a share of 1 - z of the time, one of them would be zero in
+    # all of a batch's N places with probability z to the N: almost never in a large batch, but
+    # where a batch is a single input all of its zeros are that.
     outputs = run.of(ACTIVATION)
     if not outputs.layers:
         return np.nan_to_num(run.history.dead_units()[:, run.places])
@@ -343,10 +341,7 @@ def _dead(run: Evidence) -> Array:
 
 
 def _first_with_parameters(run: Evidence) -> int:
-    """The first column of a module that has parameters: before it is the input, zero as it may be.
-
-    0 where no module is known to have any.
-    """
+    """The first column of a module that has parameters, after the input; 0 where none is known."""
     owners = set()
     for kind in OF_PARAMETERS:
         owners |= {name.rpartition(".")[0] for name in run.of(kind).names}
@@ -354,10 +349,8 @@ def _first_with_parameters(run: Evidence) -> int:
 
 
 def _stopped(run: Evidence, octaves: float) -> Array:
-    """Share of the non-zero elements whose bin is so far below the rms: ``(samples, L)``.
-
-    Zeros share a bin with the smallest numbers. They are taken away where that bin is counted.
-    """
+    """Share of the non-zero elements whose bin is so far below the rms: ``(samples, L)``."""
+    # Zeros share a bin with the smallest numbers. They are taken away where that bin is counted.
     if not run.samples:
         return np.empty((0, len(run.layers)))
     edges = log2_edges()

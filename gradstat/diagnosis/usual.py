@@ -180,15 +180,10 @@ def named(run: Evidence, column: int) -> str:
 
 
 def _expected(x: Array, at: Array, columns: Array) -> tuple[Array, Array, Array]:
-    """What is usual at some places by the values before them, NaN where too few are.
-
-    A line follows the trend. Its slope is the median of those between values some places apart
-    (Theil's incomplete method), so that a third of the values may be anything. That a series falls
-    does not say that it goes on falling: it is expected no lower than its newest values are.
-
-    Returns:
-        Typical values, deviations and slopes, ``(N,)`` each.
-    """
+    """Typical values, deviations and slopes at N places, by the values before; NaN of too few."""
+    # A line follows the trend. Its slope is the median of those between values some places apart
+    # (Theil's incomplete method), so that a third of the values may be anything. That a series
+    # falls does not say that it goes on falling: it is expected no lower than its newest values.
     typical, deviation, trend = (np.empty(len(at)) for _ in range(3))
     offsets = np.arange(-WINDOW, 0)[:, None]
     for start in range(0, len(at), _CELLS):
@@ -214,11 +209,9 @@ def _expected(x: Array, at: Array, columns: Array) -> tuple[Array, Array, Array]
 
 
 def _deviation(distances: Array) -> Array:
-    """Standard deviation by the median distance, and by the largest but a tenth: ``(N,)``.
-
-    Thirty values may lie close together by chance, so that the median says too little; but it alone
-    bears more than a few values that are far out.
-    """
+    """Standard deviation by the median distance, and by the largest but a tenth: ``(N,)``."""
+    # Thirty values may lie close together by chance, so that the median says too little; but it
+    # alone bears more than a few values that are far out.
     by_median = TO_DEVIATIONS * median(distances)
     ordered = np.sort(distances, axis=0)  # NaN last
     known = np.count_nonzero(~np.isnan(distances), axis=0)

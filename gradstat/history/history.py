@@ -175,8 +175,7 @@ class History(Records):
     def add_scalar(self, name: str, step: int, value: float) -> None:
         """Add a number that belongs to a step; all are kept, 16 bytes each, whatever the capacity.
 
-        Raises:
-            ValueError: a step below that of the last value of this name.
+        ValueError for a step below that of the last value of this name.
         """
         self.logged.add(name, step, value)
 

@@ -191,13 +191,12 @@ class _SkippedSteps:
 
 
 class _UnitDims:
-    """Which dimension of an output has a unit in each of its places.
+    """Which dimension of an output has a unit in each of its places."""
 
-    Convolutions, their norms and pooling have their channels after the batch, ``(N, C, ...)``;
-    linear layers, layer norms, embeddings and recurrent ones have their features last. Any other
-    module, such as an activation, has its units where the newest of those had them, if its output
-    has the same shape; if not, after the batch in four dimensions or more, and last otherwise.
-    """
+    # Convolutions, their norms and pooling have their channels after the batch, (N, C, ...); linear
+    # layers, layer norms, embeddings and recurrent ones have their features last. Any other module,
+    # such as an activation, has its units where the newest of those had them, if its output has the
+    # same shape; if not, after the batch in four dimensions or more, and last otherwise.
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._known = [_known_dim(module) for module in modules]

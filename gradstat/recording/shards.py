@@ -94,12 +94,10 @@ def note_placement(history: History, row: int, x: Tensor) -> bool:
 
 
 def _owner_beside_tensor_parallelism(model: nn.Module) -> int:
-    """Who holds the same gradients of the plain parameters in a model that has DTensors too.
-
-    Tensor parallelism gives each rank of its mesh the same batch, so the parameters that it leaves
-    alone have the same gradients on each. That is not so beside FSDP or DistributedDataParallel.
-    It is the first rank of the mesh, `OWN` where there is none, or several.
-    """
+    """The first rank with the same gradients of plain parameters as this one, `OWN` for none."""
+    # Tensor parallelism gives each rank of its one mesh the same batch, so the parameters that it
+    # leaves alone have the same gradients on each. That is not so beside FSDP or
+    # DistributedDataParallel.
     meshes = [p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")]
     if not meshes or any(mesh != meshes[0] for mesh in meshes) or not meshes[0].get_coordinate():
         return OWN
