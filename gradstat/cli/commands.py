@@ -135,11 +135,9 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def comparison(runs: Mapping[str, History], *, every_layer: bool = False) -> str:
-    """Two runs layer by layer: rms of each, their ratio, first over last layer, and findings.
-
-    Of several kinds of rows the first that both runs have is compared. So are update ratios and
-    dead units where both have them.
-    """
+    """Two runs layer by layer: rms of each, their ratio, first over last layer, and findings."""
+    # Of several kinds of rows the first that both runs have is compared. So are update ratios and
+    # dead units where both have them.
     for history in runs.values():
         check_history("compare", history)
     one, other = runs
@@ -227,11 +225,9 @@ def tail(options: argparse.Namespace) -> int:
 
 
 def follow(path: Path, interval_s: float, updates: int | None = None) -> None:
-    """Print the newest record whenever there is another one, so often or until interrupted.
-
-    Waits for a run that is not there yet. Reads only what was written last to a directory, however
-    long the run is.
-    """
+    """Print the newest record whenever there is another one, so often or until interrupted."""
+    # Waits for a run that is not there yet. Reads only what was written last to a directory,
+    # however long the run is.
     follower = Follower(path, newest=True)
     printed, told = 0, ""
     while updates is None or printed < updates:

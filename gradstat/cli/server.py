@@ -237,11 +237,9 @@ class RunList:
         return self._headings()[run.path]
 
     def listed(self) -> list[dict[str, Any]]:
-        """Number, name, seconds since the last change, and bytes of each run.
-
-        Within a directory those that are being written come first, and then the newest. Seconds are
-        ``None`` where there is nothing yet.
-        """
+        """Number, name, seconds since the last change, and bytes of each run."""
+        # Within a directory those that are being written come first, and then the newest. Seconds
+        # are `None` where there is nothing yet.
         groups = [
             [each for each in path.iterdir() if _is_run(each)]
             if _is_directory_of_runs(path)

@@ -35,12 +35,8 @@ class Alerts:
 
     A record costs a few operations on arrays of its rows. What `diagnose` would call non-finite, a
     spike or exploding is told once, and again only when it has cleared in between. Every eighth
-    record tells whether instability is ahead, where the weights have grown.
-
-    Args:
-        history: where they go, before this is told.
-        function: is given each finding; what it raises is raised.
-        is_scaled: whether a loss scale is tried, which overflows now and then.
+    record tells whether instability is ahead, where the weights have grown. What the function that
+    is given each finding raises is raised. A loss scale that is tried overflows now and then.
     """
 
     def __init__(self, history: History, function: Alert, *, is_scaled: bool) -> None:

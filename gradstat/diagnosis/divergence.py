@@ -44,11 +44,9 @@ class Leap(NamedTuple):
 
 
 def find_leap(run: Evidence, last: int) -> Leap | None:
-    """What rise of the learning rate something after a record may come of.
-
-    That is one of a few records before; or an earlier one above all that it was until then, which
-    a schedule that begins anew is not.
-    """
+    """What rise of the learning rate something after a record may come of."""
+    # That is one of a few records before; or an earlier one above all that it was until then, which
+    # a schedule that begins anew is not.
     first = max(1, last - _LONG)
     before, after = run.rate[first - 1 : last], run.rate[first : last + 1]
     highest = np.fmax.accumulate(run.rate)[first - 1 : last]

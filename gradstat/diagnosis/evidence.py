@@ -30,18 +30,8 @@ class Evidence:
     """What the rules read: L rows of a history, in blocks of a window's records, 200 at most.
 
     Of a long run the rules read some records at a time, `by_record` and `by_block`, or some rows at
-    a time, `by_row`: arrays of all records and rows would grow with it.
-
-    Args:
-        history: S records.
-        window: records in a block, at least; fewer where there are no more.
-        kind: of the rows; all of them for ``None``.
-        log_rate: as the attribute, of a part: its history lacks what was logged before it.
-
-    Attributes:
-        blocks: positions of the records of each.
-        names: of parameters and modules.
-        printed: the same, modules with their type.
+    a time, `by_row`: arrays of all records and rows would grow with it. Rows are of one kind, or of
+    all for ``None``. A part's history lacks what was logged before it: it is given its `log_rate`.
     """
 
     def __init__(
@@ -62,7 +52,7 @@ class Evidence:
         self._fields: dict[str, Array] = {}
         self._of_kind: dict[str, Evidence] = {}
         n_blocks = max(1, min(len(history) // window, _MAX_BLOCKS))
-        self.blocks = np.array_split(np.arange(len(history)), n_blocks)
+        self.blocks = np.array_split(np.arange(len(history)), n_blocks)  # positions of records
         if log_rate is not None:
             self.log_rate = log_rate
 

@@ -148,11 +148,9 @@ def find_format_underflow(run: Evidence, thresholds: Thresholds) -> list[Finding
 
 
 def find_format_saturation(run: Evidence, thresholds: Thresholds) -> list[Finding]:
-    """Formats without scales of blocks that many of a layer's values are too large for.
-
-    The scales of blocks follow the values: a power of two cuts an eighth off at most, which the SNR
-    counts.
-    """
+    """Formats without scales of blocks that many of a layer's values are too large for."""
+    # The scales of blocks follow the values: a power of two cuts an eighth off at most, which the
+    # SNR counts.
     said = "is too narrow for {share} of {layer}'s {noun}, which would saturate"
     return _exceeding(
         run, "format saturation", "saturated", thresholds.format_saturation_share, said

@@ -66,10 +66,8 @@ def check_panels(function: str, histories: int, layers: int) -> None:
 def check_layers(
     function: str, named: dict[str, History], layers: Layers | None, field: str | None = None
 ) -> dict[str, str]:
-    """Return the title of each layer to draw, in order; by default of each history's first kind.
-
-    For a field that follows from several kinds, parameters or modules may name the layers.
-    """
+    """Return the title of each layer to draw, in order; by default of each history's first kind."""
+    # For a field that follows from several kinds, parameters or modules may name the layers.
     if field in DERIVED:
         return _check_derived(function, named, layers, field)
     if layers is None:
@@ -208,10 +206,8 @@ def values(history: History, layer: str, field: str) -> Array:
 
 
 def block_mean(x: Array, size: int) -> Array:
-    """Mean of the finite values in each run of ``size`` along the first axis; the last is shorter.
-
-    NaN where a run has none.
-    """
+    """Mean of the finite values, NaN of none, in each run of ``size`` along the first axis."""
+    # The last one is shorter.
     starts = np.arange(0, len(x), size)
     finite = np.isfinite(x)
     total: Array = np.add.reduceat(np.where(finite, x, 0.0), starts, axis=0)
@@ -220,12 +216,10 @@ def block_mean(x: Array, size: int) -> Array:
 
 
 def standing_out(panels: Sequence[Sequence[Array]], *, log: bool) -> list[int]:
-    """Which of many lines have a colour and a name: the first, the last, and those that stray.
-
-    A line strays when it is once much further from its usual place among the others than most ever
-    are. Of those that stray together the one that goes furthest stands for all: at most six are
-    left, and none where all lines have colours.
-    """
+    """Which of many lines have a colour and a name: the first, the last, and those that stray."""
+    # A line strays when it is once much further from its usual place among the others than most
+    # ever are. Of those that stray together the one that goes furthest stands for all: at most six
+    # are left, and none where all lines have colours.
     n = len(panels[0])
     if n <= _MAX_COLORED:
         return []
@@ -275,10 +269,8 @@ def histograms(history: History, layer: str, kept: Array) -> tuple[Array, Array]
 
 
 def octave_shares(history: History, layer: str, size: int) -> Array:
-    """Share of the finite elements in each octave, ``(S / size, 256)``; NaN where there are none.
-
-    So many records are taken together. An unknown layer has no elements.
-    """
+    """Share of the finite elements in each octave, ``(S / size, 256)``; NaN where none are."""
+    # So many records are taken together. An unknown layer has no elements.
     if layer not in history.layers:
         return np.full((-(-len(history) // size), 256), math.nan)
     starts = np.arange(0, len(history), size)

@@ -176,11 +176,9 @@ def add_titles(axes: list[Axes], titles: list[str]) -> None:
 
 
 def fit_titles(titles: list[str], inches: float) -> tuple[list[str], float]:
-    """Titles that fit a width, and their size in points.
-
-    If one is too long all are broken in two, after a history's name or else a dot; if that is not
-    enough all are smaller, and in what is still too long an ellipsis stands for the beginning.
-    """
+    """Titles that fit a width, and their size in points."""
+    # If one is too long all are broken in two, after a history's name or else a dot; if that is not
+    # enough all are smaller, and in what is still too long an ellipsis stands for the beginning.
     fitted = titles
     if any(text_inches(title, 10) > inches for title in titles):
         fitted = ["\n".join(_halves(title)) for title in titles]
@@ -216,10 +214,8 @@ def shorten(line: str, inches: float, size: float) -> str:
 
 
 def text_inches(text: str, size: float) -> float:
-    """Width of a line of text; 0 for blanks alone, since Matplotlib makes no path of them.
-
-    A line longer than any panel is measured by its first letters.
-    """
+    """Width of a line of text; 0 for blanks alone, since Matplotlib makes no path of them."""
+    # A line longer than any panel is measured by its first letters.
     if not any(letter.isprintable() and not letter.isspace() for letter in text[:_MEASURED]):
         return 0.0
     measured = text[:_MEASURED]

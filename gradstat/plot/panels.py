@@ -83,11 +83,9 @@ def grid_2d(
     sharex: bool = False,
     sharey: bool = False,
 ) -> tuple[Figure, list[Axes]]:
-    """Lay out groups of panels of ``size`` inches, row by row; the unused places stay empty.
-
-    Each group starts a row of at most so many columns. The margin, for labels, keys and colour
-    bars, is inches beside the panels.
-    """
+    """Lay out groups of panels of ``size`` inches, row by row; the unused places stay empty."""
+    # Each group starts a row of at most so many columns. The margin, for labels, keys and colour
+    # bars, is inches beside the panels.
     columns = min(columns, panels)
     rows = math.ceil(panels / columns)
     figure = fresh(figure, columns * size[0] + margin, groups * rows * size[1] + 0.5)
@@ -105,10 +103,8 @@ def grid_2d(
 def grid_3d(
     figure: Figure | None, histories: int, layers: int, title_lines: int
 ) -> tuple[Figure, list[Box], Box]:
-    """Lay out a box for each layer of each history, and one for the colour bar.
-
-    By hand: constrained layout does not know how far the labels of 3-D axes reach.
-    """
+    """Lay out a box for each layer of each history, and one for the colour bar."""
+    # By hand: constrained layout does not know how far the labels of 3-D axes reach.
     columns = min(layers, 2 if histories == 1 and layers <= 4 else 4)
     rows_each = math.ceil(layers / columns)
     rows = rows_each * histories
@@ -170,11 +166,9 @@ def style_frame(ax: Axes, size: int) -> None:
 def add_ridges(
     ax: Axes3D, time: Array, counts: Array, edges: Array, limits: Limits, colors: Array
 ) -> None:
-    """Draw a polygon for each record, in front of those before, with light edges.
-
-    One collection each: matplotlib sorts the polygons of a single one wrongly. Where polygons are
-    so narrow that their edges are all there is to see, the edges have their colour.
-    """
+    """Draw a polygon for each record, in front of those before, with light edges."""
+    # One collection each: matplotlib sorts the polygons of a single one wrongly. Where polygons are
+    # so narrow that their edges are all there is to see, the edges have their colour.
     outlines = [outline(counts[i], edges[i], limits) for i in range(len(time))]
     shapes = [(t, color, *o) for t, color, o in zip(time, colors, outlines, strict=True) if o]
     widths = [np.ptp(x[z > 0.1 * z.max()]) for _, _, x, z in shapes]
@@ -208,10 +202,8 @@ def add_line(ax: Axes, time: Array, value: Array, color: Color, *, log: bool) ->
 
 
 def line_colors(count: int, marked: list[int] | None = None, *, ordered: bool) -> list[Color]:
-    """Return a colour for each line: a scale where their order says something, else hues.
-
-    Where some are marked these have hues, and the others are grey.
-    """
+    """Return a colour for each line: a scale where their order says something, else hues."""
+    # Where some are marked these have hues, and the others are grey.
     if marked:
         hues = dict(zip(marked, HUES, strict=False))
         return [hues.get(i, GREY) for i in range(count)]

@@ -165,11 +165,9 @@ def select_parameters(
 
 
 def select_modules(model: nn.Module, modules: ModuleSelector | None) -> dict[str, nn.Module]:
-    """Modules whose outputs to watch, by plain name; by default those without modules in them.
-
-    What wraps another module is none of them: it returns the same. The model's own name is that of
-    its class in parentheses.
-    """
+    """Modules whose outputs to watch, by plain name; by default those without modules in them."""
+    # What wraps another module is none of them: it returns the same. The model's own name is that
+    # of its class in parentheses.
     matches = _usual_modules(model) if modules is None else _matcher("modules", modules)
     selected = {}
     for full_name, module in model.named_modules():

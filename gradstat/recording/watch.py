@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -429,12 +428,7 @@ class Watch:
         self._check_open("with")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close it."""
         self.close()
 

@@ -27,10 +27,8 @@ _STYLE = "font: 13px/1.45 system-ui, sans-serif; color: inherit; max-width: 760p
 
 
 def fragment(history: History) -> str:
-    """Size, the worst findings, the loss or the norm, and a map of magnitudes.
-
-    One element that loads nothing and runs nothing. It takes the colours around it.
-    """
+    """Size, the worst findings, the loss or the norm, and a map of magnitudes."""
+    # One element that loads nothing and runs nothing. It takes the colours around it.
     history = history.snapshot()
     parts = [f"<b>{_text(_size(history))}</b>"]
     if len(history) and history.layers:
