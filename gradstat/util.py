@@ -47,37 +47,30 @@ def replacing(path: Path) -> Iterator[Path]:
     leads to is replaced. The new file has the mode of the old one. A file that is not regular, such
     as a pipe or ``/dev/null``, is written to as it is. An OSError has ``path`` as its ``filename``.
     """
+    target, mode = Path(os.path.realpath(path)), None
     try:
-        with _writing(Path(os.path.realpath(path))) as unfinished:
+        with suppress(FileNotFoundError):
+            mode = target.stat().st_mode
+        if mode is not None and not stat.S_ISREG(mode):
+            yield target
+            return
+        # Nobody can have put a link there: the name is random, and the file must be new.
+        unfinished = target.with_name(f".gradstat.{secrets.token_hex(8)}.tmp")
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
+        os.close(os.open(unfinished, flags, 0o666 if mode is None else 0o600))
+        try:
             yield unfinished
+            if mode is not None:
+                with suppress(OSError):  # some file systems have no modes
+                    unfinished.chmod(stat.S_IMODE(mode))
+            unfinished.replace(target)
+        finally:
+            unfinished.unlink(missing_ok=True)
     except OSError as error:
         # The error of a full disk has no name at all, others have that of the unfinished file.
         if error.errno is not None and not error.filename2:
             error.filename = str(path)
         raise
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[Path]:
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        mode = None
-    if mode is not None and not stat.S_ISREG(mode):
-        yield path
-        return
-    # Nobody can have put a link there: the name is random, and the file must be new.
-    unfinished = path.with_name(f".gradstat.{secrets.token_hex(8)}.tmp")
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
-    os.close(os.open(unfinished, flags, 0o666 if mode is None else 0o600))
-    try:
-        yield unfinished
-        if mode is not None:
-            with suppress(OSError):  # some file systems have no modes
-                unfinished.chmod(stat.S_IMODE(mode))
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def escaped(text: object) -> str:
