@@ -115,15 +115,6 @@ class Record(NamedTuple):
         """Of its numbers."""
         return len(self.data)
 
-    def head(self, n_bytes: int) -> Data:
-        """The first bytes of its numbers."""
-        return self.data[:n_bytes]
-
-    @property
-    def is_checked(self) -> bool:
-        """Whether its numbers are known to be plausible."""
-        return True
-
 
 @dataclass(frozen=True)
 class RecordLayout:

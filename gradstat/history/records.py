@@ -25,7 +25,7 @@ import torch
 from gradstat.bins import Bins
 from gradstat.history.check import check_histograms, check_numbers
 from gradstat.history.file import StoredRecord, damage_of
-from gradstat.record import Data, Placement, Record, RecordLayout, Row, Unpacked, taken
+from gradstat.record import Data, Numbers, Placement, Record, RecordLayout, Row, Unpacked, taken
 from gradstat.results import SHAPES, as_statistics
 from gradstat.util import Array, windows_of
 
@@ -351,7 +351,7 @@ class Records:
         """Numbers of all records together."""
         return self._unpack(self._kept.records.copy())
 
-    def numbers(self) -> Iterator[tuple[Array, Array, Array]]:
+    def numbers(self) -> Iterator[Numbers]:
         """Integers, floats and formats of all records, of some records at a time."""
         return map(self._numbers, _windows(self._kept.records.copy()))
 
@@ -429,13 +429,15 @@ class Records:
         values: Array = getattr(statistics, field).numpy()
         return values.copy()
 
-    def _numbers(self, records: Sequence[AnyRecord]) -> tuple[Array, Array, Array]:
+    def _numbers(self, records: Sequence[AnyRecord]) -> Numbers:
         """Integers, floats and formats, for which a record that was checked is read in part."""
         layout = self._whole[0]
-        is_known = all(record.is_checked for record in records)
-        size = layout.fixed.itemsize
-        heads = [record.head(size) for record in records] if is_known else None
-        numbers = layout.numbers(heads or self._read(records, whole=False))
+        if any(isinstance(each, StoredRecord) and not each.is_checked for each in records):
+            data = self._read(records, whole=False)
+        else:
+            size = layout.fixed.itemsize
+            data = [x.head(size) if isinstance(x, StoredRecord) else x.data for x in records]
+        numbers = layout.numbers(data)
         return numbers if self._taken is None else taken(numbers, self._taken)
 
 
