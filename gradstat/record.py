@@ -92,9 +92,6 @@ class Placement(NamedTuple):
         return (self.shape, *self.shard)
 
 
-# The bytes of a record: its own, or a part of a file that is mapped.
-Data: TypeAlias = bytes | memoryview
-
 # Integers, floats and formats of records.
 Numbers: TypeAlias = tuple[Array, Array, Array]
 
@@ -108,7 +105,7 @@ class Record(NamedTuple):
 
     step: int
     time_s: float  # when it was recorded, in seconds since 1970; NaN if unknown
-    data: Data  # its numbers, in the order of a `RecordLayout`
+    data: bytes  # its numbers, in the order of a `RecordLayout`
 
     @property
     def n_bytes(self) -> int:
@@ -149,32 +146,32 @@ class RecordLayout:
         """Of the numbers of filled bins."""
         return np.dtype("<u2" if self.n_bins <= 1 << 16 else "<u4")
 
-    def fits(self, data: Data) -> bool:
+    def fits(self, data: bytes) -> bool:
         """Whether bytes are as many as a record of this layout has."""
         if len(data) < self.fixed.itemsize:
             return False
         _, n, counts = self._ends(data)
         return len(data) == self._counts_at(n) + _padded(counts.itemsize * n)
 
-    def integers(self, data: Data) -> Array:
+    def integers(self, data: bytes) -> Array:
         """Integers of a record: int64 ``(L, 8)``, a view."""
         return self._part(data, "integers")
 
-    def floats(self, data: Data) -> Array:
+    def floats(self, data: bytes) -> Array:
         """Floats of a record: float64 ``(L, 8)``, a view."""
         return self._part(data, "floats")
 
-    def formats(self, data: Data) -> Array:
+    def formats(self, data: bytes) -> Array:
         """What formats would do to each row: float64 ``(L, F, 10)``, a view."""
         return self._part(data, "formats")
 
-    def entries(self, data: Data) -> tuple[Array, Array, Array]:
+    def entries(self, data: bytes) -> tuple[Array, Array, Array]:
         """Where the filled bins of each row end, their numbers and their counts: views."""
         ends, n, counts = self._ends(data)
         bins = np.frombuffer(data, self.bin_type, n, self.fixed.itemsize)
         return ends, bins, np.frombuffer(data, counts, n, self._counts_at(n))
 
-    def dense(self, data: Data, rows: slice = slice(None)) -> Array:
+    def dense(self, data: bytes, rows: slice = slice(None)) -> Array:
         """Histograms of rows that follow each other, by default of all: int64 ``(n, bins)``."""
         ends, bins, counts = self.entries(data)
         start, stop, _ = rows.indices(self.n_rows)
@@ -184,7 +181,7 @@ class RecordLayout:
         dense[np.repeat(np.arange(len(dense)), np.diff(edges)), bins[part]] = counts[part]
         return dense
 
-    def statistics(self, data: Data, bins: Bins, rows: slice = slice(None)) -> Statistics:
+    def statistics(self, data: bytes, bins: Bins, rows: slice = slice(None)) -> Statistics:
         """Rows that follow each other, by default all: copies, on the CPU."""
         integers, floats = self.integers(data)[rows].copy(), self.floats(data)[rows].copy()
         return as_statistics(bins, (integers, floats, self.dense(data, rows)))
@@ -227,31 +224,31 @@ class RecordLayout:
             start = stop
         return packed
 
-    def unpack(self, records: Sequence[Data]) -> Unpacked:
+    def unpack(self, records: Sequence[bytes]) -> Unpacked:
         """Numbers of several records."""
         integers, floats, formats, ends = self._joined(records)
         its_ends = ends[:, : self.n_rows].astype(np.int64)
         return Unpacked(integers, floats, formats, *self._entries_of(records, its_ends))
 
-    def numbers(self, records: Sequence[Data]) -> Numbers:
+    def numbers(self, records: Sequence[bytes]) -> Numbers:
         """Integers, floats and formats of several records, whose `fixed` bytes are enough."""
         return self._joined(records)[:3]
 
-    def _joined(self, records: Sequence[Data]) -> tuple[Array, Array, Array, Array]:
+    def _joined(self, records: Sequence[bytes]) -> tuple[Array, Array, Array, Array]:
         # In memory that may be changed.
         joined = bytearray().join([data[: self.fixed.itemsize] for data in records])
         fixed = self._fixed(joined, len(records))
         return fixed["integers"], fixed["floats"], fixed["formats"], fixed["ends"]
 
-    def _part(self, data: Data, name: str) -> Array:
+    def _part(self, data: bytes, name: str) -> Array:
         part: Array = self._fixed(data)[name][0]
         return part
 
-    def _fixed(self, data: Data | bytearray, n: int = 1) -> Array:
+    def _fixed(self, data: bytes | bytearray, n: int = 1) -> Array:
         # As numpy.frombuffer(), which takes no type without bytes: that of a run without rows.
         return np.ndarray(n, self.fixed, data)
 
-    def assemble(self, parts: Sequence[tuple[Sequence[int], RecordLayout, Data]]) -> bytes:
+    def assemble(self, parts: Sequence[tuple[Sequence[int], RecordLayout, bytes]]) -> bytes:
         """One record of several that have some of its rows each.
 
         Args:
@@ -265,7 +262,7 @@ class RecordLayout:
         together = _side_by_side([layout.unpack([data]) for _, layout, data in parts])
         return self.pack_all(together.take(source))[0]
 
-    def _entries_of(self, records: Sequence[Data], ends: Array) -> tuple[Array, Array, Array]:
+    def _entries_of(self, records: Sequence[bytes], ends: Array) -> tuple[Array, Array, Array]:
         """Filled bins of records, one after the other, and where those of each row end."""
         entries = [self.entries(data)[1:] for data in records]
         starts = np.cumsum([0, *(len(bins) for bins, _ in entries)])[:-1]
@@ -273,7 +270,7 @@ class RecordLayout:
         bins, counts = (np.concatenate(each) for each in zip(empty, *entries, strict=True))
         return (ends + starts[:, None]).ravel(), bins, counts
 
-    def _ends(self, data: Data) -> tuple[Array, int, np.dtype[np.unsignedinteger]]:
+    def _ends(self, data: bytes) -> tuple[Array, int, np.dtype[np.unsignedinteger]]:
         """Where the filled bins of each row end, how many there are, and the type of counts."""
         fixed = self._fixed(data)
         ends = fixed["ends"][0, : self.n_rows]

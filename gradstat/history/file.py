@@ -25,7 +25,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from gradstat.record import Data, Record
+from gradstat.record import Record
 from gradstat.util import Array, CutOffError
 
 SUFFIX = ".gradstat"
@@ -283,7 +283,7 @@ class Block(NamedTuple):
 
 def encode(
     said: Mapping[str, Any], records: Sequence[Record], before: Link
-) -> tuple[list[Data], Link]:
+) -> tuple[list[bytes], Link]:
     """The bytes of a block after another one, in parts, and where they end."""
     index = np.zeros(len(records), _INDEX)
     index["step"] = [record.step for record in records]

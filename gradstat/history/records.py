@@ -25,7 +25,7 @@ import torch
 from gradstat.bins import Bins
 from gradstat.history.check import check_histograms, check_numbers
 from gradstat.history.file import StoredRecord, damage_of
-from gradstat.record import Data, Numbers, Placement, Record, RecordLayout, Row, Unpacked, taken
+from gradstat.record import Numbers, Placement, Record, RecordLayout, Row, Unpacked, taken
 from gradstat.results import SHAPES, as_statistics
 from gradstat.util import Array, windows_of
 
@@ -193,7 +193,7 @@ class Records:
         """Bytes that the records take, in memory or in their file."""
         return sum([record.n_bytes for record in self._kept.records]) + self.logged.nbytes
 
-    def append(self, step: int, data: Data, *, time_s: float | None = None) -> None:
+    def append(self, step: int, data: bytes, *, time_s: float | None = None) -> None:
         """Add one record.
 
         Args:
@@ -392,7 +392,7 @@ class Records:
             part.partial_step = None
         return part
 
-    def _read(self, records: Sequence[AnyRecord], *, whole: bool = True) -> list[Data]:
+    def _read(self, records: Sequence[AnyRecord], *, whole: bool = True) -> list[bytes]:
         """Bytes of records, checked at first reading: numbers, or the whole with histograms."""
         data = [record.data for record in records]
         layout, rows = self._whole
