@@ -268,7 +268,7 @@ class Rank:
         self.logged = Scalars()  # and not yet merged
         # Each supersedes those before it, from its first step on.
         self.attempts: list[_Attempt] = []
-        self._newest: Records | None = None
+        self.like: Records  # the piece that it has told last, with its rows, bins and order
         self._pieces: deque[Records] = deque()  # not yet merged
         for piece in pieces:
             self.add(piece)
@@ -280,21 +280,15 @@ class Rank:
                 f"{_LOAD} needs the files of a rank in its directory; {self.name} has those of "
                 f"rank {piece.rank}"
             )
-        newest = self._newest
-        if newest is None or (newest.world, newest.resumption) != (piece.world, piece.resumption):
+        told = (piece.world, piece.resumption)
+        if not self.attempts or (self.like.world, self.like.resumption) != told:
             first_step = -1 if piece.resumption is None else piece.resumption.first_step
             number = sum(each[:2] == (first_step, piece.world) for each in self.attempts)
             self.attempts.append(_Attempt(first_step, piece.world, number))
         self.logged.extend(piece.logged)
-        self._newest = piece
+        self.like = piece
         if len(piece):
             self._pieces.append(piece.at(range(len(piece))))
-
-    @property
-    def like(self) -> Records:
-        """The rank's rows, bins and order as it has told last."""
-        assert self._newest is not None
-        return self._newest
 
     @property
     def next(self) -> Records | None:
