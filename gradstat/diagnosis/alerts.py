@@ -59,7 +59,7 @@ class Alerts:
         self._is_telling = False
 
     def see_record(self, integers: Array, floats: Array) -> None:
-        """A record has come."""
+        """A record has come: its integers and floats, ``(L, 8)``."""
         self._n_records += 1
         at = self._n_records % WINDOW
         row = self._ring[at]

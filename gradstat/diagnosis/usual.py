@@ -125,7 +125,7 @@ def find_movers(
 ) -> tuple[list[Mover], list[Mover]]:
     """Rows that left their usual ranges before something began, and with it or after it, in order.
 
-    It began at a step, in a phase of it, of which the newest record at or before it has a position.
+    It began in a phase of a step; ``record`` is the position of the newest record up to that step.
     """
     if record < 0:
         return [], []

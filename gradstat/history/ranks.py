@@ -443,7 +443,7 @@ def rank_directories(path: Path) -> list[Path]:
 
 
 def directories(path: Path) -> list[Path]:
-    """As `rank_directories`; ValueError unless of each rank one, and beside no other records."""
+    """As `rank_directories`; ValueError for two of one rank, or for records of no rank beside."""
     folders = rank_directories(path)
     for a, b in pairwise(folders):
         if _number_of(a) == _number_of(b):
