@@ -127,9 +127,7 @@ def noise_scale(
 
 
 def _gradients(name: str, history: History) -> History:
-    if not isinstance(history, History):
-        raise TypeError(f"noise_scale() needs a History; {name} is {type(history).__name__}")
-    held = check_history("noise_scale", history)
+    held = check_history("noise_scale", history, name)
     if GRAD not in held.kinds:
         raise ValueError(
             f"noise_scale() needs gradients; {name} has {', '.join(dict.fromkeys(held.kinds))}"

@@ -509,12 +509,12 @@ class History(Records):
         write(self, path, title=title)
 
 
-def check_history(function: str, history: History) -> History:
+def check_history(function: str, history: History, name: str = "history") -> History:
     """Refuse what is no single History with records; return those that it has now."""
     if not isinstance(history, History):
-        raise TypeError(f"{function}() needs a History; history is {type(history).__name__}")
+        raise TypeError(f"{function}() needs a History; {name} is {type(history).__name__}")
     if len(history) == 0 or not history.layers:
-        raise ValueError(f"{function}() needs a History with records; history is {history!r}")
+        raise ValueError(f"{function}() needs a History with records; {name} is {history!r}")
     return history.snapshot()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from gradstat.bins import OCTAVES, Log2Bins, octaves
 from gradstat.history import FIELDS, History
-from gradstat.history.history import first_rows
+from gradstat.history.history import check_history, first_rows
 from gradstat.plot.labels import literal
 from gradstat.record import NOUNS, UNIT, UPDATE, Row
 from gradstat.util import Array, divide, evenly_spread, one_of
@@ -44,13 +44,10 @@ def check_histories(function: str, history: Histories) -> dict[str, History]:
         )
     if not named:
         raise ValueError(f"{function}() needs at least one History; history is empty")
-    for name, each in named.items():
-        where = f"history[{name!r}]" if name else "history"
-        if not isinstance(each, History):
-            raise TypeError(f"{function}() needs Histories; {where} is {type(each).__name__}")
-        if len(each) == 0 or not each.layers:
-            raise ValueError(f"{function}() needs a History with records; {where} is {each!r}")
-    return {name: each.snapshot() for name, each in named.items()}
+    return {
+        name: check_history(function, each, f"history[{name!r}]" if name else "history")
+        for name, each in named.items()
+    }
 
 
 def check_panels(function: str, histories: int, layers: int) -> None:
