@@ -47,7 +47,7 @@ class Evidence:
         rows = [history.rows[column] for column in self.columns]
         self.kinds = [row.kind for row in rows]
         self.names = [row.name for row in rows]
-        self.printed = [row.name + history.type_of(row) for row in rows]
+        self.printed = [row.name + history.type_of(row) for row in rows]  # modules with their type
         self.layers = [history.layers[column] for column in self.columns]
         self._fields: dict[str, Array] = {}
         self._of_kind: dict[str, Evidence] = {}
