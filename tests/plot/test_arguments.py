@@ -108,8 +108,8 @@ BAD_FOR_ALL = [
     (lambda f: f("a"), TypeError, "a History, or several in a mapping or sequence; history is str"),
     (lambda f: f([]), ValueError, "at least one History; history is empty"),
     (lambda f: f({}), ValueError, "at least one History; history is empty"),
-    (lambda f: f([LOG2, 3]), TypeError, "History; history['run 2'] is int"),
-    (lambda f: f({"a": None}), TypeError, "History; history['a'] is NoneType"),
+    (lambda f: f([LOG2, 3]), TypeError, "a History; history['run 2'] is int"),
+    (lambda f: f({"a": None}), TypeError, "a History; history['a'] is NoneType"),
     (
         lambda f: f(EMPTY),
         ValueError,
