@@ -29,6 +29,7 @@ os.environ["MPLBACKEND"] = "agg"
 os.environ.pop("GRADSTAT_ENGINE", None)
 
 # The environment comes first.
+import faster_formulas  # noqa: E402
 import faster_interpreter  # noqa: E402
 
 from gradstat import History, Log2Bins, Statistics, ops  # noqa: E402
@@ -44,18 +45,27 @@ ROOT = Path(__file__).parent.parent
 # that none is left alone with one of them at the end.
 LONGEST = (
     "recording/test_cadence.py",  # on a CUDA device in software
-    "engines/test_format_engines.py",
     "engines/test_engines.py",
-    "engines/test_compiled.py",
+    "engines/test_format_engines.py",
+    "examples/test_study.py",
     "engines/test_cpu_engine.py",
     "bench/test_bench.py",
-    "examples/test_study.py",
-    "test_float_mode.py",
-    "cuda_device/test_build.py",
     "recording/test_shards.py",
+    "incidents/test_incidents.py",
+    "engines/test_compiled.py",
+    "test_float_mode.py",
+    "test_package.py",
+    "plot/test_arguments.py",
+    "plot/test_labels.py",
+    "diagnosis/test_diagnosis_runs.py",
+    "engines/test_bit_patterns.py",
+    # With a browser, wandb or a notebook.
     "report/test_report_rows.py",
     "cli/test_serve_page.py",
     "report/test_report_page.py",
+    "integrations/test_trainers.py",
+    "integrations/test_wandb.py",
+    "integrations/test_tensorboard.py",
     "integrations/test_notebook.py",
 )
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -78,6 +88,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--on-cuda"):
         config.pluginmanager.import_plugin("on_cuda")
+    faster_formulas.install()
     if not CUDA:
         faster_interpreter.install()
 
@@ -227,8 +238,7 @@ def write() -> Iterator[Callable[..., "Writer"]]:
     yield write
     for writer in writers:
         writer.kill()
-        writer.process.stdin.close()
-        writer.process.stdout.close()
+        writer.orders.close()
 
 
 @pytest.fixture
