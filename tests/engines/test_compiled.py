@@ -71,8 +71,9 @@ TOGETHER = "float8_e4m3fn + mxfp8_e4m3 + nvfp4"
 
 # Main loops, and what a benchmark on a card sets beside its measurements.
 EXAMINE = """
-import json, sys
+import functools, json, sys
 import cards, roofline, torch
+roofline.examine = functools.cache(roofline.examine)
 rows = [
     roofline.examine(architecture, name, getattr(torch, dtype), scheme)
     for architecture, name, dtype, scheme in json.loads(sys.argv[1])
