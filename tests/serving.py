@@ -2,77 +2,83 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from conftest import ROOT
+import torch
+from torch import nn
 
+import gradstat
+from gradstat import History
 from gradstat.cli.server import RunList, Server
+from gradstat.history import journal
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
+ROOT = Path(__file__).parent.parent  # conftest, which has it, is more than a writer needs
 Look: TypeAlias = "Callable[..., Page]"
 
-# Trains so many steps at each line that it reads, and answers once they are on the disk.
-WRITER = """
-import sys, time, torch, gradstat
-from torch import nn
-from gradstat.history import History, journal
-journal._INTERVAL_S = 0.05
-path, first = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None
-torch.manual_seed(0)
-model = nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(8, 8), nn.Tanh())])
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-what = ("grad", "param")
-with gradstat.watch(model, optimizer=optimizer, path=path, what=what, first_step=first) as w:
-    print("begun", flush=True)
-    while line := sys.stdin.readline():
-        for _ in range(int(line)):
-            loss = model(torch.rand(16, 8)).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            w.log(loss=loss.detach())
-        newest = int(w.history.steps[-1])
-        while History.load(path).steps[-1:].tolist() != [newest]:
-            time.sleep(0.01)
-        print(newest, flush=True)
-"""
+# What a writer imports, the process that all of them are forked from imports once.
+WRITERS = multiprocessing.get_context("forkserver")
+WRITERS.set_forkserver_preload(
+    ["torch", "torch._dynamo", "gradstat.recording", "gradstat.engines.cpu"]
+)
+
+
+def train(path: Path, first_step: int | None, orders: Connection) -> None:
+    """Train so many steps at each order, and answer once they are on the disk."""
+    journal._INTERVAL_S = 0.05
+    torch.manual_seed(0)
+    model = nn.Sequential(*[m for _ in range(6) for m in (nn.Linear(8, 8), nn.Tanh())])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    options = {"what": ("grad", "param"), "first_step": first_step}
+    with gradstat.watch(model, optimizer=optimizer, path=path, **options) as w:
+        orders.send("begun")
+        while steps := orders.recv():
+            for _ in range(steps):
+                loss = model(torch.rand(16, 8)).square().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                w.log(loss=loss.detach())
+            newest = int(w.history.steps[-1])
+            while History.load(path).steps[-1:].tolist() != [newest]:
+                time.sleep(0.01)
+            orders.send(newest)
 
 
 class Writer:
     """A process that trains when it is told to."""
 
     def __init__(self, path: Path, first_step: int | None = None) -> None:
-        arguments = [str(path), *([] if first_step is None else [str(first_step)])]
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", WRITER, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-        assert self.process.stdout.readline() == "begun\n"
+        self.orders, theirs = WRITERS.Pipe()
+        self.process = WRITERS.Process(target=train, args=(path, first_step, theirs))
+        self.process.start()
+        theirs.close()
+        assert self.orders.recv() == "begun"
 
     def train(self, steps: int) -> int:
         """The newest step, which is on the disk."""
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        self.orders.send(steps)
+        return self.orders.recv()
 
     def end(self) -> None:
-        self.process.stdin.close()
-        assert self.process.wait(60) == 0
+        self.orders.send(0)
+        self.process.join(60)
+        assert self.process.exitcode == 0
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(60)
+        self.process.join(60)
 
 
 @contextmanager
