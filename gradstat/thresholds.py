@@ -54,6 +54,8 @@ class Thresholds:
         jump_weights: likewise, for its weights.
         weights_growth: from which growth of all weights in 32 steps, while the loss does not fall,
             instability is ahead.
+        weights_pace: likewise, from which change of all weights in a step, as a share of their
+            size.
         saturation_octaves: how many octaves below its layer's rms an element counts as stopped.
         saturation_share: largest share of stopped ones among the elements that are not zero.
         stuck_ratio: smallest change of a layer's weights in a step, as a share of their size.
@@ -101,6 +103,7 @@ class Thresholds:
     jump: float = 20.0
     jump_weights: float = 2.0
     weights_growth: float = 1.1
+    weights_pace: float = 0.02
     saturation_octaves: float = 10.0
     saturation_share: float = 0.5
     stuck_ratio: float = 1e-6

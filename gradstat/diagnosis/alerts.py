@@ -16,7 +16,7 @@ from gradstat.diagnosis.spikes import find_gradient_spikes, find_loss_spikes
 from gradstat.diagnosis.usual import WINDOW
 from gradstat.diagnosis.vanishing_exploding import find_growth
 from gradstat.history import History
-from gradstat.record import GRAD, PARAM, UNIT
+from gradstat.record import GRAD, PARAM, UNIT, UPDATE
 from gradstat.results import FLOATS, INTEGERS
 from gradstat.thresholds import Thresholds
 from gradstat.util import Array
@@ -44,7 +44,9 @@ class Alerts:
         self._thresholds = Thresholds()
         kinds = np.array(history.kinds)
         self._counted = kinds != UNIT
-        self._gradients, self._weights = (np.flatnonzero(kinds == each) for each in (GRAD, PARAM))
+        self._gradients, self._weights, self._updates = (
+            np.flatnonzero(kinds == each) for each in (GRAD, PARAM, UPDATE)
+        )
         # Logarithms of the newest records' norms, of each row and of the whole gradient.
         self._ring = np.full((WINDOW, len(kinds) + 1), math.nan)
         self._usual = np.full(len(kinds) + 1, math.inf)
@@ -54,7 +56,7 @@ class Alerts:
         self._losses: dict[str, list[float]] = {}
         self._n_records = self._n_looked_at = 0
         self._steps: deque[int] = deque(maxlen=WINDOW // _REFRESHED + 1)  # of every eighth record
-        self._is_due = self._is_growing = self._is_ahead = False
+        self._is_due = self._is_unstable = self._is_ahead = False
         self._told: set[tuple[str, int]] = set()  # kinds, and of spikes the step of the first value
         self._is_telling = False
 
@@ -72,20 +74,22 @@ class Alerts:
         if self._n_records % _REFRESHED == 0:
             before = np.where(np.isfinite(self._ring), self._ring, math.nan)
             self._usual = np.nan_to_num(median(before), nan=math.inf)
-            self._is_growing = self._has_grown(before) and not self._is_learning()
+            self._is_unstable = self._has_moved(before) and not self._is_learning()
 
-    def _has_grown(self, sizes: Array) -> bool:
-        """Whether the newest weights are larger than those of a window of records before."""
+    def _has_moved(self, sizes: Array) -> bool:
+        """Whether the weights have grown over a window of records, or a step changes them much."""
         self._steps.append(self._history.last_step)
         if not len(self._weights) or len(self._steps) * _REFRESHED <= WINDOW:
             return False
         at, first = self._n_records % WINDOW, self._steps[0]
-        ends = sizes[[(at + 1) % WINDOW, at]][:, self._weights]
-        before, now = np.logaddexp.reduce(2 * np.where(np.isnan(ends), -math.inf, ends), axis=1) / 2
+        ends = np.where(np.isnan(sizes), -math.inf, sizes)[[(at + 1) % WINDOW, at]]
+        before, now = np.logaddexp.reduce(2 * ends[:, self._weights], axis=1) / 2
         growth = (now - before) * WINDOW / (self._steps[-1] - first)
-        has_grown = bool(growth > math.log(self._thresholds.weights_growth) * _NEAR)
-        self._is_ahead &= has_grown
-        return has_grown
+        pace = np.logaddexp.reduce(2 * ends[1, self._updates], initial=-math.inf) / 2 - now
+        limits = self._thresholds.weights_growth**_NEAR, self._thresholds.weights_pace * _NEAR
+        has_moved = bool(growth > math.log(limits[0]) or pace > math.log(limits[1]))
+        self._is_ahead &= has_moved
+        return has_moved
 
     def _is_learning(self) -> bool:
         """Whether a loss falls by a tenth or more in a window of its values, noise apart."""
@@ -118,8 +122,8 @@ class Alerts:
         if self._is_telling:
             return
         has_records, self._n_looked_at = self._n_records > self._n_looked_at, self._n_records
-        if self._is_growing:
-            self._is_growing = False
+        if self._is_unstable:
+            self._is_unstable = False
             self._tell_what_is_ahead()
         if not self._is_due:
             # A spike ends by its own rule; what else was there has cleared.

@@ -1,4 +1,4 @@
-"""Instability ahead: weights that grow while nothing is learned, before the loss shows it."""
+"""Instability ahead: weights that grow or that steps change much, while nothing is learned."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from gradstat.util import Array
 REACH = 4 * WINDOW  # records that say what one shows
 _NEWEST = 8  # values whose median says how large something is now
 _LONG = 2 * WINDOW  # records over which a loss that is being learned falls beyond its noise
-_FALLS = 1.0  # deviations of one loss, of which medians of eight differ by half as much
-_LEAST_NOISE = 0.01  # of a loss, a logarithm: less is no reason to call it falling or not
+_FALLS = 0.5  # deviations of one loss, by which medians of eight differ by chance
+_LEAST_NOISE = 0.02  # of a loss, a logarithm: less is no reason to call it falling or not
+_WELL = math.log(2)  # above its least value, a loss may still look well
 _IN_A_ROW = 4  # records that must show it
 _NOTABLE = 1.1  # growth of an output
 
 
 def find_instability(run: Evidence, thresholds: Thresholds) -> list[Finding]:
-    """Weights that grow while the loss no longer falls, up to now or until it has risen."""
+    """Weights that grow or leap while the loss no longer falls, up to now or until it has risen."""
     if PARAM not in run.kinds or not run.losses or len(run.steps) <= _LONG:
         return []
     growth = growth_of_weights(run)
-    levels, may_break = _losses_at_records(run, math.log(thresholds.spike_loss))
-    shows = (growth > math.log(thresholds.weights_growth)) & may_break
+    levels, may_break = _losses_at_records(run)
+    shows = growth > math.log(thresholds.weights_growth)
+    shows |= _newest(log(run.pace)) > math.log(thresholds.weights_pace)
+    shows &= may_break
     several = np.lib.stride_tricks.sliding_window_view(shows, _IN_A_ROW).all(1)
     at = np.flatnonzero(several) + _IN_A_ROW - 1
     if not len(at):
@@ -42,7 +45,7 @@ def find_instability(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     # From the first record on that shows it, with short breaks.
     breaks = np.flatnonzero(np.diff(at) > WINDOW)
     first = int(at[breaks[-1] + 1 if len(breaks) else 0])
-    return [_finding(run, first, last, growth)]
+    return [_finding(run, first, last, growth, thresholds)]
 
 
 def growth_of_weights(run: Evidence) -> Array:
@@ -51,9 +54,8 @@ def growth_of_weights(run: Evidence) -> Array:
     return _over_window(size) * WINDOW / _over_window(run.steps.astype(np.float64))
 
 
-def _losses_at_records(run: Evidence, most: float) -> tuple[Array, Array]:
+def _losses_at_records(run: Evidence) -> tuple[Array, Array]:
     """How large the first loss is at each record, a logarithm, and where no loss falls."""
-    # A loss still looks well up to `most` above its least value.
     first, flat = None, np.ones(len(run.steps), bool)
     for steps, losses in run.losses.values():
         x = log_losses(losses)
@@ -63,19 +65,23 @@ def _losses_at_records(run: Evidence, most: float) -> tuple[Array, Array]:
         noise = TO_DEVIATIONS * _newest(abs(x - _before(level, 1)), WINDOW)
         least = np.fmin.reduce(_trailing(level, REACH - WINDOW), axis=0)
         is_falling = _before(level, _LONG) - level > _FALLS * np.maximum(noise, _LEAST_NOISE)
-        flat &= ~is_falling & (level - least <= most) & ~np.isnan(_before(level, _LONG))
+        flat &= ~is_falling & (level - least <= _WELL) & ~np.isnan(_before(level, _LONG))
         first = level if first is None else first
     assert first is not None
     return first, flat
 
 
-def _finding(run: Evidence, first: int, last: int, growth: Array) -> Finding:
+def _finding(
+    run: Evidence, first: int, last: int, growth: Array, thresholds: Thresholds
+) -> Finding:
     times = math.exp(float(np.fmax.reduce(growth[first : last + 1])))
     since, until = int(run.steps[first]), int(run.steps[last])
     numbers = {"first_step": float(since), "times": times}
+    what = f"the weights grow, up to {rounded(times)}-fold in {WINDOW} steps"
+    if times <= thresholds.weights_growth:
+        what = "each step changes the weights much"
     sentence = (
-        f"Training may break soon: from step {since} on the weights grow, up to "
-        f"{rounded(times)}-fold in {WINDOW} steps, while the loss no longer falls."
+        f"Training may break soon: from step {since} on {what}, while the loss no longer falls."
     )
     now, before = (
         median(run.part(np.arange(max(0, end - _NEWEST), end)).log_rms)

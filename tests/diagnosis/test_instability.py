@@ -13,7 +13,7 @@ from torch import nn
 import gradstat
 from gradstat import Finding, History, Log2Bins, Thresholds
 from gradstat.diagnosis.evidence import Evidence
-from gradstat.record import ACTIVATION, GRAD, PARAM
+from gradstat.record import ACTIVATION, GRAD, PARAM, UPDATE
 
 STEPS, AT = 160, 100
 Series = Callable[[int], float]
@@ -38,12 +38,14 @@ def run(
     steps: int = STEPS,
     kinds: tuple[str, ...] = (GRAD, PARAM, ACTIVATION),
     every: int = 1,
+    pace: Series = lambda step: 1e-3,
 ) -> History:
     """Three layers; the outputs of one grow with its weights, squared."""
 
     def row(record: int, at: int) -> torch.Tensor:
         step = record * every
         of = {GRAD: 1e-2, PARAM: weights(step), ACTIVATION: weights(step) ** (2 * (at % 3 == 1))}
+        of[UPDATE] = pace(step) * weights(step)
         generator = torch.Generator().manual_seed(1000 * record + at)
         return of[kinds[at // 3]] * torch.randn(N, generator=generator)
 
@@ -76,10 +78,32 @@ def test_instability_is_ahead_where_weights_grow_and_the_loss_does_not_fall() ->
     assert "1.weight's activation grew" in finding.sentence
 
 
+MOVING = (GRAD, PARAM, UPDATE)
+
+
+def large(step: int) -> float:
+    """3 % of the weights, from one step on."""
+    return 0.03 if step >= AT else 1e-3
+
+
+def test_instability_is_ahead_where_steps_are_large_and_the_loss_does_not_fall() -> None:
+    (finding,) = ahead(run(flat, kinds=MOVING, pace=large))
+    # Four of eight values have the median, and three more come in a row.
+    assert finding.steps == (AT + 4 + 3, STEPS - 1)
+    assert finding.numbers["pace"] == pytest.approx(0.03, rel=0.1)
+    assert f"from step {AT + 7} on each step changes the weights much" in finding.sentence
+    assert "A step changes the weights by 0.03 of their size" in finding.sentence
+    others = diagnose(run(flat, kinds=MOVING, pace=large), weights_pace=0.04)
+    assert [each.kind for each in others] == ["jump"]
+
+
 @pytest.mark.parametrize(
     "history",
     [
         run(losses=falling),  # what is learned
+        run(flat, falling, kinds=MOVING, pace=large),
+        run(flat, kinds=MOVING, pace=lambda step: 0.5 * large(step)),
+        run(losses=lambda step: 2.5 if step >= AT else 1.0),  # it does not look well any more
         run(weights=flat),
         run(weights=lambda step: 1.002**step),  # 7 % in 32 steps
         run(losses=None),
@@ -88,7 +112,18 @@ def test_instability_is_ahead_where_weights_grow_and_the_loss_does_not_fall() ->
         # What grows as much from record to record, but each is of the tenth step.
         run(weights=lambda step: 1.001**step, every=10),
     ],
-    ids=["falls", "flat", "slow", "no loss", "no weights", "short", "every tenth"],
+    ids=[
+        "falls",
+        "large steps, falls",
+        "small steps",
+        "risen",
+        "flat",
+        "slow",
+        "no loss",
+        "no weights",
+        "short",
+        "every tenth",
+    ],
 )
 def test_instability_is_silent(history: History) -> None:
     assert ahead(history) == []
@@ -146,6 +181,24 @@ def wavering(step: int, deviation: float = 0.01) -> float:
 def test_alert_tells_of_instability_once_while_it_lasts() -> None:
     told = alerts(wavering)
     assert [(kind, at in range(70, 94)) for at, kind in told] == [("instability ahead", True)]
+
+
+def test_alert_tells_of_instability_where_steps_are_large() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(50, 4, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    told: list[Finding] = []
+    options = {"what": ("grad", "update"), "when": "step", "optimizer": optimizer}
+    with gradstat.watch(model, alert=told.append, **options) as w:  # type: ignore[arg-type]
+        for step in range(150):
+            # There and back again: the weights do not grow.
+            model.weight.grad = torch.randn(4, 50) if step % 2 == 0 else -model.weight.grad
+            optimizer.param_groups[0]["lr"] *= 1.02
+            optimizer.step()
+            w.log(loss=wavering(step))
+            _ = w.history
+    assert [finding.kind for finding in told] == ["instability ahead"]
+    assert told[0].numbers["pace"] > 0.02
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ from gradstat.diagnosis.alerts import Alerts
 STEPS = 240
 WHAT = ("grad", "update", "activation")
 Make = Callable[[nn.Module], torch.optim.Optimizer]
-# The rule was chosen by what seeds below 11 show.
-SEEDS = range(11, 16)
+# The rule was chosen by what seeds below 16 show.
+SEEDS = range(16, 21)
 
 
 def gpt() -> nn.Module:
