@@ -104,8 +104,9 @@ def test_divergence_from_the_start_needs_neither_a_rate_nor_updates() -> None:
 
 def test_divergence_needs_a_loss_that_does_not_come_back() -> None:
     history = run(lambda step: 5.0 if step in (AT + 1, AT + 2) else 1.0, leap)
-    (finding,) = diagnose(history)
+    finding, ahead = diagnose(history)
     assert (finding.kind, finding.severity) == ("loss spike", "warning")
+    assert (ahead.kind, ahead.after) == ("instability ahead", f"loss spike at step {AT}")
     assert f"The learning rate rose 40-fold at step {AT}" in finding.sentence
     assert finding.numbers["first_step"] == AT
     assert "look at the batch" not in finding.sentence
@@ -117,12 +118,13 @@ def test_divergence_is_not_a_loss_that_is_nan_at_once() -> None:
 
 
 def test_diagnose_tells_a_rate_that_leaps_above_all_before_it() -> None:
-    (finding,) = diagnose(run(lambda step: 1.0, leap))
+    finding, ahead = diagnose(run(lambda step: 1.0, leap))
     assert (finding.kind, finding.steps) == ("jump", (AT, STEPS - 1))
     assert "above all that it was before" in finding.sentence
+    assert (ahead.kind, ahead.after) == ("instability ahead", f"jump at step {AT}")
     # A cosine that begins anew, and a warm-up from almost nothing.
-    assert diagnose(run(lambda step: 1.0, lambda step: 0.01 ** (step % 40 / 40))) == []
-    assert diagnose(run(lambda step: 1.0, lambda step: min(1.0, (step + 1) / 50))) == []
+    assert diagnose(run(lambda step: 1.0, lambda step: 0.01 ** (1 + step % 40 / 40))) == []
+    assert diagnose(run(lambda step: 1.0, lambda step: 0.01 * min(1.0, (step + 1) / 50))) == []
 
 
 @pytest.mark.parametrize("rate", [3.0, 30.0, 1e4])
