@@ -376,6 +376,34 @@ def test_journal_that_is_interrupted_in_a_write_loses_nothing(
     assert_same(History.load(tmp_path), history)
 
 
+def test_journal_leaves_nothing_of_a_longer_attempt_that_was_given_up(
+    generator: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history, records = make_history(Log2Bins(), generator)
+    kept = Journal(tmp_path, history)
+    encode = file.encode
+
+    def encode_in_vain(*arguments: object) -> tuple[Iterator[bytes], file.Link]:
+        parts, link = encode(*arguments)
+
+        def all_and_fail() -> Iterator[bytes]:
+            yield from parts
+            raise OSError(28, "No space left on device")
+
+        return all_and_fail(), link
+
+    monkeypatch.setattr(journal, "encode", encode_in_vain)
+    monkeypatch.setattr(journal, "_MOST_BYTES", 0)  # what cannot be written is given up at once
+    for step, record in zip((0, 2), records, strict=False):
+        append_rows(kept, step, *arrays(record))
+    with pytest.warns(RuntimeWarning, match="No space left on device"):
+        kept.flush()
+    monkeypatch.undo()
+    append_rows(kept, 4, *arrays(records[2]))
+    kept.flush()
+    assert History.load(tmp_path).steps.tolist() == [4]  # and no warning of a rest
+
+
 @pytest.mark.usefixtures("hurried")
 def test_watch_warns_once_where_it_cannot_write_and_goes_on(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
