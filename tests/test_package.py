@@ -132,14 +132,16 @@ def test_wheel_works_outside_the_checkout_where_numba_can_write_no_cache(
 HEAVY = "'triton', 'numba', 'llvmlite', 'matplotlib', 'tqdm', 'mlxtend', 'tensorboard', 'wandb'"
 
 
-def test_import_loads_no_heavy_package(tmp_path: Path) -> None:
+def test_import_loads_no_heavy_package_and_figures_no_pyplot(tmp_path: Path) -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import gradstat; "
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
-        f"print(sorted(new & {{{HEAVY}}}), 'gradstat.ops' in sys.modules)"
+        f"print(sorted(new & {{{HEAVY}}}), 'gradstat.ops' in sys.modules); "
+        "import gradstat.plot; "
+        "print('matplotlib.figure' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
     )
     result = run("-c", code, cwd=tmp_path)
-    assert result.stdout == "[] True\n", result.stderr
+    assert result.stdout == "[] True\nTrue False\n", result.stderr
 
 
 @pytest.mark.parametrize("arguments", ["--help", "--version", "diagnose --help", "info", "nothing"])
