@@ -349,8 +349,8 @@ class History(Records):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the whole record to a NumPy ``.npz`` file, which appears whole or not at all.
 
-        A file that is there is replaced. OSError tells that it cannot be written, as of all methods
-        that write a file.
+        As of all methods that write a file, one that is there is replaced, and OSError says that it
+        cannot be written.
         """
         reading.save(Path(path), self.snapshot())
 
@@ -501,8 +501,8 @@ class History(Records):
     def report(self, path: str | os.PathLike[str], *, title: str = "Gradients") -> None:
         """Write a page to look around in: findings, a map, every layer's distribution over time.
 
-        One file of HTML, which needs neither a network nor a server. TypeError for a title that is
-        no text, ValueError where there are no records.
+        One file of HTML under that title, which needs neither a network nor a server. TypeError for
+        a title that is no text, ValueError where there are no records.
         """
         from gradstat.report import write
 
