@@ -28,6 +28,7 @@ def entry(directory: Path | None) -> Callable[..., None]:
 
     function: Any = work
     function.stats, function.py_func = SimpleNamespace(cache_path=directory), work
+    function.overloads = {"void()": SimpleNamespace(entry_point=work)}
     return work
 
 

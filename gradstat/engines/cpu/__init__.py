@@ -7,6 +7,7 @@ Beside a tensor it needs under 1 MB, whatever its strides; results do not depend
 from __future__ import annotations
 
 import functools
+import struct
 from array import array
 from collections.abc import Callable, Sequence
 
@@ -23,12 +24,11 @@ from gradstat.bins import (
     keeps_subnormals,
 )
 from gradstat.engines import merge_dims, no_storage, reference
-from gradstat.engines.cpu.compiling import passes_trial, trial_tensors
+from gradstat.engines.cpu.compiling import entry_point, passes_trial, trial_tensors
 from gradstat.engines.cpu.partials import FIELDS
 from gradstat.engines.cpu.pool import count_threads, run_together
 from gradstat.engines.cpu.work import (
-    ADDRESS,
-    COLUMNS,
+    ADDRESSES,
     COUNTS_ONLY,
     FLOATS_ONLY,
     FUSED,
@@ -120,17 +120,20 @@ class Plan:
     ) -> None:
         is_trusted = is_trusted or _is_trusted
         self._bins, self._n = bins, len(tensors)
-        self._n_bins, self._pack = bins.bins, pack_rows()
+        self._n_bins, self._pack = bins.bins, entry_point(pack_rows())
         self._numels, self._dtypes = [x.numel() for x in tensors], [x.dtype for x in tensors]
         is_linear, self._ranges = isinstance(bins, LinearBins), _known_ranges(bins, self._n)
         self._is_automatic = is_linear and self._ranges is None
+        # Where the elements of each are.
+        self._addresses = array("q", bytes(8 * self._n))
+        self._put_addresses = struct.Struct(f"{self._n}q").pack_into
         self._room: _Rows | None = None  # where the tables have the results written
         self._tables: list[_Table] = []
         self._others: list[int] = []  # rows that `reference` measures
         for dtype in dict.fromkeys(self._dtypes):
             rows = [row for row, each in enumerate(self._dtypes) if each == dtype]
             if is_trusted(dtype, is_linear):
-                self._tables.append(_Table(dtype, is_linear, rows, [tensors[row] for row in rows]))
+                self._tables.append(_Table(dtype, is_linear, rows, tensors, self._addresses))
             else:
                 self._others += rows
 
@@ -161,21 +164,22 @@ class Plan:
     def measure(self, tensors: Sequence[Tensor], to: _Rows) -> None:
         """Write the rows of tensors that fit to memory that is zero: `_split` tells how."""
         addresses = list(map(Tensor.data_ptr, tensors))
-        if not all(addresses):
+        if 0 in addresses:
             _check_storage(addresses, self._numels)
+        self._put_addresses(self._addresses, 0, *addresses)
         if to is not self._room:
             self._room = to
             for table in self._tables:
                 table.write_to(to, self._n, self._n_bins, self._ranges)
         stage, others = FLOATS_ONLY if self._is_automatic else FUSED, self._others
         for table in self._tables:
-            table.run(stage, addresses)
+            table.run(stage)
         if isinstance(self._bins, LinearBins) and self._is_automatic:
             rows = _split(to.held, self._n, self._bins.bins)
             ranges = _nice_ranges(self._bins, rows[1]) if self._bins.nice else None
             for table in self._tables:
                 table.write_to(to, self._n, self._bins.bins, ranges)
-                table.run(COUNTS_ONLY, addresses)
+                table.run(COUNTS_ONLY)
             self._room = None
             if torch.float64 in self._dtypes:
                 # They have no range in float32; by `reference` they have one in float64.
@@ -199,29 +203,37 @@ class _Table:
     Args:
         dtype: of the tensors.
         is_linear: whether their bins are.
-        rows: where the results of each go.
-        tensors: N of them.
+        rows: N that have this dtype.
+        tensors: of all rows.
+        addresses: where each run finds those of their elements.
     """
 
     def __init__(
-        self, dtype: torch.dtype, is_linear: bool, rows: Sequence[int], tensors: Sequence[Tensor]
+        self,
+        dtype: torch.dtype,
+        is_linear: bool,
+        rows: Sequence[int],
+        tensors: Sequence[Tensor],
+        addresses: array[int],
     ) -> None:
-        self._work, self._rows = work_on(dtype, is_linear), rows
+        self._work = entry_point(work_on(dtype, is_linear))
         self._layouts: list[array[int]] = []
         lines: list[int] = []
-        n_items = 0
-        for row, x in zip(rows, tensors, strict=True):
-            numel, size = x.numel(), _ITEM
+        n_items = n_values = 0
+        for row in rows:
+            x, size = tensors[row], _ITEM
+            numel = x.numel()
             while numel > size * _MAX_ITEMS:
                 size *= 2
-            lines += (0, numel, self._layout_of(x), row, n_items, size)
+            lines += (numel, self._layout_of(x), row, n_items, size)
             n_items += -(-numel // size)
+            n_values += numel
         self._partials = array("d", bytes(8 * FIELDS * n_items))
-        head = 0, len(rows), n_items, self._partials.buffer_info()[0], *[0] * (HEAD - 4)
-        self._table = array("q", (*head, *lines, 0, 0, 0, 0, n_items, 0))
+        head = [0, len(rows), n_items, self._partials.buffer_info()[0], *[0] * (HEAD - 4)]
+        head[ADDRESSES] = addresses.buffer_info()[0]
+        self._table = array("q", (*head, *lines, 0, 0, 0, n_items, 0))
         self._address = self._table.buffer_info()[0]
-        self._addresses = slice(HEAD + ADDRESS, HEAD + COLUMNS * len(rows), COLUMNS)
-        self._is_large = sum(x.numel() for x in tensors) >= _ALONE_BELOW
+        self._is_large = n_values >= _ALONE_BELOW
 
     def write_to(self, rows: _Rows, n: int, n_bins: int, ranges: array[float] | None) -> None:
         """Let later runs write ``n`` rows there, over known ranges if any."""
@@ -235,16 +247,8 @@ class _Table:
         self._ranges = ranges  # whose memory the table has the address of
         self._is_shared = self._is_large and n_bins <= MAX_SHARED_BINS
 
-    def run(self, stage: int, addresses: list[int]) -> None:
-        """Do a stage of the work, see `work`: threads share the items, then the rows are made.
-
-        Args:
-            stage: of the work.
-            addresses: of the elements of all tensors, by row.
-        """
-        if len(addresses) != len(self._rows):
-            addresses = [addresses[row] for row in self._rows]
-        self._table[self._addresses] = array("q", addresses)
+    def run(self, stage: int) -> None:
+        """Do a stage of the work, see `work`: threads share the items, then the rows are made."""
         self._table[NEXT] = 0
         if self._is_shared:
             threads = count_threads()
@@ -284,7 +288,7 @@ def pack(rows: Tensor, n: int, n_bins: int, n_formats: int) -> bytes:
         n_formats: how many numbers the formats' are, for all rows.
     """
     room = _take_room(rows.numel())
-    end = pack_rows()(rows.data_ptr(), n, n_bins, n_formats, 0, room.packed_address)
+    end = entry_point(pack_rows())(rows.data_ptr(), n, n_bins, n_formats, 0, room.packed_address)
     data = bytes(room.packed[:end])
     _leave(room)
     return data

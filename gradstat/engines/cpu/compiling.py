@@ -15,7 +15,7 @@ import threading
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import llvmlite
 import numba
@@ -97,6 +97,13 @@ def compile_entry(function: Function, name: str, arguments: str) -> Function:
         result = compile_now()(function)
     finally:
         announcement.cancel()
+    return result
+
+
+def entry_point(entry: Function) -> Function:
+    """What an entry calls once it knows the types of its arguments, which are always the same."""
+    (compiled,) = cast(Any, entry).overloads.values()
+    result: Function = compiled.entry_point
     return result
 
 

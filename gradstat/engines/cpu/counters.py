@@ -7,7 +7,7 @@ for it.
 
 Neighbours in one slot would wait for each other at one counter, so a slot has one in each of
 several *lanes*. Linear slots are counted two values at a time, with a counter for each pair of
-slots. Lanes are moved to int64 *totals* before they can overflow, and totals to the row at the end.
+slots. Lanes are emptied into the row before they can overflow, and at the end.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from gradstat.engines.cpu.compiling import (
     pointer,
     prefetch,
     reinterpret,
+    smaller,
 )
 from gradstat.engines.cpu.partials import BLOCK, real
 from gradstat.results import INTEGERS
@@ -40,15 +41,16 @@ LARGEST = np.float32(FLOAT32_MAX)
 # Of `LinearBins`: low, high, scale, scaled low end, bins per scaled unit, last bin, all float32.
 Range: TypeAlias = Any
 
-LANES, PAIR_LANES = 16, 8
+LANES = 8  # enough that no addition waits for the one before
 LOG2_LAST = 2 * LOG2_MAGNITUDES - 1  # slot
 STRIDE = 2112  # from lane to lane; 256 bytes off a multiple of 4096: lanes do not evict each other
 MAX_SLOTS, MAX_PAIR_SLOTS = 2050, 90  # more than these are counted straight, or one by one
-LANES_HOLD, PAIRS_HOLD = 1 << 24, 2 * PAIR_LANES * 65535  # values: no counter overflows
+LANES_HOLD, PAIRS_HOLD = 1 << 24, 2 * LANES * 65535  # values: no counter overflows
 TOUCHED_BINS = 64  # most of a small tensor's are empty, and need not be looked at again
 PAIRS_FROM = 1 << 15  # elements of a tensor: fewer do not pay for so many counters
 
-COUNTER_BYTES = 8 + 8 * STRIDE + 4 * LANES * STRIDE + 6 * BLOCK
+LANE_BYTES = 2 * LANES * BLOCK  # of pairs, uint16; those of slots need half as many
+COUNTER_BYTES = 8 + 8 * MAX_PAIR_SLOTS + LANE_BYTES + 6 * BLOCK
 
 STRAIGHT, IN_LANES, IN_PAIRS = range(3)
 BELOW, ABOVE = INTEGERS.index("below"), INTEGERS.index("above")
@@ -200,7 +202,7 @@ class Counters(NamedTuple):
     touched: Pointer  # uint8, whether something was counted in each `TOUCHED_BINS` of the row
     is_shared: bool  # the row, by several threads
     waiting: Pointer  # int64, how many values the lanes hold; zero between tensors, as what follows
-    totals: Pointer  # int64 (STRIDE,)
+    totals: Pointer  # int64 (MAX_PAIR_SLOTS,), of pairs
     lanes: Pointer  # uint32 (LANES * STRIDE,), or uint16 if pairs
     wide: Pointer  # uint32 (BLOCK,)
     block: Pointer  # uint16 (BLOCK,), the slots of a block
@@ -222,8 +224,8 @@ def make_counters(
         mode = STRAIGHT
     elif slots > MAX_PAIR_SLOTS or numel < PAIRS_FROM:
         mode = IN_LANES
-    lanes = memory + 8 + 8 * STRIDE
-    wide = lanes + 4 * LANES * STRIDE
+    lanes = memory + 8 + 8 * MAX_PAIR_SLOTS
+    wide = lanes + LANE_BYTES
     return Counters(
         integers,
         counts,
@@ -274,7 +276,7 @@ def _make_scatter(width: int, shift: int, mask: int, lanes: int) -> Callable[...
 _scatter_float32 = _make_scatter(32, LOG2_SHIFT, LOG2_LAST, LANES)  # Log2Bins
 _scatter_bfloat16 = _make_scatter(16, LOG2_SHIFT - 16, LOG2_LAST, LANES)
 _scatter_slots = _make_scatter(16, 0, 0xFFFF, LANES)
-_scatter_pairs = _make_scatter(16, 0, 0xFFFF, PAIR_LANES)
+_scatter_pairs = _make_scatter(16, 0, 0xFFFF, LANES)
 
 
 @compiled_for_types
@@ -307,24 +309,24 @@ def count(x: Pointer, n: int, within: Range, plain: bool, to: Counters, ahead: P
     y = as_float32(x, n, within, to.wide)
     if to.mode == STRAIGHT:
         for j in range(n):
-            _add_to_row(slot_of(real(y[j]), within), 1, within, to)
+            add_to_row(slot_of(real(y[j]), within), 1, within, to)
         return
     if to.waiting[0] + n > (PAIRS_HOLD if to.mode == IN_PAIRS else LANES_HOLD):
-        _empty_lanes(within, to)
+        empty(within, to)
     to.waiting[0] += n
     if within is not None and to.mode == IN_PAIRS:
-        half = n // (2 * PAIR_LANES) * PAIR_LANES
+        half = n // (2 * LANES) * LANES
         fill_pairs(y, half, within, plain, to.block)
         pairs, stride = pointer(to.lanes, np.uint16), _pair_stride(to.slots)
         _scatter_pairs(to.block, half, pairs, stride, ahead, 8)
         for j in range(2 * half, n):
-            to.totals[slot_of(real(y[j]), within)] += 1
+            add_to_row(slot_of(real(y[j]), within), 1, within, to)
     else:
         _count_in_lanes(y, n, within, to, ahead)
 
 
 @compiled
-def _add_to_row(slot: int, n: int, within: Range, to: Counters) -> None:
+def add_to_row(slot: int, n: int, within: Range, to: Counters) -> None:
     """Count ``n`` values of one slot in the row."""
     at = slot - 1
     if within is None:
@@ -342,39 +344,50 @@ def _add_to_row(slot: int, n: int, within: Range, to: Counters) -> None:
 
 
 @compiled
-def _empty_lanes(within: Range, to: Counters) -> None:
-    """Move what the lanes hold to the totals."""
+def empty(within: Range, to: Counters) -> None:
+    """Move what the lanes hold to the row."""
     to.waiting[0] = 0
     n = to.slots
     if within is not None and to.mode == IN_PAIRS:
-        pairs, stride = pointer(to.lanes, np.uint16), _pair_stride(n)
-        for j in range(n * n):
-            to.wide[j] = 0
-        for lane in range(PAIR_LANES):
-            for j in range(n * n):
-                to.wide[j] += pairs[lane * stride + j]
-                pairs[lane * stride + j] = 0
-        for second in range(n):
-            of_second = np.int64(0)
-            for first in range(n):
-                both = np.int64(to.wide[second * n + first])
-                to.totals[first] += both
-                of_second += both
-            to.totals[second] += of_second
-    else:
-        for j in range(n):
+        _empty_pairs(within, to)
+        return
+    for first in range(0, n, TOUCHED_BINS):
+        stop = smaller(first + TOUCHED_BINS, n)
+        filled = np.uint32(0)
+        for j in range(stop - first):
             total = np.uint32(0)
             for lane in range(LANES):
-                total = np.uint32(total + to.lanes[lane * STRIDE + j])
-                to.lanes[lane * STRIDE + j] = 0
-            to.totals[j] += total
+                total = np.uint32(total + to.lanes[lane * STRIDE + first + j])
+            to.wide[j] = total
+            filled |= total
+        # One test for all of them: most of a histogram is empty.
+        if filled != 0:
+            for lane in range(LANES):
+                for j in range(first, stop):
+                    to.lanes[lane * STRIDE + j] = 0
+            for j in range(stop - first):
+                if to.wide[j] != 0:
+                    add_to_row(first + j, np.int64(to.wide[j]), within, to)
 
 
 @compiled
-def empty(within: Range, to: Counters) -> None:
-    """Move all that was counted to the row."""
-    _empty_lanes(within, to)
-    for slot in range(to.slots):
+def _empty_pairs(within: Range, to: Counters) -> None:
+    n = to.slots
+    pairs, stride = pointer(to.lanes, np.uint16), _pair_stride(n)
+    for j in range(n * n):
+        to.wide[j] = 0
+    for lane in range(LANES):
+        for j in range(n * n):
+            to.wide[j] += pairs[lane * stride + j]
+            pairs[lane * stride + j] = 0
+    for second in range(n):
+        of_second = np.int64(0)
+        for first in range(n):
+            both = np.int64(to.wide[second * n + first])
+            to.totals[first] += both
+            of_second += both
+        to.totals[second] += of_second
+    for slot in range(n):
         if to.totals[slot] != 0:
-            _add_to_row(slot, to.totals[slot], within, to)
+            add_to_row(slot, to.totals[slot], within, to)
             to.totals[slot] = 0

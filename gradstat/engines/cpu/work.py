@@ -42,12 +42,13 @@ from gradstat.results import FLOATS
 # The next item that nobody has taken, how many tensors and items there are, and addresses:
 # partials, float64 (items, FIELDS); integers, floats and counts of the results; low and high, the
 # ends of linear ranges, float32, or 0 where the floats have them; which parts of each row's
-# histogram are touched, see `Counters`.
-NEXT, TENSORS, ITEMS, PARTIALS, INTEGERS, RESULTS, COUNTS, BINS, LOWS, HIGHS, TOUCHED = range(11)
-HEAD = 11
-# Addresses of the elements and the layout (or 0), row of the results, items before, item's size.
-ADDRESS, NUMEL, LAYOUT, ROW, FIRST, ITEM = range(6)
-COLUMNS = 6
+# histogram are touched, see `Counters`; the addresses of the elements of each row.
+NEXT, TENSORS, ITEMS, PARTIALS, INTEGERS, RESULTS, COUNTS, BINS = range(8)
+LOWS, HIGHS, TOUCHED, ADDRESSES = range(8, 12)
+HEAD = 12
+# Address of the layout (or 0), row of the results, items before, item's size.
+NUMEL, LAYOUT, ROW, FIRST, ITEM = range(5)
+COLUMNS = 5
 
 # What to do: floats and counts in one sweep, or one after the other where the range comes between.
 FUSED, FLOATS_ONLY, COUNTS_ONLY = range(3)
@@ -151,8 +152,8 @@ def _item(
         if known[NAN] + known[POSINF] + known[NEGINF] == 0:
             slot = counters.common_slot(known[MIN], known[MAX], within)
             plain = counters.is_plain(known[MIN], known[MAX], within)
-        if slot >= 0 and to.mode != counters.STRAIGHT:
-            to.totals[slot] += size
+        if slot >= 0:
+            counters.add_to_row(slot, size, within, to)
         else:
             ahead = begin + BLOCK if begin + BLOCK < stop else stop + skipped
             counters.count(x, size, within, plain, to, after(first, ahead))
@@ -203,12 +204,14 @@ def _make_work(element: object, is_linear: bool) -> Work:
         total = pointer(scratch + counters.COUNTER_BYTES, np.float64)
         raw = pointer(scratch + counters.COUNTER_BYTES + 8 * FIELDS, element)
         line = lines = after(head, HEAD)
+        addresses = pointer(head[ADDRESSES], np.int64)
         n_slots = head[BINS] + 2 if is_linear else head[BINS]
         item = atomic_add(head, 1)
         while item < head[ITEMS]:
             while line[COLUMNS + FIRST] <= item:  # items are taken in their order
                 line = after(line, COLUMNS)
-            first, to = pointer(line[ADDRESS], element), _counters(head, line, n_slots, scratch)
+            first = pointer(addresses[line[ROW]], element)
+            to = _counters(head, line, n_slots, scratch)
             within = None
             if is_linear:
                 floats = pointer(head[RESULTS] + line[ROW] * 8 * 8, np.float64)
