@@ -57,8 +57,8 @@ MAX_TABLE_BYTES = 64 << 20  # of all tables that are kept
 
 # Work items and spans of tensors of one dtype and of their rows.
 MakeTables = Callable[[Sequence[Tensor], Sequence[int]], tuple[NDArray[Any], NDArray[Any]]]
-# Flat memory of integers, floats and counts, as of `Statistics`.
-Rows: TypeAlias = tuple[Tensor, Tensor, Tensor]
+# Flat memory of integers, floats and counts, as of `Statistics`, or where it begins.
+Rows: TypeAlias = tuple[Tensor, Tensor, Tensor] | tuple[int, int, int]
 
 # What CUDA graphs use at every replay: counters, tables, and their copies in the host's memory. A
 # graph may outlive whoever captured it.
@@ -76,12 +76,9 @@ def measure(tensors: Sequence[Tensor], bins: Bins) -> Statistics:
         return reference.measure(tensors, bins)
     if any(map(Tensor.is_neg, tensors)):
         tensors = [x.resolve_neg() for x in tensors]  # a copy where torch keeps a sign apart
-    n, device = len(tensors), tensors[0].device
-    rows = torch.zeros(n * (NUMBERS + bins.bins), dtype=torch.int64, device=device)
-    with on_device(device):
-        tables = find_tables(tensors, device, make_items)
-        _measure(tensors, bins, tables, rows, _known_ranges(bins, n, device))
-    integers, floats, counts = (x.view(n, -1) for x in _split(rows, n, bins.bins))
+    n = len(tensors)
+    rows = _split(Plan(tensors, bins).run(tensors), n, bins.bins)
+    integers, floats, counts = (x.view(n, -1) for x in rows)
     return Statistics(bins, integers, floats, counts)
 
 
@@ -89,9 +86,20 @@ class Plan:
     """As `gradstat.engines.Plan`."""
 
     def __init__(self, tensors: Sequence[Tensor], bins: Bins) -> None:
-        self._bins, self._n_bins, self._device = bins, bins.bins, tensors[0].device
-        self._like = _like(tensors)
+        self._bins, self._n, self._device = bins, len(tensors), tensors[0].device
+        self._n_bins, self._like = bins.bins, _like(tensors)
+        self._on_device, self._is_cuda = on_device(self._device), self._device.type == "cuda"
+        self._is_automatic = isinstance(bins, LinearBins) and bins.known_range is None
         self._ranges: Tensor | None = None
+        self._kernels = {
+            dtype: kernels_for(self._device, dtype, bins)
+            for dtype in set(self._like[1])
+            if dtype in ELEMENTS
+        }
+        self._needs_views = True
+        # The tables of the tensors before, whose addresses are often the same.
+        self._addresses: tuple[int, ...] = ()
+        self._tables: Tables | None = None
 
     def run(
         self, tensors: Sequence[Tensor], formats: Tensor | None = None, due: Tensor | None = None
@@ -100,55 +108,65 @@ class Plan:
 
         In a replay in which they are not due no kernel reads a tensor; `reference` measures always.
         """
-        bins, n, device = self._bins, len(tensors), self._device
-        if self._n_bins > MAX_BINS:
-            return together(reference.measure(tensors, bins), formats)
+        n, n_bins, device = self._n, self._n_bins, self._device
+        if n_bins > MAX_BINS:
+            return together(reference.measure(tensors, self._bins), formats)
         n_formats = 0 if formats is None else formats.numel()
-        size = n * (NUMBERS + self._n_bins) + n_formats
+        size = n * (NUMBERS + n_bins) + n_formats
         rows = torch.zeros(size, dtype=torch.int64, device=device)
-        with on_device(device):
-            tables = find_tables(tensors, device, make_items, like=self._like)
-            ranges = self._ranges
-            if ranges is None:
-                ranges = _known_ranges(bins, n, device)
-                # What a capture makes is written by its replays alone.
-                if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-                    self._ranges = ranges
-            _measure(tensors, bins, tables, rows, ranges, due)
+        with self._on_device:
+            self._measure(tensors, rows, due)
         if formats is not None:
             rows[-n_formats:] = formats.view(torch.int64).flatten()
         return rows
 
+    def _measure(self, tensors: Sequence[Tensor], rows: Tensor, due: Tensor | None) -> None:
+        """Write the rows of tensors: integers, floats and counts of all, into zeros."""
+        n, bins, device = self._n, self._bins, self._device
+        capturing = self._is_cuda and torch.cuda.is_current_stream_capturing()
+        tables, ranges = self._find_tables(tensors, capturing), self._ranges
+        if ranges is None and not self._is_automatic:
+            ranges = _known_ranges(bins, n, device)
+            if not capturing:  # what a capture makes is written by its replays alone
+                self._ranges = ranges
+        to: Any
+        if self._needs_views:
+            to = _split(rows, n, self._n_bins)
+        else:
+            start = rows.data_ptr()
+            to = start, start + 4 * NUMBERS * n, start + 8 * NUMBERS * n
+        for group in tables.groups:
+            summarise(group, self._kernels[group.dtype], to, ranges, due)
+        if isinstance(bins, LinearBins) and ranges is None:
+            floats = to[1].view(n, -1)
+            found = torch.stack(bins.automatic_range(*floats[:, :2].float().unbind(1)), 1)
+            floats[:, -2:] = found
+            for group in tables.groups:
+                count_again(group, self._kernels[group.dtype], to, found, due)
+        for row in tables.float64_rows:
+            again = reference.measure([tensors[row]], bins)
+            for each, new in zip(to, (again.integers, again.floats, again.counts), strict=True):
+                each.view(n, -1)[row].copy_(new[0])
+        if self._needs_views and not (self._is_automatic or tables.float64_rows):
+            # A compiled kernel takes addresses, in a tenth of the time of views.
+            self._needs_views = not all(k.finish.is_compiled for k in self._kernels.values())
 
-def _split(rows: Tensor, n: int, n_bins: int) -> Rows:
+    def _find_tables(self, tensors: Sequence[Tensor], capturing: bool) -> Tables:
+        addresses = tuple(map(Tensor.data_ptr, tensors))
+        tables = self._tables
+        if tables is None or addresses != self._addresses or capturing:
+            tables = find_tables(tensors, self._device, make_items, like=self._like)
+            if not capturing:
+                self._addresses, self._tables = addresses, tables
+        else:
+            _wait_for_tables(tables)
+        return tables
+
+
+def _split(rows: Tensor, n: int, n_bins: int) -> tuple[Tensor, Tensor, Tensor]:
     sizes = n * NUMBERS // 2, n * NUMBERS // 2, n * n_bins
     parts = rows.split_with_sizes((*sizes, rows.numel() - sum(sizes)))
     return parts[0], parts[1].view(torch.float64), parts[2]
-
-
-def _measure(
-    tensors: Sequence[Tensor],
-    bins: Bins,
-    tables: Tables,
-    rows: Tensor,
-    ranges: Tensor | None,
-    due: Tensor | None = None,
-) -> None:
-    """Write the rows of tensors: integers, floats and counts of all, into zeros."""
-    n = len(tensors)
-    to = _split(rows, n, bins.bins)
-    for group in tables.groups:
-        _summarise(group, bins, to, ranges, due)
-    if isinstance(bins, LinearBins) and ranges is None:
-        floats = to[1].view(n, -1)
-        found = torch.stack(bins.automatic_range(*floats[:, :2].float().unbind(1)), 1)
-        floats[:, -2:] = found
-        for group in tables.groups:
-            _count(group, bins, to, found, due)
-    for row in tables.float64_rows:
-        again = reference.measure([tensors[row]], bins)
-        for each, new in zip(to, (again.integers, again.floats, again.counts), strict=True):
-            each.view(n, -1)[row].copy_(new[0])
 
 
 class _Launcher:
@@ -167,21 +185,38 @@ class _Launcher:
         self._kernel, self._constants, self._options = kernel, constants, options
         self._compiled: Kernel | None = None
 
-    def __call__(self, grid: int, *tensors: Tensor) -> None:
+    @property
+    def is_compiled(self) -> bool:
+        """Whether it takes addresses in place of tensors."""
+        return self._compiled is not None
+
+    def __call__(self, grid: int, *pointers: Tensor | int) -> None:
         if self._compiled is not None:
-            self._compiled[grid, 1, 1](*tensors, *self._constants)
+            self._compiled[grid, 1, 1](*pointers, *self._constants)
             return
-        compiled = self._kernel[(grid,)](*tensors, *self._constants, **self._options)
+        compiled = self._kernel[(grid,)](*pointers, *self._constants, **self._options)
         if hasattr(compiled, "packed_metadata"):  # nothing is, where Triton interprets
             self._compiled = compiled
 
 
+class Kernels(NamedTuple):
+    """What measures tensors of one dtype: ``measure`` with their histogram if the range is known.
+
+    Otherwise that is left to ``second_sweep``.
+    """
+
+    measure: _Launcher
+    finish: _Launcher
+    second_sweep: _Launcher
+
+
 @functools.cache
-def _measuring(device: torch.device, dtype: torch.dtype, bins: Bins, has_range: bool) -> _Launcher:
-    """What launches the measurement of tensors, with their histogram if the range is known."""
-    is_log2, slots = isinstance(bins, Log2Bins), slots_of(bins)
+def kernels_for(device: torch.device, dtype: torch.dtype, bins: Bins) -> Kernels:
+    """Kernels, compiled when they are first launched."""
+    is_log2, slots, warps = isinstance(bins, Log2Bins), slots_of(bins), warps_on(device)
+    has_range = isinstance(bins, LinearBins) and bins.known_range is not None
     capability, itemsize = capability_of(device), dtype.itemsize
-    return _Launcher(
+    measure = _Launcher(
         measure_kernel,
         ELEMENTS[dtype],
         bins.bins if is_log2 or has_range else 0,
@@ -189,21 +224,14 @@ def _measuring(device: torch.device, dtype: torch.dtype, bins: Bins, has_range: 
         is_log2,
         compares_pairs(itemsize, capability),
         THREADS,
-        num_warps=warps_on(device),
+        num_warps=warps,
         **limit_registers(itemsize, slots, capability),
     )
-
-
-@functools.cache
-def _finishing(device: torch.device, has_range: bool) -> _Launcher:
-    options = {"num_warps": warps_on(device), "enable_fp_fusion": False}
-    return _Launcher(finish_kernel, has_range, FINISH_BLOCK, **options)
-
-
-@functools.cache
-def _counting(device: torch.device, dtype: torch.dtype, bins: Bins) -> _Launcher:
-    constants = ELEMENTS[dtype], bins.bins, slots_of(bins), THREADS
-    return _Launcher(second_sweep_kernel, *constants, num_warps=warps_on(device))
+    finish = _Launcher(
+        finish_kernel, has_range, FINISH_BLOCK, num_warps=warps, enable_fp_fusion=False
+    )
+    constants = ELEMENTS[dtype], bins.bins, slots, THREADS
+    return Kernels(measure, finish, _Launcher(second_sweep_kernel, *constants, num_warps=warps))
 
 
 @keeps_subnormals
@@ -224,27 +252,27 @@ def check_device(function: str, argument: str, device: torch.device) -> None:
         )
 
 
-def _summarise(
-    group: Group, bins: Bins, to: Rows, ranges: Tensor | None, due: Tensor | None
+def summarise(
+    group: Group, kernels: Kernels, to: Rows, ranges: Tensor | None, due: Tensor | None
 ) -> None:
     """Launch all but the histogram of automatic ranges, which are not known yet."""
     n_items, due = group.n_items, group.always if due is None else due
     integers, floats, counts = to
-    partials = floats.new_empty(n_items * PARTIAL_FIELDS.value)
+    size = n_items * PARTIAL_FIELDS.value
+    partials = torch.empty(size, dtype=torch.float64, device=group.items.device)
     known = floats if ranges is None else ranges  # else not read
     if n_items:
-        measure = _measuring(floats.device, group.dtype, bins, ranges is not None)
-        measure(n_items, due, group.items, known, partials, counts)
-    finish = _finishing(floats.device, ranges is not None)
-    finish(group.n_spans, due, group.spans, partials, known, integers, floats)
+        kernels.measure(n_items, due, group.items, known, partials, counts)
+    kernels.finish(group.n_spans, due, group.spans, partials, known, integers, floats)
 
 
-def _count(group: Group, bins: Bins, to: Rows, ranges: Tensor, due: Tensor | None) -> None:
+def count_again(
+    group: Group, kernels: Kernels, to: Rows, ranges: Tensor, due: Tensor | None
+) -> None:
     """Launch the histogram over ranges that the measurement has found."""
     if group.n_items:
         due = group.always if due is None else due
-        count = _counting(ranges.device, group.dtype, bins)
-        count(group.n_items, due, group.items, ranges, to[2])
+        kernels.second_sweep(group.n_items, due, group.items, ranges, to[2])
 
 
 def slots_of(bins: Bins) -> int:
@@ -419,7 +447,7 @@ _tables: OrderedDict[tuple[Any, ...], Tables] = OrderedDict()
 _tables_lock = threading.Lock()
 
 
-def _like(tensors: Sequence[Tensor]) -> tuple[Hashable, ...]:
+def _like(tensors: Sequence[Tensor]) -> tuple[Hashable, tuple[torch.dtype, ...], Hashable]:
     """What tables depend on beside addresses."""
     gaps = None
     if not all(map(Tensor.is_contiguous, tensors)):
@@ -439,16 +467,16 @@ def find_tables(
     They depend on ``more``, too; ``like`` is what `_like` says, if that is known.
     """
     key = (device, tuple(map(Tensor.data_ptr, tensors)), *(like or _like(tensors)), *more)
-    is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     with _tables_lock:
         tables = _tables.get(key)
         if tables is not None:
             _tables.move_to_end(key)
     if tables is None:
-        tables = _make_tables(tensors, device, is_capturing, make_tables)
-        if not is_capturing:
+        tables = _make_tables(tensors, device, capturing, make_tables)
+        if not capturing:
             _keep_tables(key, tables)
-    elif is_capturing:
+    elif capturing:
         captured.append(tables)
     else:
         _wait_for_tables(tables)

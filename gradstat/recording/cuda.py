@@ -225,13 +225,13 @@ class Schedule:
         self.n_told = first_step * accumulation_steps
         # Replays that nobody told it of, as the device has counted them.
         self.n_missed = 0
-        self._every, self.accumulation_steps = every, accumulation_steps
+        self.accumulation_steps, self._period = accumulation_steps, every * accumulation_steps
         self._counters: dict[torch.device, PassCounter] = {}
         for x in tensors:
             if x.is_cuda and x.device not in self._counters:
                 make = getattr(choose_engine(engine, x), "PassCounter", None)
                 if make is not None:
-                    self._counters[x.device] = make(x.device, every * accumulation_steps)
+                    self._counters[x.device] = make(x.device, self._period)
         # Passes before the first captured one: no device has counted them.
         self._n_uncounted: int | None = None
         # Flags of the pass being captured, each with an event for other streams to wait for.
@@ -250,8 +250,8 @@ class Schedule:
 
     def is_due(self) -> bool:
         """Whether to record the pass that comes or goes on, outside a graph."""
-        step, within = divmod(self.n_told + self.n_missed, self.accumulation_steps)
-        return within == self.accumulation_steps - 1 and step % self._every == 0
+        n_before = self.n_told + self.n_missed
+        return n_before % self._period == self.accumulation_steps - 1
 
     def has_left_graph(self, *, is_captured: bool) -> bool:
         """Whether this pass is in another graph, or none, than the pass last asked for.

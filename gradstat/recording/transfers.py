@@ -211,13 +211,12 @@ class Assembly:
     def _data(self, part: Part) -> bytes:
         if part.data is not None:
             return part.data
-        layout, arriving = self.layout, part.arriving
+        layout, arriving, n = self.layout, part.arriving, len(part.rows)
         assert arriving is not None
-        n_formats = len(part.rows) * layout.n_formats * len(PACKED)
-        size = len(part.rows) * (NUMBERS + layout.n_bins) + n_formats
-        rows = arriving.host()[part.start : part.start + size]
+        n_formats = n * layout.n_formats * len(PACKED)
         # Compiled, and so not imported before it is needed.
-        packed: bytes = import_engine("cpu").pack(rows, len(part.rows), layout.n_bins, n_formats)
+        pack = import_engine("cpu").pack
+        packed: bytes = pack(arriving.host(), part.start, n, layout.n_bins, n_formats)
         return packed
 
     def _of(self, rows: Sequence[int]) -> RecordLayout:

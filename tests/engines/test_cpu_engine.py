@@ -127,7 +127,7 @@ def test_pack_makes_what_record_layout_makes(numel: int, n_bins: int) -> None:
     floats[:] = torch.arange(24.0, dtype=torch.float64).view(3, 8)
     layout = RecordLayout(3, 0, n_bins)
     expected = layout.pack(integers.numpy(), floats.numpy(), None, counts.numpy())
-    assert cpu.pack(rows, 3, n_bins, 0) == expected
+    assert cpu.pack(rows, 0, 3, n_bins, 0) == expected
     assert not rows.any()
 
 

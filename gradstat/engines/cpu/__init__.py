@@ -277,18 +277,20 @@ class _Table:
         return numbers.buffer_info()[0]
 
 
-def pack(rows: Tensor, n: int, n_bins: int, n_formats: int) -> bytes:
+def pack(rows: Tensor, start: int, n: int, n_bins: int, n_formats: int) -> bytes:
     """A record of rows that another engine has measured, see `gradstat.record`.
 
     Args:
         rows: int64 on the host, contiguous: integers, floats and counts of ``n`` rows, and what
             formats would do to each; zero afterwards.
+        start: where they begin in it.
         n: how many.
         n_bins: bins of each.
         n_formats: how many numbers the formats' are, for all rows.
     """
-    room = _take_room(rows.numel())
-    end = entry_point(pack_rows())(rows.data_ptr(), n, n_bins, n_formats, 0, room.packed_address)
+    room = _take_room(n * (NUMBERS + n_bins) + n_formats)
+    address = rows.data_ptr() + 8 * start
+    end = entry_point(pack_rows())(address, n, n_bins, n_formats, 0, room.packed_address)
     data = bytes(room.packed[:end])
     _leave(room)
     return data

@@ -326,7 +326,7 @@ def count(x: Pointer, n: int, within: Range, plain: bool, to: Counters, ahead: P
 
 
 @compiled
-def add_to_row(slot: int, n: int, within: Range, to: Counters) -> None:
+def add_to_row(slot: int, n: Scalar, within: Range, to: Counters) -> None:
     """Count ``n`` values of one slot in the row."""
     at = slot - 1
     if within is None:
