@@ -60,11 +60,10 @@ class RunningPass:
         call_after_fork(self)
 
     def await_end(self, function: Callable[[], None]) -> None:
-        """Have a function called at the end of the pass that the caller of this is a hook of."""
-        call = partial(function)
-        call_at_end_of_backward(call)
+        """Have a method called at the end of the pass that the caller of this is a hook of."""
+        call_at_end_of_backward(function)
         # Autograd alone keeps it: no frame does, which an exception would keep.
-        self.call = weakref.ref(call)
+        self.call = weakref.ref(function)
         if self._is_asked:
             self._caller = inherited(_CALLER)
 

@@ -52,6 +52,7 @@ from gradstat.results import PACKED, packed
 from gradstat.util import call_after_fork, warn
 
 _SMALL_BYTES = 1 << 16
+_UNSCALED: dict[str, Computed] = {}
 _MOST_ROWS = 256  # that wait on their device, 16 KB each over Log2Bins
 _NO_OUTPUTS = (
     "watch() has seen no output of the model's modules, which are NaN in its records: they must be "
@@ -484,10 +485,9 @@ class Recorder:
         self._plans[key] = plan
         if len(self._plans) > self._most_plans:
             del self._plans[next(iter(self._plans))]
-        scales = {} if self._is_linear else unfinished.scales
+        scales = _UNSCALED if self._is_linear else unfinished.scales
         if isinstance(result, bytes):
-            arriving = sent(scales) if scales else {}
-            unfinished.parts.append(Part(plan.rows, result, None, 0, arriving))
+            unfinished.parts.append(Part(plan.rows, result, None, 0, sent(scales)))
         else:
             stream = None if device is None else stream_of(device)
             unfinished.launches.append(Launch(plan.rows, result, stream, scales))

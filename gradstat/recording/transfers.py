@@ -112,23 +112,22 @@ def send(launches: Sequence[Launch]) -> list[Part]:
     parts: list[Part] = []
     together: dict[object, list[Launch]] = {}
     for launch in launches:
-        scales = tuple(map(id, launch.scales.values()))
-        together.setdefault((launch.result.device, scales), []).append(launch)
+        together.setdefault((launch.result.device, id(launch.scales)), []).append(launch)
     for group in together.values():
+        for launch in group:
+            take_over([launch.result], launch.stream)
         results = [launch.result for launch in group]
-        for result, launch in zip(results, group, strict=True):
-            take_over([result], launch.stream)
         arriving = Transfer(results[0] if len(results) == 1 else torch.cat(results))
-        arriving_scales, start = sent(group[0].scales), 0
-        for result, launch in zip(results, group, strict=True):
-            parts.append(Part(launch.rows, None, arriving, start, arriving_scales))
-            start += result.numel()
+        scales, start = sent(group[0].scales), 0
+        for launch in group:
+            parts.append(Part(launch.rows, None, arriving, start, scales))
+            start += launch.result.numel()
     return parts
 
 
 def sent(scales: Mapping[str, Computed]) -> dict[str, Transfer]:
     """Scales on their way to the host."""
-    return {kind: Transfer(scale.get()) for kind, scale in scales.items()}
+    return {kind: Transfer(scale.get()) for kind, scale in scales.items()} if scales else {}
 
 
 class Assembly:
