@@ -89,7 +89,7 @@ class Plan:
         self._bins, self._n, self._device = bins, len(tensors), tensors[0].device
         self._n_bins, self._like = bins.bins, _like(tensors)
         self._on_device, self._is_cuda = on_device(self._device), self._device.type == "cuda"
-        self._is_automatic = isinstance(bins, LinearBins) and bins.known_range is None
+        self._is_automatic = isinstance(bins, LinearBins) and None in (bins.low, bins.high)
         self._ranges: Tensor | None = None
         self._kernels = {
             dtype: kernels_for(self._device, dtype, bins)
@@ -155,7 +155,8 @@ class Plan:
         addresses = tuple(map(Tensor.data_ptr, tensors))
         tables = self._tables
         if tables is None or addresses != self._addresses or capturing:
-            tables = find_tables(tensors, self._device, make_items, like=self._like)
+            known = addresses, *self._like
+            tables = find_tables(tensors, self._device, make_items, known=known)
             if not capturing:
                 self._addresses, self._tables = addresses, tables
         else:
@@ -460,13 +461,14 @@ def find_tables(
     device: torch.device,
     make_tables: MakeTables,
     *more: Hashable,
-    like: tuple[Hashable, ...] | None = None,
+    known: tuple[Hashable, ...] | None = None,
 ) -> Tables:
     """Tables of a list; built and uploaded anew only when addresses, shapes or dtypes change.
 
-    They depend on ``more``, too; ``like`` is what `_like` says, if that is known.
+    They depend on ``more``, too; ``known`` are the addresses and what `_like` says, if known.
     """
-    key = (device, tuple(map(Tensor.data_ptr, tensors)), *(like or _like(tensors)), *more)
+    known = known or (tuple(map(Tensor.data_ptr, tensors)), *_like(tensors))
+    key = (device, *known, *more)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     with _tables_lock:
         tables = _tables.get(key)
