@@ -47,7 +47,7 @@ STRIDE = 2112  # from lane to lane; 256 bytes off a multiple of 4096: lanes do n
 MAX_SLOTS, MAX_PAIR_SLOTS = 2050, 90  # more than these are counted straight, or one by one
 LANES_HOLD, PAIRS_HOLD = 1 << 24, 2 * LANES * 65535  # values: no counter overflows
 TOUCHED_BINS = 64  # most of a small tensor's are empty, and need not be looked at again
-PAIRS_FROM = 1 << 15  # elements of a tensor: fewer do not pay for so many counters
+MANY_FROM = 1 << 15  # elements of a tensor: fewer do not pay for many counters
 
 LANE_BYTES = 2 * LANES * BLOCK  # of pairs, uint16; those of slots need half as many
 COUNTER_BYTES = 8 + 8 * MAX_PAIR_SLOTS + LANE_BYTES + 6 * BLOCK
@@ -204,6 +204,7 @@ class Counters(NamedTuple):
     waiting: Pointer  # int64, how many values the lanes hold; zero between tensors, as what follows
     totals: Pointer  # int64 (MAX_PAIR_SLOTS,), of pairs
     lanes: Pointer  # uint32 (LANES * STRIDE,), or uint16 if pairs
+    stride: int  # from lane to lane of slots; 0: there is one lane
     wide: Pointer  # uint32 (BLOCK,)
     block: Pointer  # uint16 (BLOCK,), the slots of a block
 
@@ -222,7 +223,7 @@ def make_counters(
     mode = IN_PAIRS
     if numel < 2 * slots or slots > MAX_SLOTS:
         mode = STRAIGHT
-    elif slots > MAX_PAIR_SLOTS or numel < PAIRS_FROM:
+    elif slots > MAX_PAIR_SLOTS or numel < MANY_FROM:
         mode = IN_LANES
     lanes = memory + 8 + 8 * MAX_PAIR_SLOTS
     wide = lanes + LANE_BYTES
@@ -236,6 +237,7 @@ def make_counters(
         pointer(memory, np.int64),
         pointer(memory + 8, np.int64),
         pointer(lanes, np.uint32),
+        STRIDE if numel >= MANY_FROM else 0,
         pointer(wide, np.uint32),
         pointer(wide + 4 * BLOCK, np.uint16),
     )
@@ -287,13 +289,13 @@ def _count_in_lanes(x: IR, n: IR, within: IR, to: IR, ahead: IR) -> Callable[...
         for j in range(n):
             to.block[j] = np.uint16(slot_of(real(x[j]), within))
         whole = n // LANES * LANES
-        _scatter_slots(to.block, whole, to.lanes, STRIDE, ahead, 4)
+        _scatter_slots(to.block, whole, to.lanes, to.stride, ahead, 4)
         for j in range(whole, n):
             to.lanes[to.block[j]] += 1
 
     def count_patterns(x: Pointer, n: int, within: Range, to: Counters, ahead: Pointer) -> None:
         whole = n // LANES * LANES
-        scatter(x, whole, to.lanes, STRIDE, ahead, step)
+        scatter(x, whole, to.lanes, to.stride, ahead, step)
         for j in range(whole, n):
             to.lanes[slot_of(real(x[j]), within)] += 1
 
@@ -351,23 +353,25 @@ def empty(within: Range, to: Counters) -> None:
     if within is not None and to.mode == IN_PAIRS:
         _empty_pairs(within, to)
         return
+    n_lanes = 1 if to.stride == 0 else LANES
     for first in range(0, n, TOUCHED_BINS):
-        stop = smaller(first + TOUCHED_BINS, n)
+        size, sums, lane = smaller(TOUCHED_BINS, n - first), to.wide, after(to.lanes, first)
         filled = np.uint32(0)
-        for j in range(stop - first):
-            total = np.uint32(0)
-            for lane in range(LANES):
-                total = np.uint32(total + to.lanes[lane * STRIDE + first + j])
-            to.wide[j] = total
+        for j in range(size):
+            total = lane[j]
+            if to.stride != 0:
+                for k in range(1, LANES):
+                    total = np.uint32(total + lane[k * STRIDE + j])
+            sums[j] = total
             filled |= total
         # One test for all of them: most of a histogram is empty.
         if filled != 0:
-            for lane in range(LANES):
-                for j in range(first, stop):
-                    to.lanes[lane * STRIDE + j] = 0
-            for j in range(stop - first):
-                if to.wide[j] != 0:
-                    add_to_row(first + j, np.int64(to.wide[j]), within, to)
+            for k in range(n_lanes):
+                for j in range(size):
+                    lane[k * STRIDE + j] = 0
+            for j in range(size):
+                if sums[j] != 0:
+                    add_to_row(first + j, np.int64(sums[j]), within, to)
 
 
 @compiled
