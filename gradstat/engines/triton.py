@@ -77,7 +77,7 @@ def measure(tensors: Sequence[Tensor], bins: Bins) -> Statistics:
     if any(map(Tensor.is_neg, tensors)):
         tensors = [x.resolve_neg() for x in tensors]  # a copy where torch keeps a sign apart
     n = len(tensors)
-    rows = _split(Plan(tensors, bins).run(tensors), n, bins.bins)
+    rows = split(Plan(tensors, bins).run(tensors), n, bins.bins)
     integers, floats, counts = (x.view(n, -1) for x in rows)
     return Statistics(bins, integers, floats, counts)
 
@@ -131,7 +131,7 @@ class Plan:
                 self._ranges = ranges
         to: Any
         if self._needs_views:
-            to = _split(rows, n, self._n_bins)
+            to = split(rows, n, self._n_bins)
         else:
             start = rows.data_ptr()
             to = start, start + 4 * NUMBERS * n, start + 8 * NUMBERS * n
@@ -164,7 +164,8 @@ class Plan:
         return tables
 
 
-def _split(rows: Tensor, n: int, n_bins: int) -> tuple[Tensor, Tensor, Tensor]:
+def split(rows: Tensor, n: int, n_bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers, floats and counts of ``n`` rows, flat."""
     sizes = n * NUMBERS // 2, n * NUMBERS // 2, n * n_bins
     parts = rows.split_with_sizes((*sizes, rows.numel() - sum(sizes)))
     return parts[0], parts[1].view(torch.float64), parts[2]

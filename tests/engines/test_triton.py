@@ -198,6 +198,32 @@ def test_kernels_read_and_write_nothing_where_the_flag_is_zero(
     assert all(bool((x == 7).all()) for x in (*sevens, ranges))
 
 
+@pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float32, torch.float16, torch.float64]])
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(8), LinearBins(8, -1.0, 1.0)], ids=repr)
+def test_a_plan_measures_new_values_at_the_same_addresses_and_at_others(
+    bins: Log2Bins | LinearBins, dtypes: list[torch.dtype]
+) -> None:
+    def make(seed: int) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        values = [torch.randn(n, generator=generator) for n in (5, 3000, 1)]
+        return [x.to(DEVICE, dtype) for x in values for dtype in dtypes]
+
+    xs = make(0)
+    plan = triton_engine.Plan(xs, bins)
+    for seed in range(4):
+        if seed == 2:
+            xs = make(seed)
+        for x, new in zip(xs, make(seed), strict=True):
+            x.copy_(new)
+        expected = reference.measure(xs, bins)
+        integers, floats, counts = triton_engine.split(plan.run(xs), len(xs), bins.bins)
+        assert torch.equal(integers.view_as(expected.integers), expected.integers)
+        assert torch.equal(counts.view_as(expected.counts), expected.counts)
+        torch.testing.assert_close(
+            floats.view_as(expected.floats), expected.floats, rtol=1e-5, atol=1e-6, equal_nan=True
+        )
+
+
 @pytest.mark.parametrize("n_before", [0, 3, 10**6])
 @pytest.mark.parametrize(("period", "first"), [(1, 0), (4, 3), (12, 3), (10**12, 0)])
 def test_flags_are_set_as_passes_are_due(period: int, first: int, n_before: int) -> None:
