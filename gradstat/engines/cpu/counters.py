@@ -221,7 +221,7 @@ def make_counters(
 ) -> Counters:
     """Counters in `COUNTER_BYTES` at an address, of a mode that a tensor of ``numel`` pays for."""
     mode = IN_PAIRS
-    if numel < 2 * slots or slots > MAX_SLOTS:
+    if 2 * numel < slots or slots > MAX_SLOTS:
         mode = STRAIGHT
     elif slots > MAX_PAIR_SLOTS or numel < MANY_FROM:
         mode = IN_LANES
@@ -237,7 +237,8 @@ def make_counters(
         pointer(memory, np.int64),
         pointer(memory + 8, np.int64),
         pointer(lanes, np.uint32),
-        STRIDE if numel >= MANY_FROM else 0,
+        # Values in few slots often have the same one, and few are soon emptied.
+        STRIDE if numel >= MANY_FROM or slots <= MAX_PAIR_SLOTS else 0,
         pointer(wide, np.uint32),
         pointer(wide + 4 * BLOCK, np.uint16),
     )
