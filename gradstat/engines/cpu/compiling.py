@@ -102,7 +102,8 @@ def compile_entry(function: Function, name: str, arguments: str) -> Function:
 
 def entry_point(entry: Function) -> Function:
     """What an entry calls once it knows the types of its arguments, which are always the same."""
-    (compiled,) = cast(Any, entry).overloads.values()
+    # An OrderedDict's own values() asks keys for their hashes, and an interrupt becomes a KeyError.
+    (compiled,) = dict.values(cast(Any, entry).overloads)
     result: Function = compiled.entry_point
     return result
 
