@@ -100,11 +100,12 @@ def compile_entry(function: Function, name: str, arguments: str) -> Function:
     return result
 
 
-def entry_point(entry: Function) -> Function:
+@functools.cache
+def entry_point(entry: Callable[..., Any]) -> Callable[..., Any]:
     """What an entry calls once it knows the types of its arguments, which are always the same."""
     # An OrderedDict's own values() asks keys for their hashes, and an interrupt becomes a KeyError.
     (compiled,) = dict.values(cast(Any, entry).overloads)
-    result: Function = compiled.entry_point
+    result: Callable[..., Any] = compiled.entry_point
     return result
 
 
