@@ -152,6 +152,12 @@ def test_ridge_is_cut_at_the_limits_with_its_height_there() -> None:
     assert polygons(plot.ridge(history, limits=(5.0, 6.0)).axes[0]) == []
 
 
+@pytest.mark.parametrize(("values", "end"), [([0.5, 3.5], 4), ([-1.5, 0.5], 2)])
+def test_ridge_over_linear_bins_has_zero_in_its_middle(values: list[float], end: float) -> None:
+    history = make_history(LinearBins(8, -4.0, 4.0), 1, 1, lambda *_: torch.tensor(values))
+    assert plot.ridge(history).axes[0].get_xlim() == (-end, end)
+
+
 def test_ridge_draws_the_last_record_of_each_epoch() -> None:
     history = make_history(LinearBins(30), steps=7)
     ridges = polygons(plot.ridge(history, steps_per_epoch=3).axes[0])

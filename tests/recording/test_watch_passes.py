@@ -29,6 +29,18 @@ def seed() -> None:
     torch.manual_seed(20)
 
 
+def test_watch_measures_batches_of_other_sizes_whole() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    outputs: list[Tensor] = []
+    model.register_forward_hook(lambda *given: outputs.append(given[-1].detach()))
+    with gradstat.watch(model, what="activation") as w:
+        for size in (4, 7, 2, 7):
+            model(torch.randn(size, 3)).sum().backward()
+    for step, output in enumerate(outputs):
+        found = w.history.select("activation").record(step)
+        assert_record(found, gradstat.statistics([output]))
+
+
 def test_watch_measures_before_an_optimizer_in_backward_frees_the_gradient() -> None:
     model = make_model()
     expected: dict[str, Tensor] = {}
