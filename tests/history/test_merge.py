@@ -408,6 +408,16 @@ def test_history_load_does_not_mix_attempts_where_the_newest_is_torn(tmp_path: P
         assert History.load(tmp_path).steps.tolist() == [0, 1, 2, 4, 5, 6, 7]
 
 
+def test_history_load_does_not_mix_attempts_of_ranks_that_have_one_each(tmp_path: Path) -> None:
+    write(tmp_path, make_rank(0, 2, steps=range(6)), 10)
+    write(tmp_path, make_rank(1, 2, steps=range(3, 5)), 10, first_step=3)
+    with (
+        pytest.warns(RuntimeWarning, match="3 steps that not all ranks have: 0 to 2$"),
+        pytest.warns(RuntimeWarning, match="some ranks lack the new records: 3 to 5$"),
+    ):
+        assert History.load(tmp_path).steps.tolist() == []
+
+
 def test_history_load_drops_scalars_that_were_superseded_by_fewer_ranks(tmp_path: Path) -> None:
     write_ranks(tmp_path, 4, range(6), size=2)
     write_ranks(tmp_path, 2, range(3, 5), size=2, first_step=3)
