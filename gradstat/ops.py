@@ -236,7 +236,7 @@ def quantization(
 
 
 def measure(tensors: Sequence[Tensor], bins: Bins, engine: str | None = None) -> Statistics:
-    """`statistics` of checked arguments: what watch calls during backward."""
+    """`statistics` of checked arguments, in a compiled graph as one node."""
     if torch.compiler.is_compiling():
         # One opaque node in the graph; called eagerly it would only cost its dispatch.
         values = [x.detach() for x in tensors]

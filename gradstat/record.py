@@ -121,7 +121,8 @@ class RecordLayout:
     ``(L, 8)``; floats, float64 ``(L, 8)``; formats, float64 ``(L, F, 10)``; ends, uint32 ``(L,)``,
     where the filled bins of each row end; their numbers, uint16, or uint32 of more than 65,536
     bins; their counts, uint32, or uint64 where a row has 2**32 elements or more. A row without
-    values has zeros, NaN and no filled bin.
+    values has zeros, NaN and no filled bin. ``pack_rows`` in ``engines/cpu/work.py`` makes the same
+    bytes of what an engine has measured.
     """
 
     n_rows: int  # L

@@ -154,8 +154,8 @@ FAULTS = [
     # What watches a training.
     Fault(
         "gradstat/recording",
-        "within == self.accumulation_steps - 1",
-        "within == 0",
+        "n_before % self._period == self.accumulation_steps - 1",
+        "n_before % self._period == 0",
         "tests/recording",
     ),
     Fault(
@@ -262,7 +262,7 @@ FAULTS = [
     ),
     Fault(
         "gradstat/history",
-        "if zlib.crc32(data) != self.block.checksums[self.place]:",
+        "if zlib.crc32(data) != self.of_block.checksums[self.place]:",
         "if False:",
         "tests/history",
     ),

@@ -194,18 +194,18 @@ class StoredRecord(NamedTuple):
 
     step: int
     time_s: float
-    block: _Index
+    of_block: _Index
     place: int  # in that block
 
     @property
     def path(self) -> Path:
         """The file's."""
-        return self.block.file.path
+        return self.of_block.file.path
 
     @property
     def n_bytes(self) -> int:
         """Of its numbers."""
-        return self.block.sizes[self.place]
+        return self.of_block.sizes[self.place]
 
     @property
     def data(self) -> bytes:
@@ -214,28 +214,28 @@ class StoredRecord(NamedTuple):
         with damage_of(self.path):
             if len(data) < self.n_bytes:
                 raise CutOffError(f"it ends within the record of step {self.step}")
-            if zlib.crc32(data) != self.block.checksums[self.place]:
+            if zlib.crc32(data) != self.of_block.checksums[self.place]:
                 raise ValueError(f"its record of step {self.step} has another checksum")
         return data
 
     def head(self, n_bytes: int) -> bytes:
         """The first bytes of it, of which no checksum is known."""
-        return self.block.file.read(self.block.starts[self.place], n_bytes)
+        return self.of_block.file.read(self.of_block.starts[self.place], n_bytes)
 
     @property
     def is_checked(self) -> bool:
         """Whether its numbers were found to be plausible."""
-        return self.block.checked[self.place] >= 1
+        return self.of_block.checked[self.place] >= 1
 
     @property
     def is_verified(self) -> bool:
         """Whether its histograms were, too."""
-        return self.block.checked[self.place] == 2
+        return self.of_block.checked[self.place] == 2
 
     def set_checked(self, *, whole: bool) -> None:
         """Its numbers were, or the whole of it."""
         if whole or not self.is_checked:
-            self.block.checked[self.place] = 1 + whole
+            self.of_block.checked[self.place] = 1 + whole
 
 
 class Spool:

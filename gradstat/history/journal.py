@@ -110,7 +110,7 @@ class Journal:
         self._waiting_bytes += len(record.data)
         if self._waiting_bytes >= _MOST_WAITING_BYTES:
             self.flush()
-        _LATER.write(self)
+        _LATER.write_soon(self)
 
     def add_scalar(self, name: str, step: int, value: float) -> None:
         """Take a number, as `History.add_scalar`; it is written within a few seconds."""
@@ -118,11 +118,11 @@ class Journal:
             return
         with self._lock:
             self._state.scalars.append((name, step, value))
-        _LATER.write(self)
+        _LATER.write_soon(self)
 
     def flush(self) -> None:
         """Write all records that wait, in the thread that adds them, after those being written."""
-        _LATER.write_no_more(self)
+        _LATER.cancel(self)
         self.write()
 
     def write(self) -> None:
@@ -178,6 +178,7 @@ class Journal:
         state = self._state
         records, scalars = state.leaving
         now = state_of(self._like)
+        # A value may be None: what was never said differs from each.
         said = {name: value for name, value in now.items() if state.told.get(name, ()) != value}
         said["scalars"] = _by_name(scalars)
         if not state.end:
@@ -225,12 +226,12 @@ class _Later:
         self._timer = None
         self._due.clear()
 
-    def write(self, journal: Journal) -> None:
+    def write_soon(self, journal: Journal) -> None:
         self._due.add(journal)
         if self._timer is None:
             self._start()
 
-    def write_no_more(self, journal: Journal) -> None:
+    def cancel(self, journal: Journal) -> None:
         """End the timer where this journal was the last one."""
         self._due.discard(journal)
         timer = self._timer

@@ -1,4 +1,8 @@
-"""What the files of one process say: a ``.npz`` file, or a directory that grows with the run."""
+"""What the files of one process say: a ``.npz`` file, or a directory that grows with the run.
+
+`History.load` comes here by `gradstat.history.ranks`, which looks for ranks first, and a run that
+grows is read in the same way: piece by piece, until it ends.
+"""
 
 from __future__ import annotations
 

@@ -431,6 +431,7 @@ class Records:
 
     def _numbers(self, records: Sequence[AnyRecord]) -> Numbers:
         """Integers, floats and formats, for which a record that was checked is read in part."""
+        # Bytes of a file are not kept: a long run's would fill the memory.
         layout = self._whole[0]
         if any(isinstance(each, StoredRecord) and not each.is_checked for each in records):
             data = self._read(records, whole=False)

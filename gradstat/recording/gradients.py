@@ -159,11 +159,13 @@ class BackwardHooks:
         @leave_uncompiled
         def on_gradient(parameter: Tensor) -> None:
             call = running.call
+            # No pass yet, or an exception has ended it: then autograd has let go of the method.
             if call is None or call() is None:
                 self._begin()
             if recorder.is_recording:
                 gradient = parameter.grad
-                # All gradients wait for the end of the pass, but for those that may change before.
+                # It waits for the end of the pass, but where all would be more than a bucket holds,
+                # and where it may change before.
                 if waits and gradient is not None and not gradient._is_view():
                     if gradient.is_cpu:
                         note((row, gradient))

@@ -1,9 +1,11 @@
 """`Recorder`: a pass, from its first gradient to its record or its failure.
 
-Gradients wait in buckets, one for each stream that computes some. What is the same each time that
-the rows of a bucket are measured is in a plan, made once; a bucket's end looks at each tensor once
-and makes one call of an engine. Results travel to the host while the device goes on: only
-`Recorder.collect` waits for it, when it is told to.
+Where all gradients of a model fit in a bucket their hooks note them, and they are measured together
+when the pass ends. Others come through `Recorder.add` and wait in buckets, one for each stream that
+computes some, which are measured when they are full. What is the same each time that the same rows
+are measured is in a plan, made once; with it each tensor is looked at once, and an engine is called
+once. Results travel to the host while the device goes on: only `Recorder.collect` waits for it,
+when it is told to.
 """
 
 from __future__ import annotations
@@ -116,8 +118,9 @@ class _Pass:
 class Recorder:
     """Turns gradients into records.
 
-    A pass is ``begin()``, ``add()`` for each gradient, ``end()``; what `add_output` took before
-    belongs to it too. A pass that never ends, after an exception or an interrupt, leaves nothing.
+    A pass is ``begin()``, ``note`` or ``add()`` for each gradient, ``end()``; what `add_output`
+    took before belongs to it too. A pass that never ends, after an exception or an interrupt,
+    leaves nothing.
     Callers hold `lock` meanwhile: autograd runs hooks in a thread for each device.
 
     Args:
@@ -144,7 +147,7 @@ class Recorder:
     ) -> None:
         self.history = history
         self.lock, self.is_closed = threading.RLock(), False
-        self.is_recording = False  # a pass has begun that has not ended
+        self.is_recording = False  # a pass has begun that is recorded, and has not ended
         self._schedule, self.scalars, self.order = schedule, scalars, Order(history)
         self.bucket_bytes, self._engine, self._side = bucket_bytes, engine, side
         # Gradients that hooks have noted: they append, in whatever thread, and need no lock.
@@ -461,6 +464,7 @@ class Recorder:
             device: a CUDA device that they are on.
             due: as for `Plan.run`.
         """
+        # By the rows as they came: a plan is found without sorting them.
         unfinished, key, formats = self._pass, (device, *tensors), None
         # Taken out while it is used: whoever measures within that, as the handler of a signal may,
         # has another one.
@@ -472,6 +476,7 @@ class Recorder:
             or (self._is_linear and unfinished.scales)
             or not plan.fits(*listed)
         ):
+            # Plain tensors stay what they are: another plan is made where a tensor is another.
             tensors = self._prepared(tensors)
             if not tensors:
                 return

@@ -283,6 +283,7 @@ class Delivery:
 
     def add(self, step: int, parts: list[Part], n_told: int, stamp: Transfer | None = None) -> None:
         """Take a record that may still be on its way from its device; arguments as of that."""
+        # A whole record that is on the host, as of the CPU, waits for nothing, nor for others.
         part = parts[0] if len(parts) == 1 else None
         if (
             part is None

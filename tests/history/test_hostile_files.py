@@ -658,7 +658,7 @@ def test_history_finds_any_damage_when_a_record_is_first_read(
 ) -> None:
     history = long_file(tmp_path, monkeypatch, lambda _: None)
     record = history.find(1)
-    at = record.block.starts[1] + (80 if place == "numbers" else record.n_bytes - 9)
+    at = record.of_block.starts[1] + (80 if place == "numbers" else record.n_bytes - 9)
     with (tmp_path / "00000000.gradstat").open("r+b") as file:
         file.seek(at)
         file.write(b"\xaa")

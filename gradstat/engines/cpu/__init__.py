@@ -33,7 +33,7 @@ from gradstat.engines.cpu.work import (
     FLOATS_ONLY,
     FUSED,
     HEAD,
-    INTEGERS,
+    INTEGERS_AT,
     MAX_SHARED_BINS,
     NEXT,
     NUMBERS,
@@ -68,7 +68,7 @@ class _Rows:
 
 
 class _Room(_Rows):
-    """The same, zero again after each call, and as much for the rows packed.
+    """The same, which packing makes zero again, and room for twice as much: a record has no more.
 
     The next call uses it again: new memory costs more than to measure small tensors.
     """
@@ -229,6 +229,7 @@ class _Table:
             n_items += -(-numel // size)
             n_values += numel
         self._partials = array("d", bytes(8 * FIELDS * n_items))
+        # From NEXT to PARTIALS; `write_to` knows the others.
         head = [0, len(rows), n_items, self._partials.buffer_info()[0], *[0] * (HEAD - 4)]
         head[ADDRESSES] = addresses.buffer_info()[0]
         self._table = array("q", (*head, *lines, 0, 0, 0, n_items, 0))
@@ -243,7 +244,7 @@ class _Table:
             high = low + n * ranges.itemsize
         address = rows.address
         to = address, address + 64 * n, address + 8 * NUMBERS * n, n_bins
-        self._table[INTEGERS : TOUCHED + 1] = array("q", (*to, low, high, rows.touched_address))
+        self._table[INTEGERS_AT : TOUCHED + 1] = array("q", (*to, low, high, rows.touched_address))
         self._ranges = ranges  # whose memory the table has the address of
         self._is_shared = self._is_large and n_bins <= MAX_SHARED_BINS
 
@@ -261,6 +262,7 @@ class _Table:
             scratch = _scratches.pop()
         except IndexError:  # all are in use
             scratch = _new_scratch()
+        # Their product is zero in a thread that flushes subnormal numbers.
         work = self._work if SUBNORMAL * 1.0 else keeps_subnormals(self._work)
         work(self._address, stage, is_last, scratch[1])
         _scratches.append(scratch)

@@ -300,9 +300,10 @@ def write_row(total: Pointer, numel: int, integers: Pointer, floats: Pointer) ->
     """A tensor's integers, but for below and above, and its floats, but for the range."""
     n, unit = total[FINITE], total[UNIT]
     integers[0] = numel
-    for k in range(FINITE, NEGINF + 1):  # in the order of `INTEGERS`
+    for k in range(FINITE, NEGINF + 1):  # in the order of `INTEGERS`, after numel
         integers[k + 1] = np.int64(total[k])
     scaled = total[PIVOT] * n + total[SHIFTED]
+    # In the order of `FLOATS`: min, max, sum, std, l1, l2.
     floats[0] = total[MIN] if n > 0 else np.nan
     floats[1] = total[MAX] if n > 0 else np.nan
     floats[2] = scaled * unit

@@ -39,14 +39,17 @@ from gradstat.engines.cpu.partials import (
 )
 from gradstat.results import FLOATS
 
-# The next item that nobody has taken, how many tensors and items there are, and addresses:
-# partials, float64 (items, FIELDS); integers, floats and counts of the results; low and high, the
-# ends of linear ranges, float32, or 0 where the floats have them; which parts of each row's
-# histogram are touched, see `Counters`; the addresses of the elements of each row.
-NEXT, TENSORS, ITEMS, PARTIALS, INTEGERS, RESULTS, COUNTS, BINS = range(8)
+# A work table is int64: a head, a line for each tensor, and one more line, of which FIRST counts.
+# The head: the next item that nobody has taken; how many tensors and items there are; the address
+# of the partials, float64 (items, FIELDS);
+NEXT, TENSORS, ITEMS, PARTIALS = range(4)
+# addresses of the results' integers, floats and counts; how many bins a row has;
+INTEGERS_AT, FLOATS_AT, COUNTS_AT, BINS = range(4, 8)
+# addresses of the low and high ends of linear ranges, float32, or 0 where the floats have them; of
+# which parts of each row's histogram are touched, see `Counters`; of the addresses of each row.
 LOWS, HIGHS, TOUCHED, ADDRESSES = range(8, 12)
 HEAD = 12
-# Address of the layout (or 0), row of the results, items before, item's size.
+# A line: elements, address of the layout (or 0), row of the results, items before, item's size.
 NUMEL, LAYOUT, ROW, FIRST, ITEM = range(5)
 COLUMNS = 5
 
@@ -168,8 +171,8 @@ def parts_of(bins: int) -> int:
 @inlined
 def _counters(head: Pointer, line: Pointer, n: int, scratch: int) -> Counters:
     """Counters of ``n`` slots for a tensor."""
-    integers = pointer(head[INTEGERS] + line[ROW] * 8 * 8, np.int64)
-    counts = pointer(head[COUNTS] + line[ROW] * 8 * head[BINS], np.int64)
+    integers = pointer(head[INTEGERS_AT] + line[ROW] * 8 * 8, np.int64)
+    counts = pointer(head[COUNTS_AT] + line[ROW] * 8 * head[BINS], np.int64)
     touched = pointer(head[TOUCHED] + line[ROW] * parts_of(head[BINS]), np.uint8)
     # Threads may have items of one tensor, and then add to its row at the same time.
     is_shared = line[COLUMNS + FIRST] > line[FIRST] + 1
@@ -206,7 +209,7 @@ def _make_work(element: object, is_linear: bool) -> Work:
         line = lines = after(head, HEAD)
         addresses = pointer(head[ADDRESSES], np.int64)
         n_slots = head[BINS] + 2 if is_linear else head[BINS]
-        item = atomic_add(head, 1)
+        item = atomic_add(after(head, NEXT), 1)
         while item < head[ITEMS]:
             while line[COLUMNS + FIRST] <= item:  # items are taken in their order
                 line = after(line, COLUMNS)
@@ -214,13 +217,13 @@ def _make_work(element: object, is_linear: bool) -> Work:
             to = _counters(head, line, n_slots, scratch)
             within = None
             if is_linear:
-                floats = pointer(head[RESULTS] + line[ROW] * 8 * 8, np.float64)
+                floats = pointer(head[FLOATS_AT] + line[ROW] * 8 * 8, np.float64)
                 low, high = _ends(head, line, floats)
                 within = counters.linear_range(low, high, head[BINS])
             while item < line[COLUMNS + FIRST]:
                 partial = after(parts, item * FIELDS)
                 # Taken before it is needed, so that its memory can be fetched meanwhile.
-                next_item = atomic_add(head, 1)
+                next_item = atomic_add(after(head, NEXT), 1)
                 _item(line, first, item, next_item, stage, within, partial, total, raw, to)
                 item = next_item
             # The next tensor has the same counters.
@@ -230,7 +233,7 @@ def _make_work(element: object, is_linear: bool) -> Work:
             for tensor in range(head[TENSORS]):
                 line = after(lines, tensor * COLUMNS)
                 to = _counters(head, line, n_slots, scratch)
-                floats = pointer(head[RESULTS] + line[ROW] * 8 * 8, np.float64)
+                floats = pointer(head[FLOATS_AT] + line[ROW] * 8 * 8, np.float64)
                 partials.clear(total)
                 # Whoever did them: sums in this order do not depend on the threads.
                 for item in range(line[FIRST], line[COLUMNS + FIRST]):
