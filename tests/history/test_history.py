@@ -183,6 +183,16 @@ def test_history_reading_every_step_costs_the_same_however_long_the_run() -> Non
     assert seconds_per_step(2000) < 3 * few
 
 
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(30)], ids=str)
+def test_fields_of_a_record_do_not_depend_on_what_is_read_beside_it(bins: Bins) -> None:
+    history = histories.make_history(
+        bins, 3, 50, lambda step, at: torch.randn(40 + at, generator=torch.manual_seed(step))
+    )
+    for field in FIELDS:
+        alone = [history.at([at])[field] for at in range(50)]
+        assert history[field].tobytes() == np.concatenate(alone).tobytes(), field
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_norm_is_that_of_the_whole_gradient(scale: float) -> None:
     rows = [torch.randn(n, generator=torch.Generator().manual_seed(n)) * scale for n in (50, 70)]
