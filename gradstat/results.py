@@ -493,13 +493,13 @@ def _kurtosis(
         inner = inner.scatter_add(-1, at, -torch.ones_like(inner[..., :1]))
     inner = inner.clamp(min=0)
     # Products: a power that is vectorised differs from one that is not in its last digit.
-    centre, half = ((a + b) / 2) ** 2, ((b - a) / 2) ** 2
-    squares = (inner * (centre + half / 3)).sum(-1)
-    fourths = (inner * (centre * centre + 2 * centre * half + half * half / 5)).sum(-1)
-    outer = torch.cat(ends, -1) ** 2
+    centre2, half2 = ((a + b) / 2) ** 2, ((b - a) / 2) ** 2
+    squares = (inner * (centre2 + half2 / 3)).sum(-1)
+    fourths = (inner * (centre2 * centre2 + 2 * centre2 * half2 + half2 * half2 / 5)).sum(-1)
+    outer2 = torch.cat(ends, -1) ** 2
     total = (n - 1) * (std / unit[..., 0]) ** 2
-    scale = ((total - outer.sum(-1)).clamp(min=0) / squares).nan_to_num(nan=0.0, posinf=0.0)
-    moment = (outer * outer).sum(-1) + fourths * scale**2
+    scale = ((total - outer2.sum(-1)).clamp(min=0) / squares).nan_to_num(nan=0.0, posinf=0.0)
+    moment = (outer2 * outer2).sum(-1) + fourths * scale**2
     result = n * moment / total**2
     return torch.where((n > 3) & (mean.abs() <= _FARTHEST_MEAN * std), result, torch.nan)
 

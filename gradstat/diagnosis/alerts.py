@@ -35,8 +35,9 @@ class Alerts:
 
     A record costs a few operations on arrays of its rows. What `diagnose` would call non-finite, a
     spike or exploding is told once, and again only when it has cleared in between. Every eighth
-    record tells whether instability is ahead, where the weights have grown. What the function that
-    is given each finding raises is raised. A loss scale that is tried overflows now and then.
+    record tells whether instability is ahead, where the weights grow or steps are large. What the
+    function that is given each finding raises is raised. A loss scale that is tried overflows now
+    and then.
     """
 
     def __init__(self, history: History, function: Alert, *, is_scaled: bool) -> None:
@@ -82,12 +83,13 @@ class Alerts:
         if not len(self._weights) or len(self._steps) * _REFRESHED <= WINDOW:
             return False
         at, first = self._n_records % WINDOW, self._steps[0]
-        ends = np.where(np.isnan(sizes), -math.inf, sizes)[[(at + 1) % WINDOW, at]]
+        ends = sizes[[(at + 1) % WINDOW, at]]
+        ends[np.isnan(ends)] = -math.inf
         before, now = np.logaddexp.reduce(2 * ends[:, self._weights], axis=1) / 2
         growth = (now - before) * WINDOW / (self._steps[-1] - first)
         pace = np.logaddexp.reduce(2 * ends[1, self._updates], initial=-math.inf) / 2 - now
-        limits = self._thresholds.weights_growth**_NEAR, self._thresholds.weights_pace * _NEAR
-        has_moved = bool(growth > math.log(limits[0]) or pace > math.log(limits[1]))
+        has_grown = growth > math.log(self._thresholds.weights_growth) * _NEAR
+        has_moved = bool(has_grown or pace > math.log(self._thresholds.weights_pace * _NEAR))
         self._is_ahead &= has_moved
         return has_moved
 
@@ -145,7 +147,7 @@ class Alerts:
         newest.logged = self._history.logged
         found = find_instability(Evidence(newest, self._thresholds.window), self._thresholds)
         found = [each for each in found if each.steps[1] > self._steps[-2]]
-        # The loss wavers; what has been told is over when the weights stop growing.
+        # The loss wavers; what has been told is over when the weights hardly move.
         if found and not self._is_ahead:
             self._is_ahead = self._is_telling = True
             try:
