@@ -139,7 +139,7 @@ FAULTS = [
         BINS,
     ),
     Fault("gradstat/results.py", "squares = (n - 1).clamp(min=0)", "squares = n", RESULTS),
-    Fault("gradstat/results.py", "2 * centre**2 * half**2", "centre**2 * half**2", RESULTS),
+    Fault("gradstat/results.py", "2 * centre2 * half2", "centre2 * half2", RESULTS),
     Fault("gradstat/results.py", "parts[..., least].amin(0)", "parts[..., least].amax(0)", RESULTS),
     Fault(
         "gradstat/formats.py",
