@@ -93,5 +93,11 @@ def write_steps(journal: Journal, history: History, *steps: int) -> None:
         for name in history.scalars:
             at, values = history.scalar(name)
             for value in values[at == step].tolist():
-                journal.add_scalar(name, step, value)
+                log(journal, name, step, value)
     journal.flush()
+
+
+def log(journal: Journal, name: str, step: int, value: float) -> None:
+    """Log a value in the run that a journal writes."""
+    journal._like.logged.add(name, step, value)
+    journal.write_soon()

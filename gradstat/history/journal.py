@@ -10,12 +10,18 @@ import inspect
 import secrets
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gradstat.history.file import Link, encode, json_number
-from gradstat.history.reading import check_fits, head_of, segment_name, segments, state_of
+from gradstat.history.file import Link, encode
+from gradstat.history.reading import (
+    as_said,
+    check_fits,
+    head_of,
+    segment_name,
+    segments,
+    state_of,
+)
 from gradstat.history.records import Records
 from gradstat.record import Record
 from gradstat.util import call_after_fork, warn
@@ -25,16 +31,14 @@ _PATIENCE_S = 5.0  # with blocks that are written as the process ends
 _MOST_BYTES = 64 << 20  # kept for a disk that cannot be written
 _MOST_WAITING_BYTES = 32 << 20  # that are left to the timer
 
-_Scalar = tuple[str, int, float]  # name, step, value
-
 
 class _State(NamedTuple):
     """What is where; it changes in one assignment."""
 
     waiting: list[Record]  # of the next block
-    scalars: list[_Scalar]  # of the next block
-    leaving: tuple[list[Record], list[_Scalar]]  # that are being written
+    leaving: list[Record]  # that are being written
     told: dict[str, Any]  # what the blocks before have said
+    n_logged: dict[str, int]  # values of each scalar that they have
     end: int  # bytes of the file that are written
     link: Link  # where its last block ends
 
@@ -47,12 +51,14 @@ def new_run() -> str:
 class Journal:
     """Appends records to a file in a directory, those of a few seconds in one block.
 
+    With them goes what is logged in the history meanwhile.
+
     A timer's thread writes them, also when no more come. What cannot be written is kept and tried
     again; the first time a warning says so. A forked process writes nothing.
 
     Args:
         path: the directory; it is made if need be.
-        like: a history of the same rows, bins and formats, which learns which run it is of.
+        like: the history that the records are of, which learns which run it is of.
         first_step: goes on with the records that are there, those from this step on superseded.
             Without it ValueError refuses them, and always those of other layers or bins.
         run: identifier of the run, which its ranks have in common; by default a new one.
@@ -64,7 +70,7 @@ class Journal:
         # Where it is now, whatever directory the process changes to.
         self._path = path.absolute()
         self._like = like
-        self._state = _State([], [], ([], []), {}, 0, Link())
+        self._state = _State([], [], {}, like.logged.sizes, 0, Link())
         self._waiting_bytes = 0  # about so many
         self._is_created = self._is_forked = False
         self._has_warned, self._n_lost, self._n_told = False, 0, 0
@@ -112,13 +118,10 @@ class Journal:
             self.flush()
         _LATER.write_soon(self)
 
-    def add_scalar(self, name: str, step: int, value: float) -> None:
-        """Take a number, as `History.add_scalar`; it is written within a few seconds."""
-        if self._is_forked:
-            return
-        with self._lock:
-            self._state.scalars.append((name, step, value))
-        _LATER.write_soon(self)
+    def write_soon(self) -> None:
+        """Write within a few seconds what has been logged."""
+        if not self._is_forked:
+            _LATER.write_soon(self)
 
     def flush(self) -> None:
         """Write all records that wait, in the thread that adds them, after those being written."""
@@ -135,7 +138,7 @@ class Journal:
     def warn_of_unwritten(self) -> None:
         """Say how many records could not be written, after the last attempt."""
         state = self._state
-        n = self._n_lost + len(state.waiting) + len(state.leaving[0])
+        n = self._n_lost + len(state.waiting) + len(state.leaving)
         if n > self._n_told:
             self._n_told = n
             warn(
@@ -155,35 +158,33 @@ class Journal:
 
     def _write_waiting(self) -> None:
         try:
-            while any(self._state.leaving) or self._begin_block():
+            while self._state.leaving or self._begin_block():
                 self._write_block()
         except OSError as error:
             self._warn_of(error)
             if sum([len(record.data) for record in self._state.waiting]) >= _MOST_BYTES:
                 with self._lock:
-                    self._n_lost += len(self._state.leaving[0])
-                    self._state = self._state._replace(leaving=([], []))
+                    self._n_lost += len(self._state.leaving)
+                    self._state = self._state._replace(leaving=[])
 
     def _begin_block(self) -> bool:
         """Let what waits leave, if there is anything."""
         with self._lock:
             state = self._state
-            leaving = state.waiting, state.scalars
-            self._state = state._replace(waiting=[], scalars=[], leaving=leaving)
+            self._state = state._replace(waiting=[], leaving=state.waiting)
         self._waiting_bytes = 0
-        return any(leaving)
+        return bool(state.waiting or self._like.logged.after(state.n_logged))
 
     def _write_block(self) -> None:
         """Append the records that leave, and what the blocks before have not said of them."""
-        state = self._state
-        records, scalars = state.leaving
-        now = state_of(self._like)
+        state, logged = self._state, self._like.logged
+        now, scalars = state_of(self._like), logged.after(state.n_logged)
         # A value may be None: what was never said differs from each.
         said = {name: value for name, value in now.items() if state.told.get(name, ()) != value}
-        said["scalars"] = _by_name(scalars)
+        said["scalars"] = as_said(scalars)
         if not state.end:
             said = head_of(self._like) | self._head | said
-        parts, link = encode(said, records, state.link)
+        parts, link = encode(said, state.leaving, state.link)
         self._path.mkdir(parents=True, exist_ok=True)
         with self._file_path.open("r+b" if self._is_created else "xb") as file:
             self._is_created = True
@@ -191,22 +192,18 @@ class Journal:
             file.truncate()  # what an earlier attempt has left
             file.writelines(parts)
             end = file.tell()
+        n_logged = dict(state.n_logged)
+        for name, (steps, _) in scalars.items():
+            n_logged[name] = n_logged.get(name, 0) + len(steps)
         with self._lock:
-            self._state = self._state._replace(leaving=([], []), told=now, end=end, link=link)
+            self._state = self._state._replace(
+                leaving=[], told=now, n_logged=n_logged, end=end, link=link
+            )
 
     def _warn_of(self, error: OSError) -> None:
         if not self._has_warned:
             self._has_warned = True
             warn(f"watch() cannot write to {self._path} and keeps its records in memory: {error}")
-
-
-def _by_name(scalars: Sequence[_Scalar]) -> dict[str, list[list[Any]]]:
-    found: dict[str, list[list[Any]]] = {}
-    for name, step, value in scalars:
-        steps, values = found.setdefault(name, [[], []])
-        steps.append(step)
-        values.append(json_number(value))
-    return found
 
 
 class _Timer(threading.Timer):

@@ -180,13 +180,16 @@ def _number(said: Mapping[str, Any], name: str) -> int | None:
     return found
 
 
+def as_said(scalars: Mapping[str, tuple[list[int], list[float]]]) -> dict[str, list[list[Any]]]:
+    """What a file says of scalars: of each name its steps and its values."""
+    return {
+        name: [steps, list(map(json_number, values))] for name, (steps, values) in scalars.items()
+    }
+
+
 def save(path: Path, records: Records) -> None:
     """As `History.save`."""
-    logged = records.logged
-    scalars = {}
-    for name in logged.names:
-        steps, values = (x.tolist() for x in logged.get(name))
-        scalars[name] = [steps, list(map(json_number, values))]
+    scalars = as_said(records.logged.after({}))
     all_said = head_of(records) | state_of(records) | {"scalars": scalars}
     said = json.dumps(all_said, allow_nan=False).encode()
     n_bins, counts = 0, "<u4"

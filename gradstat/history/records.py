@@ -14,7 +14,7 @@ import math
 import time
 from array import array
 from bisect import bisect_left
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from operator import attrgetter
 from typing import NamedTuple, Self
@@ -83,6 +83,21 @@ class Scalars:
     def names(self) -> list[str]:
         """In the order in which they were first logged."""
         return list(self._series)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many values each name has."""
+        return {name: len(values) for name, (_, values) in list(self._series.items())}
+
+    def after(self, sizes: Mapping[str, int]) -> dict[str, tuple[list[int], list[float]]]:
+        """Steps and values of each name that has more than so many, from there on."""
+        found = {}
+        for name, (steps, values) in list(self._series.items()):
+            start = sizes.get(name, 0)
+            new = values[start:].tolist()
+            if new:
+                found[name] = steps[start : start + len(new)].tolist(), new
+        return found
 
     def get(self, name: str) -> tuple[Array, Array]:
         """Steps, int64 ``(N,)``, and values, float64 ``(N,)``: copies."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from numbers import Real
 from operator import itemgetter
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gradstat.diagnosis.alerts import Alerts
+from gradstat.history.journal import Journal
 from gradstat.recording.cuda import Schedule, Transfer
 from gradstat.recording.options import LOOKS, Replaced
 from gradstat.recording.shards import local_part
@@ -52,7 +53,8 @@ class ScalarLog:
 
     Args:
         schedule: counts the passes.
-        keepers: are given name, step and value, those of each name in order.
+        keepers: are given name, step and value, those of each name in order; the history first.
+        journal: is told that there are some.
         alerts: looks at each value after that.
         replaced: is asked now and then, as no pass may come any more.
     """
@@ -61,11 +63,13 @@ class ScalarLog:
         self,
         schedule: Schedule,
         keepers: Sequence[Keep],
+        journal: Journal | None,
         alerts: Alerts | None,
         replaced: Replaced,
     ) -> None:
         self._replaced, self._n_calls = replaced, 0
-        self._schedule, self._keepers, self._alerts = schedule, keepers, alerts
+        self._schedule, self._keepers = schedule, keepers
+        self._journal, self._alerts = journal, alerts
         self.broken_step = -1  # of the newest value that is not finite
         self._passes: dict[str, int] = {}  # that each name's last value belongs to
         self._n_before = schedule.n_passes  # passes before the first value
@@ -80,7 +84,7 @@ class ScalarLog:
         self._n_calls += 1
         if self._n_calls % LOOKS == 0:
             self._replaced.look()
-        numbers: dict[str, float] = {}
+        names, numbers = [], []
         on_devices: dict[torch.device, dict[str, Tensor]] = {}
         for name, value in values.items():
             if type(value) is not float:
@@ -88,20 +92,19 @@ class ScalarLog:
             if isinstance(value, Tensor):
                 on_devices.setdefault(value.device, {})[name] = value
             else:
-                numbers[name] = value
-        last = self._schedule.n_told + self._schedule.n_missed - 1
+                names.append(name)
+                numbers.append(value)
         for tensors in on_devices.values():
-            steps = [self._step_of(name, last) for name in tensors]
             with torch.no_grad():
                 # In memory of its own: the values may be changed in place afterwards.
                 source = torch.stack([_wide(value.detach()) for value in tensors.values()])
+            steps = self._steps_of(tensors)
             self.pending.append(_Entry(list(tensors), steps, None, Transfer(source), source))
-        if numbers and self.pending:
-            steps = [self._step_of(name, last) for name in numbers]
-            self.pending.append(_Entry(list(numbers), steps, list(numbers.values()), None, None))
+        steps = self._steps_of(names)
+        if names and self.pending:
+            self.pending.append(_Entry(names, steps, numbers, None, None))
         else:
-            for name, number in numbers.items():
-                self._keep(name, self._step_of(name, last), number)
+            self._keep(names, steps, numbers)
         if self._alerts is not None:
             self._alerts.tell()
 
@@ -114,26 +117,33 @@ class ScalarLog:
                     return
                 values = arriving.host().tolist()
             self.pending.popleft()
-            for name, step, value in zip(names, steps, values or (), strict=True):
-                self._keep(name, step, value)
+            self._keep(names, steps, values or ())
 
     def forget_other_threads(self) -> None:
         """In a forked process: values on their way, and alerts, are the other one's."""
         self.pending.clear()
         self._alerts = None
 
-    def _keep(self, name: str, step: int, value: float) -> None:
-        if not isfinite(value):
-            self.broken_step = step
-        for keep in self._keepers:
-            keep(name, step, value)
-        if self._alerts is not None:
-            self._alerts.see_scalar(name, value)
+    def _keep(self, names: Sequence[str], steps: Sequence[int], values: Sequence[float]) -> None:
+        for name, step, value in zip(names, steps, values, strict=True):
+            if not isfinite(value):
+                self.broken_step = step
+            for keep in self._keepers:
+                keep(name, step, value)
+            if self._alerts is not None:
+                self._alerts.see_scalar(name, value)
+        if self._journal is not None:
+            self._journal.write_soon()
 
-    def _step_of(self, name: str, last: int) -> int:
-        newest = self._passes.get(name, self._n_before - 1)
-        of = self._passes[name] = max(last + (newest >= last), newest)
-        return of // self._schedule.accumulation_steps
+    def _steps_of(self, names: Iterable[str]) -> list[int]:
+        """The steps that new values of these names belong to."""
+        schedule, passes, steps = self._schedule, self._passes, []
+        last = schedule.n_told + schedule.n_missed - 1
+        for name in names:
+            newest = passes.get(name, self._n_before - 1)
+            passes[name] = max(last + (newest >= last), newest)
+            steps.append(passes[name] // schedule.accumulation_steps)
+        return steps
 
 
 class LearningRates:

@@ -239,9 +239,10 @@ def watch(
     if alert is not None:
         alerts = Alerts(history, alert, is_scaled=scaler is not None)
     keepers = [history.logged.add]
-    keepers += [each.add_scalar for each in (journal, writer) if each is not None]
+    if writer is not None:
+        keepers.append(writer.add_scalar)
     replaced = options.Replaced(model, selected)
-    scalars = ScalarLog(schedule, keepers, alerts, replaced)
+    scalars = ScalarLog(schedule, keepers, journal, alerts, replaced)
     delivery = Delivery(history, schedule, sink, journal, alerts)
     recorder = Recorder(history, schedule, scalars, delivery, replaced, bucket_bytes, engine, side)
     # Parameters by their ids: others may have taken their places, and names, since.

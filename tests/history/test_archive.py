@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from histories import append_rows
+from histories import append_rows, log
 from watching import LAYERS, SCHEMES, absent, arrays, assert_same, make_history
 
 import gradstat
@@ -190,7 +190,7 @@ def test_history_keeps_what_a_rank_holds_of_which_tensor(
     kept = Journal(tmp_path / "run", history)
     append_rows(kept, 0, *arrays(history.record(0)))
     kept.flush()
-    kept.add_scalar("loss", 1, 2.0)
+    log(kept, "loss", 1, 2.0)
     kept.flush()
     for loaded in (History.load(tmp_path / "run.npz"), History.load(tmp_path / "run")):
         assert (loaded.rank, loaded.world) == (3, 8)

@@ -10,7 +10,6 @@ from watching import assert_same
 
 from gradstat import History, Log2Bins
 from gradstat.history.follow import Follower, Look
-from gradstat.history.journal import Journal
 from gradstat.history.records import Records, joined
 
 STEPS = 12
@@ -256,7 +255,7 @@ def test_look_knows_another_run_in_the_same_file(tmp_path: Path) -> None:
 def test_look_takes_a_resumed_run_up_when_its_file_has_a_block(tmp_path: Path) -> None:
     path, reader = tmp_path / "run", Reader(tmp_path / "run")
     write_steps(begin_journal(path, recorded()), recorded(), *range(6))
-    journal = Journal(path, recorded(2.0), 4)
+    journal = begin_journal(path, recorded(2.0), 4)
     write_steps(journal, recorded(2.0), 4, 5)
     newest = path / "00000001.gradstat"
     whole = newest.read_bytes()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from histories import append_rows
+from histories import append_rows, log
 from torch import Tensor
 from watching import absent, arrays, assert_same
 
@@ -23,6 +23,7 @@ from gradstat.cli import main
 from gradstat.history import ranks as merging
 from gradstat.history.file import Reader, StoredRecord
 from gradstat.history.journal import Journal
+from gradstat.history.records import Scalars
 from gradstat.record import OWN, PARTIAL, SAME, Placement, Row
 
 ROWS = ["a.weight", "b.weight"]
@@ -56,11 +57,13 @@ def make_rank(
 
 def write(path: Path, history: History, size: int, first_step: int | None = None) -> None:
     """Write a rank's directory, so many records in a block."""
-    kept = Journal(path / f"rank-{history.rank}", history, first_step)
+    like = history.snapshot()
+    like.logged = Scalars()
+    kept = Journal(path / f"rank-{history.rank}", like, first_step)
     losses = history.scalar("loss")[1] if len(history) else []
     for at, step in enumerate(history.steps.tolist()):
         append_rows(kept, step, *arrays(history.record(step)), time_s=float(step))
-        kept.add_scalar("loss", step, losses[at])
+        log(kept, "loss", step, losses[at])
         if at % size == size - 1:
             kept.flush()
     kept.flush()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from histories import append_rows
+from histories import append_rows, log
 from torch import nn
 from watching import arrays, assert_record, assert_same, backward, make_history, make_model
 
@@ -213,7 +213,7 @@ def test_journal_keeps_owners_where_its_last_block_has_scalars_alone(
     history.placements = [Placement(SAME), Placement(5)]
     append_rows(kept, 0, *arrays(records[0]))
     kept.flush()
-    kept.add_scalar("loss", 1, 2.0)
+    log(kept, "loss", 1, 2.0)
     kept.flush()
     blocks = Reader(segment(tmp_path, 0)).blocks()
     assert [len(block.records) for block in blocks] == [0, 1, 0]

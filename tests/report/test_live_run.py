@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from histories import begin_journal, falling, make_history, write_steps
+from histories import begin_journal, falling, log, make_history, write_steps
 
 from gradstat import History, Log2Bins
 from gradstat.diagnosis import Finding
@@ -223,7 +223,7 @@ def test_live_run_finds_what_the_whole_run_shows_and_reads_it_once(
     ]
     for step in range(STEPS):
         for journal in journals:
-            journal.add_scalar("loss", step, 1.0 if step < 20 else 30.0)
+            log(journal, "loss", step, 1.0 if step < 20 else 30.0)
             write_steps(journal, history, step)
     live = LiveRun(tmp_path)
     told = wait_for_findings(live, STEPS)
