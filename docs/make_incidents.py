@@ -49,11 +49,13 @@ class Runs:
     """Runs that are trained, or read from a folder in which they are kept.
 
     Args:
-        folder: of files; ``None`` to keep none.
+        folder: of files, which is made if need be; ``None`` to keep none.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
 
     def get(self, name: str, make: Callable[[], History]) -> History:
         if self._folder is None:
