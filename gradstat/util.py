@@ -18,6 +18,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -88,6 +89,17 @@ def escaped(text: object) -> str:
 def plural(n: int, what: str) -> str:
     """How many of something there are."""
     return f"{n} {what}{'s' * (n != 1)}"
+
+
+def check_integer(function: str, name: str, number: int, least: int) -> int:
+    """An argument that is an integer of at least that; TypeError or ValueError for another one."""
+    if not isinstance(number, Integral) or isinstance(number, bool):
+        raise TypeError(f"{function}() needs an integer; {name} is {number!r}")
+    if number < least:
+        raise ValueError(f"{function}() needs a number of {least} or more; {name} is {number}")
+    if number >= 1 << 62:
+        raise ValueError(f"{function}() needs a number below 2**62; {name} is {number}")
+    return int(number)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

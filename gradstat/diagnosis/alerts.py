@@ -86,8 +86,9 @@ class Alerts:
         ends = sizes[[(at + 1) % WINDOW, at]]
         ends[np.isnan(ends)] = -math.inf
         before, now = np.logaddexp.reduce(2 * ends[:, self._weights], axis=1) / 2
-        growth = (now - before) * WINDOW / (self._steps[-1] - first)
-        pace = np.logaddexp.reduce(2 * ends[1, self._updates], initial=-math.inf) / 2 - now
+        with np.errstate(invalid="ignore"):  # of weights that are all zero, or NaN
+            growth = (now - before) * WINDOW / (self._steps[-1] - first)
+            pace = np.logaddexp.reduce(2 * ends[1, self._updates], initial=-math.inf) / 2 - now
         has_grown = growth > math.log(self._thresholds.weights_growth) * _NEAR
         has_moved = bool(has_grown or pace > math.log(self._thresholds.weights_pace * _NEAR))
         self._is_ahead &= has_moved

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,8 @@ from gradstat.bins import Bins
 from gradstat.formats import Format, asked_formats, parse_format
 from gradstat.history import ranks, reading
 from gradstat.history.records import Records
-from gradstat.record import FROM_THE_END, GRAD, OF_OUTPUTS, PARAM, UNIT, UPDATE, Row
+from gradstat.ops import check_bins
+from gradstat.record import FROM_THE_END, GRAD, KINDS, OF_OUTPUTS, PARAM, UNIT, UPDATE, Row
 from gradstat.results import (
     DERIVED,
     FLOATS,
@@ -28,7 +30,7 @@ from gradstat.results import (
     union_norms,
     unpacked,
 )
-from gradstat.util import Array, divide, one_of
+from gradstat.util import Array, check_integer, divide, one_of
 
 if TYPE_CHECKING:
     import pandas
@@ -53,6 +55,10 @@ class History(Records):
             many, evenly. Whenever it is full every other one is dropped.
         kinds: of what each layer is, by default gradients; see ``what`` of `gradstat.watch`.
         formats: names of narrow formats that are measured; see ``formats`` of `gradstat.watch`.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: a layer that is there twice, an unknown kind, a capacity below 2.
 
     Attributes:
         formats: their names.
@@ -83,14 +89,25 @@ class History(Records):
         kinds: Sequence[str] | None = None,
         formats: str | Format | Sequence[str | Format] = (),
     ) -> None:
+        if not all(isinstance(each, str | Row) for each in layers):
+            raise TypeError(f"History() needs the names of layers; layers is {layers!r:.80}")
         if kinds is None:
             kinds = [each.kind if isinstance(each, Row) else GRAD for each in layers]
+        if len(kinds) != len(layers) or not set(KINDS).issuperset(kinds):
+            raise ValueError(
+                f"History() needs for each of {len(layers)} layers one of the kinds "
+                f"{', '.join(KINDS)}; kinds is {kinds!r:.80}"
+            )
         rows = [
             each if isinstance(each, Row) else Row.printed(kind, each)
             for kind, each in zip(kinds, layers, strict=True)
         ]
+        if len(set(rows)) < len(rows):
+            raise ValueError(f"History() needs each layer once; layers is {layers!r:.80}")
+        if capacity is not None:
+            capacity = check_integer("History", "capacity", capacity, 2)
         names = [each.name for each in asked_formats("History", formats)]
-        super().__init__(rows, bins, names, capacity)
+        super().__init__(rows, check_bins("History", bins), names, capacity)
 
     @classmethod
     def from_records(cls, records: Records) -> History:
@@ -175,9 +192,12 @@ class History(Records):
     def add_scalar(self, name: str, step: int, value: float) -> None:
         """Add a number that belongs to a step; all are kept, 16 bytes each, whatever the capacity.
 
-        ValueError for a step below that of the last value of this name.
+        TypeError for what is no name, step or number, ValueError for a step below 0, or below that
+        of the last value of this name.
         """
-        self.logged.add(name, step, value)
+        if not isinstance(name, str) or not isinstance(value, Real):
+            raise TypeError(f"add_scalar() needs a name and a number; they are {name!r}, {value!r}")
+        self.logged.add(name, check_integer("add_scalar", "step", step, 0), float(value))
 
     def norm(self, kind: str = GRAD) -> Array:
         """L2 norm of all rows of a kind together: of the whole gradient, as clipping sees it.
@@ -516,14 +536,6 @@ def check_history(function: str, history: History, name: str = "history") -> His
     if len(history) == 0 or not history.layers:
         raise ValueError(f"{function}() needs a History with records; {name} is {history!r}")
     return history.snapshot()
-
-
-def check_count(function: str, name: str, value: int, noun: str = "step") -> None:
-    """Refuse what is not a positive integer."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{function}() needs an integer number of {noun}s; {name} is {value!r}")
-    if value < 1:
-        raise ValueError(f"{function}() needs one {noun} or more; {name} is {value}")
 
 
 def first_rows(history: History) -> list[str]:

@@ -16,6 +16,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
+from numbers import Integral
 from operator import attrgetter
 from typing import NamedTuple, Self
 
@@ -27,7 +28,7 @@ from gradstat.history.check import check_histograms, check_numbers
 from gradstat.history.file import StoredRecord, damage_of
 from gradstat.record import Numbers, Placement, Record, RecordLayout, Row, Unpacked, taken
 from gradstat.results import SHAPES, as_statistics
-from gradstat.util import Array, windows_of
+from gradstat.util import Array, check_integer, windows_of
 
 AnyRecord = Record | StoredRecord
 
@@ -217,10 +218,11 @@ class Records:
             time_s: when it was recorded, in seconds since 1970; by default now.
 
         Raises:
-            ValueError: a step that is not higher than the last one's, bytes of another layout.
+            TypeError: a step that is no integer.
+            ValueError: a step below 0, or not higher than the last one's; bytes of another layout.
         """
-        layout = self.layout
-        if self and step <= self.last_step:
+        layout, step = self.layout, check_integer("append", "step", step, 0)
+        if step <= self.last_step:
             raise ValueError(f"append() needs a step after {self.last_step}; step is {step}")
         if not layout.fits(data):
             raise ValueError(
@@ -294,6 +296,8 @@ class Records:
 
     def find(self, step: int) -> AnyRecord:
         """The record of a step, which may be counted back from the newest; else KeyError."""
+        if not isinstance(step, Integral):
+            raise TypeError(f"History needs the number of a step; step is {step!r}")
         records = self._kept.records
         n = len(records)
         if -n <= step < 0:

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from gradstat.history import History
-from gradstat.history.history import check_count
 from gradstat.record import ACTIVATION, NOUNS, PARAM, UNIT, UPDATE, Row
 from gradstat.results import Statistics, as_statistics
-from gradstat.util import Array, evenly_spread
+from gradstat.util import Array, check_integer, evenly_spread
 
 
 class Filled(NamedTuple):
@@ -103,7 +102,7 @@ def chosen_steps(function: str, history: History, max_records: int | None) -> li
     """Steps of at most so many records, evenly spread, the newest among them; ``None`` for all."""
     if max_records is None:
         max_records = len(history)
-    check_count(function, "max_records", max_records, "record")
+    check_integer(function, "max_records", max_records, 1)
     if max_records == 1:
         return [int(history.steps[-1])]
     steps = history.steps

@@ -23,12 +23,11 @@ from gradstat.bins import OCTAVES
 from gradstat.diagnosis import diagnose
 from gradstat.diagnosis.findings import COLORS
 from gradstat.history import History
-from gradstat.history.history import check_count
 from gradstat.plot import data, labels, panels
 from gradstat.plot.data import Histories, Layers, Limits
 from gradstat.plot.labels import Color
 from gradstat.record import NOUNS
-from gradstat.util import Array
+from gradstat.util import Array, check_integer
 
 _MAGNITUDES = ("mean_abs", "std", "var", "l1", "l2", "rms", "abs_max", "update_ratio")
 _MAX_RIDGES = 60
@@ -158,7 +157,7 @@ def curves(
         'log'
     """
     named, titles = _checked("curves", history, layers, steps_per_epoch, figure, field)
-    check_count("curves", "average", average)
+    check_integer("curves", "average", average, 1)
     if field == _NORM or any(field in each.scalars for each in named.values()):
         return _series_curves(named, field, steps_per_epoch, average, log, figure)
     data.check_field("curves", field)
@@ -304,7 +303,7 @@ def _checked(
         )
     named = data.check_histories(function, history)
     if steps_per_epoch is not None:
-        check_count(function, "steps_per_epoch", steps_per_epoch)
+        check_integer(function, "steps_per_epoch", steps_per_epoch, 1)
     return named, data.check_layers(function, named, layers, field)
 
 

@@ -41,16 +41,6 @@ _WHAT = {
 }
 
 
-def check_integer(name: str, number: int, least: int) -> None:
-    """Raise unless a number is an integer of at least that."""
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise TypeError(f"watch() needs an integer; {name} is {number!r}")
-    if number < least:
-        raise ValueError(f"watch() needs a number of {least} or more; {name} is {number}")
-    if number >= 1 << 62:
-        raise ValueError(f"watch() needs a number below 2**62; {name} is {number}")
-
-
 def check_directory(function: str, name: str, path: str | os.PathLike[str]) -> None:
     """Raise unless a path may be that of a directory to write into."""
     if not isinstance(path, str | os.PathLike):

@@ -196,7 +196,10 @@ def _checked(name: str, value: object) -> float | Tensor:
         return value.item() if value.is_cpu else value
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"log() needs numbers or 0-dim tensors; {name} is {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"log() needs numbers that float64 holds; {name} is beyond") from error
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ from gradstat.recording.sinks import RunWriter
 from gradstat.recording.torch_internals import SparingCaptures, leave_uncompiled, unwrapped
 from gradstat.recording.transfers import Delivery, Sink
 from gradstat.results import Statistics
-from gradstat.util import call_after_fork, warn
+from gradstat.util import call_after_fork, check_integer, warn
 
 Kind = Literal["grad", "param", "update", "activation", "grad_output"]
 What = Kind | Literal["all"] | Sequence[Kind]
@@ -187,13 +187,13 @@ def watch(
     scheme = check_bins("watch", Log2Bins() if bins is None else bins)
     if not isinstance(model, nn.Module):
         raise TypeError(f"watch() needs a torch.nn.Module; model is {type(model).__name__}")
-    options.check_integer("every", every, 1)
-    options.check_integer("accumulation_steps", accumulation_steps, 1)
-    options.check_integer("bucket_bytes", bucket_bytes, 1)
+    every = check_integer("watch", "every", every, 1)
+    accumulation_steps = check_integer("watch", "accumulation_steps", accumulation_steps, 1)
+    bucket_bytes = check_integer("watch", "bucket_bytes", bucket_bytes, 1)
     if capacity is not None:
-        options.check_integer("capacity", capacity, 2)
+        capacity = check_integer("watch", "capacity", capacity, 2)
     if first_step is not None:
-        options.check_integer("first_step", first_step, 0)
+        first_step = check_integer("watch", "first_step", first_step, 0)
     for argument, function in (("sink", sink), ("alert", alert)):
         if function is not None and not callable(function):
             raise TypeError(f"watch() needs a function; {argument} is {function!r}")
@@ -366,7 +366,7 @@ class Watch:
 
         Raises:
             TypeError: what is no number.
-            ValueError: a tensor that is not 0-dim.
+            ValueError: a tensor that is not 0-dim, an integer beyond float64.
             RuntimeError: within the capture of a CUDA graph.
 
         Example:

@@ -135,6 +135,36 @@ def test_history_append_refuses_a_step_that_is_not_higher(
     assert history.steps.tolist() == [0, 2, 4]
 
 
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: History(["a", "a"], Log2Bins()), ValueError, "each layer once; layers is"),
+        (lambda: History([1], Log2Bins()), TypeError, r"the names of layers; layers is \[1\]"),
+        (lambda: History(["a"], Log2Bins(), kinds=["b"]), ValueError, r"kinds is \['b'\]"),
+        (lambda: History(["a"], Log2Bins(), kinds=[]), ValueError, r"of 1 layers .* kinds is \[\]"),
+        (lambda: History(["a"], None), TypeError, "LinearBins or a number; bins is None"),
+        (lambda: History(["a"], Log2Bins(), capacity=1), ValueError, "2 or more; capacity is 1"),
+    ],
+)
+def test_history_refuses_what_no_file_of_it_could_be_read_with(
+    make: Callable[[], History], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=rf"^History\(\) needs .*{message}"):
+        make()
+
+
+@pytest.mark.parametrize("step", [-1, 0.5, None, True, 1 << 62])
+def test_history_refuses_what_is_no_step(step: Any) -> None:
+    history = History(["a"], Log2Bins())
+    error = ValueError if type(step) is int else TypeError
+    rows = np.zeros((1, 8), np.int64), np.zeros((1, 8)), np.zeros((1, 2048), np.int64)
+    with pytest.raises(error, match=rf"^append\(\) needs .*; step is {step}$"):
+        histories.append_rows(history, step, *rows)
+    with pytest.raises(error, match=rf"^add_scalar\(\) needs .*; step is {step}$"):
+        history.add_scalar("loss", step, 1.0)
+    assert (len(history), history.scalars) == (0, [])
+
+
 def gpt2_sizes() -> list[int]:
     """Elements of GPT-2 small's 148 parameters."""
     width = 768
@@ -249,6 +279,15 @@ def test_scalars_refuse_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"add_scalar\(\) needs steps from 3 on; step is 2"):
         history.add_scalar("loss", 2, 1.0)
     assert history.scalar("loss")[0].tolist() == [3]
+    with pytest.raises(
+        TypeError, match=r"add_scalar\(\) needs a name and a number; they are 'a', '1'"
+    ):
+        history.add_scalar("a", 3, "1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"a name and a number; they are \(1, 2\), 1\.0"):
+        history.add_scalar((1, 2), 3, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"History needs the number of a step; step is 'last'"):
+        history.record("last")  # type: ignore[arg-type]
+    assert history.scalars == ["loss"]
 
 
 def test_reduce_keeps_scalars_by_rank(tmp_path: Path, generator: torch.Generator) -> None:

@@ -157,8 +157,8 @@ def test_write_thins_to_so_many_records_and_keeps_the_newest(tmp_path: Path) -> 
             ValueError,
             r"with records; history is History\(0",
         ),
-        ("made", 0, ValueError, r"write\(\) needs one record or more; max_records is 0"),
-        ("made", 2.0, TypeError, r"an integer number of records; max_records is 2\.0"),
+        ("made", 0, ValueError, r"write\(\) needs a number of 1 or more; max_records is 0"),
+        ("made", 2.0, TypeError, r"an integer; max_records is 2\.0"),
     ],
 )
 def test_write_refuses_by_name_and_makes_no_folder(

@@ -245,7 +245,7 @@ def test_log_refuses_what_is_not_a_run() -> None:
     message = r"log\(\) needs a run of wandb\.init\(\); run is NoneType"
     with pytest.raises(TypeError, match=message):
         viewer.log(make_history(LOG2), None)
-    with pytest.raises(ValueError, match=r"log\(\) needs one record or more; max_records is 0"):
+    with pytest.raises(ValueError, match=r"log\(\) needs a number of 1 or more; max_records is 0"):
         viewer.log(make_history(LOG2), None, max_records=0)
 
 

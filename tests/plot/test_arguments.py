@@ -129,14 +129,18 @@ BAD_FOR_ALL = [
     (
         lambda f: f(LOG2, steps_per_epoch=2.0),
         TypeError,
-        "an integer number of steps; steps_per_epoch is 2.0",
+        "an integer; steps_per_epoch is 2.0",
     ),
     (
         lambda f: f(LOG2, steps_per_epoch=True),
         TypeError,
-        "an integer number of steps; steps_per_epoch is True",
+        "an integer; steps_per_epoch is True",
     ),
-    (lambda f: f(LOG2, steps_per_epoch=0), ValueError, "one step or more; steps_per_epoch is 0"),
+    (
+        lambda f: f(LOG2, steps_per_epoch=0),
+        ValueError,
+        "a number of 1 or more; steps_per_epoch is 0",
+    ),
     (lambda f: f(LOG2, figure="a.png"), TypeError, "a matplotlib Figure; figure is str"),
     (lambda f: f(LOG2, figure=pyplot.Axes), TypeError, "a matplotlib Figure; figure is type"),
 ]
@@ -190,12 +194,12 @@ BAD_FOR_ONE = [
     (
         lambda: plot.curves(LOG2, average=0),
         ValueError,
-        "curves() needs one step or more; average is 0",
+        "curves() needs a number of 1 or more; average is 0",
     ),
     (
         lambda: plot.curves(LOG2, average=None),
         TypeError,
-        "curves() needs an integer number of steps; average is None",
+        "curves() needs an integer; average is None",
     ),
     (
         lambda: plot.heatmap(LOG2, "median"),

@@ -97,6 +97,14 @@ def test_alert_lets_a_scaler_try_its_scale() -> None:
     assert [kind for _, kind in run.kinds] == ["non-finite"]
 
 
+@pytest.mark.parametrize("weight", [0.0, math.nan])
+def test_alert_sees_weights_that_are_all_zero_or_nan_without_a_warning(weight: float) -> None:
+    run = Run(what="param")
+    nn.init.constant_(run.model.weight, weight)
+    run.train(60)
+    assert run.kinds == [(0, "non-finite")] * math.isnan(weight)
+
+
 def test_alert_may_stop_the_training() -> None:
     class StopError(Exception):
         pass
