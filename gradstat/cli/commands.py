@@ -40,7 +40,6 @@ _NEWEST = ("rms", "abs_max", "numel", "finite", "zeros")  # fields that tail sho
 
 
 def load(path: Path) -> History:
-    """Read a run that has records, from a file or a directory."""
     history = History.load(path)
     if not len(history):
         raise ValueError(f"{path} has no records yet")
@@ -61,7 +60,6 @@ def run_name(path: Path) -> str:
 
 
 def diagnose(options: argparse.Namespace) -> int:
-    """Print what is wrong with a run; 1 for something severe."""
     history = load(options.run_path)
     found = history.diagnose(Thresholds(**dict(options.threshold)))
     if options.json:
@@ -73,7 +71,6 @@ def diagnose(options: argparse.Namespace) -> int:
 
 
 def formats(options: argparse.Namespace) -> int:
-    """Print what narrow formats would do to each layer, the worst first, and what fits."""
     thresholds = Thresholds(format_snr=options.snr)
     history = load(options.run_path)
     if not history.formats:
@@ -116,7 +113,6 @@ def _fit(fit: FormatFit, *, scales: bool) -> str:
 
 
 def compare(options: argparse.Namespace) -> int:
-    """Print two runs side by side, and draw them if asked to."""
     paths = (options.run_path, options.other)
     names = [run_name(path) for path in paths]
     if names[0] == names[1]:
@@ -143,9 +139,7 @@ def comparison(runs: Mapping[str, History], *, every_layer: bool = False) -> str
     one, other = runs
     common = next((kind for kind in runs[one].kinds if kind in runs[other].kinds), None)
     typical = {
-        name: _typical(
-            history.select(common) if common not in (None, history.kinds[0]) else history
-        )
+        name: _typical(history.select(common) if common else history)
         for name, history in runs.items()
     }
     layers = list(dict.fromkeys(layer for values in typical.values() for layer in values))
@@ -156,7 +150,8 @@ def comparison(runs: Mapping[str, History], *, every_layer: bool = False) -> str
         a, b = (typical[name].get(layer, math.nan) for name in (one, other))
         bars = _bar(a, *ends), _bar(b, *ends)
         rows.append((escaped(layer), _number(a), bars[0], _number(b), bars[1], _ratio(b, a)))
-    shares = [_ratio(_first_over_last(list(values.values())), 1) for values in typical.values()]
+    present = [[rms for rms in values.values() if rms > 0] for values in typical.values()]
+    shares = [_ratio(each[0], each[-1]) if each else "-" for each in present]
     rows.append(("first layer / last layer", shares[0], "", shares[1], "", ""))
     rows += _derived(list(runs.values()))
     a_series, b_series = (_series_of(history) for history in runs.values())
@@ -184,11 +179,6 @@ def _typical(history: History) -> dict[str, float]:
     return {row: typical[row] for row in first_rows(history)}
 
 
-def _first_over_last(typical: Sequence[float]) -> float:
-    present = [rms for rms in typical if rms > 0]
-    return present[0] / present[-1] if present else math.nan
-
-
 def _derived(runs: Sequence[History]) -> list[tuple[str, ...]]:
     """Lines on two runs' updates and units, medians over all records, where both have them."""
     rows: list[tuple[str, ...]] = []
@@ -214,7 +204,6 @@ def draw(runs: Mapping[str, History], path: Path) -> None:
 
 
 def tail(options: argparse.Namespace) -> int:
-    """Print the newest record of a run whenever there is another one, until Ctrl-C."""
     if not options.interval > 0:
         raise ValueError(f"--interval needs a number of seconds above 0; it is {options.interval}")
     try:
@@ -271,7 +260,6 @@ def newest(name: str, history: History) -> str:
 
 
 def export(options: argparse.Namespace) -> int:
-    """Write a run for other programs."""
     if options.tags is not None and options.to not in ("tensorboard", "wandb"):
         raise ValueError(f"--tags needs --to tensorboard or wandb; --to is {options.to}")
     name = run_name(options.run_path)
@@ -310,7 +298,6 @@ def _export(
 
 
 def report(options: argparse.Namespace) -> int:
-    """Write a run as an HTML page."""
     name = run_name(options.run_path)
     path = options.output or Path(f"{name}.html")
     check_output(options.run_path, path)
@@ -320,7 +307,6 @@ def report(options: argparse.Namespace) -> int:
 
 
 def merge(options: argparse.Namespace) -> int:
-    """Write the ranks' records as one run."""
     paths: list[Path] = options.run_paths
     for path in paths:
         check_output(path, options.output)
