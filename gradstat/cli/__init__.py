@@ -1,8 +1,4 @@
-"""The command ``gradstat``: what a run's record says, without writing a script.
-
-What a command does is a function of its name in the module that `COMMANDS` gives, which is imported
-when it is asked for: PyTorch takes a second or two. ``info`` alone is here, as it needs none.
-"""
+"""The command ``gradstat``: what a run's record says, without writing a script."""
 
 from __future__ import annotations
 
@@ -23,6 +19,8 @@ from gradstat.thresholds import Thresholds
 from gradstat.util import ENGINE_VARIABLE, __version__, escaped, one_of
 
 _PRINTING, _WRITING = ("diagnose", "formats", "compare", "tail"), ("export", "report", "merge")
+# The module that has a function of the command's name. It is imported when it is asked for: PyTorch
+# takes a second or two. `info` alone is here, as it needs none.
 COMMANDS = {
     "info": "gradstat.cli",
     **dict.fromkeys((*_PRINTING, *_WRITING), "gradstat.cli.commands"),
@@ -47,18 +45,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: arguments; by default those of the process.
-
-    Returns:
-        0; 1 when ``diagnose`` finds something severe; 2 when a command cannot be carried out, with
-        a line on stderr that says why; 130 when Ctrl-C ended it.
-
-    Raises:
-        SystemExit: arguments that are no command, or ``--help``.
-    """
+    """Run a command: 0; 1 when ``diagnose`` finds something severe; 2 for an error; 130: Ctrl-C."""
     options = _parser().parse_args(argv)
     before, warnings.formatwarning = warnings.formatwarning, _one_line
     out, errors = sys.stdout, sys.stdout.errors
@@ -110,25 +97,13 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_printing(add)
     _add_writing(add)
-    serve = add(
-        "serve", "show the report page of runs in a browser of this machine, while they are written"
-    )
-    _add_runs(
-        serve,
-        "what watch(path=...) writes or will write, a file that History.save() wrote, or a "
-        "directory of such runs",
-    )
-    serve.add_argument(
-        "--port", type=_port, default=0, help="to listen on; by default any that is free"
-    )
     return parser
 
 
 def _add_printing(add: _Add) -> None:
     info = add("info", "show versions, engines, and what will run where; or what a run has logged")
-    info.add_argument(
-        "run_path", metavar="RUN", type=Path, nargs="?", help="instead: what this run has logged"
-    )
+    what = "instead: what this run has logged"
+    info.add_argument("run_path", metavar="RUN", type=Path, nargs="?", help=what)
     diagnose = add(
         "diagnose", "say what is wrong with a run's gradients; exit code 1 for something severe"
     )
@@ -167,6 +142,13 @@ def _add_printing(add: _Add) -> None:
     _add_run(tail)
     tail.add_argument("--interval", type=float, default=1.0, help="seconds between two looks")
     tail.add_argument("--updates", type=int, help="stop after so many tables")
+    serve = add(
+        "serve", "show the report page of runs in a browser of this machine, while they are written"
+    )
+    what = "what watch(path=...) writes or will write, a file that History.save() wrote, or a "
+    _add_runs(serve, f"{what}directory of such runs")
+    what = "to listen on; by default any that is free"
+    serve.add_argument("--port", type=_port, default=0, help=what)
 
 
 def _add_writing(add: _Add) -> None:
@@ -189,11 +171,8 @@ def _add_writing(add: _Add) -> None:
     merge = add("merge", "put what the ranks of a run wrote into one file")
     _add_runs(merge, "directory that all ranks of a run write, or what each of them wrote")
     _add_output(merge, "the .npz file to write", required=True)
-    merge.add_argument(
-        "--not-replicated",
-        action="store_true",
-        help="count what each rank has as its own, but for replicas on one mesh",
-    )
+    what = "count what each rank has as its own, but for replicas on one mesh"
+    merge.add_argument("--not-replicated", action="store_true", help=what)
 
 
 def _add_run(parser: argparse.ArgumentParser, name: str = "run_path") -> None:
@@ -228,7 +207,6 @@ def _port(text: str) -> int:
 
 
 def info(options: argparse.Namespace) -> int:
-    """Print what is known of the machine, or what a run has logged."""
     if options.run_path is None:
         print(environment())
         return 0
@@ -240,7 +218,6 @@ def info(options: argparse.Namespace) -> int:
 
 
 def environment() -> str:
-    """Versions, devices, and the engine that each will use."""
     lines = [f"gradstat {__version__}, Python {platform.python_version()}", ""]
     lines += [f"{name:11} {_version(name) or 'not installed'}" for name in _PACKAGES]
     forced = os.environ.get(ENGINE_VARIABLE)

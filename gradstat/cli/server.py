@@ -41,11 +41,11 @@ _HEADERS = {
     # Pages of others may not show these in a frame; those side by side are in frames.
     "Content-Security-Policy": "frame-ancestors 'self'",
 }
+_RUN = re.compile(r"/run/([0-9]{1,10})/(data)?")  # its number
 _JSON, _HTML = "application/json", "text/html; charset=utf-8"
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Serve the report page of runs until Ctrl-C."""
     with Server(RunList(options.run_paths), options.port) as server:
         print(server.address, flush=True)
         try:
@@ -80,7 +80,6 @@ class Server(ThreadingHTTPServer):
 
     @property
     def address(self) -> str:
-        """What to open in a browser."""
         return f"http://{_HOST}:{self.server_port}/"
 
     def handle_error(self, request: object, client_address: object) -> None:
@@ -100,19 +99,16 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer from a fixed table: no part of an address becomes the name of a file."""
         if not self._is_own():
             return
-        path, _, text = self.path.partition("?")
-        query = parse_qs(text)
-        for pattern, answer in _ROUTES:
-            if match := pattern.fullmatch(path):
-                try:
-                    found = answer(self.server.runs, match[1], query)
-                except OSError as error:  # a directory cannot be read
-                    self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, escaped(error))
-                    return
-                if found is not None:
-                    self._answer(*found)
-                    return
-        self._refuse(HTTPStatus.NOT_FOUND, "there is no such page")
+        path, _, query = self.path.partition("?")
+        try:
+            found = _find(self.server.runs, path, parse_qs(query))
+        except OSError as error:  # a directory cannot be read
+            self._refuse(HTTPStatus.SERVICE_UNAVAILABLE, escaped(error))
+            return
+        if found is None:
+            self._refuse(HTTPStatus.NOT_FOUND, "there is no such page")
+        else:
+            self._answer(*found)
 
     do_HEAD = do_GET
 
@@ -156,53 +152,31 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing of requests."""
 
 
-_Query = dict[str, list[str]]
-_Answer = tuple[str, str] | None  # kind and text; None: there is none
-
-
-def _first(runs: RunList, _: str, __: _Query) -> _Answer:
-    """The page of a single run, or the list of several."""
-    if runs.is_single:
-        return _run(runs, "0", {})
-    return _HTML, page.render_list(runs.title)
-
-
-def _run(runs: RunList, number: str, _: _Query) -> _Answer:
-    found = runs.find(int(number))
-    if found is None:
+def _find(runs: RunList, path: str, query: dict[str, list[str]]) -> tuple[str, str] | None:
+    """Kind and text of what has an address; ``None`` if nothing has."""
+    if path == "/list":
+        told = {"single": runs.is_single, "show": runs.side_by_side(), "runs": runs.listed()}
+        return _JSON, json_text(told)
+    if path == "/" and not runs.is_single:
+        return _HTML, page.render_list(runs.title)
+    match = _RUN.fullmatch("/run/0/" if path == "/" else path)
+    run = runs.find(int(match[1])) if match else None
+    if match is None or run is None:
         return None
-    return _HTML, page.render(runs.name(found), {"live": f"/run/{int(number)}/data"})
-
-
-def _data(runs: RunList, number: str, query: _Query) -> _Answer:
-    found = runs.find(int(number))
+    if match[2] is None:
+        return _HTML, page.render(runs.name(run), {"live": f"/run/{int(match[1])}/data"})
     since = query.get("since", ["0"])[-1]
-    if found is None or not re.fullmatch(r"[0-9]{1,15}", since):
+    if not re.fullmatch(r"[0-9]{1,15}", since):
         return None
-    told = found.since(int(since)) | {"single": runs.is_single}
-    told["path"] = escaped(found.path)
+    told = run.since(int(since)) | {"single": runs.is_single, "path": escaped(run.path)}
     return _JSON, json_text(told)
-
-
-def _list(runs: RunList, _: str, __: _Query) -> _Answer:
-    told = {"single": runs.is_single, "show": runs.side_by_side(), "runs": runs.listed()}
-    return _JSON, json_text(told)
-
-
-_ROUTES = (
-    (re.compile(r"/()"), _first),
-    (re.compile(r"/()list"), _list),
-    (re.compile(r"/run/([0-9]{1,10})/"), _run),
-    (re.compile(r"/run/([0-9]{1,10})/data"), _data),
-)
 
 
 class RunList:
-    """Runs by number. A number stays that of its run, also when others come and go.
+    """Runs by number. A number stays that of its run, also when others come and go."""
 
-    Those that were given have theirs by their place, those of directories by their names, so that
-    a server that is started again knows them by the same. They need not be there yet.
-    """
+    # Those that were given have theirs by their place, those of directories by their names, so that
+    # a server that is started again knows them by the same. They need not be there yet.
 
     def __init__(self, paths: list[Path]) -> None:
         # The process may change its directory later.
@@ -218,7 +192,6 @@ class RunList:
 
     @property
     def title(self) -> str:
-        """Heading of the list."""
         return run_name(self._paths[0]) if len(self._paths) == 1 else "Runs"
 
     def side_by_side(self) -> list[int]:
@@ -227,7 +200,6 @@ class RunList:
         return given if len(given) == len(self._paths) <= _MOST_SIDE_BY_SIDE else []
 
     def find(self, number: int) -> LiveRun | None:
-        """The run of a number, if there is one."""
         if number not in self._runs:
             self.listed()  # it may be one of a directory
         return self._runs.get(number)
