@@ -50,17 +50,9 @@ QUANTIZATION_FIELDS = (
 NO_SCALE_MIN, NO_SCALE_MAX = 1 << 15, -(1 << 15)
 _ABSENT = np.array([0.0] * 6 + [NO_SCALE_MIN, NO_SCALE_MAX] + [0.0] * 2)
 
-
-_PLACES = {
-    name: (part, at)
-    for part, names in (
-        ("integers", INTEGERS),
-        ("floats", FLOATS),
-        ("integers", QUANTIZATION_INTEGERS),
-        ("floats", QUANTIZATION_FLOATS),
-    )
-    for at, name in enumerate(names)
-}
+_PARTS: list[tuple[str, tuple[str, ...]]]
+_PARTS = [("integers", INTEGERS), ("integers", QUANTIZATION_INTEGERS)]
+_PARTS += [("floats", FLOATS), ("floats", QUANTIZATION_FLOATS)]
 
 
 class _View(property):
@@ -71,7 +63,8 @@ class _View(property):
 
 def _measured(name: str, doc: str) -> _View:
     """The column of a name in ``integers`` or ``floats``."""
-    part, at = _PLACES[name]
+    part, names = next(each for each in _PARTS if name in each[1])
+    at = names.index(name)
 
     def column(self: _OfTensors) -> Tensor:
         found: Tensor = getattr(self, part)[..., at]
@@ -187,14 +180,9 @@ class Statistics(_OfTensors):
     def kurtosis(self) -> Tensor:
         """Fourth central moment over the squared second one: 3 for a normal distribution.
 
-        Read off the histogram, with the known count, mean, deviation and extremes. Over `Log2Bins`
-        and of 20,000 elements it is within 5 % where the distribution is smooth and symmetric,
-        within 12 % where it is smooth and has a long side, as values of one sign do, within 15 %
-        where single elements make it, unless they are the least or the greatest, and within a
-        factor of 2.5 wherever in their bins all elements lie, if their mean is near zero. NaN for
-        fewer than 4 elements, where all are equal, and where bins are too wide to tell: where the
-        mean is more than 2 standard deviations from zero, where the deviation is below 2**-126 and,
-        over `Log2Bins`, where an element is beyond float32.
+        Read off the histogram, with the known count, mean, deviation and extremes;
+        ``docs/statistics.md`` says how far it may be off. NaN for fewer than 4 elements, where all
+        are equal, and where bins are too wide to tell.
         """
         return self.kurtosis_over(None)
 
@@ -248,9 +236,8 @@ class Statistics(_OfTensors):
     def merge(self, other: Statistics) -> Statistics:
         """Statistics of the union of two sets of values: of shards, steps or ranks.
 
-        Counts, min and max are exact; the variance follows Chan, Golub and LeVeque, "Updating
-        formulae and a pairwise algorithm for computing sample variances" (1979). It is NaN for
-        values so large that neither their sum nor their norm fits float64, unless they are equal.
+        Counts, min and max are exact. The variance is NaN for values so large that neither their
+        sum nor their norm fits float64, unless they are equal.
 
         Args:
             other: of the same shape, with the same bins over the same ranges.
@@ -286,10 +273,8 @@ class Statistics(_OfTensors):
         """Statistics of the values divided by a power of two, such as a loss scale.
 
         Exact, as if quotients had no smallest and no largest magnitude: the values of one bin move
-        to one other. Over `Log2Bins` those below 2**-128 move to the bin of zero, those beyond
-        float32 to the outermost. A divisor below 1 is exact for magnitudes from 2**-126 on:
-        smaller ones have wider bins, which go where their end nearer to zero goes, and those that
-        share the bin of zero stay there.
+        to one other. A divisor below 1 is exact for magnitudes from 2**-126 on: smaller ones have
+        wider bins, which go where their end nearer to zero goes.
 
         Args:
             scale: a positive power of two; a 0-dim tensor on the statistics' device costs no wait.
@@ -320,9 +305,7 @@ class Statistics(_OfTensors):
         """Quantile of the finite values, read off the histogram.
 
         Interpolated within the bin that holds it, so it is off by less than that bin's width, and
-        never beyond the extremes. For `Log2Bins` that is a quarter of its magnitude, but for values
-        below 2**-126, which share wider bins, and for float64 beyond 1.75 * 2**127, which share
-        one. Values outside a linear range count as its ends.
+        never beyond the extremes. Values outside a linear range count as its ends.
 
         Args:
             q: fraction of the values below, 0 to 1.
@@ -357,10 +340,9 @@ class Statistics(_OfTensors):
     def underflow(self, dtype: torch.dtype) -> Tensor:
         """Fraction of the non-zero finite values that would become zero in a narrower type.
 
-        Read off the histogram: exact, for every input dtype and either sign, for float16 and both
-        float8 types but for values at the very threshold, half the smallest subnormal, which are
-        taken to survive. For bfloat16 all values below 2**-128 are taken to be lost, though it
-        keeps some down to 2**-134.
+        Read off the histogram: exact but for values at the very threshold, half the smallest
+        subnormal, which are taken to survive, and for bfloat16, which keeps some of the values
+        below 2**-128 that are all taken to be lost.
 
         Args:
             dtype: float16, bfloat16, float8_e4m3fn or float8_e5m2.
@@ -379,11 +361,15 @@ class Statistics(_OfTensors):
             raise ValueError(f"underflow() needs one of {names}; dtype is {dtype}")
         if not isinstance(self.bins, Log2Bins):
             raise ValueError(f"underflow() needs statistics over Log2Bins; bins is {self.bins}")
-        threshold = max(_FLUSHED_BELOW[dtype], 2.0**-128)
         edges = self.edges
-        small = (edges[1:] <= threshold) & (edges[:-1] > -threshold)
-        lost = (self.counts * small).sum(-1) - self.zeros
+        lost = (self.counts * is_flushed(edges, dtype)).sum(-1) - self.zeros
         return lost.to(edges.dtype) / (self.finite - self.zeros).clamp(min=1)
+
+
+def is_flushed(edges: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which bins of `Log2Bins`, by their edges, a narrower type makes zero."""
+    threshold = max(_FLUSHED_BELOW[dtype], 2.0**-128)
+    return (edges[1:] <= threshold) & (edges[:-1] > -threshold)
 
 
 def _is_scalar(x: object) -> bool:
@@ -391,15 +377,13 @@ def _is_scalar(x: object) -> bool:
 
 
 def union_floats(integers: Tensor, floats: Tensor) -> Tensor:
-    """Floats of the union of P parts, over the same ranges.
+    """Floats, ``(..., 8)``, of the union of P parts over the same ranges; NaN where all are absent.
 
-    The variance follows Chan, Golub and LeVeque: squares within the parts, and of their means
-    around the mean of all, in units in which no square overflows or underflows. It is NaN where a
-    part's mean is not known.
-
-    Integers and floats are ``(P, ..., 8)``, floats NaN where a part is absent; the union is
-    ``(..., 8)``, NaN where all are.
+    Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
+    sample variances" (1979).
     """
+    # Squares within the parts, and of their means around the mean of all, in units in which no
+    # square overflows or underflows. The variance is NaN where a part's mean is not known.
     least, most, total, std, l1, l2, low, high = floats.unbind(-1)
     is_absent = l2.isnan()
     n = integers[..., INTEGERS.index("finite")].to(floats.dtype)

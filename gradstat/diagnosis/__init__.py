@@ -1,35 +1,16 @@
-"""`diagnose`: what is wrong with a run, in findings, the worst first.
-
-One file for each family of rules has their arithmetic; ``docs/reading.md`` explains the thresholds.
-"""
+"""`diagnose`: what is wrong with a run, in findings, the worst first."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeAlias
 
+from gradstat.diagnosis import narrow_formats, not_learning, vanishing_exploding
 from gradstat.diagnosis.evidence import Evidence
 from gradstat.diagnosis.findings import FINDINGS, SEVERITIES, Finding, Severity, put_in_order
 from gradstat.diagnosis.instability import find_instability
-from gradstat.diagnosis.narrow_formats import (
-    find_format_saturation,
-    find_format_underflow,
-    find_narrowest,
-    find_outliers,
-    find_scale,
-    find_underflow,
-)
 from gradstat.diagnosis.nonfinite import find_nonfinite
-from gradstat.diagnosis.not_learning import (
-    find_absent,
-    find_dead,
-    find_dead_units,
-    find_saturated_outputs,
-    find_saturation,
-    find_stuck,
-)
 from gradstat.diagnosis.spikes import find_all_spikes
-from gradstat.diagnosis.vanishing_exploding import find_growth, find_large, find_low, find_trend
 from gradstat.history import History
 from gradstat.history.history import check_history
 from gradstat.record import ACTIVATION, GRAD, UNIT, UPDATE
@@ -44,37 +25,31 @@ _RULES: dict[str | None, tuple[_Rule, ...]] = {
         find_nonfinite,
         find_all_spikes,
         find_instability,
-        find_format_underflow,
-        find_format_saturation,
-        find_narrowest,
+        narrow_formats.find_format_underflow,
+        narrow_formats.find_format_saturation,
+        narrow_formats.find_narrowest,
     ),
     GRAD: (
-        find_growth,
-        find_large,
-        find_trend,
-        find_low,
-        find_dead,
-        find_absent,
-        find_saturation,
-        find_underflow,
-        find_scale,
+        vanishing_exploding.find_growth,
+        vanishing_exploding.find_large,
+        vanishing_exploding.find_trend,
+        vanishing_exploding.find_low,
+        not_learning.find_dead,
+        not_learning.find_absent,
+        not_learning.find_saturation,
+        narrow_formats.find_underflow,
+        narrow_formats.find_scale,
     ),
-    UPDATE: (find_stuck,),
-    UNIT: (find_dead_units,),
-    ACTIVATION: (find_outliers, find_saturated_outputs),
+    UPDATE: (not_learning.find_stuck,),
+    UNIT: (not_learning.find_dead_units,),
+    ACTIVATION: (narrow_formats.find_outliers, not_learning.find_saturated_outputs),
 }
 
 
 def diagnose(history: History, thresholds: Thresholds | None = None) -> list[Finding]:
     """Find what is wrong with a run, by its gradients and whatever else was recorded.
 
-    NaN, infinities and what moved before a spike are looked for in rows of any kind, and so is what
-    narrow formats would do. Spikes of the loss need a logged loss, instability ahead parameters
-    too, layers that do not move need updates, dead units and outliers need activations. Everything
-    else is read off gradients alone. What began after something sudden comes after it and says so.
-    Layers are taken in the order of `History.order`, the first one nearest to the input; without
-    one, in that of the parameters. Saturation and underflow are read off histograms over
-    `Log2Bins`, of at most 64 records evenly spread; over `LinearBins` they are left out.
+    ``docs/reading.md`` describes the findings and what each of them needs.
 
     Args:
         history: with one record at least; several dozen say more than a few.

@@ -31,14 +31,11 @@ _NUMEL, _FINITE = INTEGERS.index("numel"), INTEGERS.index("finite")
 
 
 class Alerts:
-    """Watches records and losses as they come, and asks the rules when one stands out.
+    """Watches records and losses as they come, and asks the rules when one stands out."""
 
-    A record costs a few operations on arrays of its rows. What `diagnose` would call non-finite, a
-    spike or exploding is told once, and again only when it has cleared in between. Every eighth
-    record tells whether instability is ahead, where the weights grow or steps are large. What the
-    function that is given each finding raises is raised. A loss scale that is tried overflows now
-    and then.
-    """
+    # A record costs a few operations on arrays of its rows. What `diagnose` would call non-finite,
+    # a spike or exploding is told once, and again only when it has cleared in between. Every eighth
+    # record tells whether instability is ahead, where the weights grow or steps are large.
 
     def __init__(self, history: History, function: Alert, *, is_scaled: bool) -> None:
         self._history, self._function, self._is_scaled = history, function, is_scaled
@@ -105,7 +102,6 @@ class Alerts:
         return False
 
     def see_scalar(self, name: str, value: float) -> None:
-        """A number was logged."""
         if not is_loss(name):
             return
         recent = self._losses.setdefault(name, [])
@@ -125,16 +121,17 @@ class Alerts:
         if self._is_telling:
             return
         has_records, self._n_looked_at = self._n_records > self._n_looked_at, self._n_records
-        if self._is_unstable:
-            self._is_unstable = False
-            self._tell_what_is_ahead()
-        if not self._is_due:
-            # A spike ends by its own rule; what else was there has cleared.
-            if self._told and has_records:
-                self._told = {each for each in self._told if each[0].endswith("spike")}
-            return
-        self._is_due, self._is_telling = False, True
+        self._is_telling = True  # what the function does may log
         try:
+            if self._is_unstable:
+                self._is_unstable = False
+                self._tell_what_is_ahead()
+            if not self._is_due:
+                # A spike ends by its own rule; what else was there has cleared.
+                if self._told and has_records:
+                    self._told = {each for each in self._told if each[0].endswith("spike")}
+                return
+            self._is_due = False
             for finding in self._find():
                 begins = finding.steps[0] if finding.kind.endswith("spike") else -1
                 if (finding.kind, begins) not in self._told:
@@ -150,32 +147,27 @@ class Alerts:
         found = [each for each in found if each.steps[1] > self._steps[-2]]
         # The loss wavers; what has been told is over when the weights hardly move.
         if found and not self._is_ahead:
-            self._is_ahead = self._is_telling = True
-            try:
-                self._function(found[0])
-            finally:
-                self._is_telling = False
+            self._is_ahead = True
+            self._function(found[0])
 
     def _find(self) -> list[Finding]:
         """What the newest record or loss shows."""
         if not len(self._history):
             return []
         run = Evidence(self._history, self._thresholds.window)
-        found = [
-            *find_nonfinite(run, self._thresholds),
-            *find_loss_spikes(run, self._thresholds),
-        ]
+        found = find_nonfinite(run, self._thresholds)
         if self._is_scaled:
-            found = [each for each in found if each.kind != "non-finite" or _is_meant(each, run)]
+            # A loss scale that is tried overflows now and then.
+            found = [
+                each
+                for each in found
+                if each.severity == "severe"
+                and np.ptp(np.searchsorted(run.steps, each.steps)) >= _TRIED
+            ]
+        found += find_loss_spikes(run, self._thresholds)
         found += find_gradient_spikes(run, self._thresholds)
         if len(self._gradients):
             found += find_growth(run.of(GRAD), self._thresholds)
         # A loss may come before its record: its step is then above the newest one.
         newest = int(run.steps[-1])
         return [each for each in found if each.steps[1] >= newest]
-
-
-def _is_meant(finding: Finding, run: Evidence) -> bool:
-    """Whether it is no loss scale that is tried."""
-    first, last = np.searchsorted(run.steps, finding.steps)
-    return bool(last - first >= _TRIED) and finding.severity == "severe"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gradstat.diagnosis.evidence import Evidence, log_losses, median
-from gradstat.diagnosis.findings import Finding, Severity, rounded
+from gradstat.diagnosis.findings import Finding, rounded
 from gradstat.diagnosis.usual import TO_DEVIATIONS, WINDOW
 from gradstat.record import GRAD, PARAM, UPDATE
 from gradstat.thresholds import Thresholds
@@ -34,7 +34,6 @@ class Leap(NamedTuple):
     after: float
 
     def tell(self, run: Evidence) -> str:
-        """In words."""
         times = rounded(self.after / self.before)
         step = run.steps[self.record]
         return (
@@ -140,10 +139,9 @@ def _finding(
     after, before = float(np.median(end)), float(losses[last])
     numbers = {"first_step": float(run.steps[since]), "rises": float(begin), **numbers}
     subject = "the loss" if name == "loss" else f"the loss {name!r}"
-    how = f"from {before:.3g} to {after:.3g}"
-    if not np.isfinite(losses[-1]):
-        how = f"from {before:.3g} to {losses[-1]}"
-    else:
+    how = f"from {before:.3g} to {losses[-1]}"
+    if np.isfinite(losses[-1]):
+        how = f"from {before:.3g} to {after:.3g}"
         numbers |= {"before": before, "loss": after}
     pace = run.pace[since : since + 3]
     known = pace[np.isfinite(pace)]
@@ -155,10 +153,9 @@ def _finding(
             f" A step then changed the weights by {numbers['pace']:.2g} of their size, where "
             f"{USUAL_PACE:g} is usual."
         )
-    column = _largest_step(run, since)
-    severity: Severity = "severe"
+    layer = run.layers[_largest_step(run, since)]
     span = int(run.steps[since]), int(run.steps[-1])
-    return Finding("divergence", severity, run.layers[column], span, numbers, sentence)
+    return Finding("divergence", "severe", layer, span, numbers, sentence)
 
 
 def _largest_step(run: Evidence, record: int) -> int:

@@ -27,12 +27,11 @@ _PERSISTENT = 3  # sampled records in a row that must show something
 
 
 class Evidence:
-    """What the rules read: L rows of a history, in blocks of a window's records, 200 at most.
+    """What the rules read: L rows of a history, in blocks of a window's records, 200 at most."""
 
-    Of a long run the rules read some records at a time, `by_record` and `by_block`, or some rows at
-    a time, `by_row`: arrays of all records and rows would grow with it. Rows are of one kind, or of
-    all for ``None``. A part's history lacks what was logged before it: it is given its `log_rate`.
-    """
+    # Of a long run the rules read some records at a time, `by_record` and `by_block`, or some rows
+    # at a time, `by_row`: arrays of all records and rows would grow with it. A part's history lacks
+    # what was logged before it: it is given its `log_rate`.
 
     def __init__(
         self, history: History, window: int, kind: str | None = None, log_rate: Array | None = None
@@ -63,7 +62,6 @@ class Evidence:
         return self._fields[field]
 
     def of(self, kind: str) -> Evidence:
-        """The rows of one kind alone."""
         if kind not in self._of_kind:
             self._of_kind[kind] = Evidence(self.history, self.window, kind, self.log_rate)
         return self._of_kind[kind]
@@ -73,17 +71,10 @@ class Evidence:
         part = self.history.at(np.asarray(places).tolist())
         return Evidence(part, self.window, self._kind, self.log_rate[places])
 
-    def at(self, record: int) -> Evidence:
-        """The same rows of one record."""
-        return self.part([record])
-
     def parts(
         self, blocks: Sequence[Array] | None = None
     ) -> Iterator[tuple[Evidence, list[Array]]]:
-        """The run in parts of whole blocks, each few enough to be in memory.
-
-        With each part come the positions in it of its blocks' records.
-        """
+        """The run in parts that fit in memory, each with the positions in it of its blocks."""
         blocks = self.blocks if blocks is None else blocks
         n_rows = len(self.history.rows)  # of all kinds are read
         for span in windows_of([len(block) * n_rows for block in blocks], _CELLS):
@@ -111,10 +102,7 @@ class Evidence:
     def by_row(
         self, values: Callable[[Evidence], Array], columns: Array | None = None
     ) -> Iterator[tuple[int, Array]]:
-        """The column of some rows, by default of all, and what they have in all records, ``(S,)``.
-
-        Values are those of all rows of a part, ``(n, L)``.
-        """
+        """Columns of some rows, by default of all, and what each has in all records, ``(S,)``."""
         columns = np.arange(len(self.layers)) if columns is None else columns
         size = max(1, _SERIES // len(self.steps))
         for start in range(0, len(columns), size):
@@ -123,7 +111,6 @@ class Evidence:
             yield from zip(some.tolist(), series.T, strict=True)
 
     def is_kind(self, *kinds: str) -> Array:
-        """Which rows are of some kinds: bool ``(L,)``."""
         return np.isin(self.kinds, kinds)
 
     @property
@@ -191,7 +178,6 @@ class Evidence:
         return pace
 
     def norm(self, kind: str) -> Array:
-        """As `History.norm`: ``(S,)``."""
         return self.by_record(lambda part: part.history.norm(kind))
 
     @cached_property
@@ -233,11 +219,7 @@ class Evidence:
 
     @cached_property
     def format_levels(self) -> dict[str, dict[str, Array]]:
-        """What each format that is measured would do, by its name and by block, ``(B, L)`` each.
-
-        Medians of `History.quantization` over what is not zeros alone, NaN where there is nothing
-        else; of ``scale_min`` and ``scale_max`` the least and the greatest.
-        """
+        """By format and field: what it would do to each block, ``(B, L)``; NaN for zeros alone."""
         found = {
             name: {field: list[Array]() for field in _OF_FORMATS} for name in self.history.formats
         }
@@ -275,6 +257,10 @@ class Evidence:
         shares: Array = np.stack(counts) / np.maximum(self.sampled.nonzero, 1)
         return shares
 
+    @property
+    def all_steps(self) -> tuple[int, int]:
+        return int(self.steps[0]), int(self.steps[-1])
+
     def span(self, mask: Array, at: int) -> tuple[int, int]:
         """First and last step of the blocks around one that a mask, ``(B,)``, holds together."""
         return self.steps_of(*around(mask, at))
@@ -284,10 +270,7 @@ class Evidence:
         return int(self.steps[self.blocks[first][0]]), int(self.steps[self.blocks[last][-1]])
 
     def lasting(self, shares: Array, limit: float) -> list[Lasting]:
-        """Layers whose share stays at a limit or above it in three samples in a row, or in all.
-
-        Shares are ``(samples, L)``. The largest share meanwhile comes first.
-        """
+        """Layers whose share, ``(samples, L)``, stays at a limit or above it, the largest first."""
         if not len(shares):
             return []
         kept = _runs(shares >= limit, _PERSISTENT)
@@ -309,12 +292,9 @@ class SampledCounts:
     counts: Array  # of each entry
 
     def total(self, chosen: Array) -> Array:
-        """Elements of each layer, int64 ``(L,)``, in the chosen ones of the entries, ``(E,)``."""
-        sums = np.zeros(len(self.bins) + 1, np.int64)
-        np.cumsum(self.counts * chosen, out=sums[1:])
-        ends = np.cumsum(self.sizes)
-        total: Array = sums[ends] - sums[ends - self.sizes]
-        return total
+        """Elements of each layer, ``(L,)``, in the chosen ones of the entries, ``(E,)``."""
+        layers = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        return np.bincount(layers, self.counts * chosen, len(self.sizes))
 
 
 @dataclass(frozen=True)
@@ -373,7 +353,6 @@ def log_losses(losses: Array) -> Array:
 
 @functools.cache
 def log2_edges() -> Array:
-    """Ends of all bins of `Log2Bins`."""
     ends = torch.zeros((), device="cpu")
     edges: Array = Log2Bins().edges(ends, ends).numpy()
     return edges
@@ -398,12 +377,10 @@ _OF_FORMATS: dict[str, Callable[[Array], Array]] = {
 
 
 def is_loss(name: str) -> bool:
-    """Whether a scalar is a loss of training, by its name."""
     return name.lower().endswith("loss") and not name.lower().startswith(("eval", "val", "test"))
 
 
 def is_rate(name: str) -> bool:
-    """Whether a scalar is a learning rate, by its name."""
     return name == "lr" or name.startswith("lr/")
 
 

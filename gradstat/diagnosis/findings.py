@@ -10,7 +10,7 @@ from typing import Literal, SupportsIndex, TypeAlias, overload
 import numpy as np
 
 from gradstat.history import History
-from gradstat.util import escaped
+from gradstat.util import escaped, plural
 
 Severity: TypeAlias = Literal["severe", "warning", "note"]
 
@@ -107,9 +107,9 @@ def for_all(findings: list[Finding]) -> list[Finding]:
     if len(findings) < 2:
         return findings
     worst, *rest = sorted(findings, key=lambda each: SEVERITIES.index(each.severity))
-    n, others = len(rest), tuple(each.layer for each in rest)
-    sentence = f"{worst.sentence} The same holds for {n} other layer{'s' * (n > 1)}."
-    numbers = worst.numbers | {"layers": n + 1.0}
+    others = tuple(each.layer for each in rest)
+    sentence = f"{worst.sentence} The same holds for {plural(len(rest), 'other layer')}."
+    numbers = worst.numbers | {"layers": float(len(findings))}
     return [replace(worst, numbers=numbers, sentence=sentence, others=others)]
 
 
@@ -120,10 +120,7 @@ def rounded(times: float) -> str:
 
 
 def put_in_order(findings: list[Finding], history: History, window: int) -> Findings:
-    """Put the worst first; but what began after a cause comes after it, and says so.
-
-    For a window's records something that is over may have consequences.
-    """
+    """Put the worst first; but what began after a cause comes after it, and says so."""
     causes = sorted(
         (each for each in findings if each.kind in _SUDDEN or _is_lasting(each)),
         key=lambda each: (began(each), FINDINGS.index(each.kind)),
@@ -157,6 +154,7 @@ def _follows(finding: Finding, cause: Finding, history: History, window: int) ->
     steps = history.steps
     first, begins = np.searchsorted(steps, [began(cause), finding.steps[0]])
     is_over = cause.numbers.get("recovered", 0.0) or cause.severity == "warning"
+    # What is over may have consequences for a window's records.
     last = np.searchsorted(steps, cause.steps[1]) + window if is_over else math.inf
     # Other findings begin with the window of records around it, but for one at the very start.
     early = 0 if finding.kind in (*_SUDDEN, "instability ahead") else window - 1

@@ -28,7 +28,9 @@ def find_instability(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Weights that grow or leap while the loss no longer falls, up to now or until it has risen."""
     if PARAM not in run.kinds or not run.losses or len(run.steps) <= _LONG:
         return []
-    growth = growth_of_weights(run)
+    # A logarithm: how many times larger all weights became in so many steps, by the newest records.
+    size, steps = _newest(log(run.norm(PARAM))), run.steps.astype(np.float64)
+    growth = (size - _before(size, WINDOW)) * WINDOW / (steps - _before(steps, WINDOW))
     levels, may_break = _losses_at_records(run)
     shows = growth > math.log(thresholds.weights_growth)
     shows |= _newest(log(run.pace)) > math.log(thresholds.weights_pace)
@@ -46,12 +48,6 @@ def find_instability(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     breaks = np.flatnonzero(np.diff(at) > WINDOW)
     first = int(at[breaks[-1] + 1 if len(breaks) else 0])
     return [_finding(run, first, last, growth, thresholds)]
-
-
-def growth_of_weights(run: Evidence) -> Array:
-    """Logarithm of how many times larger all weights became in 32 steps: ``(S,)``."""
-    size = _newest(log(run.norm(PARAM)))
-    return _over_window(size) * WINDOW / _over_window(run.steps.astype(np.float64))
 
 
 def _losses_at_records(run: Evidence) -> tuple[Array, Array]:
@@ -108,9 +104,8 @@ def _finding(
         numbers["rate"] = rate
         smaller = f"A learning rate below {rate:.3g}"
     sentence += f" {smaller} usually helps, {helps}."
-    return Finding(
-        "instability ahead", "warning", run.layers[column], (since, until), numbers, sentence
-    )
+    layer = run.layers[column]
+    return Finding("instability ahead", "warning", layer, (since, until), numbers, sentence)
 
 
 def _trailing(x: Array, n: int) -> Array:
@@ -130,9 +125,3 @@ def _before(x: Array, n: int) -> Array:
     """Values of so many places before; NaN before the first one."""
     before: Array = _trailing(x, n + 1)[0]
     return before
-
-
-def _over_window(x: Array) -> Array:
-    """How much it rises over a window of records, at each place."""
-    rise: Array = x - _before(x, WINDOW)
-    return rise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gradstat.bins import Log2Bins
-from gradstat.diagnosis.evidence import Evidence, around, median
+from gradstat.diagnosis.evidence import Evidence, around, log2_edges, median
 from gradstat.diagnosis.findings import Finding, for_all
 from gradstat.formats import parse_format
 from gradstat.record import NOUNS, PARAM, Row
-from gradstat.results import FLOATS, INTEGERS, Statistics
+from gradstat.results import is_flushed
 from gradstat.thresholds import Thresholds
-from gradstat.util import Array
+from gradstat.util import Array, plural
 
 FLOAT16_MAX = 65504.0
 NARROW = {
@@ -68,15 +66,11 @@ class LayerFits:
 
     @property
     def worst(self) -> float:
-        """The smallest SNR of all formats."""
         return min(fit.snr for fit in self.fits.values())
 
 
 def layer_fits(run: Evidence) -> list[LayerFits]:
-    """What each format would have done at its worst to each row with values other than zero.
-
-    The rows come kind by kind, the one nearest to the input first.
-    """
+    """What each format would have done at its worst to each row with values other than zero."""
     found: list[dict[str, FormatFit]] = [{} for _ in run.layers]
     newest = run.part(run.blocks[-1])
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -142,7 +136,6 @@ def _for_kind(layers: Sequence[LayerFits], formats: Sequence[str], thresholds: T
 
 
 def find_format_underflow(run: Evidence, thresholds: Thresholds) -> list[Finding]:
-    """Formats that would flush much of a layer to zero."""
     said = "would flush {share} of {layer}'s {noun} to zero"
     return _exceeding(run, "format underflow", "underflow", thresholds.underflow_share, said)
 
@@ -152,9 +145,8 @@ def find_format_saturation(run: Evidence, thresholds: Thresholds) -> list[Findin
     # The scales of blocks follow the values: a power of two cuts an eighth off at most, which the
     # SNR counts.
     said = "is too narrow for {share} of {layer}'s {noun}, which would saturate"
-    return _exceeding(
-        run, "format saturation", "saturated", thresholds.format_saturation_share, said
-    )
+    limit = thresholds.format_saturation_share
+    return _exceeding(run, "format saturation", "saturated", limit, said)
 
 
 def find_narrowest(run: Evidence, thresholds: Thresholds) -> list[Finding]:
@@ -166,9 +158,8 @@ def find_narrowest(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     worst = min(layers, key=lambda each: each.worst)
     # A format that keeps everything has an infinite SNR, which is left out.
     numbers = {name: fit.snr for name, fit in worst.fits.items() if math.isfinite(fit.snr)}
-    steps = int(run.steps[0]), int(run.steps[-1])
     sentence = recommendation(layers, history.formats, thresholds)
-    return [Finding("narrowest format", "note", worst.layer, steps, numbers, sentence)]
+    return [Finding("narrowest format", "note", worst.layer, run.all_steps, numbers, sentence)]
 
 
 def find_underflow(run: Evidence, thresholds: Thresholds) -> list[Finding]:
@@ -191,19 +182,13 @@ def find_underflow(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         return for_all(findings)
     by_layer = worst.T.tolist()
     column = max(range(len(by_layer)), key=by_layer.__getitem__)
-    numbers = dict(zip(NARROW, by_layer[column], strict=True))
-    listed = ", ".join(f"{name} {100 * share:.3g}%" for name, share in numbers.items())
-    return [
-        Finding(
-            "underflow",
-            "note",
-            run.layers[column],
-            (int(run.steps[0]), int(run.steps[-1])),
-            numbers,
-            f"Largest share of {run.layers[column]}'s gradient that a narrow type would flush to "
-            f"zero, with no loss scale: {listed}.",
-        )
-    ]
+    layer, numbers = run.layers[column], dict(zip(NARROW, by_layer[column], strict=True))
+    listed = ", ".join(f"{name} {_percent(share)}" for name, share in numbers.items())
+    sentence = (
+        f"Largest share of {layer}'s gradient that a narrow type would flush to zero, with no loss "
+        f"scale: {listed}."
+    )
+    return [Finding("underflow", "note", layer, run.all_steps, numbers, sentence)]
 
 
 def find_scale(run: Evidence, thresholds: Thresholds) -> list[Finding]:
@@ -213,37 +198,34 @@ def find_scale(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     largest = float(by_record[at])
     if largest == 0 or (run.levels > thresholds.exploding_level).any():
         return []  # nor would a scale help where it explodes
-    layer = run.layers[int(_peaks(run.at(at)).argmax())]
+    layer = run.layers[int(_peaks(run.part([at])).argmax())]
     fits = FLOAT16_MAX / thresholds.float16_headroom
     highest = math.floor(math.log2(min(fits / largest, 2.0**1023)))
     numbers = {"abs_max": largest, "log2_highest_scale": float(highest)}
     if largest > fits:
-        mask = by_record > fits
-        steps = tuple(int(run.steps[i]) for i in around(mask, at))
+        first, last = around(by_record > fits, at)
+        steps = int(run.steps[first]), int(run.steps[last])
         sentence = (
             f"{layer}'s gradient reaches {largest:.3g}, and float16 ends at 65504: in float16 the "
             f"loss scale is 2^{-highest} times too high."
         )
-        return [Finding("scale", "warning", layer, (steps[0], steps[1]), numbers, sentence)]
+        return [Finding("scale", "warning", layer, steps, numbers, sentence)]
     by_block = np.array([by_record[block].max() for block in run.blocks])
     mask = (by_block > 0) & (by_block < thresholds.float16_floor)
     if mask.any():
         low = int(np.argmin(np.where(mask, by_block, math.inf)))
-        top = float(by_block[low])
-        numbers["abs_max"] = top
-        column = int(_peaks(run.part(run.blocks[low])).max(0).argmax())
+        numbers["abs_max"] = float(by_block[low])
+        layer = run.layers[int(_peaks(run.part(run.blocks[low])).max(0).argmax())]
         sentence = (
-            f"The largest gradient is {top:.1e}, in {run.layers[column]}, where float16 has lost "
+            f"The largest gradient is {by_block[low]:.1e}, in {layer}, where float16 has lost "
             f"digits already: in float16 the loss needs a scale, at most 2^{highest}."
         )
-        span = run.span(mask, low)
-        return [Finding("scale", "warning", run.layers[column], span, numbers, sentence)]
+        return [Finding("scale", "warning", layer, run.span(mask, low), numbers, sentence)]
     sentence = (
         f"The largest gradient is {largest:.3g}, in {layer}: for float16 a loss scale of up to "
         f"2^{highest} fits."
     )
-    steps = (int(run.steps[0]), int(run.steps[-1]))
-    return [Finding("scale", "note", layer, (steps[0], steps[1]), numbers, sentence)]
+    return [Finding("scale", "note", layer, run.all_steps, numbers, sentence)]
 
 
 def find_outliers(run: Evidence, thresholds: Thresholds) -> list[Finding]:
@@ -253,19 +235,16 @@ def find_outliers(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     parts = np.stack([median(x) for x in np.array_split(run.sampled["kurtosis"], _PARTS)])
     grew = (np.diff(parts, axis=0) > 0).all(0) & (parts[-1] >= _LEAST)
     grew &= parts[-1] >= thresholds.outliers_growth * parts[0]
-    found = [
-        Finding(
-            "outliers",
-            "note",
-            run.layers[column],
-            (int(run.steps[0]), int(run.steps[-1])),
-            {"kurtosis": float(parts[-1, column]), "before": float(parts[0, column])},
-            f"The kurtosis of {run.printed[column]}'s output grew steadily, from "
-            f"{parts[0, column]:.3g} to {parts[-1, column]:.3g}, where a normal distribution has "
-            f"3: a few features become far larger than the others, which narrow types round away.",
+    found = []
+    for column in np.flatnonzero(grew).tolist():
+        before, now = float(parts[0, column]), float(parts[-1, column])
+        numbers, layer = {"kurtosis": now, "before": before}, run.layers[column]
+        sentence = (
+            f"The kurtosis of {run.printed[column]}'s output grew steadily, from {before:.3g} to "
+            f"{now:.3g}, where a normal distribution has 3: a few features become far larger than "
+            f"the others, which narrow types round away."
         )
-        for column in np.flatnonzero(grew).tolist()
-    ]
+        found.append(Finding("outliers", "note", layer, run.all_steps, numbers, sentence))
     return for_all(sorted(found, key=lambda each: -each.numbers["kurtosis"]))
 
 
@@ -281,24 +260,15 @@ def _exceeding(run: Evidence, kind: str, field: str, limit: float, said: str) ->
         if not len(above):
             continue
         column = int(worst.argmax())
-        sentence = said.format(
-            share=_percent(worst[column]),
-            layer=run.printed[column],
-            noun=NOUNS[run.kinds[column]],
-        )
+        of_layer, layer, noun = by_block[:, column], run.layers[column], NOUNS[run.kinds[column]]
+        words = said.format(share=_percent(worst[column]), layer=run.printed[column], noun=noun)
+        sentence = f"{name} {words}"
         if len(above) > 1:
-            others = f"{len(above) - 1} other layer{'s' * (len(above) > 2)}"
+            others = plural(len(above) - 1, "other layer")
             sentence += f", and over {_percent(limit)} in {others}"
-        findings.append(
-            Finding(
-                kind,
-                "warning",
-                run.layers[column],
-                run.span(by_block[:, column] > limit, int(by_block[:, column].argmax())),
-                {"share": float(worst[column]), "layers": float(len(above))},
-                f"{name} {sentence}.",
-            )
-        )
+        steps = run.span(of_layer > limit, int(of_layer.argmax()))
+        numbers = {"share": float(worst[column]), "layers": float(len(above))}
+        findings.append(Finding(kind, "warning", layer, steps, numbers, f"{sentence}."))
     return findings
 
 
@@ -318,17 +288,6 @@ def _peaks(run: Evidence) -> Array:
 
 def _flushed(run: Evidence, dtype: torch.dtype) -> Array:
     """`Statistics.underflow` of each sample: ``(samples, L)``."""
-    lost, sampled = _lost_bins(dtype), zip(run.samples, run.sampled["zeros"], strict=True)
+    lost = is_flushed(torch.from_numpy(log2_edges()), dtype).numpy()
+    sampled = zip(run.samples, run.sampled["zeros"], strict=True)
     return run.shares_of([each.total(lost[each.bins]) - zeros for each, zeros in sampled])
-
-
-@functools.cache
-def _lost_bins(dtype: torch.dtype) -> Array:
-    """Whether a type flushes a bin, bool ``(bins,)``: asked of one value in each."""
-    bins = Log2Bins()
-    integers = torch.zeros(bins.bins, len(INTEGERS), dtype=torch.int64, device="cpu")
-    integers[:, INTEGERS.index("finite")] = 1
-    floats = torch.zeros(bins.bins, len(FLOATS), dtype=torch.float64, device="cpu")
-    each = Statistics(bins, integers, floats, torch.eye(bins.bins, dtype=torch.bool, device="cpu"))
-    lost: Array = each.underflow(dtype).numpy() > 0
-    return lost

@@ -8,7 +8,7 @@ from gradstat.diagnosis.evidence import Evidence, is_loss
 from gradstat.diagnosis.findings import Finding, Severity
 from gradstat.record import ACTIVATION, FROM_THE_END, GRAD, GRAD_OUTPUT, PARAM, UNIT, UPDATE
 from gradstat.thresholds import Thresholds
-from gradstat.util import Array
+from gradstat.util import Array, plural
 
 # In the order in which a step computes them; the peaks of units are those of activations.
 _FORWARD, _BACKWARD = (PARAM, ACTIVATION), (GRAD_OUTPUT, GRAD, UPDATE)
@@ -80,13 +80,13 @@ def _finding(
     # A NaN that is applied stays in the weights: a gradient whose NaN passed was not.
     is_skipped = (is_gradient and has_passed) or _is_search(run, bad, at)
     few = n_records <= thresholds.nonfinite_share * len(bad)
-    record = run.at(at)
+    record = run.part([at])
     numbers = {
         name: float(record[name][0, column]) for name in ("nan", "posinf", "neginf", "numel")
     }
     numbers |= {"records": float(n_records), "layers": float(len(columns))}
     others = len(columns) - 1
-    rest = f", before {others} other {_OTHERS.get(kind, 'layer')}{'s' * (others > 1)}"
+    rest = f", before {plural(others, 'other ' + _OTHERS.get(kind, 'layer'))}"
     sentence = (
         f"{_FIRST_MET[kind].format(run.printed[column])}, at step {run.steps[at]}"
         f"{rest * (others > 0)}: of {numbers['numel']:,.0f} elements {_count(numbers)}. This holds "
@@ -107,9 +107,8 @@ def _count(numbers: dict[str, float]) -> str:
     infinite = numbers["posinf"] + numbers["neginf"]
     parts = [(numbers["nan"], "NaN"), (infinite, "infinite")]
     (n, what), *more = [part for part in parts if part[0]]
-    return f"{n:,.0f} {'is' if n == 1 else 'are'} {what}" + "".join(
-        f" and {m:,.0f} {other}" for m, other in more
-    )
+    others = [f" and {m:,.0f} {other}" for m, other in more]
+    return f"{n:,.0f} {'is' if n == 1 else 'are'} {what}{''.join(others)}"
 
 
 def _is_search(run: Evidence, bad: Array, at: int) -> bool:
@@ -126,13 +125,18 @@ def _first(run: Evidence, kind: str, columns: list[int]) -> int:
     """The row that is computed first, of some rows of a kind in the order of their depth."""
     if kind in FROM_THE_END:
         return columns[-1]
-    # A module is seen after its parts, but registered before them.
-    return columns[0] if run.history.depth is not None else _innermost(run, columns)
+    found, *rest = columns
+    if run.history.depth is None:
+        # A module is seen after its parts, but registered before them.
+        for column in rest:
+            if run.names[column].startswith(f"{run.names[found]}."):
+                found = column
+    return found
 
 
 def _what_made_it(run: Evidence, at: int, column: int) -> str:
     """What made NaN that backward met, if it was no layer; else ""."""
-    present = run.at(at)["numel"][0] > 0
+    present = run.part([at])["numel"][0] > 0
     is_last = column == np.flatnonzero(run.is_kind(run.kinds[column]) & present)[-1]
     lost, has_outputs = _lost(run, at), (present & run.is_kind(ACTIVATION)).any()
     if has_outputs and (is_last or lost):
@@ -153,12 +157,3 @@ def _lost(run: Evidence, at: int) -> str:
         if len(here) and not np.isfinite(here).all():
             return f" and {name} is {here[~np.isfinite(here)][0]}"
     return ""
-
-
-def _innermost(run: Evidence, columns: list[int]) -> int:
-    """The first of some rows, or what is inside it: a module comes before its parts."""
-    found, *rest = columns
-    for column in rest:
-        if run.names[column].startswith(f"{run.names[found]}."):
-            found = column
-    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from operator import itemgetter
 
 import numpy as np
@@ -30,18 +29,17 @@ def find_dead(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     numels, all_zeros = (run.by_row(itemgetter(name), columns) for name in ("numel", "zeros"))
     findings = []
     for (column, numel), (_, zeros) in zip(numels, all_zeros, strict=True):
-        mask = by_block[:, column]
+        layer, mask = run.layers[column], by_block[:, column]
         at = int(np.flatnonzero(mask)[-1])
         records = np.count_nonzero((numel > 0) & (zeros == numel))
         lasting = at == len(mask) - 1 and n_records >= thresholds.window
         sentence = (
-            f"All {numel.max()} elements of {run.layers[column]}'s gradient are "
-            f"zero in {records} of {n_records} records: it does not learn."
+            f"All {numel.max()} elements of {layer}'s gradient are zero in {records} of "
+            f"{n_records} records: it does not learn."
         )
         numbers = {"records": float(records), "zeros": float(zeros.max())}
         severity: Severity = "severe" if lasting else "warning"
-        steps = run.span(mask, at)
-        findings.append(Finding("dead", severity, run.layers[column], steps, numbers, sentence))
+        findings.append(Finding("dead", severity, layer, run.span(mask, at), numbers, sentence))
     return for_all(findings)
 
 
@@ -68,8 +66,8 @@ def find_absent(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     )
     severity: Severity = "warning" if is_left_out else "note"
     numbers, names = {"layers": n + 1.0}, tuple(run.layers[each] for each in rest)
-    steps, layer = (int(run.steps[0]), int(run.steps[-1])), run.layers[first]
-    return [Finding("no gradient", severity, layer, steps, numbers, sentence, others=names)]
+    layer = run.layers[first]
+    return [Finding("no gradient", severity, layer, run.all_steps, numbers, sentence, others=names)]
 
 
 def find_stuck(run: Evidence, thresholds: Thresholds) -> list[Finding]:
@@ -84,8 +82,10 @@ def find_stuck(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         return []  # a learning rate that warms up
     if (pace < thresholds.stuck_ratio).all():
         is_ending = early > _STEADY * late
-        stuck = _stuck(run, steps, thresholds)
-        return [] if is_ending or not len(stuck) else [_all_stuck(run, stuck, pace)]
+        # Those that are dead have a finding of their own.
+        stuck = np.flatnonzero(np.fmax.reduce(steps) < thresholds.stuck_ratio).tolist()
+        stuck = [column for column in stuck if not _is_zero(run, column, slice(None))]
+        return [] if is_ending or not stuck else [_all_stuck(run, stuck, pace)]
     if most := _most_rounded(run) or _slow(run, thresholds):
         return [most]
     # Where a schedule has slowed down all layers, none is stuck.
@@ -110,34 +110,27 @@ def find_dead_units(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         zeros, units = block["zeros"][:, column], block["numel"][:, column]
         least = float((zeros / units).min())
         severe = at == len(mask) - 1 and least >= thresholds.dead_units_severe
-        n = int(units[-1])
+        n, layer = int(units[-1]), run.layers[column]
         which = f"All {n} units" if least == 1 else f"{math.ceil(least * n)} of {n} units or more"
         sentence = (
             f"{which} of {run.printed[column]} are zero for every input of a batch, in each of "
             f"{len(units)} records: they add nothing and do not learn."
         )
-        numbers = {"share": least, "units": float(units[-1])}
+        numbers, steps = {"share": least, "units": float(n)}, run.span(mask, at)
         severity: Severity = "severe" if severe else "warning"
-        steps = run.span(mask, at)
-        findings.append(
-            Finding("dead units", severity, run.layers[column], steps, numbers, sentence)
-        )
+        findings.append(Finding("dead units", severity, layer, steps, numbers, sentence))
     return for_all(sorted(findings, key=lambda finding: -finding.numbers["share"]))
 
 
 def find_saturation(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Layers in which most elements that are not zero lie many octaves below the layer's rms."""
     shares = _stopped(run, thresholds.saturation_octaves)
-    times = 2.0**thresholds.saturation_octaves
-    return _saturated(
-        run,
-        run.lasting(shares, thresholds.saturation_share),
-        lambda each: (
-            f"{each.share:.0%} of the non-zero elements of {run.layers[each.column]}'s gradient "
-            f"are more than {times:.0f} times smaller than its rms: the units they belong to "
-            f"hardly learn."
-        ),
+    said = (
+        "of the non-zero elements of {layer}'s gradient are more than "
+        f"{2.0**thresholds.saturation_octaves:.0f} times smaller than its rms: the units they "
+        "belong to hardly learn."
     )
+    return _saturated(run, run.lasting(shares, thresholds.saturation_share), said)
 
 
 def find_saturated_outputs(run: Evidence, thresholds: Thresholds) -> list[Finding]:
@@ -150,24 +143,20 @@ def find_saturated_outputs(run: Evidence, thresholds: Thresholds) -> list[Findin
     shares = run.shares_of([sample.total(at_end[sample.bins]) for sample in run.samples])
     shares = np.where(bounded, shares, 0.0)
     shares[:, : _first_with_parameters(run)] = 0.0
-    return _saturated(
-        run,
-        run.lasting(shares, thresholds.saturation_share),
-        lambda each: (
-            f"{each.share:.0%} of {run.printed[each.column]}'s outputs are within {1 - _END:g} of "
-            f"1 or -1, the ends of a tanh, where its slope is almost zero: what is below it hardly "
-            f"learns. Smaller weights or a norm before it help."
-        ),
+    said = (
+        f"of {{layer}}'s outputs are within {1 - _END:g} of 1 or -1, the ends of a tanh, where its "
+        "slope is almost zero: what is below it hardly learns. Smaller weights or a norm before it "
+        "help."
     )
+    return _saturated(run, run.lasting(shares, thresholds.saturation_share), said)
 
 
-def _saturated(
-    run: Evidence, lasting: list[Lasting], sentence: Callable[[Lasting], str]
-) -> list[Finding]:
+def _saturated(run: Evidence, lasting: list[Lasting], said: str) -> list[Finding]:
     found = []
     for each in lasting:
         layer, numbers = run.layers[each.column], {"share": each.share}
-        found.append(Finding("saturation", "warning", layer, each.steps, numbers, sentence(each)))
+        sentence = f"{each.share:.0%} {said.format(layer=run.printed[each.column])}"
+        found.append(Finding("saturation", "warning", layer, each.steps, numbers, sentence))
     return for_all(found)
 
 
@@ -184,16 +173,10 @@ def _speeds(run: Evidence) -> tuple[float, float]:
     return float(median(by_record[:half])[0]), float(median(by_record[half:])[0])
 
 
-def _stuck(run: Evidence, steps: Array, thresholds: Thresholds) -> Array:
-    """Layers that have not moved from the start, but for those that are dead."""
-    stuck = np.flatnonzero(np.fmax.reduce(steps) < thresholds.stuck_ratio).tolist()
-    return np.array([x for x in stuck if not _is_zero(run, x, slice(None))], int)
-
-
-def _all_stuck(run: Evidence, stuck: Array, pace: Array) -> Finding:
+def _all_stuck(run: Evidence, stuck: list[int], pace: Array) -> Finding:
     """Most layers, where the median layer has not moved from the start."""
     zeros = _unchanged(run, np.arange(len(run.blocks)), stuck)
-    ratio, layer = float(pace.max()), run.names[int(stuck[0])]
+    ratio, layer = float(pace.max()), run.names[stuck[0]]
     numbers = {"ratio": ratio, "zeros": zeros, "layers": float(len(stuck))}
     more = f" and {len(stuck) - 1} more of {len(run.layers)} layers" if len(stuck) > 1 else ""
     have = "has" if len(stuck) == 1 else "have"
@@ -205,8 +188,7 @@ def _all_stuck(run: Evidence, stuck: Array, pace: Array) -> Finding:
     )
     severe = rounded and len(run.blocks) >= _PERSISTENT
     severity: Severity = "severe" if severe else "warning"
-    span = run.steps_of(0, len(run.blocks) - 1)
-    return Finding("stuck", severity, run.layers[stuck[0]], span, numbers, sentence)
+    return Finding("stuck", severity, run.layers[stuck[0]], run.all_steps, numbers, sentence)
 
 
 def _slow(run: Evidence, thresholds: Thresholds) -> Finding | None:
@@ -222,10 +204,9 @@ def _slow(run: Evidence, thresholds: Thresholds) -> Finding | None:
         f"A step changes the weights by {fastest:.1e} of their size at most, where 0.001 is usual, "
         f"and the loss stays as it is: the learning rate{of} is too small."
     )
-    newest = run.at(len(run.steps) - 1)
+    newest = run.part([len(run.steps) - 1])
     column = int(np.nanargmin(np.where(newest["numel"] > 0, newest["rms"], math.nan)))
-    span = run.steps_of(0, len(run.blocks) - 1)
-    return Finding("stuck", "warning", run.layers[column], span, numbers, sentence)
+    return Finding("stuck", "warning", run.layers[column], run.all_steps, numbers, sentence)
 
 
 def _most_rounded(run: Evidence) -> Finding | None:
@@ -244,8 +225,7 @@ def _most_rounded(run: Evidence) -> Finding | None:
         f"elements that have a gradient stay as they are; the changes round to nothing in the type "
         f"of the weights."
     )
-    span = run.steps_of(0, len(run.blocks) - 1)
-    return Finding("stuck", "warning", run.layers[layer], span, numbers, sentence)
+    return Finding("stuck", "warning", run.layers[layer], run.all_steps, numbers, sentence)
 
 
 def _kept(run: Evidence) -> Array:
@@ -280,10 +260,8 @@ def _stuck_alone(
         )
         if numbers["zeros"] >= _ROUNDED:
             sentence += f"; {_why(run, numbers['zeros'])}"
-        span = run.steps_of(int(blocks[0]), int(blocks[-1]))
-        findings.append(
-            Finding("stuck", "warning", run.layers[column], span, numbers, sentence + ".")
-        )
+        layer, span = run.layers[column], run.steps_of(int(blocks[0]), int(blocks[-1]))
+        findings.append(Finding("stuck", "warning", layer, span, numbers, sentence + "."))
     return for_all(sorted(findings, key=lambda finding: finding.numbers["ratio"]))
 
 
@@ -296,7 +274,7 @@ def _is_zero(run: Evidence, column: int, blocks: Array | slice) -> bool:
     return np.array_equal(zeros, numel)  # no record has more zeros than elements
 
 
-def _unchanged(run: Evidence, blocks: Array, columns: Array | int) -> float:
+def _unchanged(run: Evidence, blocks: Array, columns: list[int] | int) -> float:
     """Share of some layers' elements that a step leaves as they are."""
     zeros, numel = run.totals[blocks][..., columns].reshape(len(blocks), 2, -1).sum((0, 2))
     return float(zeros / max(numel, 1))

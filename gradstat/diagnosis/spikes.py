@@ -7,25 +7,14 @@ from operator import itemgetter
 
 import numpy as np
 
+from gradstat.diagnosis import usual
 from gradstat.diagnosis.divergence import Leap, find_divergence, find_leap
 from gradstat.diagnosis.evidence import Evidence, log, log_losses, median
 from gradstat.diagnosis.findings import Finding, Severity, rounded
-from gradstat.diagnosis.usual import (
-    APART,
-    FLOORS,
-    GRADIENT,
-    LOSS,
-    PHASES,
-    WINDOW,
-    Departure,
-    find_departures,
-    find_movers,
-    named,
-    tell_movers,
-)
+from gradstat.diagnosis.usual import WINDOW, Departure, named
 from gradstat.record import ACTIVATION, GRAD, PARAM, UPDATE
 from gradstat.thresholds import Thresholds
-from gradstat.util import Array
+from gradstat.util import Array, plural
 
 _LASTING = 10  # values after which a spike that is not over is there to stay
 _SOON = 10  # records after a rate that rose
@@ -44,7 +33,6 @@ def find_all_spikes(run: Evidence, thresholds: Thresholds) -> list[Finding]:
 
 
 def find_loss_spikes(run: Evidence, thresholds: Thresholds) -> list[Finding]:
-    """Spikes of each scalar that is a loss."""
     found = [each for name in run.losses for each in _of_loss(run, name, thresholds)]
     if len(run.losses) < 2 or not found:
         return found
@@ -53,7 +41,7 @@ def find_loss_spikes(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     if any(not np.array_equal(each, steps[0]) for each in steps):
         return found
     floor = math.log(thresholds.spike_loss)
-    total = find_departures(log_losses(np.sum(series, 0)), floor, thresholds.spike_deviations)
+    total = usual.find_departures(log_losses(np.sum(series, 0)), floor, thresholds.spike_deviations)
     spans = [(steps[0][each.begin], steps[0][each.end - 1]) for each in total]
     return [f for f in found if any(a <= f.steps[1] and f.steps[0] <= b for a, b in spans)]
 
@@ -87,12 +75,11 @@ def _of_loss(run: Evidence, name: str, thresholds: Thresholds) -> list[Finding]:
             if np.isinf(series[spike.begin : spike.end]).any():
                 broken = spike.begin + int(np.isinf(series[spike.begin : spike.end]).argmax())
                 what += f", was {losses[broken]} at step {steps[broken]}"
-        findings.append(_finding("loss spike", what, numbers, run, steps, spike, LOSS, deviations))
+        findings.append(_finding("loss spike", what, numbers, run, steps, spike, deviations))
     return findings
 
 
 def find_gradient_spikes(run: Evidence, thresholds: Thresholds) -> list[Finding]:
-    """Spikes of the norm of all gradients."""
     if GRAD not in run.kinds:
         return []
     norm = run.norm(GRAD)
@@ -112,23 +99,14 @@ def find_gradient_spikes(run: Evidence, thresholds: Thresholds) -> list[Finding]
             f"{peak:.2g}, at step {run.steps[spike.begin]}"
         )
         findings.append(
-            _finding(
-                "gradient spike",
-                what,
-                numbers,
-                run,
-                run.steps,
-                spike,
-                GRADIENT,
-                deviations,
-            )
+            _finding("gradient spike", what, numbers, run, run.steps, spike, deviations)
         )
     return findings
 
 
 def _found(run: Evidence, series: Array, factor: float, thresholds: Thresholds) -> list[Departure]:
     """Spikes of a series that no small batch explains."""
-    found = find_departures(series, math.log(factor), thresholds.spike_deviations)
+    found = usual.find_departures(series, math.log(factor), thresholds.spike_deviations)
     if ACTIVATION in run.kinds:
         return found
     least = math.log(factor * thresholds.spike_single)
@@ -158,20 +136,20 @@ def _finding(
     run: Evidence,
     steps: Array,
     spike: Departure,
-    phase: int,
     deviations: float,
 ) -> Finding:
     """A spike of a series, over its own steps, with what moved before it."""
     begin, last = int(steps[spike.begin]), int(steps[spike.end - 1])
     length = spike.end - spike.begin
     if spike.is_over:
-        what += f", and was back after {length} step{'s' * (length > 1)}."
+        what += f", and was back after {plural(length, 'step')}."
     elif length >= _LASTING:
         what += ", and has not come back."
     else:
         what += ", where the record ends." if length == 1 else ", and is not back at the end."
     record = int(np.searchsorted(run.steps, begin, "right")) - 1
-    moved, together = find_movers(run, record, begin, phase, deviations)
+    phase = usual.LOSS if kind == "loss spike" else usual.GRADIENT
+    moved, together = usual.find_movers(run, record, begin, phase, deviations)
     numbers |= {"recovered": float(spike.is_over), "moved": float(len(moved))}
     leap = find_leap(run, record)
     if leap and (leap.record < record - _SOON or (moved and moved[0].at < leap.record)):
@@ -183,7 +161,7 @@ def _finding(
         what += f" {leap.tell(run)}."
         numbers["rate"] = leap.after
     if moved:
-        what += f" {tell_movers(run, moved, begin)}"
+        what += f" {usual.tell_movers(run, moved, begin)}"
     elif not leap:
         what += " Nothing had left its usual range before"
         gradients = sum(run.kinds[mover.column] == GRAD for mover in together)
@@ -229,11 +207,11 @@ def _jumps(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         # Most rows never rise so far, and need no second look.
         if not (series - _least_before(series) >= limit / 2).any():
             continue
-        around, floor = thresholds.spike_deviations, math.log(FLOORS[kind])
-        jumps = find_departures(series, floor, around, limit / 2)
+        around, floor = thresholds.spike_deviations, math.log(usual.FLOORS[kind])
+        jumps = usual.find_departures(series, floor, around, limit / 2)
         jumps += [
             each
-            for each in find_departures(series, floor, around)
+            for each in usual.find_departures(series, floor, around)
             # What grows little by little while the loss falls is what is learned.
             if each.over(series, WINDOW) >= limit * (3 if _is_learning(run, each.begin) else 1)
         ]
@@ -244,7 +222,8 @@ def _jumps(run: Evidence, thresholds: Thresholds) -> list[Finding]:
             if np.isnan(earlier[-_SOON:]).mean() > 0.5:
                 continue
             if series[each.peak] > np.fmax.reduce(earlier) + _BEYOND:
-                found.append((PHASES[kind], _jump(run, column, each, each.over(series, WINDOW))))
+                over = each.over(series, WINDOW)
+                found.append((usual.PHASES[kind], _jump(run, column, each, over)))
     found.sort(key=lambda each: (each[1].steps[0], each[0], -each[1].numbers["times"]))
     return [finding for _, finding in found]
 
@@ -296,4 +275,4 @@ def _reaches(run: Evidence, one: Finding, other: Finding) -> bool:
         run.steps, [one.numbers["first_step"], other.numbers["first_step"]]
     )
     last = np.searchsorted(run.steps, one.steps[1])
-    return bool(first - APART <= begins <= last + WINDOW)
+    return bool(first - usual.APART <= begins <= last + WINDOW)

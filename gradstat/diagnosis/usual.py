@@ -10,16 +10,15 @@ import numpy as np
 from gradstat.diagnosis.evidence import Evidence, around, median
 from gradstat.diagnosis.findings import rounded
 from gradstat.record import ACTIVATION, GRAD, GRAD_OUTPUT, NOUNS, PARAM, UNIT, UPDATE
-from gradstat.util import Array
+from gradstat.util import Array, plural
 
 WINDOW, _LEAST = 32, 10  # values before one that say where it should be
 _NEWEST = 5  # of them, that say where a falling series is now
 _PAIRS = 10, 4  # places between the values of a pair, whose slopes say how it goes on
 APART = 2  # records between what belongs together
 _CELLS = 1 << 13  # looked at together, each with the values before it
-TO_DEVIATIONS = (
-    1.4826  # times the median absolute deviation is the standard deviation of a normal distribution
-)
+# Times the median absolute deviation it is the standard deviation of a normal distribution.
+TO_DEVIATIONS = 1.4826
 _MOST, _MOST_DEVIATIONS = 0.9, 1.645  # nine of ten of its values are within so many deviations
 _WIDER = 1.5  # that is, than by the median, at most
 _SEVERAL, _NEARER = 4, 0.6  # values in a row, and the share of the half-width they must exceed
@@ -64,14 +63,10 @@ class Mover:
 def find_departures(
     x: Array, floor: float, deviations: float, leap: float = 0.0
 ) -> list[Departure]:
-    """Values of one series above their usual range, as it was when the first of them left it.
-
-    Args:
-        x: logarithms, ``(T,)``; NaN where there is no value, infinity where it is not finite.
-        floor: least half-width of the range, a logarithm.
-        deviations: half-width of a wider one.
-        leap: how far the values must rise at once, or 0: they may leave it little by little.
-    """
+    """Values of one series above their usual range, as it was when the first of them left it."""
+    # Of logarithms, ``(T,)``: NaN where there is no value, infinity where it is not finite. The
+    # floor is the least half-width of the range, the deviations that of a wider one. By the leap
+    # values must rise at once; by 0 they may leave the range little by little.
     at = np.arange(len(x))
     typical, deviation, slope = _expected(x[:, None], at, np.zeros_like(at))
     wide = deviations * deviation
@@ -123,10 +118,8 @@ def _ahead(x: Array, n: int) -> Array:
 def find_movers(
     run: Evidence, record: int, step: int, phase: int, deviations: float
 ) -> tuple[list[Mover], list[Mover]]:
-    """Rows that left their usual ranges before something began, and with it or after it, in order.
-
-    It began in a phase of a step; ``record`` is the position of the newest record up to that step.
-    """
+    """Rows that left their usual ranges before something began, and with it or after it."""
+    # It began in a phase of a step, and ``record`` is the newest one up to then.
     if record < 0:
         return [], []
     first = max(0, record - WINDOW)
@@ -163,10 +156,10 @@ def tell_movers(run: Evidence, moved: list[Mover], begin: int) -> str:
     """A sentence about rows that moved before something began at a step, the first one first."""
     first = moved[0]
     ahead = begin - int(run.steps[first.at])
-    when = f"{ahead} step{'s' * (ahead > 1)} before" if ahead else "in the same step"
-    size = (
-        "not finite" if math.isinf(first.times) else f"{rounded(first.times)} times its usual size"
-    )
+    when = f"{plural(ahead, 'step')} before" if ahead else "in the same step"
+    size = f"{rounded(first.times)} times its usual size"
+    if math.isinf(first.times):
+        size = "not finite"
     others = [named(run, mover.column) for mover in moved[1:3]]
     then = f"; then {', '.join(others)}" if others else ""
     if len(moved) > 3:
@@ -175,7 +168,6 @@ def tell_movers(run: Evidence, moved: list[Mover], begin: int) -> str:
 
 
 def named(run: Evidence, column: int) -> str:
-    """A row in words."""
     return f"{run.printed[column]}'s {NOUNS[run.kinds[column]]}"
 
 
@@ -232,5 +224,5 @@ def _is_batch(run: Evidence, moved: list[Mover], record: int) -> bool:
     """Whether outputs alone moved, in that very step, from the first module on."""
     if not moved or any(run.kinds[m.column] != ACTIVATION or m.at != record for m in moved):
         return False
-    outputs = np.flatnonzero(run.is_kind(ACTIVATION) & (run.at(record)["numel"][0] > 0))
+    outputs = np.flatnonzero(run.is_kind(ACTIVATION) & (run.part([record])["numel"][0] > 0))
     return bool(moved[0].column == outputs[0])

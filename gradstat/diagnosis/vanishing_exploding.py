@@ -81,13 +81,13 @@ def find_large(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         levels = np.append(start[column], run.levels[:, column])
         if (np.nan_to_num(levels) > thresholds.exploding_level).all():
             rms = float(np.nanmax(run.levels[:, column]))
-            steps = run.steps_of(0, len(run.blocks) - 1)
             sentence = (
                 f"{layer}'s gradient has an rms of {rms:.1e}, above {thresholds.exploding_level:g}:"
                 f" it explodes on its way back, as in a recurrent network over many steps; Adam "
                 f"hides that, and clipping bounds it."
             )
-            findings.append(Finding("exploding", "warning", layer, steps, {"rms": rms}, sentence))
+            steps, numbers = run.all_steps, {"rms": rms}
+            findings.append(Finding("exploding", "warning", layer, steps, numbers, sentence))
     return for_all(sorted(findings, key=lambda finding: -finding.numbers["rms"]))
 
 
