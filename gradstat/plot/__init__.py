@@ -1,11 +1,7 @@
 """Figures of a `History`, or of several side by side: `ridge`, `curves`, `heatmap`.
 
-They draw the rows of a history's first kind, which is gradients where these were recorded, unless
-``layers`` names others; ``history.select(kind)`` has the rows of another kind.
-
 Each returns a `matplotlib.figure.Figure` that belongs to no window, so they work without a
-display; a notebook shows it, and ``figure.savefig(path)`` writes it. Matplotlib is imported when
-``gradstat.plot`` is first used.
+display; a notebook shows it, and ``figure.savefig(path)`` writes it.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ from mpl_toolkits.mplot3d import Axes3D
 
 from gradstat.bins import OCTAVES
 from gradstat.diagnosis import diagnose
-from gradstat.diagnosis.findings import COLORS
+from gradstat.diagnosis.findings import COLORS, began
 from gradstat.history import History
 from gradstat.plot import data, labels, panels
 from gradstat.plot.data import Histories, Layers, Limits
@@ -134,11 +130,11 @@ def curves(
             ``"norm"``, that of all layers of the first kind.
         split: ``"layer"`` draws a panel for each layer with a line for each history (the default
             for several), ``"history"`` a panel for each history with a line for each layer.
-        layers: names of the rows to draw, by default of the first kind; a mapping titles each.
-        steps_per_epoch: count in epochs of so many steps.
+        layers: as for `ridge`.
+        steps_per_epoch: as for `ridge`.
         average: draw the mean of so many records in a row.
         log: logarithmic vertical axis; by default for the fields that are magnitudes.
-        figure: cleared and drawn into; by default a new one of a fitting size.
+        figure: as for `ridge`.
 
     Returns:
         The figure. Panels split by history share their vertical axis.
@@ -167,32 +163,24 @@ def curves(
         raise ValueError(f"curves() needs split 'layer' or 'history'; split is {split!r}")
     by_layer = split == "layer"
     data.check_panels("curves", 1, len(titles) if by_layer else len(named))
-    heads, keys = list(titles.values()), list(map(labels.literal, named))
-    if not by_layer:
-        heads, keys = keys, heads
-    keys = [labels.shorten(key, labels.KEY_INCHES, 9) for key in keys]
     log = field in _MAGNITUDES if log is None else log
-    drawn = []
-    for i in range(len(heads)):
-        lines = []
-        for j in range(len(keys)):
-            each = list(named.values())[j if by_layer else i]
-            layer = list(titles)[i if by_layer else j]
-            time = data.block_last(data.times(each.steps, steps_per_epoch), average)
-            lines.append((time, data.block_mean(data.values(each, layer, field), average)))
-        drawn.append(lines)
+    heads, keys, drawn = list(map(labels.literal, named)), list(titles.values()), []
+    for each in named.values():
+        time = data.block_last(data.times(each.steps, steps_per_epoch), average)
+        series = [data.block_mean(data.values(each, layer, field), average) for layer in titles]
+        drawn.append([(time, values) for values in series])
+    if by_layer:
+        heads, keys, drawn = keys, heads, list(map(list, zip(*drawn, strict=True)))
+    keys = [labels.shorten(key, labels.KEY_INCHES, 9) for key in keys]
     marked = data.standing_out([[value for _, value in lines] for lines in drawn], log=log)
     colors = panels.line_colors(len(keys), marked, ordered=not by_layer)
     beside = max(0.4, labels.longest_inches([keys[i] for i in marked] or keys, 9))
-    width, height = (2.7, 2.2) if by_layer else (3.9, 3.0)
+    columns, width, height = (4, 2.7, 2.2) if by_layer else (2, 3.9, 3.0)
+    # Names at the lines' ends take room of each panel, a key of the figure.
+    size = (width + beside, height) if marked else (width, height)
+    margin = 0.5 if marked else 0.5 + beside
     figure, axes = panels.grid_2d(
-        figure,
-        len(heads),
-        4 if by_layer else 2,
-        (width + beside, height) if marked else (width, height),
-        margin=0.5 if marked else 0.5 + beside,
-        sharex=True,
-        sharey=not by_layer,
+        figure, len(heads), columns, size, margin=margin, sharex=True, sharey=not by_layer
     )
     for ax, lines in zip(axes, drawn, strict=True):
         panels.style_2d(ax)
@@ -232,10 +220,10 @@ def heatmap(
         history: one History, or several in a mapping of names or a sequence.
         field: a field of `Statistics`, ``"mean_abs"``, the mean of magnitudes, ``"update_ratio"``
             or ``"dead_units"`` as of `History`, or ``"counts"``.
-        layers: names of the rows to draw, by default of the first kind; a mapping titles each.
-        steps_per_epoch: count in epochs of so many steps.
+        layers: as for `ridge`.
+        steps_per_epoch: as for `ridge`.
         log: logarithmic colour; by default for the fields that are magnitudes.
-        figure: cleared and drawn into; by default a new one of a fitting size.
+        figure: as for `ridge`.
 
     Returns:
         The figure: an axes for each history, or for each layer of each history, and the colour
@@ -282,8 +270,7 @@ def heatmap(
         ax.set_yticks(shown, [names[i] for i in shown])
     axes[0].invert_yaxis()
     labels.label_axes(figure, labels.time_label(steps_per_epoch), "")
-    label = labels.field_label(field, data.noun(named, titles))
-    panels.add_colorbar(figure, drawn, label, axes)
+    panels.add_colorbar(figure, drawn, labels.field_label(field, data.noun(named, titles)), axes)
     labels.add_titles(axes, list(map(labels.literal, named)))
     return figure
 
@@ -324,31 +311,24 @@ def _series_curves(
     beside = labels.longest_inches([*names, *shown], 9)
     figure, (ax,) = panels.grid_2d(figure, 1, 1, (5.2, 3.0), margin=0.5 + max(0.4, beside))
     panels.style_2d(ax)
-    everything = np.concatenate([values for _, values in lines])
-    log = _spans_much(everything) if log is None else log
+    if log is None:
+        everything = np.concatenate([values for _, values in lines])
+        known = everything[np.isfinite(everything)]
+        log = bool(len(known) and known.min() > 0 and known.max() > _WIDE * known.min())
     colors = panels.line_colors(len(names), ordered=False)
     for (steps, values), color in zip(lines, colors, strict=True):
         times = data.times(steps, steps_per_epoch)
         if len(times):
             times, values = data.block_last(times, average), data.block_mean(values, average)
             panels.add_line(ax, times, values, color, log=log)
+    at_axis = ax.get_xaxis_transform()
     for time, color in marks:
-        ax.plot(
-            [time],
-            [0.0],
-            transform=ax.get_xaxis_transform(),
-            color=color,
-            marker="^",
-            markersize=6,
-            linestyle="",
-            clip_on=False,
-            zorder=5,
-        )
-    is_norm = all(field not in each.scalars for each in named.values())
-    label = labels.field_label(field, NOUNS[next(iter(named.values())).kinds[0]])
-    labels.label_axes(
-        figure, labels.time_label(steps_per_epoch), label if is_norm else labels.literal(field)
-    )
+        (mark,) = ax.plot([time], [0.0], "^", color=color, markersize=6, transform=at_axis)
+        mark.set(clip_on=False, zorder=5)
+    label = labels.literal(field)
+    if all(field not in each.scalars for each in named.values()):  # it is the norm
+        label = labels.field_label(field, NOUNS[next(iter(named.values())).kinds[0]])
+    labels.label_axes(figure, labels.time_label(steps_per_epoch), label)
     if any(names):
         labels.add_key(figure, names, colors, shown)
     elif shown:
@@ -365,18 +345,13 @@ def _series(history: History, field: str) -> tuple[Array, Array]:
     return history.scalar(field)
 
 
-def _spans_much(values: Array) -> bool:
-    known = values[np.isfinite(values)]
-    return bool(len(known) and known.min() > 0 and known.max() > _WIDE * known.min())
-
-
 def _marks(history: History, steps_per_epoch: int | None) -> list[tuple[float, Color]]:
     """Where each severe finding or warning begins, the worst last, and the colour of its mark."""
     marks = []
     for finding in diagnose(history):
         if finding.severity in _MARKS:
-            step = np.array(finding.numbers.get("first_step", finding.steps[0]))
-            marks.append((float(data.times(step, steps_per_epoch)), _MARKS[finding.severity]))
+            time = data.times(np.array(began(finding)), steps_per_epoch)
+            marks.append((float(time), _MARKS[finding.severity]))
     return marks[::-1]
 
 
@@ -407,8 +382,8 @@ def _counts_heatmap(
     shown = np.nan_to_num(everything).max(0, keepdims=True) > 0.01
     axes[0].set_ylim(*data.extent([(shown, OCTAVES[None])], symmetric=False))
     labels.powers_of_two(axes[0].yaxis, 6)
-    noun = data.noun(named, titles)
-    labels.label_axes(figure, labels.time_label(steps_per_epoch), f"|{noun}|")
+    label = f"|{data.noun(named, titles)}|"
+    labels.label_axes(figure, labels.time_label(steps_per_epoch), label)
     panels.add_colorbar(figure, image, "share of elements", axes)
     labels.add_titles(axes, [head for head, *_ in drawn])
     return figure

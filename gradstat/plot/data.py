@@ -13,7 +13,7 @@ from gradstat.bins import OCTAVES, Log2Bins, octaves
 from gradstat.history import FIELDS, History
 from gradstat.history.history import check_history, first_rows
 from gradstat.plot.labels import literal
-from gradstat.record import NOUNS, UNIT, UPDATE, Row
+from gradstat.record import GRAD, NOUNS, UNIT, UPDATE, Row
 from gradstat.util import Array, divide, evenly_spread, one_of
 
 Histories: TypeAlias = History | Mapping[str, History] | Sequence[History]
@@ -64,18 +64,28 @@ def check_layers(
     function: str, named: dict[str, History], layers: Layers | None, field: str | None = None
 ) -> dict[str, str]:
     """Return the title of each layer to draw, in order; by default of each history's first kind."""
-    # For a field that follows from several kinds, parameters or modules may name the layers.
-    if field in DERIVED:
-        return _check_derived(function, named, layers, field)
+    kind = DERIVED.get(field, GRAD) if field else GRAD
+    of_kind = {r.name: str(r) for each in named.values() for r in each.rows if r.kind == kind}
+    if field in DERIVED and not of_kind:
+        what = "'update'" if kind == UPDATE else "'activation'"
+        kinds = dict.fromkeys(kind for each in named.values() for kind in each.kinds)
+        raise ValueError(
+            f"{function}() needs a history of watch(what={what}) for {field!r}; history has "
+            f"{', '.join(kinds)}"
+        )
     if layers is None:
         layers = [layer for each in named.values() for layer in first_rows(each)]
+        if field in DERIVED:
+            layers = list(of_kind.values())
     names = isinstance(layers, (Mapping, Sequence)) and not isinstance(layers, str)
     if not names or not all(isinstance(layer, str) for layer in layers):
         raise TypeError(f"{function}() needs a sequence of layer names; layers is {layers!r}")
     if isinstance(layers, Mapping):
         titles = dict(layers)
     else:
-        titles = {layer: literal(layer) for layer in layers}
+        titles = {layer: literal(Row.printed(kind, layer).name) for layer in layers}
+    # For a field that follows from several kinds, parameters or modules may name the layers.
+    titles = {of_kind.get(layer, layer): title for layer, title in titles.items()}
     if not titles:
         raise ValueError(f"{function}() needs at least one layer; layers is empty")
     known = list(dict.fromkeys(layer for each in named.values() for layer in each.layers))
@@ -85,33 +95,6 @@ def check_layers(
                 f"{function}() needs layers, each {one_of(layer, known)}; layers has {layer!r}"
             )
     return titles
-
-
-def _check_derived(
-    function: str, named: dict[str, History], layers: Layers | None, field: str
-) -> dict[str, str]:
-    kind = DERIVED[field]
-    rows = {row: None for each in named.values() for row in each.rows if row.kind == kind}
-    if not rows:
-        what = "'update'" if kind == UPDATE else "'activation'"
-        kinds = dict.fromkeys(kind for each in named.values() for kind in each.kinds)
-        raise ValueError(
-            f"{function}() needs a history of watch(what={what}) for {field!r}; history has "
-            f"{', '.join(kinds)}"
-        )
-    if layers is None:
-        return {str(row): literal(row.name) for row in rows}
-    titles = check_layers(function, named, _as_rows(layers, kind, {row.name for row in rows}))
-    if isinstance(layers, Mapping):
-        return dict(zip(titles, layers.values(), strict=True))
-    return {layer: literal(Row.printed(kind, layer).name) for layer in titles}
-
-
-def _as_rows(layers: Layers, kind: str, names: Collection[str]) -> Layers:
-    """Layers, with the rows of a kind in place of the names of parameters or modules."""
-    if isinstance(layers, str) or not isinstance(layers, (Mapping, Sequence)):
-        return layers  # refused by the caller
-    return [str(Row(kind, each)) if each in names else each for each in layers]
 
 
 def noun(named: dict[str, History], layers: Collection[str]) -> str:
@@ -126,7 +109,6 @@ def noun(named: dict[str, History], layers: Collection[str]) -> str:
 
 
 def check_field(function: str, field: str, *also: str) -> None:
-    """Refuse what no History holds."""
     names = (*also, "mean_abs", *DERIVED, *FIELDS)
     if field not in names:
         logged = "what w.log() has logged, as by w.log(loss=loss), or " * (function == "curves")
@@ -136,7 +118,6 @@ def check_field(function: str, field: str, *also: str) -> None:
 
 
 def check_limits(function: str, limits: Limits | None) -> Limits | None:
-    """Refuse limits that are not two increasing finite numbers."""
     if limits is None:
         return None
     pair = isinstance(limits, (tuple, list)) and len(limits) == 2
@@ -168,7 +149,6 @@ def drawable(x: Array, *, log: bool) -> Array:
 
 
 def times(steps: Array, steps_per_epoch: int | None) -> Array:
-    """Time of each step: its number, or the epochs done with it."""
     if steps_per_epoch is None:
         return steps.astype(np.float64)
     done: Array = (steps + 1) / steps_per_epoch
@@ -192,10 +172,8 @@ def values(history: History, layer: str, field: str) -> Array:
         return np.full(len(history), math.nan)
     column = history.layers.index(layer)
     if field in DERIVED:
-        kind, _ = history.rows[column]
-        ratios = history.update_ratio() if kind == UPDATE else history.dead_units()
-        shown: Array = ratios[:, history.kinds[:column].count(kind)]
-        return shown
+        derived: Array = getattr(history, field)()
+        return derived[:, history.kinds[:column].count(DERIVED[field])]
     if field != "mean_abs":
         return history[field][:, column].astype(np.float64)
     total, finite = history["l1"][:, column], history["finite"][:, column].astype(np.float64)
@@ -247,7 +225,6 @@ def _deviations(lines: Sequence[Array], *, log: bool) -> Array:
 
 
 def block_last(x: Array, size: int) -> Array:
-    """Last value of each run of ``size``."""
     last = np.minimum(np.arange(size - 1, len(x) + size - 1, size), len(x) - 1)
     return np.asarray(x[last])
 

@@ -7,24 +7,13 @@ from bisect import bisect_left
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.path import Path
 from matplotlib.textpath import TextPath
-from matplotlib.ticker import (
-    FixedLocator,
-    Formatter,
-    FuncFormatter,
-    Locator,
-    LogFormatterMathtext,
-    LogFormatterSciNotation,
-    LogLocator,
-    MaxNLocator,
-    NullLocator,
-    ScalarFormatter,
-)
 
 from gradstat.util import escaped
 
@@ -52,6 +41,8 @@ _NAMES = {
 _MEASURED = 200  # letters
 KEY_INCHES = 6.0  # of a line's or a row's name, at most
 _LINE_POINTS = 12.0  # from one label of a line to the next
+_LEADER = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 1}
+_OFFSET: dict[str, Any] = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
 
 
 def literal(name: str) -> str:
@@ -65,7 +56,6 @@ def heading(name: str, title: str) -> str:
 
 
 def time_label(steps_per_epoch: int | None) -> str:
-    """Label of an axis of time."""
     if steps_per_epoch is None:
         return "step"
     return f"epoch of {steps_per_epoch:,} steps" if steps_per_epoch > 1 else "epoch"
@@ -90,14 +80,13 @@ def value_label(axis: Axis, noun: str, *, log2: bool) -> str:
         return f"|{words}|"
     # Where Matplotlib writes the power of ten, the axis of steps has its numbers.
     axis.offsetText.set_visible(False)
-    power = ScalarFormatter(useMathText=True)
+    power = ticker.ScalarFormatter(useMathText=True)
     power.set_axis(axis)
     power.set_locs(list(axis.get_majorticklocs()))
     return f"{words}\n{power.get_offset()}".rstrip()
 
 
 def label_axes(figure: Figure, x: str, y: str) -> None:
-    """Label the axes that all panels have in common."""
     figure.supxlabel(x, fontsize=9, color=INK)
     figure.supylabel(y, fontsize=9, color=INK)
 
@@ -109,15 +98,8 @@ def add_key(
     marks = marks or {}
     lines = [Line2D([], [], color=color, linewidth=2) for color in colors]
     lines += [Line2D([], [], color=color, marker="^", linestyle="") for color in marks.values()]
-    figure.legend(
-        lines,
-        [*names, *marks],
-        loc="outside right upper",
-        fontsize=9,
-        labelcolor=INK,
-        frameon=False,
-        handlelength=1.2,
-    )
+    look: dict[str, Any] = {"labelcolor": INK, "frameon": False, "handlelength": 1.2}
+    figure.legend(lines, [*names, *marks], loc="outside right upper", fontsize=9, **look)
 
 
 def label_ends(ax: Axes, names: dict[int, str]) -> None:
@@ -142,20 +124,8 @@ def label_ends(ax: Axes, names: dict[int, str]) -> None:
     for at, (y, i, name, end) in zip(points, ends, strict=True):
         color, place = ax.lines[i].get_color(), (14, at - middle - y)
         ax.lines[i].set_zorder(3)
-        leader: dict[str, Any] = {
-            "arrowstyle": "-",
-            "color": color,
-            "linewidth": 0.6,
-            "shrinkA": 0,
-            "shrinkB": 1,
-        }
-        offset: dict[str, Any] = {
-            "textcoords": "offset points",
-            "va": "center",
-            "annotation_clip": False,
-        }
-        ax.annotate("", end, xytext=place, arrowprops=leader, **offset)
-        ax.annotate(name, end, xytext=place, color=color, fontsize=9, **offset)
+        ax.annotate("", end, place, arrowprops=_LEADER | {"color": color}, **_OFFSET)
+        ax.annotate(name, end, place, color=color, fontsize=9, **_OFFSET)
 
 
 def add_titles(axes: list[Axes], titles: list[str]) -> None:
@@ -230,29 +200,29 @@ def longest_inches(texts: list[str], size: float) -> float:
     return text_inches(max(texts, key=len), size)
 
 
-def whole_numbers(most: int, prune: Literal["upper"] | None = None) -> MaxNLocator:
+def whole_numbers(most: int, prune: Literal["upper"] | None = None) -> ticker.MaxNLocator:
     """Ticks at multiples of 1, 2 or 5 times a power of ten."""
-    return MaxNLocator(most, steps=[1, 2, 5, 10], integer=True, prune=prune)
+    return ticker.MaxNLocator(most, steps=[1, 2, 5, 10], integer=True, prune=prune)
 
 
-def log_ticks(low: float, high: float) -> tuple[Locator, Formatter]:
+def log_ticks(low: float, high: float) -> tuple[ticker.Locator, ticker.Formatter]:
     """Ticks of a logarithmic axis, at least two: at powers of ten if there are two of these."""
     first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
     if last - first > 60:
         # Matplotlib's own reach past the ends, where powers of ten overflow.
         powers = range(first, last + 1, math.ceil((last - first) / 6))
-        return FixedLocator([10.0**power for power in powers]), LogFormatterMathtext()
+        return ticker.FixedLocator([10.0**power for power in powers]), ticker.LogFormatterMathtext()
     if last > first:
-        return LogLocator(numticks=7), LogFormatterMathtext()
+        return ticker.LogLocator(numticks=7), ticker.LogFormatterMathtext()
     if high > 10 * low:
-        every = LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(math.inf, math.inf))
-        return LogLocator(subs=(1.0, 2.0, 5.0)), every
-    return MaxNLocator(5), powers_apart()
+        every = (math.inf, math.inf)
+        formatter = ticker.LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=every)
+        return ticker.LogLocator(subs=(1.0, 2.0, 5.0)), formatter
+    return ticker.MaxNLocator(5), powers_apart()
 
 
-def powers_apart() -> ScalarFormatter:
-    """Numbers, with their power of ten written once, at the end of the axis."""
-    formatter = ScalarFormatter(useMathText=True)
+def powers_apart() -> ticker.ScalarFormatter:
+    formatter = ticker.ScalarFormatter(useMathText=True)
     formatter.set_powerlimits((-2, 3))
     return formatter
 
@@ -263,11 +233,10 @@ def label_log(ax: Axes) -> None:
         locator, formatter = log_ticks(*sorted(ax.get_ylim()))
         ax.yaxis.set_major_locator(locator)
         ax.yaxis.set_major_formatter(formatter)
-        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_minor_locator(ticker.NullLocator())
         ax.yaxis.offsetText.set(fontsize=8, color=INK)
 
 
 def powers_of_two(axis: Axis, most: int) -> None:
-    """Write tick k as 2^k."""
-    axis.set_major_locator(MaxNLocator(most, integer=True))
-    axis.set_major_formatter(FuncFormatter(lambda k, _: rf"$2^{{{k:.0f}}}$"))
+    axis.set_major_locator(ticker.MaxNLocator(most, integer=True))
+    axis.set_major_formatter(ticker.FuncFormatter(lambda k, _: rf"$2^{{{k:.0f}}}$"))

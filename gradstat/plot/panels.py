@@ -33,10 +33,7 @@ CELL = 3.0  # inches, width of a 3-D panel
 
 
 class ShownFigure(Figure):
-    """A figure that a notebook shows when it is the last line of a cell.
-
-    Nothing of pyplot is involved: it opens no window, and is gone with its last name.
-    """
+    """A figure that a notebook shows when it is the last line of a cell; it opens no window."""
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""
@@ -184,15 +181,9 @@ def add_line(ax: Axes, time: Array, value: Array, color: Color, *, log: bool) ->
     """Draw a line through finite values, on a log axis positive ones; a dot for a single one."""
     value = np.where(np.isfinite(value) & (value > 0 if log else True), value, math.nan)
     value = drawable(value, log=log)
-    alone = np.count_nonzero(np.isfinite(value)) == 1
-    ax.plot(
-        time,
-        value,
-        color=color,
-        linewidth=0.6 if len(time) > 200 else 0.8 if color == GREY else 1.6,
-        marker="o" if alone else "",
-        markersize=4,
-    )
+    marker = "o" if np.count_nonzero(np.isfinite(value)) == 1 else ""
+    width = 0.6 if len(time) > 200 else 0.8 if color == GREY else 1.6
+    ax.plot(time, value, color=color, linewidth=width, marker=marker, markersize=4)
     if log and np.isfinite(value).any() and ax.get_yscale() != "log":
         ax.set_yscale("log")
     elif not log:
