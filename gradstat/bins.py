@@ -43,11 +43,9 @@ Result = TypeVar("Result")
 
 
 def keeps_subnormals(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Run a function as if `torch.set_flush_denormal` were off.
-
-    Bins end at subnormals, and no count should depend on the mode of the thread that asks for it.
-    Threads that torch started in that mode keep it for good, so the caller's computes alone.
-    """
+    """Run a function as if `torch.set_flush_denormal` were off."""
+    # Bins end at subnormals, and no count should depend on the mode of the thread that asks for it.
+    # Threads that torch started in that mode keep it for good, so the caller's computes alone.
 
     @functools.wraps(function)
     def keeping(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
@@ -71,10 +69,7 @@ class Log2Bins:
 
     The bin of a value is the top 11 bits of its float32 pattern (sign, 8 exponent bits, 2 mantissa
     bits), put in order from the most negative to the most positive. A bin is at most a quarter of
-    its lower magnitude wide, but for the bins of magnitudes below 2**-126 and for the outermost of
-    the finite values, which also hold all float64 beyond float32. The four outer bins on each side
-    would hold infinities and NaN, which are counted apart, so they stay empty. ``-0.0`` counts as
-    ``0.0``, in bin 1024.
+    its lower magnitude wide, but for magnitudes below 2**-126 and float64 beyond float32.
 
     Example:
         >>> import torch, gradstat
@@ -106,16 +101,10 @@ class Log2Bins:
 
     @keeps_subnormals
     def edges(self, low: Tensor, high: Tensor, at: Tensor | None = None) -> Tensor:
-        """The smallest float64 of each bin, then the end of the last.
+        """The smallest float64 of each bin, then the end of the last: all 2049, or those ``at``.
 
-        Args:
-            low: any shape; only its device is used.
-            high: ignored.
-            at: numbers of edges, int64 of any shape, 0 to 2048; by default all.
-
-        Returns:
-            float64, shape ``(2049,)`` or that of ``at``, not decreasing; infinite at the outer
-            bins.
+        They do not decrease, and are infinite at the outer bins. Of the range only the device is
+        used.
         """
         magnitude = torch.arange(LOG2_FINITE + 1, device=low.device, dtype=torch.int32)
         magnitude <<= LOG2_SHIFT
@@ -133,10 +122,9 @@ class LinearBins:
     """Equal-width bins.
 
     The bin of a value is ``floor((x - low) * (bins / (high - low)))``, each operation rounded to
-    float32, the last bin closed. That is monotone in x, so each bin is an interval; `edges` gives
-    the intervals as they are, and ``numpy.histogram(x, bins=edges)`` counts the same. The ends of
-    every range are rounded outwards to float32. An automatic range of float64 values beyond float32
-    is divided by a power of two first.
+    float32, the last bin closed; `edges` gives the intervals as they are. The ends of every range
+    are rounded outwards to float32. An automatic range of float64 values beyond float32 is divided
+    by a power of two first.
 
     Args:
         bins: number of bins, 1 or more.
@@ -222,18 +210,10 @@ class LinearBins:
 
     @keeps_subnormals
     def edges(self, low: Tensor, high: Tensor, at: Tensor | None = None) -> Tensor:
-        """The smallest value of each bin, then ``high``.
+        """The smallest value of each bin, then ``high``, as `index` rounds: all, or those ``at``.
 
-        Found by bisection over the ordered float32 bit patterns, so the edges are those of
-        `index` itself, rounding included.
-
-        Args:
-            low: lower ends, float32 or float64, any shape ``(...)``.
-            high: like ``low``.
-            at: numbers of edges, int64 ``(..., K)``, 0 to ``bins``; by default all.
-
-        Returns:
-            float64, shape ``(..., bins + 1)`` or ``(..., K)``, not decreasing.
+        For ranges of any shape ``(...)``, float32 or float64, and numbers of edges ``(..., K)``:
+        float64 ``(..., bins + 1)`` or ``(..., K)``, not decreasing.
         """
         if at is None and torch.compiler.is_compiling():
             edges: Tensor = _linear_edges_op(low, high, self.bins)
@@ -241,6 +221,7 @@ class LinearBins:
         at = torch.arange(self.bins + 1, device=low.device) if at is None else at
         low, high = widen(low)[..., None], widen(high)[..., None]
         unit = _unit(low, high)
+        # Bisection over the ordered float32 bit patterns.
         low32, high32 = _float32_hull(low, high, unit)
         first, last = _ordered(low32), _ordered(high32)
         for _ in range(33):
@@ -253,16 +234,10 @@ class LinearBins:
 
     @keeps_subnormals
     def automatic_range(self, minimum: Tensor, maximum: Tensor) -> tuple[Tensor, Tensor]:
-        """Range that holds every value between a minimum and a maximum.
+        """Low and high of the range from a finite minimum to a maximum, NaN where there is none.
 
-        Args:
-            minimum: smallest finite value of each tensor, NaN where there is none, any shape.
-            maximum: largest finite value of each tensor.
-
-        Returns:
-            low and high: the hull of the two, rounded outwards to float32 (to few digits with
-            ``nice``), at least a few float32 wide; 0 and 1 where there is no value. float64 where
-            the values are, else float32.
+        It is rounded outwards to float32, to few digits with ``nice``, and at least a few float32
+        wide; 0 to 1 where there is no value. float64 where the values are, else float32.
         """
         unit = _unit(widen(minimum), widen(maximum))
         lo, hi = _float32_hull(minimum, maximum, unit)
@@ -333,10 +308,7 @@ def widen(x: Tensor) -> Tensor:
 
 
 def float32_below(x: Tensor, unit: Tensor | float = 1.0) -> Tensor:
-    """Largest finite float32 that is not above each value; exact for the narrower dtypes.
-
-    Values of float64 are divided by ``unit``, a power of two.
-    """
+    """Largest finite float32 not above each value; float64 is divided by a power of two."""
     if x.dtype != torch.float64:
         return x.float()
     y = (x / unit).float()
@@ -396,10 +368,8 @@ def _from_ordered(key: Tensor) -> Tensor:
 
 
 def nice_range(lo: Tensor, hi: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Bin range as MATLAB's ``histcounts(x, n)`` picks it; float64 in and out.
-
-    Powers of ten come from a table, not from ``log10``, whose last digit differs by device.
-    """
+    """Bin range as MATLAB's ``histcounts(x, n)`` picks it; float64 in and out."""
+    # Powers of ten come from a table, not from `log10`, whose last digit differs by device.
     table = powers_of_ten(lo.device)
 
     def power_of_ten(x: Tensor) -> Tensor:

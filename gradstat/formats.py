@@ -158,14 +158,7 @@ NVFP4_LARGEST = FORMATS["nvfp4"].largest * E4M3.largest
 
 
 def parse_format(function: str, form: str | Format) -> Format:
-    """The format of a name, such as ``"mxfp4_e2m1"`` or ``"float8_e4m3fn_scale_0.25"``.
-
-    Example:
-        >>> parse_format("quantization", "mxfp4_e2m1").block
-        (1, 32)
-        >>> parse_format("quantization", "float8_e5m2_scale_0.5").scale
-        0.5
-    """
+    """The format of a name, such as ``"mxfp4_e2m1"`` or ``"float8_e4m3fn_scale_0.25"``."""
     if isinstance(form, Format):
         if parse_format(function, form.name) != form:
             raise ValueError(f"{function}() needs formats of gradstat.formats; one is {form!r}")
@@ -185,8 +178,8 @@ def parse_format(function: str, form: str | Format) -> Format:
             return FORMATS[base].with_scale(float(scale))
         except ValueError as error:
             raise ValueError(f"{function}() needs formats; one is {form!r}: {error}") from None
-    names = list(FORMATS)
-    raise ValueError(f"{function}() needs formats, each {one_of(form, names)}; one is {form!r}")
+    known = one_of(form, list(FORMATS))
+    raise ValueError(f"{function}() needs formats, each {known}; one is {form!r}")
 
 
 def asked_formats(function: str, formats: str | Format | Iterable[str | Format]) -> list[Format]:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from types import ModuleType
-from typing import Any, cast, overload
+from typing import Any, TypeAlias, cast, overload
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from gradstat.results import (
 )
 from gradstat.util import ENGINE_VARIABLE
 
+Tensors: TypeAlias = Tensor | Iterable[Tensor] | Mapping[str, Tensor]
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ENGINES = ("cpu", "reference", "triton")
 # Their modules that measure formats.
@@ -35,10 +37,7 @@ _FORMAT_ENGINES = {"cpu": "cpu.formats", "reference": "reference", "triton": "tr
 
 
 def statistics(
-    x: Tensor | Iterable[Tensor] | Mapping[str, Tensor],
-    bins: int | Bins | None = None,
-    *,
-    engine: str | None = None,
+    x: Tensors, bins: int | Bins | None = None, *, engine: str | None = None
 ) -> Statistics:
     """Measure a tensor, or each of a list of tensors, in one pass.
 
@@ -116,7 +115,10 @@ def histogram(
         check_tensors("histogram", [x])
         counts, edges = _count_between(x, _check_edges(bins, x.device))
     else:
-        counts, edges = _count(x, LinearBins(cast("int", bins), *_check_range(range)))
+        ends = (None, None) if range is None else range
+        if not isinstance(ends, (tuple, list)) or len(ends) != 2:
+            raise TypeError(f"histogram() needs a range of two numbers; range is {range!r}")
+        counts, edges = _count(x, LinearBins(cast("int", bins), *ends))
     if density:
         return counts / (counts.sum() * edges.diff()), edges
     return counts, edges
@@ -164,26 +166,18 @@ def _check_edges(bins: Sequence[float] | Tensor | NDArray[Any], device: torch.de
 
 @overload
 def quantization(  # type: ignore[overload-overlap]  # a string, an iterable too, is one format
-    x: Tensor | Iterable[Tensor] | Mapping[str, Tensor],
-    formats: str | Format,
-    *,
-    dim: int = -1,
-    engine: str | None = None,
+    x: Tensors, formats: str | Format, *, dim: int = -1, engine: str | None = None
 ) -> Quantization: ...
 
 
 @overload
 def quantization(
-    x: Tensor | Iterable[Tensor] | Mapping[str, Tensor],
-    formats: Iterable[str | Format],
-    *,
-    dim: int = -1,
-    engine: str | None = None,
+    x: Tensors, formats: Iterable[str | Format], *, dim: int = -1, engine: str | None = None
 ) -> dict[str, Quantization]: ...
 
 
 def quantization(
-    x: Tensor | Iterable[Tensor] | Mapping[str, Tensor],
+    x: Tensors,
     formats: str | Format | Iterable[str | Format],
     *,
     dim: int = -1,
@@ -268,18 +262,14 @@ def _(tensors: list[Tensor], bins: str, engine: str) -> tuple[Tensor, Tensor, Te
 def measure_formats(
     tensors: Sequence[Tensor], formats: Sequence[Format], dim: int = -1, engine: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`quantization` of checked arguments: what watch calls during backward.
-
-    Returns the integers, int64 ``(F, L, 8)``, and the floats, float64 ``(F, L, 2)``, of F formats
-    and L tensors, on their device, without waiting.
-    """
+    """`quantization` of checked arguments: int64 ``(F, L, 8)`` and float64 ``(F, L, 2)``."""
     if torch.compiler.is_compiling():
         # One opaque node in the graph.
         values = [x.detach() for x in tensors]
         names = [form.name for form in formats]
         integers, floats = _measure_formats_op(values, ",".join(names), dim, engine or "")
         return integers, floats
-    module = import_engine(_FORMAT_ENGINES[engine_name(engine, tensors[0])])
+    module = import_engine(_FORMAT_ENGINES[_engine_name(engine, tensors[0])])
     measured: tuple[Tensor, Tensor] = module.measure_formats(tensors, formats, dim)
     return measured
 
@@ -308,11 +298,10 @@ def is_measurable(x: Tensor) -> bool:
 
 def choose_engine(engine: str | None, x: Tensor) -> ModuleType:
     """The engine of that name, by default the fastest one for the tensor's device."""
-    return import_engine(engine_name(engine, x))
+    return import_engine(_engine_name(engine, x))
 
 
-def engine_name(engine: str | None, x: Tensor) -> str:
-    """The name of the engine that `choose_engine` chooses."""
+def _engine_name(engine: str | None, x: Tensor) -> str:
     name = engine or os.environ.get(ENGINE_VARIABLE)
     return name or {"cuda": "triton", "cpu": "cpu"}.get(x.device.type, "reference")
 
@@ -324,10 +313,7 @@ def import_engine(module: str) -> ModuleType:
 
 
 def check_engine(function: str, engine: str | None, device: torch.device | None = None) -> None:
-    """Raise ValueError unless the engine, or the one the environment names, exists.
-
-    With a device, also unless it measures tensors there.
-    """
+    """Refuse an engine that does not exist or, with a device, does not measure there."""
     for source, name in (("engine", engine), (ENGINE_VARIABLE, os.environ.get(ENGINE_VARIABLE))):
         if name and name not in ENGINES:
             raise ValueError(
@@ -364,15 +350,7 @@ def _check_no_range(range: tuple[float, float] | None, other: str) -> None:
         raise ValueError(f"histogram() needs a range or {other}, not both; range is {range}")
 
 
-def _check_range(range: tuple[float, float] | None) -> tuple[float | None, float | None]:
-    if range is None:
-        return None, None
-    if not isinstance(range, (tuple, list)) or len(range) != 2:
-        raise TypeError(f"histogram() needs a range of two numbers; range is {range!r}")
-    return range[0], range[1]
-
-
-def listed(function: str, x: Tensor | Iterable[Tensor] | Mapping[str, Tensor]) -> Sequence[Tensor]:
+def listed(function: str, x: Tensors) -> Sequence[Tensor]:
     """One tensor or several as a sequence; what each of them is, is checked later."""
     if isinstance(x, Tensor):
         return [x]
@@ -407,8 +385,12 @@ def check_tensors(function: str, tensors: Sequence[Tensor]) -> None:
                 f"pass x.to_local() or x.full_tensor()"
             )
         if not _has_values(x):
+            without = (
+                f"a {type(x).__name__} without storage, as under torch.func.vmap or in fake mode"
+            )
             raise ValueError(
-                f"{function}() needs tensors with values; x[{i}] is {_without_values(x)}"
+                f"{function}() needs tensors with values; x[{i}] is "
+                f"{'on meta' if x.is_meta else without}"
             )
 
 
@@ -427,12 +409,6 @@ def _has_values(x: Tensor) -> bool:
 
 def _is_plain(x: Tensor) -> bool:
     return type(x) is Tensor or type(x) is Parameter
-
-
-def _without_values(x: Tensor) -> str:
-    if x.is_meta:
-        return "on meta"
-    return f"a {type(x).__name__} without storage, as under torch.func.vmap or in fake mode"
 
 
 def _instead(x: Tensor) -> str:

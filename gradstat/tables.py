@@ -1,11 +1,8 @@
 """A `History` as a table: a row for each step, kind and layer, for pandas, Parquet and CSV.
 
-The columns ``step``, ``kind`` and ``layer`` together name a row. Then comes every field of
-`Statistics`, and the histogram as three lists of one length, for the bins that are not empty:
-``bin_low``, ``bin_high`` and ``bin_count``. The kind is ``"grad"`` for gradients, or another one
-that `watch` was told to record; the layer is the name of a parameter or module. Scalars come after
-all records: a row for each value, of kind ``"scalar"``, with its name as the layer and the
-statistics of one element. Narrow formats that were measured have the columns of
+Every field of `Statistics` is a column, and the bins that are not empty are three lists. Scalars
+come after all records: a row for each value, of kind ``"scalar"``, with its name as the layer and
+the statistics of one element. Narrow formats that were measured have the columns of
 `QUANTIZATION_FIELDS` before the lists, such as ``nvfp4_snr``. A layer without a gradient has a row
 of zero counts, NaN (null in Parquet) and empty lists. In CSV, lists are JSON, and NaN and
 infinities are empty cells (null within a list).

@@ -33,46 +33,35 @@ class Thresholds:
 
     Args:
         window: records whose median is taken, so that one batch alone says nothing.
-        vanishing_ratio: smallest gradient of the first layer as a share of the last one's, both
-            read off a straight line through log rms over depth.
+        vanishing_ratio: smallest gradient of the first layer as a share of the last one's.
         vanishing_severe: the share below which that is severe.
         vanishing_level: smallest rms; below Adam's epsilon Adam hardly moves a weight.
-        depth_fit: smallest R² of that line: layers out of line are no trend.
+        depth_fit: smallest R² of the line through log rms over depth that says so.
         exploding_ratio: largest gradient of the first layer as a multiple of the last one's.
         exploding_growth: largest growth of a layer's rms over its median so far.
         exploding_level: largest rms in a whole window: no loss scale goes so far.
         exploding_severe: the growth above which that is severe.
-        nonfinite_share: largest share of records whose outputs have NaN or infinities that may
-            pass, as long as the newest record has none.
-        spike_deviations: how many deviations above its trend a value must be to be a spike, in the
-            logarithm.
+        nonfinite_share: largest share of records whose outputs may have NaN or infinities.
+        spike_deviations: how many deviations above its trend the logarithm of a spike is.
         spike_loss: least factor by which the loss must rise above it.
         spike_gradient: least factor for the norm of the gradient.
-        spike_single: how many times that a single value must rise where the sizes of the batches
-            are not known: it may be a small one.
+        spike_single: how many times that a single value must rise: its batch may be a small one.
         jump: least factor for a layer's update or activation; its root if it rises at once.
         jump_weights: likewise, for its weights.
-        weights_growth: from which growth of all weights in 32 steps, while the loss does not fall,
-            instability is ahead.
-        weights_pace: likewise, from which change of all weights in a step, as a share of their
-            size.
+        weights_growth: growth of all weights in 32 steps from which instability is ahead.
+        weights_pace: likewise, the change of all weights in a step, as a share of their size.
         saturation_octaves: how many octaves below its layer's rms an element counts as stopped.
         saturation_share: largest share of stopped ones among the elements that are not zero.
         stuck_ratio: smallest change of a layer's weights in a step, as a share of their size.
-        stuck_pace: the same as a share of the median layer's: what a schedule slows down is not
-            stuck.
-        stuck_slow: smallest change of all weights in a step, as a share of their size, where the
-            loss stays as it is.
+        stuck_pace: the same as a share of the median layer's.
+        stuck_slow: smallest change of all weights in a step, where the loss stays as it is.
         dead_units_share: largest share of a module's units that may be zero for a whole batch.
         dead_units_severe: the share from which that is severe.
         outliers_growth: from which growth of an activation's kurtosis over the run it is noted.
-        underflow_share: largest share of a layer's values that float16, or a format of
-            ``watch(formats=...)``, may flush to zero.
-        format_saturation_share: largest share of a layer's values that a format of
-            ``watch(formats=...)`` may cut off.
+        underflow_share: largest share of a layer's values that a format may flush to zero.
+        format_saturation_share: largest share of a layer's values that a format may cut off.
         format_snr: smallest signal-to-noise ratio, in dB, that a format may leave of a layer.
-        float16_headroom: how many times larger the largest gradient must be able to grow before
-            float16 overflows.
+        float16_headroom: by how much the largest gradient may grow before float16 overflows.
         float16_floor: smallest size of a record's largest gradient.
 
     Raises:

@@ -42,12 +42,10 @@ class CutOffError(ValueError):
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, which takes the place of ``path`` once all is written.
-
-    A file that is there stays as it is if what follows fails. A link stays, and the file that it
-    leads to is replaced. The new file has the mode of the old one. A file that is not regular, such
-    as a pipe or ``/dev/null``, is written to as it is. An OSError has ``path`` as its ``filename``.
-    """
+    """A name to write to, which takes the place of ``path`` once all is written."""
+    # A file that is there stays as it is if what follows fails. A link stays, and the file that it
+    # leads to is replaced. The new file has the mode of the old one. A file that is not regular,
+    # such as a pipe, is written to as it is. An OSError has ``path`` as its ``filename``.
     target, mode = Path(os.path.realpath(path)), None
     try:
         with suppress(FileNotFoundError):
@@ -75,11 +73,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def escaped(text: object) -> str:
-    r"""Text in one line, with escapes in place of all that is acted on or not shown.
-
-    Control characters, line breaks, marks of direction, other spaces and undecodable bytes are
-    written as Python writes them, such as ``\x1b``.
-    """
+    """Text in one line, with Python's escapes of all that is acted on or not shown."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
         for letter in str(text)

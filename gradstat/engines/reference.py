@@ -112,11 +112,7 @@ def _measure_one(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor, Tensor]:
 def measure_formats(
     tensors: Sequence[Tensor], formats: Sequence[Format], dim: int = -1
 ) -> tuple[Tensor, Tensor]:
-    """What each of F formats would do to each of L tensors; blocks run along ``dim``.
-
-    Returns integers, int64 ``(F, L, 8)``, and floats, float64 ``(F, L, 2)``: the fields of
-    `gradstat.results`.
-    """
+    """What F formats would do to L tensors: int64 ``(F, L, 8)`` and float64 ``(F, L, 2)``."""
     rows = [[_measure_format(_matrix(x, dim), form) for x in tensors] for form in formats]
     integers, floats = (
         torch.stack([torch.stack([row[field] for row in each]) for each in rows])
@@ -182,11 +178,8 @@ def _blocks(x: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def _scales(largest: Tensor, form: Format) -> tuple[Tensor, Tensor, Tensor]:
-    """The scale of each block, its reciprocal, and the scale that is stored with the block.
-
-    All are float32 ``(B, 1)``, as the blocks' largest magnitudes are; zero where the scale of an
-    nvfp4 block rounds to zero.
-    """
+    """The scale of each block, its reciprocal, and what is stored with it: float32 ``(B, 1)``."""
+    # All are zero where the scale of an nvfp4 block rounds to zero.
     if form.scaling == "e8m0":
         exponent = _exponents(largest.double()) - form.max_exponent
         exponent = exponent.clamp(min=LEAST_EXPONENT)

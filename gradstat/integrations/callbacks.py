@@ -22,10 +22,7 @@ _OPTIONS = tuple(name for name in inspect.signature(watch).parameters if name no
 
 
 class Watching:
-    """A watch that lasts as long as a training, with options of `gradstat.watch`.
-
-    TypeError for one that the trainer knows, or that `gradstat.watch` does not have.
-    """
+    """A watch that lasts as long as a training, with options of `gradstat.watch`."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()

@@ -31,16 +31,9 @@ class WatchCallback(Watching, Callback):  # type: ignore[misc]
         **options: as `gradstat.watch`, but ``model``, ``when``, ``optimizer``, ``scaler``,
             ``accumulation_steps`` and ``first_step``, which Lightning knows. ``what="update"``
             needs a module with one optimizer.
-
-    Example:
-        >>> from gradstat.integrations.lightning import WatchCallback  # doctest: +SKIP
-        >>> gradients = WatchCallback(every=10)  # doctest: +SKIP
-        >>> Trainer(callbacks=[gradients]).fit(module, loader)  # doctest: +SKIP
-        >>> gradients.history  # doctest: +SKIP
     """
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Watch the module."""
         optimizers = trainer.optimizers
         if UPDATE in self._asked and len(optimizers) != 1:
             raise ValueError(
@@ -58,25 +51,20 @@ class WatchCallback(Watching, Callback):  # type: ignore[misc]
     def on_before_optimizer_step(
         self, trainer: Any, pl_module: nn.Module, optimizer: Optimizer
     ) -> None:
-        """Make a record."""
         self.watch.measure()
 
     def on_before_backward(self, trainer: Any, pl_module: nn.Module, loss: Tensor) -> None:
-        """Keep the loss."""
         # Lightning has divided it by the batches of a step.
         self._log({"loss": loss.detach() * trainer.accumulate_grad_batches})
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep what was logged in the step."""
         metrics = trainer.callback_metrics.items()
         self._log({name: value for name, value in metrics if name != "loss"})
 
     def on_train_end(self, trainer: Any, pl_module: nn.Module) -> None:
-        """Close the watch."""
         self._stop()
 
     def on_exception(self, trainer: Any, pl_module: nn.Module, exception: BaseException) -> None:
-        """Close the watch."""
         self._stop()

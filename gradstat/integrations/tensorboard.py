@@ -16,22 +16,12 @@ import numpy as np
 
 from gradstat.history import History
 from gradstat.history.history import check_history
-from gradstat.integrations.viewers import (
-    buckets,
-    check_tags,
-    chosen_steps,
-    counted,
-    derived,
-    group,
-    rows,
-    scalars,
-)
+from gradstat.integrations import viewers
 from gradstat.record import GRAD, Row
 from gradstat.recording.options import check_directory
 from gradstat.recording.sinks import RunWriter
 from gradstat.util import Array
 
-_HISTOGRAM = {GRAD: "gradient"}  # others: "histogram"
 _NUMBERS = itertools.count()  # of files of this process
 
 
@@ -45,48 +35,32 @@ def write(
 ) -> None:
     """Write histograms and scalars of each layer for TensorBoard.
 
-    The tags of a layer are ``LAYER/gradient``, the histogram, and ``LAYER/mean``, ``/std``,
-    ``/rms``, ``/l2``, ``/zero_fraction`` (of the finite elements) and ``/nonfinite`` (a count).
-    Rows of another kind have the same under its name, as ``update/LAYER/rms``, and
-    ``update/LAYER/histogram``. ``update/LAYER/ratio`` is `History.update_ratio`, and
-    ``activation/LAYER/dead_units`` is `History.dead_units`.
-
-    With ``tags="kind"`` they are named as by ``wandb.watch``: ``gradients/LAYER``, the histogram,
-    ``gradients/LAYER/rms`` and so on, and so for ``parameters``, ``updates``, ``activations``,
-    ``unit_peaks`` and ``output_gradients``.
-
-    What was logged, such as ``loss`` and ``lr``, has its own name as its tag and all of its values.
-
-    The buckets are the record's own, from the first filled one to the last: no count is estimated.
-    A layer without a gradient in a step has no point there. Each point has the time at which its
-    step was recorded, as TensorBoard's relative times tell.
+    ``docs/viewers.md`` lists the tags. What was logged, such as ``loss`` and ``lr``, has its own
+    name as its tag and all of its values. A layer without a gradient in a step has no point there.
+    Each point has the time at which its step was recorded, as TensorBoard's relative times tell.
 
     Args:
         history: with one record at least.
         log_dir: folder of the run; made if it is not there. Files in it stay.
-        tags: ``"layer"`` or ``"kind"``: what the tags begin with.
-        max_records: most records to write, evenly spread, the newest among them; ``None`` writes
-            all. TensorBoard itself shows 1,000 scalars and fewer histograms of a tag unless it is
-            started with ``--samples_per_plugin scalars=0,histograms=0``.
+        tags: what the tags begin with: ``"layer"``, or ``"kind"``, as by ``wandb.watch``:
+            ``gradients/LAYER``, the histogram, ``gradients/LAYER/rms`` and so on, and so for
+            ``parameters``, ``updates``, ``activations``, ``unit_peaks`` and ``output_gradients``.
+        max_records: most records to write, evenly spread, the newest among them; ``None``: all.
         progress: called with the number of further records that are done or left out.
 
     Raises:
         ImportError: TensorBoard is not installed.
         TypeError: an argument of another kind.
         ValueError: no records, ``max_records`` < 1, other tags.
-
-    Example:
-        >>> from gradstat.integrations import tensorboard
-        >>> tensorboard.write(w.history, "runs/today")  # doctest: +SKIP
     """
     history = check_history("write", history)
-    check_tags("write", tags)
-    steps = chosen_steps("write", history, max_records)
+    viewers.check_tags("write", tags)
+    steps = viewers.chosen_steps("write", history, max_records)
     events = _Events("write", log_dir, by_kind=tags == "kind")
     events.start(history, None)
     time_at, of_several_kinds = _times(history), _of_several_kinds(history)
     try:
-        for step in counted(history, steps, progress):
+        for step in viewers.counted(history, steps, progress):
             events.add_record(history, step, of_several_kinds, time_at(step))
         for name in history.scalars:
             for step, value in zip(*(x.tolist() for x in history.scalar(name)), strict=True):
@@ -120,14 +94,8 @@ def writer(
         ImportError: TensorBoard is not installed.
         TypeError: a folder that is no path.
         ValueError: a path that is a file's or empty, other tags.
-
-    Example:
-        >>> from gradstat.integrations import tensorboard
-        >>> sink = tensorboard.writer("runs/today")  # doctest: +SKIP
-        >>> with gradstat.watch(model, sink=sink) as w:  # doctest: +SKIP
-        ...     train(model)
     """
-    check_tags("writer", tags)
+    viewers.check_tags("writer", tags)
     check_directory("writer", "log_dir", log_dir)
     return _Events("writer", log_dir, by_kind=tags == "kind")
 
@@ -142,15 +110,10 @@ def _import(function: str) -> SimpleNamespace:
         from torch.utils.tensorboard import summary
     except ImportError as error:
         raise ImportError(f"{function}() needs TensorBoard: pip install tensorboard") from error
-    return SimpleNamespace(
-        gfile=tf.io.gfile,
-        RecordWriter=RecordWriter,
-        Event=Event,
-        SessionLog=SessionLog,
-        Summary=Summary,
-        histogram_raw=summary.histogram_raw,
-        scalar=summary.scalar,
-    )
+    protocol = SimpleNamespace(Event=Event, SessionLog=SessionLog, Summary=Summary)
+    protocol.gfile, protocol.RecordWriter = tf.io.gfile, RecordWriter
+    protocol.histogram_raw, protocol.scalar = summary.histogram_raw, summary.scalar
+    return protocol
 
 
 class _Events(RunWriter):
@@ -189,22 +152,22 @@ class _Events(RunWriter):
         of_several_kinds: Mapping[Row, tuple[str, Array]],
         time_s: float | None = None,
     ) -> None:
-        """Write what was recorded in a step; ``None`` is now."""
         at = np.searchsorted(history.steps, step)
         points = {}
         for row, (name, column) in of_several_kinds.items():
             if isfinite(column[at]):
                 points[f"{self._prefix(row)}/{name}"] = column[at]
         summary = self._api.Summary()
-        for row, statistics, filled in rows(history, step):
-            prefix = self._prefix(row)
-            points |= {f"{prefix}/{name}": value for name, value in scalars(statistics).items()}
-            counts, ends = buckets(statistics, filled)
+        for row, statistics, filled in viewers.rows(history, step):
+            prefix = tag = self._prefix(row)
+            for name, value in viewers.scalars(statistics).items():
+                points[f"{prefix}/{name}"] = value
+            if not self._by_kind:
+                tag += "/gradient" if row.kind == GRAD else "/histogram"
+            counts, ends = viewers.buckets(statistics, filled)
             if len(counts):
                 histogram = self._api.histogram_raw(
-                    prefix
-                    if self._by_kind
-                    else f"{prefix}/{_HISTOGRAM.get(row.kind, 'histogram')}",
+                    tag,
                     min=float(statistics.min),
                     max=float(statistics.max),
                     num=int(statistics.finite),
@@ -228,7 +191,7 @@ class _Events(RunWriter):
         self._file.flush()
 
     def _prefix(self, row: Row) -> str:
-        return _text(f"{group(row.kind)}/{row.name}" if self._by_kind else str(row))
+        return _text(f"{viewers.group(row.kind)}/{row.name}" if self._by_kind else str(row))
 
 
 def _absolute(log_dir: str | os.PathLike[str]) -> str:
@@ -246,7 +209,7 @@ def _of_several_kinds(history: History) -> dict[Row, tuple[str, Array]]:
     """What `derived` gives, by row: its name, and ``(S,)``."""
     return {
         Row(kind, layer): (name, column)
-        for kind, name, layers, values in derived(history)
+        for kind, name, layers, values in viewers.derived(history)
         for layer, column in zip(layers, values.T, strict=True)
     }
 

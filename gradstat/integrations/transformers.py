@@ -35,12 +35,6 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
     Args:
         **options: as `gradstat.watch`, but ``model``, ``when``, ``optimizer``, ``scaler``,
             ``accumulation_steps`` and ``first_step``, which the Trainer knows.
-
-    Example:
-        >>> from gradstat.integrations.transformers import WatchCallback  # doctest: +SKIP
-        >>> gradients = WatchCallback(every=10)  # doctest: +SKIP
-        >>> Trainer(model, arguments, callbacks=[gradients], ...).train()  # doctest: +SKIP
-        >>> gradients.history  # doctest: +SKIP
     """
 
     _handle: RemovableHandle | None = None  # removes the hook that sees the losses
@@ -55,7 +49,6 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
         optimizer: Optimizer,
         **_: Any,
     ) -> None:
-        """Watch the model."""
         scaler = getattr(optimizer, "scaler", None)
         self._start(model, scaler, state.global_step, when="step", optimizer=optimizer)
         self._forget_losses()
@@ -64,7 +57,6 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
             self._handle = model.register_forward_hook(self._on_forward, with_kwargs=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Keep the loss of the step."""
         if self._losses:
             loss = torch.stack(self._losses).sum()
             self._log({"loss": loss if self._are_parts else loss / len(self._losses)})
@@ -74,7 +66,6 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any
     ) -> None:
-        """Keep what is logged."""
         logged = dict(logs or {})
         if "loss" in logged:
             if self._has_losses:
@@ -88,7 +79,6 @@ class WatchCallback(Watching, TrainerCallback):  # type: ignore[misc]
         self._log(logged)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Close the watch."""
         self._stop()
 
     def _stop(self) -> None:

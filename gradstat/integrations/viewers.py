@@ -23,16 +23,11 @@ class Filled(NamedTuple):
 
 
 def buckets(statistics: Statistics, filled: Filled, most: int | None = None) -> tuple[Array, Array]:
-    """Counts and edges of one tensor's histogram, from its first filled bin to its last.
-
-    Nothing is redistributed: the counts are those of the record, or sums of neighbours. Empty
-    neighbours are one bucket: between the negative and the positive values `Log2Bins` has hundreds
-    of them. Values outside a linear range have a bucket on either side, which ends at the smallest
-    or largest of them. The smallest or largest value takes the place of an infinite edge.
-
-    Returns counts, int64 ``(B,)``, and edges, float64 ``(B + 1,)``; B is 0 where no value is
-    finite, and at the most ``most``.
-    """
+    """Counts, int64 ``(B,)``, and edges, ``(B + 1,)``, from the first filled bin to the last."""
+    # Nothing is redistributed: the counts are those of the record, or sums of neighbours, so that
+    # there are at the most so many. Empty neighbours are one bucket: between the negative and the
+    # positive values `Log2Bins` has hundreds of them. Values outside a linear range have a bucket
+    # on either side, and the smallest or largest value takes the place of an infinite edge.
     numbers, counts, edges = filled
     least, low, high, greatest = (
         float(getattr(statistics, name)) for name in ("min", "low", "high", "max")
@@ -74,7 +69,6 @@ def rows(history: History, step: int) -> Iterator[tuple[Row, Statistics, Filled]
 
 
 def layers_of(history: History, kind: str) -> dict[int, str]:
-    """Layers of the rows of a kind, by column."""
     return {at: row.name for at, row in enumerate(history.rows) if row.kind == kind}
 
 
@@ -93,7 +87,6 @@ def group(kind: str) -> str:
 
 
 def check_tags(function: str, tags: str) -> None:
-    """Raise ValueError unless ``tags`` is one of the two ways to name what is drawn."""
     if tags not in ("layer", "kind"):
         raise ValueError(f"{function}() needs tags 'layer' or 'kind'; tags is {tags!r}")
 

@@ -13,17 +13,7 @@ import numpy as np
 
 from gradstat.history import History
 from gradstat.history.history import check_history
-from gradstat.integrations.viewers import (
-    buckets,
-    check_tags,
-    chosen_steps,
-    counted,
-    derived,
-    group,
-    layers_of,
-    rows,
-    scalars,
-)
+from gradstat.integrations import viewers
 from gradstat.record import NOUNS, UPDATE
 from gradstat.recording.sinks import RunWriter
 from gradstat.util import Array, evenly_spread
@@ -46,29 +36,18 @@ def log(
     max_records: int | None = 100,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Log histograms of each layer, a chart and a table to a run.
+    """Log histograms of each layer, charts and tables to a run.
 
-    - ``gradients/rms``, a chart: log10 of each layer's rms against the step, a line for each layer.
-    - ``gradients/layers``, a table: the statistics of each layer in the newest record.
-    - ``gradients/histogram/LAYER``: the histograms, against ``gradients/step``. They make no panels
-      of their own, since there would be hundreds: add those that you want to see. The buckets are
-      sums of the record's own bins, 512 at most; no count is estimated.
-    - ``scalars/NAME``: what was logged, such as the loss, against ``gradients/step``: all values,
-      or 10,000 evenly spread; the last one of a step that has several.
-
-    With ``tags="kind"`` the histograms are named as by ``wandb.watch``: ``gradients/LAYER``.
-
-    Rows of another kind have the same under its name: ``parameters``, ``updates``, ``activations``,
-    ``unit_peaks`` or ``output_gradients``. Two more charts are ``updates/ratio``, log10 of
-    `History.update_ratio`, and ``activations/dead_units``, `History.dead_units`.
-
-    A layer without a gradient in a step has no histogram there. The run's own step goes up by one
-    for each step that is logged, and is otherwise left alone.
+    ``docs/viewers.md`` lists their names. ``scalars/NAME`` is what was logged, such as the loss,
+    against ``gradients/step``: all values, or 10,000 evenly spread; the last one of a step that has
+    several. A layer without a gradient in a step has no histogram there. The run's own step goes up
+    by one for each step that is logged, and is otherwise left alone.
 
     Args:
         history: with one record at least.
         run: what ``wandb.init()`` returned, online or offline; not finished here.
-        tags: ``"layer"`` or ``"kind"``: what the histograms are called.
+        tags: what histograms are called: ``"layer"``, ``gradients/histogram/LAYER``, or ``"kind"``,
+            ``gradients/LAYER``, as by ``wandb.watch``.
         max_records: most records whose histograms are logged, evenly spread, the newest among them;
             ``None`` logs all.
         progress: called with the number of further records that are done or left out.
@@ -77,20 +56,14 @@ def log(
         ImportError: wandb is not installed.
         TypeError: an argument of another kind.
         ValueError: no records, ``max_records`` < 1, other tags.
-
-    Example:
-        >>> import wandb  # doctest: +SKIP
-        >>> from gradstat.integrations import wandb as viewer
-        >>> with wandb.init(mode="offline") as run:  # doctest: +SKIP
-        ...     viewer.log(w.history, run)
     """
     history = check_history("log", history)
-    check_tags("log", tags)
-    steps = chosen_steps("log", history, max_records)
+    viewers.check_tags("log", tags)
+    steps = viewers.chosen_steps("log", history, max_records)
     _check_run("log", run)
     _define_metrics(run, history.kinds, tags)
     logged = _scalars(history)
-    for step in counted(history, steps, progress):
+    for step in viewers.counted(history, steps, progress):
         for earlier in [each for each in logged if each < step]:
             run.log({_STEP: earlier} | logged.pop(earlier))
         run.log({_STEP: step} | logged.pop(step, {}) | _histograms(history, step, tags))
@@ -124,15 +97,8 @@ def writer(
         ImportError: wandb is not installed.
         TypeError: an argument of another kind.
         ValueError: other tags.
-
-    Example:
-        >>> import wandb  # doctest: +SKIP
-        >>> from gradstat.integrations import wandb as viewer
-        >>> with wandb.init(mode="offline") as run:  # doctest: +SKIP
-        ...     with gradstat.watch(model, sink=viewer.writer(run)) as w:
-        ...         train(model)
     """
-    check_tags("writer", tags)
+    viewers.check_tags("writer", tags)
     _check_run("writer", run)
     if not isinstance(commit, bool):
         raise TypeError(f"writer() needs True or False; commit is {commit!r}")
@@ -199,7 +165,7 @@ def write(
         ValueError: no records, other tags, or another run is going on in this process: use `log`.
     """
     history = check_history("write", history)
-    check_tags("write", tags)
+    viewers.check_tags("write", tags)
     try:
         import wandb
     except ImportError as error:
@@ -217,7 +183,6 @@ def write(
 
 
 def _check_run(function: str, run: object) -> None:
-    """Raise unless it is a run of wandb, which is installed."""
     try:
         from wandb.sdk.wandb_run import Run  # older ones have no wandb.Run
     except ImportError as error:
@@ -227,7 +192,6 @@ def _check_run(function: str, run: object) -> None:
 
 
 def _define_metrics(run: wandb.Run, kinds: list[str], tags: str) -> None:
-    """Say what is drawn against which step."""
     run.define_metric(_STEP, hidden=True)
     for kind in dict.fromkeys(kinds):
         names = f"{_histogram_name(kind, tags)}*"
@@ -236,8 +200,7 @@ def _define_metrics(run: wandb.Run, kinds: list[str], tags: str) -> None:
 
 
 def _histogram_name(kind: str, tags: str) -> str:
-    """What the names of a kind's histograms begin with."""
-    return f"{group(kind)}/" + ("" if tags == "kind" else "histogram/")
+    return f"{viewers.group(kind)}/" + ("" if tags == "kind" else "histogram/")
 
 
 def _histograms(history: History, step: int, tags: str) -> dict[str, object]:
@@ -245,8 +208,8 @@ def _histograms(history: History, step: int, tags: str) -> dict[str, object]:
     import wandb
 
     found: dict[str, object] = {}
-    for (kind, layer), statistics, filled in rows(history, step):
-        counts, ends = buckets(statistics, filled, _MAX_BUCKETS)
+    for (kind, layer), statistics, filled in viewers.rows(history, step):
+        counts, ends = viewers.buckets(statistics, filled, _MAX_BUCKETS)
         if len(counts):
             histogram = wandb.Histogram(np_histogram=(counts, ends))
             found[_histogram_name(kind, tags) + layer] = histogram
@@ -269,7 +232,7 @@ def _summary(history: History) -> dict[str, object]:
     import wandb
 
     found: dict[str, object] = {
-        f"{group(kind)}/layers": wandb.Table(columns=list(_COLUMNS), data=table)
+        f"{viewers.group(kind)}/layers": wandb.Table(columns=list(_COLUMNS), data=table)
         for kind, table in _newest(history).items()
     }
     for name, title, layers, values in _charts(history):
@@ -283,14 +246,14 @@ def _charts(history: History) -> Iterator[tuple[str, str, list[str], Array]]:
     """Name, title, layers and values, ``(S, L)``, of each chart; NaN where there is nothing."""
     log_rms = _log10(history["rms"])
     for kind in dict.fromkeys(history.kinds):
-        layers = layers_of(history, kind)
+        layers = viewers.layers_of(history, kind)
         title = f"log10 rms of each layer's {NOUNS[kind]}"
-        yield f"{group(kind)}/rms", title, list(layers.values()), log_rms[:, list(layers)]
-    for kind, name, names, values in derived(history):
+        yield f"{viewers.group(kind)}/rms", title, list(layers.values()), log_rms[:, list(layers)]
+    for kind, name, names, values in viewers.derived(history):
         title = "share of each layer's units that are dead"
         if kind == UPDATE:
             values, title = _log10(values), "log10 of each layer's update / parameter"
-        yield f"{group(kind)}/{name}", title, names, values
+        yield f"{viewers.group(kind)}/{name}", title, names, values
 
 
 def _lines(
@@ -298,7 +261,7 @@ def _lines(
 ) -> tuple[list[list[int]], list[list[float]], list[str]]:
     """Steps and finite values of each layer that has any, 10,000 points in all."""
     most = max(1, _MAX_POINTS // len(layers))
-    kept = np.searchsorted(history.steps, chosen_steps("log", history, most))
+    kept = np.searchsorted(history.steps, viewers.chosen_steps("log", history, most))
     steps, values = history.steps[kept], values[kept]
     xs, ys, keys = [], [], []
     for layer, line in zip(layers, values.T, strict=True):
@@ -313,8 +276,8 @@ def _lines(
 def _newest(history: History) -> dict[str, list[list[object]]]:
     """Rows of `_COLUMNS` by kind; NaN where a number is undefined."""
     tables: dict[str, list[list[object]]] = {kind: [] for kind in history.kinds}
-    for (kind, layer), statistics, _ in rows(history, int(history.steps[-1])):
-        named = scalars(statistics)
+    for (kind, layer), statistics, _ in viewers.rows(history, int(history.steps[-1])):
+        named = viewers.scalars(statistics)
         numbers = [named.get(name, math.nan) for name in _COLUMNS[2:]]
         tables[kind].append([layer, int(statistics.numel), *numbers])
     return tables

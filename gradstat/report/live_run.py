@@ -1,14 +1,11 @@
-"""`LiveRun`: a run that is read as it is written, for any number of pages that look at it.
-
-Of its records a `Growing` keeps what a page shows.
-"""
+"""`LiveRun`: a run that is read as it is written, for any number of pages that look at it."""
 
 from __future__ import annotations
 
 import threading
 import time
 import traceback
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +50,7 @@ class LiveRun:
         self._is_diagnosing = False
 
     def since(self, version: int) -> dict[str, Any]:
-        """What a page lacks that has seen everything up to a version, 0 for a new one.
-
-        It is ready for JSON: the version, what state the run is in, seconds since it was written
-        to; and what is new, if anything is.
-        """
+        """What a page lacks that has seen everything up to a version, 0 for a new one; for JSON."""
         with self._lock:
             if time.monotonic() - self._looked_s >= _LOOK_S or self._is_behind:
                 self._look()
@@ -92,8 +85,10 @@ class LiveRun:
                 if look.records is not None:
                     self._take(look.records, is_anew=look.is_anew)
         except (OSError, ValueError) as error:
-            self._is_behind = False
-            self._state = f"cannot be read: {escaped(_said(error))}"
+            why: object = error
+            if isinstance(error, OSError) and error.filename:
+                why = f"{error.strerror}: {error.filename}"
+            self._is_behind, self._state = False, f"cannot be read: {escaped(why)}"
         self._looked_s = time.monotonic()
 
     def _take(self, records: Records, *, is_anew: bool) -> None:
@@ -123,8 +118,7 @@ class LiveRun:
         if is_new and time.monotonic() >= self._findings_due_s:
             self._is_diagnosing = True
             history = History.from_records(self._records.snapshot())
-            job = _WORKER.submit(self._diagnose, history, self._began)
-            job.add_done_callback(_tell_of_error)
+            _WORKER.submit(self._diagnose, history, self._began)
 
     def _diagnose(self, history: History, began: int) -> None:
         began_s = time.monotonic()
@@ -134,6 +128,8 @@ class LiveRun:
             named = thin.positions(history, [finding["at"] for finding in found])
         except (OSError, ValueError):
             pass  # the next look says so
+        except Exception:
+            traceback.print_exc()  # nobody asks this job for its result
         finally:
             with self._lock:
                 self._is_diagnosing = False
@@ -148,12 +144,11 @@ class LiveRun:
 
 
 class Growing:
-    """A run in a bounded number of columns and samples, however long it becomes.
+    """A run in a bounded number of columns and samples, however long it becomes."""
 
-    Each column holds the same number of records, the last one perhaps fewer. Whenever there are too
-    many columns, pairs of them are put together. Samples are every n-th record, and the newest. Its
-    version is a number that rises with each change.
-    """
+    # Each column holds the same number of records, the last one perhaps fewer. Whenever there are
+    # too many columns, pairs of them are put together. Samples are every n-th record, and the
+    # newest. Its version is a number that rises with each change.
 
     def __init__(self, first: History, version: int) -> None:
         n_layers = len(first.layers)
@@ -266,17 +261,6 @@ class Growing:
             "kept": list(samples),
         }
         return found | ({"head": self._head} if is_whole else {})
-
-
-def _tell_of_error(job: Future[None]) -> None:
-    if error := job.exception():
-        traceback.print_exception(error)
-
-
-def _said(error: OSError | ValueError) -> object:
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.strerror}: {error.filename}"
-    return error
 
 
 def _differing(before: Series, now: Series) -> Array:

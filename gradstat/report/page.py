@@ -1,7 +1,4 @@
-"""The page: what `thin` leaves of a history, packed into one file of HTML.
-
-Its script reads arrays in base64, and JSON, which says where each array is.
-"""
+"""The page: what `thin` leaves of a history, as arrays in base64 and JSON, in one file of HTML."""
 
 from __future__ import annotations
 
@@ -21,6 +18,7 @@ import numpy as np
 from gradstat.bins import Log2Bins
 from gradstat.diagnosis import Finding, diagnose
 from gradstat.diagnosis.evidence import Evidence
+from gradstat.diagnosis.findings import began
 from gradstat.history import History
 from gradstat.history.history import check_history
 from gradstat.record import ACTIVATION, NOUNS, OF_PARAMETERS, PARAM, UNIT, UPDATE
@@ -39,7 +37,6 @@ _EXPORT = re.compile(r"^export ", re.MULTILINE)
 
 
 def write(history: History, path: str | os.PathLike[str], *, title: str = "Gradients") -> None:
-    """As `History.report`."""
     # The page shows one kind of rows at a time, beginning with the first. Long runs are thinned,
     # and the page says how: a column of its map is the statistics of all elements of several
     # neighbouring records; distributions are those of single records, evenly spread, the newest
@@ -100,7 +97,7 @@ def findings(found: Sequence[Finding], layers: Sequence[str]) -> list[dict[str, 
             "severity": finding.severity,
             "layer": layers.index(finding.layer),
             "steps": finding.steps,
-            "at": int(finding.numbers.get("first_step", finding.steps[0])),
+            "at": int(began(finding)),
             "sentence": escaped(finding.sentence),
         }
         for finding in found
@@ -114,16 +111,12 @@ def newest(history: History) -> dict[str, Array]:
     # Without a finite value there is no norm.
     found["l2"][history["finite"][-1] == 0] = math.nan
     if {UPDATE, PARAM} <= set(history.kinds):
-        found["ratio"] = _of(kinds == UPDATE, history.update_ratio()[-1])
+        found["ratio"] = np.full(len(kinds), math.nan)
+        found["ratio"][kinds == UPDATE] = history.update_ratio()[-1]
     if {ACTIVATION, UNIT} <= set(history.kinds):
-        found["dead"] = _of(kinds == ACTIVATION, history.dead_units()[-1])
+        found["dead"] = np.full(len(kinds), math.nan)
+        found["dead"][kinds == ACTIVATION] = history.dead_units()[-1]
     return {name: np.where(np.isfinite(x), x, np.nan) for name, x in found.items()}
-
-
-def _of(mask: Array, values: Array) -> Array:
-    found = np.full(mask.shape, math.nan)
-    found[mask] = values
-    return found
 
 
 def contents(
@@ -138,13 +131,13 @@ def contents(
     arrays = {name: getattr(columns, name) for name in _COLUMNS}
     for name in _SERIES:
         stacked = [getattr(each, name) for each in series.values()]
-        arrays[_named("series", name)] = np.concatenate([np.empty(0, np.float32), *stacked])
+        arrays[f"series{name.capitalize()}"] = np.concatenate([np.empty(0, np.float32), *stacked])
     for name in _SAMPLE:
         parts = [getattr(each, name) for each in samples]
-        arrays[_named("sample", name)] = np.concatenate([np.empty(0, np.int64), *parts])
+        arrays[f"sample{name.capitalize()}"] = np.concatenate([np.empty(0, np.int64), *parts])
     if not log2:
         arrays["sampleEdges"] = np.concatenate([np.empty((0, 2)), *(x.edges for x in samples)])
-    arrays |= {_named("newest", name): x for name, x in newest.items()}
+    arrays |= {f"newest{name.capitalize()}": x for name, x in newest.items()}
     layout, data = _pack(arrays)
     return {
         "steps": columns.steps.tolist(),
@@ -154,10 +147,6 @@ def contents(
         "arrays": layout,
         "data": data,
     }
-
-
-def _named(of: str, name: str) -> str:
-    return of + name[0].upper() + name[1:]
 
 
 def _pack(arrays: Mapping[str, Array]) -> tuple[dict[str, tuple[str, int, int]], str]:
@@ -194,7 +183,6 @@ def render(title: str, told: Mapping[str, Any], data: str = "") -> str:
 
 
 def render_list(title: str) -> str:
-    """The page that lists runs, which asks a server for them."""
     style = _read("list.css")
     return _filled("list.html", title, script=_bundle("list.js"), list_style=style)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -16,7 +17,7 @@ from gradstat.bins import Log2Bins, octave_of
 from gradstat.diagnosis.evidence import Evidence, is_loss, is_rate
 from gradstat.history import History
 from gradstat.record import NOUNS
-from gradstat.util import Array, divide, evenly_spread, windows_of
+from gradstat.util import Array, divide, evenly_spread
 
 Numbers: TypeAlias = tuple[Array, Array]  # steps, which do not fall, and a value at each
 
@@ -24,7 +25,6 @@ _MAX_COLUMNS, _MAX_CELLS = 600, 120_000
 _MAX_SAMPLES, _MAX_HISTOGRAMS = 120, 24_000
 _MIN_COLUMNS, _MIN_SAMPLES = 20, 4  # however many layers there are
 _MAX_ROWS = 64  # of a histogram over linear bins
-_MOST_CELLS = 1 << 19  # of records and layers that are put together at a time
 _OCTAVES = 255  # that hold finite values
 _MAX_SERIES = 3  # of a kind
 _FLOAT32 = 1e38
@@ -86,15 +86,12 @@ class Sums(NamedTuple):
         return Sums(steps, *sums)
 
     def part(self, part: slice) -> Sums:
-        """Some of the columns."""
         return Sums(*(x[part] for x in self))
 
     def followed_by(self, other: Sums) -> Sums:
-        """These columns and others after them."""
         return Sums(*map(np.concatenate, zip(self, other, strict=True)))
 
     def columns(self) -> Columns:
-        """What is drawn of them."""
         with np.errstate(invalid="ignore"):
             rms = np.where(self.finite > 0, self.power - _log2(self.finite), np.nan) / 2
             n_formats = self.noise.shape[1] // max(1, self.power.shape[1])
@@ -148,26 +145,21 @@ class Sample:
 
 
 def columns(history: History) -> Columns:
-    """Put the records of a history in columns of nearly equal size."""
     n_records, n_layers = len(history), len(history.layers)
     count = min(n_records, most_columns(n_layers))
-    starts = np.arange(count + 1) * n_records // count
-    whole: Sums | None = None
-    for span in windows_of((np.diff(starts) * n_layers).tolist(), _MOST_CELLS):
-        first, last = starts[span.start], starts[span.stop]
-        sums = Sums.of(history.at(range(first, last))).together(starts[span] - first)
-        whole = sums if whole is None else whole.followed_by(sums)
-    assert whole is not None
-    return whole.columns()
+    blocks = np.split(np.arange(n_records), np.arange(1, count) * n_records // count)
+    sums = [
+        Sums.of(part.history).together(np.array([block[0] for block in its_blocks]))
+        for part, its_blocks in Evidence(history, 1).parts(blocks)
+    ]
+    return reduce(Sums.followed_by, sums).columns()
 
 
 def most_columns(n_layers: int) -> int:
-    """How many columns a page has room for."""
     return min(_MAX_COLUMNS, max(_MIN_COLUMNS, _MAX_CELLS // max(1, n_layers)))
 
 
 def most_samples(n_layers: int) -> int:
-    """How many samples a page has room for."""
     return min(_MAX_SAMPLES, max(_MIN_SAMPLES, _MAX_HISTOGRAMS // max(1, n_layers)))
 
 
