@@ -1,5 +1,6 @@
 """Set-up that must happen before any test module is imported, and the engines under test."""
 
+import gc
 import os
 import shutil
 import warnings
@@ -25,8 +26,8 @@ if not CUDA:
     # Triton reads it when it is imported: without a GPU its kernels run in its interpreter.
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["MPLBACKEND"] = "agg"
-# The engine that a user prefers is not the one under test.
-os.environ.pop("GRADSTAT_ENGINE", None)
+# What files measure while they are collected, each process does: it is to wait for no compiler.
+os.environ["GRADSTAT_ENGINE"] = "reference"
 
 # The environment comes first.
 import faster_formulas  # noqa: E402
@@ -100,6 +101,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    # The engine that a user prefers is not the one under test.
+    os.environ.pop("GRADSTAT_ENGINE")
+    # What is loaded now stays: the garbage collector need not look at it a hundred times.
+    gc.freeze()
 
 
 def sized(on_card: int, in_software: int) -> int:

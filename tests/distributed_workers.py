@@ -1,4 +1,4 @@
-"""What the ranks of the tests of distributed training run: python distributed_workers.py W DIR.
+"""What the ranks of the tests of distributed training run: python distributed_workers.py W DIR ...
 
 All numbers are multiples of powers of two that float64 holds, so that sums are the same in any
 order and one process can compute what the ranks must have seen.
@@ -6,6 +6,7 @@ order and one process can compute what the ranks must have seen.
 
 import multiprocessing
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -444,11 +445,7 @@ def main(rank: int, world: int, directory: Path) -> None:
 
 
 def fork(world: int, directory: Path) -> bool:
-    """Run all ranks; whether all went through. What they import is imported once, before."""
-    import torch._dynamo
-
-    torch.set_num_threads(1)
-    gradstat.statistics([torch.ones(1, dtype=torch.float64)])
+    """Run all ranks; whether all went through."""
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=main, args=(rank, world, directory)) for rank in range(world)]
     for rank in ranks:
@@ -459,4 +456,11 @@ def fork(world: int, directory: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(not fork(int(sys.argv[1]), Path(sys.argv[2])))
+    warnings.filterwarnings("error", category=UserWarning, module=r"gradstat\Z")
+    # What all ranks import is imported once.
+    import torch._dynamo
+
+    torch.set_num_threads(1)
+    gradstat.statistics([torch.ones(1, dtype=torch.float64)])
+    worlds, directories = map(int, sys.argv[1::2]), map(Path, sys.argv[2::2])
+    sys.exit(not all(map(fork, worlds, directories)))

@@ -2,10 +2,7 @@
 
 import contextlib
 import io
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType
@@ -13,6 +10,7 @@ from types import CodeType
 import pytest
 import torch
 from conftest import ROOT
+from programs import run_python
 
 import gradstat
 from gradstat import LinearBins, Log2Bins
@@ -99,15 +97,7 @@ print(int(s.zeros), float(s.max) == 7 * 2.0**-149, torch.get_num_threads())
 
 
 def test_reference_keeps_subnormals_of_large_tensors_where_torchs_threads_flush_them() -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", THREADS],
-        env=environment,
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_python("-c", THREADS, check=True)
     assert done.stdout.split() == ["0", "True", "2"]
 
 
@@ -144,19 +134,11 @@ def test_what_is_first_compiled_where_torch_flushes_subnormals_is_right(tmp_path
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "gradstat", tmp_path / "gradstat", ignore=ignore)
     elsewhere = ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "NUMBA_CACHE_DIR")
-    environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
-    environment["PYTHONPATH"] = str(tmp_path)
+    environment = {**dict.fromkeys(elsewhere), "PYTHONPATH": str(tmp_path)}
     printed = []
     for flushes in ("True", "False"):  # it is compiled, then it is loaded
-        done = subprocess.run(
-            [sys.executable, "-c", COMPILED.replace("FLUSHES", flushes)],
-            env=environment,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        code = COMPILED.replace("FLUSHES", flushes)
+        done = run_python("-c", code, cwd=tmp_path, check=True, **environment)
         printed.append(done.stdout)
         suffixes = {path.suffix for path in (tmp_path / "gradstat").rglob("__pycache__/*")}
         assert {".pyc", ".nbi"} <= suffixes

@@ -1,14 +1,12 @@
 import math
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from programs import run_python
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -288,10 +286,7 @@ def test_engine_is_the_argument_then_the_environment_then_the_device(
 
 def test_triton_refuses_cpu_tensors_that_it_cannot_read() -> None:
     code = "import torch, gradstat; gradstat.statistics(torch.ones(1), engine='triton')"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+    run = run_python("-c", code, TRITON_INTERPRET=None)
     message = (
         "ValueError: statistics() needs CUDA tensors for the engine 'triton', or "
         "TRITON_INTERPRET=1 set before triton is imported; x is on cpu"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import CUDA, ROOT
+from programs import run_python
 
 import gradstat
 
@@ -134,13 +135,14 @@ HEAVY = "'triton', 'numba', 'llvmlite', 'matplotlib', 'tqdm', 'mlxtend', 'tensor
 
 def test_import_loads_no_heavy_package_and_figures_no_pyplot(tmp_path: Path) -> None:
     code = (
-        "import sys, torch; before = set(sys.modules); import gradstat; "
+        "import sys, torch; before = set(sys.modules); assert 'gradstat' not in before; "
+        "import gradstat; "
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
         f"print(sorted(new & {{{HEAVY}}}), 'gradstat.ops' in sys.modules); "
         "import gradstat.plot; "
         "print('matplotlib.figure' in sys.modules, 'matplotlib.pyplot' in sys.modules)"
     )
-    result = run("-c", code, cwd=tmp_path)
+    result = run_python("-c", code, cwd=tmp_path)
     assert result.stdout == "[] True\nTrue False\n", result.stderr
 
 
@@ -157,15 +159,17 @@ def test_commands_that_read_no_run_start_without_torch(arguments: str, tmp_path:
 
 
 def test_names_and_modules_are_imported_when_they_are_used(tmp_path: Path) -> None:
+    light = run("-c", "import sys, gradstat; print('torch' in sys.modules)", cwd=tmp_path)
+    assert light.stdout == "False\n", light.stderr
     code = (
-        "import sys, gradstat; assert 'torch' not in sys.modules; import torch; "
+        "import gradstat, torch; "
         "assert set(gradstat.__all__) | {'plot'} <= set(dir(gradstat)); "
         "f = torch.compile(lambda x: gradstat.statistics(x).l1, backend='eager', fullgraph=True); "
         "assert float(f(torch.ones(3))) == 3; "
         "print(gradstat.plot.curves.__name__, gradstat.ops.statistics is gradstat.statistics); "
         "gradstat.plott"
     )
-    result = run("-c", code, cwd=tmp_path)
+    result = run_python("-c", code, cwd=tmp_path)
     assert result.stdout == "curves True\n", result.stderr
     assert "AttributeError: module 'gradstat' has no attribute 'plott'" in result.stderr
 

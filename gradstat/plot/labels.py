@@ -134,7 +134,9 @@ def add_titles(axes: list[Axes], titles: list[str]) -> None:
         return
     figure = axes[0].get_figure(root=True)
     assert figure is not None
-    figure.draw_without_rendering()
+    layout = figure.get_layout_engine()
+    assert layout is not None
+    layout.execute(figure)
     width = min(ax.get_position().width for ax in axes) * figure.get_figwidth()
     fitted, size = fit_titles(titles, width)
     # An axis writes its power of ten where a title begins.

@@ -3,22 +3,22 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import CUDA, ROOT
 from legibility import assert_legible
 from matplotlib.patches import Rectangle
+from programs import run_python
 
-SUITE = [sys.executable, str(ROOT / "bench" / "gpu_suite.py")]
+SUITE = ROOT / "bench" / "gpu_suite.py"
 WATCHED = "gradstat.watch"
 # The same with the interpreter that the tests have.
 INTERPRETED = """
-import runpy, sys
+import runpy, sys, warnings
 import faster_interpreter
 faster_interpreter.install()
+warnings.simplefilter("ignore")  # NumPy's, of NaN and infinities that the kernels expect
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -26,15 +26,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 # `make test-cuda` runs it on the CUDA device in software, through graphs and compiled networks.
 def test_gpu_suite_goes_through_in_a_dry_run(tmp_path: Path) -> None:
-    # The interpreter's NumPy warns of NaN and infinities that the kernels expect.
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    command = [*SUITE, "--dry-run", "--out", str(tmp_path)]
+    command, environment = [SUITE, "--dry-run", "--out", tmp_path], {}
     if not CUDA:
         path = os.pathsep.join([str(ROOT / "bench"), str(ROOT / "tests")])
         environment |= {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-        command[1:1] = ["-c", INTERPRETED]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+        command[:0] = ["-c", INTERPRETED]
+    done = run_python(*command, check=True, **environment)
     document = json.loads((tmp_path / "dry-run.json").read_text())
     rows = document["benchmarks"]
     assert {row["suite"] for row in rows} == {"tensors", "lists", "training"}
@@ -51,8 +48,7 @@ def test_gpu_suite_goes_through_in_a_dry_run(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(CUDA, reason="there is a CUDA device")
 def test_gpu_suite_says_that_there_is_no_gpu_and_what_it_would_run(tmp_path: Path) -> None:
-    command = [*SUITE, "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_python(SUITE, "--out", tmp_path)
     assert done.returncode == 1
     assert "There is no CUDA device here, so nothing was measured" in done.stdout
     assert "a training step of MLP and of GPT-2 small" in done.stdout
@@ -62,9 +58,7 @@ def test_gpu_suite_says_that_there_is_no_gpu_and_what_it_would_run(tmp_path: Pat
 def test_a_call_of_the_triton_engine_costs_the_host_little() -> None:
     # The sizes that are looked at, and the least of fewer rounds.
     code = "import host; host.TENSORS, host.ROUNDS = (4, 148, 300), 200; host.main()"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "bench")}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    done = run_python("-c", code, check=True, PYTHONPATH=str(ROOT / "bench"))
     times = {int(n): float(us) for n, us in re.findall(r"(\d+) tensors: +([\d.]+) us", done.stdout)}
     # The targets are 60 us a call and 0.3 us a tensor; the rest is room for other machines.
     assert times[148] <= 120
@@ -73,9 +67,9 @@ def test_a_call_of_the_triton_engine_costs_the_host_little() -> None:
 
 def test_merging_of_ranks_is_measured(tmp_path: Path) -> None:
     sizes = ["--ranks", "3", "--layers", "4", "--records", "30"]
-    command = [sys.executable, str(ROOT / "bench" / "merge.py"), str(tmp_path / "run"), *sizes]
-    subprocess.run(command, capture_output=True, check=True)
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = ROOT / "bench" / "merge.py", tmp_path / "run", *sizes
+    run_python(*command, check=True)
+    done = run_python(*command, check=True)
     assert re.search(r"^[0-9.]+ s, [0-9]+ MB at most$", done.stdout, re.MULTILINE)
 
 

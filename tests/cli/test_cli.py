@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT
 from findings import noise
 from histories import make_history
+from programs import run_python
 from torch import Tensor
 
 import gradstat
@@ -284,14 +285,11 @@ def test_commands_read_a_run_directory(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_command_runs_as_a_module_and_stops_when_nobody_reads(ill: Path) -> None:
-    module = [sys.executable, "-m", "gradstat"]
-    done = subprocess.run(
-        [*module, "diagnose", str(ill)], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    done = run_python("-m", "gradstat", "diagnose", ill, cwd=ROOT)
     assert (done.returncode, done.stderr) == (1, "")
     assert "severe: vanishing" in done.stdout
     with subprocess.Popen(
-        [*module, "diagnose", str(ill), "--json"],
+        [sys.executable, "-m", "gradstat", "diagnose", str(ill), "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=ROOT,
@@ -330,16 +328,14 @@ def test_tail_ends_cleanly_with_ctrl_c(ill: Path) -> None:
 
 def test_import_of_gradstat_leaves_the_command_and_its_packages_out() -> None:
     code = (
-        "import sys, torch; before = set(sys.modules); import gradstat; "
+        "import sys, torch; before = set(sys.modules); assert 'gradstat' not in before; "
+        "import gradstat; "
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "
         "print(sorted(new & {'pandas', 'pyarrow', 'tqdm', 'matplotlib', 'numba', 'triton'}), "
         "[name for name in ('cli', 'screens', 'tables', 'rules') if f'gradstat.{name}' in "
         "sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    assert done.stdout == "[] []\n"
+    assert run_python("-c", code, cwd=ROOT, check=True).stdout == "[] []\n"
 
 
 def test_the_command_of_the_package_is_main() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,19 +99,19 @@ def test_instability_is_ahead_where_steps_are_large_and_the_loss_does_not_fall()
 
 
 @pytest.mark.parametrize(
-    "history",
+    "options",
     [
-        run(losses=falling),  # what is learned
-        run(flat, falling, kinds=MOVING, pace=large),
-        run(flat, kinds=MOVING, pace=lambda step: 0.5 * large(step)),
-        run(losses=lambda step: 2.5 if step >= AT else 1.0),  # it does not look well any more
-        run(weights=flat),
-        run(weights=lambda step: 1.002**step),  # 7 % in 32 steps
-        run(losses=None),
-        run(kinds=(GRAD, ACTIVATION)),
-        run(steps=64, weights=lambda step: 1.01**step),
+        {"losses": falling},  # what is learned
+        {"weights": flat, "losses": falling, "kinds": MOVING, "pace": large},
+        {"weights": flat, "kinds": MOVING, "pace": lambda step: 0.5 * large(step)},
+        {"losses": lambda step: 2.5 if step >= AT else 1.0},  # it does not look well any more
+        {"weights": flat},
+        {"weights": lambda step: 1.002**step},  # 7 % in 32 steps
+        {"losses": None},
+        {"kinds": (GRAD, ACTIVATION)},
+        {"steps": 64, "weights": lambda step: 1.01**step},
         # What grows as much from record to record, but each is of the tenth step.
-        run(weights=lambda step: 1.001**step, every=10),
+        {"weights": lambda step: 1.001**step, "every": 10},
     ],
     ids=[
         "falls",
@@ -125,8 +126,8 @@ def test_instability_is_ahead_where_steps_are_large_and_the_loss_does_not_fall()
         "every tenth",
     ],
 )
-def test_instability_is_silent(history: History) -> None:
-    assert ahead(history) == []
+def test_instability_is_silent(options: dict[str, Any]) -> None:
+    assert ahead(run(**options)) == []
 
 
 def test_instability_is_told_where_the_loss_has_fallen_for_a_few_records() -> None:

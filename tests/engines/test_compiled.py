@@ -1,13 +1,11 @@
 """What the compiler makes of the kernels, for GPUs that need not be there."""
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 from conftest import ROOT
+from programs import run_python
 
 from gradstat.formats import FORMATS
 
@@ -137,14 +135,9 @@ for arch in json.loads(sys.argv[1]):
 
 
 def run(*arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "bench")}
     # The compiler, not the interpreter.
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    environment = {"PYTHONPATH": str(ROOT / "bench"), "TRITON_INTERPRET": None}
+    return run_python(*arguments, check=True, **environment).stdout
 
 
 Choice = tuple[int, str, str, str]  # architecture, kernel, dtype, and bins or formats

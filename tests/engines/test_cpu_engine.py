@@ -4,7 +4,6 @@ import functools
 import math
 import os
 import platform
-import subprocess
 import sys
 import threading
 import time
@@ -14,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 
@@ -59,17 +59,7 @@ def assert_agrees_with_the_reference(tensors: list[torch.Tensor], bins: Bins) ->
 
 def run_python(code: str, *, cwd: Path, **environment: str) -> str:
     """Output of a program in a process of its own."""
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    return programs.run_python("-c", code, cwd=cwd, check=True, **environment).stdout
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -1,4 +1,5 @@
 import builtins
+import functools
 import gzip
 import importlib.util
 import re
@@ -17,8 +18,13 @@ import digits
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
-SYNTHETIC, MNIST = digits.synthetic(), digits.mnist()
-BOTH = pytest.mark.parametrize("data", [SYNTHETIC, MNIST], ids=["digits", "mnist"])
+synthetic, mnist = functools.cache(digits.synthetic), functools.cache(digits.mnist)
+
+
+@pytest.fixture(params=[synthetic, mnist], ids=["digits", "mnist"])
+def data(request: pytest.FixtureRequest) -> Arrays:
+    found: Arrays = request.param()
+    return found
 
 
 def example(dtype: type = np.uint8, n: int = 6) -> Arrays:
@@ -42,7 +48,6 @@ def write_idx(folder: Path, x: np.ndarray, y: np.ndarray, packed: bool = False) 
     return folder / f"train-images-idx3-ubyte{suffix}"
 
 
-@BOTH
 def test_images_are_5000_rows_of_pixels_from_0_to_1(data: Arrays) -> None:
     x, y = data
     assert (x.shape, x.dtype) == ((5000, 784), np.float32)
@@ -50,12 +55,10 @@ def test_images_are_5000_rows_of_pixels_from_0_to_1(data: Arrays) -> None:
     assert (x.min(), x.max()) == (0, 1)
 
 
-@BOTH
 def test_classes_have_500_images_each(data: Arrays) -> None:
     assert np.bincount(data[1]).tolist() == [500] * 10
 
 
-@BOTH
 def test_images_are_bright_strokes_on_black_and_all_differ(data: Arrays) -> None:
     x, _ = data
     assert 0.05 < x.mean() < 0.3
@@ -65,12 +68,11 @@ def test_images_are_bright_strokes_on_black_and_all_differ(data: Arrays) -> None
 
 
 def test_synthetic_images_are_inside_their_frame() -> None:
-    pictures = SYNTHETIC[0].reshape(-1, 28, 28)
+    pictures = synthetic()[0].reshape(-1, 28, 28)
     border = np.concatenate([pictures[:, [0, -1]].max((1, 2)), pictures[:, :, [0, -1]].max((1, 2))])
     assert (border > 0).mean() < 0.1
 
 
-@BOTH
 def test_classes_can_be_learned_from_their_means(data: Arrays) -> None:
     x, y = data
     order = np.random.default_rng(0).permutation(len(x))
@@ -98,11 +100,11 @@ def test_synthetic_classes_are_equally_frequent_to_within_one(count: int) -> Non
 
 def test_load_draws_with_its_seed() -> None:
     assert np.array_equal(digits.load("digits", 5)[0], digits.synthetic(seed=5)[0])
-    assert np.array_equal(digits.load("mnist")[0], MNIST[0])
+    assert np.array_equal(digits.load("mnist")[0], mnist()[0])
 
 
 def test_mnist_is_sorted_by_class() -> None:
-    assert (np.diff(MNIST[1]) >= 0).all()
+    assert (np.diff(mnist()[1]) >= 0).all()
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])

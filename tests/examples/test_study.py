@@ -1,4 +1,3 @@
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from conftest import ROOT
 from legibility import assert_legible
 from matplotlib import image, pyplot
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from programs import run_python
 
 from gradstat import History, LinearBins, Log2Bins
 
@@ -57,32 +57,45 @@ def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def run_script(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", *arguments]
+# Warnings of a script are errors.
+STRICT = """
+import runpy, sys, warnings
+warnings.simplefilter("error")
+del sys.argv[0]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+WITHOUT_FIGURES = """
+import sys, warnings
+warnings.simplefilter("error")
+sys.path[0] = sys.argv.pop(1)
+import relu_vs_sigmoid as study
+study.figures = lambda *_: []
+sys.exit(study.main())
+"""
+
+
+def run_script(code: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
     # What Triton is told about these tests is nothing to the script.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    return run_python("-c", code, *arguments, cwd=folder, TRITON_INTERPRET=None)
 
 
-def run_study(folder: Path, *arguments: str) -> Finished:
+def run_study(folder: Path, *arguments: object) -> Finished:
     run = run_script(*arguments, "--out", "results", folder=folder)
     return Finished(run.returncode, run.stdout, run.stderr, folder / "results")
 
 
 @pytest.fixture(scope="module")
 def on_digits(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return run_study(tmp_path_factory.mktemp("digits"), str(STUDY), "--epochs", "10")
+    return run_study(tmp_path_factory.mktemp("digits"), STRICT, STUDY, "--epochs", "10")
 
 
 @pytest.fixture(scope="module")
 def on_mnist(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     # Figures are those of the other run, and take the script most of its time.
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import relu_vs_sigmoid as study; "
-    code += "study.figures = lambda *_: []; sys.exit(study.main())"
-    command = ("-c", code, str(STUDY.parent), "--epochs", "1", "--data", "mnist", "--live")
-    return run_study(tmp_path_factory.mktemp("mnist"), *command)
+    arguments = "--epochs", "1", "--data", "mnist", "--live"
+    folder = tmp_path_factory.mktemp("mnist")
+    return run_study(folder, WITHOUT_FIGURES, STUDY.parent, *arguments)
 
 
 def test_every_claim_that_ten_epochs_can_answer_holds(on_digits: Finished) -> None:
@@ -292,7 +305,7 @@ def test_study_refuses_a_folder_that_is_a_file(
 
 
 def test_quick_start_prints_what_is_wrong(tmp_path: Path) -> None:
-    run = run_script(str(STUDY.with_name("quickstart.py")), folder=tmp_path)
+    run = run_script(STRICT, STUDY.with_name("quickstart.py"), folder=tmp_path)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(
         "severe: vanishing, steps 0 to 99: From 10.weight back to 0.weight the gradient shrinks"

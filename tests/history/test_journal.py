@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from histories import append_rows
+from programs import run_python
 from watching import SCHEMES, arrays, assert_same, backward, make_history, make_model
 
 import gradstat
@@ -112,8 +113,7 @@ print(any(type(x).__name__ == "_Timer" for x in threading.enumerate()))
 
 
 def test_no_timer_of_a_journal_outlives_the_interpreter(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", ENDING, str(tmp_path / "run")]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = run_python("-c", ENDING, tmp_path / "run", check=True)
     assert done.stdout == "True\n['_MainThread']\n"
     assert len(History.load(tmp_path / "run")) == 1
 
@@ -223,7 +223,7 @@ def test_watch_path_survives_a_kill_of_a_run_that_stands_still(tmp_path: Path) -
 
 @pytest.mark.host("trains on the CPU in a process of its own")
 def test_watch_path_is_complete_when_a_run_just_ends(tmp_path: Path) -> None:
-    subprocess.run(command(tmp_path, 7, 5, 0), check=True, capture_output=True)
+    run_python("-c", RUN, tmp_path, 7, 5, 0, check=True)
     assert History.load(tmp_path).steps.tolist() == list(range(7))
 
 
@@ -289,10 +289,7 @@ print(w.history.steps.tolist(), gradstat.History.load(sys.argv[1]).steps.tolist(
 
 @pytest.mark.host("a forked process has no CUDA device")
 def test_watch_in_a_forked_process_warns_once_and_records_into_memory(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FORKED, tmp_path], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", FORKED, tmp_path, check=True)
     assert done.stdout.splitlines() == [
         "watch() keeps the records of a forked process in memory alone: path and sink belong to "
         "the process that it was forked from",

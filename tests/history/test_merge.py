@@ -3,8 +3,6 @@
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from histories import append_rows, log
+from programs import run_python
 from torch import Tensor
 from watching import absent, arrays, assert_same
 
@@ -670,8 +669,8 @@ def test_merge_counts_what_each_rank_has_if_it_is_told(tmp_path: Path) -> None:
 def test_merge_says_what_it_leaves_out_in_one_line(tmp_path: Path) -> None:
     for rank in range(2):
         write(tmp_path / "run", make_rank(rank, 2, steps=range(5 - rank)), 5)
-    command = [sys.executable, "-m", "gradstat", "merge", "run", "-o", "whole.npz"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    command = "-m", "gradstat", "merge", "run", "-o", "whole.npz"
+    done = run_python(*command, cwd=tmp_path, check=True)
     assert done.stderr == (
         "gradstat: warning: History.merge() leaves out 1 steps that not all ranks have: 4\n"
     )

@@ -1,10 +1,11 @@
 """Sinks that write for viewers while a run goes on."""
 
-import subprocess
+import os
 import sys
 
 import pytest
 import torch
+from programs import run_python
 
 import gradstat
 from gradstat import History
@@ -92,9 +93,8 @@ def test_run_writer_that_cannot_begin_warns_and_stops_no_training() -> None:
 @pytest.mark.host("it forks")
 def test_run_writer_writes_nothing_in_a_forked_process() -> None:
     script = """
-import os, sys
+import os
 import torch, gradstat
-sys.path.insert(0, sys.argv[1])
 from test_run_writer import Kept
 writer, model = Kept(), torch.nn.Linear(2, 1)
 w = gradstat.watch(model, sink=writer, when="call")
@@ -108,8 +108,5 @@ _, status = os.waitpid(child, 0)
 w.close()
 print(os.waitstatus_to_exitcode(status), len(writer.said))
 """
-    folder = __file__.rpartition("/")[0]
-    out = subprocess.run(
-        [sys.executable, "-c", script, folder], capture_output=True, text=True, check=True
-    )
-    assert out.stdout.split() == ["2", "3"]
+    done = run_python("-c", script, check=True, PYTHONPATH=os.pathsep.join(sys.path))
+    assert done.stdout.split() == ["2", "3"]

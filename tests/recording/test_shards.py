@@ -1,10 +1,7 @@
 """Two and four processes train on gloo; one process computes what they must have measured."""
 
-import os
+import itertools
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +21,7 @@ from distributed_workers import (
     extreme_tensors,
     tokens,
 )
+from programs import run_python
 from torch import Tensor, nn
 from watching import assert_same, is_absent
 
@@ -39,7 +37,6 @@ pytestmark = [
 
 LAYERS = ["0.weight", "2.weight", "4.weight"]
 WORKER = ROOT / "tests" / "distributed_workers.py"
-TIMEOUT_S = 120
 
 
 class Run:
@@ -68,24 +65,17 @@ class Run:
         return notes.pop()
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Run]:
+    """Of two and of four ranks, all forked from one process."""
+    directories = {world: tmp_path_factory.mktemp(f"{world}-ranks") for world in (2, 4)}
+    run_python(WORKER, *itertools.chain(*directories.items()), check=True)
+    return {world: Run(world, directory) for world, directory in directories.items()}
+
+
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 ranks", "4 ranks"])
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    world, directory = request.param, tmp_path_factory.mktemp("ranks")
-    ranks = subprocess.Popen(
-        [sys.executable, "-W", "error::UserWarning:gradstat", WORKER, str(world), str(directory)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        errors = ranks.communicate(timeout=TIMEOUT_S)[1]
-    finally:
-        if ranks.poll() is None:
-            os.killpg(ranks.pid, signal.SIGKILL)
-    assert ranks.returncode == 0, errors
-    return Run(world, directory)
+def run(request: pytest.FixtureRequest, runs: dict[int, Run]) -> Run:
+    return runs[request.param]
 
 
 def expected_gradients(world: int) -> list[list[list[Tensor]]]:

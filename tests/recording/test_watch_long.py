@@ -1,8 +1,6 @@
 """Runs too long for memory: what is kept, what is handed on, what is on disk."""
 
 import re
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from histories import append_rows
+from programs import run_python
 from watching import (
     SCHEMES,
     arrays,
@@ -117,8 +116,7 @@ print(*(b - a for a, b in zip(before, after)))
 
 def growth_bytes(n_steps: int, capacity: int) -> tuple[int, int]:
     """What a training grows by after some steps, beside its history: Python's memory, and all."""
-    command = [sys.executable, "-c", GROWTH, str(n_steps), str(capacity)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = run_python("-c", GROWTH, n_steps, capacity, check=True)
     history, python, peak = map(int, done.stdout.split())
     # A record takes 33 KB until it is packed.
     assert history < capacity * 40_000
