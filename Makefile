@@ -5,7 +5,7 @@ VENV ?= .venv
 ARGS ?=
 # Processes that share the tests out, file by file, the longest first: see tests/conftest.py.
 JOBS ?= $(shell nproc)
-SHARED := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+SHARED = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # Where benchmarks leave their results.
 RESULTS ?= .benchmarks
 # An environment of the oldest versions, for test-oldest.
@@ -13,6 +13,8 @@ OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 
 .PHONY: help installed study images docs test test-oldest test-cuda test-slow test-faults test-integrations lint format bench bench-training bench-results bench-gpu roofline clean
+# Of 20,000 files of other packages the tests import a quarter: Python compiles those as it does.
+INSTALL := -m pip install --quiet --no-compile
 # Two installs at once into one environment would damage it.
 .NOTPARALLEL:
 # A half-made environment must not pass for a whole one.
@@ -72,6 +74,8 @@ test-slow: $(VENV)/installed-test
 test-faults: $(VENV)/installed-test
 	$(BIN)/python -m pytest $(SHARED) -m faults $(ARGS)
 
+# They wait for pages and servers more than they compute: one process more than processors.
+test-integrations: JOBS := $(shell expr $(JOBS) + 1)
 test-integrations: $(VENV)/installed-test-integrations
 	$(BIN)/python -m pytest $(SHARED) -m integrations $(ARGS)
 
@@ -115,12 +119,12 @@ clean:
 
 # All that .ci/run needs, at once: each installation builds the package and looks at all others.
 installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable ".[docs,lint,test,test-integrations]"
+	$(BIN)/python $(INSTALL) --editable ".[docs,lint,test,test-integrations]"
 	cd $(VENV) && touch installed-docs installed-lint installed-test installed-test-integrations
 
 # One stamp for each extra of pyproject.toml: installed once, and again when that file changes.
 $(VENV)/installed-%: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	$(BIN)/python $(INSTALL) --editable ".[$*]"
 	touch $@
 
 # uv takes the oldest versions of what pyproject.toml names, and the newest of what that depends on.
