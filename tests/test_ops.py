@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import IN_SOFTWARE
 from programs import run_python
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -330,8 +331,16 @@ def test_histogram_agrees_with_numpy(
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 30, 64, 1000])
-@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1.0, 1e30])
+# In software, where each number of bins is a kernel: every number, and every scale of values.
+EDGES = [
+    (n, scale)
+    for n in (1, 2, 7, 30, 64, 1000)
+    for scale in (1e-40, 1e-30, 1.0, 1e30)
+    if n == 30 or scale == 1e-40 or not IN_SOFTWARE
+]
+
+
+@pytest.mark.parametrize(("n", "scale"), EDGES)
 def test_histogram_has_the_edges_of_its_scheme(n: int, scale: float) -> None:
     x = (torch.linspace(-1, 3, 500, dtype=torch.float64) * scale).float()
     for values in (x, x.abs(), x[:1], x[:0], x - 7 * scale):

@@ -297,8 +297,10 @@ def test_watch_measures_gradients_that_are_freed_at_once(bucket_bytes: int, stre
     assert_records(w, expected)
 
 
-@pytest.mark.parametrize("stream", ["current", "side"])
-@pytest.mark.parametrize("bins", SCHEMES, ids=repr)
+# Each scheme divides in its own way, whatever the stream.
+@pytest.mark.parametrize(
+    ("bins", "stream"), [*((bins, "side") for bins in SCHEMES), (SCHEMES[0], "current")], ids=repr
+)
 def test_watch_divides_by_the_scale_that_a_pass_had(bins: Bins, stream: str) -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
