@@ -7,7 +7,7 @@ merging hand it on as it is; it is unpacked when its numbers are read.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, TypeAlias
 
@@ -249,19 +249,27 @@ class RecordLayout:
         # As numpy.frombuffer(), which takes no type without bytes: that of a run without rows.
         return np.ndarray(n, self.fixed, data)
 
-    def assemble(self, parts: Sequence[tuple[Sequence[int], RecordLayout, bytes]]) -> bytes:
+    def assemble(self, parts: Sequence[tuple[Sequence[int], bytes]]) -> bytes:
         """One record of several that have some of its rows each.
 
         Args:
-            parts: of each the rows that it has, its layout and its bytes. The last row of those
-                that come several times counts; one that never comes has no values.
+            parts: of each the rows that it has, and its bytes. The last row of those that come
+                several times counts; one that never comes has no values.
         """
-        source, start = np.full(self.n_rows, -1), 0
-        for rows, _, _ in parts:
-            source[list(rows)] = np.arange(start, start + len(rows))
-            start += len(rows)
-        together = _side_by_side([layout.unpack([data]) for _, layout, data in parts])
-        return self.pack_all(together.take(source))[0]
+        # Those of as many rows have one layout, and are unpacked together.
+        alike: dict[int, list[int]] = {}
+        for at, (rows, _) in enumerate(parts):
+            alike.setdefault(len(rows), []).append(at)
+        unpacked, starts, start = [], [0] * len(parts), 0
+        for n, places in alike.items():
+            layout = replace(self, n_rows=n)
+            unpacked.append(layout.unpack([parts[at][1] for at in places]))
+            for at in places:
+                starts[at], start = start, start + n
+        source = np.full(self.n_rows, -1)
+        for (rows, _), first in zip(parts, starts, strict=True):
+            source[list(rows)] = np.arange(first, first + len(rows))
+        return self.pack_all(_side_by_side(unpacked).take(source))[0]
 
     def _entries_of(self, records: Sequence[bytes], ends: Array) -> tuple[Array, Array, Array]:
         """Filled bins of records, one after the other, and where those of each row end."""
@@ -374,17 +382,22 @@ def _summed(parts: Sequence[Unpacked], n_bins: int) -> tuple[Array, Array, Array
 
 
 def _side_by_side(parts: Sequence[Unpacked]) -> Unpacked:
-    """The rows of all parts, of one record each, as one record."""
+    """The rows of all records of all parts as one record."""
     integers, floats, formats, *_ = zip(*parts, strict=True)
     starts = np.cumsum([0, *(len(part.bins) for part in parts)])
     return Unpacked(
-        np.concatenate(integers, axis=1),
-        np.concatenate(floats, axis=1),
-        np.concatenate(formats, axis=1),
+        _as_one_record(integers),
+        _as_one_record(floats),
+        _as_one_record(formats),
         np.concatenate([part.ends + start for part, start in zip(parts, starts, strict=False)]),
         np.concatenate([part.bins for part in parts]),
         np.concatenate([part.counts for part in parts]),
     )
+
+
+def _as_one_record(parts: Sequence[Array]) -> Array:
+    """Numbers of S records of L rows, ``(S, L, ...)``, as ``(1, all rows, ...)``."""
+    return np.concatenate([np.concatenate(part) for part in parts])[None]
 
 
 def taken(numbers: Numbers, columns: Array) -> Numbers:

@@ -145,20 +145,26 @@ def test_take_leaves_absent_rows_without_values() -> None:
     equal(taken, expected, LAYOUT.n_bins)
 
 
-@given(st.lists(st.lists(st.integers(0, 4), unique=True, max_size=5), min_size=1, max_size=4))
-def test_assemble_puts_rows_of_several_launches_together(launches: list[list[int]]) -> None:
+@given(
+    st.lists(st.lists(st.integers(0, 4), unique=True, max_size=5), min_size=1, max_size=6),
+    st.integers(0, 2),
+)
+def test_assemble_puts_rows_of_several_launches_together(
+    launches: list[list[int]], n_formats: int
+) -> None:
     integers, floats = np.zeros((5, 8), np.int64), np.full((5, 8), np.nan)
-    formats, counts = np.full((5, 2, len(PACKED)), np.nan), np.zeros((5, 7), np.int64)
+    formats = np.full((5, n_formats, len(PACKED)), np.nan)
+    counts = np.zeros((5, 7), np.int64)
     whole = integers, floats, formats, counts
     parts = []
     for seed, rows in enumerate(launches):
-        layout = RecordLayout(len(rows), 2, 7)
+        layout = RecordLayout(len(rows), n_formats, 7)
         arrays = make_arrays(layout, seed)
-        parts.append((rows, layout, layout.pack(*arrays)))
+        parts.append((rows, layout.pack(*arrays)))
         for each, new in zip(whole, arrays, strict=True):
             each[rows] = new
-    data = LAYOUT.assemble(parts)
-    assert data == LAYOUT.pack(*whole)
+    layout = RecordLayout(5, n_formats, 7)
+    assert layout.assemble(parts) == layout.pack(*whole)
 
 
 # More rows than are dense at a time, counts that do not fit uint32.

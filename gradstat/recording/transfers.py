@@ -151,8 +151,7 @@ class Assembly:
         joins = any(n > 1 and self._kinds[row] in OF_OUTPUTS for row, n in seen.items())
         if joins or not parts or any(map(self._is_scaled, parts)):
             return self._joined(parts, range(n))
-        layouts = [(part.rows, self._of(part.rows), self._data(part)) for part in parts]
-        return self.layout.assemble(layouts)
+        return self.layout.assemble([(part.rows, self._data(part)) for part in parts])
 
     def combined(self, parts: list[Part]) -> list[Part]:
         """Parts in their order, the first of them that have arrived as one."""
