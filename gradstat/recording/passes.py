@@ -99,17 +99,19 @@ class _Pass:
         buckets: tensors that wait, by where they are computed.
         launches: what is measured already.
         parts: of the record, on their way already.
+        n_rows: of the launches, and of the parts that are on the host.
         scales: what values are multiplied by, by their kind.
         scaled_in: the run of autograd in which each was taken.
         peaks: of units, by row, shape and device.
     """
 
-    __slots__ = ("buckets", "launches", "parts", "peaks", "scaled_in", "scales")
+    __slots__ = ("buckets", "launches", "n_rows", "parts", "peaks", "scaled_in", "scales")
 
     def __init__(self) -> None:
         self.buckets: dict[Place, _Bucket] = {}
         self.launches: list[Launch] = []
         self.parts: list[Part] = []
+        self.n_rows = 0
         self.scales: dict[str, Computed] = {}
         self.scaled_in: dict[str, int] = {}
         self.peaks: dict[tuple[int, torch.Size, torch.device], Computed] = {}
@@ -496,8 +498,13 @@ class Recorder:
         else:
             stream = None if device is None else stream_of(device)
             unfinished.launches.append(Launch(plan.rows, result, stream, scales))
-        if self.sees_outputs:
-            self._send_early()
+        unfinished.n_rows += len(plan.rows)
+        # What waits for the end of a record is not to grow with the outputs that it counts.
+        if unfinished.n_rows > self._n_rows + _MOST_ROWS and not is_capturing():
+            parts = [*unfinished.parts, *send(unfinished.launches)]
+            unfinished.launches, unfinished.parts = [], self._delivery.combine_arrived(parts)
+            # What was put together has each row once.
+            unfinished.n_rows = sum(len(x.rows) for x in unfinished.parts if x.data is not None)
 
     def _new_plan(self, rows: tuple[int, ...], tensors: Sequence[Tensor]) -> _RowsPlan:
         engine = choose_engine(self._engine, tensors[0])
@@ -543,17 +550,6 @@ class Recorder:
         fields = measured.new_full(shape, math.nan)
         fields[cast] = measured
         return fields
-
-    def _send_early(self) -> None:
-        """Keep what waits for the end of a record from growing with the outputs it counts."""
-        unfinished = self._pass
-        rows = [launch.rows for launch in unfinished.launches]
-        rows += [part.rows for part in unfinished.parts if part.data is not None]
-        # What was put together before has each row once.
-        if sum(map(len, rows)) <= self._n_rows + _MOST_ROWS or is_capturing():
-            return
-        parts = [*unfinished.parts, *send(unfinished.launches)]
-        unfinished.launches, unfinished.parts = [], self._delivery.combine_arrived(parts)
 
 
 class Order:
