@@ -6,6 +6,8 @@ ARGS ?=
 # Processes that share the tests out, file by file, the longest first: see tests/conftest.py.
 JOBS ?= $(shell nproc)
 SHARED = -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# Files that have tests with a mark: to read all of them takes each process some seconds.
+MARKED = $(shell grep -rl --include=*.py "mark\.$(1)\b" tests)
 # Where benchmarks leave their results.
 RESULTS ?= .benchmarks
 # An environment of the oldest versions, for test-oldest.
@@ -69,15 +71,15 @@ test-cuda: $(VENV)/installed-test
 	$(BIN)/python tests/cuda_suite.py $(ARGS)
 
 test-slow: $(VENV)/installed-test
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m slow $(call MARKED,slow) $(ARGS)
 
 test-faults: $(VENV)/installed-test
-	$(BIN)/python -m pytest $(SHARED) -m faults $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) -m faults $(call MARKED,faults) $(ARGS)
 
 # They wait for pages and servers more than they compute: one process more than processors.
 test-integrations: JOBS := $(shell expr $(JOBS) + 1)
 test-integrations: $(VENV)/installed-test-integrations
-	$(BIN)/python -m pytest $(SHARED) -m integrations $(ARGS)
+	$(BIN)/python -m pytest $(SHARED) -m integrations $(call MARKED,integrations) $(ARGS)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .

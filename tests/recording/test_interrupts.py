@@ -1,6 +1,5 @@
 """An interrupt at any line of gradstat's: at most one record is missing, and the next ones come."""
 
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import run_python
 from torch.utils.checkpoint import checkpoint
 from watching import assert_same, make_model, n_hooks
 
@@ -270,5 +270,4 @@ assert len(gradstat.History.load(sys.argv[2])) == len(w.history) == w.history.st
 @pytest.mark.faults
 @pytest.mark.host("trains on the CPU in a process of its own")
 def test_watch_history_can_be_read_by_a_signal_handler(tmp_path: Path) -> None:
-    paths = [str(tmp_path / "checkpoint.npz"), str(tmp_path / "run")]
-    subprocess.run([sys.executable, "-c", RUN, *paths], check=True, timeout=120)
+    run_python("-c", RUN, tmp_path / "checkpoint.npz", tmp_path / "run", check=True)
