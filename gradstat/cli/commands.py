@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import os
 import shutil
 import sys
 import textwrap
@@ -55,7 +56,9 @@ def check_output(run: Path, output: Path) -> None:
 
 def run_name(path: Path) -> str:
     """Name of a run: that of its file without the suffix, or of its directory."""
-    path = path.resolve()
+    path = Path(
+        os.path.realpath(path)
+    )  # `resolve` raises a RuntimeError where links go in a circle
     return path.stem if path.is_file() or path.suffix == ".npz" else path.name
 
 

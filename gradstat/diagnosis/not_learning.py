@@ -125,10 +125,10 @@ def find_dead_units(run: Evidence, thresholds: Thresholds) -> list[Finding]:
 def find_saturation(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Layers in which most elements that are not zero lie many octaves below the layer's rms."""
     shares = _stopped(run, thresholds.saturation_octaves)
+    times = 2.0 ** min(thresholds.saturation_octaves, 1023)  # no float64 is larger
     said = (
-        "of the non-zero elements of {layer}'s gradient are more than "
-        f"{2.0**thresholds.saturation_octaves:.0f} times smaller than its rms: the units they "
-        "belong to hardly learn."
+        f"of the non-zero elements of {{layer}}'s gradient are more than {times:.0f} times smaller "
+        "than its rms: the units they belong to hardly learn."
     )
     return _saturated(run, run.lasting(shares, thresholds.saturation_share), said)
 

@@ -501,7 +501,7 @@ def merge_parts(parts: Sequence[Records | Path], replicated: bool | None) -> Rec
             found.append((f"number {at} of the parts", part))
         else:
             found += [(str(each), each) for each in directories(part) or [part]]
-    paths = [each.resolve() for _, each in found if isinstance(each, Path)]
+    paths = [os.path.realpath(each) for _, each in found if isinstance(each, Path)]
     if twice := [path for at, path in enumerate(paths) if path in paths[:at]]:
         raise ValueError(f"{_MERGE} needs each path once; {twice[0]} is there twice")
     ranks: list[Rank] = []

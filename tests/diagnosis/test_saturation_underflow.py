@@ -62,7 +62,8 @@ def test_diagnose_finds_saturation_where_most_elements_are_octaves_below_the_rms
     assert (finding.layer, finding.severity, finding.steps) == ("1.weight", "warning", (0, 9))
     assert finding.numbers["share"] == pytest.approx(share, abs=0.01)
     assert "more than 1024 times smaller than its rms" in finding.sentence
-    assert diagnose(history, saturation_octaves=30.0, underflow_share=1.0) == []
+    for octaves in (30.0, 10**9, 1e308):  # the last ones more than float64 has
+        assert diagnose(history, saturation_octaves=octaves, underflow_share=1.0) == []
     assert diagnose(history, saturation_share=0.9, underflow_share=1.0) == []
 
 
