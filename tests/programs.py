@@ -12,6 +12,7 @@ import json
 import os
 import runpy
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,8 @@ def run_python(
         server = _server()
         print(json.dumps(request), file=server.stdin, flush=True)
         if not select.select([server.stdout], [], [], TIMEOUT_S)[0]:
-            os.killpg(server.pid, 9)
+            os.killpg(server.pid, signal.SIGKILL)
+            _server.cache_clear()
             raise subprocess.TimeoutExpired(command, TIMEOUT_S, out.read_text(), err.read_text())
         done = subprocess.CompletedProcess(
             command, int(server.stdout.readline()), out.read_text(), err.read_text()
@@ -91,7 +93,7 @@ def _become(cwd: str, environment: dict[str, str], out: str, err: str) -> None:
 
 def _run(what: str, *arguments: str) -> None:
     """Run a program as ``python`` does."""
-    sys.path[0] = "" if what in ("-c", "-m") else str(Path(what).parent)
+    sys.path[0] = {"-c": "", "-m": str(Path.cwd())}.get(what, str(Path(what).parent))
     if what == "-m":
         sys.argv[:] = arguments
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
