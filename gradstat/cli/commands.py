@@ -91,7 +91,7 @@ def formats(options: argparse.Namespace) -> int:
         shown = of_kind if options.all else of_kind[:_MOST_LAYERS]
         rows: list[tuple[str, ...]] = [(NOUNS[kind], "narrowest", *history.formats)]
         for each in shown:
-            cells = [_fit(fit, scales=options.scales) for fit in each.fits.values()]
+            cells = [_fit(fit) for fit in each.fits.values()]
             rows.append((escaped(each.row.name), each.narrowest(thresholds) or "none", *cells))
         lines += ["", *aligned(rows)]
         if len(of_kind) > len(shown):
@@ -103,15 +103,12 @@ def formats(options: argparse.Namespace) -> int:
     return 0
 
 
-def _fit(fit: FormatFit, *, scales: bool) -> str:
+def _fit(fit: FormatFit) -> str:
     """SNR, and what share is lost if any is."""
     text = "exact" if fit.snr == math.inf else f"{round(fit.snr, 1) + 0.0:.1f} dB"
     for share, what in ((fit.underflow, "to 0"), (fit.saturated, "saturated")):
         if share:
             text += f", {f'{share:.0%}' if share >= 0.005 else '<1%'} {what}"
-    least, most = fit.scales
-    if scales and not math.isnan(least):
-        text += f", 2^{least:.0f}..{most:.0f}"
     return text
 
 
@@ -135,16 +132,10 @@ def compare(options: argparse.Namespace) -> int:
 
 def comparison(runs: Mapping[str, History], *, every_layer: bool = False) -> str:
     """Two runs layer by layer: rms of each, their ratio, first over last layer, and findings."""
-    # Of several kinds of rows the first that both runs have is compared. So are update ratios and
-    # dead units where both have them.
     for history in runs.values():
         check_history("compare", history)
     one, other = runs
-    common = next((kind for kind in runs[one].kinds if kind in runs[other].kinds), None)
-    typical = {
-        name: _typical(history.select(common) if common else history)
-        for name, history in runs.items()
-    }
+    typical = {name: _typical(history) for name, history in _alike(runs).items()}
     layers = list(dict.fromkeys(layer for values in typical.values() for layer in values))
     shown = layers if every_layer else _some(layers, _MOST_LAYERS)
     ends = _ends_of([x for values in typical.values() for x in values.values()])
@@ -175,6 +166,13 @@ def comparison(runs: Mapping[str, History], *, every_layer: bool = False) -> str
     return "\n".join(lines)
 
 
+def _alike(runs: Mapping[str, History]) -> dict[str, History]:
+    """Of each run the rows of the first kind that all of them have, or all of its rows."""
+    kinds = next(iter(runs.values())).kinds
+    common = [kind for kind in kinds if all(kind in history.kinds for history in runs.values())]
+    return {name: each.select(common[0]) if common else each for name, each in runs.items()}
+
+
 def _typical(history: History) -> dict[str, float]:
     """Median rms of each layer of the first kind over all records."""
     rms: Array = median(history["rms"])
@@ -198,6 +196,7 @@ def draw(runs: Mapping[str, History], path: Path) -> None:
     """Draw mean |gradient| of some of the layers of several runs into a file."""
     from gradstat import plot
 
+    runs = _alike(runs)
     layers = list(dict.fromkeys(row for history in runs.values() for row in first_rows(history)))
     average = max(1, max(len(history) for history in runs.values()) // 100)
     shown = _some(layers, _MOST_LINES)

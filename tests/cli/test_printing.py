@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import matplotlib.image
+import numpy as np
 import pytest
 import torch
 from findings import noise
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from tables_of_text import rows
 from torch import Tensor
 
-from gradstat import Log2Bins
+from gradstat import History, Log2Bins
 from gradstat.cli import commands, main
 
 
@@ -162,16 +163,32 @@ def test_compare_tells_update_ratios_and_dead_units_where_both_runs_have_them() 
     assert "update / parameter" not in updates
 
 
-def test_compare_compares_the_first_kind_that_both_runs_have() -> None:
-    history = make_history(Log2Bins(), 2, 5, values_of_kinds, kinds=KINDS)
-    # As of watch(what="update"), which prints its rows as update/0.weight.
-    alone = make_history(
+def updates_alone() -> History:
+    """As of watch(what="update"), which prints its rows as update/0.weight."""
+    return make_history(
         Log2Bins(), 2, 5, lambda step, row: values_of_kinds(step, row + 4), kinds=["update"]
     )
+
+
+def test_compare_compares_the_first_kind_that_both_runs_have() -> None:
+    history = make_history(Log2Bins(), 2, 5, values_of_kinds, kinds=KINDS)
     selected = history.select("update")
-    for one, other in ((selected, history), (history, selected), (alone, history)):
+    for one, other in ((selected, history), (history, selected), (updates_alone(), history)):
         text = commands.comparison({"one": one, "other": other})
         assert re.findall(r"^\d\.weight .* (\S+)$", text, re.M) == ["1", "1"]
+
+
+def test_draw_draws_the_first_kind_that_both_runs_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    history = make_history(Log2Bins(), 2, 5, values_of_kinds, kinds=KINDS)
+    commands.draw({"one": updates_alone(), "other": history}, tmp_path / "curves.png")
+    (figure,) = drawn
+    lines = [line.get_ydata() for ax in figure.axes for line in ax.lines]
+    assert len(lines) == 4
+    assert np.isfinite(lines).all()
 
 
 def test_draw_writes_the_curves_of_the_first_kind_whole_or_not_at_all(
