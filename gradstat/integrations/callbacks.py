@@ -26,17 +26,15 @@ class Watching:
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
-        for name in _KNOWN:
-            if name in options:
+        for name, value in options.items():
+            if name in _KNOWN:
                 raise TypeError(
-                    f"WatchCallback() needs no {name}, which the trainer knows; {name} is "
-                    f"{options[name]!r}"
+                    f"WatchCallback() needs no {name}, which the trainer knows; {name} is {value!r}"
                 )
-        for name in options:
             if name not in _OPTIONS:
                 raise TypeError(
                     f"WatchCallback() needs options of watch(), {one_of(name, _OPTIONS)}; got "
-                    f"{name}={options[name]!r}"
+                    f"{name}={value!r}"
                 )
         asked_formats("WatchCallback", options.get("formats", ()))
         if options.get("sink") is not None and not callable(options["sink"]):

@@ -6,7 +6,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,6 @@ from gradstat.integrations import viewers
 from gradstat.record import GRAD, Row
 from gradstat.recording.options import check_directory
 from gradstat.recording.sinks import RunWriter
-from gradstat.util import Array
 
 _NUMBERS = itertools.count()  # of files of this process
 
@@ -58,10 +57,10 @@ def write(
     steps = viewers.chosen_steps("write", history, max_records)
     events = _Events("write", log_dir, by_kind=tags == "kind")
     events.start(history, None)
-    time_at, of_several_kinds = _times(history), _of_several_kinds(history)
+    time_at = _times(history)
     try:
         for step in viewers.counted(history, steps, progress):
-            events.add_record(history, step, of_several_kinds, time_at(step))
+            events.write_record(history, step, time_at(step))
         for name in history.scalars:
             for step, value in zip(*(x.tolist() for x in history.scalar(name)), strict=True):
                 events.write_scalar(name, step, value, time_at(step))
@@ -136,29 +135,20 @@ class _Events(RunWriter):
             begin = self._api.SessionLog(status=self._api.SessionLog.START)
             self._add(self._api.Event(wall_time=time.time(), step=first_step, session_log=begin))
 
-    def write_record(self, record: History, step: int) -> None:
-        self.add_record(record, step, _of_several_kinds(record))
-
     def write_scalar(self, name: str, step: int, value: float, time_s: float | None = None) -> None:
         self._add_summary(self._api.scalar(_text(name), value), step, time_s)
 
     def end(self, history: History) -> None:
         self._file.close()
 
-    def add_record(
-        self,
-        history: History,
-        step: int,
-        of_several_kinds: Mapping[Row, tuple[str, Array]],
-        time_s: float | None = None,
-    ) -> None:
-        at = np.searchsorted(history.steps, step)
-        points = {}
-        for row, (name, column) in of_several_kinds.items():
-            if isfinite(column[at]):
-                points[f"{self._prefix(row)}/{name}"] = column[at]
+    def write_record(self, record: History, step: int, time_s: float | None = None) -> None:
+        record, points = record.of_steps([step]), {}
+        for kind, name, layers, values in viewers.derived(record):
+            for layer, value in zip(layers, values[0].tolist(), strict=True):
+                if isfinite(value):
+                    points[f"{self._prefix(Row(kind, layer))}/{name}"] = value
         summary = self._api.Summary()
-        for row, statistics, filled in viewers.rows(history, step):
+        for row, statistics, filled in viewers.rows(record, step):
             prefix = tag = self._prefix(row)
             for name, value in viewers.scalars(statistics).items():
                 points[f"{prefix}/{name}"] = value
@@ -203,15 +193,6 @@ def _absolute(log_dir: str | os.PathLike[str]) -> str:
 def _text(name: str) -> str:
     """A name that UTF-8 can encode."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _of_several_kinds(history: History) -> dict[Row, tuple[str, Array]]:
-    """What `derived` gives, by row: its name, and ``(S,)``."""
-    return {
-        Row(kind, layer): (name, column)
-        for kind, name, layers, values in viewers.derived(history)
-        for layer, column in zip(layers, values.T, strict=True)
-    }
 
 
 def _times(history: History) -> Callable[[int], float | None]:
