@@ -206,8 +206,8 @@ FAULTS = [
     Fault("gradstat/report", "counts[:, 0] -= zeros", "pass", "tests/report"),
     Fault(
         "gradstat/report",
-        "meta.steps[middle][0] <= step",
-        "meta.steps[middle][0] < step",
+        "meta.steps[t][0] <= step",
+        "meta.steps[t][0] < step",
         "tests/report",
     ),
     Fault(

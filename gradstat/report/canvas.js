@@ -1,6 +1,6 @@
 // Canvases that follow their width, the screen's resolution and the colour scheme.
 
-import { clamp, whole } from "./text.js";
+import { clamp, lastWhere, make, whole } from "./text.js";
 
 const VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"];
 export const dark = matchMedia("screen and (prefers-color-scheme: dark)");
@@ -33,7 +33,7 @@ export function colorAt(colors, x) {
 // A canvas of a height in a parent, drawn by draw(context, width, height) now and whenever its
 // size or the colour scheme changes. Without a label it is hidden from screen readers.
 export function addCanvas(parent, height, draw, label = "") {
-  const canvas = document.createElement("canvas");
+  const canvas = make("canvas");
   describe(canvas, label);
   parent.append(canvas);
   const drawing = { canvas, height, draw, redraw: () => paint(drawing) };
@@ -91,13 +91,7 @@ export function fitted(context, text, width) {
   if (context.measureText(text).width <= width) return text;
   const letters = [...text];
   const cut = (n) => `${letters.slice(0, n >> 1).join("")}\u2026${letters.slice(letters.length - n + (n >> 1)).join("")}`;
-  let [low, high] = [0, letters.length - 1];
-  while (low < high) {
-    const middle = (low + high + 1) >> 1;
-    if (context.measureText(cut(middle)).width <= width) low = middle;
-    else high = middle - 1;
-  }
-  return cut(low);
+  return cut(lastWhere(letters.length, (n) => context.measureText(cut(n)).width <= width));
 }
 
 // Short names that tell layers apart: the whole ones, or without the parts that all begin or end

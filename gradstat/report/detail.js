@@ -1,6 +1,6 @@
 // The selected layer: its rms, its distribution over time, one record's histogram, its numbers.
 
-import { byId, clamp, number, plural, powerOfTwo, share, short, whole } from "./text.js";
+import { byId, clamp, make, number, plural, powerOfTwo, share, short, whole } from "./text.js";
 import { arrays, columnAt, columnMiddle, columnOf, columnSteps, countAt, filledRows, firstSteps, K, meta, newest, nounOf, part, rowAt, rowEnds, sampleAt, sampleMiddle, samples, sampleSteps, sampleStepsBetween, seen, seenColumn, state, titleOf } from "./run.js";
 import { addCanvas, colorAt, css, curve, dark, densityDark, densityLight, describe, line, mark, roundTicks, spread, stepAxis, type } from "./canvas.js";
 import { addFigure } from "./pointing.js";
@@ -25,7 +25,7 @@ export function buildDetail(select) {
   const over = addCanvas(plot, 172, (context, width, height) => {
     if (seen.samples.includes(state.sample)) mark(context, sampleMiddle(state.sample, LEFT, width), height - 22);
   });
-  const holder = document.createElement("div");
+  const holder = make("div");
   holder.style.width = "100%";
   byId("detail-legend").append(holder);
   const legend = addCanvas(holder, 26, drawShares, "Colour scale");
@@ -109,7 +109,7 @@ export function buildDetail(select) {
     show(sample) {
       // A name may be broken after a dot.
       const parts = titleOf(state.layer).split(/(?<=\.)/);
-      byId("detail-name").replaceChildren(...parts.flatMap((text) => [text, document.createElement("wbr")]));
+      byId("detail-name").replaceChildren(...parts.flatMap((text) => [text, make("wbr")]));
       byId("previous").disabled = beside(-1) === undefined;
       byId("next").disabled = beside(1) === undefined;
       byId("detail-newest").textContent = `Newest record, step ${whole(samples[K - 1].step)}`;
@@ -126,10 +126,8 @@ export function buildDetail(select) {
 function newestNumber([name, text, noun]) {
   const x = newest(name, state.layer);
   if (x === undefined || (noun && noun !== nounOf(state.layer))) return [];
-  const [term, value] = [document.createElement("dt"), document.createElement("dd")];
-  term.textContent = text;
-  value.textContent = Number.isInteger(x) && COUNTED.includes(name) ? whole(x) : name === "dead" ? share(x) : number(x);
-  return [term, value];
+  const value = Number.isInteger(x) && COUNTED.includes(name) ? whole(x) : name === "dead" ? share(x) : number(x);
+  return [make("dt", { textContent: text }), make("dd", { textContent: value })];
 }
 
 // How high a row of a layer is on the axis of values, and the middle of the fullest one.

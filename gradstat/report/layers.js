@@ -1,6 +1,6 @@
 // The table: a row for each layer of a kind with the line of its rms, in any order, filtered by name.
 
-import { byId, clamp, number, share, whole } from "./text.js";
+import { byId, clamp, make, number, share, whole } from "./text.js";
 import { arrays, columnAt, K, meta, newest, nounOf, part, place, samples, state, titleOf, wholePart } from "./run.js";
 import { addCanvas, curve, removeCanvas, spread } from "./canvas.js";
 import { hideTip, showTip } from "./pointing.js";
@@ -53,19 +53,18 @@ export function buildLayers(select, changed) {
   // On paper all rows are seen.
   window.addEventListener("beforeprint", () => body.querySelectorAll("td.spark").forEach(addSpark));
   const makeRow = (i) => {
-    const row = document.createElement("tr");
+    const row = make("tr", { tabIndex: -1 });
     row.dataset.layer = String(i);
-    row.tabIndex = -1;
     for (const column of COLUMNS) {
       const cell = row.insertCell();
       if (column.spark) {
         cell.className = "spark";
-        const holder = document.createElement("div");
+        const holder = make("div");
         cell.append(holder);
         holder.style.height = "28px";
         observer.observe(cell);
       } else {
-        cell.append(document.createElement("bdi"));
+        cell.append(make("bdi"));
         if (column.left) cell.title = column.text(i);
       }
     }
@@ -182,14 +181,10 @@ export function buildLayers(select, changed) {
 
 function buildHead(sort) {
   const heads = COLUMNS.map((column) => {
-    const head = document.createElement("th");
-    head.scope = "col";
-    head.className = [column.left && "text", column.wide].filter(Boolean).join(" ");
+    const head = make("th", { scope: "col", className: [column.left && "text", column.wide].filter(Boolean).join(" ") });
     if (column.width) head.style.width = column.width;
-    const label = document.createElement(column.order ? "button" : "span");
+    const label = make(column.order ? "button" : "span", { textContent: column.name, title: column.name });
     if (column.order) label.type = "button";
-    label.textContent = column.name;
-    label.title = column.name;
     head.append(label);
     label.addEventListener("click", () => {
       if (column.order) by(column.name, head.getAttribute("aria-sort") === "descending" ? 1 : -1);
@@ -229,5 +224,5 @@ export function layersTable(layers) {
 // A name that may go on in another line after each of its parts.
 function breakable(name) {
   const parts = name.match(/[^./]+[./]*|[./]+/g) ?? [];
-  return parts.flatMap((part, i) => (i ? [document.createElement("wbr"), part] : [part]));
+  return parts.flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
 }

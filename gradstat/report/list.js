@@ -1,6 +1,6 @@
 // The list of runs, which follows the directory that they are in, and those side by side.
 
-import { ago, byId } from "./text.js";
+import { ago, byId, make } from "./text.js";
 
 const POLL_MS = 2000;
 const rows = new Map();  // by number
@@ -32,9 +32,8 @@ function showFrames() {
   for (const number of wanted) {
     rows.get(number).querySelector("input").checked = true;
     if (frames.has(number)) continue;
-    const frame = document.createElement("iframe");
-    frame.src = `/run/${number}/?beside=${here}`;
-    frame.title = rows.get(number).querySelector("a").textContent;
+    const title = rows.get(number).querySelector("a").textContent;
+    const frame = make("iframe", { src: `/run/${number}/?beside=${here}`, title });
     frames.set(number, frame);
     byId("frames").append(frame);
   }
@@ -42,18 +41,14 @@ function showFrames() {
 }
 
 function makeRow({ number, name }) {
-  const row = document.createElement("tr");
-  const [box, link] = [document.createElement("input"), document.createElement("a")];
-  box.type = "checkbox";
+  const [row, box] = [make("tr"), make("input", { type: "checkbox" })];
   box.setAttribute("aria-label", `${name} side by side`);
   box.addEventListener("change", () => choose(number, box.checked));
-  link.href = `/run/${number}/`;
-  link.textContent = name;
+  const link = make("a", { href: `/run/${number}/`, textContent: name });
   const cells = [0, 1, 2, 3].map(() => row.insertCell());
   cells[0].className = cells[1].className = "text";
   cells[0].append(box);
-  cells[1].append(document.createElement("bdi"));
-  cells[1].firstChild.append(link);
+  cells[1].append(make("bdi", {}, link));
   return row;
 }
 

@@ -1,6 +1,6 @@
 // Puts the parts together.
 
-import { byId, plural, whole } from "./text.js";
+import { byId, make, plural, whole } from "./text.js";
 import { aRow, byKind, isolateNames, isZoomed, K, meta, nounOf, receive, sampleNear, samples, see, seen, state, T, titleOf, zoom } from "./run.js";
 import { redrawAll, redrawSoon } from "./canvas.js";
 import { buildSave } from "./save.js";
@@ -25,10 +25,7 @@ function showFindings(select) {
   const items = meta.findings.map((finding, i) => findingItem(finding, i, select));
   add(...items);
   if (items.length > SHOWN_FINDINGS && !areAllShown) {
-    const more = document.createElement("button");
-    more.type = "button";
-    more.className = "more";
-    more.textContent = `Show ${items.length - SHOWN_FINDINGS} more`;
+    const more = make("button", { type: "button", className: "more", textContent: `Show ${items.length - SHOWN_FINDINGS} more` });
     more.addEventListener("click", () => {
       areAllShown = true;
       for (const item of items) item.classList.remove("later");
@@ -48,17 +45,10 @@ function showFindingsOf() {
   line.textContent = `In the first ${plural(meta.findingsOf ?? 0, "record")}.`;
 }
 
-function hint(text) {
-  const line = document.createElement("p");
-  line.className = "hint";
-  line.textContent = text;
-  return line;
-}
+const hint = (text) => make("p", { className: "hint", textContent: text });
 
 function findingItem(finding, i, select) {
-  const item = document.createElement("button");
-  item.type = "button";
-  item.className = `finding ${finding.severity}`;
+  const item = make("button", { type: "button", className: `finding ${finding.severity}` });
   item.classList.toggle("later", i >= SHOWN_FINDINGS && !areAllShown);
   const [first, last] = finding.steps;
   const texts = [
@@ -66,12 +56,7 @@ function findingItem(finding, i, select) {
     ["what", isolateNames(finding.sentence)],
     ["when", `${finding.kind} \u00b7 ${first === last ? `step ${whole(first)}` : `steps ${whole(first)} to ${whole(last)}`}`],
   ];
-  for (const [kind, text] of texts) {
-    const span = document.createElement("span");
-    span.className = kind;
-    span.textContent = text;
-    item.append(span);
-  }
+  item.append(...texts.map(([kind, text]) => make("span", { className: kind, textContent: text })));
   item.addEventListener("click", () => select(finding.layer, { from: "findings", step: finding.at }));
   return item;
 }

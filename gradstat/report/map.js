@@ -1,6 +1,6 @@
 // The map: a row for each layer of a kind, a column for each column of records, log2 rms as colour.
 
-import { byId, clamp, magnitude, number, powerOfTwo, share, whole } from "./text.js";
+import { byId, clamp, lastWhere, magnitude, make, number, powerOfTwo, share, whole } from "./text.js";
 import { aRow, arrays, byKind, capacity, columnAt, columnMiddle, columnOf, columnSteps, firstSteps, meta, newest, nounOf, part, seen, seenColumn, state, stepsOf, T, titleOf, usual } from "./run.js";
 import { addCanvas, colorAt, css, describe, fitted, line, rgb, roundTicks, shortNames, stepAxis, type, viridis } from "./canvas.js";
 import { addFigure } from "./pointing.js";
@@ -79,13 +79,8 @@ function cellsOf(rows) {
 // The row at a height, or undefined between groups.
 function rowAtHeight(y) {
   const { tops, heights, rows } = state.view;
-  let [low, high] = [0, rows.length - 1];
-  while (low < high) {
-    const middle = (low + high + 1) >> 1;
-    if (tops[middle] <= y) low = middle;
-    else high = middle - 1;
-  }
-  return y >= tops[low] && y < tops[low] + heights[low] ? rows[low] : undefined;
+  const row = lastWhere(rows.length, (i) => tops[i] <= y);
+  return y >= tops[row] && y < tops[row] + heights[row] ? rows[row] : undefined;
 }
 
 // The middle of a layer's row.
@@ -102,9 +97,7 @@ function scaleOf(level) {
 
 // A pixel for each cell; enlarged when it is drawn.
 function mapImage({ rows, n, level, shown, nonfinite, scale }) {
-  const image = document.createElement("canvas");
-  image.width = n;
-  image.height = rows.length;
+  const image = make("canvas", { width: n, height: rows.length });
   const context = image.getContext("2d");
   const pixels = context.createImageData(n, rows.length);
   const [broken, zero] = [rgb(css("--broken")), rgb(css("--zero"))];
@@ -441,7 +434,7 @@ export function buildColours(changed) {
 // What the colours of the map mean in numbers.
 
 function buildLegend() {
-  const holder = document.createElement("div");
+  const holder = make("div");
   holder.style.width = "min(420px, 100%)";
   byId("map-legend").append(holder);
   const drawing = addCanvas(holder, 58, drawScale, "Colour scale");
@@ -455,10 +448,8 @@ function buildLegend() {
       drawing.height = tick ? 44 : 58;
       if (scale) describe(drawing.canvas, `Colours: ${of(aRow(kind))}, ${ends[0]} to ${ends[1]}`);
       const swatches = otherColors().map(([text, color]) => {
-        const swatch = document.createElement("span");
-        swatch.className = "swatch";
+        const swatch = make("span", { className: "swatch", textContent: text });
         swatch.style.setProperty("--of", color.startsWith("--") ? `var(${color})` : color);
-        swatch.textContent = text;
         return swatch;
       });
       byId("map-legend").replaceChildren(holder, ...swatches);

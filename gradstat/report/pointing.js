@@ -1,19 +1,14 @@
 // Pointing at a place of a figure, with the pointer or the keys; the tip gives its numbers.
 
-import { byId, clamp } from "./text.js";
+import { byId, clamp, make } from "./text.js";
 import { isZoomed, meta, seen, T, zoom, zoomed } from "./run.js";
 
 const tip = byId("tip");
 const forgets = [];
 
 export function showTip(x, y, title, lines) {
-  const head = document.createElement("b");
-  head.textContent = title;
-  tip.replaceChildren(head, ...lines.map((text) => {
-    const row = document.createElement("div");
-    row.textContent = text;
-    return row;
-  }));
+  const rows = lines.map((text) => make("div", { textContent: text }));
+  tip.replaceChildren(make("b", { textContent: title }), ...rows);
   tip.hidden = false;
   const box = tip.getBoundingClientRect();
   const right = x + 16 + box.width > window.innerWidth - 8;

@@ -1,7 +1,7 @@
 // What the page holds of a run: `meta`, arrays of T columns of records, K sampled records; and how
 // later records are added. A layer is the index of a row, and each row has a kind.
 
-import { clamp, plural, whole } from "./text.js";
+import { clamp, lastWhere, plural, whole } from "./text.js";
 
 export const meta = { layers: [], nouns: [], owners: [], kinds: [], order: [], formats: [], series: [], steps: [], sizes: [], records: 0, findings: null };
 export const arrays = {};
@@ -157,15 +157,7 @@ export function stepsOf(column) {
 }
 
 // The column of records that a step belongs to.
-export function columnOf(step) {
-  let [low, high] = [0, T - 1];
-  while (low < high) {
-    const middle = (low + high + 1) >> 1;
-    if (meta.steps[middle][0] <= step) low = middle;
-    else high = middle - 1;
-  }
-  return low;
-}
+export const columnOf = (step) => lastWhere(T, (t) => meta.steps[t][0] <= step);
 
 // The sample nearest to a step.
 export function sampleNear(step) {

@@ -1,6 +1,6 @@
 // Figures as files: a picture as it is on the page, SVG or PNG, and its numbers as CSV.
 
-import { byId } from "./text.js";
+import { byId, make } from "./text.js";
 import { css, fitted, type } from "./canvas.js";
 
 const TITLE_HEIGHT = 26;
@@ -15,10 +15,7 @@ export function buildSave(id, { name, title, table, drawings = [] }) {
   holder.className = "save";
   for (const [kind, run] of Object.entries(kinds)) {
     if (kind !== "CSV" && !drawings.length) continue;
-    const button = document.createElement("button");
-    button.type = "button";
-    button.textContent = kind;
-    button.title = `Save ${name} as ${kind}`;
+    const button = make("button", { type: "button", textContent: kind, title: `Save ${name} as ${kind}` });
     button.setAttribute("aria-label", button.title);
     button.addEventListener("click", run);
     holder.append(button);
@@ -55,8 +52,8 @@ function saveSvg(figure, name) {
 function savePng(figure, name) {
   const size = sizeOf(figure);
   const scale = Math.max(2, window.devicePixelRatio || 1);
-  const canvas = document.createElement("canvas");
-  [canvas.width, canvas.height] = size.map((each) => Math.round(each * scale));
+  const [width, height] = size.map((each) => Math.round(each * scale));
+  const canvas = make("canvas", { width, height });
   const context = canvas.getContext("2d");
   context.scale(scale, scale);
   drawAll(context, figure, size);
@@ -72,17 +69,15 @@ function csvOf(rows) {
 }
 
 function save(blob, name, suffix) {
-  const link = document.createElement("a");
   const words = `${document.title} ${name}`.replace(/[^\p{L}\p{N}._-]+/gu, "-").replace(/^[.-]+/, "");
-  link.download = `${words.slice(0, 120) || name}.${suffix}`;
-  link.href = URL.createObjectURL(blob);
+  const link = make("a", { download: `${words.slice(0, 120) || name}.${suffix}`, href: URL.createObjectURL(blob) });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
 // The part of a canvas's context that the figures draw with, making an SVG.
 
-const SIZE_OF_TEXT = document.createElement("canvas").getContext("2d");
+const SIZE_OF_TEXT = make("canvas").getContext("2d");
 
 class SvgContext {
   constructor(width, height) {
@@ -135,8 +130,7 @@ class SvgContext {
   }
 
   drawImage(image, fromX, fromY, columns, rows, x, y, width, height) {
-    const part = document.createElement("canvas");
-    [part.width, part.height] = [columns, rows];
+    const part = make("canvas", { width: columns, height: rows });
     part.getContext("2d").drawImage(image, fromX, fromY, columns, rows, 0, 0, columns, rows);
     const style = "image-rendering: pixelated";
     this.add("image", { x: this.left + x, y: this.top + y, width, height, href: part.toDataURL(), preserveAspectRatio: "none", style });

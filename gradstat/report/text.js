@@ -2,6 +2,24 @@
 
 export const byId = (id) => document.getElementById(id);
 
+// A new element with some properties and what is in it.
+export function make(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+// The last of n numbers from 0 on of which something holds, as of all before it; 0 if of none.
+export function lastWhere(n, holds) {
+  let [low, high] = [0, n - 1];
+  while (low < high) {
+    const middle = (low + high + 1) >> 1;
+    if (holds(middle)) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
 export const clamp = (x, low, high) => Math.max(low, Math.min(high, x));
 
 export function number(x) {
