@@ -37,35 +37,18 @@ class Format:
 
     A value is a scale times an element. Elements are rounded to nearest, ties to even; magnitudes
     that round beyond the largest become the largest.
-
-    Args:
-        name: as `gradstat.quantization` takes it.
-        exponent_bits: of an element, with a bias of ``2**(exponent_bits - 1) - 1``.
-        mantissa_bits: of an element.
-        largest: largest finite magnitude of an element.
-        scaling: ``"none"``; ``"given"``, the float32 `scale`; ``"amax"``, one float32 that takes
-            the tensor's largest magnitude to `largest`; ``"block"``, such a one for each block;
-            ``"e8m0"``, a power of two for each block; ``"nvfp4"``, an e4m3 for each block under a
-            float32 for the tensor.
-        block: rows and columns of a block; ``None`` where there are none.
-        scale: that is given.
-
-    Example:
-        >>> from gradstat.formats import FORMATS
-        >>> nvfp4 = FORMATS["nvfp4"]
-        >>> nvfp4.largest, nvfp4.block, nvfp4.bits
-        (6.0, (1, 16), 4.5)
-        >>> FORMATS["float8_e5m2"].with_scale(0.25).name
-        'float8_e5m2_scale_0.25'
     """
 
-    name: str
-    exponent_bits: int
-    mantissa_bits: int
-    largest: float
+    name: str  # as `gradstat.quantization` takes it
+    exponent_bits: int  # of an element, with a bias of ``2**(exponent_bits - 1) - 1``
+    mantissa_bits: int  # of an element
+    largest: float  # finite magnitude of an element
+    # "given": the float32 `scale`; "amax": one float32 that takes the tensor's largest magnitude to
+    # `largest`; "block": such a one for each block; "e8m0": a power of two for each block; "nvfp4":
+    # an e4m3 for each block under a float32 for the tensor.
     scaling: Scaling = "none"
-    block: tuple[int, int] | None = None
-    scale: float = 1.0
+    block: tuple[int, int] | None = None  # rows and columns
+    scale: float = 1.0  # that is given
 
     @property
     def min_exponent(self) -> int:
@@ -84,11 +67,9 @@ class Format:
 
     @property
     def to_rounder(self) -> int:
-        """From the bits of a power of two to those of the number that rounds its octave.
-
-        That number, 1.5 times a power of two, ends its digits where elements of the octave do:
-        added and taken away, it leaves a float32 rounded to an element.
-        """
+        """From the bits of a power of two to those of the number that rounds its octave."""
+        # That number, 1.5 times a power of two, ends its digits where elements of the octave do:
+        # added and taken away, it leaves a float32 rounded to an element.
         return ((23 - self.mantissa_bits) << 23) | 1 << 22
 
     @property
@@ -105,16 +86,7 @@ class Format:
         return -(-rows // down) * -(-columns // across)
 
     def with_scale(self, scale: float) -> Format:
-        """The same elements under one scale for the tensor that is known before.
-
-        Args:
-            scale: what elements are multiplied by to give values back; a float32 number.
-
-        Raises:
-            TypeError: no number.
-            ValueError: a format that has a scale, or a scale that is no float32 number between
-                2**-126 and 2**126.
-        """
+        """The same elements under one scale, which they are multiplied by to give values back."""
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"with_scale() needs a number; scale is {scale!r}")
         if self.scaling != "none":

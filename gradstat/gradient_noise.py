@@ -18,17 +18,13 @@ from gradstat.util import Array
 class NoiseScale:
     """The gradient noise scale of a run, in examples of a batch.
 
-    Args:
-        steps: numbers of the S steps that both histories have: int64 ``(S,)``.
-        layers: L names.
-        per_layer: float64 ``(S, L)``.
-        whole: of all layers together: float64 ``(S,)``.
+    It has the S steps and the L layers that both histories have.
     """
 
-    steps: Array
+    steps: Array  #: their numbers: int64 ``(S,)``
     layers: list[str]
-    per_layer: Array
-    whole: Array
+    per_layer: Array  #: float64 ``(S, L)``
+    whole: Array  #: of all layers together: float64 ``(S,)``
 
 
 def noise_scale(

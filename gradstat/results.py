@@ -118,14 +118,6 @@ class Statistics(_OfTensors):
     where the device has no float64) and NaN where they are undefined: min, max and mean of nothing,
     std of fewer than two values.
 
-    Args:
-        bins: scheme of the histogram.
-        integers: int64, shape ``(..., 8)``, the fields of `INTEGERS` in order.
-        floats: float64, shape ``(..., 8)``, the fields of `FLOATS` in order.
-        counts: int64, shape ``(..., bins)``, finite values in each bin.
-        names: of the L tensors where they are known, as `History.record` knows them: they then
-            print as a table.
-
     Example:
         >>> import torch, gradstat
         >>> s = gradstat.statistics(torch.tensor([3.0, -4.0, float("nan")]))
@@ -133,10 +125,11 @@ class Statistics(_OfTensors):
         (2, 1, 5.0, -0.5)
     """
 
-    bins: Bins
-    integers: Tensor
-    floats: Tensor
-    counts: Tensor
+    bins: Bins  #: scheme of the histogram
+    integers: Tensor  #: int64, shape ``(..., 8)``, the fields of `INTEGERS` in order
+    floats: Tensor  #: float64, shape ``(..., 8)``, the fields of `FLOATS` in order
+    counts: Tensor  #: int64, shape ``(..., bins)``, finite values in each bin
+    #: of the L tensors where `History.record` knows them: they then print as a table
     names: tuple[str, ...] = field(default=(), kw_only=True)
 
     numel = _measured("numel", "Elements, finite or not; int64.")
@@ -200,11 +193,39 @@ class Statistics(_OfTensors):
             low = torch.cat([torch.minimum(*ends[:2]), low, ends[2]], -1)
             high = torch.cat([ends[1], high, torch.maximum(*ends[2:])], -1)
             counts = torch.cat([self.below[..., None], counts, self.above[..., None]], -1)
-        result = _kurtosis(counts, low, high, (self.min, self.max), self.mean, self.std)
+        result = self._kurtosis_between(counts, low, high)
         is_told = self.std >= 2.0**-126
         if isinstance(self.bins, Log2Bins):
             is_told &= self.abs_max <= FLOAT32_MAX
         return torch.where(is_told, result, math.nan)
+
+    def _kurtosis_between(self, counts: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """Kurtosis, ``(...)``, of counts ``(..., N)`` between the ends of their bins."""
+        mean, std = self.mean, self.std
+        # One element is the least exactly and one the greatest; the others are taken to lie evenly
+        # in their bins, between the extremes, and then scaled so that the second moment is right.
+        n = counts.sum(-1).to(std.dtype)
+        # In units of the farthest element no power overflows or underflows.
+        unit = torch.maximum(mean - self.min, self.max - mean)[..., None]
+        ends = [((end - mean) / unit[..., 0])[..., None] for end in (self.min, self.max)]
+        a, b = (((end - mean[..., None]) / unit).clamp(*ends) for end in (low, high))
+        inner = counts.to(std.dtype)
+        filled = (counts > 0).to(torch.int64)
+        # The outer filled bins: the first, and the first from behind.
+        last = filled.shape[-1] - 1 - filled.flip(-1).argmax(-1, keepdim=True)
+        for at in (filled.argmax(-1, keepdim=True), last):
+            inner = inner.scatter_add(-1, at, -torch.ones_like(inner[..., :1]))
+        inner = inner.clamp(min=0)
+        # Products: a power that is vectorised differs from one that is not in its last digit.
+        centre2, half2 = ((a + b) / 2) ** 2, ((b - a) / 2) ** 2
+        squares = (inner * (centre2 + half2 / 3)).sum(-1)
+        fourths = (inner * (centre2 * centre2 + 2 * centre2 * half2 + half2 * half2 / 5)).sum(-1)
+        outer2 = torch.cat(ends, -1) ** 2
+        total = (n - 1) * (std / unit[..., 0]) ** 2
+        scale = ((total - outer2.sum(-1)).clamp(min=0) / squares).nan_to_num(nan=0.0, posinf=0.0)
+        moment = (outer2 * outer2).sum(-1) + fourths * scale**2
+        result = n * moment / total**2
+        return torch.where((n > 3) & (mean.abs() <= _FARTHEST_MEAN * std), result, torch.nan)
 
     @property
     def edges(self) -> Tensor:
@@ -452,52 +473,11 @@ def as_arrays(statistics: Statistics) -> tuple[NDArray[Any], ...]:
     return tuple(each.numpy() for each in fields)
 
 
-def _kurtosis(
-    counts: Tensor,
-    low: Tensor,
-    high: Tensor,
-    extremes: tuple[Tensor, Tensor],
-    mean: Tensor,
-    std: Tensor,
-) -> Tensor:
-    """Kurtosis, ``(...)`` as the mean, of counts ``(..., N)`` between the ends of their bins."""
-    # One element is the least exactly and one the greatest; the others are taken to lie evenly in
-    # their bins, between the extremes, and then scaled so that the second moment is the known one.
-    n = counts.sum(-1).to(std.dtype)
-    least, greatest = extremes
-    # In units of the farthest element no power overflows or underflows.
-    unit = torch.maximum(mean - least, greatest - mean)[..., None]
-    ends = [((end - mean) / unit[..., 0])[..., None] for end in extremes]
-    a, b = (((end - mean[..., None]) / unit).clamp(*ends) for end in (low, high))
-    inner = counts.to(std.dtype)
-    filled = (counts > 0).to(torch.int64)
-    # The outer filled bins: the first, and the first from behind.
-    last = filled.shape[-1] - 1 - filled.flip(-1).argmax(-1, keepdim=True)
-    for at in (filled.argmax(-1, keepdim=True), last):
-        inner = inner.scatter_add(-1, at, -torch.ones_like(inner[..., :1]))
-    inner = inner.clamp(min=0)
-    # Products: a power that is vectorised differs from one that is not in its last digit.
-    centre2, half2 = ((a + b) / 2) ** 2, ((b - a) / 2) ** 2
-    squares = (inner * (centre2 + half2 / 3)).sum(-1)
-    fourths = (inner * (centre2 * centre2 + 2 * centre2 * half2 + half2 * half2 / 5)).sum(-1)
-    outer2 = torch.cat(ends, -1) ** 2
-    total = (n - 1) * (std / unit[..., 0]) ** 2
-    scale = ((total - outer2.sum(-1)).clamp(min=0) / squares).nan_to_num(nan=0.0, posinf=0.0)
-    moment = (outer2 * outer2).sum(-1) + fourths * scale**2
-    result = n * moment / total**2
-    return torch.where((n > 3) & (mean.abs() <= _FARTHEST_MEAN * std), result, torch.nan)
-
-
 @dataclass(frozen=True, eq=False, repr=False)
 class Quantization(_OfTensors):
     """What a format would do to one tensor, shape ``()``, or to each of a list, shape ``(L,)``.
 
     NaN and infinities are counted and left out of everything else.
-
-    Args:
-        format: the format.
-        integers: int64, shape ``(..., 8)``, the fields of `QUANTIZATION_INTEGERS` in order.
-        floats: float64, shape ``(..., 2)``: L2 norm of the finite values, and of the error.
 
     Example:
         >>> import torch, gradstat
@@ -508,8 +488,8 @@ class Quantization(_OfTensors):
     """
 
     format: Format
-    integers: Tensor
-    floats: Tensor
+    integers: Tensor  #: int64, shape ``(..., 8)``, the fields of `QUANTIZATION_INTEGERS` in order
+    floats: Tensor  #: float64, shape ``(..., 2)``: L2 norm of the finite values, and of the error
 
     nonzero = _measured("nonzero", "Finite values that are not zero; int64.")
     underflowed = _measured("underflowed", "How many of these become zero; int64.")

@@ -31,39 +31,6 @@ _FACTORS = (
 class Thresholds:
     """When `diagnose` speaks up. ``docs/reading.md`` gives the reason for each number.
 
-    Args:
-        window: records whose median is taken, so that one batch alone says nothing.
-        vanishing_ratio: smallest gradient of the first layer as a share of the last one's.
-        vanishing_severe: the share below which that is severe.
-        vanishing_level: smallest rms; below Adam's epsilon Adam hardly moves a weight.
-        depth_fit: smallest R² of the line through log rms over depth that says so.
-        exploding_ratio: largest gradient of the first layer as a multiple of the last one's.
-        exploding_growth: largest growth of a layer's rms over its median so far.
-        exploding_level: largest rms in a whole window: no loss scale goes so far.
-        exploding_severe: the growth above which that is severe.
-        nonfinite_share: largest share of records whose outputs may have NaN or infinities.
-        spike_deviations: how many deviations above its trend the logarithm of a spike is.
-        spike_loss: least factor by which the loss must rise above it.
-        spike_gradient: least factor for the norm of the gradient.
-        spike_single: how many times that a single value must rise: its batch may be a small one.
-        jump: least factor for a layer's update or activation; its root if it rises at once.
-        jump_weights: likewise, for its weights.
-        weights_growth: growth of all weights in 32 steps from which instability is ahead.
-        weights_pace: likewise, the change of all weights in a step, as a share of their size.
-        saturation_octaves: how many octaves below its layer's rms an element counts as stopped.
-        saturation_share: largest share of stopped ones among the elements that are not zero.
-        stuck_ratio: smallest change of a layer's weights in a step, as a share of their size.
-        stuck_pace: the same as a share of the median layer's.
-        stuck_slow: smallest change of all weights in a step, where the loss stays as it is.
-        dead_units_share: largest share of a module's units that may be zero for a whole batch.
-        dead_units_severe: the share from which that is severe.
-        outliers_growth: from which growth of an activation's kurtosis over the run it is noted.
-        underflow_share: largest share of a layer's values that a format may flush to zero.
-        format_saturation_share: largest share of a layer's values that a format may cut off.
-        format_snr: smallest signal-to-noise ratio, in dB, that a format may leave of a layer.
-        float16_headroom: by how much the largest gradient may grow before float16 overflows.
-        float16_floor: smallest size of a record's largest gradient.
-
     Raises:
         TypeError: an argument of another kind.
         ValueError: a window below 1, another number that is not above 0, a ratio, a share or a fit
@@ -75,37 +42,37 @@ class Thresholds:
         20
     """
 
-    window: int = 20
-    vanishing_ratio: float = 1 / 30
-    vanishing_severe: float = 1 / 50
-    vanishing_level: float = 1e-8
-    depth_fit: float = 0.5
-    exploding_ratio: float = 1e3
-    exploding_growth: float = 1e3
-    exploding_level: float = 1e6
-    exploding_severe: float = 1e5
-    nonfinite_share: float = 0.05
-    spike_deviations: float = 6.0
-    spike_loss: float = 1.3
-    spike_gradient: float = 5.0
-    spike_single: float = 5.0
-    jump: float = 20.0
-    jump_weights: float = 2.0
-    weights_growth: float = 1.1
-    weights_pace: float = 0.02
-    saturation_octaves: float = 10.0
-    saturation_share: float = 0.5
-    stuck_ratio: float = 1e-6
-    stuck_pace: float = 1e-3
-    stuck_slow: float = 3e-5
-    dead_units_share: float = 0.7
-    dead_units_severe: float = 0.9
-    outliers_growth: float = 4.0
-    underflow_share: float = 0.5
-    format_saturation_share: float = 1e-3
-    format_snr: float = 20.0
-    float16_headroom: float = 2.0
-    float16_floor: float = 2.0**-14
+    window: int = 20  #: records whose median is taken, so that one batch alone says nothing
+    vanishing_ratio: float = 1 / 30  #: least gradient of the first layer as a share of the last's
+    vanishing_severe: float = 1 / 50  #: the share below which that is severe
+    vanishing_level: float = 1e-8  #: least rms; below Adam's epsilon Adam hardly moves a weight
+    depth_fit: float = 0.5  #: least R² of the line through log rms over depth that says so
+    exploding_ratio: float = 1e3  #: largest gradient of the first layer as a multiple of the last's
+    exploding_growth: float = 1e3  #: largest growth of a layer's rms over its median so far
+    exploding_level: float = 1e6  #: largest rms in a whole window: no loss scale goes so far
+    exploding_severe: float = 1e5  #: the growth above which that is severe
+    nonfinite_share: float = 0.05  #: largest share of records with NaN or infinities in outputs
+    spike_deviations: float = 6.0  #: by how many a value's logarithm must be above its trend
+    spike_loss: float = 1.3  #: least factor by which the loss must rise above it
+    spike_gradient: float = 5.0  #: least factor for the norm of the gradient
+    spike_single: float = 5.0  #: times that a single value must rise: its batch may be a small one
+    jump: float = 20.0  #: least factor for a layer's update or activation; its root if at once
+    jump_weights: float = 2.0  #: likewise, for its weights
+    weights_growth: float = 1.1  #: of all weights in 32 steps, from which instability is ahead
+    weights_pace: float = 0.02  #: likewise, their change in a step, as a share of their size
+    saturation_octaves: float = 10.0  #: how far below its layer's rms an element counts as stopped
+    saturation_share: float = 0.5  #: largest share of stopped ones among what is not zero
+    stuck_ratio: float = 1e-6  #: least change of a layer's weights in a step, as a share of them
+    stuck_pace: float = 1e-3  #: the same as a share of the median layer's
+    stuck_slow: float = 3e-5  #: least change of all weights in a step, if the loss stays as it is
+    dead_units_share: float = 0.7  #: largest share of units that may be zero for a whole batch
+    dead_units_severe: float = 0.9  #: the share from which that is severe
+    outliers_growth: float = 4.0  #: of an activation's kurtosis over the run, which is noted
+    underflow_share: float = 0.5  #: largest share of a layer that a format may flush to zero
+    format_saturation_share: float = 1e-3  #: largest share of a layer that a format may cut off
+    format_snr: float = 20.0  #: least signal-to-noise ratio, in dB, that a format may leave
+    float16_headroom: float = 2.0  #: by how much the largest gradient must fit float16
+    float16_floor: float = 2.0**-14  #: least size of a record's largest gradient
 
     def __post_init__(self) -> None:
         if not isinstance(self.window, int):

@@ -111,12 +111,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def one_of(name: object, names: Sequence[str]) -> str:
-    """Those of the names, perhaps hundreds, that are like one which is none of them.
-
-    Example:
-        >>> one_of("stp", ["backward", "step", "call"])
-        "one of 'backward', 'step', 'call' (did you mean 'step'?)"
-    """
+    """Those of the names, perhaps hundreds, that are like one which is none of them."""
     close = difflib.get_close_matches(str(name), names, 3)
     shown = ", ".join(map(repr, names[:_MOST_NAMES])) or "none"
     if len(names) > _MOST_NAMES:

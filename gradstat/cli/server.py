@@ -224,7 +224,8 @@ class RunList:
         for group in groups:
             lines = [_line(numbers[path], headings[path], path) for path in group]
             # Those that are being written keep their places, whichever changed last.
-            found += sorted(lines, key=lambda line: (_age_s(line["quiet"]), line["name"]))
+            lines.sort(key=lambda line: (max(line["quiet"] or 0.0, _WRITTEN_S), line["name"]))
+            found += lines
         return found
 
     def _headings(self) -> dict[Path, str]:
@@ -252,11 +253,6 @@ def _line(number: int, name: str, path: Path) -> dict[str, Any]:
         "quiet": quiet and max(0.0, round(quiet, 1)),
         "bytes": sum(each.st_size for each in files),
     }
-
-
-def _age_s(quiet: float | None) -> float:
-    """Seconds since a run was written to; 0 while it is being written."""
-    return 0.0 if quiet is None or quiet < _WRITTEN_S else quiet
 
 
 def _files_of(path: Path) -> dict[Path, os.stat_result]:

@@ -47,31 +47,8 @@ _RULES: dict[str | None, tuple[_Rule, ...]] = {
 
 
 def diagnose(history: History, thresholds: Thresholds | None = None) -> list[Finding]:
-    """Find what is wrong with a run, by its gradients and whatever else was recorded.
-
-    ``docs/reading.md`` describes the findings and what each of them needs.
-
-    Args:
-        history: with one record at least; several dozen say more than a few.
-        thresholds: by default those that healthy runs stay within.
-
-    Returns:
-        Findings: severe ones first, then warnings, then notes. What a finding came after stands
-        before it. The list prints as text, a paragraph for each.
-
-    Raises:
-        TypeError: something other than a History, other than Thresholds.
-        ValueError: a history without records.
-
-    Example:
-        >>> import torch, gradstat
-        >>> sigmoids = [m for _ in range(9) for m in (torch.nn.Linear(8, 8), torch.nn.Sigmoid())]
-        >>> model = torch.nn.Sequential(*sigmoids)
-        >>> with gradstat.watch(model) as w:
-        ...     model(torch.rand(4, 8)).square().sum().backward()
-        >>> [(f.kind, f.layer) for f in w.history.diagnose()][0]
-        ('vanishing', '0.weight')
-    """
+    """Findings, the worst first, by default by thresholds that healthy runs stay within."""
+    # What a finding came after stands before it; docs/reading.md says what each of them needs.
     thresholds = Thresholds() if thresholds is None else thresholds
     if not isinstance(thresholds, Thresholds):
         raise TypeError(f"diagnose() needs Thresholds; thresholds is {type(thresholds).__name__}")

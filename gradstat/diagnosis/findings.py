@@ -49,27 +49,18 @@ _SUDDEN = ("divergence", "non-finite", "loss spike", "gradient spike", "jump")
 class Finding:
     """Something that a record shows.
 
-    Args:
-        kind: one of `FINDINGS`.
-        severity: ``"severe"``: training does not work; ``"warning"``: part of it does not, or will
-            not; ``"note"``: good to know.
-        layer: the row of the history that it is about, the worst or the first of several.
-        steps: first and last step of the records that show it.
-        numbers: what it rests on, by name; each kind has its own, listed in ``docs/reading.md``.
-        sentence: it all in plain words.
-        after: the finding that it began after, as ``"loss spike at step 252"``, or "": a symptom,
-            most likely.
-        others: further rows of which the same holds.
+    It is ``"severe"``: training does not work; a ``"warning"``: part of it does not, or will not;
+    or a ``"note"``, good to know. ``docs/reading.md`` lists the kinds, and the numbers of each.
     """
 
-    kind: str
+    kind: str  #: one of `FINDINGS`
     severity: Severity
-    layer: str
-    steps: tuple[int, int]
-    numbers: dict[str, float]
-    sentence: str
-    after: str = ""
-    others: tuple[str, ...] = ()
+    layer: str  #: the row of the history that it is about, the worst or the first of several
+    steps: tuple[int, int]  #: first and last step of the records that show it
+    numbers: dict[str, float]  #: what it rests on, by name
+    sentence: str  #: it all in plain words
+    after: str = ""  #: the finding that it began after, as ``"loss spike at step 252"``, or ""
+    others: tuple[str, ...] = ()  #: further rows of which the same holds
 
     def __str__(self) -> str:
         """Severity, kind, steps, what it came after and the sentence, in one line."""

@@ -77,7 +77,9 @@ def find_stuck(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     # The largest step of each block: what moves now and then is not stuck.
     steps = run.by_block(_ratio, np.fmax.reduce)
     pace = median(np.where(np.isinf(steps), math.nan, steps).T)
-    early, late = _speeds(run)
+    by_record = run.by_record(lambda part: median(_ratio(part).T))[:, None]
+    half = len(by_record) // 2
+    early, late = (median(part)[0] for part in (by_record[:half], by_record[half:]))
     if late > _STEADY * early:
         return []  # a learning rate that warms up
     if (pace < thresholds.stuck_ratio).all():
@@ -164,13 +166,6 @@ def _ratio(run: Evidence) -> Array:
     """`History.update_ratio`, 0 for weights of zero that stay so: ``(S, L)``."""
     ratio = run.history.update_ratio()[:, run.places]
     return np.where((run["numel"] > 0) & (run["zeros"] == run["numel"]), 0.0, ratio)
-
-
-def _speeds(run: Evidence) -> tuple[float, float]:
-    """The median layer's steps in the first half of the records, and in the second."""
-    by_record = run.by_record(lambda part: median(_ratio(part).T))[:, None]
-    half = len(by_record) // 2
-    return float(median(by_record[:half])[0]), float(median(by_record[half:])[0])
 
 
 def _all_stuck(run: Evidence, stuck: list[int], pace: Array) -> Finding:

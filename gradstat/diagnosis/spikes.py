@@ -6,6 +6,8 @@ import math
 from operator import itemgetter
 
 import numpy as np
+import torch
+from torch.nn.functional import max_pool1d
 
 from gradstat.diagnosis import usual
 from gradstat.diagnosis.divergence import Leap, find_divergence, find_leap
@@ -246,17 +248,10 @@ def _is_learning(run: Evidence, record: int) -> bool:
 
 def _least_before(x: Array) -> Array:
     """Least of two windows of values before each one; infinite where there are none."""
-    least: Array = np.fmin(_shifted(x, 1), _shifted(x, 2))
-    size = 2
-    while size < 2 * WINDOW:
-        least = np.fmin(least, _shifted(least, size))
-        size *= 2
-    least[np.isnan(least)] = math.inf
+    size = 2 * WINDOW
+    before = np.concatenate([np.full(size, math.inf), np.where(np.isnan(x), math.inf, x)[:-1]])
+    least: Array = -max_pool1d(torch.from_numpy(-before)[None], size, 1)[0].numpy()
     return least
-
-
-def _shifted(x: Array, by: int) -> Array:
-    return np.concatenate([np.full(min(by, len(x)), math.nan), x[:-by]])
 
 
 def _apart(run: Evidence, found: list[Finding], others: list[Finding]) -> list[Finding]:

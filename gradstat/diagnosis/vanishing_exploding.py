@@ -9,7 +9,6 @@ import numpy as np
 from gradstat.diagnosis.evidence import Evidence, around, fit_depth, median
 from gradstat.diagnosis.findings import Finding, Severity, for_all, rounded
 from gradstat.thresholds import Thresholds
-from gradstat.util import Array
 
 _LASTING = 3  # windows, at least, in which what is severe holds, or all of them
 _START = 5  # windows in which a network that has just begun may find its way out
@@ -26,8 +25,11 @@ def find_trend(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         ("exploding", math.log10(thresholds.exploding_ratio), -1.0),
     ):
         mask = straight & (sign * fall >= limit)
-        if _is_start(run, mask, thresholds.window):
-            mask[: int(mask.argmin())] = False
+        # Few blocks from the first one on, and soon over, are how a network begins.
+        start = int(np.append(mask, False).argmin())
+        n_records = sum(len(block) for block in run.blocks[:start])
+        if 2 * start <= len(mask) and n_records <= _START * thresholds.window:
+            mask[:start] = False
         if not mask.any():
             continue
         at = int(np.argmax(np.where(mask, sign * fall, -math.inf)))
@@ -121,13 +123,6 @@ def find_growth(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         severity: Severity = "severe" if times >= thresholds.exploding_severe else "warning"
         findings.append(Finding("exploding", severity, layer, steps, numbers, sentence))
     return for_all(sorted(findings, key=lambda finding: -finding.numbers["growth"]))
-
-
-def _is_start(run: Evidence, mask: Array, window: int) -> bool:
-    """Whether blocks from the first one on are how a network begins: few, and soon over."""
-    blocks = int(np.append(mask, False).argmin())
-    records = sum(len(block) for block in run.blocks[:blocks])
-    return 2 * blocks <= len(mask) and records <= _START * window
 
 
 def _power_of_ten(exponent: float) -> float:

@@ -491,7 +491,7 @@ class History(Records):
         """Find what is wrong with the gradients and the rest of a run, the worst first.
 
         By default the thresholds are those that healthy runs stay within. ValueError where there
-        are no records. `gradstat.diagnosis.diagnose` describes the findings.
+        are no records. ``docs/reading.md`` describes the findings.
         """
         from gradstat.diagnosis import diagnose
 

@@ -143,14 +143,6 @@ def curves(
         TypeError: an argument of another kind.
         ValueError: an unknown field, split or layer, no records, more than 100 panels,
             ``average`` < 1.
-
-    Example:
-        >>> import torch, gradstat
-        >>> model = torch.nn.Linear(3, 2)
-        >>> with gradstat.watch(model) as w:
-        ...     model(torch.ones(1, 3)).sum().backward()
-        >>> gradstat.plot.curves(w.history, "rms").axes[0].get_yscale()
-        'log'
     """
     named, titles = _checked("curves", history, layers, steps_per_epoch, figure, field)
     check_integer("curves", "average", average, 1)
@@ -233,14 +225,6 @@ def heatmap(
         TypeError: an argument of another kind.
         ValueError: an unknown field or layer, no records, more than 100 panels, ``"counts"`` of
             `LinearBins`.
-
-    Example:
-        >>> import torch, gradstat
-        >>> model = torch.nn.Linear(3, 2)
-        >>> with gradstat.watch(model) as w:
-        ...     model(torch.ones(1, 3)).sum().backward()
-        >>> len(gradstat.plot.heatmap(w.history, "counts").axes)
-        2
     """
     named, titles = _checked("heatmap", history, layers, steps_per_epoch, figure, field)
     data.check_field("heatmap", field, "counts")
