@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from numbers import Real
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +20,6 @@ from gradstat.recording.cuda import Schedule, Transfer
 from gradstat.recording.options import LOOKS, Replaced
 from gradstat.recording.shards import local_part
 from gradstat.recording.torch_internals import is_capturing
-
-_LR = itemgetter("lr")
 
 Keep = Callable[[str, int, float], None]
 
@@ -172,11 +169,20 @@ class LearningRates:
         """Log the rates of a step that comes."""
         if len(groups) != len(self._names):
             self._names = [f"lr/{i}" for i in range(len(groups))]
-        self._add(dict(zip(self._names, map(_LR, groups), strict=True)))
+        rates = zip(self._names, map(_rate_of, groups), strict=True)
+        self._add({name: rate for name, rate in rates if rate is not None})
 
     def remove(self) -> None:
         """Take the hook off."""
         self._handle.remove()
+
+
+def _rate_of(group: Mapping[str, Any]) -> float | Tensor | None:
+    """A group's learning rate; ``None`` where it has none, as an Adafactor that finds its own."""
+    rate = group.get("lr")
+    if isinstance(rate, Tensor) and rate.numel() == 1:
+        return rate.reshape(())  # optimizers take one of any shape
+    return float(rate) if isinstance(rate, Real) else None
 
 
 def _checked(name: str, value: object) -> float | Tensor:

@@ -145,6 +145,23 @@ def test_log_holds_no_graph_and_sees_the_value_of_its_moment() -> None:
     assert listed(w, "loss") == [(0, expected)]
 
 
+@pytest.mark.parametrize("when", ["backward", "step"])
+def test_watch_takes_optimizers_without_a_rate_and_with_one_in_a_vector(when: Any) -> None:
+    class Still(torch.optim.Optimizer):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            pass
+
+    model, _ = make()
+    optimizer = Still(model.parameters(), {})
+    w = gradstat.watch(model, optimizer=optimizer, when=when)
+    # Adafactor has None where it finds its rate itself.
+    for group in ({}, {"lr": None}, {"lr": torch.tensor([0.5])}, {"lr": "auto"}, {"lr": 0.25}):
+        optimizer.param_groups[0].update(group)
+        loss_of(model).backward()
+        optimizer.step()
+    assert listed(w, "lr") == [(2, 0.5), (4, 0.25)]
+
+
 def test_watch_keeps_the_learning_rate_of_each_group() -> None:
     model, _ = make()
     groups = [{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(model.parameters())]
