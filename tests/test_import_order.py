@@ -32,7 +32,7 @@ ORDER = (
 READERS_OF_HISTORY = {
     "gradstat.diagnosis",
     "gradstat.tables",
-    "gradstat.report",
+    "gradstat.report.page",
     "gradstat.report.notebook",
 }
 

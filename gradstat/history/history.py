@@ -524,7 +524,7 @@ class History(Records):
         One file of HTML under that title, which needs neither a network nor a server. TypeError for
         a title that is no text, ValueError where there are no records.
         """
-        from gradstat.report import write
+        from gradstat.report.page import write
 
         write(self, path, title=title)
 

@@ -1,5 +1,1 @@
-"""`write`: a History as one HTML page to look around in, without a network or a server."""
-
-from gradstat.report.page import write
-
-__all__ = ["write"]
+"""A History as one HTML page to look around in, or as a page that follows a run."""

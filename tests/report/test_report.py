@@ -15,7 +15,8 @@ from histories import LONG_NAMES, falling, make_history, repeat_record
 import gradstat
 from gradstat import History
 from gradstat.record import KINDS
-from gradstat.report import thin, write
+from gradstat.report import thin
+from gradstat.report.page import write
 
 LOG2 = gradstat.Log2Bins()
 
