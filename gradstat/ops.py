@@ -156,7 +156,7 @@ def _check_edges(bins: Sequence[float] | Tensor | NDArray[Any], device: torch.de
         edges = bins.detach() if isinstance(bins, Tensor) else torch.as_tensor(np.asarray(bins))
     except (TypeError, ValueError):  # no numbers; rows of different lengths
         edges = torch.empty(0)
-    if edges.dim() != 1 or len(edges) < 2 or edges.is_complex() or not _has_values(edges):
+    if edges.dim() != 1 or len(edges) < 2 or edges.is_complex() or not has_values(edges):
         raise TypeError(f"histogram() needs edges, two numbers or more in a row; bins is {bins!r}")
     edges = widen(edges.to(device))
     if not bool((edges[1:] >= edges[:-1]).all()):
@@ -384,7 +384,7 @@ def check_tensors(function: str, tensors: Sequence[Tensor]) -> None:
                 f"{function}() needs tensors, not parts of them; x[{i}] is a {type(x).__name__}: "
                 f"pass x.to_local() or x.full_tensor()"
             )
-        if not _has_values(x):
+        if not has_values(x):
             without = (
                 f"a {type(x).__name__} without storage, as under torch.func.vmap or in fake mode"
             )
@@ -394,7 +394,7 @@ def check_tensors(function: str, tensors: Sequence[Tensor]) -> None:
             )
 
 
-def _has_values(x: Tensor) -> bool:
+def has_values(x: Tensor) -> bool:
     """Whether engines find values in memory; a compiler's tensors have them when it is done."""
     if not (x.is_cpu or x.is_cuda) or torch.compiler.is_compiling():
         return not x.is_meta

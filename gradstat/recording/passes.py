@@ -25,7 +25,7 @@ from gradstat.bins import LinearBins, widen
 from gradstat.engines import Plan
 from gradstat.formats import parse_format
 from gradstat.history import History
-from gradstat.ops import choose_engine, is_measurable, measure_formats
+from gradstat.ops import choose_engine, has_values, is_measurable, measure_formats
 from gradstat.record import GRAD, OF_OUTPUTS, UNIT
 from gradstat.recording.cuda import (
     CapturedPasses,
@@ -520,7 +520,7 @@ class Recorder:
             x = self._own_part(row, x.detach() if x.requires_grad else x)
             if x.is_sparse:
                 x = x.coalesce().values()
-            if is_measurable(x) and not x.is_meta:
+            if is_measurable(x) and has_values(x):
                 prepared[row] = x.resolve_neg() if x.is_neg() else x
         if self._is_linear:
             for kind, scale in self._pass.scales.items():

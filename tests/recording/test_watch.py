@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from watching import (
     SCHEMES,
     WEIGHTS,
@@ -283,6 +284,19 @@ def test_watch_records_an_empty_gradient() -> None:
         (model["a"].sum() + model["b"].sum()).backward()
     assert w.history["numel"].tolist() == [[0, 2]]
     assert w.history["l2"][0].tolist() == [0.0, math.sqrt(2)]
+
+
+@pytest.mark.host("watch() makes a counter on the device, without values in fake mode, too")
+@pytest.mark.parametrize(
+    "options", [{}, {"formats": "nvfp4"}, {"bins": 3}, {"engine": "reference"}]
+)
+def test_watch_passes_over_gradients_without_values(options: dict[str, Any]) -> None:
+    with FakeTensorMode():  # as tools use it that find out how much memory a training takes
+        model = nn.Linear(3, 2)
+        with gradstat.watch(model, **options) as w:
+            for _ in range(2):
+                model(torch.ones(1, 3)).sum().backward()
+    assert w.history["numel"].tolist() == [[0], [0]]
 
 
 def test_watch_records_the_values_of_a_sparse_gradient() -> None:
