@@ -130,6 +130,9 @@ def _add_printing(add: _Add) -> None:
         help="signal-to-noise ratio to keep, by default %(default)g dB",
     )
     formats.add_argument("--all", action="store_true", help="every layer of a deep network")
+    formats.add_argument(
+        "--scales", action="store_true", help="exponents of the smallest and the largest scale too"
+    )
     compare = add("compare", "compare two runs layer by layer")
     _add_run(compare)
     _add_run(compare, "other")

@@ -91,7 +91,7 @@ def formats(options: argparse.Namespace) -> int:
         shown = of_kind if options.all else of_kind[:_MOST_LAYERS]
         rows: list[tuple[str, ...]] = [(NOUNS[kind], "narrowest", *history.formats)]
         for each in shown:
-            cells = [_fit(fit) for fit in each.fits.values()]
+            cells = [_fit(fit, scales=options.scales) for fit in each.fits.values()]
             rows.append((escaped(each.row.name), each.narrowest(thresholds) or "none", *cells))
         lines += ["", *aligned(rows)]
         if len(of_kind) > len(shown):
@@ -103,12 +103,15 @@ def formats(options: argparse.Namespace) -> int:
     return 0
 
 
-def _fit(fit: FormatFit) -> str:
+def _fit(fit: FormatFit, *, scales: bool) -> str:
     """SNR, and what share is lost if any is."""
     text = "exact" if fit.snr == math.inf else f"{round(fit.snr, 1) + 0.0:.1f} dB"
     for share, what in ((fit.underflow, "to 0"), (fit.saturated, "saturated")):
         if share:
             text += f", {f'{share:.0%}' if share >= 0.005 else '<1%'} {what}"
+    least, most = fit.scales
+    if scales and not math.isnan(least):
+        text += f", 2^{least:.0f}..{most:.0f}"
     return text
 
 

@@ -220,16 +220,17 @@ class Evidence:
     @cached_property
     def format_levels(self) -> dict[str, dict[str, Array]]:
         """By format and field: what it would do to each block, ``(B, L)``; NaN for zeros alone."""
-        names = ("snr", "underflow", "saturated")
-        found = {each: {name: list[Array]() for name in names} for each in self.history.formats}
+        found = {
+            name: {field: list[Array]() for field in _OF_FORMATS} for name in self.history.formats
+        }
         for part, blocks in self.parts():
             for name, levels in found.items():
                 fields = part.history.quantization(name)
                 is_empty = fields["nonzero"][:, self.columns] == 0
-                for field, medians in levels.items():
+                for field, reduced in _OF_FORMATS.items():
                     x = fields[field][:, self.columns]
                     x[is_empty] = math.nan
-                    medians += [median(x[block]) for block in blocks]
+                    levels[field] += [reduced(x[block]) for block in blocks]
         return {
             name: {field: np.stack(x) for field, x in levels.items()}
             for name, levels in found.items()
@@ -363,6 +364,16 @@ def median(x: Array) -> Array:
     count = np.count_nonzero(~np.isnan(x), axis=0)
     middle: Array = np.take_along_axis(ordered, np.maximum(count - 1, 0)[None] // 2, axis=0)[0]
     return middle
+
+
+# Of what a format would do, and how the records of a block are put together.
+_OF_FORMATS: dict[str, Callable[[Array], Array]] = {
+    "snr": median,
+    "underflow": median,
+    "saturated": median,
+    "scale_min": np.fmin.reduce,
+    "scale_max": np.fmax.reduce,
+}
 
 
 def is_loss(name: str) -> bool:

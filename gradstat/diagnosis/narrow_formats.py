@@ -37,6 +37,7 @@ class FormatFit:
     snr: float  # the smallest signal-to-noise ratio in dB, a median over a window's records
     underflow: float  # the largest share of the non-zero values that becomes zero, likewise
     saturated: float  # the largest share that saturates, likewise
+    scales: tuple[float, float]  # exponents of a block's least and greatest; NaN without blocks
     # Signal-to-noise ratio of how far parameters are from their mean, in the newest window: of a
     # norm's weights, near 1, that is what was learned; infinite of others.
     learned: float
@@ -81,10 +82,13 @@ def layer_fits(run: Evidence) -> list[LayerFits]:
         underflow, saturated = (_filled(levels[each]).max(0) for each in ("underflow", "saturated"))
         learned = np.full(len(spread), math.inf)
         learned[is_learned] = (levels["snr"][-1] + spread)[is_learned]
-        worst = np.stack([snr, underflow, saturated, learned], 1).tolist()
-        for fits, numbers in zip(found, worst, strict=True):
-            if not math.isnan(numbers[0]):
-                fits[name] = FormatFit(*numbers)
+        least = np.fmin.reduce(levels["scale_min"])
+        most = np.fmax.reduce(levels["scale_max"])
+        for at, fits in enumerate(found):
+            if not math.isnan(snr[at]):
+                scales = float(least[at]), float(most[at])
+                shares = float(underflow[at]), float(saturated[at])
+                fits[name] = FormatFit(float(snr[at]), *shares, scales, float(learned[at]))
     return [
         LayerFits(Row(kind, name), layer, fits)
         for kind, name, layer, fits in zip(run.kinds, run.names, run.layers, found, strict=True)

@@ -136,6 +136,7 @@ def test_layer_fits_are_those_of_the_worst_window() -> None:
     (whole,) = layer_fits(Evidence(recorded(steps, ROWS[:1]), 20))
     assert whole.fits["float8_e5m2"].underflow == 1.0
     assert whole.fits["mxfp8_e4m3"].snr > 20
+    assert whole.fits["mxfp8_e4m3"].scales[0] < -30
 
 
 def test_run_without_formats_or_values_has_no_such_finding() -> None:
@@ -157,10 +158,10 @@ def test_layers_without_values_say_nothing_of_a_format(
     assert note.sentence.startswith("To keep 20 dB of each layer: float8_e5m2 for all gradients.")
     assert [each.layer for each in layer_fits(Evidence(h, 1))] == ["a"]
     h.save(tmp_path / "run.npz")
-    assert main(["formats", str(tmp_path / "run.npz")]) == 0
+    assert main(["formats", "--scales", str(tmp_path / "run.npz")]) == 0
     text = capsys.readouterr().out
     assert "4 layers without values other than zero left out" in text
-    assert re.search(r"mxfp8_e4m3.*\n.* dB", text)
+    assert re.search(r"mxfp8_e4m3.*\n.* dB.*, 2\^-[0-9]+\.\.-[0-9]+", text)
 
 
 def test_format_that_flushes_a_layer_is_not_recommended() -> None:
