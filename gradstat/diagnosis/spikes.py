@@ -13,7 +13,7 @@ from gradstat.diagnosis import usual
 from gradstat.diagnosis.divergence import Leap, find_divergence, find_leap
 from gradstat.diagnosis.evidence import Evidence, log, log_losses, median
 from gradstat.diagnosis.findings import Finding, Severity, rounded
-from gradstat.diagnosis.usual import WINDOW, Departure, named
+from gradstat.diagnosis.usual import WINDOW, Departure, Mover, named
 from gradstat.record import ACTIVATION, GRAD, PARAM, UPDATE
 from gradstat.thresholds import Thresholds
 from gradstat.util import Array, plural
@@ -24,6 +24,7 @@ _NEWEST, _FALLEN = 5, 1.2  # losses that say where one is now, which has fallen 
 _SMALL = 0.7  # of the median batch
 _HIGHER = 4.0  # than any learning rate before
 _BEYOND = math.log(1.5)  # anything of two windows before
+_ALONE = math.log(1.5)  # that a single loss rises where no gradient does
 
 
 def find_all_spikes(run: Evidence, thresholds: Thresholds) -> list[Finding]:
@@ -55,12 +56,17 @@ def _of_loss(run: Evidence, name: str, thresholds: Thresholds) -> list[Finding]:
     deviations = thresholds.spike_deviations
     findings = []
     for spike in _found(run, series, thresholds.spike_loss, thresholds):
+        at = int(steps[spike.begin])
+        movers = usual.find_movers(run, _record_at(run, at), at, usual.LOSS, deviations)
+        # Gradients tell of a batch that is other: what none of them joins is the batches' noise.
+        is_joined = GRAD not in run.kinds or any(movers)
+        if not is_joined and _is_single(series, spike) and spike.over(series) < _ALONE:
+            continue
         earlier = losses[: spike.begin][-WINDOW:, None]
         before = float(median(earlier)[0]) if len(earlier) else math.nan
         newest = float(median(earlier[-_NEWEST:])[0]) if len(earlier) else math.nan
         if 0 < newest * _FALLEN < before:
             before = newest  # of a loss that falls
-        at = int(steps[spike.begin])
         subject = "The loss" if name == "loss" else f"The loss {name!r}"
         peak = float(losses[spike.peak])
         numbers = {"before": before} if math.isfinite(before) else {}
@@ -77,7 +83,7 @@ def _of_loss(run: Evidence, name: str, thresholds: Thresholds) -> list[Finding]:
             if np.isinf(series[spike.begin : spike.end]).any():
                 broken = spike.begin + int(np.isinf(series[spike.begin : spike.end]).argmax())
                 what += f", was {losses[broken]} at step {steps[broken]}"
-        findings.append(_finding("loss spike", what, numbers, run, steps, spike, deviations))
+        findings.append(_finding("loss spike", what, numbers, run, steps, spike, movers))
     return findings
 
 
@@ -95,14 +101,13 @@ def find_gradient_spikes(run: Evidence, thresholds: Thresholds) -> list[Finding]
     findings = []
     for spike in _found(run, series, thresholds.spike_gradient, thresholds):
         before, peak = math.exp(spike.typical), float(norm[spike.peak])
-        numbers = {"before": before, "peak": peak, "times": peak / before}
+        numbers, at = {"before": before, "peak": peak, "times": peak / before}, spike.begin
         what = (
             f"The gradient's norm rose {rounded(numbers['times'])}-fold, from {before:.2g} to "
-            f"{peak:.2g}, at step {run.steps[spike.begin]}"
+            f"{peak:.2g}, at step {run.steps[at]}"
         )
-        findings.append(
-            _finding("gradient spike", what, numbers, run, run.steps, spike, deviations)
-        )
+        movers = usual.find_movers(run, at, int(run.steps[at]), usual.GRADIENT, deviations)
+        findings.append(_finding("gradient spike", what, numbers, run, run.steps, spike, movers))
     return findings
 
 
@@ -112,13 +117,17 @@ def _found(run: Evidence, series: Array, factor: float, thresholds: Thresholds) 
     if ACTIVATION in run.kinds:
         return found
     least = math.log(factor * thresholds.spike_single)
-    return [
-        spike
-        for spike in found
-        if spike.end - spike.begin > 1
-        or math.isinf(series[spike.begin])
-        or spike.over(series) > least
-    ]
+    return [spike for spike in found if not _is_single(series, spike) or spike.over(series) > least]
+
+
+def _is_single(series: Array, spike: Departure) -> bool:
+    """Whether one value makes it, and a finite one."""
+    return spike.end - spike.begin == 1 and not math.isinf(series[spike.begin])
+
+
+def _record_at(run: Evidence, step: int) -> int:
+    """The newest record up to a step."""
+    return int(np.searchsorted(run.steps, step, "right")) - 1
 
 
 def _small_batches(run: Evidence) -> Array:
@@ -138,9 +147,9 @@ def _finding(
     run: Evidence,
     steps: Array,
     spike: Departure,
-    deviations: float,
+    movers: tuple[list[Mover], list[Mover]],
 ) -> Finding:
-    """A spike of a series, over its own steps, with what moved before it."""
+    """A spike of a series, over its own steps, with what moved before it and with it."""
     begin, last = int(steps[spike.begin]), int(steps[spike.end - 1])
     length = spike.end - spike.begin
     if spike.is_over:
@@ -149,9 +158,7 @@ def _finding(
         what += ", and has not come back."
     else:
         what += ", where the record ends." if length == 1 else ", and is not back at the end."
-    record = int(np.searchsorted(run.steps, begin, "right")) - 1
-    phase = usual.LOSS if kind == "loss spike" else usual.GRADIENT
-    moved, together = usual.find_movers(run, record, begin, phase, deviations)
+    record, (moved, together) = _record_at(run, begin), movers
     numbers |= {"recovered": float(spike.is_over), "moved": float(len(moved))}
     leap = find_leap(run, record)
     if leap and (leap.record < record - _SOON or (moved and moved[0].at < leap.record)):
