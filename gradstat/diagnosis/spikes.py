@@ -24,7 +24,8 @@ _NEWEST, _FALLEN = 5, 1.2  # losses that say where one is now, which has fallen 
 _SMALL = 0.7  # of the median batch
 _HIGHER = 4.0  # than any learning rate before
 _BEYOND = math.log(1.5)  # anything of two windows before
-_ALONE = math.log(1.5)  # that a single loss rises where no gradient does
+# That a single loss rises where no gradient does, as a factor or in deviations.
+_ALONE, _FARTHER = 1.5, 1.5
 
 
 def find_all_spikes(run: Evidence, thresholds: Thresholds) -> list[Finding]:
@@ -60,7 +61,8 @@ def _of_loss(run: Evidence, name: str, thresholds: Thresholds) -> list[Finding]:
         movers = usual.find_movers(run, _record_at(run, at), at, usual.LOSS, deviations)
         # Gradients tell of a batch that is other: what none of them joins is the batches' noise.
         is_joined = GRAD not in run.kinds or any(movers)
-        if not is_joined and _is_single(series, spike) and spike.over(series) < _ALONE:
+        least = min(math.log(_ALONE), _FARTHER * deviations * spike.deviation)
+        if not is_joined and _is_single(series, spike) and spike.over(series) < least:
             continue
         earlier = losses[: spike.begin][-WINDOW:, None]
         before = float(median(earlier)[0]) if len(earlier) else math.nan

@@ -42,6 +42,7 @@ class Departure:
     end: int  # after the last one
     peak: int  # of the greatest
     typical: float  # logarithm of what was usual where it began
+    deviation: float  # of the values before it from that
     slope: float  # of the trend there, if it rose; what is usual goes on with it
     is_over: bool  # the values came back
 
@@ -106,7 +107,8 @@ def find_departures(
         end = begin + min(length, _SHIFTED)
         peak = begin + int(np.nanargmax(np.where(np.isinf(x[begin:end]), -math.inf, x[begin:end])))
         is_over = len(settled) > 0 and length <= _SHIFTED
-        departures.append(Departure(begin, end, peak, float(typical[begin]), rise, is_over))
+        expected = float(typical[begin]), float(deviation[begin])
+        departures.append(Departure(begin, end, peak, *expected, rise, is_over))
     return departures
 
 

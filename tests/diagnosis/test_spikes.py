@@ -92,6 +92,28 @@ def test_diagnose_adds_up_values_that_are_each_too_near() -> None:
     assert abs(found[0].steps[0] - AT) <= 1
 
 
+@pytest.mark.parametrize(
+    ("times", "joins", "is_told"),
+    [(1.4, False, False), (1.4, True, True), (1.7, False, True)],
+    ids=["alone", "with a gradient", "far"],
+)
+def test_diagnose_lets_a_loss_rise_alone_for_a_step_within_the_noise_of_batches(
+    times: float, joins: bool, is_told: bool
+) -> None:
+    def scale(step: int, kind: str, layer: int) -> float:
+        return 20.0 if joins and step == AT and kind == GRAD and layer == 1 else 1.0
+
+    history = run(scale=scale)
+    for step in range(STEPS):
+        value = (times if step == AT else 1.0) * wavering(step) ** 0.5
+        history.add_scalar("loss", step, value)
+    losses = np.log(history.scalar("loss")[1])
+    (departure,) = find_departures(losses, math.log(1.3), 6.0)
+    assert (departure.begin, departure.end) == (AT, AT + 1)
+    assert (times > 1.5) == (departure.over(losses) > math.log(1.5))
+    assert [each.kind for each in diagnose(history)] == ["loss spike"] * is_told
+
+
 def test_diagnose_lets_one_of_several_losses_gain_what_another_loses() -> None:
     history = run()
     for step in range(STEPS):
