@@ -180,6 +180,8 @@ class LearningRates:
 def _rate_of(group: Mapping[str, Any]) -> float | Tensor | None:
     """A group's learning rate; ``None`` where it has none, as an Adafactor that finds its own."""
     rate = group.get("lr")
+    if type(rate) is float:  # as most are
+        return rate
     if isinstance(rate, Tensor) and rate.numel() == 1:
         return rate.reshape(())  # optimizers take one of any shape
     return float(rate) if isinstance(rate, Real) else None
