@@ -314,12 +314,13 @@ def import_engine(module: str) -> ModuleType:
 
 def check_engine(function: str, engine: str | None, device: torch.device | None = None) -> None:
     """Refuse an engine that does not exist or, with a device, does not measure there."""
-    for source, name in (("engine", engine), (ENGINE_VARIABLE, os.environ.get(ENGINE_VARIABLE))):
+    preferred = os.environ.get(ENGINE_VARIABLE)
+    for source, name in (("engine", engine), (ENGINE_VARIABLE, preferred)):
         if name and name not in ENGINES:
             raise ValueError(
                 f"{function}() needs one of the engines {', '.join(ENGINES)}; {source} is {name!r}"
             )
-    name = engine or os.environ.get(ENGINE_VARIABLE)
+    name = engine or preferred
     if name == "triton" and device is not None and device.type != "cuda":
         import_engine(name).check_device(function, "x", device)
 
