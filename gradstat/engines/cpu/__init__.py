@@ -63,8 +63,11 @@ class _Rows:
 
     def __init__(self, n: int) -> None:
         self.size = n
-        self.held, self.touched = np.zeros(n, np.int64), np.zeros(n // 8 + 1, np.uint8)
-        self.address, self.touched_address = self.held.ctypes.data, self.touched.ctypes.data
+        memory = np.zeros(n + n // 64 + 1, np.int64)
+        self.held, self.touched = memory[:n], memory[n:].view(np.uint8)
+        # In half the time of `numpy.ndarray.ctypes`.
+        self.address = torch.from_numpy(memory).data_ptr()
+        self.touched_address = self.address + 8 * n
 
 
 class _Room(_Rows):
