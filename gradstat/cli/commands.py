@@ -56,9 +56,8 @@ def check_output(run: Path, output: Path) -> None:
 
 def run_name(path: Path) -> str:
     """Name of a run: that of its file without the suffix, or of its directory."""
-    path = Path(
-        os.path.realpath(path)
-    )  # `resolve` raises a RuntimeError where links go in a circle
+    # `Path.resolve` raises a RuntimeError where links go in a circle.
+    path = Path(os.path.realpath(path))
     return path.stem if path.is_file() or path.suffix == ".npz" else path.name
 
 

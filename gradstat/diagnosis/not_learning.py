@@ -11,7 +11,7 @@ from gradstat.diagnosis.evidence import Evidence, Lasting, is_rate, log2_edges, 
 from gradstat.diagnosis.findings import Finding, Severity, for_all
 from gradstat.record import ACTIVATION, GRAD, OF_PARAMETERS, PARAM, UPDATE
 from gradstat.thresholds import Thresholds
-from gradstat.util import Array
+from gradstat.util import Array, plural
 
 _PERSISTENT = 3  # windows in a row, at least, in which a layer stands still
 _STEADY = 2.0  # a line from zero or to zero changes threefold between its halves
@@ -57,7 +57,7 @@ def find_absent(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     is_left_out = bool(left_out) and 2 * len(left_out) < len(run.layers)
     first, *rest = left_out if is_left_out else never
     n = len(rest)
-    others = f", nor {'do' if n > 1 else 'does'} {n} other{'s' * (n > 1)}" if n else ""
+    others = f", nor {'do' if n > 1 else 'does'} {plural(n, 'other')}" if n else ""
     why = "frozen, or the loss does not depend on it"
     if is_left_out:
         why = "it is not in the optimizer, and no step moves it"

@@ -24,7 +24,7 @@ from gradstat.history.reading import (
 )
 from gradstat.history.records import Records
 from gradstat.record import Record
-from gradstat.util import call_after_fork, warn
+from gradstat.util import call_after_fork, plural, warn
 
 _INTERVAL_S = 5.0
 _PATIENCE_S = 5.0  # with blocks that are written as the process ends
@@ -142,7 +142,7 @@ class Journal:
         if n > self._n_told:
             self._n_told = n
             warn(
-                f"watch() could not write {n} record{'s' * (n != 1)} to {self._path}: what the "
+                f"watch() could not write {plural(n, 'record')} to {self._path}: what the "
                 f"history holds of them is in memory alone; History.save() may write it elsewhere"
             )
 

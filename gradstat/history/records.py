@@ -28,7 +28,7 @@ from gradstat.history.check import check_histograms, check_numbers
 from gradstat.history.file import StoredRecord, damage_of
 from gradstat.record import Numbers, Placement, Record, RecordLayout, Row, Unpacked, taken
 from gradstat.results import SHAPES, as_statistics
-from gradstat.util import Array, check_integer, windows_of
+from gradstat.util import Array, check_integer, plural, windows_of
 
 AnyRecord = Record | StoredRecord
 
@@ -308,7 +308,7 @@ class Records:
         which = "it has none yet"
         if n:
             last = f" to {records[n - 1].step}" * (n > 1)
-            which = f"it has {n} record{'s' * (n > 1)}, of step {records[0].step}{last}"
+            which = f"it has {plural(n, 'record')}, of step {records[0].step}{last}"
         raise KeyError(f"History has no record of step {step}: {which}")
 
     def packed(self, record: AnyRecord) -> Record:
