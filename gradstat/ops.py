@@ -69,7 +69,7 @@ def statistics(
     tensors = listed("statistics", x)
     scheme = check_bins("statistics", Log2Bins() if bins is None else bins)
     check_tensors("statistics", tensors)
-    check_engine("statistics", engine, tensors[0].device)
+    engine = check_engine("statistics", engine, tensors[0].device)
     result = measure(tensors, scheme, engine)
     return result[0] if isinstance(x, Tensor) else result
 
@@ -127,14 +127,14 @@ def histogram(
 def _count(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor]:
     """Counts in the bins of a scheme, and the edges."""
     check_tensors("histogram", [x])
-    check_engine("histogram", None, x.device)
+    engine = check_engine("histogram", None, x.device)
     # A compiler takes `measure`, and then the edges, into its graph.
     if not torch.compiler.is_compiling():
-        engine = choose_engine(None, x)
-        if hasattr(engine, "histogram"):
-            counts, edges = engine.histogram(x, bins)
+        module = choose_engine(engine, x)
+        if hasattr(module, "histogram"):
+            counts, edges = module.histogram(x, bins)
             return counts, edges
-    result = measure([x], bins)[0]
+    result = measure([x], bins, engine)[0]
     return result.counts, result.edges
 
 
@@ -217,7 +217,7 @@ def quantization(
     tensors = listed("quantization", x)
     parsed = check_formats("quantization", formats)
     check_tensors("quantization", tensors)
-    check_engine("quantization", engine, tensors[0].device)
+    engine = check_engine("quantization", engine, tensors[0].device)
     _check_dim(tensors, dim)
     integers, floats = measure_formats(tensors, parsed, dim, engine)
     if isinstance(x, Tensor):
@@ -269,7 +269,7 @@ def measure_formats(
         names = [form.name for form in formats]
         integers, floats = _measure_formats_op(values, ",".join(names), dim, engine or "")
         return integers, floats
-    module = import_engine(_FORMAT_ENGINES[_engine_name(engine, tensors[0])])
+    module = import_engine(_FORMAT_ENGINES[engine or _fastest(tensors[0])])
     measured: tuple[Tensor, Tensor] = module.measure_formats(tensors, formats, dim)
     return measured
 
@@ -298,12 +298,11 @@ def is_measurable(x: Tensor) -> bool:
 
 def choose_engine(engine: str | None, x: Tensor) -> ModuleType:
     """The engine of that name, by default the fastest one for the tensor's device."""
-    return import_engine(_engine_name(engine, x))
+    return import_engine(engine or _fastest(x))
 
 
-def _engine_name(engine: str | None, x: Tensor) -> str:
-    name = engine or os.environ.get(ENGINE_VARIABLE)
-    return name or {"cuda": "triton", "cpu": "cpu"}.get(x.device.type, "reference")
+def _fastest(x: Tensor) -> str:
+    return {"cuda": "triton", "cpu": "cpu"}.get(x.device.type, "reference")
 
 
 @functools.cache
@@ -312,8 +311,13 @@ def import_engine(module: str) -> ModuleType:
     return importlib.import_module(f"gradstat.engines.{module}")
 
 
-def check_engine(function: str, engine: str | None, device: torch.device | None = None) -> None:
-    """Refuse an engine that does not exist or, with a device, does not measure there."""
+def check_engine(
+    function: str, engine: str | None, device: torch.device | None = None
+) -> str | None:
+    """Return the engine that the argument or the environment names, ``None`` if neither does.
+
+    One that does not exist or, with a device, does not measure there is refused.
+    """
     preferred = os.environ.get(ENGINE_VARIABLE)
     for source, name in (("engine", engine), (ENGINE_VARIABLE, preferred)):
         if name and name not in ENGINES:
@@ -323,6 +327,7 @@ def check_engine(function: str, engine: str | None, device: torch.device | None 
     name = engine or preferred
     if name == "triton" and device is not None and device.type != "cuda":
         import_engine(name).check_device(function, "x", device)
+    return name
 
 
 def check_bins(function: str, bins: int | Bins) -> Bins:

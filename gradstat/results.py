@@ -237,8 +237,8 @@ class Statistics(_OfTensors):
 
     def _part(self, index: int | slice) -> Statistics:
         names = self.names[index] if isinstance(index, slice) else ()
-        parts = (each[index] for each in (self.integers, self.floats, self.counts))
-        return Statistics(self.bins, *parts, names=names)
+        integers, floats, counts = self.integers[index], self.floats[index], self.counts[index]
+        return Statistics(self.bins, integers, floats, counts, names=names)
 
     def __repr__(self) -> str:
         """A line per tensor with the fields people look at first; waits for the device."""

@@ -281,7 +281,7 @@ def test_engine_is_the_argument_then_the_environment_then_the_device(
         return expected
 
     monkeypatch.setattr(f"gradstat.engines.{module}.measure", measure)
-    assert gradstat.ops.measure([ONE], Log2Bins(), engine=argument) is expected
+    assert gradstat.statistics([ONE], engine=argument) is expected
     assert calls == [module]
 
 

@@ -206,7 +206,7 @@ def watch(
         raise TypeError(f"watch() needs a string; name is {name!r}")
     if stream not in ("current", "side"):
         raise ValueError(f"watch() needs one of current, side; stream is {stream!r}")
-    check_engine("watch", engine)
+    engine = check_engine("watch", engine)
     parsed = asked_formats("watch", formats)
     if not isinstance(scaler, GradScaler | None):
         raise TypeError(f"watch() needs a torch.amp.GradScaler; scaler is {type(scaler).__name__}")

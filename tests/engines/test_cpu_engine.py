@@ -132,6 +132,38 @@ def test_plan_after_a_refusal_starts_afresh() -> None:
     assert RecordLayout(2, 0, 2048).dense(data).sum(1).tolist() == [10, 10]
 
 
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(7), LinearBins(7, -1, 1)], ids=repr)
+def test_calls_that_are_alike_share_a_plan_and_no_memory(
+    bins: Bins, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    plans: dict[object, cpu.Plan] = {}
+    monkeypatch.setattr(cpu, "_plans", plans)
+    xs = torch.randn(2, 3, 40, generator=generator)
+    first = measure(list(xs[0]), bins)
+    (plan,) = plans.values()
+    second = measure(list(xs[1]), bins)
+    assert list(plans.values()) == [plan]
+    for s, x in ((first, xs[0]), (second, xs[1])):
+        assert_identical(s, measure([*x, x[:0]], bins)[:3])
+    # Another dtype, other strides and other sizes are other work.
+    for others in (xs[0].half(), xs[0].T, xs[0, :, :39]):
+        assert int(measure(list(others), bins).numel.sum()) == others.numel()
+    assert len(plans) == 5
+
+
+def test_plans_of_calls_are_few_and_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: dict[object, cpu.Plan] = {}
+    monkeypatch.setattr(cpu, "_plans", plans)
+    for n in range(40):
+        measure(torch.ones(n))
+    # What was asked for last is kept.
+    assert len(plans) == 16
+    assert not [key for key in plans if repr(torch.Size([23])) in repr(key)]
+    assert [key for key in plans if repr(torch.Size([24])) in repr(key)]
+    measure([torch.ones(1)] * 2000)
+    assert len(plans) == 16
+
+
 def test_measure_takes_new_scratch_when_another_thread_took_the_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -77,6 +77,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         format_work, "work_on", lambda dtype: wrong if dtype.itemsize == 2 else formats_on(dtype)
     )
     monkeypatch.setattr(cpu, "fill_edges", lambda: wrong)
+    monkeypatch.setattr(cpu, "_plans", {})
     for each in known:
         each.cache_clear()
     yield

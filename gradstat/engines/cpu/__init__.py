@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import struct
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ _ITEM = 1 << 16  # elements: enough to hide the taking of an item, few enough to
 _MAX_ITEMS = 2048  # of one tensor: its partials stay under 250 KB
 _ALONE_BELOW = 1 << 18  # elements: waking another thread takes longer than these
 _KEPT_BYTES = 64 << 20  # of one room, between calls
+_KEPT_PLANS = 16  # between calls,
+_KEPT_TENSORS = 1024  # and of how many tensors each
 
 Rows = tuple[Array, Array, Array]  # integers, floats and counts, as of `Statistics`
 
@@ -84,6 +86,7 @@ class _Room(_Rows):
 
 _scratches: list[tuple[Tensor, int]] = []  # between calls, with their addresses; zero
 _rooms: list[_Room] = []  # between calls
+_plans: dict[Hashable, Plan] = {}  # of calls of `measure`, between them; the latest are last
 
 
 def measure(tensors: Sequence[Tensor], bins: Bins) -> Statistics:
@@ -304,7 +307,16 @@ def pack(rows: Tensor, start: int, n: int, n_bins: int, n_formats: int) -> bytes
 def _measure(tensors: Sequence[Tensor], bins: Bins) -> Rows:
     tensors = [x.resolve_neg() if x.is_neg() else x for x in tensors]  # torch keeps the sign apart
     rows = _Rows(len(tensors) * (NUMBERS + bins.bins))
-    Plan(tensors, bins).measure(tensors, rows)
+    # A plan takes longer than to measure small tensors, and many calls are like the one before.
+    like = bins, *[(x.dtype, x.shape, x.stride()) for x in tensors]
+    # One call at a time has it, and none after an exception.
+    plan = _plans.pop(like, None) or Plan(tensors, bins)
+    plan.measure(tensors, rows)
+    plan._room = None  # the memory is the result's
+    if len(tensors) <= _KEPT_TENSORS:
+        _plans[like] = plan
+        for oldest in list(_plans)[:-_KEPT_PLANS]:
+            _plans.pop(oldest, None)
     return _split(rows.held, len(tensors), bins.bins)
 
 
