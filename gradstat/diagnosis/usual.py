@@ -67,7 +67,8 @@ def find_departures(
     """Values of one series above their usual range, as it was when the first of them left it."""
     # Of logarithms, ``(T,)``: NaN where there is no value, infinity where it is not finite. The
     # floor is the least half-width of the range, the deviations that of a wider one. By the leap
-    # values must rise at once; by 0 they may leave the range little by little.
+    # values must rise at once, beyond where their newest rise leads, as weights that speed up in a
+    # warm-up do not; by 0 they may leave the range little by little.
     at = np.arange(len(x))
     typical, deviation, slope = _expected(x[:, None], at, np.zeros_like(at))
     wide = deviations * deviation
@@ -80,7 +81,9 @@ def find_departures(
     top = np.where((several > near) & ~(x > top), near, top)
     is_out |= several > near
     if leap:
-        before = np.fmax(np.append(math.nan, x[:-1]), typical)
+        padded = np.append(np.full(APART + 2, math.nan), x)
+        earlier, newest = padded[: len(x)], padded[APART + 1 : -1]
+        before = np.fmax(newest, typical) + np.fmax(newest - earlier, 0.0)
         is_out &= np.fmax.reduce(_ahead(x, APART + 1), axis=1) - before >= leap
     departures: list[Departure] = []
     end = 0

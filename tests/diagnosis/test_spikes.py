@@ -137,6 +137,23 @@ def test_diagnose_lets_weights_grow_little_by_little_while_the_loss_falls() -> N
     assert only(run(lambda step: 1.0, scale), "jump").layer == "param/mid.weight"
 
 
+def test_diagnose_lets_weights_speed_up_as_in_a_warm_up() -> None:
+    """The same growth is a jump where nothing led up to it."""
+
+    def alarms(paces: list[float]) -> list[Finding]:
+        grown = np.cumsum(np.append(np.zeros(AT - 20), paces))
+
+        def scale(step: int, kind: str, layer: int) -> float:
+            is_it = kind == PARAM and layer == 1
+            return math.exp(grown[min(step, len(grown) - 1)]) if is_it else 1.0
+
+        return diagnose(run(lambda step: 3 * 0.97**step, scale))
+
+    paces = [0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.13, 0.13, 0.12, 0.1, 0.08, 0.06, 0.04, 0.02]
+    assert alarms(paces) == []
+    assert [each.kind for each in alarms(paces[6:])] == ["jump"]
+
+
 def test_diagnose_tells_a_loss_spike_that_is_over() -> None:
     finding = only(run(lambda step: 20.0 if step in (AT, AT + 1) else 1.0), "loss spike")
     assert finding.severity == "warning"
