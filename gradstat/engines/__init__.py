@@ -50,6 +50,10 @@ class Engine(Protocol):
         """How to measure these and others like them."""
         ...
 
+    def unit_peaks(self, x: Tensor, unit: int) -> Tensor:
+        """Largest magnitude of each of C units along a dimension: ``(C,)``, NaN where one is."""
+        ...
+
 
 def together(statistics: Statistics, formats: Tensor | None) -> Tensor:
     """Rows of a list as one `Result`: one tensor takes one transfer."""

@@ -82,6 +82,11 @@ def measure(tensors: Sequence[Tensor], bins: Bins) -> Statistics:
     return Statistics(bins, integers, floats, counts)
 
 
+def unit_peaks(x: Tensor, unit: int) -> Tensor:
+    """Largest magnitude of each of C units along a dimension, as `reference.unit_peaks`."""
+    return reference.unit_peaks(x, unit)
+
+
 class Plan:
     """As `gradstat.engines.Plan`."""
 

@@ -258,9 +258,10 @@ class Recorder:
 
         ``unit`` is their dimension in the output, if it has units; the row is that of the peaks.
         """
-        if unit is None:
+        x = self._own_part(row, x)
+        if unit is None or not has_values(x):
             return
-        peaks = _unit_peaks(self._own_part(row, x), unit)
+        peaks = choose_engine(self._engine, x).unit_peaks(x, unit)
         key = row, peaks.shape, peaks.device
         before = self._pass.peaks.get(key)
         if before is not None:
@@ -608,15 +609,6 @@ def _depths(n: int, seen: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int64
     depths = np.empty(n, np.int64)
     depths[np.argsort(keys, kind="stable")] = np.arange(n)
     return depths
-
-
-def _unit_peaks(x: Tensor, unit: int) -> Tensor:
-    """Largest magnitude of each of C units along a dimension: ``(C,)``, NaN where one is."""
-    others = [dim for dim in range(x.dim()) if dim != unit]
-    if not others:
-        return x.abs()
-    # Ten times faster on a CPU than torch.linalg.vector_norm, and without a copy of magnitudes.
-    return torch.maximum(x.amax(others), -x.amin(others))
 
 
 def _divide(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:

@@ -20,7 +20,7 @@ import torch
 import gradstat
 from gradstat import LinearBins, Log2Bins, Statistics
 from gradstat.bins import Bins
-from gradstat.engines import cpu
+from gradstat.engines import cpu, reference
 from gradstat.engines.cpu import compiling, pool
 from gradstat.engines.cpu.work import MAX_SHARED_BINS
 from gradstat.record import RecordLayout
@@ -130,6 +130,33 @@ def test_plan_after_a_refusal_starts_afresh() -> None:
         plan.run([x, empty])
     data = cpu.Plan([x, x], Log2Bins()).run([x, x])
     assert RecordLayout(2, 0, 2048).dense(data).sum(1).tolist() == [10, 10]
+
+
+# Rows of units, channels, one unit, and enough for several threads, which have a part each.
+PEAK_SHAPES = [((5, 3), -1), ((2, 3, 4, 5), 1), ((7,), 0), ((1, 3, 400_000), 1), ((1027, 1030), 1)]
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", gradstat.ops.DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "unit"), PEAK_SHAPES, ids=str)
+def test_unit_peaks_are_those_of_the_reference(
+    shape: tuple[int, ...], unit: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    x = torch.randn(shape, generator=generator).to(dtype)
+    unit %= x.dim()
+    wide = torch.randn(*shape[:-1], 2 * shape[-1], generator=generator).to(dtype)
+    channels_last = x.movedim(unit, -1).contiguous().movedim(-1, unit)
+    for layout in (x, wide[..., ::2], channels_last, -x.abs(), torch._neg_view(x)):
+        expected = reference.unit_peaks(layout, unit)
+        assert torch.equal(cpu.unit_peaks(layout, unit), expected)
+    for special in (math.nan, -math.inf, -0.0, torch.finfo(dtype).smallest_normal / 2):
+        y = torch.full_like(x, -0.0)
+        y[(-1,) * x.dim()] = special
+        expected = reference.unit_peaks(y, unit)
+        assert bool(expected[-1].isnan()) == math.isnan(special)
+        torch.testing.assert_close(
+            cpu.unit_peaks(y, unit), expected, rtol=0, atol=0, equal_nan=True
+        )
 
 
 @pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(7), LinearBins(7, -1, 1)], ids=repr)
@@ -669,7 +696,7 @@ def test_measure_counts_any_bit_pattern(dtype: torch.dtype, generator: torch.Gen
 # The function that is compiled soonest, in two processes that reach the compiler together.
 AT_ONCE = """
 import multiprocessing
-from gradstat.engines import cpu
+from gradstat.engines import cpu, reference
 
 def find(barrier, edges):
     barrier.wait()

@@ -7,6 +7,7 @@ Beside a tensor it needs under 1 MB, whatever its strides; results do not depend
 from __future__ import annotations
 
 import functools
+import math
 import struct
 from array import array
 from collections.abc import Callable, Hashable, Sequence
@@ -40,6 +41,7 @@ from gradstat.engines.cpu.work import (
     SCRATCH_BYTES,
     TOUCHED,
     fill_edges,
+    find_peaks,
     pack_rows,
     work_on,
 )
@@ -103,6 +105,22 @@ def histogram(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor]:
     else:
         edges = bins.edges(*torch.from_numpy(floats[0, -2:]))
     return torch.from_numpy(counts[0]), edges
+
+
+def unit_peaks(x: Tensor, unit: int) -> Tensor:
+    """Largest magnitude of each of C units along a dimension, as `reference.unit_peaks`.
+
+    In one read of memory, where torch needs two.
+    """
+    units, inner = x.shape[unit], 1
+    if not x.movedim(unit, -1).is_contiguous():
+        inner = math.prod(x.shape[unit + 1 :])
+        if not x.is_contiguous():
+            return reference.unit_peaks(x, unit)
+    # Where torch keeps a sign apart it makes no difference.
+    if not _are_peaks_trusted(x.dtype):
+        return reference.unit_peaks(x, unit)
+    return _peaks(x, x.numel() // (units * inner), units, inner)
 
 
 class Plan:
@@ -361,6 +379,42 @@ def _are_edges_trusted() -> bool:
             for each in ends
         ],
     )
+
+
+def _peaks(x: Tensor, outer: int, units: int, inner: int) -> Tensor:
+    # A peak takes a fourth of the time that measuring takes.
+    threads = count_threads() if x.numel() >= 4 * _ALONE_BELOW else 1
+    n_each = -(-outer // threads)
+    starts = list(range(0, outer, n_each))
+    peaks = torch.zeros((len(starts), units), dtype=x.dtype, device="cpu")
+    left = list(zip(starts, peaks, strict=True))
+    find = entry_point(find_peaks(x.itemsize))
+
+    def share() -> None:
+        while left:
+            try:
+                start, to = left.pop()
+            except IndexError:  # another thread took the last
+                return
+            address = x.data_ptr() + start * units * inner * x.itemsize
+            find(address, min(n_each, outer - start), units, inner, to.data_ptr())
+
+    run_together(share, len(starts))
+    return peaks[0] if len(starts) == 1 else peaks.amax(0)
+
+
+@functools.cache
+def _are_peaks_trusted(dtype: torch.dtype) -> bool:
+    _, values, _ = trial_tensors(dtype)
+    values = values[5:].reshape(2, 30, 10)  # without special ones
+
+    def found() -> list[Tensor]:
+        return [_peaks(values, 60, 10, 1), _peaks(values, 2, 30, 10)]
+
+    def defined() -> list[Tensor]:
+        return [reference.unit_peaks(values, unit) for unit in (2, 1)]
+
+    return passes_trial(find_peaks(dtype.itemsize), f"peaks of {dtype}", found, defined)
 
 
 def _split(memory: Array, n: int, n_bins: int) -> Rows:

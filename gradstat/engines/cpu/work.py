@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -285,6 +286,35 @@ def fill_edges() -> Callable[[float, float, int, int], None]:
             out[edge] = np.float64(counters.from_ordered(reached)) + 0.0  # not -0.0
 
     return keeps_subnormals(compile_entry(edges, "linear", "void(float64, float64, int64, int64)"))
+
+
+@functools.cache
+def find_peaks(element_bytes: int) -> Callable[[int, int, int, int, int], None]:
+    """The compiled function that finds largest magnitudes, for elements of so many bytes."""
+    bits: Any = {2: np.int16, 4: np.int32, 8: np.int64}[element_bytes]
+    magnitude = bits(np.iinfo(bits).max)  # all but the sign
+
+    def peaks(address: int, outer: int, units: int, inner: int, to: int) -> None:
+        """Take elements ``(outer, units, inner)`` into the magnitudes of ``units``, at first zero.
+
+        Magnitudes are in the order of their bits, whatever their type: NaN is above infinity.
+        """
+        x, found = pointer(address, bits), pointer(to, bits)
+        for _ in range(outer):
+            # Units side by side are one vector's lanes; else one unit's elements are.
+            if inner == 1:
+                for unit in range(units):
+                    found[unit] = larger(found[unit], bits(x[unit] & magnitude))
+                x = after(x, units)
+            else:
+                for unit in range(units):
+                    most = found[unit]
+                    for j in range(inner):
+                        most = larger(most, bits(x[j] & magnitude))
+                    found[unit] = most
+                    x = after(x, inner)
+
+    return compile_entry(peaks, f"{element_bytes}", "void(int64, int64, int64, int64, int64)")
 
 
 @functools.cache
