@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradstat.bins import Bins, LinearBins, Log2Bins, parse_bins, widen
+from gradstat.engines import Engine
 from gradstat.formats import Format, check_formats, parse_format
 from gradstat.results import (
     FLOATS,
@@ -128,12 +129,9 @@ def _count(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor]:
     """Counts in the bins of a scheme, and the edges."""
     check_tensors("histogram", [x])
     engine = check_engine("histogram", None, x.device)
-    # A compiler takes `measure`, and then the edges, into its graph.
     if not torch.compiler.is_compiling():
-        module = choose_engine(engine, x)
-        if hasattr(module, "histogram"):
-            counts, edges = module.histogram(x, bins)
-            return counts, edges
+        return choose_engine(engine, x).histogram(x, bins)
+    # A compiler takes `measure`, and then the edges, into its graph.
     result = measure([x], bins, engine)[0]
     return result.counts, result.edges
 
@@ -236,8 +234,7 @@ def measure(tensors: Sequence[Tensor], bins: Bins, engine: str | None = None) ->
         values = [x.detach() for x in tensors]
         packed = _measure_op(values, bins.spec, engine or "")
         return Statistics(bins, *packed)
-    result: Statistics = choose_engine(engine, tensors[0]).measure(tensors, bins)
-    return result
+    return choose_engine(engine, tensors[0]).measure(tensors, bins)
 
 
 @torch.library.custom_op("gradstat::measure", mutates_args=())
@@ -296,9 +293,9 @@ def is_measurable(x: Tensor) -> bool:
     return x.layout == torch.strided and x.dtype in DTYPES and not x.is_nested
 
 
-def choose_engine(engine: str | None, x: Tensor) -> ModuleType:
+def choose_engine(engine: str | None, x: Tensor) -> Engine:
     """The engine of that name, by default the fastest one for the tensor's device."""
-    return import_engine(engine or _fastest(x))
+    return cast(Engine, import_engine(engine or _fastest(x)))
 
 
 def _fastest(x: Tensor) -> str:
