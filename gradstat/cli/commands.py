@@ -21,6 +21,7 @@ from tqdm import tqdm
 from gradstat import tables
 from gradstat.diagnosis import Finding
 from gradstat.diagnosis.evidence import Evidence, median
+from gradstat.diagnosis.findings import paragraph
 from gradstat.diagnosis.narrow_formats import FormatFit, layer_fits, recommendation
 from gradstat.history import History
 from gradstat.history.follow import Follower
@@ -360,7 +361,7 @@ def findings(found: Sequence[Finding], most: int | None = 3, indent: str = "") -
             text = str(each)
             if each.others and most is None:
                 text += f" They are {', '.join(each.others)}."
-            lines.append(textwrap.fill(escaped(text), _width(), subsequent_indent="  "))
+            lines.append(paragraph(text, _width()))
         elif shown[group] == total[group]:
             lines.append(f"  and {total[group] - most} more like it (--all shows them)")
     return textwrap.indent("\n".join(lines) or "nothing found", indent)

@@ -306,31 +306,6 @@ class Lasting:
     share: float
 
 
-@dataclass(frozen=True)
-class DepthFit:
-    """A straight line through log10 rms over depth."""
-
-    first: int  # column of the first layer that has an rms
-    last: int  # of the last one
-    slope: float  # decades from one layer to the next
-    fall: float  # decades from the last layer back to the first, along the line
-    r2: float  # share of the variance that the line explains
-
-
-def fit_depth(levels: Array) -> DepthFit | None:
-    """Least squares over the layers that have an rms, not NaN; ``None`` for fewer than three."""
-    present = np.flatnonzero(levels > 0)
-    if len(present) < 3:
-        return None
-    depth, log_rms = np.arange(len(present)), np.log10(levels[present])
-    centred, spread = depth - depth.mean(), log_rms - log_rms.mean()
-    slope = float(centred @ spread / (centred @ centred))
-    total = float(spread @ spread)
-    r2 = slope**2 * float(centred @ centred) / total if total > 0 else 0.0
-    fall = slope * (len(present) - 1)
-    return DepthFit(int(present[0]), int(present[-1]), slope, fall, r2)
-
-
 def log(x: Array) -> Array:
     """Natural logarithm; NaN for zero, as for what is not known: it compares with nothing."""
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from dataclasses import dataclass, replace
-from typing import Literal, SupportsIndex, TypeAlias, overload
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -14,8 +14,8 @@ from gradstat.util import escaped, plural
 
 Severity: TypeAlias = Literal["severe", "warning", "note"]
 
-SEVERITIES: tuple[Severity, ...] = ("severe", "warning", "note")
 COLORS: dict[Severity, str] = {"severe": "#d8392f", "warning": "#b87700", "note": "#7a8594"}
+SEVERITIES = tuple(COLORS)
 FINDINGS = (
     "divergence",
     "non-finite",
@@ -73,24 +73,16 @@ class Finding:
 class Findings(list[Finding]):
     """A list of findings that prints as text, a paragraph each."""
 
-    @overload
-    def __getitem__(self, index: SupportsIndex) -> Finding: ...
-    @overload
-    def __getitem__(self, index: slice) -> Findings: ...
-    def __getitem__(self, index: SupportsIndex | slice) -> Finding | Findings:
-        """One of them, or some, which print as text too."""
+    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 (an index, or a slice)
         found = super().__getitem__(index)
         return Findings(found) if isinstance(found, list) else found
 
     def __repr__(self) -> str:
-        """What `str` of each says; that nothing is found where there is none."""
-        lines = [
-            textwrap.fill(
-                escaped(str(each)), _WIDTH, subsequent_indent="  ", break_long_words=False
-            )
-            for each in self
-        ]
-        return "\n".join(lines) or "nothing found"
+        return "\n".join(paragraph(str(each), _WIDTH) for each in self) or "nothing found"
+
+
+def paragraph(text: str, width: int) -> str:
+    return textwrap.fill(escaped(text), width, subsequent_indent="  ", break_long_words=False)
 
 
 def for_all(findings: list[Finding]) -> list[Finding]:

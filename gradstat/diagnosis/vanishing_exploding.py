@@ -3,28 +3,51 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
-from gradstat.diagnosis.evidence import Evidence, around, fit_depth, median
+from gradstat.diagnosis.evidence import Evidence, around, median
 from gradstat.diagnosis.findings import Finding, Severity, for_all, rounded
 from gradstat.thresholds import Thresholds
+from gradstat.util import Array
 
 _LASTING = 3  # windows, at least, in which what is severe holds, or all of them
 _START = 5  # windows in which a network that has just begun may find its way out
 
 
+class _Line(NamedTuple):
+    """A straight line through log10 rms over depth."""
+
+    first: int  # column of the first layer that has an rms
+    last: int  # of the last one
+    slope: float  # decades from one layer to the next
+    fall: float  # decades from the last layer back to the first, along the line
+    r2: float  # share of the variance that the line explains
+
+
+def _fit_depth(levels: Array) -> _Line:
+    """Least squares over the layers that have an rms, not NaN; NaN for fewer than three."""
+    present = np.flatnonzero(levels > 0)
+    if len(present) < 3:
+        return _Line(0, 0, math.nan, math.nan, math.nan)
+    depth, log_rms = np.arange(len(present)), np.log10(levels[present])
+    (spread, joint), (_, total) = np.cov(depth, log_rms).tolist()
+    slope = joint / spread
+    r2 = slope * joint / total if total > 0 else 0.0
+    return _Line(int(present[0]), int(present[-1]), slope, slope * (len(present) - 1), r2)
+
+
 def find_trend(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Vanishing or exploding over depth: a straight line through log rms against the layer."""
-    fits = [fit_depth(levels) for levels in run.levels]
-    fall = np.array([fit.fall if fit else math.nan for fit in fits])
-    straight = np.array([fit is not None and fit.r2 >= thresholds.depth_fit for fit in fits])
+    lines = [_fit_depth(levels) for levels in run.levels]
+    fall, r2 = np.array([(line.fall, line.r2) for line in lines]).T
     findings = []
     for kind, limit, sign in (
         ("vanishing", -math.log10(thresholds.vanishing_ratio), 1.0),
         ("exploding", math.log10(thresholds.exploding_ratio), -1.0),
     ):
-        mask = straight & (sign * fall >= limit)
+        mask = (r2 >= thresholds.depth_fit) & (sign * fall >= limit)
         # Few blocks from the first one on, and soon over, are how a network begins.
         start = int(np.append(mask, False).argmin())
         n_records = sum(len(block) for block in run.blocks[:start])
@@ -33,22 +56,20 @@ def find_trend(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         if not mask.any():
             continue
         at = int(np.argmax(np.where(mask, sign * fall, -math.inf)))
-        fit = fits[at]
-        assert fit is not None
-        ratio = _power_of_ten(-fit.fall)
-        first, last = run.layers[fit.first], run.layers[fit.last]
+        line = lines[at]
+        first, last = run.layers[line.first], run.layers[line.last]
+        ratio, times = _power_of_ten(-line.fall), _power_of_ten(abs(line.fall))
         numbers = {
             "ratio": ratio,
-            "slope": fit.slope,
-            "fit": fit.r2,
-            "rms": float(run.levels[at, fit.first]),
-            "rms_last": float(run.levels[at, fit.last]),
+            "slope": line.slope,
+            "fit": line.r2,
+            "rms": float(run.levels[at, line.first]),
+            "rms_last": float(run.levels[at, line.last]),
         }
-        times = _power_of_ten(abs(fit.fall))
         change = "shrinks" if kind == "vanishing" else "grows"
         sentence = (
             f"From {last} back to {first} the gradient {change} {rounded(times)}-fold, by a factor "
-            f"of {_power_of_ten(abs(fit.slope)):.2g} at each layer."
+            f"of {_power_of_ten(abs(line.slope)):.2g} at each layer."
         )
         begin, end = around(mask, at)
         lasts = end - begin + 1 >= min(_LASTING, len(mask))

@@ -74,7 +74,7 @@ def test_diagnose_refuses_what_it_cannot_read() -> None:
         (
             {"dead_units_severe": 0.5},
             ValueError,
-            "dead_units_severe of dead_units_share, 0.7, or more; dead_units_severe is 0.5",
+            "dead_units_severe at least dead_units_share, 0.7; dead_units_severe is 0.5",
         ),
         ({"underflow_share": 1.5}, ValueError, "underflow_share up to 1; it is 1.5"),
         (
@@ -85,7 +85,7 @@ def test_diagnose_refuses_what_it_cannot_read() -> None:
         (
             {"exploding_severe": 10},
             ValueError,
-            "exploding_severe of exploding_growth, 1000.0, or more; exploding_severe is 10",
+            "exploding_severe at least exploding_growth, 1000.0; exploding_severe is 10",
         ),
     ],
 )
