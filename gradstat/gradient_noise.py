@@ -40,10 +40,9 @@ def noise_scale(
 
     The simple noise scale of McCandlish, Kaplan, Amodei et al., "An Empirical Model of Large-Batch
     Training" (2018), appendix A.1: the trace of the covariance of an example's gradient over the
-    squared norm of the true gradient. Both are estimated at each step without bias, from the
-    squared norms of a small and a big batch's mean gradient, and smoothed by exponential moving
-    averages before one is divided by the other. Batches that are much smaller waste no examples,
-    those that are much larger save no steps.
+    squared norm of the true gradient. Both are estimated without bias from the squared norms of the
+    two mean gradients, and smoothed over the steps before one is divided by the other. Batches that
+    are much smaller waste no examples, those that are much larger save no steps.
 
     Args:
         small: gradients of the small batches: of one rank or pass, or of all ranks merged.
@@ -55,15 +54,14 @@ def noise_scale(
         decay: of the averages, from one record to the next; 0 takes each step for itself.
 
     Returns:
-        A NoiseScale, of the layers and steps that both histories have. It is NaN in steps where a
-        layer is absent or not finite, and where the averages are no estimate, because the noise is
-        negative or the squared gradient is not positive.
+        A NoiseScale: NaN in steps where a layer is absent or not finite, and where the averages are
+        no estimate, because the noise is negative or the squared gradient is not positive.
 
     Raises:
         TypeError: an argument that is no History or no number.
-        ValueError: histories without records, or with no gradients of a layer or no steps in
-            common; sparse gradients of other elements; batches that are not positive; a big batch
-            that is not larger; a scale that is not positive; a decay outside 0 to 1.
+        ValueError: histories without gradients, layers or steps in common; sparse gradients of
+            other elements; a batch or scale that is not positive, a big batch that is not larger, a
+            decay outside 0 to 1.
 
     Example:
         >>> import torch, gradstat

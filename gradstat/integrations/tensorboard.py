@@ -32,11 +32,11 @@ def write(
     max_records: int | None = 1000,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Write histograms and scalars of each layer for TensorBoard.
+    """Write histograms and scalars of each layer for TensorBoard; ``docs/viewers.md`` has the tags.
 
-    ``docs/viewers.md`` lists the tags. What was logged, such as ``loss`` and ``lr``, has its own
-    name as its tag and all of its values. A layer without a gradient in a step has no point there.
-    Each point has the time at which its step was recorded, as TensorBoard's relative times tell.
+    What was logged, such as ``loss`` and ``lr``, has its own name as its tag and all of its values.
+    A layer without a gradient in a step has no point there. Each point has the time at which its
+    step was recorded.
 
     Args:
         history: with one record at least.
@@ -49,8 +49,7 @@ def write(
 
     Raises:
         ImportError: TensorBoard is not installed.
-        TypeError: an argument of another kind.
-        ValueError: no records, ``max_records`` < 1, other tags.
+        TypeError, ValueError: an argument of another kind, no records, ``max_records`` < 1.
     """
     history = check_history("write", history)
     viewers.check_tags("write", tags)
@@ -74,25 +73,17 @@ def write(
 def writer(
     log_dir: str | os.PathLike[str], *, tags: Literal["layer", "kind"] = "layer"
 ) -> RunWriter:
-    """A sink that writes a run for TensorBoard while it goes on.
+    """A sink for `gradstat.watch` that writes a run for TensorBoard while it goes on.
 
-    Each record is written as it arrives, and each value as it is logged, under the tags of `write`;
-    TensorBoard shows them within its own reload interval. It is written in the thread that trains,
-    which waits for the disk. Should that fail, a warning says so and the training goes on. In a
-    distributed run give it to one rank, or each its own folder. A run that is resumed, by
-    ``first_step``, supersedes what the folder has from that step on: let nothing else write there.
-
-    Args:
-        log_dir: folder of the run; made if it is not there. Files in it stay.
-        tags: ``"layer"`` or ``"kind"``, as for `write`.
-
-    Returns:
-        What `gradstat.watch` takes as ``sink``, for one run at a time.
+    Each record and each logged value is written as it comes, in the thread that trains, which waits
+    for the disk. Should that fail, a warning says so and the training goes on. In a distributed run
+    give it to one rank, or each its own folder. A run that is resumed, by ``first_step``,
+    supersedes what the folder has from that step on: let nothing else write there. The arguments
+    are as for `write`.
 
     Raises:
         ImportError: TensorBoard is not installed.
-        TypeError: a folder that is no path.
-        ValueError: a path that is a file's or empty, other tags.
+        TypeError, ValueError: a folder that is no path, empty or a file's; other tags.
     """
     viewers.check_tags("writer", tags)
     check_directory("writer", "log_dir", log_dir)

@@ -36,12 +36,11 @@ def log(
     max_records: int | None = 100,
     progress: Callable[[int], object] | None = None,
 ) -> None:
-    """Log histograms of each layer, charts and tables to a run.
+    """Log histograms of each layer, charts and tables to a run, named as ``docs/viewers.md`` lists.
 
-    ``docs/viewers.md`` lists their names. ``scalars/NAME`` is what was logged, such as the loss,
-    against ``gradients/step``: all values, or 10,000 evenly spread; the last one of a step that has
-    several. A layer without a gradient in a step has no histogram there. The run's own step goes up
-    by one for each step that is logged, and is otherwise left alone.
+    ``scalars/NAME`` is what was logged, such as the loss, against ``gradients/step``: all values,
+    or 10,000 evenly spread; the last one of a step that has several. A layer without a gradient in
+    a step has no histogram there. The run's own step goes up by one for each step that is logged.
 
     Args:
         history: with one record at least.
@@ -54,8 +53,7 @@ def log(
 
     Raises:
         ImportError: wandb is not installed.
-        TypeError: an argument of another kind.
-        ValueError: no records, ``max_records`` < 1, other tags.
+        TypeError, ValueError: an argument of another kind, no records, ``max_records`` < 1.
     """
     history = check_history("log", history)
     viewers.check_tags("log", tags)
@@ -75,28 +73,23 @@ def log(
 def writer(
     run: wandb.Run, *, tags: Literal["layer", "kind"] = "layer", commit: bool = True
 ) -> RunWriter:
-    """A sink that logs to a run of Weights & Biases while it goes on.
+    """A sink for `gradstat.watch` that logs to a run while it goes on, under the names of `log`.
 
-    Each record's histograms and each logged value are logged under the names that `log` gives them.
     All that belongs to one step is logged together, once a later step begins. The charts and tables
     follow when the watch is closed, which must be before the run is finished. Should logging fail,
     a warning says so and the training goes on. In a distributed run give it to one rank.
 
     Args:
-        run: what ``wandb.init()`` returned, online or offline; not finished here.
-        tags: ``"layer"`` or ``"kind"``, as for `log`.
+        run: as for `log`.
+        tags: as for `log`.
         commit: whether each step is a row of its own, by which the run's own step goes up. With
             ``False`` it becomes part of the row that your next ``run.log()`` makes, as
             ``wandb.watch`` does: for those who number their rows by ``run.log(..., step=n)``. Log
             at each step then, since a later step replaces what still waits for a row.
 
-    Returns:
-        What `gradstat.watch` takes as ``sink``, for one run at a time.
-
     Raises:
         ImportError: wandb is not installed.
-        TypeError: an argument of another kind.
-        ValueError: other tags.
+        TypeError, ValueError: an argument of another kind, other tags.
     """
     viewers.check_tags("writer", tags)
     _check_run("writer", run)
@@ -148,17 +141,14 @@ def write(
     tags: Literal["layer", "kind"] = "layer",
     progress: Callable[[int], object] | None = None,
 ) -> Path:
-    """Write an offline run, which ``wandb sync`` sends.
+    """Write an offline run, which ``wandb sync`` sends, and return its folder.
 
     Args:
-        history: with one record at least.
+        history: as for `log`.
         folder: where wandb makes its folder ``wandb``; made if it is not there.
         name: of the run, in the project ``gradstat``.
         tags: as for `log`.
         progress: as for `log`.
-
-    Returns:
-        The run's folder.
 
     Raises:
         ImportError: wandb is not installed.

@@ -21,7 +21,6 @@ from gradstat.diagnosis.findings import COLORS, began
 from gradstat.history import History
 from gradstat.plot import data, labels, panels
 from gradstat.plot.data import Histories, Layers, Limits
-from gradstat.plot.labels import Color
 from gradstat.record import NOUNS
 from gradstat.util import Array, check_integer
 
@@ -29,8 +28,7 @@ _MAGNITUDES = ("mean_abs", "std", "var", "l1", "l2", "rms", "abs_max", "update_r
 _MAX_RIDGES = 60
 _NORM = "norm"  # field of all layers together
 _WIDE = 30.0  # ratio of a series' ends from which its axis is logarithmic
-_MARKS = {severity: to_rgba(COLORS[severity]) for severity in ("severe", "warning")}
-_MARK_NAMES = {"a severe finding begins": _MARKS["severe"], "a warning begins": _MARKS["warning"]}
+_MARKS = {"severe": "a severe finding begins", "warning": "a warning begins"}
 
 
 def ridge(
@@ -118,13 +116,11 @@ def curves(
     """Draw a statistic of each layer, or a scalar such as the loss, against time.
 
     Of more than eight lines the first, the last and those that stand out at some time have a colour
-    and a name at their end; the others are grey.
-
-    A scalar, or the norm of all layers together, has one panel with a line for each history;
-    triangles on the time axis mark where severe findings and warnings begin.
+    and a name; the others are grey. A scalar, or the norm of all layers together, has one panel
+    with a line for each history, and triangles where severe findings and warnings begin.
 
     Args:
-        history: one History, or several in a mapping of names or a sequence.
+        history: as for `ridge`.
         field: a field of `Statistics`, ``"mean_abs"``, the mean of magnitudes,
             ``"update_ratio"`` or ``"dead_units"`` as of `History`, one of `History.scalars`, or
             ``"norm"``, that of all layers of the first kind.
@@ -132,17 +128,15 @@ def curves(
             for several), ``"history"`` a panel for each history with a line for each layer.
         layers: as for `ridge`.
         steps_per_epoch: as for `ridge`.
+        figure: as for `ridge`.
         average: draw the mean of so many records in a row.
         log: logarithmic vertical axis; by default for the fields that are magnitudes.
-        figure: as for `ridge`.
 
     Returns:
         The figure. Panels split by history share their vertical axis.
 
     Raises:
-        TypeError: an argument of another kind.
-        ValueError: an unknown field, split or layer, no records, more than 100 panels,
-            ``average`` < 1.
+        TypeError, ValueError: as `ridge`; an unknown field or split, ``average`` < 1.
     """
     named, titles = _checked("curves", history, layers, steps_per_epoch, figure, field)
     check_integer("curves", "average", average, 1)
@@ -203,28 +197,23 @@ def heatmap(
     """Draw a statistic as colour, layer against time, or whole histograms against time.
 
     With ``field="counts"`` each layer has a panel: the vertical axis is the magnitude, by octave,
-    the colour the share of its finite elements in that octave (zeros, which have no octave, stay
-    undrawn). A layer whose gradient vanishes sinks. Needs histories over `Log2Bins`.
-
-    Long histories are averaged over time to at most 200 columns.
+    the colour the share of its finite elements there (zeros, which have no octave, stay undrawn).
+    A layer whose gradient vanishes sinks. Long histories are averaged to at most 200 columns.
 
     Args:
-        history: one History, or several in a mapping of names or a sequence.
-        field: a field of `Statistics`, ``"mean_abs"``, the mean of magnitudes, ``"update_ratio"``
-            or ``"dead_units"`` as of `History`, or ``"counts"``.
+        history: as for `ridge`.
+        field: as for `curves`, but for scalars and ``"norm"``; or ``"counts"``, of `Log2Bins`.
         layers: as for `ridge`.
         steps_per_epoch: as for `ridge`.
-        log: logarithmic colour; by default for the fields that are magnitudes.
         figure: as for `ridge`.
+        log: logarithmic colour; by default for the fields that are magnitudes.
 
     Returns:
         The figure: an axes for each history, or for each layer of each history, and the colour
         bar's. All panels share one colour scale, and with ``"counts"`` one vertical axis.
 
     Raises:
-        TypeError: an argument of another kind.
-        ValueError: an unknown field or layer, no records, more than 100 panels, ``"counts"`` of
-            `LinearBins`.
+        TypeError, ValueError: as `ridge`; an unknown field, ``"counts"`` of `LinearBins`.
     """
     named, titles = _checked("heatmap", history, layers, steps_per_epoch, figure, field)
     data.check_field("heatmap", field, "counts")
@@ -289,9 +278,11 @@ def _series_curves(
     """`curves` of one number a step: a line for each history, marks where findings begin."""
     names = list(map(labels.literal, named))
     lines = [_series(each, field) for each in named.values()]
-    marks = [mark for each in named.values() for mark in _marks(each, steps_per_epoch)]
-    drawn = {color for _, color in marks}
-    shown = {name: color for name, color in _MARK_NAMES.items() if color in drawn}
+    # The worst last, over the others.
+    found = [each for history in named.values() for each in diagnose(history)[::-1]]
+    found = [each for each in found if each.severity in _MARKS]
+    marked = {each.severity for each in found}
+    shown = {name: to_rgba(COLORS[each]) for each, name in _MARKS.items() if each in marked}
     beside = labels.longest_inches([*names, *shown], 9)
     figure, (ax,) = panels.grid_2d(figure, 1, 1, (5.2, 3.0), margin=0.5 + max(0.4, beside))
     panels.style_2d(ax)
@@ -306,8 +297,9 @@ def _series_curves(
             times, values = data.block_last(times, average), data.block_mean(values, average)
             panels.add_line(ax, times, values, color, log=log)
     at_axis = ax.get_xaxis_transform()
-    for time, color in marks:
-        (mark,) = ax.plot([time], [0.0], "^", color=color, markersize=6, transform=at_axis)
+    for each in found:
+        time = data.times(np.array([began(each)]), steps_per_epoch)
+        (mark,) = ax.plot(time, [0.0], "^", color=COLORS[each.severity], transform=at_axis)
         mark.set(clip_on=False, zorder=5)
     label = labels.literal(field)
     if all(field not in each.scalars for each in named.values()):  # it is the norm
@@ -322,21 +314,11 @@ def _series_curves(
 
 
 def _series(history: History, field: str) -> tuple[Array, Array]:
-    if field == _NORM and field not in history.scalars:
+    if field in history.scalars:
+        return history.scalar(field)
+    if field == _NORM:
         return history.steps, history.norm(history.kinds[0])
-    if field not in history.scalars:
-        return np.empty(0, np.int64), np.empty(0)
-    return history.scalar(field)
-
-
-def _marks(history: History, steps_per_epoch: int | None) -> list[tuple[float, Color]]:
-    """Where each severe finding or warning begins, the worst last, and the colour of its mark."""
-    marks = []
-    for finding in diagnose(history):
-        if finding.severity in _MARKS:
-            time = data.times(np.array(began(finding)), steps_per_epoch)
-            marks.append((float(time), _MARKS[finding.severity]))
-    return marks[::-1]
+    return np.empty(0, np.int64), np.empty(0)
 
 
 def _counts_heatmap(

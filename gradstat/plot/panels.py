@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from typing import Any, TypeAlias
+import sys
+from typing import TypeAlias
 
 import numpy as np
 from matplotlib import colormaps
@@ -24,9 +25,7 @@ from gradstat.util import Array
 Box: TypeAlias = tuple[float, float, float, float]
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
-HUES = [
-    to_rgba(f"#{code}") for code in ("0072B2", "D55E00", "009E73", "CC79A7", "E69F00", "56B4E9")
-]
+HUES = [to_rgba(x) for x in ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")]
 LINE, GRID = "#999999", "#e4e4e4"
 GREY = to_rgba("#c4c4c4")  # of lines without a name
 CELL = 3.0  # inches, width of a 3-D panel
@@ -36,33 +35,22 @@ class ShownFigure(Figure):
     """A figure that a notebook shows when it is the last line of a cell; it opens no window."""
 
     def _repr_png_(self) -> bytes:
-        """What a notebook shows."""
         file = io.BytesIO()
         self.savefig(file, format="png")
         return file.getvalue()
 
     def show(self, warn: bool = True) -> None:
         """Show the figure in a notebook; RuntimeError elsewhere. `warn` is of `Figure.show`."""
-        display = _display()
-        if display is None:
+        ipython = sys.modules.get("IPython")
+        if ipython is None or ipython.get_ipython() is None:
             raise RuntimeError(
                 "show() needs a notebook: the figure belongs to no window; savefig(path) writes it"
             )
-        display(self)
+        sys.modules["IPython.display"].display(self)
 
 
-def _display() -> Any:  # noqa: ANN401 (IPython has types only where it is installed)
-    """The function of IPython that shows an object; ``None`` outside of it."""
-    try:
-        from IPython import get_ipython
-        from IPython.display import display
-    except ImportError:
-        return None
-    return display if get_ipython() is not None else None
-
-
-def fresh(figure: Figure | None, width: float, height: float) -> Figure:
-    """Return an empty figure: a new one of so many inches, or the one given, cleared."""
+def _fresh(figure: Figure | None, width: float, height: float) -> Figure:
+    """A new figure of so many inches, or the one given, cleared."""
     if figure is None:
         return ShownFigure(figsize=(width, height), dpi=150, facecolor="white")
     figure.clear()
@@ -85,7 +73,7 @@ def grid_2d(
     # bars, is inches beside the panels.
     columns = min(columns, panels)
     rows = math.ceil(panels / columns)
-    figure = fresh(figure, columns * size[0] + margin, groups * rows * size[1] + 0.5)
+    figure = _fresh(figure, columns * size[0] + margin, groups * rows * size[1] + 0.5)
     figure.set_layout_engine("constrained")
     grid = figure.subplots(groups * rows, columns, squeeze=False, sharex=sharex, sharey=sharey)
     by_group = grid.reshape(groups, rows * columns)
@@ -107,7 +95,7 @@ def grid_3d(
     rows = rows_each * histories
     row_height = 2.65 + 0.17 * title_lines
     width, height = CELL * columns + 0.8, row_height * rows
-    figure = fresh(figure, width, height)
+    figure = _fresh(figure, width, height)
     figure.set_layout_engine("none")
     boxes = []
     for panel in range(histories * layers):

@@ -225,8 +225,11 @@ class Growing:
         if list(series) != list(self._series):
             self._whole_since = self._version
         else:
-            for name, now in series.items():
-                self._changed[_differing(self._series[name], now)] = self._version
+            for before, now in zip(self._series.values(), series.values(), strict=True):
+                for a, b in zip(before, now, strict=True):
+                    n = min(len(a), len(b))
+                    is_same = np.isclose(a[:n], b[:n], rtol=0, atol=0, equal_nan=True)
+                    self._changed[:n][~is_same] = self._version
         self._series = series
 
     def name(self, history: History, at: list[int], version: int) -> None:
@@ -261,11 +264,3 @@ class Growing:
             "kept": list(samples),
         }
         return found | ({"head": self._head} if is_whole else {})
-
-
-def _differing(before: Series, now: Series) -> Array:
-    """Which columns have changed, of those that were there before."""
-    n = min(len(before.mean), len(now.mean))
-    pairs = [(a[:n], b[:n]) for a, b in zip(before, now, strict=True)]
-    differing = np.any([(a != b) & ~((a != a) & (b != b)) for a, b in pairs], axis=0)
-    return np.flatnonzero(differing)

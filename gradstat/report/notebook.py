@@ -32,7 +32,8 @@ def fragment(history: History) -> str:
     history = history.snapshot()
     parts = [f"<b>{_text(_size(history))}</b>"]
     if len(history) and history.layers:
-        parts += [_findings(history), _line(history), _map(history)]
+        columns = thin.columns(history)
+        parts += [_findings(history), _line(history, columns), _map(history, columns)]
     return f'<div class="gradstat" style="{_STYLE}">{"".join(parts)}</div>'
 
 
@@ -55,9 +56,8 @@ def _findings(history: History) -> str:
     return "".join(lines) or "<div>Nothing stands out in this run.</div>"
 
 
-def _line(history: History) -> str:
+def _line(history: History, columns: thin.Columns) -> str:
     """The first of the run's losses, or the norm, as a line; logarithmic if it spans much."""
-    columns = thin.columns(history)
     name, line = next(iter(thin.series(history, columns).items()))
     y = line.mean.astype(np.float64)
     known = y[np.isfinite(y)]
@@ -85,9 +85,8 @@ def _line(history: History) -> str:
     )
 
 
-def _map(history: History) -> str:
+def _map(history: History, columns: thin.Columns) -> str:
     """Rms of each layer and column of records as colour, the layer nearest to the input on top."""
-    columns = thin.columns(history)
     names = first_rows(history)
     rows = [history.layers.index(name) for name in names]
     level, broken = columns.level[rows], columns.nonfinite[rows] > 0

@@ -26,10 +26,7 @@ from gradstat.report import thin
 from gradstat.util import Array, __version__, escaped, json_text, replacing
 
 _NUMBERS = ("numel", "mean", "std", "rms", "l2", "min", "max", "zeros", "nan", "posinf", "neginf")
-_WIDTHS = ("<u1", "<u2", "<u4")
-_COLUMNS = ("level", "least", "most", "zeros", "nonfinite", "snr", "lost")
 _SAMPLE = ("first", "rows", "counts", "finite", "zeros", "nonfinite")
-_SERIES = ("mean", "least", "most", "nonfinite")
 # The scripts are modules. A page holds those that its own one imports, as a single module, since a
 # file of HTML can import no others.
 _IMPORT = re.compile(r'^import \{ [\w, ]+ \} from "\./(\w+\.js)";\n', re.MULTILINE)
@@ -128,8 +125,9 @@ def contents(
     log2: bool,
 ) -> dict[str, Any]:
     """Columns, series and samples that a page is to add to its own, and the newest numbers."""
-    arrays = {name: getattr(columns, name) for name in _COLUMNS}
-    for name in _SERIES:
+    arrays: dict[str, Array] = columns._asdict()
+    steps, sizes = arrays.pop("steps").tolist(), arrays.pop("records").tolist()
+    for name in thin.Series._fields:
         stacked = [getattr(each, name) for each in series.values()]
         arrays[f"series{name.capitalize()}"] = np.concatenate([np.empty(0, np.float32), *stacked])
     for name in _SAMPLE:
@@ -140,8 +138,8 @@ def contents(
     arrays |= {f"newest{name.capitalize()}": x for name, x in newest.items()}
     layout, data = _pack(arrays)
     return {
-        "steps": columns.steps.tolist(),
-        "sizes": columns.records.tolist(),
+        "steps": steps,
+        "sizes": sizes,
         "series": list(series),
         "samples": [each.step for each in samples],
         "arrays": layout,
@@ -162,14 +160,12 @@ def _pack(arrays: Mapping[str, Array]) -> tuple[dict[str, tuple[str, int, int]],
 
 
 def _narrow(array: Array) -> Array:
-    """The same numbers in fewer bytes: counts in as few as hold them."""
-    if array.dtype.kind == "f":
-        return array.astype(array.dtype.newbyteorder("<"))
-    largest = int(array.max(initial=0))
-    for width in _WIDTHS:
-        if largest <= np.iinfo(width).max:
-            return array.astype(width)
-    return array.astype("<f8")
+    """The same numbers as a page reads them: counts in as few bytes as hold them."""
+    dtype = array.dtype
+    if dtype.kind != "f":
+        largest = int(array.max(initial=0))
+        dtype = np.min_scalar_type(largest) if largest < 1 << 32 else np.dtype(np.float64)
+    return array.astype(dtype.newbyteorder("<"))
 
 
 def render(title: str, told: Mapping[str, Any], data: str = "") -> str:

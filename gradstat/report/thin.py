@@ -33,8 +33,7 @@ _LARGEST = 1e308  # magnitude that the page draws: 2 to its logarithm is finite 
 _log2 = np.errstate(divide="ignore")(np.log2)
 
 
-@dataclass(frozen=True)
-class Columns:
+class Columns(NamedTuple):
     """A history of S records and L layers in T columns of records, in F formats."""
 
     steps: Array  # first and last of each column, int64 (T, 2)
