@@ -53,8 +53,11 @@ nitpick_ignore_regex = [
     ("py:class", ".*"),
     ("py:obj", r"[a-z_]+|[A-Z_]+|(torch|numpy)\..*|gradstat\.[a-z_.]+"),
 ]
-# A site of the reference needs no trainers.
-autodoc_mock_imports = ["lightning", "transformers"]
+# A site of the reference needs no trainers and no viewers.
+autodoc_mock_imports = [
+    *("lightning", "transformers"),
+    *("tensorboard", "torch.utils.tensorboard", "wandb"),
+]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +19,15 @@ from gradstat.integrations import viewers
 from gradstat.record import GRAD, Row
 from gradstat.recording.options import check_directory
 from gradstat.recording.sinks import RunWriter
+
+try:
+    from tensorboard.compat import tf
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    from torch.utils.tensorboard import summary
+except ImportError as error:
+    raise ImportError("gradstat needs TensorBoard here: pip install tensorboard") from error
 
 _NUMBERS = itertools.count()  # of files of this process
 
@@ -48,13 +56,12 @@ def write(
         progress: called with the number of further records that are done or left out.
 
     Raises:
-        ImportError: TensorBoard is not installed.
         TypeError, ValueError: an argument of another kind, no records, ``max_records`` < 1.
     """
     history = check_history("write", history)
     viewers.check_tags("write", tags)
     steps = viewers.chosen_steps("write", history, max_records)
-    events = _Events("write", log_dir, by_kind=tags == "kind")
+    events = _Events(log_dir, by_kind=tags == "kind")
     events.start(history, None)
     time_at = _times(history)
     try:
@@ -82,52 +89,36 @@ def writer(
     are as for `write`.
 
     Raises:
-        ImportError: TensorBoard is not installed.
         TypeError, ValueError: a folder that is no path, empty or a file's; other tags.
     """
     viewers.check_tags("writer", tags)
     check_directory("writer", "log_dir", log_dir)
-    return _Events("writer", log_dir, by_kind=tags == "kind")
-
-
-def _import(function: str) -> SimpleNamespace:
-    """The parts of TensorBoard that are used; ImportError names the function that needs them."""
-    try:
-        from tensorboard.compat import tf
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.record_writer import RecordWriter
-        from torch.utils.tensorboard import summary
-    except ImportError as error:
-        raise ImportError(f"{function}() needs TensorBoard: pip install tensorboard") from error
-    protocol = SimpleNamespace(Event=Event, SessionLog=SessionLog, Summary=Summary)
-    protocol.gfile, protocol.RecordWriter = tf.io.gfile, RecordWriter
-    protocol.histogram_raw, protocol.scalar = summary.histogram_raw, summary.scalar
-    return protocol
+    return _Events(log_dir, by_kind=tags == "kind")
 
 
 class _Events(RunWriter):
     """An event file, and what `writer` returns, which opens a new one for each run."""
 
-    def __init__(self, function: str, log_dir: str | os.PathLike[str], *, by_kind: bool) -> None:
+    def __init__(self, log_dir: str | os.PathLike[str], *, by_kind: bool) -> None:
         super().__init__("tensorboard.writer()")
-        self._api, self._by_kind, self._folder = _import(function), by_kind, _absolute(log_dir)
+        self._by_kind, self._folder = by_kind, os.fspath(log_dir)
+        if "://" not in self._folder:  # as of gs://
+            self._folder = str(Path(log_dir).absolute())  # the process may change directory
 
     def start(self, history: History, first_step: int | None) -> None:
-        gfile = self._api.gfile
-        gfile.makedirs(self._folder)
+        tf.io.gfile.makedirs(self._folder)
         name = f"events.out.tfevents.{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}"
         # TensorBoard's own class for this writes in a thread, which hides an error at the end.
-        file = gfile.GFile(f"{self._folder}/{name}.{next(_NUMBERS)}", "wb")
-        self._file = self._api.RecordWriter(file)
-        self._add(self._api.Event(wall_time=time.time(), file_version="brain.Event:2"))
+        file = tf.io.gfile.GFile(f"{self._folder}/{name}.{next(_NUMBERS)}", "wb")
+        self._file = RecordWriter(file)
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if first_step is not None:
             # TensorBoard forgets what the folder has of this step and later ones.
-            begin = self._api.SessionLog(status=self._api.SessionLog.START)
-            self._add(self._api.Event(wall_time=time.time(), step=first_step, session_log=begin))
+            begin = SessionLog(status=SessionLog.START)
+            self._add(Event(wall_time=time.time(), step=first_step, session_log=begin))
 
     def write_scalar(self, name: str, step: int, value: float, time_s: float | None = None) -> None:
-        self._add_summary(self._api.scalar(_text(name), value), step, time_s)
+        self._add_summary(summary.scalar(_text(name), value), step, time_s)
 
     def end(self, history: History) -> None:
         self._file.close()
@@ -138,7 +129,7 @@ class _Events(RunWriter):
             for layer, value in zip(layers, values[0].tolist(), strict=True):
                 if isfinite(value):
                     points[f"{self._prefix(Row(kind, layer))}/{name}"] = value
-        summary = self._api.Summary()
+        written = Summary()
         for row, statistics, filled in viewers.rows(record, step):
             prefix = tag = self._prefix(row)
             for name, value in viewers.scalars(statistics).items():
@@ -147,7 +138,7 @@ class _Events(RunWriter):
                 tag += "/gradient" if row.kind == GRAD else "/histogram"
             counts, ends = viewers.buckets(statistics, filled)
             if len(counts):
-                histogram = self._api.histogram_raw(
+                histogram = summary.histogram_raw(
                     tag,
                     min=float(statistics.min),
                     max=float(statistics.max),
@@ -158,14 +149,14 @@ class _Events(RunWriter):
                     bucket_limits=ends.tolist(),
                     bucket_counts=[0, *counts.tolist()],
                 )
-                summary.MergeFrom(histogram)
+                written.MergeFrom(histogram)
         for tag, value in points.items():
-            summary.MergeFrom(self._api.scalar(tag, value))
-        self._add_summary(summary, step, time_s)
+            written.MergeFrom(summary.scalar(tag, value))
+        self._add_summary(written, step, time_s)
 
-    def _add_summary(self, summary: Any, step: int, time_s: float | None) -> None:
+    def _add_summary(self, written: Any, step: int, time_s: float | None) -> None:
         wall_time = time.time() if time_s is None else time_s
-        self._add(self._api.Event(wall_time=wall_time, step=step, summary=summary))
+        self._add(Event(wall_time=wall_time, step=step, summary=written))
 
     def _add(self, event: Any) -> None:
         self._file.write(event.SerializeToString())
@@ -173,12 +164,6 @@ class _Events(RunWriter):
 
     def _prefix(self, row: Row) -> str:
         return _text(f"{viewers.group(row.kind)}/{row.name}" if self._by_kind else str(row))
-
-
-def _absolute(log_dir: str | os.PathLike[str]) -> str:
-    """A folder's absolute path, as the process may change directory; ``gs://`` and such stay."""
-    folder = os.fspath(log_dir)
-    return folder if "://" in folder else str(Path(folder).absolute())
 
 
 def _text(name: str) -> str:

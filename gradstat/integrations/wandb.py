@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -18,8 +18,11 @@ from gradstat.record import NOUNS, UPDATE
 from gradstat.recording.sinks import RunWriter
 from gradstat.util import Array, evenly_spread
 
-if TYPE_CHECKING:
+try:
     import wandb
+    from wandb.sdk.wandb_run import Run  # older ones have no wandb.Run
+except ImportError as error:
+    raise ImportError("gradstat needs Weights & Biases here: pip install wandb") from error
 
 _MAX_BUCKETS = 512  # wandb.Histogram takes no more
 _MAX_POINTS = 10_000  # of one custom chart
@@ -30,7 +33,7 @@ _COLUMNS = ("layer", "numel", "mean", "std", "rms", "l2", "zero_fraction", "nonf
 
 def log(
     history: History,
-    run: wandb.Run,
+    run: Run,
     *,
     tags: Literal["layer", "kind"] = "layer",
     max_records: int | None = 100,
@@ -52,7 +55,6 @@ def log(
         progress: called with the number of further records that are done or left out.
 
     Raises:
-        ImportError: wandb is not installed.
         TypeError, ValueError: an argument of another kind, no records, ``max_records`` < 1.
     """
     history = check_history("log", history)
@@ -70,9 +72,7 @@ def log(
     run.log(_summary(history))
 
 
-def writer(
-    run: wandb.Run, *, tags: Literal["layer", "kind"] = "layer", commit: bool = True
-) -> RunWriter:
+def writer(run: Run, *, tags: Literal["layer", "kind"] = "layer", commit: bool = True) -> RunWriter:
     """A sink for `gradstat.watch` that logs to a run while it goes on, under the names of `log`.
 
     All that belongs to one step is logged together, once a later step begins. The charts and tables
@@ -88,7 +88,6 @@ def writer(
             at each step then, since a later step replaces what still waits for a row.
 
     Raises:
-        ImportError: wandb is not installed.
         TypeError, ValueError: an argument of another kind, other tags.
     """
     viewers.check_tags("writer", tags)
@@ -99,7 +98,7 @@ def writer(
 
 
 class _WandbWriter(RunWriter):
-    def __init__(self, run: wandb.Run, tags: str, commit: bool) -> None:
+    def __init__(self, run: Run, tags: str, commit: bool) -> None:
         super().__init__("wandb.writer()")
         self._run, self._tags, self._commit = run, tags, commit
         self._row: dict[str, object] = {}  # of the newest step, to which more may come
@@ -151,15 +150,10 @@ def write(
         progress: as for `log`.
 
     Raises:
-        ImportError: wandb is not installed.
         ValueError: no records, other tags, or another run is going on in this process: use `log`.
     """
     history = check_history("write", history)
     viewers.check_tags("write", tags)
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError("write() needs Weights & Biases: pip install wandb") from error
     if wandb.run is not None:
         raise ValueError(f"write() needs a process without a run; {wandb.run.id} is going on")
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -173,15 +167,11 @@ def write(
 
 
 def _check_run(function: str, run: object) -> None:
-    try:
-        from wandb.sdk.wandb_run import Run  # older ones have no wandb.Run
-    except ImportError as error:
-        raise ImportError(f"{function}() needs Weights & Biases: pip install wandb") from error
     if not isinstance(run, Run):
         raise TypeError(f"{function}() needs a run of wandb.init(); run is {type(run).__name__}")
 
 
-def _define_metrics(run: wandb.Run, kinds: list[str], tags: str) -> None:
+def _define_metrics(run: Run, kinds: list[str], tags: str) -> None:
     run.define_metric(_STEP, hidden=True)
     for kind in dict.fromkeys(kinds):
         names = f"{_histogram_name(kind, tags)}*"
@@ -195,8 +185,6 @@ def _histogram_name(kind: str, tags: str) -> str:
 
 def _histograms(history: History, step: int, tags: str) -> dict[str, object]:
     """Those of a record, by name."""
-    import wandb
-
     found: dict[str, object] = {}
     for (kind, layer), statistics, filled in viewers.rows(history, step):
         counts, ends = viewers.buckets(statistics, filled, _MAX_BUCKETS)
@@ -219,8 +207,6 @@ def _scalars(history: History) -> dict[int, dict[str, object]]:
 
 def _summary(history: History) -> dict[str, object]:
     """Tables of the newest record and charts of the whole run, by name."""
-    import wandb
-
     found: dict[str, object] = {
         f"{viewers.group(kind)}/layers": wandb.Table(columns=list(_COLUMNS), data=table)
         for kind, table in _newest(history).items()

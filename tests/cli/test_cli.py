@@ -220,8 +220,10 @@ def test_export_says_which_viewer_is_missing(
 ) -> None:
     for module in [package, *(each for each in sys.modules if each.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, f"gradstat.integrations.{package}", raising=False)
+    monkeypatch.delattr(f"gradstat.integrations.{package}", raising=False)
     assert run("export", ill, "--to", package, tmp_path / "runs") == 2
-    message = f"write() needs {name}: pip install {package}"
+    message = f"gradstat needs {name} here: pip install {package}"
     assert capsys.readouterr().err == f"gradstat export: error: {message}\n"
 
 
