@@ -18,15 +18,12 @@ from typing import NoReturn, TypeAlias
 from gradstat.thresholds import Thresholds
 from gradstat.util import ENGINE_VARIABLE, __version__, escaped, one_of
 
-_PRINTING, _WRITING = ("diagnose", "formats", "compare", "tail"), ("export", "report", "merge")
-# The module that has a function of the command's name. It is imported when it is asked for: PyTorch
-# takes a second or two. `info` alone is here, as it needs none.
-COMMANDS = {
-    "info": "gradstat.cli",
-    **dict.fromkeys((*_PRINTING, *_WRITING), "gradstat.cli.commands"),
-    "serve": "gradstat.cli.server",
-}
-TARGETS = ("parquet", "csv", "tensorboard", "wandb")  # of export
+# Each is a function. Its module is imported when it is asked for: PyTorch takes a second or two.
+COMMANDS = ("info", "diagnose", "formats", "compare", "tail", "serve", "export", "report", "merge")
+_HOMES = {"info": "gradstat.cli", "serve": "gradstat.cli.server"}  # `info` needs no PyTorch
+_TARGETS = ("parquet", "csv", "tensorboard", "wandb")  # of export
+_RUN = "file that History.save() wrote, or directory that watch(path=...) writes"
+_EVERY_LAYER = "every layer of a deep network"
 _THRESHOLDS = [field.name for field in dataclasses.fields(Thresholds)]
 _FAILED = 2  # exit code
 _LAST_PORT = 65_535
@@ -34,7 +31,7 @@ _PACKAGES = ("torch", "triton", "numba", "numpy", "matplotlib", "pandas", "pyarr
 # Devices of the drivers of NVIDIA, of Windows under WSL, of Jetson, and of AMD.
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap", "/dev/kfd")
 
-_Add: TypeAlias = Callable[[str, str], argparse.ArgumentParser]
+_Add: TypeAlias = Callable[..., argparse.ArgumentParser]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if isinstance(out, io.TextIOWrapper):
             out.reconfigure(errors="backslashreplace")  # as stderr: a terminal may know ASCII alone
-        home = importlib.import_module(COMMANDS[options.command])
+        home = importlib.import_module(_HOMES.get(options.command, "gradstat.cli.commands"))
         code: int = getattr(home, options.command)(options)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -92,8 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gradstat {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, what: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=what, description=what)
+    def add(name: str, what: str, of: str = _RUN, n: str | None = None) -> argparse.ArgumentParser:
+        """A command of one run, or of so many."""
+        command = commands.add_parser(name, help=what, description=what)
+        runs = "run_paths" if n == "+" else "run_path"
+        command.add_argument(runs, metavar="RUN", type=Path, nargs=n, help=of)
+        return command
 
     _add_printing(add)
     _add_writing(add)
@@ -101,13 +102,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_printing(add: _Add) -> None:
-    info = add("info", "show versions, engines, and what will run where; or what a run has logged")
-    what = "instead: what this run has logged"
-    info.add_argument("run_path", metavar="RUN", type=Path, nargs="?", help=what)
+    what = "show versions, engines, and what will run where; or what a run has logged"
+    add("info", what, "instead: what this run has logged", "?")
     diagnose = add(
         "diagnose", "say what is wrong with a run's gradients; exit code 1 for something severe"
     )
-    _add_run(diagnose)
     diagnose.add_argument("--all", action="store_true", help="also where many layers show the same")
     diagnose.add_argument("--json", action="store_true", help="print the findings as a JSON list")
     diagnose.add_argument(
@@ -121,7 +120,6 @@ def _add_printing(add: _Add) -> None:
     formats = add(
         "formats", "say what narrow number formats would do to each layer, and which one fits"
     )
-    _add_run(formats)
     formats.add_argument(
         "--snr",
         type=float,
@@ -129,34 +127,32 @@ def _add_printing(add: _Add) -> None:
         metavar="DB",
         help="signal-to-noise ratio to keep, by default %(default)g dB",
     )
-    formats.add_argument("--all", action="store_true", help="every layer of a deep network")
+    formats.add_argument("--all", action="store_true", help=_EVERY_LAYER)
     formats.add_argument(
         "--scales", action="store_true", help="exponents of the smallest and the largest scale too"
     )
     compare = add("compare", "compare two runs layer by layer")
-    _add_run(compare)
-    _add_run(compare, "other")
-    compare.add_argument("--all", action="store_true", help="every layer of a deep network")
+    compare.add_argument("other", metavar="RUN", type=Path, help=_RUN)
+    compare.add_argument("--all", action="store_true", help=_EVERY_LAYER)
     _add_output(compare, "also draw the curves of both into a PNG")
     tail = add("tail", "show a run's newest record as it is written, and wait for the next")
-    _add_run(tail)
     tail.add_argument("--interval", type=float, default=1.0, help="seconds between two looks")
     tail.add_argument("--updates", type=int, help="stop after so many tables")
     serve = add(
-        "serve", "show the report page of runs in a browser of this machine, while they are written"
+        "serve",
+        "show the report page of runs in a browser of this machine, while they are written",
+        "what watch(path=...) writes or will write, a file that History.save() wrote, or a "
+        "directory of such runs",
+        "+",
     )
-    what = "what watch(path=...) writes or will write, a file that History.save() wrote, or a "
-    _add_runs(serve, f"{what}directory of such runs")
     what = "to listen on; by default any that is free"
     serve.add_argument("--port", type=_port, default=0, help=what)
 
 
 def _add_writing(add: _Add) -> None:
     export = add("export", "write a run for other programs")
-    _add_run(export)
-    export.add_argument(
-        "--to", required=True, choices=TARGETS, help="what to write; wandb: an offline run"
-    )
+    what = "what to write; wandb: an offline run"
+    export.add_argument("--to", required=True, choices=_TARGETS, help=what)
     export.add_argument(
         "--tags",
         choices=["layer", "kind"],
@@ -166,22 +162,12 @@ def _add_writing(add: _Add) -> None:
         "directory", metavar="DIR", type=Path, help="where to; made if it is not there"
     )
     report = add("report", "write a run as an HTML page to look around in")
-    _add_run(report)
     _add_output(report, "the page; by default RUN's name and .html")
-    merge = add("merge", "put what the ranks of a run wrote into one file")
-    _add_runs(merge, "directory that all ranks of a run write, or what each of them wrote")
+    what = "directory that all ranks of a run write, or what each of them wrote"
+    merge = add("merge", "put what the ranks of a run wrote into one file", what, "+")
     _add_output(merge, "the .npz file to write", required=True)
     what = "count what each rank has as its own, but for replicas on one mesh"
     merge.add_argument("--not-replicated", action="store_true", help=what)
-
-
-def _add_run(parser: argparse.ArgumentParser, name: str = "run_path") -> None:
-    what = "file that History.save() wrote, or directory that watch(path=...) writes"
-    parser.add_argument(name, metavar="RUN", type=Path, help=what)
-
-
-def _add_runs(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("run_paths", metavar="RUN", type=Path, nargs="+", help=what)
 
 
 def _add_output(parser: argparse.ArgumentParser, what: str, *, required: bool = False) -> None:

@@ -38,6 +38,7 @@ _MOST_LAYERS = 24  # lines of a table
 _MOST_LINES = 10  # layers that a figure's key has room for
 _BAR = 12  # characters
 _LATE = 20  # values whose median says where a series is now
+_DAY_S = 86_400
 _NEWEST = ("rms", "abs_max", "numel", "finite", "zeros")  # fields that tail shows
 
 
@@ -209,8 +210,10 @@ def draw(runs: Mapping[str, History], path: Path) -> None:
 
 
 def tail(options: argparse.Namespace) -> int:
-    if not options.interval > 0:
-        raise ValueError(f"--interval needs a number of seconds above 0; it is {options.interval}")
+    if not 0 < options.interval <= _DAY_S:
+        raise ValueError(
+            f"--interval needs a number of seconds above 0, a day at most; it is {options.interval}"
+        )
     try:
         follow(options.run_path, options.interval, options.updates)
     except KeyboardInterrupt:

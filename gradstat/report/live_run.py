@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import traceback
@@ -200,18 +201,13 @@ class Growing:
             self._whole_since = self._version
 
     def _add_samples(self, part: History) -> None:
-        kept = [each for each in self._samples if each[1] % self._sample_stride == 0]
-        last = self.n_records + len(part) - 1
-        for at in range(self.n_records, last + 1):
-            if at % self._sample_stride and at != last:
-                continue
-            kept.append((self._version, at, thin.sample(part, at - self.n_records)))
-            while len(kept) > self._most_samples:
-                self._sample_stride *= 2
-                kept = [
-                    each for each in kept if each[1] % self._sample_stride == 0 or each[1] == last
-                ]
-        self._samples = kept
+        first, last = self.n_records, self.n_records + len(part) - 1
+        while math.ceil(last / self._sample_stride) + 1 > self._most_samples:
+            self._sample_stride *= 2
+        self._samples = [each for each in self._samples if each[1] % self._sample_stride == 0]
+        for at in range(first, last + 1):
+            if at % self._sample_stride == 0 or at == last:
+                self._samples.append((self._version, at, thin.sample(part, at - first)))
 
     def _add_series(self, part: History) -> None:
         self._scalars.extend(part.logged)

@@ -127,12 +127,12 @@ def test_diagnose_says_which_threshold_may_be_meant(
     assert "(did you mean 'vanishing_ratio'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("seconds", ["0", "-1", "nan"])
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "1e300"])
 def test_tail_refuses_an_interval_that_is_none(
     healthy: Path, seconds: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("tail", healthy, "--interval", seconds) == 2
-    message = f"--interval needs a number of seconds above 0; it is {float(seconds)}"
+    message = f"--interval needs a number of seconds above 0, a day at most; it is {float(seconds)}"
     assert capsys.readouterr().err == f"gradstat tail: error: {message}\n"
 
 
