@@ -23,7 +23,7 @@ import numpy as np
 
 from gradstat.history import FIELDS, History
 from gradstat.results import QUANTIZATION_COUNTS, QUANTIZATION_FIELDS
-from gradstat.util import Array, json_text, replacing
+from gradstat.util import Array, encodable, json_text, replacing
 
 if TYPE_CHECKING:
     import pandas
@@ -108,7 +108,7 @@ def rows(history: History, progress: Progress | None = None) -> Iterator[TableRo
         for form in history.formats
         for name, values in history.quantization(form).items()
     }
-    layers = np.array([row.name for row in history.rows], dtype=object)
+    layers = np.array([encodable(row.name) for row in history.rows], dtype=object)
     kinds = np.array(history.kinds, dtype=object)
     for records in history.unpacked():
         n = len(records.integers)
@@ -128,20 +128,18 @@ def rows(history: History, progress: Progress | None = None) -> Iterator[TableRo
 
 
 def _plain(history: History) -> list[str]:
-    """Names of the columns before the lists."""
     of_formats = [f"{form}_{name}" for form in history.formats for name in QUANTIZATION_FIELDS]
     return [*COLUMNS[: -len(LISTS)], *of_formats]
 
 
 def _scalar_rows(name: str, steps: Array, values: Array, names: Sequence[str]) -> TableRows:
-    """A row for each value."""
     n = len(steps)
     finite = np.isfinite(values)
     known = np.where(finite, values, math.nan)
     given: dict[str, Array] = {
         "step": steps,
         "kind": np.full(n, "scalar", object),
-        "layer": np.full(n, name, object),
+        "layer": np.full(n, encodable(name), object),
         "numel": np.ones(n),
         "finite": finite,
         "zeros": values == 0,
@@ -162,7 +160,6 @@ def _scalar_rows(name: str, steps: Array, values: Array, names: Sequence[str]) -
 
 
 def _cells(part: TableRows, name: str) -> list[Array]:
-    """The list of each row."""
     return np.split(part.lists[name], np.cumsum(part.sizes))[:-1]
 
 

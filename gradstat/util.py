@@ -80,6 +80,11 @@ def escaped(text: object) -> str:
     )
 
 
+def encodable(name: str) -> str:
+    """A name that UTF-8 can encode: one of undecodable bytes has their escapes."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def plural(n: int, what: str) -> str:
     """How many of something there are."""
     return f"{n} {what}{'s' * (n != 1)}"

@@ -80,6 +80,16 @@ def test_readers_take_the_extremes_of_float64(
     read(extreme_history(case, bins), tmp_path)
 
 
+@pytest.mark.parametrize("before", [1.0, 1.7e308, -1.7e308])
+def test_diagnose_takes_losses_as_large_as_float64_holds(before: float) -> None:
+    history = make_history(Log2Bins(), 1, 60)
+    for step in range(60):
+        for _ in range(2):  # passes, of which the mean is taken
+            history.add_scalar("loss", step, before if step < 40 else 1.7e308)
+    spikes = [each for each in history.diagnose() if each.kind == "loss spike"]
+    assert [each.steps for each in spikes] == ([(40, 59)] if before < 1e308 else [])
+
+
 def test_diagnose_counts_decades_that_float64_does_not_hold() -> None:
     found = extreme_history("six hundred decades", Log2Bins()).diagnose()
     slope = next(finding for finding in found if "slope" in finding.numbers)

@@ -98,6 +98,14 @@ def test_rows_come_in_batches_and_report_each(
     assert steps == [str(step) for step in range(150) for _ in range(2)]
 
 
+def test_a_table_has_escapes_of_what_is_no_letter_of_a_name(tmp_path: Path) -> None:
+    history = make_history(Log2Bins(), ["a\udce9b"], 1)
+    history.add_scalar("lo\udcffss", 0, 1.0)
+    history.to_csv(tmp_path / "run.csv")
+    with (tmp_path / "run.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["layer"] for row in csv.DictReader(file)] == ["a\\udce9b", "lo\\udcffss"]
+
+
 def test_a_table_of_no_records_has_its_columns(tmp_path: Path) -> None:
     History(["weight"], Log2Bins()).to_csv(tmp_path / "run.csv")
     assert (tmp_path / "run.csv").read_text() == ",".join(COLUMNS) + "\n"

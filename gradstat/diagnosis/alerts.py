@@ -48,10 +48,9 @@ class Alerts:
         # Logarithms of the newest records' norms, of each row and of the whole gradient.
         self._ring = np.full((WINDOW, len(kinds) + 1), math.nan)
         self._usual = np.full(len(kinds) + 1, math.inf)
-        self._near = np.full(len(kinds) + 1, math.log(self._thresholds.exploding_growth))
-        self._near[-1] = math.log(self._thresholds.spike_gradient)
-        self._near *= _NEAR
-        self._losses: dict[str, list[float]] = {}
+        self._near = np.full(len(kinds) + 1, _NEAR * math.log(self._thresholds.exploding_growth))
+        self._near[-1] = _NEAR * math.log(self._thresholds.spike_gradient)
+        self._losses: dict[str, deque[float]] = {}  # the newest
         self._n_records = self._n_looked_at = 0
         self._steps: deque[int] = deque(maxlen=WINDOW // _REFRESHED + 1)  # of every eighth record
         self._is_due = self._is_unstable = self._is_ahead = False
@@ -93,7 +92,7 @@ class Alerts:
 
     def _is_learning(self) -> bool:
         """Whether a loss falls by a tenth or more in a window of its values, noise apart."""
-        for recent in self._losses.values():
+        for recent in map(list, self._losses.values()):
             before, now = sorted(recent[:_REFRESHED]), sorted(recent[-_REFRESHED:])
             # The upper quartile of the newest, and the lower one of the oldest.
             upper, lower = now[3 * len(now) // 4], before[len(before) // 4]
@@ -104,7 +103,7 @@ class Alerts:
     def see_scalar(self, name: str, value: float) -> None:
         if not is_loss(name):
             return
-        recent = self._losses.setdefault(name, [])
+        recent = self._losses.setdefault(name, deque(maxlen=WINDOW))
         if not math.isfinite(value):
             self._is_due = True
             return
@@ -113,8 +112,6 @@ class Alerts:
         if value > usual + (self._thresholds.spike_loss - 1) * _NEAR * abs(usual):
             self._is_due = True
         recent.append(value)
-        if len(recent) > WINDOW:
-            recent.pop(0)
 
     def tell(self) -> None:
         """Ask the rules if anything stood out, and tell what is new."""
@@ -158,12 +155,9 @@ class Alerts:
         found = find_nonfinite(run, self._thresholds)
         if self._is_scaled:
             # A loss scale that is tried overflows now and then.
-            found = [
-                each
-                for each in found
-                if each.severity == "severe"
-                and np.ptp(np.searchsorted(run.steps, each.steps)) >= _TRIED
-            ]
+            n_records = [np.ptp(np.searchsorted(run.steps, each.steps)) for each in found]
+            pairs = zip(found, n_records, strict=True)
+            found = [each for each, n in pairs if each.severity == "severe" and n >= _TRIED]
         found += find_loss_spikes(run, self._thresholds)
         found += find_gradient_spikes(run, self._thresholds)
         if len(self._gradients):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ import torch
 from gradstat.bins import FLOAT64_MAX, Log2Bins
 from gradstat.history import History
 from gradstat.record import GRAD, PARAM, UPDATE
-from gradstat.util import Array, evenly_spread, windows_of
+from gradstat.util import Array, divide, evenly_spread, windows_of
 
 _MAX_BLOCKS = 200
 _MAX_SAMPLES = 64
@@ -22,6 +22,7 @@ _MAX_SAMPLES = 64
 _CELLS, _SERIES = 1 << 19, 1 << 22
 _SOFT = 1e-3  # share of the loss at the start below which its logarithm says little
 _FIRST = 32  # losses that say how large one is
+_LARGEST = FLOAT64_MAX / 4  # of which two can be added
 _LEVEL, _FALL = 8, 0.03  # losses whose median is their level; how far it falls, a logarithm
 _PERSISTENT = 3  # sampled records in a row that must show something
 
@@ -128,9 +129,7 @@ class Evidence:
     def rms(self) -> Array:
         """Rms of the elements that are not zero, ``(S, L)``; NaN without any, finite elsewhere."""
         l2 = np.minimum(self["l2"], FLOAT64_MAX)
-        rms = np.full(l2.shape, math.nan)
-        np.divide(l2, np.sqrt(self.nonzero), out=rms, where=self.nonzero > 0)
-        return rms
+        return divide(l2, np.sqrt(self.nonzero))
 
     @cached_property
     def log_rms(self) -> Array:
@@ -143,12 +142,11 @@ class Evidence:
     def rate(self) -> Array:
         """Learning rate of the median group at each record: ``(S,)``; NaN if unknown."""
         groups = list(filter(is_rate, self.history.scalars))
-        rates = np.full((len(self.steps), max(len(groups), 1)), math.nan)
-        for at, name in enumerate(groups):
-            steps, values = self.history.scalar(name)
+        rates = np.full((max(len(groups), 1), len(self.steps)), math.nan)
+        for of_group, (steps, values) in zip(rates, map(self.history.scalar, groups), strict=False):
             newest = np.searchsorted(steps, self.steps, "right") - 1
-            rates[:, at] = np.where(newest >= 0, values[newest.clip(0)], math.nan)
-        return median(np.where(rates > 0, rates, math.nan).T)
+            of_group[:] = np.where(newest >= 0, values[newest.clip(0)], math.nan)
+        return median(np.where(rates > 0, rates, math.nan))
 
     @cached_property
     def log_rate(self) -> Array:
@@ -172,10 +170,8 @@ class Evidence:
         """Norm of a step's change as a share of that of all weights: ``(S,)``; NaN if unknown."""
         if not {UPDATE, PARAM} <= set(self.history.kinds):
             return np.full(len(self.steps), math.nan)
-        change, weights = self.norm(UPDATE), self.norm(PARAM)
         with np.errstate(divide="ignore", invalid="ignore"):
-            pace: Array = change / weights
-        return pace
+            return np.asarray(self.norm(UPDATE) / self.norm(PARAM))
 
     def norm(self, kind: str) -> Array:
         return self.by_record(lambda part: part.history.norm(kind))
@@ -188,7 +184,8 @@ class Evidence:
             steps, values = self.history.scalar(name)
             steps, first = np.unique(steps, return_index=True)
             n_passes = np.diff(np.append(first, len(values)))
-            found[name] = steps, np.add.reduceat(values, first) / n_passes
+            # A sum of large ones would overflow.
+            found[name] = steps, np.add.reduceat(values / np.repeat(n_passes, n_passes), first)
         return found
 
     def falls(self, name: str, record: int = 0, within: int | None = None) -> bool:
@@ -266,7 +263,6 @@ class Evidence:
         return self.steps_of(*around(mask, at))
 
     def steps_of(self, first: int, last: int) -> tuple[int, int]:
-        """First and last step of the blocks from one to another."""
         return int(self.steps[self.blocks[first][0]]), int(self.steps[self.blocks[last][-1]])
 
     def lasting(self, shares: Array, limit: float) -> list[Lasting]:
@@ -283,8 +279,7 @@ class Evidence:
         return sorted(found, key=lambda each: -each.share)
 
 
-@dataclass(frozen=True)
-class SampledCounts:
+class SampledCounts(NamedTuple):
     """The histograms of a record, as the entries of all layers that are not zero."""
 
     sizes: Array  # entries of each layer, (L,)
@@ -297,8 +292,7 @@ class SampledCounts:
         return np.bincount(layers, self.counts * chosen, len(self.sizes))
 
 
-@dataclass(frozen=True)
-class Lasting:
+class Lasting(NamedTuple):
     """A layer, by its column, with a large share of something from one step to another."""
 
     column: int
@@ -309,9 +303,7 @@ class Lasting:
 def log(x: Array) -> Array:
     """Natural logarithm; NaN for zero, as for what is not known: it compares with nothing."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        logarithm: Array = np.log(x)
-    logarithm[x == 0] = math.nan
-    return logarithm
+        return np.where(x == 0, math.nan, np.log(x))
 
 
 def log_losses(losses: Array) -> Array:
@@ -319,26 +311,25 @@ def log_losses(losses: Array) -> Array:
     finite = losses[np.isfinite(losses)]
     if not len(finite):
         return np.full(len(losses), math.inf)
-    scale = float(np.median(abs(finite[:_FIRST]))) or 1.0
+    within = losses.clip(-_LARGEST, _LARGEST)
+    scale = float(np.median(abs(within[np.isfinite(losses)][:_FIRST]))) or 1.0
     with np.errstate(invalid="ignore"):
         positive = finite.min() > 0
-        x = np.log(losses + _SOFT * scale) if positive else np.arcsinh(losses / scale)
+        x = np.log(within + _SOFT * scale) if positive else np.arcsinh(within / scale)
     return np.where(np.isfinite(losses), x, math.inf)
 
 
 @functools.cache
 def log2_edges() -> Array:
     ends = torch.zeros((), device="cpu")
-    edges: Array = Log2Bins().edges(ends, ends).numpy()
-    return edges
+    return np.asarray(Log2Bins().edges(ends, ends))
 
 
 def median(x: Array) -> Array:
     """Median over the first axis of what is not NaN, the lower of two; NaN where there is none."""
     ordered = np.sort(x, axis=0)
     count = np.count_nonzero(~np.isnan(x), axis=0)
-    middle: Array = np.take_along_axis(ordered, np.maximum(count - 1, 0)[None] // 2, axis=0)[0]
-    return middle
+    return np.take_along_axis(ordered, np.maximum(count - 1, 0)[None] // 2, axis=0)[0]
 
 
 # Of what a format would do, and how the records of a block are put together.
@@ -369,9 +360,8 @@ def around(mask: Array, at: int) -> tuple[int, int]:
 def _runs(mask: Array, least: int) -> Array:
     """Where a mask is true at least so often in a row along its first axis, or all along it."""
     least = min(least, len(mask))
-    n_starts = len(mask) - least + 1
-    starts = np.logical_and.reduce([mask[i : i + n_starts] for i in range(least)])
+    starts = np.lib.stride_tricks.sliding_window_view(mask, least, axis=0).all(-1)
     kept = np.zeros_like(mask)
     for i in range(least):
-        kept[i : i + n_starts] |= starts
+        kept[i : i + len(starts)] |= starts
     return kept

@@ -19,6 +19,7 @@ from gradstat.integrations import viewers
 from gradstat.record import GRAD, Row
 from gradstat.recording.options import check_directory
 from gradstat.recording.sinks import RunWriter
+from gradstat.util import encodable
 
 try:
     from tensorboard.compat import tf
@@ -118,7 +119,7 @@ class _Events(RunWriter):
             self._add(Event(wall_time=time.time(), step=first_step, session_log=begin))
 
     def write_scalar(self, name: str, step: int, value: float, time_s: float | None = None) -> None:
-        self._add_summary(summary.scalar(_text(name), value), step, time_s)
+        self._add_summary(summary.scalar(encodable(name), value), step, time_s)
 
     def end(self, history: History) -> None:
         self._file.close()
@@ -163,12 +164,7 @@ class _Events(RunWriter):
         self._file.flush()
 
     def _prefix(self, row: Row) -> str:
-        return _text(f"{viewers.group(row.kind)}/{row.name}" if self._by_kind else str(row))
-
-
-def _text(name: str) -> str:
-    """A name that UTF-8 can encode."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+        return encodable(f"{viewers.group(row.kind)}/{row.name}" if self._by_kind else str(row))
 
 
 def _times(history: History) -> Callable[[int], float | None]:
