@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from gradstat.results import is_flushed
 from gradstat.thresholds import Thresholds
 from gradstat.util import Array, plural
 
-FLOAT16_MAX = 65504.0
 NARROW = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -30,8 +29,7 @@ _PARTS = 4  # of a run; kurtosis must grow from each to the next
 _LEAST = 20.0  # a normal distribution has 3
 
 
-@dataclass(frozen=True)
-class FormatFit:
+class FormatFit(NamedTuple):
     """What a format would have done to a layer, at its worst in a run."""
 
     snr: float  # the smallest signal-to-noise ratio in dB, a median over a window's records
@@ -51,8 +49,7 @@ class FormatFit:
         )
 
 
-@dataclass(frozen=True)
-class LayerFits:
+class LayerFits(NamedTuple):
     """The `FormatFit` of each format to a row of a history."""
 
     row: Row
@@ -78,17 +75,15 @@ def layer_fits(run: Evidence) -> list[LayerFits]:
     is_learned = run.is_kind(PARAM) & np.isfinite(spread)
     spread[~is_learned] = 0.0
     for name, levels in run.format_levels.items():
-        snr = _filled(levels["snr"]).min(0)
-        underflow, saturated = (_filled(levels[each]).max(0) for each in ("underflow", "saturated"))
-        learned = np.full(len(spread), math.inf)
-        learned[is_learned] = (levels["snr"][-1] + spread)[is_learned]
-        least = np.fmin.reduce(levels["scale_min"])
-        most = np.fmax.reduce(levels["scale_max"])
-        for at, fits in enumerate(found):
-            if not math.isnan(snr[at]):
-                scales = float(least[at]), float(most[at])
-                shares = float(underflow[at]), float(saturated[at])
-                fits[name] = FormatFit(float(snr[at]), *shares, scales, float(learned[at]))
+        snr = _filled(levels["snr"]).min(0).tolist()
+        shares = (_filled(levels[each]).max(0).tolist() for each in ("underflow", "saturated"))
+        least, most = np.fmin.reduce(levels["scale_min"]), np.fmax.reduce(levels["scale_max"])
+        scales = zip(least.tolist(), most.tolist(), strict=True)
+        learned = np.where(is_learned, levels["snr"][-1] + spread, math.inf).tolist()
+        of_layers = map(FormatFit, snr, *shares, scales, learned)
+        for fits, fit in zip(found, of_layers, strict=True):
+            if not math.isnan(fit.snr):
+                fits[name] = fit
     return [
         LayerFits(Row(kind, name), layer, fits)
         for kind, name, layer, fits in zip(run.kinds, run.names, run.layers, found, strict=True)
@@ -122,7 +117,7 @@ def _for_kind(layers: Sequence[LayerFits], formats: Sequence[str], thresholds: T
     }
     whole = next((name for name in by_bits if not lacking[name]), None)
     # Narrower ones that would do for most of them.
-    narrower = by_bits[: by_bits.index(whole)] if whole else by_bits
+    narrower = by_bits[: by_bits.index(whole) if whole else None]
     most = next((name for name in narrower if 2 * len(lacking[name]) < len(layers)), None)
     if whole is not None and most is None:
         return f"{whole} for all {nouns}"
@@ -150,7 +145,6 @@ def find_format_saturation(run: Evidence, thresholds: Thresholds) -> list[Findin
 
 
 def find_narrowest(run: Evidence, thresholds: Thresholds) -> list[Finding]:
-    """A note on which of the formats would do."""
     history = run.history
     layers = layer_fits(run) if history.formats else []
     if not layers:
@@ -199,7 +193,7 @@ def find_scale(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     if largest == 0 or (run.levels > thresholds.exploding_level).any():
         return []  # nor would a scale help where it explodes
     layer = run.layers[int(_peaks(run.part([at])).argmax())]
-    fits = FLOAT16_MAX / thresholds.float16_headroom
+    fits = torch.finfo(torch.float16).max / thresholds.float16_headroom
     highest = math.floor(math.log2(min(fits / largest, 2.0**1023)))
     numbers = {"abs_max": largest, "log2_highest_scale": float(highest)}
     if largest > fits:
@@ -282,7 +276,6 @@ def _filled(levels: Array) -> Array:
 
 
 def _peaks(run: Evidence) -> Array:
-    """Largest magnitudes, ``(S, L)``; 0 where there are none."""
     return np.nan_to_num(run["abs_max"])
 
 
