@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from numbers import Real
 
 import numpy as np
 
+from gradstat.bins import FLOAT64_MAX
 from gradstat.history import History
 from gradstat.history.history import check_history
 from gradstat.record import GRAD
@@ -77,11 +77,16 @@ def noise_scale(
         (['weight'], (1,))
     """
     small, big = (_gradients(name, each) for name, each in (("small", small), ("big", big)))
-    small_batch = _positive("small_batch", small_batch)
-    big_batch, scale = _positive("big_batch", big_batch), _positive("scale", scale)
-    decay = _number("decay", decay)
+    numbers = {"small_batch": small_batch, "big_batch": big_batch, "scale": scale, "decay": decay}
+    for name, number in numbers.items():
+        if not isinstance(number, Real) or isinstance(number, bool):
+            raise TypeError(f"noise_scale() needs a number; {name} is {number!r}")
+        # An integer may be larger than any float.
+        if name != "decay" and not 0 < number <= FLOAT64_MAX:
+            raise ValueError(f"noise_scale() needs a positive number; {name} is {number}")
     if not 0 <= decay < 1:
         raise ValueError(f"noise_scale() needs a decay from 0 to below 1; decay is {decay}")
+    small_batch, big_batch, scale, decay = map(float, numbers.values())
     if not small_batch < big_batch:
         raise ValueError(
             f"noise_scale() needs a small batch below the big one; small_batch is "
@@ -89,14 +94,12 @@ def noise_scale(
         )
     steps = np.intersect1d(small.steps, big.steps)
     layers = [layer for layer in big.layers if layer in set(small.layers)]
-    for what, found, those in (
-        ("steps", steps, (small.steps, big.steps)),
-        ("layers", layers, (small.layers, big.layers)),
-    ):
+    for what, found in (("steps", steps), ("layers", layers)):
         if not len(found):
+            one, other = (getattr(each, what)[:3] for each in (small, big))
             raise ValueError(
-                f"noise_scale() needs {what} that both histories have; small has {those[0][:3]} "
-                f"and so on, big {those[1][:3]}"
+                f"noise_scale() needs {what} that both histories have; small has {one} and so on, "
+                f"big {other}"
             )
     numel, small_numel = (_at(each, "numel", steps, layers) for each in (big, small))
     if (differs := (numel > 0) & (small_numel % np.maximum(numel, 1) != 0)).any():
@@ -127,22 +130,6 @@ def _gradients(name: str, history: History) -> History:
             f"noise_scale() needs gradients; {name} has {', '.join(dict.fromkeys(held.kinds))}"
         )
     return held.select(GRAD)
-
-
-def _number(name: str, value: object) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"noise_scale() needs a number; {name} is {value!r}")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _positive(name: str, value: object) -> float:
-    number = _number(name, value)
-    if not (number > 0 and math.isfinite(number)):
-        raise ValueError(f"noise_scale() needs a positive number; {name} is {value}")
-    return number
 
 
 def _at(history: History, field: str, steps: Array, layers: list[str]) -> Array:

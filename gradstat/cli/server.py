@@ -17,7 +17,6 @@ from functools import lru_cache
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from stat import S_ISDIR
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -205,7 +204,6 @@ class RunList:
         return self._runs.get(number)
 
     def name(self, run: LiveRun) -> str:
-        """The heading of a run, or its path where others have the same heading."""
         return self._headings()[run.path]
 
     def listed(self) -> list[dict[str, Any]]:
@@ -245,41 +243,34 @@ class RunList:
 
 
 def _line(number: int, name: str, path: Path) -> dict[str, Any]:
-    files = _files_of(path).values()
-    quiet = time.time() - max(each.st_mtime for each in files) if files else None
-    return {
-        "number": number,
-        "name": escaped(name),
-        "quiet": quiet and max(0.0, round(quiet, 1)),
-        "bytes": sum(each.st_size for each in files),
-    }
+    files = _files_of(path)
+    quiet = max(0.0, time.time() - max(each.st_mtime for each in files)) if files else None
+    size = sum(each.st_size for each in files)
+    return {"number": number, "name": escaped(name), "quiet": quiet, "bytes": size}
 
 
-def _files_of(path: Path) -> dict[Path, os.stat_result]:
+def _files_of(path: Path) -> list[os.stat_result]:
     """As `stats_of`; none if the run has gone or may not be read."""
     try:
-        return stats_of(path)
+        return list(stats_of(path).values())
     except OSError:
-        return {}
+        return []
 
 
 def _is_directory_of_runs(path: Path) -> bool:
-    if not path.is_dir() or _files_of(path):
-        return False
     # That the directory itself cannot be read is an error.
-    return any(_is_run(each) for each in path.iterdir())
+    return path.is_dir() and not _files_of(path) and any(map(_is_run, path.iterdir()))
 
 
 def _is_run(path: Path) -> bool:
-    try:
-        stat = path.stat()
-    except OSError:  # it has gone, or may not be looked at
-        return False
     if path.name.startswith("."):
         return False
-    if S_ISDIR(stat.st_mode):
-        return bool(_files_of(path))
-    return path.suffix == ".npz" and _is_saved(path, stat.st_mtime_ns)
+    try:
+        if path.is_dir():
+            return bool(_files_of(path))
+        return path.suffix == ".npz" and _is_saved(path, path.stat().st_mtime_ns)
+    except OSError:  # it has gone, or may not be looked at
+        return False
 
 
 @lru_cache(4096)

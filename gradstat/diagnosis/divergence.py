@@ -103,7 +103,7 @@ def _cause(
     rate, earlier = float(rates[record]), float(rates[begin])
     # Steps that have become large at once have a cause of their own.
     usual = pace[record - _SOON : record + 1] if record > _SOON else pace[: record + 3]
-    is_fast = float(median(usual[:, None])[0]) >= _FAST
+    is_fast = median(usual) >= _FAST
     if (
         rise >= _RISE
         and rate >= _LEAP * earlier
@@ -127,7 +127,7 @@ def _is_calm(run: Evidence, record: int) -> bool:
     """Whether a step was as large as those before: what comes at once is then not of its making."""
     size = run.norm(GRAD) if np.isnan(run.pace).all() and GRAD in run.kinds else run.pace
     before = size[max(0, record - _SOON) : record]
-    return len(before) == _SOON and bool(size[record] <= _LEAP * median(before[:, None])[0])
+    return len(before) == _SOON and bool(size[record] <= _LEAP * median(before))
 
 
 def _finding(

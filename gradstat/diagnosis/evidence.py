@@ -198,7 +198,7 @@ class Evidence:
         if not len(before) or not len(after):
             return True
         level = float(np.median(before))
-        noise = float(median(abs(before - level)[:, None])[0])
+        noise = float(median(abs(before - level)))
         return level - float(np.median(after)) > max(2 * noise, _FALL)
 
     @cached_property

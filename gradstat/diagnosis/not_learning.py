@@ -77,9 +77,9 @@ def find_stuck(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     # The largest step of each block: what moves now and then is not stuck.
     steps = run.by_block(_ratio, np.fmax.reduce)
     pace = median(np.where(np.isinf(steps), math.nan, steps).T)
-    by_record = run.by_record(lambda part: median(_ratio(part).T))[:, None]
+    by_record = run.by_record(lambda part: median(_ratio(part).T))
     half = len(by_record) // 2
-    early, late = (median(part)[0] for part in (by_record[:half], by_record[half:]))
+    early, late = (median(part) for part in (by_record[:half], by_record[half:]))
     if late > _STEADY * early:
         return []  # a learning rate that warms up
     if (pace < thresholds.stuck_ratio).all():
@@ -91,7 +91,7 @@ def find_stuck(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     if most := _most_rounded(run) or _slow(run, thresholds):
         return [most]
     # Where a schedule has slowed down all layers, none is stuck.
-    usual = max(median(pace[:, None])[0] / 2, np.fmax.reduce(pace) / 10)
+    usual = max(median(pace) / 2, np.fmax.reduce(pace) / 10)
     going = np.flatnonzero(pace >= usual)
     limit = np.minimum(thresholds.stuck_ratio, thresholds.stuck_pace * pace)
     return _stuck_alone(run, steps, pace, going, steps < limit[:, None])

@@ -93,13 +93,13 @@ def check_tags(function: str, tags: str) -> None:
 
 def chosen_steps(function: str, history: History, max_records: int | None) -> list[int]:
     """Steps of at most so many records, evenly spread, the newest among them; ``None`` for all."""
-    if max_records is None:
-        max_records = len(history)
-    check_integer(function, "max_records", max_records, 1)
-    if max_records == 1:
-        return [int(history.steps[-1])]
+    if max_records is not None:
+        check_integer(function, "max_records", max_records, 1)
     steps = history.steps
-    return [int(step) for step in steps[evenly_spread(len(steps), max_records)]]
+    if max_records == 1:
+        return [int(steps[-1])]
+    chosen: list[int] = steps[evenly_spread(len(steps), max_records or len(steps))].tolist()
+    return chosen
 
 
 def counted(
