@@ -15,9 +15,8 @@ import importlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -36,8 +35,7 @@ _COUNTS = tuple(f"_{name}" for name in QUANTIZATION_FIELDS if name in QUANTIZATI
 Progress = Callable[[int], object]  # called with a number of records when they are done
 
 
-@dataclass(frozen=True)
-class TableRows:
+class TableRows(NamedTuple):
     """R rows of the table."""
 
     columns: dict[str, Array]  # the plain ones by name, each (R,); the texts are objects
@@ -50,9 +48,7 @@ def to_pandas(history: History) -> pandas.DataFrame:
     pandas = _import("to_pandas", "pandas")
     parts = list(rows(history))
     data: dict[str, Any] = {
-        name: np.concatenate([part.columns[name] for part in parts])
-        if parts
-        else np.empty(0, _dtype(name))
+        name: np.concatenate([np.empty(0, _dtype(name)), *(part.columns[name] for part in parts)])
         for name in _plain(history)
     }
     data |= {name: [cell for part in parts for cell in _cells(part, name)] for name in LISTS}
@@ -136,11 +132,11 @@ def _scalar_rows(name: str, steps: Array, values: Array, names: Sequence[str]) -
     n = len(steps)
     finite = np.isfinite(values)
     known = np.where(finite, values, math.nan)
-    given: dict[str, Array] = {
+    given: dict[str, Any] = {
         "step": steps,
-        "kind": np.full(n, "scalar", object),
-        "layer": np.full(n, encodable(name), object),
-        "numel": np.ones(n),
+        "kind": "scalar",
+        "layer": encodable(name),
+        "numel": 1,
         "finite": finite,
         "zeros": values == 0,
         "nan": np.isnan(values),
@@ -150,13 +146,13 @@ def _scalar_rows(name: str, steps: Array, values: Array, names: Sequence[str]) -
     given |= dict.fromkeys(("min", "max", "sum", "mean"), known)
     given |= dict.fromkeys(("l1", "l2", "rms", "abs_max"), abs(known))
     # There is no histogram, nothing outside one, and no format.
-    columns = {
-        field: given.get(field, np.full(n, 0 if _dtype(field).kind == "i" else math.nan))
-        for field in names
-    }
-    typed = {field: column.astype(_dtype(field)) for field, column in columns.items()}
+    columns = {}
+    for field in names:
+        dtype = _dtype(field)
+        value = given.get(field, 0 if dtype.kind == "i" else math.nan)
+        columns[field] = np.broadcast_to(value, n).astype(dtype)
     empty = {"bin_low": np.empty(0), "bin_high": np.empty(0), "bin_count": np.empty(0, np.int64)}
-    return TableRows(typed, np.zeros(n, np.int64), empty)
+    return TableRows(columns, np.zeros(n, np.int64), empty)
 
 
 def _cells(part: TableRows, name: str) -> list[Array]:

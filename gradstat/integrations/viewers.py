@@ -109,7 +109,7 @@ def counted(
     done = 0
     for step in steps:
         yield step
-        covered = int(np.searchsorted(history.steps, step)) + 1
+        covered = int(np.searchsorted(history.steps, step, "right"))
         if progress is not None:
             progress(covered - done)
         done = covered

@@ -59,16 +59,13 @@ def log(
     """
     history = check_history("log", history)
     viewers.check_tags("log", tags)
-    steps = viewers.chosen_steps("log", history, max_records)
+    steps = set(viewers.chosen_steps("log", history, max_records))
     _check_run("log", run)
     _define_metrics(run, history.kinds, tags)
     logged = _scalars(history)
-    for step in viewers.counted(history, steps, progress):
-        for earlier in [each for each in logged if each < step]:
-            run.log({_STEP: earlier} | logged.pop(earlier))
-        run.log({_STEP: step} | logged.pop(step, {}) | _histograms(history, step, tags))
-    for later, numbers in logged.items():
-        run.log({_STEP: later} | numbers)
+    for step in viewers.counted(history, sorted({*steps, *logged}), progress):
+        histograms = _histograms(history, step, tags) if step in steps else {}
+        run.log({_STEP: step} | logged.get(step, {}) | histograms)
     run.log(_summary(history))
 
 
@@ -195,14 +192,14 @@ def _histograms(history: History, step: int, tags: str) -> dict[str, object]:
 
 
 def _scalars(history: History) -> dict[int, dict[str, object]]:
-    """What was logged, by step, which rises, and name."""
+    """What was logged, by step and name."""
     found: dict[int, dict[str, object]] = {}
     for name in history.scalars:
         steps, values = history.scalar(name)
         at = evenly_spread(len(steps), _MAX_POINTS)
         for step, value in zip(steps[at].tolist(), values[at].tolist(), strict=True):
             found.setdefault(step, {})[f"scalars/{name}"] = value
-    return dict(sorted(found.items()))
+    return found
 
 
 def _summary(history: History) -> dict[str, object]:
