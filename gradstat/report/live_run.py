@@ -42,11 +42,9 @@ class LiveRun:
         self._records, self._spool = Records([], Log2Bins()), Spool()
         self._looked_s = -_LOOK_S
         # Rises with each change, and is above that of any earlier server.
-        self._version = self._began = time.time_ns() // 1_000_000
+        self._version = time.time_ns() // 1_000_000
         self._state, self._is_behind = "waiting", False
         self._written_s = time.time()
-        self._findings: list[dict[str, Any]] | None = None
-        self._findings_version, self._findings_of = 0, 0  # and how many records they are of
         self._findings_due_s = 0.0
         self._is_diagnosing = False
 
@@ -65,8 +63,6 @@ class LiveRun:
             if growing is not None and version != self._version:
                 # A page may have a later version, from another server.
                 told |= growing.since(version if version < self._version else 0)
-                if "head" in told or self._findings_version > version:
-                    told |= {"findings": self._findings, "findingsOf": self._findings_of}
             self._diagnose_soon()
             return told
 
@@ -98,8 +94,7 @@ class LiveRun:
             return  # there is nothing to show
         self._rise()
         if self._growing is None or is_anew:
-            self._growing, self._began = Growing(part, self._version), self._version
-            self._findings, self._findings_of, self._findings_due_s = None, 0, 0.0
+            self._growing, self._findings_due_s = Growing(part, self._version), 0.0
             self._records, self._spool = records.at([]), Spool()
         else:
             self._growing.add(part, self._version)
@@ -115,18 +110,16 @@ class LiveRun:
         growing = self._growing
         if growing is None or self._is_behind or self._is_diagnosing or not growing.n_records:
             return
-        is_new = growing.n_records != self._findings_of
-        if is_new and time.monotonic() >= self._findings_due_s:
+        if growing.n_records != growing.findings_of and time.monotonic() >= self._findings_due_s:
             self._is_diagnosing = True
             history = History.from_records(self._records.snapshot())
-            _WORKER.submit(self._diagnose, history, self._began)
+            _WORKER.submit(self._diagnose, history, growing)
 
-    def _diagnose(self, history: History, began: int) -> None:
+    def _diagnose(self, history: History, growing: Growing) -> None:
         began_s = time.monotonic()
         found = None
         try:
             found = page.findings(diagnose(history), history.layers)
-            named = thin.positions(history, [finding["at"] for finding in found])
         except (OSError, ValueError):
             pass  # the next look says so
         except Exception:
@@ -137,11 +130,9 @@ class LiveRun:
                 took_s = time.monotonic() - began_s
                 wait_s = max(_FINDINGS_S, took_s / _FINDINGS_SHARE)
                 self._findings_due_s = time.monotonic() + wait_s
-                if found is not None and began == self._began and self._growing is not None:
+                if found is not None and growing is self._growing:
                     self._rise()
-                    self._growing.name(history, named, self._version)
-                    self._findings, self._findings_of = found, len(history)
-                    self._findings_version = self._version
+                    growing.take_findings(history, found, self._version)
 
 
 class Growing:
@@ -164,6 +155,8 @@ class Growing:
         self._stride = self._sample_stride = 1
         self._samples: list[tuple[int, int, thin.Sample]] = []  # with its version and position
         self._named: dict[int, tuple[int, thin.Sample]] = {}  # by step, with its version
+        self._findings: list[dict[str, Any]] | None = None
+        self._findings_version, self.findings_of = 0, 0  # and how many records they are of
         self._scalars, self._norm = Scalars(), Scalars()
         self._series: dict[str, Series] = {}
         # When each column was changed last, and when everything was.
@@ -228,8 +221,10 @@ class Growing:
                     self._changed[:n][~is_same] = self._version
         self._series = series
 
-    def name(self, history: History, at: list[int], version: int) -> None:
-        """Keep samples of the records at the positions that findings name, in place of others."""
+    def take_findings(self, history: History, found: list[dict[str, Any]], version: int) -> None:
+        """Keep samples of the records that findings name, in place of those that others named."""
+        self._findings, self._findings_version, self.findings_of = found, version, len(history)
+        at = thin.positions(history, [finding["at"] for finding in found])
         steps = history.steps[at].tolist()
         self._named = {
             step: self._named.get(step) or (version, thin.sample(history, each))
@@ -259,4 +254,6 @@ class Growing:
             "capacity": self._most_columns,
             "kept": list(samples),
         }
+        if is_whole or self._findings_version > version:
+            found |= {"findings": self._findings, "findingsOf": self.findings_of}
         return found | ({"head": self._head} if is_whole else {})

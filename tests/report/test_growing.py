@@ -229,7 +229,7 @@ def test_samples_that_findings_name_stay_however_long_the_run_becomes() -> None:
     page = Page()
     page.ask(growing, 1)
     assert list(page.samples) == [0, 2, 4, 6, 7]
-    growing.name(cut(h, 0, 8), [5, 4], 2)
+    growing.take_findings(cut(h, 0, 8), [{"at": 5}, {"at": 4}], 2)
     told = page.ask(growing, 2)
     # The page has one of them already.
     assert told["samples"] == [5]
@@ -241,7 +241,7 @@ def test_samples_that_findings_name_stay_however_long_the_run_becomes() -> None:
         assert_same(page, whole(growing))
     for step, parts in page.samples.items():
         np.testing.assert_array_equal(parts[0], thin.sample(h, step).counts)
-    growing.name(h, [5], 6)
+    growing.take_findings(h, [{"at": 5}], 6)
     page.ask(growing, 6)
     assert 4 not in page.samples
     assert 5 in page.samples

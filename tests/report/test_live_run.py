@@ -72,7 +72,7 @@ def test_live_run_tells_what_is_new_and_in_what_state_it_is(
     write_steps(journal, history, 3)
     second = ask(live, first["version"])
     assert (second["from"], second["steps"], "head" in second) == (3, [[3, 3]], False)
-    assert "arrays" not in ask(live, second["version"]) or live._findings is not None
+    assert "arrays" not in ask(live, second["version"]) or live._growing.findings_of
     shutil.rmtree(tmp_path / "run")
     assert ask(live, second["version"])["state"] == "gone"
     # What was read can still be seen.
