@@ -179,8 +179,7 @@ def _alike(runs: Mapping[str, History]) -> dict[str, History]:
 
 def _typical(history: History) -> dict[str, float]:
     """Median rms of each layer of the first kind over all records."""
-    rms: Array = median(history["rms"])
-    typical = dict(zip(history.layers, rms.tolist(), strict=True))
+    typical = dict(zip(history.layers, median(history["rms"]).tolist(), strict=True))
     return {row: typical[row] for row in first_rows(history)}
 
 
@@ -387,7 +386,6 @@ def _late(values: Array) -> float:
 
 
 def _some(items: Sequence[Item], most: int) -> list[Item]:
-    """At most so many items, evenly spread, the first and the last among them."""
     return [items[i] for i in evenly_spread(len(items), most)]
 
 

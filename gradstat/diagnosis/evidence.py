@@ -217,21 +217,19 @@ class Evidence:
     @cached_property
     def format_levels(self) -> dict[str, dict[str, Array]]:
         """By format and field: what it would do to each block, ``(B, L)``; NaN for zeros alone."""
-        found = {
-            name: {field: list[Array]() for field in _OF_FORMATS} for name in self.history.formats
-        }
-        for part, blocks in self.parts():
-            for name, levels in found.items():
-                fields = part.history.quantization(name)
-                is_empty = fields["nonzero"][:, self.columns] == 0
-                for field, reduced in _OF_FORMATS.items():
-                    x = fields[field][:, self.columns]
-                    x[is_empty] = math.nan
-                    levels[field] += [reduced(x[block]) for block in blocks]
-        return {
-            name: {field: np.stack(x) for field, x in levels.items()}
-            for name, levels in found.items()
-        }
+        return {name: self._levels_of(name) for name in self.history.formats}
+
+    def _levels_of(self, name: str) -> dict[str, Array]:
+        def values(part: Evidence) -> Array:
+            fields = part.history.quantization(name)
+            found = np.stack([fields[field] for field in _OF_FORMATS], 1)
+            return np.where(fields["nonzero"][:, None] == 0, math.nan, found)[..., self.columns]
+
+        def reduced(x: Array) -> Array:
+            return np.stack([put(x[:, at]) for at, put in enumerate(_OF_FORMATS.values())])
+
+        levels = self.by_block(values, reduced)
+        return {field: levels[:, at] for at, field in enumerate(_OF_FORMATS)}
 
     @cached_property
     def sampled(self) -> Evidence:
@@ -267,8 +265,6 @@ class Evidence:
 
     def lasting(self, shares: Array, limit: float) -> list[Lasting]:
         """Layers whose share, ``(samples, L)``, stays at a limit or above it, the largest first."""
-        if not len(shares):
-            return []
         kept = _runs(shares >= limit, _PERSISTENT)
         found = []
         for column in np.flatnonzero(kept.any(0)).tolist():

@@ -63,7 +63,6 @@ class Finding:
     others: tuple[str, ...] = ()  #: further rows of which the same holds
 
     def __str__(self) -> str:
-        """Severity, kind, steps, what it came after and the sentence, in one line."""
         first, last = self.steps
         when = f"step {first}" if first == last else f"steps {first} to {last}"
         after = f", after the {self.after}" if self.after else ""

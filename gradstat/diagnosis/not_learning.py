@@ -126,6 +126,8 @@ def find_dead_units(run: Evidence, thresholds: Thresholds) -> list[Finding]:
 
 def find_saturation(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Layers in which most elements that are not zero lie many octaves below the layer's rms."""
+    if not run.samples:
+        return []
     shares = _stopped(run, thresholds.saturation_octaves)
     times = 2.0 ** min(thresholds.saturation_octaves, 1023)  # no float64 is larger
     said = (
@@ -324,8 +326,6 @@ def _first_with_parameters(run: Evidence) -> int:
 def _stopped(run: Evidence, octaves: float) -> Array:
     """Share of the non-zero elements whose bin is so far below the rms: ``(samples, L)``."""
     # Zeros share a bin with the smallest numbers. They are taken away where that bin is counted.
-    if not run.samples:
-        return np.empty((0, len(run.layers)))
     edges = log2_edges()
     outer = np.maximum(np.abs(edges[1:]), np.abs(edges[:-1]))
     limits = np.nan_to_num(run.sampled["rms"]) * 2.0**-octaves

@@ -83,7 +83,6 @@ class Watching:
 
 
 def _is_number(x: object) -> TypeGuard[float | Tensor]:
-    """Whether `Watch.log` takes it."""
     if isinstance(x, Tensor):
         return x.dim() == 0 and not x.is_complex()
     return isinstance(x, Real) and not isinstance(x, bool)

@@ -198,7 +198,6 @@ def text_inches(text: str, size: float) -> float:
 
 
 def longest_inches(texts: list[str], size: float) -> float:
-    """Width of the text with the most letters."""
     return text_inches(max(texts, key=len), size)
 
 

@@ -50,7 +50,6 @@ class ShownFigure(Figure):
 
 
 def _fresh(figure: Figure | None, width: float, height: float) -> Figure:
-    """A new figure of so many inches, or the one given, cleared."""
     if figure is None:
         return ShownFigure(figsize=(width, height), dpi=150, facecolor="white")
     figure.clear()
@@ -134,7 +133,6 @@ def style_3d(ax: Axes3D, x_limits: Limits, y_limits: Limits, top: float) -> None
 
 
 def style_2d(ax: Axes) -> None:
-    """A frame, and few whole numbers below it."""
     style_frame(ax, 8)
     ax.xaxis.set_major_locator(whole_numbers(5))
 

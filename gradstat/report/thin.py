@@ -175,7 +175,6 @@ def positions(history: History, steps: Sequence[int]) -> list[int]:
 
 
 def sample(history: History, at: int) -> Sample:
-    """Take the histograms of the record at a position."""
     record = history.at([at]).unpack()
     numel, finite, zeros, *_ = record.integers[0].T
     log2, n_bins = isinstance(history.bins, Log2Bins), history.bins.bins
