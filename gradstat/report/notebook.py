@@ -70,18 +70,15 @@ def _line(history: History, columns: thin.Columns) -> str:
     span = high - low or 1.0
     x = (np.arange(len(y)) + 0.5) / len(y) * _WIDTH
     height = (1 - (y - low) / span) * (_LINE_HEIGHT - 4) + 2
-    # The line is broken where there is no value.
-    unbroken = np.split(np.arange(len(y)), np.flatnonzero(~np.isfinite(y)))
-    drawn = "".join(
-        '<polyline fill="none" stroke="currentColor" stroke-width="1.3" points="'
-        + " ".join(f"{x[i]:.1f},{height[i]:.1f}" for i in part if np.isfinite(y[i]))
-        + '"/>'
-        for part in unbroken
-    )
+    # The line begins anew after what has no value.
+    letters = np.where(np.append(True, ~np.isfinite(y[:-1])), "M", "L")
+    known_at = np.flatnonzero(np.isfinite(y))
+    drawn = "".join(f"{letters[i]}{x[i]:.1f} {height[i]:.1f}" for i in known_at)
     label = _text(f"{name}, {ends}")
     return (
         f'<div style="margin-top: 6px">{label}</div><svg role="img" aria-label="{label}" '
-        f'width="{_WIDTH}" height="{_LINE_HEIGHT}">{drawn}</svg>'
+        f'width="{_WIDTH}" height="{_LINE_HEIGHT}">'
+        f'<path d="{drawn}" fill="none" stroke="currentColor" stroke-width="1.3"/></svg>'
     )
 
 
