@@ -103,16 +103,12 @@ def check_integer(function: str, name: str, number: int, least: int) -> int:
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of cells in columns; the first column and bars of "#" are aligned to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    left = {0} | {i for i in range(len(widths)) if any(row[i].startswith("#") for row in rows)}
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    columns = []
+    for at, column in enumerate(zip(*rows, strict=True)):
+        width = max(map(len, column))
+        is_left = at == 0 or any(cell.startswith("#") for cell in column)
+        columns.append([cell.ljust(width) if is_left else cell.rjust(width) for cell in column])
+    return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
 
 
 def one_of(name: object, names: Sequence[str]) -> str:
