@@ -8,8 +8,7 @@ from numbers import Real
 import numpy as np
 
 from gradstat.bins import FLOAT64_MAX
-from gradstat.history import History
-from gradstat.history.history import check_history
+from gradstat.history import History, check_history
 from gradstat.record import GRAD
 from gradstat.util import Array
 

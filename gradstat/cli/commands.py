@@ -23,9 +23,8 @@ from gradstat.diagnosis import Finding
 from gradstat.diagnosis.evidence import Evidence, median
 from gradstat.diagnosis.findings import paragraph
 from gradstat.diagnosis.narrow_formats import FormatFit, layer_fits, recommendation
-from gradstat.history import History
+from gradstat.history import History, check_history, first_rows
 from gradstat.history.follow import Follower
-from gradstat.history.history import check_history, first_rows
 from gradstat.history.ranks import files_of
 from gradstat.record import GRAD, NOUNS, PARAM, UNIT, UPDATE
 from gradstat.thresholds import Thresholds

@@ -11,8 +11,7 @@ from gradstat.diagnosis.findings import FINDINGS, SEVERITIES, Finding, Severity,
 from gradstat.diagnosis.instability import find_instability
 from gradstat.diagnosis.nonfinite import find_nonfinite
 from gradstat.diagnosis.spikes import find_all_spikes
-from gradstat.history import History
-from gradstat.history.history import check_history
+from gradstat.history import History, check_history
 from gradstat.record import ACTIVATION, GRAD, UNIT, UPDATE
 from gradstat.thresholds import Thresholds
 

@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gradstat.history import History
-from gradstat.history.history import check_history
+from gradstat.history import History, check_history
 from gradstat.integrations import viewers
 from gradstat.record import GRAD, Row
 from gradstat.recording.options import check_directory

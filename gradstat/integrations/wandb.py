@@ -11,8 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from gradstat.history import History
-from gradstat.history.history import check_history
+from gradstat.history import History, check_history
 from gradstat.integrations import viewers
 from gradstat.record import NOUNS, UPDATE
 from gradstat.recording.sinks import RunWriter

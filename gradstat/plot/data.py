@@ -10,8 +10,7 @@ from typing import TypeAlias
 import numpy as np
 
 from gradstat.bins import OCTAVES, Log2Bins, octaves
-from gradstat.history import FIELDS, History
-from gradstat.history.history import check_history, first_rows
+from gradstat.history import FIELDS, History, check_history, first_rows
 from gradstat.plot.labels import literal
 from gradstat.record import GRAD, NOUNS, UNIT, UPDATE, Row
 from gradstat.util import Array, divide, evenly_spread, one_of

@@ -13,8 +13,7 @@ from matplotlib.image import imsave
 
 from gradstat.diagnosis import diagnose
 from gradstat.diagnosis.findings import COLORS
-from gradstat.history import History
-from gradstat.history.history import first_rows
+from gradstat.history import History, first_rows
 from gradstat.record import NOUNS
 from gradstat.report import thin
 from gradstat.util import escaped, plural

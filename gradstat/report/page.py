@@ -19,8 +19,7 @@ from gradstat.bins import Log2Bins
 from gradstat.diagnosis import Finding, diagnose
 from gradstat.diagnosis.evidence import Evidence
 from gradstat.diagnosis.findings import began
-from gradstat.history import History
-from gradstat.history.history import check_history
+from gradstat.history import History, check_history
 from gradstat.record import ACTIVATION, NOUNS, OF_PARAMETERS, PARAM, UNIT, UPDATE
 from gradstat.report import thin
 from gradstat.util import Array, __version__, escaped, json_text, replacing
