@@ -135,8 +135,7 @@ def _at(history: History, field: str, steps: Array, layers: list[str]) -> Array:
     """A field at some steps of some layers."""
     rows = np.searchsorted(history.steps, steps)
     columns = [history.layers.index(layer) for layer in layers]
-    found: Array = history[field][rows][:, columns]
-    return found
+    return np.asarray(history[field][rows][:, columns])
 
 
 def _mean_norm(history: History, steps: Array, layers: list[str]) -> Array:

@@ -122,8 +122,7 @@ class Evidence:
     @cached_property
     def nonzero(self) -> Array:
         """Elements that are finite and not zero: int64 ``(S, L)``."""
-        count: Array = self["finite"] - self["zeros"]
-        return count
+        return np.asarray(self["finite"] - self["zeros"])
 
     @cached_property
     def rms(self) -> Array:
@@ -249,8 +248,7 @@ class Evidence:
 
     def shares_of(self, counts: list[Array]) -> Array:
         """Counts of each sample, ``(L,)``, as shares of the elements that are not zero."""
-        shares: Array = np.stack(counts) / np.maximum(self.sampled.nonzero, 1)
-        return shares
+        return np.asarray(np.stack(counts) / np.maximum(self.sampled.nonzero, 1))
 
     @property
     def all_steps(self) -> tuple[int, int]:

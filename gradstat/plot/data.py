@@ -148,10 +148,8 @@ def drawable(x: Array, *, log: bool) -> Array:
 
 
 def times(steps: Array, steps_per_epoch: int | None) -> Array:
-    if steps_per_epoch is None:
-        return steps.astype(np.float64)
-    done: Array = (steps + 1) / steps_per_epoch
-    return done
+    done = steps if steps_per_epoch is None else (steps + 1) / steps_per_epoch
+    return np.asarray(done, np.float64)
 
 
 def select(steps: Array, steps_per_epoch: int | None, most: int) -> Array:
@@ -219,8 +217,7 @@ def _deviations(lines: Sequence[Array], *, log: bool) -> Array:
         y = np.where(np.isfinite(y), y, np.nan)
         y = y - np.nanmedian(y, axis=0)
         y = y - np.nanmedian(y, axis=1, keepdims=True)
-    away: Array = np.nan_to_num(y)
-    return away
+    return np.asarray(np.nan_to_num(y))
 
 
 def block_last(x: Array, size: int) -> Array:

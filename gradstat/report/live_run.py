@@ -19,7 +19,6 @@ from gradstat.history.file import Spool
 from gradstat.history.follow import Follower
 from gradstat.history.records import Records, Scalars
 from gradstat.report import page, thin
-from gradstat.report.thin import Series, norm_of, series_of
 from gradstat.util import Array, escaped
 
 _LOOK_S = 0.5  # between two looks at the files
@@ -158,7 +157,7 @@ class Growing:
         self._findings: list[dict[str, Any]] | None = None
         self._findings_version, self.findings_of = 0, 0  # and how many records they are of
         self._scalars, self._norm = Scalars(), Scalars()
-        self._series: dict[str, Series] = {}
+        self._series: dict[str, thin.Series] = {}
         # When each column was changed last, and when everything was.
         self._changed = np.zeros(0, np.int64)
         self._version = self._whole_since = version
@@ -205,12 +204,12 @@ class Growing:
     def _add_series(self, part: History) -> None:
         self._scalars.extend(part.logged)
         if len(part):
-            self._norm.add_all("norm", part.steps.tolist(), norm_of(part, self._kind).tolist())
+            self._norm.add_all("norm", part.steps.tolist(), thin.norm_of(part, self._kind).tolist())
         if not len(self._changed):
             return
         named = {name: self._scalars.get(name) for name in self._scalars.names}
         norm = self._norm.get("norm")
-        series = series_of(named, self._kind, norm, self._sums.steps[:, 0])
+        series = thin.series_of(named, self._kind, norm, self._sums.steps[:, 0])
         if list(series) != list(self._series):
             self._whole_since = self._version
         else:
@@ -243,7 +242,7 @@ class Growing:
         samples = dict(sorted(samples.items()))
         found = page.contents(
             self._sums.part(cut).columns(),
-            {name: Series(*(x[cut] for x in each)) for name, each in self._series.items()},
+            {name: thin.Series(*(x[cut] for x in each)) for name, each in self._series.items()},
             [sample for at, sample in samples.values() if is_whole or at > version],
             self._newest if has_new else {},
             log2=self._log2,
