@@ -28,20 +28,15 @@ _OTHERS = {PARAM: "parameter", ACTIVATION: "module", GRAD_OUTPUT: "module", UPDA
 def find_nonfinite(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """NaN or infinities: where they come from, those that last and those that passed."""
     bad = _broken(run)
-    ends = np.diff(np.concatenate([[False], bad.any(1), [False]]).astype(np.int8))
     # What follows NaN is no finding of its own: records in a row are one episode, and the first of
     # them shows where it began.
-    episodes = list(
-        zip(np.flatnonzero(ends > 0).tolist(), np.flatnonzero(ends < 0).tolist(), strict=True)
-    )
-    lasting = [each for each in episodes if each[1] == len(bad)]
-    findings = [_finding(run, bad, lasting, thresholds)] if lasting else []
+    ends = np.flatnonzero(np.diff(bad.any(1), prepend=False, append=False))
+    episodes = ends.reshape(-1, 2).tolist()
+    groups = [[each for each in episodes if each[1] == len(bad)]]
     for kinds in (_FORWARD, _BACKWARD):
-        passed = [each for each in episodes if each not in lasting]
-        passed = [each for each in passed if _kind(run, bad[each[0]]) in kinds]
-        if passed:
-            findings.append(_finding(run, bad, passed, thresholds))
-    return findings
+        passed = [each for each in episodes if each[1] < len(bad)]
+        groups.append([each for each in passed if _kind(run, bad[each[0]]) in kinds])
+    return [_finding(run, bad, group, thresholds) for group in groups if group]
 
 
 def _broken(run: Evidence) -> Array:
@@ -68,7 +63,7 @@ def _kind(run: Evidence, bad: Array) -> str:
 
 
 def _finding(
-    run: Evidence, bad: Array, episodes: list[tuple[int, int]], thresholds: Thresholds
+    run: Evidence, bad: Array, episodes: list[list[int]], thresholds: Thresholds
 ) -> Finding:
     """Episodes of some records in a row, all of which passed or the one that did not."""
     (at, _), end = episodes[0], episodes[-1][1]
