@@ -111,14 +111,13 @@ class _Events(RunWriter):
         # TensorBoard's own class for this writes in a thread, which hides an error at the end.
         file = tf.io.gfile.GFile(f"{self._folder}/{name}.{next(_NUMBERS)}", "wb")
         self._file = RecordWriter(file)
-        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        self._add(file_version="brain.Event:2")
         if first_step is not None:
             # TensorBoard forgets what the folder has of this step and later ones.
-            begin = SessionLog(status=SessionLog.START)
-            self._add(Event(wall_time=time.time(), step=first_step, session_log=begin))
+            self._add(step=first_step, session_log=SessionLog(status=SessionLog.START))
 
     def write_scalar(self, name: str, step: int, value: float, time_s: float | None = None) -> None:
-        self._add_summary(summary.scalar(encodable(name), value), step, time_s)
+        self._add(time_s, step=step, summary=summary.scalar(encodable(name), value))
 
     def end(self, history: History) -> None:
         self._file.close()
@@ -152,13 +151,10 @@ class _Events(RunWriter):
                 written.MergeFrom(histogram)
         for tag, value in points.items():
             written.MergeFrom(summary.scalar(tag, value))
-        self._add_summary(written, step, time_s)
+        self._add(time_s, step=step, summary=written)
 
-    def _add_summary(self, written: Any, step: int, time_s: float | None) -> None:
-        wall_time = time.time() if time_s is None else time_s
-        self._add(Event(wall_time=wall_time, step=step, summary=written))
-
-    def _add(self, event: Any) -> None:
+    def _add(self, time_s: float | None = None, **content: Any) -> None:
+        event = Event(wall_time=time.time() if time_s is None else time_s, **content)
         self._file.write(event.SerializeToString())
         self._file.flush()
 
