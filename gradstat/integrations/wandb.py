@@ -203,9 +203,14 @@ def _scalars(history: History) -> dict[int, dict[str, object]]:
 
 def _summary(history: History) -> dict[str, object]:
     """Tables of the newest record and charts of the whole run, by name."""
+    tables: dict[str, list[list[object]]] = {kind: [] for kind in history.kinds}
+    for (kind, layer), statistics, _ in viewers.rows(history, int(history.steps[-1])):
+        named = viewers.scalars(statistics)
+        numbers = [named.get(name, math.nan) for name in _COLUMNS[2:]]
+        tables[kind].append([layer, int(statistics.numel), *numbers])
     found: dict[str, object] = {
         f"{viewers.group(kind)}/layers": wandb.Table(columns=list(_COLUMNS), data=table)
-        for kind, table in _newest(history).items()
+        for kind, table in tables.items()
     }
     for name, title, layers, values in _charts(history):
         xs, ys, keys = _lines(history, layers, values)
@@ -243,13 +248,3 @@ def _lines(
             ys.append(line[known].tolist())
             keys.append(layer)
     return xs, ys, keys
-
-
-def _newest(history: History) -> dict[str, list[list[object]]]:
-    """Rows of `_COLUMNS` by kind; NaN where a number is undefined."""
-    tables: dict[str, list[list[object]]] = {kind: [] for kind in history.kinds}
-    for (kind, layer), statistics, _ in viewers.rows(history, int(history.steps[-1])):
-        named = viewers.scalars(statistics)
-        numbers = [named.get(name, math.nan) for name in _COLUMNS[2:]]
-        tables[kind].append([layer, int(statistics.numel), *numbers])
-    return tables

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
 
 from gradstat.bins import OCTAVES, Log2Bins, octaves
+from gradstat.diagnosis.evidence import median
 from gradstat.history import FIELDS, History, check_history, first_rows
 from gradstat.plot.labels import literal
 from gradstat.record import GRAD, NOUNS, UNIT, UPDATE, Row
@@ -211,12 +211,11 @@ def _deviations(lines: Sequence[Array], *, log: bool) -> Array:
     if len({len(line) for line in lines}) != 1 or not len(lines[0]):
         return np.zeros((len(lines), 1))
     y = np.stack(lines)
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All-NaN slice encountered", RuntimeWarning)
+    with np.errstate(all="ignore"):
         y = np.log(np.where(y > 0, y, np.nan)) if log else y
         y = np.where(np.isfinite(y), y, np.nan)
-        y = y - np.nanmedian(y, axis=0)
-        y = y - np.nanmedian(y, axis=1, keepdims=True)
+        y = y - median(y)
+        y = y - median(y.T)[:, None]
     return np.asarray(np.nan_to_num(y))
 
 
