@@ -323,7 +323,8 @@ def median(x: Array) -> Array:
     """Median over the first axis of what is not NaN, the lower of two; NaN where there is none."""
     ordered = np.sort(x, axis=0)
     count = np.count_nonzero(~np.isnan(x), axis=0)
-    return np.take_along_axis(ordered, np.maximum(count - 1, 0)[None] // 2, axis=0)[0]
+    middle: Array = np.take_along_axis(ordered, np.maximum(count - 1, 0)[None] // 2, axis=0)[0]
+    return middle
 
 
 # Of what a format would do, and how the records of a block are put together.
@@ -354,8 +355,8 @@ def around(mask: Array, at: int) -> tuple[int, int]:
 def _runs(mask: Array, least: int) -> Array:
     """Where a mask is true at least so often in a row along its first axis, or all along it."""
     least = min(least, len(mask))
-    starts = np.lib.stride_tricks.sliding_window_view(mask, least, axis=0).all(-1)
+    windows = np.lib.stride_tricks.sliding_window_view(mask, least, axis=0)
     kept = np.zeros_like(mask)
     for i in range(least):
-        kept[i : i + len(starts)] |= starts
+        kept[i : i + len(windows)] |= windows.all(-1)
     return kept
