@@ -24,8 +24,7 @@ _RULES: dict[str | None, tuple[_Rule, ...]] = {
         find_nonfinite,
         find_all_spikes,
         find_instability,
-        narrow_formats.find_format_underflow,
-        narrow_formats.find_format_saturation,
+        narrow_formats.find_format_losses,
         narrow_formats.find_narrowest,
     ),
     GRAD: (

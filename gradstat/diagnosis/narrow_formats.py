@@ -130,18 +130,15 @@ def _for_kind(layers: Sequence[LayerFits], formats: Sequence[str], thresholds: T
     return f"{most} for the {nouns} but {exceptions}, {others}"
 
 
-def find_format_underflow(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+def find_format_losses(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+    """Formats that many of a layer's values are too small for, or without blocks too large."""
     said = "would flush {share} of {layer}'s {noun} to zero"
-    return _exceeding(run, "format underflow", "underflow", thresholds.underflow_share, said)
-
-
-def find_format_saturation(run: Evidence, thresholds: Thresholds) -> list[Finding]:
-    """Formats without scales of blocks that many of a layer's values are too large for."""
+    found = _exceeding(run, "format underflow", "underflow", thresholds.underflow_share, said)
     # The scales of blocks follow the values: a power of two cuts an eighth off at most, which the
     # SNR counts.
     said = "is too narrow for {share} of {layer}'s {noun}, which would saturate"
     limit = thresholds.format_saturation_share
-    return _exceeding(run, "format saturation", "saturated", limit, said)
+    return found + _exceeding(run, "format saturation", "saturated", limit, said)
 
 
 def find_narrowest(run: Evidence, thresholds: Thresholds) -> list[Finding]:
