@@ -156,7 +156,7 @@ def comparison(runs: Mapping[str, History], *, every_layer: bool = False) -> str
         if series in b_series:
             a, b = _late(a_series[series]), _late(b_series[series])
             what = f"{escaped(series)}, lately"
-            rows.append((what, _plain(a), "", _plain(b), "", _ratio(b, a)))
+            rows.append((what, f"{a:.4g}", "", f"{b:.4g}", "", _ratio(b, a)))
     lines = [f"A  {heading(one, runs[one])}", f"B  {heading(other, runs[other])}", ""]
     lines += aligned(rows)
     if not set(typical[one]) & set(typical[other]):
@@ -331,10 +331,10 @@ def logged(history: History) -> str:
     """What was logged, and the norm of the whole gradient: a line for each."""
     rows: list[tuple[str, ...]] = [("", "values", "first", "lately", "least", "most")]
     for name, values in _series_of(history).items():
-        known = values[np.isfinite(values)]
-        ends = (float(known.min()), float(known.max())) if len(known) else (math.nan, math.nan)
-        numbers = (values[0], _late(values), *ends)
-        rows.append((escaped(name), str(len(values)), *map(_plain, numbers)))
+        known = np.where(np.isfinite(values), values, math.nan)
+        ends = np.fmin.reduce(known), np.fmax.reduce(known)
+        numbers = [f"{x:.4g}" for x in (values[0], _late(values), *ends)]
+        rows.append((escaped(name), str(len(values)), *numbers))
     return "\n".join(aligned(rows))
 
 
@@ -407,10 +407,6 @@ def _bar(value: float, low: float, high: float) -> str:
 def _number(value: float) -> str:
     """A magnitude: two digits and its exponent; a dash for NaN."""
     return "-" if math.isnan(value) else f"{value:.1e}" if value else "0"
-
-
-def _plain(value: float) -> str:
-    return f"{value:.4g}"
 
 
 def _ratio(value: float, by: float) -> str:
