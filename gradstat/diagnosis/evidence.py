@@ -142,9 +142,10 @@ class Evidence:
         """Learning rate of the median group at each record: ``(S,)``; NaN if unknown."""
         groups = list(filter(is_rate, self.history.scalars))
         rates = np.full((max(len(groups), 1), len(self.steps)), math.nan)
-        for of_group, (steps, values) in zip(rates, map(self.history.scalar, groups), strict=False):
+        for at, name in enumerate(groups):
+            steps, values = self.history.scalar(name)
             newest = np.searchsorted(steps, self.steps, "right") - 1
-            of_group[:] = np.where(newest >= 0, values[newest.clip(0)], math.nan)
+            rates[at] = np.where(newest >= 0, values[newest.clip(0)], math.nan)
         return median(np.where(rates > 0, rates, math.nan))
 
     @cached_property
