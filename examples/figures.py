@@ -100,7 +100,7 @@ def draw_octaves(every_step: dict[str, History], per_epoch: int) -> Figure:
     axes[0].set_ylim(epochs + 1, 1 - 1.05 * height)
     axes[0].set_yticks([kept[at] + 1 for at in evenly_spread(len(kept), 5).tolist()])
     labels.label_axes(figure, "|gradient|", "epoch")
-    labels.add_titles(axes, [head for head, _ in drawn])
+    labels.add_titles(figure, axes, [head for head, _ in drawn])
     return figure
 
 
@@ -126,7 +126,7 @@ def draw_activations() -> Figure:
     axes[1].set_ylim(-0.04, 1.04)
     labels.label_axes(figure, "x", "")
     labels.add_key(figure, ["f(x)", "derivative"], panels.HUES[:2])
-    labels.add_titles(axes, list(curves))
+    labels.add_titles(figure, axes, list(curves))
     return figure
 
 
@@ -167,7 +167,7 @@ def draw_mean(every_step: dict[str, History], per_epoch: int) -> Figure:
     )
     labels.label_axes(figure, f"epoch of {per_epoch} steps\n\n{note}", "mean gradient")
     labels.add_key(figure, list(every_step), panels.HUES[: len(every_step)])
-    labels.add_titles(axes, list(LAYERS.values()))
+    labels.add_titles(figure, axes, list(LAYERS.values()))
     return figure
 
 

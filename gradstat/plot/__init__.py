@@ -178,10 +178,10 @@ def curves(
         labels.label_log(ax)
     if marked:
         for ax in axes:
-            labels.label_ends(ax, {i: keys[i] for i in marked})
+            labels.label_ends(figure, ax, {i: keys[i] for i in marked})
     elif any(keys):
         labels.add_key(figure, keys, colors)
-    labels.add_titles(axes, heads)
+    labels.add_titles(figure, axes, heads)
     return figure
 
 
@@ -244,7 +244,7 @@ def heatmap(
     axes[0].invert_yaxis()
     labels.label_axes(figure, labels.time_label(steps_per_epoch), "")
     panels.add_colorbar(figure, drawn, labels.field_label(field, data.noun(named, titles)), axes)
-    labels.add_titles(axes, list(map(labels.literal, named)))
+    labels.add_titles(figure, axes, list(map(labels.literal, named)))
     return figure
 
 
@@ -351,5 +351,5 @@ def _counts_heatmap(
     label = f"|{data.noun(named, titles)}|"
     labels.label_axes(figure, labels.time_label(steps_per_epoch), label)
     panels.add_colorbar(figure, image, "share of elements", axes)
-    labels.add_titles(axes, [head for head, *_ in drawn])
+    labels.add_titles(figure, axes, [head for head, *_ in drawn])
     return figure

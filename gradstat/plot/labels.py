@@ -102,10 +102,8 @@ def add_key(
     figure.legend(lines, [*names, *marks], loc="outside right upper", fontsize=9, **look)
 
 
-def label_ends(ax: Axes, names: dict[int, str]) -> None:
+def label_ends(figure: Figure, ax: Axes, names: dict[int, str]) -> None:
     """Name some lines of a panel at their ends, those of neighbours apart from each other."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None
     figure.draw_without_rendering()
     ends = []
     for i, name in names.items():
@@ -128,12 +126,10 @@ def label_ends(ax: Axes, names: dict[int, str]) -> None:
         ax.annotate(name, end, place, color=color, fontsize=9, **_OFFSET)
 
 
-def add_titles(axes: list[Axes], titles: list[str]) -> None:
+def add_titles(figure: Figure, axes: list[Axes], titles: list[str]) -> None:
     """Write a title over each panel of a constrained layout, no wider than the panel."""
     if not any(titles):
         return
-    figure = axes[0].get_figure(root=True)
-    assert figure is not None
     layout = figure.get_layout_engine()
     assert layout is not None
     layout.execute(figure)

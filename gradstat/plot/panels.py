@@ -79,7 +79,7 @@ def grid_2d(
     for unused in by_group[:, panels:].flat:
         unused.remove()
     axes: list[Axes] = list(by_group[:, :panels].flat)
-    for lowest in axes[max(0, len(axes) - columns) :]:
+    for lowest in axes[-columns:]:
         lowest.tick_params(labelbottom=True)
     return figure, axes
 
