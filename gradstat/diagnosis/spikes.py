@@ -23,7 +23,7 @@ _SOON = 10  # records after a rate that rose
 _NEWEST, _FALLEN = 5, 1.2  # losses that say where one is now, which has fallen so far
 _SMALL = 0.7  # of the median batch
 _HIGHER = 4.0  # than any learning rate before
-_BEYOND = math.log(1.5)  # anything of two windows before
+_BEYOND = math.log(1.5)  # anything of one or two windows before
 # That a single loss rises where no gradient does, as a factor or in deviations.
 _ALONE, _FARTHER = 1.5, 1.5
 
@@ -102,6 +102,10 @@ def find_gradient_spikes(run: Evidence, thresholds: Thresholds) -> list[Finding]
     deviations = thresholds.spike_deviations
     findings = []
     for spike in _found(run, series, thresholds.spike_gradient, thresholds):
+        # Where the trend of some batches ends, it is again as large as it was.
+        earlier = np.fmax.reduce(series[: spike.begin][-WINDOW:], initial=-math.inf)
+        if series[spike.peak] <= earlier + _BEYOND:
+            continue
         before, peak = math.exp(spike.typical), float(norm[spike.peak])
         numbers, at = {"before": before, "peak": peak, "times": peak / before}, spike.begin
         what = (

@@ -288,6 +288,16 @@ def test_diagnose_tells_a_gradient_spike_without_a_loss() -> None:
     assert finding.numbers["peak"] == pytest.approx(history.norm()[AT])
 
 
+def test_diagnose_lets_a_gradient_fall_by_chance_and_come_back() -> None:
+    def sizes(step: int, kind: str, layer: int) -> float:
+        return 0.8 ** min(max(step - 48, 0), 12) if step < AT else size
+
+    size = 1.0
+    assert diagnose(run(scale=sizes, kinds=[GRAD, PARAM])) == []
+    size = 2.5
+    assert only(run(scale=sizes, kinds=[GRAD, PARAM]), "gradient spike").steps[0] == AT
+
+
 def test_gradient_spike_blames_no_batch_where_only_gradients_are_known() -> None:
     history = run(scale=lambda step, *_: 40.0 if step == AT else 1.0, kinds=[GRAD])
     finding = only(history, "gradient spike")
