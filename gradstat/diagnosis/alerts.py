@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gradstat.diagnosis.evidence import Evidence, is_loss, median
+from gradstat.diagnosis.evidence import Evidence, is_loss, is_rate, median
 from gradstat.diagnosis.findings import Finding
-from gradstat.diagnosis.instability import REACH, find_instability
+from gradstat.diagnosis.instability import REACH, Reached, find_instability, is_untried
 from gradstat.diagnosis.nonfinite import find_nonfinite
 from gradstat.diagnosis.spikes import find_gradient_spikes, find_loss_spikes
 from gradstat.diagnosis.usual import WINDOW
@@ -53,6 +53,8 @@ class Alerts:
         self._losses: dict[str, deque[float]] = {}  # the newest
         self._n_records = self._n_looked_at = 0
         self._steps: deque[int] = deque(maxlen=WINDOW // _REFRESHED + 1)  # of every eighth record
+        self._rates: dict[str, float] = {}
+        self._reached = Reached()
         self._is_due = self._is_unstable = self._is_ahead = False
         self._told: set[tuple[str, int]] = set()  # kinds, and of spikes the step of the first value
         self._is_telling = False
@@ -76,17 +78,26 @@ class Alerts:
     def _has_moved(self, sizes: Array) -> bool:
         """Whether the weights have grown over a window of records, or a step changes them much."""
         self._steps.append(self._history.last_step)
-        if not len(self._weights) or len(self._steps) * _REFRESHED <= WINDOW:
+        if not len(self._weights):
             return False
-        at, first = self._n_records % WINDOW, self._steps[0]
+        at = self._n_records % WINDOW
         ends = sizes[[(at + 1) % WINDOW, at]]
         ends[np.isnan(ends)] = -math.inf
         before, now = np.logaddexp.reduce(2 * ends[:, self._weights], axis=1) / 2
+        step = np.logaddexp.reduce(2 * ends[1, self._updates], initial=-math.inf) / 2
+        rate = math.log(np.median(list(self._rates.values()) or 1.0))
         with np.errstate(invalid="ignore"):  # of weights that are all zero, or NaN
-            growth = (now - before) * WINDOW / (self._steps[-1] - first)
-            pace = np.logaddexp.reduce(2 * ends[1, self._updates], initial=-math.inf) / 2 - now
-        has_grown = growth > math.log(self._thresholds.weights_growth) * _NEAR
-        has_moved = bool(has_grown or pace > math.log(self._thresholds.weights_pace * _NEAR))
+            growth, pace = now - before, step - now
+            self._reached = Reached(*np.fmax(self._reached, (step - rate, pace)).tolist())
+            possible = self._reached.step + rate - now
+        if len(self._steps) * _REFRESHED <= WINDOW:
+            return False
+        growth *= WINDOW / (self._steps[-1] - self._steps[0])
+        has_moved = bool(
+            growth > math.log(self._thresholds.weights_growth) * _NEAR
+            or pace > math.log(self._thresholds.weights_pace * _NEAR)
+            or is_untried(possible, self._reached.pace)
+        )
         self._is_ahead &= has_moved
         return has_moved
 
@@ -101,6 +112,8 @@ class Alerts:
         return False
 
     def see_scalar(self, name: str, value: float) -> None:
+        if is_rate(name) and value > 0:
+            self._rates[name] = value
         if not is_loss(name):
             return
         recent = self._losses.setdefault(name, deque(maxlen=WINDOW))
@@ -140,7 +153,8 @@ class Alerts:
     def _tell_what_is_ahead(self) -> None:
         newest = self._history.newest(REACH)
         newest.logged = self._history.logged
-        found = find_instability(Evidence(newest, self._thresholds.window), self._thresholds)
+        run = Evidence(newest, self._thresholds.window)
+        found = find_instability(run, self._thresholds, self._reached)
         found = [each for each in found if each.steps[1] > self._steps[-2]]
         # The loss wavers; what has been told is over when the weights hardly move.
         if found and not self._is_ahead:

@@ -23,7 +23,7 @@ _ENORMOUS = math.log(1e3)  # of one that needs no other evidence
 _SOON = 10  # records after a rate
 _LEAP = 2.0  # from one record's rate to the next one's
 _SUDDEN = math.log(5)  # of a loss, from one record to the next
-_FAST = 0.1  # change of the weights in a step, as a share of them, that none survives
+FATAL_PACE = 0.1  # change of the weights in a step, as a share of them, that none survives
 
 
 class Leap(NamedTuple):
@@ -103,7 +103,7 @@ def _cause(
     rate, earlier = float(rates[record]), float(rates[begin])
     # Steps that have become large at once have a cause of their own.
     usual = pace[record - _SOON : record + 1] if record > _SOON else pace[: record + 3]
-    is_fast = median(usual) >= _FAST
+    is_fast = median(usual) >= FATAL_PACE
     if (
         rise >= _RISE
         and rate >= _LEAP * earlier

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 
-from gradstat.diagnosis.divergence import USUAL_PACE
+from gradstat.diagnosis.divergence import FATAL_PACE, USUAL_PACE
 from gradstat.diagnosis.evidence import Evidence, log, log_losses, median
 from gradstat.diagnosis.findings import Finding, rounded
 from gradstat.diagnosis.usual import TO_DEVIATIONS, WINDOW, named
@@ -22,19 +23,42 @@ _LEAST_NOISE = 0.02  # of a loss, a logarithm: less is no reason to call it fall
 _WELL = math.log(2)  # above its least value, a loss may still look well
 _IN_A_ROW = 4  # records that must show it
 _NOTABLE = 1.1  # growth of an output
+# Noise alone keeps Adam's steps at a quarter of the first ones, for their rate.
+_UNTRIED = math.log(10)  # above all steps so far
+_IDLE = math.log(1.2)  # by which a loss falls in a window, at most, that is hardly learned
 
 
-def find_instability(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+class Reached(NamedTuple):
+    """How large steps have been so far, at most: logarithms."""
+
+    step: float = -math.inf  # norm of the change of all weights, for its learning rate
+    pace: float = -math.inf  # as a share of the weights' norm
+
+
+_NOTHING = Reached()
+
+
+def find_instability(
+    run: Evidence, thresholds: Thresholds, reached: Reached = _NOTHING
+) -> list[Finding]:
     """Weights that grow or leap while the loss no longer falls, up to now or until it has risen."""
+    # The newest records are enough, with what steps before them have reached.
     if PARAM not in run.kinds or not run.losses or len(run.steps) <= _LONG:
         return []
     # A logarithm: how many times larger all weights became in so many steps, by the newest records.
-    size, steps = _newest(log(run.norm(PARAM))), run.steps.astype(np.float64)
+    weights, steps = log(run.norm(PARAM)), run.steps.astype(np.float64)
+    size = _newest(weights)
     growth = (size - _before(size, WINDOW)) * WINDOW / (steps - _before(steps, WINDOW))
-    levels, may_break = _losses_at_records(run)
+    levels, is_flat, is_idle = _losses_at_records(run)
     shows = growth > math.log(thresholds.weights_growth)
     shows |= _newest(log(run.pace)) > math.log(thresholds.weights_pace)
-    shows &= may_break
+    shows &= is_flat
+    # Or what a step would change that were as large for its rate as one before.
+    pace, per_rate = log(run.pace), weights - run.log_rate
+    step = _newest(pace + per_rate)
+    step[:_NEWEST] = math.nan  # optimizers that divide by an average begin with larger ones
+    possible = _most(step, reached.step) - per_rate
+    shows |= is_untried(possible, _most(_newest(pace), reached.pace)) & is_idle
     several = np.lib.stride_tricks.sliding_window_view(shows, _IN_A_ROW).all(1)
     at = np.flatnonzero(several) + _IN_A_ROW - 1
     if not len(at):
@@ -47,12 +71,23 @@ def find_instability(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     # From the first record on that shows it, with short breaks.
     breaks = np.flatnonzero(np.diff(at) > WINDOW)
     first = int(at[breaks[-1] + 1 if len(breaks) else 0])
-    return [_finding(run, first, last, growth, thresholds)]
+    return [_finding(run, first, last, growth, possible, thresholds)]
 
 
-def _losses_at_records(run: Evidence) -> tuple[Array, Array]:
-    """How large the first loss is at each record, a logarithm, and where no loss falls."""
-    first, flat = None, np.ones(len(run.steps), bool)
+def is_untried(possible: Array, pace: Array | float) -> Array:
+    """Whether a change of the weights would break training, and is far above all there were."""
+    is_it: Array = (possible > math.log(FATAL_PACE)) & (possible > pace + _UNTRIED)
+    return is_it
+
+
+def _most(x: Array, before: float) -> Array:
+    """The largest so far."""
+    return np.fmax(np.fmax.accumulate(x), before)
+
+
+def _losses_at_records(run: Evidence) -> tuple[Array, Array, Array]:
+    """How large the first loss is at each record, a logarithm; where no loss falls, or hardly."""
+    first, flat, idle = None, *np.ones((2, len(run.steps)), bool)
     for steps, losses in run.losses.values():
         x = log_losses(losses)
         at = np.searchsorted(steps, run.steps, "right") - 1
@@ -61,24 +96,37 @@ def _losses_at_records(run: Evidence) -> tuple[Array, Array]:
         noise = TO_DEVIATIONS * _newest(abs(x - _before(level, 1)), WINDOW)
         least = np.fmin.reduce(_trailing(level, REACH - WINDOW), axis=0)
         is_falling = _before(level, _LONG) - level > _FALLS * np.maximum(noise, _LEAST_NOISE)
-        flat &= ~is_falling & (level - least <= _WELL) & ~np.isnan(_before(level, _LONG))
+        is_well = (level - least <= _WELL) & ~np.isnan(_before(level, _LONG))
+        flat &= ~is_falling & is_well
+        idle &= (_before(level, WINDOW) - level <= _IDLE) & is_well
         first = level if first is None else first
     assert first is not None
-    return first, flat
+    return first, flat, idle
 
 
 def _finding(
-    run: Evidence, first: int, last: int, growth: Array, thresholds: Thresholds
+    run: Evidence,
+    first: int,
+    last: int,
+    growth: Array,
+    possible: Array,
+    thresholds: Thresholds,
 ) -> Finding:
     times = math.exp(float(np.fmax.reduce(growth[first : last + 1])))
     since, until = int(run.steps[first]), int(run.steps[last])
     numbers = {"first_step": float(since), "times": times}
-    what = f"the weights grow, up to {rounded(times)}-fold in {WINDOW} steps"
+    pace, rate = float(run.pace[last]), float(run.rate[last])
+    what = f"the weights grow, up to {rounded(times)}-fold in {WINDOW} steps,"
     if times <= thresholds.weights_growth:
-        what = "each step changes the weights much"
-    sentence = (
-        f"Training may break soon: from step {since} on {what}, while the loss no longer falls."
-    )
+        what = "each step changes the weights much,"
+        if not np.nanmax(run.pace[first : last + 1], initial=0.0) > thresholds.weights_pace:
+            numbers["possible_pace"] = math.exp(possible[last])
+            what = (
+                f"steps are small only because gradients are: one as large for its learning rate "
+                f"as earlier ones would change the weights by {numbers['possible_pace']:.2g} of "
+                f"their size,"
+            )
+    sentence = f"Training may break soon: from step {since} on {what} while the loss hardly falls."
     now, before = (
         median(run.part(np.arange(max(0, end - _NEWEST), end)).log_rms)
         for end in (last + 1, last + 1 - WINDOW)
@@ -92,7 +140,6 @@ def _finding(
         numbers["output"] = math.exp(rises[output])
         sentence += f" {named(run, output)} grew {rounded(numbers['output'])}-fold meanwhile."
         helps = "weight decay, or a norm there"
-    pace, rate = float(run.pace[last]), float(run.rate[last])
     if math.isfinite(pace):
         numbers["pace"] = pace
         sentence += (

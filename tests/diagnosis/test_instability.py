@@ -14,6 +14,7 @@ from torch import nn
 import gradstat
 from gradstat import Finding, History, Log2Bins, Thresholds
 from gradstat.diagnosis.evidence import Evidence
+from gradstat.diagnosis.instability import Reached
 from gradstat.record import ACTIVATION, GRAD, PARAM, UPDATE
 
 STEPS, AT = 160, 100
@@ -40,6 +41,7 @@ def run(
     kinds: tuple[str, ...] = (GRAD, PARAM, ACTIVATION),
     every: int = 1,
     pace: Series = lambda step: 1e-3,
+    rate: Series | None = None,
 ) -> History:
     """Three layers; the outputs of one grow with its weights, squared."""
 
@@ -58,6 +60,8 @@ def run(
         if losses is not None:
             wavers = math.exp(0.05 * np.random.default_rng(step).standard_normal())
             history.add_scalar("loss", step, losses(step) * wavers)
+        if rate is not None:
+            history.add_scalar("lr", step, rate(step))
     return history
 
 
@@ -96,6 +100,47 @@ def test_instability_is_ahead_where_steps_are_large_and_the_loss_does_not_fall()
     assert "A step changes the weights by 0.03 of their size" in finding.sentence
     others = diagnose(run(flat, kinds=MOVING, pace=large), weights_pace=0.04)
     assert [each.kind for each in others] == ["jump"]
+
+
+def rising(step: int) -> float:
+    """40-fold by step 149, 50-fold by step 158."""
+    return 1.025**step
+
+
+def early(step: int) -> float:
+    """A change of 0.3 %, then less: the largest for their rate are the first ones."""
+    return 3e-3 if step < 20 else 1e-3
+
+
+RISING = {"weights": flat, "kinds": MOVING, "pace": early, "rate": rising}
+
+
+def test_instability_is_ahead_where_steps_are_small_only_as_gradients_are() -> None:
+    history = run(**RISING)  # type: ignore[arg-type]
+    (finding,) = ahead(history)
+    # Of the first steps the median of eight counts, and at 37 times their rate they are a tenth.
+    assert 147 <= finding.steps[0] <= 154
+    assert finding.numbers["possible_pace"] == pytest.approx(3e-3 * rising(159 - 4), rel=0.1)
+    assert "as large for its learning rate as earlier ones" in finding.sentence
+    # Without its beginning the record knows nothing of such steps.
+    assert ahead(history.between(20)) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rate": flat},
+        {"losses": falling},
+        # It bore a tenth of that.
+        {"pace": lambda step: 0.018 if 90 <= step < 110 else early(step)},
+        {"rate": lambda step: rising(min(step, 120))},
+        {"rate": None},
+        {"pace": lambda step: 0.015 if step < 2 else 1e-3},  # as of averages that begin at zero
+    ],
+    ids=["same rate", "falls", "tried", "not so high", "no rate", "first steps"],
+)
+def test_instability_is_silent_about_a_rate_that_rises(options: dict[str, Any]) -> None:
+    assert ahead(run(**(RISING | options))) == []
 
 
 @pytest.mark.parametrize(
@@ -202,6 +247,26 @@ def test_alert_tells_of_instability_where_steps_are_large() -> None:
     assert told[0].numbers["pace"] > 0.02
 
 
+def test_alert_knows_of_steps_before_the_newest_records() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(50, 4, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    told: list[Finding] = []
+    options = {"what": ("grad", "update"), "when": "step", "optimizer": optimizer}
+    noise, group = torch.randn(4, 50) / 200**0.5, optimizer.param_groups[0]
+    with gradstat.watch(model, alert=told.append, **options) as w:  # type: ignore[arg-type]
+        for step in range(180):
+            # There and back again, by gradients that are the smaller the higher the rate.
+            size = early(step) * (-1) ** step / group["lr"]
+            model.weight.grad = size * model.weight.detach().norm() * noise
+            optimizer.step()
+            group["lr"] *= 1.025
+            w.log(loss=wavering(step))
+            _ = w.history
+    assert [finding.kind for finding in told] == ["instability ahead"]
+    assert told[0].numbers["possible_pace"] > 0.1
+
+
 @pytest.mark.parametrize(
     ("losses", "is_asked"),
     [
@@ -218,7 +283,7 @@ def test_alert_asks_whether_instability_is_ahead_where_no_loss_falls(
 ) -> None:
     asked: list[int] = []
 
-    def find(run: Evidence, thresholds: Thresholds) -> list[Finding]:
+    def find(run: Evidence, thresholds: Thresholds, reached: Reached) -> list[Finding]:
         asked.append(int(run.steps[-1]))
         return []
 
