@@ -63,7 +63,12 @@ def write(
     steps = viewers.chosen_steps("write", history, max_records)
     events = _Events(log_dir, by_kind=tags == "kind")
     events.start(history, None)
-    time_at = _times(history)
+    known = np.isfinite(history.times)
+    recorded, times = history.steps[known], history.times[known]
+
+    def time_at(step: int) -> float | None:
+        return float(np.interp(step, recorded, times)) if len(times) else None
+
     try:
         for step in viewers.counted(history, steps, progress):
             events.write_record(history, step, time_at(step))
@@ -160,12 +165,3 @@ class _Events(RunWriter):
 
     def _prefix(self, row: Row) -> str:
         return encodable(f"{viewers.group(row.kind)}/{row.name}" if self._by_kind else str(row))
-
-
-def _times(history: History) -> Callable[[int], float | None]:
-    """When a step was, by the records around it; ``None`` where no time is known."""
-    known = np.isfinite(history.times)
-    steps, times = history.steps[known], history.times[known]
-    if not len(steps):
-        return lambda step: None
-    return lambda step: float(np.interp(step, steps, times))
