@@ -17,8 +17,8 @@ from gradstat import Finding, History
 WHAT = ("grad", "update", "activation")
 # Thresholds were chosen by what seeds below 20 and from 100 on show.
 SEEDS = range(20, 40)
-# Rules were mended by what seeds below 26 show of foreign networks.
-FOREIGN_SEEDS = range(26, 29)
+# Rules were mended by what seeds below 29 show of foreign networks.
+FOREIGN_SEEDS = range(29, 32)
 STEPS, AT = 160, 120  # of a run with an incident, and when that begins
 ALL_TASKS = TASKS | FOREIGN
 
