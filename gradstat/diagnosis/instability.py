@@ -47,18 +47,18 @@ def find_instability(
         return []
     # A logarithm: how many times larger all weights became in so many steps, by the newest records.
     weights, steps = log(run.norm(PARAM)), run.steps.astype(np.float64)
-    size = _newest(weights)
+    size, pace = _newest(weights), _newest(log(run.pace))
     growth = (size - _before(size, WINDOW)) * WINDOW / (steps - _before(steps, WINDOW))
     levels, is_flat, is_idle = _losses_at_records(run)
     shows = growth > math.log(thresholds.weights_growth)
-    shows |= _newest(log(run.pace)) > math.log(thresholds.weights_pace)
+    shows |= pace > math.log(thresholds.weights_pace)
     shows &= is_flat
     # Or what a step would change that were as large for its rate as one before.
-    pace, per_rate = log(run.pace), weights - run.log_rate
-    step = _newest(pace + per_rate)
+    in_rates = weights - run.log_rate
+    step = _newest(log(run.pace) + in_rates)
     step[:_NEWEST] = math.nan  # optimizers that divide by an average begin with larger ones
-    possible = _most(step, reached.step) - per_rate
-    shows |= is_untried(possible, _most(_newest(pace), reached.pace)) & is_idle
+    possible = _most(step, reached.step) - in_rates
+    shows |= is_untried(possible, _most(pace, reached.pace)) & is_idle
     several = np.lib.stride_tricks.sliding_window_view(shows, _IN_A_ROW).all(1)
     at = np.flatnonzero(several) + _IN_A_ROW - 1
     if not len(at):
