@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import zip_longest
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -249,12 +250,15 @@ class RecordLayout:
         # As numpy.frombuffer(), which takes no type without bytes: that of a run without rows.
         return np.ndarray(n, self.fixed, data)
 
-    def assemble(self, parts: Sequence[tuple[Sequence[int], bytes]]) -> bytes:
+    def assemble(
+        self, parts: Sequence[tuple[Sequence[int], bytes]], joins: Sequence[int] = ()
+    ) -> bytes:
         """One record of several that have some of its rows each.
 
         Args:
-            parts: of each the rows that it has, and its bytes. The last row of those that come
-                several times counts; one that never comes has no values.
+            parts: of each the rows that it has, and its bytes; one that never comes has no values.
+            joins: rows that are counted together; of others that come several times the last one
+                counts.
         """
         # Those of as many rows have one layout, and are unpacked together.
         alike: dict[int, list[int]] = {}
@@ -266,10 +270,19 @@ class RecordLayout:
             unpacked.append(layout.unpack([parts[at][1] for at in places]))
             for at in places:
                 starts[at], start = start, start + n
-        source = np.full(self.n_rows, -1)
+        whole, source = _side_by_side(unpacked), np.full(self.n_rows, -1)
+        joined: dict[int, list[int]] = {row: [] for row in joins}
         for (rows, _), first in zip(parts, starts, strict=True):
             source[list(rows)] = np.arange(first, first + len(rows))
-        return self.pack_all(_side_by_side(unpacked).take(source))[0]
+            for at, row in enumerate(rows, first):
+                if row in joined:
+                    joined[row].append(at)
+        if joined:
+            turns = zip_longest(*joined.values(), fillvalue=-1)
+            together = union([whole.take(np.array(turn)) for turn in turns], self.n_bins)
+            source[list(joined)] = np.arange(start, start + len(joined))
+            whole = _side_by_side([whole, together])
+        return self.pack_all(whole.take(source))[0]
 
     def _entries_of(self, records: Sequence[bytes], ends: Array) -> tuple[Array, Array, Array]:
         """Filled bins of records, one after the other, and where those of each row end."""

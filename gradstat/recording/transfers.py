@@ -10,25 +10,23 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from gradstat.bins import LinearBins
 from gradstat.diagnosis.alerts import Alerts
-from gradstat.engines import NUMBERS
 from gradstat.history import History
 from gradstat.history.journal import Journal
 from gradstat.ops import import_engine
-from gradstat.record import OF_OUTPUTS, Record, RecordLayout
+from gradstat.record import OF_OUTPUTS, Record
 from gradstat.recording.cuda import Computed, Launch, Schedule, Transfer, take_over
 from gradstat.recording.sinks import RunWriter
-from gradstat.results import PACKED, Statistics, as_arrays, as_statistics, union_packed
-from gradstat.util import Array, warn
+from gradstat.results import PACKED, Statistics, as_arrays, as_statistics
+from gradstat.util import warn
 
 
 class _Nothing:
@@ -53,9 +51,6 @@ _FORKED = (
 
 MANY_BYTES = 1 << 30  # of records in memory, from which on a warning is given
 _LOOK = 64  # records from one look at the memory to the next
-
-# Integers, floats, histograms and formats of some rows, dense.
-_Dense: TypeAlias = tuple[Array, ...]
 
 
 class Part(NamedTuple):
@@ -131,121 +126,50 @@ def sent(scales: Mapping[str, Computed]) -> dict[str, Transfer]:
 
 
 class Assembly:
-    """Makes the bytes of a record of parts that have arrived.
-
-    Args:
-        history: whose records they are.
-    """
+    """Makes the bytes of a record of parts that have arrived."""
 
     def __init__(self, history: History) -> None:
-        self._bins, self._kinds = history.bins, history.kinds
-        self.layout = history.layout
-        self._is_linear = isinstance(history.bins, LinearBins)
+        self.layout, self._bins, self._kinds = history.layout, history.bins, history.kinds
 
     def record(self, parts: Sequence[Part]) -> bytes:
-        """The whole record; rows that no part has are without values."""
-        n = self.layout.n_rows
-        if len(parts) == 1 and len(parts[0].rows) == n and not self._is_scaled(parts[0]):
+        """The whole record; rows that no part has are without values.
+
+        Several rows of a module's outputs are counted together; of others the last one counts.
+        """
+        if len(parts) == 1 and len(parts[0].rows) == self.layout.n_rows:
             return self._data(parts[0])
         seen = Counter(row for part in parts for row in part.rows)
-        joins = any(n > 1 and self._kinds[row] in OF_OUTPUTS for row, n in seen.items())
-        if joins or not parts or any(map(self._is_scaled, parts)):
-            return self._joined(parts, range(n))
-        return self.layout.assemble([(part.rows, self._data(part)) for part in parts])
+        joins = [row for row, n in seen.items() if n > 1 and self._kinds[row] in OF_OUTPUTS]
+        held = [(part.rows, self._data(part)) for part in parts]
+        return self.layout.assemble(held or [((), b"")], joins)
 
     def combined(self, parts: list[Part]) -> list[Part]:
         """Parts in their order, the first of them that have arrived as one."""
         arrived = list(takewhile(lambda part: part.has_arrived(wait=False), parts))
         if len(arrived) < 2:
             return parts
-        rows = tuple(sorted({row for part in arrived for row in part.rows}))
-        whole = Part(rows, self._joined(arrived, rows), None, 0, {})
-        return [whole, *parts[len(arrived) :]]
-
-    def _joined(self, parts: Sequence[Part], rows: Sequence[int]) -> bytes:
-        """Parts as one, without scales, that has the rows in that order.
-
-        Several rows of a module's outputs are counted together; of others the last one counts.
-        """
-        whole = self._absent(len(rows))
-        place = {row: at for at, row in enumerate(rows)}
-        seen: Counter[int] = Counter()
-        for part in parts:
-            dense = self._unscaled(part)
-            for joins, at in _turns(part.rows, seen, self._kinds):
-                to = [place[part.rows[i]] for i in at]
-                new = tuple(each[at] for each in dense)
-                if joins:
-                    new = self._counted_together(tuple(each[to] for each in whole), new)
-                for each, values in zip(whole, new, strict=True):
-                    each[to] = values
-        return self._of(rows).pack(whole[0], whole[1], whole[3], whole[2])
-
-    def _counted_together(self, before: _Dense, new: _Dense) -> _Dense:
-        """The same rows, counted together."""
-        a, b = (as_statistics(self._bins, each[:3]) for each in (before, new))
-        formats = union_packed(torch.from_numpy(np.stack([before[3], new[3]])))
-        return *as_arrays(a.merge(b)), formats.numpy()
-
-    def _unscaled(self, part: Part) -> _Dense:
-        layout, data = self._of(part.rows), self._data(part)
-        dense: _Dense = (layout.integers(data), layout.floats(data), layout.dense(data))
-        dense = (*dense, layout.formats(data))
-        if not self._is_scaled(part):
-            return dense
-        dense = tuple(each.copy() for each in dense)
-        for kind, scale in part.scales.items():
-            at = [i for i, row in enumerate(part.rows) if self._kinds[row] == kind]
-            if at:
-                scaled = as_statistics(self._bins, tuple(each[at] for each in dense[:3]))
-                unscaled = scaled.unscale(scale.host().double())
-                for each, new in zip(dense, as_arrays(unscaled), strict=False):
-                    each[at] = new
-        return dense
-
-    def _is_scaled(self, part: Part) -> bool:
-        return bool(part.scales) and not self._is_linear
+        rows = tuple(range(self.layout.n_rows))
+        return [Part(rows, self.record(arrived), None, 0, {}), *parts[len(arrived) :]]
 
     def _data(self, part: Part) -> bytes:
-        if part.data is not None:
-            return part.data
-        layout, arriving, n = self.layout, part.arriving, len(part.rows)
-        assert arriving is not None
-        n_formats = n * layout.n_formats * len(PACKED)
-        # Compiled, and so not imported before it is needed.
-        pack = import_engine("cpu").pack
-        packed: bytes = pack(arriving.host(), part.start, n, layout.n_bins, n_formats)
-        return packed
-
-    def _of(self, rows: Sequence[int]) -> RecordLayout:
-        return replace(self.layout, n_rows=len(rows))
-
-    def _absent(self, n: int) -> _Dense:
-        """Rows without values."""
-        layout = self.layout
-        numbers = NUMBERS // 2
-        return (
-            np.zeros((n, numbers), np.int64),
-            np.full((n, numbers), np.nan),
-            np.zeros((n, layout.n_bins), np.int64),
-            np.full((n, layout.n_formats, len(PACKED)), np.nan),
-        )
-
-
-def _turns(
-    rows: Sequence[int], seen: Counter[int], kinds: list[str]
-) -> Iterable[tuple[bool, list[int]]]:
-    """Positions in turns, in each of which no row comes twice.
-
-    Returns:
-        For each turn whether its rows join those before, and where they are.
-    """
-    turns: dict[tuple[int, bool], list[int]] = {}
-    for at, row in enumerate(rows):
-        joins = seen[row] > 0 and kinds[row] in OF_OUTPUTS
-        turns.setdefault((seen[row], joins), []).append(at)
-        seen[row] += 1
-    return [(joins, at) for (_, joins), at in turns.items()]
+        """The bytes of a part, unscaled."""
+        data, arriving = part.data, part.arriving
+        layout = replace(self.layout, n_rows=len(part.rows))
+        if arriving is not None:
+            # Compiled, and so not imported before it is needed.
+            pack = import_engine("cpu").pack
+            n_formats = layout.n_rows * layout.n_formats * len(PACKED)
+            data = pack(arriving.host(), part.start, layout.n_rows, layout.n_bins, n_formats)
+        assert data is not None
+        if not part.scales:
+            return data
+        integers, floats, counts = layout.integers(data), layout.floats(data), layout.dense(data)
+        floats, kinds = floats.copy(), np.array([self._kinds[row] for row in part.rows])
+        for kind, scale in part.scales.items():
+            at = kinds == kind
+            scaled = as_statistics(self._bins, (integers[at], floats[at], counts[at]))
+            _, floats[at], counts[at] = as_arrays(scaled.unscale(scale.host().double()))
+        return layout.pack(integers, floats, layout.formats(data), counts)
 
 
 class Delivery:
@@ -272,7 +196,7 @@ class Delivery:
     ) -> None:
         self._history, self._schedule = history, schedule
         self._sink, self._journal, self._alerts = sink, journal, alerts
-        self._assembly, self._n_rows = Assembly(history), len(history.rows)
+        self.assembly, self._n_rows = Assembly(history), len(history.rows)
         self.pending: deque[ArrivingRecord] = deque()
         self._newest_step, self._n_filed = -1, 0
         self._arrived: deque[Record] = deque()  # for the sink
@@ -299,10 +223,6 @@ class Delivery:
         if self._sink is not None or self._alerts is not None:
             self.collect(wait=False)
 
-    def combine_arrived(self, parts: list[Part]) -> list[Part]:
-        """Parts of a record in their order, the first of them that have arrived as one."""
-        return self._assembly.combined(parts)
-
     def collect(self, wait: bool) -> None:
         """Hand on records: those that have arrived, or all."""
         if self.pending and not self._moving.locked():
@@ -313,7 +233,7 @@ class Delivery:
         if sink is not None and self._arrived and not self._handing_on.locked():
             with self._handing_on, _NOTHING:
                 while self._arrived:
-                    record, layout = self._arrived.popleft(), self._assembly.layout
+                    record, layout = self._arrived.popleft(), self.assembly.layout
                     sink(record.step, layout.statistics(record.data, self._history.bins))
         if self._alerts is not None:
             self._alerts.tell()
@@ -344,7 +264,7 @@ class Delivery:
             if record.stamp is not None:
                 step = self._schedule.take_stamp(record.stamp, record.n_told)
             if step is not None:
-                self._file(step, self._assembly.record(record.parts))
+                self._file(step, self.assembly.record(record.parts))
 
     def _file(self, step: int, data: bytes) -> None:
         """Hand on the bytes of a record."""
@@ -359,7 +279,7 @@ class Delivery:
         if self._journal is not None:
             self._journal.add(filed)
         if self._alerts is not None:
-            layout = self._assembly.layout
+            layout = self.assembly.layout
             self._alerts.see_record(layout.integers(data), layout.floats(data))
         if self._sink is not None:
             self._arrived.append(filed)
