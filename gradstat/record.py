@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -228,19 +228,23 @@ class RecordLayout:
 
     def unpack(self, records: Sequence[bytes]) -> Unpacked:
         """Numbers of several records."""
-        integers, floats, formats, ends = self._joined(records)
-        its_ends = ends[:, : self.n_rows].astype(np.int64)
-        return Unpacked(integers, floats, formats, *self._entries_of(records, its_ends))
+        fixed, entries = self._joined(records), [self.entries(data)[1:] for data in records]
+        starts = np.cumsum([0, *(len(bins) for bins, _ in entries)])[:-1]
+        ends = fixed["ends"][:, : self.n_rows] + starts[:, None]
+        empty = np.empty(0, self.bin_type), np.empty(0, "<u4")
+        bins, counts = (np.concatenate(each) for each in zip(empty, *entries, strict=True))
+        numbers = fixed["integers"], fixed["floats"], fixed["formats"]
+        return Unpacked(*numbers, ends.ravel(), bins, counts)
 
     def numbers(self, records: Sequence[bytes]) -> Numbers:
         """Integers, floats and formats of several records, whose `fixed` bytes are enough."""
-        return self._joined(records)[:3]
+        fixed = self._joined(records)
+        return fixed["integers"], fixed["floats"], fixed["formats"]
 
-    def _joined(self, records: Sequence[bytes]) -> tuple[Array, Array, Array, Array]:
+    def _joined(self, records: Sequence[bytes]) -> Array:
         # In memory that may be changed.
         joined = bytearray().join([data[: self.fixed.itemsize] for data in records])
-        fixed = self._fixed(joined, len(records))
-        return fixed["integers"], fixed["floats"], fixed["formats"], fixed["ends"]
+        return self._fixed(joined, len(records))
 
     def _part(self, data: bytes, name: str) -> Array:
         part: Array = self._fixed(data)[name][0]
@@ -284,14 +288,6 @@ class RecordLayout:
             whole = _side_by_side([whole, together])
         return self.pack_all(whole.take(source))[0]
 
-    def _entries_of(self, records: Sequence[bytes], ends: Array) -> tuple[Array, Array, Array]:
-        """Filled bins of records, one after the other, and where those of each row end."""
-        entries = [self.entries(data)[1:] for data in records]
-        starts = np.cumsum([0, *(len(bins) for bins, _ in entries)])[:-1]
-        empty = np.empty(0, self.bin_type), np.empty(0, "<u4")
-        bins, counts = (np.concatenate(each) for each in zip(empty, *entries, strict=True))
-        return (ends + starts[:, None]).ravel(), bins, counts
-
     def _ends(self, data: bytes) -> tuple[Array, int, np.dtype[np.unsignedinteger]]:
         """Where the filled bins of each row end, how many there are, and the type of counts."""
         fixed = self._fixed(data)
@@ -334,12 +330,7 @@ class Unpacked(NamedTuple):
         n_records, n_rows = self.integers.shape[:2]
         rows = np.arange(n_records)[:, None] * n_rows + columns
         sizes, bins, counts = self.histograms(np.where(columns < 0, -1, rows).ravel())
-        return Unpacked(
-            *taken(self[:3], columns),
-            np.cumsum(sizes),
-            bins,
-            counts,
-        )
+        return Unpacked(*taken(self[:3], columns), np.cumsum(sizes), bins, counts)
 
     def histograms(self, rows: Array) -> tuple[Array, Array, Array]:
         """How many filled bins some of the S L rows have, their numbers and their counts.
@@ -396,21 +387,14 @@ def _summed(parts: Sequence[Unpacked], n_bins: int) -> tuple[Array, Array, Array
 
 def _side_by_side(parts: Sequence[Unpacked]) -> Unpacked:
     """The rows of all records of all parts as one record."""
-    integers, floats, formats, *_ = zip(*parts, strict=True)
     starts = np.cumsum([0, *(len(part.bins) for part in parts)])
+    ends = [part.ends + start for part, start in zip(parts, starts, strict=False)]
+    integers, floats, formats, _, bins, counts = zip(*parts, strict=True)
     return Unpacked(
-        _as_one_record(integers),
-        _as_one_record(floats),
-        _as_one_record(formats),
-        np.concatenate([part.ends + start for part, start in zip(parts, starts, strict=False)]),
-        np.concatenate([part.bins for part in parts]),
-        np.concatenate([part.counts for part in parts]),
+        # (S, L, ...) of each part as (1, all rows, ...).
+        *(np.concatenate([*chain(*each)])[None] for each in (integers, floats, formats)),
+        *(np.concatenate(each) for each in (ends, bins, counts)),
     )
-
-
-def _as_one_record(parts: Sequence[Array]) -> Array:
-    """Numbers of S records of L rows, ``(S, L, ...)``, as ``(1, all rows, ...)``."""
-    return np.concatenate([np.concatenate(part) for part in parts])[None]
 
 
 def taken(numbers: Numbers, columns: Array) -> Numbers:

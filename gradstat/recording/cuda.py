@@ -60,10 +60,6 @@ def take_over(tensors: Iterable[Tensor], stream: torch.Stream | None) -> None:
 
     It waits for all that the other stream has to do so far. The tensors' memory is given to no
     other tensor before the current stream has done what it has to do by then.
-
-    Args:
-        tensors: on that stream's device.
-        stream: that computes them.
     """
     if stream is None:
         return
@@ -184,19 +180,12 @@ def _pinned_memory(n_bytes: int) -> Tensor:
 
 
 class Launch(NamedTuple):
-    """What was measured at once.
+    """What was measured at once."""
 
-    Args:
-        rows: whose tensors they were, in order.
-        result: of the engine, int64 on their device.
-        stream: that computes it.
-        scales: what the values of a kind are still to be divided by.
-    """
-
-    rows: tuple[int, ...]
-    result: Tensor
-    stream: torch.Stream | None
-    scales: Mapping[str, Computed]
+    rows: tuple[int, ...]  # whose tensors they were, in order
+    result: Tensor  # of the engine, int64 on their device
+    stream: torch.Stream | None  # that computes it
+    scales: Mapping[str, Computed]  # what the values of a kind are still to be divided by
 
 
 class Schedule:
@@ -204,22 +193,15 @@ class Schedule:
 
     The host counts all passes, those of a graph when it is told of a replay. A graph runs without
     the host, so it counts its own passes on the device.
-
-    Args:
-        every: steps from one record to the next.
-        accumulation_steps: passes in a step.
-        tensors: on the devices where passes may be captured.
-        engine: name, or ``None``; Triton's can leave out a replay.
-        first_step: number of the step that comes first.
     """
 
     def __init__(
         self,
-        every: int,
-        accumulation_steps: int,
-        tensors: Iterable[Tensor],
-        engine: str | None,
-        first_step: int = 0,
+        every: int,  # steps from one record to the next
+        accumulation_steps: int,  # passes in a step
+        tensors: Iterable[Tensor],  # on the devices where passes may be captured
+        engine: str | None,  # Triton's can leave out a replay
+        first_step: int,
     ) -> None:
         # Passes that it has been told of; those before the first step count as told.
         self.n_told = first_step * accumulation_steps
@@ -246,11 +228,11 @@ class Schedule:
     @property
     def step(self) -> int:
         """Number of the step that the pass belongs to."""
-        return (self.n_told + self.n_missed) // self.accumulation_steps
+        return self.n_passes // self.accumulation_steps
 
     def is_due(self) -> bool:
         """Whether to record the pass that comes or goes on, outside a graph."""
-        n_before = self.n_told + self.n_missed
+        n_before = self.n_passes
         return n_before % self._period == self.accumulation_steps - 1
 
     def has_left_graph(self, *, is_captured: bool) -> bool:
@@ -268,9 +250,8 @@ class Schedule:
     def flag(self, device: torch.device) -> Tensor | None:
         """What kernels on the current stream read to know whether the captured pass is due.
 
-        Returns:
-            int64 ``(1,)``; ``None`` outside a capture, where a pass that is not due has no kernels,
-            and for a device without a counter, where all passes are measured.
+        It is int64 ``(1,)``; ``None`` outside a capture, where a pass that is not due has no
+        kernels, and for a device without a counter, where all passes are measured.
         """
         counter = self._counters.get(device)
         if counter is None or not is_capturing():
@@ -287,7 +268,7 @@ class Schedule:
 
     def count(self) -> int:
         """Count a pass that ran outside a graph; return the number of its step."""
-        step = (self.n_told + self.n_missed) // self.accumulation_steps
+        step = self.step
         self.n_told += 1
         if self._n_uncounted is not None:
             for counter in self._counters.values():
@@ -297,8 +278,7 @@ class Schedule:
     def count_captured(self) -> Tensor | None:
         """Let each replay count the pass that has just been captured.
 
-        Returns:
-            What `take_stamp` reads, int64 ``(2,)``; ``None`` if the replays are not counted.
+        Returns what `take_stamp` reads, int64 ``(2,)``; ``None`` if the replays are not counted.
         """
         if self._counters and not self._flags:  # nothing was measured
             self.flag(torch.device("cuda", torch.cuda.current_device()))
@@ -309,19 +289,10 @@ class Schedule:
             counter.count()
         return stamp
 
-    def count_replayed(self) -> None:
-        """Count a captured pass that was replayed."""
-        self.n_told += 1
-
     def take_stamp(self, stamp: Transfer, n_told: int) -> int | None:
-        """Compare what a replay has counted with what the host had been told.
+        """Compare what a replay has counted with the passes that the host had been told of before.
 
-        Args:
-            stamp: what the replay has left.
-            n_told: passes before that replay.
-
-        Returns:
-            Number of the step; ``None`` if the replay was not due, and has measured nothing.
+        Returns the number of the step; ``None`` if the replay was not due, and measured nothing.
         """
         n_counted, is_due = stamp.host().tolist()
         n_passes = n_counted + (self._n_uncounted or 0)
@@ -331,19 +302,13 @@ class Schedule:
         return n_passes // self.accumulation_steps if is_due else None
 
 
-class CapturedPass(NamedTuple):
-    """Results and the stamp of `Schedule.count_captured`; a replay writes both."""
-
-    launches: list[Launch]
-    stamp: Tensor | None
-
-
 class CapturedGraph:
     """The passes of a graph, and the stream of its last replay, if that is known."""
 
     def __init__(self, graph: object) -> None:
         self.graph = weakref.ref(graph)
-        self.passes: list[CapturedPass] = []
+        # Results and the stamp of `Schedule.count_captured`; a replay writes both.
+        self.passes: list[tuple[list[Launch], Tensor | None]] = []
         self.stream: torch.cuda.Stream | None = None
         call_after_replays(graph, self._on_replay)
 
@@ -367,7 +332,7 @@ class CapturedPasses:
             kept = [each for each in self._graphs if each.graph() not in (None, graph)]
             self._graphs = [*kept, CapturedGraph(graph)]
             self._is_open = True
-        self._graphs[-1].passes.append(CapturedPass(launches, stamp))
+        self._graphs[-1].passes.append((launches, stamp))
 
     def of(self, graph: object) -> CapturedGraph | None:
         """What is known of a graph, or of the newest one for ``None``."""

@@ -47,13 +47,10 @@ class RunningPass:
     Autograd makes the call that awaits the end; where an exception ends the pass, it drops that
     call. If a device's own thread runs the hooks, it does so a moment after the exception has
     reached the caller.
-
-    Args:
-        is_asked: whether anybody asks from outside of a hook if it is running.
     """
 
     def __init__(self, *, is_asked: bool) -> None:
-        self._is_asked = is_asked
+        self._is_asked = is_asked  # from outside of a hook, whether it is running
         # What is awaited, while it is to come; dead where an exception has ended the pass.
         self.call: Call | None = None
         self._caller: object = None  # the thread that called the pass
@@ -94,21 +91,14 @@ def remember_caller() -> None:
 
 
 class BackwardHooks:
-    """Each backward pass is a pass of the recorder.
-
-    Args:
-        parameters: to hook, in the order of the recorder's rows.
-        recorder: what sees their gradients.
-        scaler: what scales the loss, or ``None``.
-        at_once: measure each gradient before its hook returns.
-    """
+    """Each backward pass is a pass of the recorder."""
 
     def __init__(
         self,
-        parameters: Sequence[nn.Parameter],
+        parameters: Sequence[nn.Parameter],  # in the order of the recorder's rows
         recorder: Recorder,
         scaler: GradScaler | None,
-        at_once: bool,
+        at_once: bool,  # measure each gradient before its hook returns
     ) -> None:
         # They go on as long as this does, whether anybody keeps the watch or not.
         self.rates: LearningRates | None = None
@@ -192,7 +182,7 @@ class BackwardHooks:
                     recorder.measure_waiting()
             # After those that hooks have noted before.
             if not recorder.order.is_known:
-                recorder.order.note_gradient(index)
+                recorder.order.note(GRAD, index)
 
     def _begin(self) -> None:
         if is_compiled_autograd():
@@ -234,22 +224,15 @@ class BackwardHooks:
 
 
 class StepHook:
-    """Each step of an optimizer, or each call, is a pass of the recorder.
-
-    Args:
-        parameters: in the order of the recorder's rows.
-        recorder: what sees their gradients.
-        optimizer: whose steps are measured, and its updates after them, if there is one.
-        calls_only: only `measure` makes records; those of updates wait for the step.
-    """
+    """Each step of an optimizer, or each call, is a pass of the recorder."""
 
     def __init__(
         self,
-        parameters: Sequence[nn.Parameter],
+        parameters: Sequence[nn.Parameter],  # in the order of the recorder's rows
         recorder: Recorder,
         optimizer: Optimizer | None,
         *,
-        calls_only: bool,
+        calls_only: bool,  # only `measure` makes records; those of updates wait for the step
     ) -> None:
         # They go on as long as this does, whether anybody keeps the watch or not.
         self.rates: LearningRates | None = None
@@ -380,7 +363,7 @@ class StepHook:
         if self._order_handles and self._recorder.is_recording:
             _take_off(self._order_handles)
             for index in self._arrived:
-                self._recorder.order.note_gradient(index)
+                self._recorder.order.note(GRAD, index)
             self._arrived.clear()
         for index, parameter in parameters.items():
             gradient = parameter.grad

@@ -107,7 +107,7 @@ class OutputHooks:
                 recorder.drop()
             order = recorder.order
             if not order.is_known and (is_gradient or not _is_recomputing()):
-                order.note_output(index, is_gradient)
+                order.note(GRAD_OUTPUT if is_gradient else ACTIVATION, index)
             self._is_seeing = True
             if is_gradient:
                 if not self._pass.has_begun():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from gradstat.engines import Plan
 from gradstat.formats import parse_format
 from gradstat.history import History
 from gradstat.ops import choose_engine, has_values, is_measurable, measure_formats
-from gradstat.record import GRAD, OF_OUTPUTS, UNIT
+from gradstat.record import ACTIVATION, GRAD, GRAD_OUTPUT, OF_OUTPUTS, UNIT
 from gradstat.recording.cuda import (
     CapturedPasses,
     Computed,
@@ -63,11 +63,7 @@ _NO_OUTPUTS = (
 
 
 class _Bucket:
-    """Tensors of some rows that wait to be measured together.
-
-    Args:
-        stream: that computes them; ``None`` where there are no streams.
-    """
+    """Tensors of some rows that wait to be measured together."""
 
     __slots__ = ("n_bytes", "stream", "tensors")
 
@@ -77,43 +73,27 @@ class _Bucket:
 
 
 class _RowsPlan(NamedTuple):
-    """How the tensors of some rows are measured.
+    """How the tensors of some rows are measured."""
 
-    Args:
-        rows: whose tensors they are, in the order of a record.
-        take: puts a bucket's tensors in that order.
-        fits: says of tensors whether they are like those that it was made for.
-        measuring: what the engine has prepared for them.
-    """
-
-    rows: tuple[int, ...]
-    take: Callable[[Mapping[int, Tensor]], Sequence[Tensor]]
-    fits: Callable[..., bool]
+    rows: tuple[int, ...]  # in the order of a record
+    take: Callable[[Mapping[int, Tensor]], Sequence[Tensor]]  # a bucket's tensors in that order
+    fits: Callable[..., bool]  # says of tensors whether they are like those it was made for
     measuring: Plan
 
 
 class _Pass:
-    """What there is of a pass that has not ended, or of one to come.
-
-    Attributes:
-        buckets: tensors that wait, by where they are computed.
-        launches: what is measured already.
-        parts: of the record, on their way already.
-        n_rows: of the launches, and of the parts that are on the host.
-        scales: what values are multiplied by, by their kind.
-        scaled_in: the run of autograd in which each was taken.
-        peaks: of units, by row, shape and device.
-    """
+    """What there is of a pass that has not ended, or of one to come."""
 
     __slots__ = ("buckets", "launches", "n_rows", "parts", "peaks", "scaled_in", "scales")
 
     def __init__(self) -> None:
-        self.buckets: dict[Place, _Bucket] = {}
-        self.launches: list[Launch] = []
-        self.parts: list[Part] = []
-        self.n_rows = 0
-        self.scales: dict[str, Computed] = {}
-        self.scaled_in: dict[str, int] = {}
+        self.buckets: dict[Place, _Bucket] = {}  # tensors that wait
+        self.launches: list[Launch] = []  # what is measured already
+        self.parts: list[Part] = []  # of the record, on their way already
+        self.n_rows = 0  # of the launches, and of the parts that are on the host
+        self.scales: dict[str, Computed] = {}  # what values of a kind are multiplied by
+        self.scaled_in: dict[str, int] = {}  # the run of autograd in which each was taken
+        # Of units, by row.
         self.peaks: dict[tuple[int, torch.Size, torch.device], Computed] = {}
 
 
@@ -124,16 +104,6 @@ class Recorder:
     took before belongs to it too. A pass that never ends, after an exception or an interrupt,
     leaves nothing.
     Callers hold `lock` meanwhile: autograd runs hooks in a thread for each device.
-
-    Args:
-        history: where the records go.
-        schedule: which passes are recorded.
-        scalars: the values that the run logs.
-        delivery: takes the records there.
-        replaced: tells of parameters that make no pass any more.
-        bucket_bytes: gradients measured in one launch.
-        engine: name, or ``None``.
-        side: where launches run; ``None`` for the stream that computes the gradients.
     """
 
     def __init__(
@@ -145,7 +115,7 @@ class Recorder:
         replaced: Replaced,
         bucket_bytes: int,
         engine: str | None,
-        side: SideStream | None,
+        side: SideStream | None,  # where launches run, if not where gradients are computed
     ) -> None:
         self.history = history
         self.lock, self.is_closed = threading.RLock(), False
@@ -157,13 +127,10 @@ class Recorder:
         self._noted_on: list[tuple[int, Tensor, Place]] = []  # of a stream
         self.note, self.note_on = self._noted.append, self._noted_on.append
         self.streams: dict[Place, torch.Stream | None] = {}  # that have computed gradients
-        self._kinds, self._formats = (
-            history.kinds,
-            [parse_format("watch", name) for name in history.formats],
-        )
+        self._formats = [parse_format("watch", name) for name in history.formats]
+        self._kinds = history.kinds
         self._is_linear, self._n_rows = isinstance(history.bins, LinearBins), len(history.rows)
-        # By device and rows.
-        self._plans: dict[tuple[Any, ...], _RowsPlan] = {}
+        self._plans: dict[tuple[Any, ...], _RowsPlan] = {}  # by device and rows
         self._most_plans = 2 * len(history.rows) + 16
         # The first row of each kind that is recorded.
         self.first_rows = {kind: history.kinds.index(kind) for kind in dict.fromkeys(history.kinds)}
@@ -200,9 +167,7 @@ class Recorder:
     def take_scale(self, kind: str, scale: Tensor | None) -> None:
         """Remember what a record's values of a kind are multiplied by in this run of autograd.
 
-        Args:
-            kind: of the values.
-            scale: 0-dim, on any device; it may be changed in place afterwards.
+        The scale is 0-dim, on any device, and may be changed in place afterwards.
         """
         if scale is None:
             return
@@ -223,12 +188,8 @@ class Recorder:
         """
         if not self.is_recording:
             return
-        place = None if gradient.is_cpu else place_of(gradient)
-        buckets = self._pass.buckets
-        if self._noted:
-            buckets.setdefault(None, _Bucket(None)).tensors.update(self._take_noted())
-        if self._noted_on:
-            self._put_noted()
+        self._put_noted()
+        place = place_of(gradient)
         if place not in self.streams:
             self.streams[place] = stream_of(gradient.device)
         bucket = self._put(row, gradient, place)
@@ -270,14 +231,7 @@ class Recorder:
 
     def measure_waiting(self) -> None:
         """Measure now what `add` has taken; afterwards it may change, on the current streams."""
-        if self._noted:
-            tensors, bucket = self._take_noted(), self._pass.buckets.get(None)
-            if bucket is None:
-                self._measure(tensors, None, None)
-            else:
-                bucket.tensors.update(tensors)
-        if self._noted_on:
-            self._put_noted()
+        self._put_noted()
         for place in list(self._pass.buckets):
             self._measure_bucket(place, is_to_change=False)
         if self._side is not None:
@@ -322,11 +276,7 @@ class Recorder:
     def replayed(self, graph: object) -> bool:
         """Take the results of captured passes that are due, which a replay has written anew.
 
-        Args:
-            graph: that was replayed; ``None`` for the newest one.
-
-        Returns:
-            Whether any pass was captured in it.
+        ``None`` stands for the newest graph. Returns whether any pass was captured in it.
         """
         self._captured.end_graph()
         captured = self._captured.of(graph)
@@ -340,7 +290,7 @@ class Recorder:
                 with torch.cuda.stream(captured.stream):
                     arriving = None if stamp is None else Transfer(stamp)
                     parts = send(launches)
-            schedule.count_replayed()
+            schedule.n_told += 1
             if parts is not None:
                 self._delivery.add(step, parts, n_told, arriving)
         if self._delivery.pending or self.scalars.pending:
@@ -396,25 +346,29 @@ class Recorder:
         self.scalars.forget_other_threads()
         self._delivery.forget_other_threads()
 
-    def _take_noted(self) -> dict[int, Tensor]:
-        """The gradients that hooks have noted so far, by row."""
-        n = len(self._noted)  # another thread may note one meanwhile
-        noted = self._noted[:n]
-        del self._noted[:n]
-        if not self.order.is_known:
-            for row, _ in noted:
-                self.order.note_gradient(row - self.first_rows[GRAD])
-        return dict(noted)
-
     def _put_noted(self) -> None:
-        """Put gradients of streams that hooks have noted into buckets."""
-        n = len(self._noted_on)
-        noted = self._noted_on[:n]
-        del self._noted_on[:n]
-        for row, gradient, place in noted:
-            if not self.order.is_known:
-                self.order.note_gradient(row - self.first_rows[GRAD])
-            self._put(row, gradient, place)
+        """Put gradients that hooks have noted so far into buckets."""
+        if self._noted:
+            n = len(self._noted)  # another thread may note one meanwhile
+            noted = dict(self._noted[:n])
+            del self._noted[:n]
+            self._note_order(noted)
+            bucket = self._pass.buckets.get(None)
+            if bucket is None:
+                bucket = self._pass.buckets[None] = _Bucket(None)
+            bucket.tensors.update(noted)
+        if self._noted_on:
+            n = len(self._noted_on)
+            noted_on = self._noted_on[:n]
+            del self._noted_on[:n]
+            self._note_order(row for row, *_ in noted_on)
+            for row, gradient, place in noted_on:
+                self._put(row, gradient, place)
+
+    def _note_order(self, rows: Iterable[int]) -> None:
+        if not self.order.is_known:
+            for row in rows:
+                self.order.note(GRAD, row - self.first_rows[GRAD])
 
     def _put(self, row: int, gradient: Tensor, place: Place) -> _Bucket:
         """Put a gradient into its bucket, in place of one of the same row in any."""
@@ -460,12 +414,9 @@ class Recorder:
     def _measure(
         self, tensors: dict[int, Tensor], device: torch.device | None, due: Tensor | None
     ) -> None:
-        """Measure the tensors of some rows, by a plan if there is one that fits.
+        """Measure tensors by row, on one CUDA device if any, by a plan if there is one that fits.
 
-        Args:
-            tensors: by row.
-            device: a CUDA device that they are on.
-            due: as for `Plan.run`.
+        ``due`` is as for `Plan.run`.
         """
         # By the rows as they came: a plan is found without sorting them.
         unfinished, key, formats = self._pass, (device, *tensors), None
@@ -495,7 +446,7 @@ class Recorder:
             del self._plans[next(iter(self._plans))]
         scales = _UNSCALED if self._is_linear else unfinished.scales
         if isinstance(result, bytes):
-            unfinished.parts.append(Part(plan.rows, result, None, 0, sent(scales)))
+            unfinished.parts.append(Part(plan.rows, result, 0, sent(scales)))
         else:
             stream = None if device is None else stream_of(device)
             unfinished.launches.append(Launch(plan.rows, result, stream, scales))
@@ -505,7 +456,8 @@ class Recorder:
             parts = [*unfinished.parts, *send(unfinished.launches)]
             unfinished.launches, unfinished.parts = [], self._delivery.assembly.combined(parts)
             # What was put together has each row once.
-            unfinished.n_rows = sum(len(x.rows) for x in unfinished.parts if x.data is not None)
+            there = [x for x in unfinished.parts if isinstance(x.data, bytes)]
+            unfinished.n_rows = sum(len(x.rows) for x in there)
 
     def _new_plan(self, rows: tuple[int, ...], tensors: Sequence[Tensor]) -> _RowsPlan:
         engine = choose_engine(self._engine, tensors[0])
@@ -563,32 +515,30 @@ class Order:
     def __init__(self, history: History) -> None:
         self._history = history
         self.is_known = False
-        # Numbers of parameters and modules; dicts, as they keep their order.
-        self._gradients: dict[int, None] = {}
-        self._outputs: dict[int, None] = {}
-        self._output_gradients: dict[int, None] = {}
+        # Numbers of parameters and modules, by what has come of them: a dict keeps their order.
+        self._seen: dict[tuple[str, int], None] = {}
 
-    def note_gradient(self, parameter: int) -> None:
-        """A parameter's gradient has arrived."""
-        self._gradients.setdefault(parameter)
+    def note(self, kind: str, number: int) -> None:
+        """A parameter's gradient has arrived, a module has run, or its output's gradient is there.
 
-    def note_output(self, module: int, is_gradient: bool) -> None:
-        """A module has run, or the gradient with respect to its output has arrived."""
-        (self._output_gradients if is_gradient else self._outputs).setdefault(module)
+        The kind is ``GRAD``, ``ACTIVATION`` or ``GRAD_OUTPUT``.
+        """
+        self._seen.setdefault((kind, number))
 
     def forget(self) -> None:
         """The pass has come to nothing."""
-        self._gradients.clear()
-        self._outputs.clear()
-        self._output_gradients.clear()
+        self._seen.clear()
 
     def settle(self) -> None:
         """The pass is over: tell the history."""
         self.is_known = True
         if has_compiled():
             return
-        parameters = [*reversed(self._gradients)]
-        modules = [*self._outputs] or [*reversed(self._output_gradients)]
+        gradients, outputs, output_gradients = (
+            [number for its_kind, number in self._seen if its_kind == kind]
+            for kind in (GRAD, ACTIVATION, GRAD_OUTPUT)
+        )
+        parameters, modules = gradients[::-1], outputs or output_gradients[::-1]
         history = self._history
         if parameters or modules:
             history.depth = np.zeros(len(history.rows), np.int64)

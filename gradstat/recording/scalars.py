@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,22 +24,8 @@ from gradstat.recording.torch_internals import is_capturing
 Keep = Callable[[str, int, float], None]
 
 
-class _Entry(NamedTuple):
-    """N values that came together.
-
-    Args:
-        names: of the scalars.
-        steps: their steps.
-        values: on the host; ``None`` while they are on their way.
-        arriving: the same on their way, ``(N,)``.
-        source: what is copied, which is kept until it has arrived.
-    """
-
-    names: list[str]
-    steps: list[int]
-    values: list[float] | None
-    arriving: Transfer | None
-    source: Tensor | None
+# Values that came together: names, steps, and the values, or what they are on their way in.
+_Entry: TypeAlias = tuple[list[str], list[int], list[float] | Transfer]
 
 
 class ScalarLog:
@@ -47,22 +33,15 @@ class ScalarLog:
 
     A value belongs to the pass that has just ended, unless that one has a value of this name: then
     to the coming one. So it does not matter whether it is logged before or after a pass.
-
-    Args:
-        schedule: counts the passes.
-        keepers: are given name, step and value, those of each name in order; the history first.
-        journal: is told that there are some.
-        alerts: looks at each value after that.
-        replaced: is asked now and then, as no pass may come any more.
     """
 
     def __init__(
         self,
         schedule: Schedule,
-        keepers: Sequence[Keep],
+        keepers: Sequence[Keep],  # the history first
         journal: Journal | None,
         alerts: Alerts | None,
-        replaced: Replaced,
+        replaced: Replaced,  # is asked now and then, as no pass may come any more
     ) -> None:
         self._replaced, self._n_calls = replaced, 0
         self._schedule, self._keepers = schedule, keepers
@@ -73,11 +52,7 @@ class ScalarLog:
         self.pending: deque[_Entry] = deque()  # on their way
 
     def add(self, values: Mapping[str, float | Tensor]) -> None:
-        """Log values by name: numbers, or 0-dim tensors on any device.
-
-        Raises:
-            As `Watch.log`.
-        """
+        """Log values by name, as `Watch.log`."""
         self._n_calls += 1
         if self._n_calls % LOOKS == 0:
             self._replaced.look()
@@ -96,10 +71,10 @@ class ScalarLog:
                 # In memory of its own: the values may be changed in place afterwards.
                 source = torch.stack([_wide(value.detach()) for value in tensors.values()])
             steps = self._steps_of(tensors)
-            self.pending.append(_Entry(list(tensors), steps, None, Transfer(source), source))
+            self.pending.append((list(tensors), steps, Transfer(source)))
         steps = self._steps_of(names)
         if names and self.pending:
-            self.pending.append(_Entry(names, steps, numbers, None, None))
+            self.pending.append((names, steps, numbers))
         else:
             self._keep(names, steps, numbers)
         if self._alerts is not None:
@@ -108,13 +83,13 @@ class ScalarLog:
     def collect(self, wait: bool) -> None:
         """Keep values in their order: those that have arrived, or all."""
         while self.pending:
-            names, steps, values, arriving, _ = self.pending[0]
-            if arriving is not None:
-                if not arriving.has_arrived(wait):
+            names, steps, values = self.pending[0]
+            if isinstance(values, Transfer):
+                if not values.has_arrived(wait):
                     return
-                values = arriving.host().tolist()
+                values = values.host().tolist()
             self.pending.popleft()
-            self._keep(names, steps, values or ())
+            self._keep(names, steps, values)
 
     def forget_other_threads(self) -> None:
         """In a forked process: values on their way, and alerts, are the other one's."""
@@ -144,12 +119,7 @@ class ScalarLog:
 
 
 class LearningRates:
-    """Logs the learning rates of an optimizer at each of its steps.
-
-    Args:
-        optimizer: whose; ``lr``, or of several groups ``lr/0``, ``lr/1`` and so on.
-        add: logs them.
-    """
+    """Logs ``lr``, or ``lr/0``, ``lr/1`` and so on, at each step of an optimizer."""
 
     def __init__(
         self, optimizer: Optimizer, add: Callable[[Mapping[str, float | Tensor]], None]

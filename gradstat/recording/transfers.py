@@ -54,52 +54,33 @@ _LOOK = 64  # records from one look at the memory to the next
 
 
 class Part(NamedTuple):
-    """Some rows of a record on their way from one device, or on the host.
+    """Some rows of a record."""
 
-    Args:
-        rows: which, in order.
-        data: their bytes; ``None`` while they are on their way.
-        arriving: what holds them then, for several parts together.
-        start: where they begin in it.
-        scales: what the values of a kind are still to be divided by.
-    """
-
-    rows: tuple[int, ...]
-    data: bytes | None
-    arriving: Transfer | None
-    start: int
-    scales: dict[str, Transfer]
+    rows: tuple[int, ...]  # which, in order
+    data: bytes | Transfer  # theirs, or what several parts are on their way in from one device
+    start: int  # where they begin in that
+    scales: dict[str, Transfer]  # what the values of a kind are still to be divided by
 
     def has_arrived(self, wait: bool) -> bool:
         """Whether it is there, which it is after waiting."""
         if self.scales and not all(x.has_arrived(wait) for x in self.scales.values()):
             return False
-        return self.arriving is None or self.arriving.has_arrived(wait)
+        return isinstance(self.data, bytes) or self.data.has_arrived(wait)
 
 
 class ArrivingRecord(NamedTuple):
-    """What one pass measured.
+    """What one pass measured."""
 
-    Args:
-        step: its number, as the host counts.
-        parts: its rows.
-        n_told: passes before it that the host knew of.
-        stamp: of a replay, how many there were in truth, for `Schedule.take_stamp`.
-    """
-
-    step: int
+    step: int  # its number, as the host counts
     parts: list[Part]
-    n_told: int
-    stamp: Transfer | None
+    n_told: int  # passes before it that the host knew of
+    stamp: Transfer | None  # of a replay, how many there were in truth, for `Schedule.take_stamp`
 
     def has_arrived(self, wait: bool) -> bool:
         """Whether it is there, which it is after waiting."""
         if self.stamp is not None and not self.stamp.has_arrived(wait):
             return False
-        for part in self.parts:
-            if (part.arriving is not None or part.scales) and not part.has_arrived(wait):
-                return False
-        return True
+        return all(part.has_arrived(wait) for part in self.parts)
 
 
 def send(launches: Sequence[Launch]) -> list[Part]:
@@ -115,7 +96,7 @@ def send(launches: Sequence[Launch]) -> list[Part]:
         arriving = Transfer(results[0] if len(results) == 1 else torch.cat(results))
         scales, start = sent(group[0].scales), 0
         for launch in group:
-            parts.append(Part(launch.rows, None, arriving, start, scales))
+            parts.append(Part(launch.rows, arriving, start, scales))
             start += launch.result.numel()
     return parts
 
@@ -130,6 +111,13 @@ class Assembly:
 
     def __init__(self, history: History) -> None:
         self.layout, self._bins, self._kinds = history.layout, history.bins, history.kinds
+
+    def whole(self, parts: Sequence[Part]) -> bytes | None:
+        """A record that is there, and needs no assembling."""
+        if len(parts) == 1 and not parts[0].scales and len(parts[0].rows) == self.layout.n_rows:
+            data = parts[0].data
+            return data if isinstance(data, bytes) else None
+        return None
 
     def record(self, parts: Sequence[Part]) -> bytes:
         """The whole record; rows that no part has are without values.
@@ -149,18 +137,17 @@ class Assembly:
         if len(arrived) < 2:
             return parts
         rows = tuple(range(self.layout.n_rows))
-        return [Part(rows, self.record(arrived), None, 0, {}), *parts[len(arrived) :]]
+        return [Part(rows, self.record(arrived), 0, {}), *parts[len(arrived) :]]
 
     def _data(self, part: Part) -> bytes:
         """The bytes of a part, unscaled."""
-        data, arriving = part.data, part.arriving
-        layout = replace(self.layout, n_rows=len(part.rows))
-        if arriving is not None:
+        data, layout = part.data, replace(self.layout, n_rows=len(part.rows))
+        if isinstance(data, Transfer):
             # Compiled, and so not imported before it is needed.
             pack = import_engine("cpu").pack
             n_formats = layout.n_rows * layout.n_formats * len(PACKED)
-            data = pack(arriving.host(), part.start, layout.n_rows, layout.n_bins, n_formats)
-        assert data is not None
+            found: bytes = pack(data.host(), part.start, layout.n_rows, layout.n_bins, n_formats)
+            data = found
         if not part.scales:
             return data
         integers, floats, counts = layout.integers(data), layout.floats(data), layout.dense(data)
@@ -177,26 +164,19 @@ class Delivery:
 
     A record is taken off before it is handed on, so that an interrupt loses one at most. One thread
     at a time calls the methods, but a signal's handler or a sink may call them within a call.
-
-    Args:
-        history: is given each record.
-        schedule: tells the steps of captured passes.
-        sink: is given each record too.
-        journal: so is it.
-        alerts: look at each record, too.
     """
 
     def __init__(
         self,
         history: History,
-        schedule: Schedule,
+        schedule: Schedule,  # tells the steps of captured passes
         sink: Sink | None,
         journal: Journal | None,
         alerts: Alerts | None,
     ) -> None:
         self._history, self._schedule = history, schedule
         self._sink, self._journal, self._alerts = sink, journal, alerts
-        self.assembly, self._n_rows = Assembly(history), len(history.rows)
+        self.assembly = Assembly(history)
         self.pending: deque[ArrivingRecord] = deque()
         self._newest_step, self._n_filed = -1, 0
         self._arrived: deque[Record] = deque()  # for the sink
@@ -207,19 +187,12 @@ class Delivery:
     def add(self, step: int, parts: list[Part], n_told: int, stamp: Transfer | None = None) -> None:
         """Take a record that may still be on its way from its device; arguments as of that."""
         # A whole record that is on the host, as of the CPU, waits for nothing, nor for others.
-        part = parts[0] if len(parts) == 1 else None
-        if (
-            part is None
-            or part.data is None
-            or part.scales
-            or len(part.rows) != self._n_rows
-            or self.pending
-            or self._moving.locked()
-        ):
+        whole = self.assembly.whole(parts)
+        if whole is None or self.pending or self._moving.locked():
             self.pending.append(ArrivingRecord(step, parts, n_told, stamp))
             return
         with self._moving, _NOTHING:
-            self._file(step, part.data)
+            self._file(step, whole)
         if self._sink is not None or self._alerts is not None:
             self.collect(wait=False)
 
