@@ -27,7 +27,6 @@ from gradstat.recording.torch_internals import (
     hooks_on_gradient,
     inherited,
     is_compiled_autograd,
-    is_in_backward,
     leave_uncompiled,
     raw_stream,
     run_first,
@@ -64,17 +63,9 @@ class RunningPass:
         if self._is_asked:
             self._caller = inherited(_CALLER)
 
-    def end(self) -> None:
-        """Await nothing any more."""
-        self.call = None
-
     def forget_other_threads(self) -> None:
         """In a forked process: await no pass of a thread that is not there."""
         self.call = None
-
-    def has_begun(self) -> bool:
-        """Whether it has begun and not ended, unless by an exception."""
-        return self.call is not None
 
     def is_running(self) -> bool:
         """Whether the pass has begun and neither ended nor been ended by an exception."""
@@ -86,7 +77,7 @@ class RunningPass:
 
 def remember_caller() -> None:
     """Let the passes that this thread will call know that it is their caller."""
-    if not is_in_backward():
+    if running_pass() == -1:
         bequeath(_CALLER, threading.get_ident())
 
 
@@ -128,7 +119,7 @@ class BackwardHooks:
 
     def remove(self) -> None:
         """Take the hooks off."""
-        _take_off(self._handles)
+        take_off(self._handles)
 
     def is_running(self) -> bool:
         """Whether a pass has begun that neither has ended nor been ended by an exception."""
@@ -219,7 +210,7 @@ class BackwardHooks:
     @leave_uncompiled
     def _on_outer_node(self, handles: list[RemovableHandle], *_: object) -> None:
         with self._recorder.lock:
-            _take_off(handles)
+            take_off(handles)
             self._pass.await_end(self._on_end)
 
 
@@ -262,8 +253,8 @@ class StepHook:
     def remove(self) -> None:
         """Take the hooks off."""
         self._end_without_step()
-        _take_off(self._handles)
-        _take_off(self._order_handles)
+        take_off(self._handles)
+        take_off(self._order_handles)
         self._before.clear()
 
     def add_unfinished(self) -> None:
@@ -361,7 +352,7 @@ class StepHook:
         self._recorder.begin(scale)
         self._seen = [(weakref.ref(x), x._version) for x in self._some_gradients()]
         if self._order_handles and self._recorder.is_recording:
-            _take_off(self._order_handles)
+            take_off(self._order_handles)
             for index in self._arrived:
                 self._recorder.order.note(GRAD, index)
             self._arrived.clear()
@@ -383,7 +374,8 @@ def _is_ours(hook: Callable[..., None]) -> bool:
     return getattr(function, "__module__", None) == __name__
 
 
-def _take_off(handles: list[RemovableHandle]) -> None:
+def take_off(handles: list[RemovableHandle]) -> None:
+    """Take hooks off, and leave the list empty."""
     for handle in handles:
         handle.remove()
     handles.clear()

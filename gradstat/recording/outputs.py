@@ -15,7 +15,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from gradstat.record import ACTIVATION, GRAD_OUTPUT, UNIT
-from gradstat.recording.gradients import RunningPass, remember_caller
+from gradstat.recording.gradients import RunningPass, remember_caller, take_off
 from gradstat.recording.passes import Recorder
 from gradstat.recording.torch_internals import (
     BATCH_NORM,
@@ -85,9 +85,7 @@ class OutputHooks:
 
     def remove(self) -> None:
         """Take the hooks off; those that are compiled into a model do nothing any more."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        take_off(self._handles)
         self._is_closed = True
 
     @leave_uncompiled
@@ -110,7 +108,7 @@ class OutputHooks:
                 order.note(GRAD_OUTPUT if is_gradient else ACTIVATION, index)
             self._is_seeing = True
             if is_gradient:
-                if not self._pass.has_begun():
+                if self._pass.call is None:
                     self._pass.await_end(self._on_end)
                 if self.sees_gradients:
                     recorder.take_scale(GRAD_OUTPUT, scale_of(self._scaler))
@@ -123,12 +121,12 @@ class OutputHooks:
 
     def _on_end(self) -> None:
         with self._recorder.lock:
-            self._pass.end()
+            self._pass.call = None
 
     def _has_failed(self) -> bool:
         failed = self._is_seeing
-        if self._pass.has_begun() and not self._pass.is_running():
-            self._pass.end()
+        if self._pass.call is not None and not self._pass.is_running():
+            self._pass.call = None
             failed = True
         if self._recorder.is_recording and not self._is_running():
             failed = True

@@ -72,11 +72,6 @@ call_at_end_of_backward: Callable[[Callable[[], None]], None] = (
 )
 
 
-def is_in_backward() -> bool:
-    """Whether this thread runs hooks of a backward pass."""
-    return running_pass() != -1
-
-
 def bequeath(name: str, value: object) -> None:
     """Let all hooks of the passes that this thread will call read a value, in whatever thread."""
     # Without it a pass that fails in a device's own thread may be noticed late.

@@ -33,12 +33,6 @@ from gradstat.record import KINDS, OF_OUTPUTS, Row
 from gradstat.recording import options
 from gradstat.recording.cuda import Schedule, SideStream
 from gradstat.recording.gradients import BackwardHooks, StepHook
-from gradstat.recording.options import (
-    ModuleSelector,
-    ParameterSelector,
-    select_modules,
-    select_parameters,
-)
 from gradstat.recording.outputs import OutputHooks
 from gradstat.recording.passes import Recorder
 from gradstat.recording.scalars import LearningRates, ScalarLog
@@ -67,8 +61,8 @@ def watch(
     *,
     what: What = "grad",
     formats: str | Format | Sequence[str | Format] = (),
-    parameters: ParameterSelector | None = None,
-    modules: ModuleSelector | None = None,
+    parameters: options.ParameterSelector | None = None,
+    modules: options.ModuleSelector | None = None,
     accumulation_steps: int = 1,
     when: Literal["backward", "step", "call"] = "backward",
     optimizer: Optimizer | None = None,
@@ -213,12 +207,12 @@ def watch(
     kinds = options.check_what(what, when, optimizer, scheme, modules)
     has_outputs = not kinds.isdisjoint(OF_OUTPUTS)
     options.check_when(when, optimizer, None if has_outputs else scaler, accumulation_steps)
-    selected = select_parameters(model, parameters)
+    selected = options.select_parameters(model, parameters)
     weights = list(selected.values())
     if optimizer is not None:
         optimizer = unwrapped(optimizer)
         options.check_holds(optimizer, weights)
-    seen = select_modules(model, modules) if has_outputs else {}
+    seen = options.select_modules(model, modules) if has_outputs else {}
     rows = [
         Row(kind, name)
         for kind in KINDS
@@ -268,7 +262,7 @@ def watch(
         others.append(hooks.rates)
     opened = _Open(name, measures, recorder, weakref.ref(hooks), others)
     _OPEN[model] = [*(each for each in _OPEN.get(model, ()) if each.is_open), opened]
-    return Watch(recorder, hooks, others)
+    return Watch(opened, hooks)
 
 
 def _is_changed_in_backward(model: nn.Module) -> bool:
@@ -285,11 +279,11 @@ class Watch:
     A context manager; without a with block ``close()`` takes the hooks off.
     """
 
-    def __init__(self, recorder: Recorder, hooks: Hooks, others: list[Others]) -> None:
-        self._recorder, self._hooks, self._others = recorder, hooks, others
+    def __init__(self, opened: _Open, hooks: Hooks) -> None:
+        self._open, self._recorder, self._hooks = opened, opened.recorder, hooks
         self._views: list[LiveView] = []
         # A run that ends without close() loses nothing either: hooks live as long as the model.
-        self._finish = weakref.finalize(hooks, recorder.finish)
+        self._finish = weakref.finalize(hooks, opened.recorder.finish)
 
     @property
     def history(self) -> History:
@@ -419,7 +413,7 @@ class Watch:
         Waits for records on their way from the device if they are to be written or handed on.
         """
         with self._recorder.lock:
-            _close(self._recorder, self._hooks, self._others)
+            self._open.close()
             self._finish.detach()
         for view in self._views:
             view.finish()
@@ -452,6 +446,24 @@ class _Open:
     def is_open(self) -> bool:
         return not self.recorder.is_closed and self.hooks() is not None
 
+    def close(self) -> None:
+        """Take it off its model, as `Watch.close` says."""
+        hooks, recorder = self.hooks(), self.recorder
+        if hooks is None:
+            return
+        with recorder.lock, SparingCaptures():
+            recorder.is_closed = True
+            hooks.remove()
+            for each in self.others:
+                each.remove()
+            # In a clean-up, or at the end of a with block, there is the exception that led there.
+            if sys.exc_info()[0] is not None or recorder.has_failed():
+                if isinstance(hooks, StepHook):
+                    hooks.add_unfinished()
+                recorder.end_early()
+            # Where an interrupt ends this, the end of the process does it again.
+            recorder.finish()
+
 
 _OPEN: weakref.WeakKeyDictionary[nn.Module, list[_Open]] = weakref.WeakKeyDictionary()
 
@@ -472,25 +484,8 @@ def _make_room(model: nn.Module, name: str | None, measures: Hashable) -> None:
                 f"its name"
             )
     for each in still_open:
-        hooks = each.hooks()
-        if name is not None and each.name == name and hooks is not None:
-            _close(each.recorder, hooks, each.others)
-
-
-def _close(recorder: Recorder, hooks: Hooks, others: list[Others]) -> None:
-    """Take a watch off its model, as `Watch.close` says."""
-    with recorder.lock, SparingCaptures():
-        recorder.is_closed = True
-        hooks.remove()
-        for each in others:
-            each.remove()
-        # In a clean-up, or at the end of a with block, there is the exception that led there.
-        if sys.exc_info()[0] is not None or recorder.has_failed():
-            if isinstance(hooks, StepHook):
-                hooks.add_unfinished()
-            recorder.end_early()
-        # Where an interrupt ends this, the end of the process does it again.
-        recorder.finish()
+        if name is not None and each.name == name:
+            each.close()
 
 
 class LiveView:

@@ -50,11 +50,13 @@ def test_inherited_is_what_the_caller_of_the_pass_has_bequeathed() -> None:
     torch_internals.bequeath(name, "caller")
     x = torch.ones(2, requires_grad=True)
     x.register_hook(
-        lambda _: seen.append((torch_internals.inherited(name), torch_internals.is_in_backward()))
+        lambda _: seen.append(
+            (torch_internals.inherited(name), torch_internals.running_pass() != -1)
+        )
     )
     x.sum().backward()
     assert seen == [("caller", True)]
-    assert not torch_internals.is_in_backward()
+    assert torch_internals.running_pass() == -1
 
 
 def test_bequeathed_values_are_kept_and_freed() -> None:
