@@ -74,7 +74,7 @@ class OutputHooks:
             self._skips = _SkippedSteps(scaler, optimizer)
         self._unit_dims, self._is_closed = _UnitDims(modules), False
         self._is_seeing = False  # still true afterwards where an exception has ended `see`
-        self._pass = RunningPass(is_asked=True)
+        self._pass = RunningPass()
         self.sees_gradients = GRAD_OUTPUT in self._rows
         self.key = next(_KEYS)
         _RUNNING[self.key] = self
@@ -130,7 +130,7 @@ class OutputHooks:
             failed = True
         if self._recorder.is_recording and not self._is_running():
             failed = True
-        skipped = self._skips is not None and self._skips.found(self._recorder.n_passes)
+        skipped = self._skips is not None and self._skips.found(self._recorder.schedule.n_passes)
         return failed or skipped
 
 

@@ -41,7 +41,7 @@ from gradstat.recording.cuda import (
 )
 from gradstat.recording.options import LOOKS, Replaced
 from gradstat.recording.scalars import ScalarLog
-from gradstat.recording.shards import local_part, note_placement
+from gradstat.recording.shards import own_part
 from gradstat.recording.torch_internals import (
     alike,
     has_compiled,
@@ -120,7 +120,7 @@ class Recorder:
         self.history = history
         self.lock, self.is_closed = threading.RLock(), False
         self.is_recording = False  # a pass has begun that is recorded, and has not ended
-        self._schedule, self.scalars, self.order = schedule, scalars, Order(history)
+        self.schedule, self.scalars, self.order = schedule, scalars, Order(history)
         self.bucket_bytes, self._engine, self._side = bucket_bytes, engine, side
         # Gradients that hooks have noted: they append, in whatever thread, and need no lock.
         self._noted: list[tuple[int, Tensor]] = []  # on the CPU
@@ -142,18 +142,13 @@ class Recorder:
 
     def is_due(self) -> bool:
         """Whether to record the pass that comes or goes on; a captured one may be due later."""
-        is_captured, schedule = is_capturing(), self._schedule
+        is_captured, schedule = is_capturing(), self.schedule
         if (is_captured or schedule.graph is not None) and schedule.has_left_graph(
             is_captured=is_captured
         ):
             self.drop()
             self._captured.end_graph()
         return is_captured or schedule.is_due()
-
-    @property
-    def n_passes(self) -> int:
-        """Passes that have ended, those of graphs included."""
-        return self._schedule.n_passes
 
     def begin(self, scale: Tensor | None = None) -> None:
         """Start a pass whose gradients are to be divided by a scale, as for `take_scale`."""
@@ -205,7 +200,7 @@ class Recorder:
 
         It may be changed in place afterwards. Returns whether it can be measured.
         """
-        x = self._own_part(row, x)
+        x = own_part(self.history, row, x)
         if not is_measurable(x):
             return False
         self._lacks_outputs = False
@@ -219,7 +214,7 @@ class Recorder:
 
         ``unit`` is their dimension in the output, if it has units; the row is that of the peaks.
         """
-        x = self._own_part(row, x)
+        x = own_part(self.history, row, x)
         if unit is None or not has_values(x):
             return
         peaks = choose_engine(self._engine, x).unit_peaks(x, unit)
@@ -242,7 +237,7 @@ class Recorder:
 
         A captured pass has a record each time that `replayed` is called.
         """
-        parts, unfinished, schedule = None, self._pass, self._schedule
+        parts, unfinished, schedule = None, self._pass, self.schedule
         if self.is_recording:
             if unfinished.peaks:
                 for (row, _, _), peaks in unfinished.peaks.items():
@@ -283,7 +278,7 @@ class Recorder:
         if captured is None:
             return False
         for launches, stamp in captured.passes:
-            schedule, parts, arriving = self._schedule, None, None
+            schedule, parts, arriving = self.schedule, None, None
             step, n_told = schedule.step, schedule.n_told
             if self.is_due():
                 # After this replay, and before the next one on its stream.
@@ -310,7 +305,7 @@ class Recorder:
     def has_failed(self) -> bool:
         """Whether a value that is not finite was logged for the pass that has not ended."""
         self.scalars.collect(wait=True)
-        return self.scalars.broken_step == self._schedule.step
+        return self.scalars.broken_step == self.schedule.step
 
     def end_early(self) -> None:
         """Keep what an unfinished pass has measured so far as the last record, a partial one."""
@@ -320,7 +315,7 @@ class Recorder:
         waits = self._noted or self._noted_on or unfinished.buckets or unfinished.peaks
         if waits or unfinished.launches or unfinished.parts:
             self.is_recording = True
-            self.history.partial_step = self._schedule.step
+            self.history.partial_step = self.schedule.step
             self.end()
 
     def collect(self, wait: bool) -> None:
@@ -407,7 +402,7 @@ class Recorder:
         device = bucket.stream.device
         with nullcontext() if self._side is None else self._side.beside(device):
             take_over(bucket.tensors.values(), bucket.stream)
-            self._measure(bucket.tensors, device, self._schedule.flag(device))
+            self._measure(bucket.tensors, device, self.schedule.flag(device))
         if is_to_change and self._side is not None:
             self._side.join()
 
@@ -439,7 +434,9 @@ class Recorder:
             key = (device, *tensors)
             plan = self._plans.pop(key, plan)
             if plan is None or not plan.fits(*listed):
-                plan = self._new_plan(rows, listed)
+                take = itemgetter(*rows) if len(rows) > 1 else lambda tensors: (tensors[rows[0]],)
+                measuring = choose_engine(self._engine, listed[0]).Plan(listed, self.history.bins)
+                plan = _RowsPlan(rows, take, alike(listed), measuring)
         result = plan.measuring.run(listed, formats, due)
         self._plans[key] = plan
         if len(self._plans) > self._most_plans:
@@ -459,18 +456,13 @@ class Recorder:
             there = [x for x in unfinished.parts if isinstance(x.data, bytes)]
             unfinished.n_rows = sum(len(x.rows) for x in there)
 
-    def _new_plan(self, rows: tuple[int, ...], tensors: Sequence[Tensor]) -> _RowsPlan:
-        engine = choose_engine(self._engine, tensors[0])
-        take = itemgetter(*rows) if len(rows) > 1 else lambda tensors: (tensors[rows[0]],)
-        return _RowsPlan(rows, take, alike(tensors), engine.Plan(tensors, self.history.bins))
-
     def _prepared(self, tensors: dict[int, Tensor]) -> dict[int, Tensor]:
         """What is measured of tensors of any kind; those that cannot be measured are left out."""
         prepared = {}
         for row, x in tensors.items():
             # To disable gradients here is not for a hook: an interrupt may end it before it enables
             # them again.
-            x = self._own_part(row, x.detach() if x.requires_grad else x)
+            x = own_part(self.history, row, x.detach() if x.requires_grad else x)
             if x.is_sparse:
                 x = x.coalesce().values()
             if is_measurable(x) and has_values(x):
@@ -482,10 +474,6 @@ class Recorder:
                     divided = _divide([prepared[row] for row in scaled], scale.get())
                     prepared.update(zip(scaled, divided, strict=True))
         return prepared
-
-    def _own_part(self, row: int, x: Tensor) -> Tensor:
-        """What this rank holds of a tensor; for a DTensor the history is told of it."""
-        return local_part(x) if note_placement(self.history, row, x) else x
 
     def _measured_formats(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
         """What the formats would do to the tensors, ``(L, F, 10)``; NaN for peaks of units.

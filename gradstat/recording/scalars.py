@@ -84,7 +84,7 @@ class ScalarLog:
         """Keep values in their order: those that have arrived, or all."""
         while self.pending:
             names, steps, values = self.pending[0]
-            if isinstance(values, Transfer):
+            if not isinstance(values, list):
                 if not values.has_arrived(wait):
                     return
                 values = values.host().tolist()

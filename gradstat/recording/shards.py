@@ -83,14 +83,14 @@ def _place(
     return int(mesh.mesh[tuple(first)]), (PARTIAL if is_partial else part, n_parts)
 
 
-def note_placement(history: History, row: int, x: Tensor) -> bool:
-    """Tell a history what this rank holds of a row; returns whether it is a DTensor."""
+def own_part(history: History, row: int, x: Tensor) -> Tensor:
+    """As `local_part`; for a DTensor a history is told what this rank holds of the row."""
     mesh = getattr(x, "device_mesh", None)
     if mesh is None:
-        return False
+        return x
     owner, shard = _place(mesh, tuple(x.placements))  # type: ignore[attr-defined]
     history.placements[row] = Placement(owner, shard, tuple(x.shape))
-    return True
+    return local_part(x)
 
 
 def _owner_beside_tensor_parallelism(model: nn.Module) -> int:

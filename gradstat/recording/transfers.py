@@ -142,7 +142,7 @@ class Assembly:
     def _data(self, part: Part) -> bytes:
         """The bytes of a part, unscaled."""
         data, layout = part.data, replace(self.layout, n_rows=len(part.rows))
-        if isinstance(data, Transfer):
+        if not isinstance(data, bytes):
             # Compiled, and so not imported before it is needed.
             pack = import_engine("cpu").pack
             n_formats = layout.n_rows * layout.n_formats * len(PACKED)
