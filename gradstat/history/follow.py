@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,8 @@ class Follower:
     """Reads a run that is written meanwhile: a few megabytes at each look, each record once.
 
     A run that is resumed, replaced, or joined by another rank is read from its beginning again. It
-    need not be there yet. With ``newest`` the records that were written last are enough.
+    need not be there yet. With ``newest`` the records that were written last are enough: others
+    are looked through, not read.
     """
 
     def __init__(self, path: Path, *, newest: bool = False) -> None:
@@ -112,31 +113,15 @@ def _followed(path: Path, *, newest: bool) -> Iterator[Records | None]:
     if len(folders) > 1:
         yield from _followed_ranks(folders, newest=newest)
         return
-    pieces = reading.followed(folders[0] if folders else path, 1 if newest else _BYTES)
-    for piece in _last_of_each_look(pieces) if newest else pieces:
-        if piece is not None:
+    for piece in reading.followed(folders[0] if folders else path, _BYTES):
+        if piece is not None and not newest:
             piece.verify()
         yield piece
 
 
-def _last_of_each_look(pieces: Iterable[Records | None]) -> Iterator[Records | None]:
-    """The pieces after which nothing is there yet, or nothing comes."""
-    last: Records | None = None
-    for piece in pieces:
-        if piece is not None:
-            last = piece if len(piece) else last
-            continue
-        if last is not None:
-            yield last
-        last = None
-        yield None
-    if last is not None:
-        yield last
-
-
 def _followed_ranks(folders: list[Path], *, newest: bool) -> Iterator[Records | None]:
     """Records that all ranks have, merged as `ranks.load` merges them."""
-    sources = [reading.followed(folder, 1 if newest else _BYTES) for folder in folders]
+    sources = [reading.followed(folder, _BYTES) for folder in folders]
     ranks: dict[Path, Rank] = {}
     while True:
         new = [next(source) for source in sources]

@@ -295,7 +295,7 @@ class History(Records):
         rows = [self.rows[column] for column in columns]
         chosen = self.take(columns, rows, [row.name for row in rows])
         chosen.depth = None if self.depth is None else self.depth[columns]
-        chosen.logged = self.logged.copy()
+        chosen.logged = self.logged.between()
         return chosen
 
     def update_ratio(self) -> Array:

@@ -173,7 +173,7 @@ class Journal:
             state = self._state
             self._state = state._replace(waiting=[], leaving=state.waiting)
         self._waiting_bytes = 0
-        return bool(state.waiting or self._like.logged.after(state.n_logged))
+        return bool(state.waiting) or self._like.logged.sizes != state.n_logged
 
     def _write_block(self) -> None:
         """Append the records that leave, and what the blocks before have not said of them."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -420,7 +422,7 @@ def _read_file(
     newest: Records | None = None  # of the blocks that were read
     last_step, is_over = -1, False
     while goes_on or not is_over:
-        lost, found = "", list[list[Records]]()
+        lost, found = "", list[Records]()
         with damage_of(path):
             if not reader.is_same:
                 raise ValueError("it has other records than before")
@@ -439,14 +441,11 @@ def _read_file(
             for block in blocks:
                 newest = _after(newest, block, last_step)
                 last_step = max(last_step, newest.last_step)
-                if found and newest.placements == found[-1][0].placements:
-                    found[-1].append(newest)
-                else:
-                    found.append([newest])
+                found.append(newest)
         if lost:
             _warn(path, lost)
-        for parts in found:
-            yield joined(parts).between(end=source.end)
+        for _, parts in groupby(found, key=attrgetter("placements")):
+            yield joined(list(parts)).between(end=source.end)
         if goes_on and not found:
             yield None
 

@@ -71,7 +71,7 @@ class Scalars:
             self.add(name, step, value)
 
     def between(self, start: float = -math.inf, end: float = math.inf) -> Scalars:
-        """Those of the steps from a first one on and before a last one."""
+        """Those of the steps from a first one on and before a last one; a copy."""
         kept = Scalars()
         for name, series in list(self._series.items()):
             steps, values = _cut(series)
@@ -87,8 +87,8 @@ class Scalars:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How many values each name has."""
-        return {name: len(values) for name, (_, values) in list(self._series.items())}
+        """How many values each name has that has any."""
+        return {name: len(values) for name, (_, values) in list(self._series.items()) if values}
 
     def after(self, sizes: Mapping[str, int]) -> dict[str, tuple[list[int], list[float]]]:
         """Steps and values of each name that has more than so many, from there on."""
@@ -104,12 +104,6 @@ class Scalars:
         """Steps, int64 ``(N,)``, and values, float64 ``(N,)``: copies."""
         steps, values = _cut(self._series[name])
         return np.array(steps, np.int64), np.array(values, np.float64)
-
-    def copy(self) -> Scalars:
-        """The same values, to which later ones are not added."""
-        copied = Scalars()
-        copied._series = {name: _cut(each) for name, each in list(self._series.items())}
-        return copied
 
     @property
     def nbytes(self) -> int:
@@ -291,7 +285,7 @@ class Records:
         kept = self._kept
         taken._kept = kept._replace(records=kept.records.copy())
         taken._is_snapshot = True
-        taken.placements, taken.logged = self.placements.copy(), self.logged.copy()
+        taken.placements, taken.logged = self.placements.copy(), self.logged.between()
         return taken
 
     def find(self, step: int) -> AnyRecord:
