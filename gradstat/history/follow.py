@@ -31,8 +31,7 @@ class Follower:
     """Reads a run that is written meanwhile: a few megabytes at each look, each record once.
 
     A run that is resumed, replaced, or joined by another rank is read from its beginning again. It
-    need not be there yet. With ``newest`` the records that were written last are enough: others
-    are looked through, not read.
+    need not be there yet. With ``newest`` it tells of one block at a look, and reads none of it.
     """
 
     def __init__(self, path: Path, *, newest: bool = False) -> None:
@@ -113,7 +112,7 @@ def _followed(path: Path, *, newest: bool) -> Iterator[Records | None]:
     if len(folders) > 1:
         yield from _followed_ranks(folders, newest=newest)
         return
-    for piece in reading.followed(folders[0] if folders else path, _BYTES):
+    for piece in reading.followed(folders[0] if folders else path, 1 if newest else _BYTES):
         if piece is not None and not newest:
             piece.verify()
         yield piece
@@ -121,7 +120,7 @@ def _followed(path: Path, *, newest: bool) -> Iterator[Records | None]:
 
 def _followed_ranks(folders: list[Path], *, newest: bool) -> Iterator[Records | None]:
     """Records that all ranks have, merged as `ranks.load` merges them."""
-    sources = [reading.followed(folder, _BYTES) for folder in folders]
+    sources = [reading.followed(folder, 1 if newest else _BYTES) for folder in folders]
     ranks: dict[Path, Rank] = {}
     while True:
         new = [next(source) for source in sources]
