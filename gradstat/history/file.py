@@ -469,18 +469,3 @@ def _count_members(file: IO[bytes]) -> int:
     if n_bytes > _MOST_DIRECTORY or (has_another and size < zipfile.ZIP64_LIMIT):
         raise ValueError("its directory is too large")
     return int(n_members)
-
-
-_NOT_FINITE = ("nan", "inf", "-inf")
-
-
-def json_number(value: float) -> float | str:
-    """A value as files have it: JSON has no number that is not finite."""
-    return value if math.isfinite(value) else str(float(value))
-
-
-def parse_json_number(value: object) -> float:
-    """A value from what files have of it; ValueError if it is none."""
-    if isinstance(value, int | float) or value in _NOT_FINITE:
-        return float(value)
-    raise ValueError(f"its scalars hold {value!r:.80}, which is no number")

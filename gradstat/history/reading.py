@@ -31,9 +31,7 @@ from gradstat.history.file import (
     Reader,
     RunFile,
     damage_of,
-    json_number,
     open_regular,
-    parse_json_number,
     write_npz,
 )
 from gradstat.history.records import Records, Resumption, joined
@@ -133,7 +131,7 @@ def _learn(records: Records, said: Mapping[str, Any]) -> None:
         steps, values = (_list({name: each}, name) for each in _list({name: series}, name))
         if not all(type(step) is int and 0 <= step < 1 << 63 for step in steps):
             raise ValueError(f"its scalars hold what is no step, of {name!r:.80}")
-        records.logged.add_all(name, steps, map(parse_json_number, values))
+        records.logged.add_all(name, steps, map(_parse_json_number, values))
 
 
 def _placements(said: Mapping[str, Any], n_rows: int) -> list[Placement]:
@@ -145,6 +143,18 @@ def _placements(said: Mapping[str, Any], n_rows: int) -> list[Placement]:
         raise ValueError(f"its shapes are none of {n_rows} rows")
     held = zip(owners.tolist(), map(tuple, shards.tolist()), shapes, strict=True)
     return [Placement(*each) for each in held]
+
+
+def _json_number(value: float) -> float | str:
+    """A value as files have it: JSON has no number that is not finite."""
+    return value if math.isfinite(value) else str(float(value))
+
+
+def _parse_json_number(value: object) -> float:
+    """A value from what files have of it; ValueError if it is none."""
+    if isinstance(value, int | float) or value in ("nan", "inf", "-inf"):
+        return float(value)
+    raise ValueError(f"its scalars hold {value!r:.80}, which is no number")
 
 
 def _list(said: Mapping[str, Any], name: str) -> list[Any]:
@@ -185,7 +195,7 @@ def _number(said: Mapping[str, Any], name: str) -> int | None:
 def as_said(scalars: Mapping[str, tuple[list[int], list[float]]]) -> dict[str, list[list[Any]]]:
     """What a file says of scalars: of each name its steps and its values."""
     return {
-        name: [steps, list(map(json_number, values))] for name, (steps, values) in scalars.items()
+        name: [steps, list(map(_json_number, values))] for name, (steps, values) in scalars.items()
     }
 
 

@@ -17,7 +17,7 @@ from gradstat.history import History, check_history
 from gradstat.integrations import viewers
 from gradstat.record import GRAD, Row
 from gradstat.recording.options import check_directory
-from gradstat.recording.sinks import RunWriter
+from gradstat.recording.transfers import RunWriter
 from gradstat.util import encodable
 
 try:

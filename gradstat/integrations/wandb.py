@@ -14,7 +14,7 @@ import numpy as np
 from gradstat.history import History, check_history
 from gradstat.integrations import viewers
 from gradstat.record import NOUNS, UPDATE
-from gradstat.recording.sinks import RunWriter
+from gradstat.recording.transfers import RunWriter
 from gradstat.util import Array, evenly_spread
 
 try:

@@ -37,9 +37,8 @@ from gradstat.recording.outputs import OutputHooks
 from gradstat.recording.passes import Recorder
 from gradstat.recording.scalars import LearningRates, ScalarLog
 from gradstat.recording.shards import agreed_run, rank_and_world, usual_placements
-from gradstat.recording.sinks import RunWriter
 from gradstat.recording.torch_internals import SparingCaptures, leave_uncompiled, unwrapped
-from gradstat.recording.transfers import Delivery, Sink
+from gradstat.recording.transfers import Delivery, RunWriter, Sink
 from gradstat.results import Statistics
 from gradstat.util import call_after_fork, check_integer, warn
 

@@ -9,7 +9,7 @@ from programs import run_python
 
 import gradstat
 from gradstat import History
-from gradstat.recording.sinks import RunWriter
+from gradstat.recording.transfers import RunWriter
 
 
 class Kept(RunWriter):
