@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from gradstat.bins import Bins, LinearBins
 from gradstat.record import ACTIVATION, GRAD, GRAD_OUTPUT, OF_OUTPUTS, PARAM, UNIT, UPDATE
-from gradstat.recording.torch_internals import name_of_wrapped, parameter_ids
+from gradstat.recording.torch_internals import name_of_wrapped
 from gradstat.util import warn
 
 Item = TypeVar("Item")
@@ -29,7 +29,7 @@ ParameterSelector: TypeAlias = Selector[nn.Parameter]
 ModuleSelector: TypeAlias = Selector[nn.Module]
 
 _MOST_NAMES = 5  # in a warning
-LOOKS = 64  # passes, or calls, from one look at whether parameters were replaced to the next
+LOOKS = 256  # passes, or calls, from one look at whether parameters were replaced to the next
 EVERYTHING = "all"
 # What may be asked for, and the kinds of rows it makes.
 _WHAT = {
@@ -194,7 +194,7 @@ class Replaced:
         model = self._model()
         if model is None or self._has_told:
             return
-        there = parameter_ids(model)
+        there = set(map(id, model.parameters()))
         gone = [name for name in self._known if self._is_gone(name, there)]
         if gone:
             self._has_told = True

@@ -184,16 +184,9 @@ class Recorder:
         if not self.is_recording:
             return
         self._put_noted()
-        place = place_of(gradient)
-        if place not in self.streams:
-            self.streams[place] = stream_of(gradient.device)
-        bucket = self._put(row, gradient, place)
-        bucket.n_bytes += gradient.element_size() * gradient.numel()
         # A part of a larger buffer may be changed in it meanwhile, as DistributedDataParallel does;
         # a shard is nobody else's.
-        is_view = gradient._is_view()
-        if is_view or bucket.n_bytes >= self.bucket_bytes:
-            self._measure_bucket(place, is_to_change=is_view)
+        self._take(row, gradient, joins=False, at_once=gradient._is_view())
 
     def add_output(self, row: int, x: Tensor) -> bool:
         """Measure a row's output, if `is_due`, and count it together with those before.
@@ -206,7 +199,7 @@ class Recorder:
         self._lacks_outputs = False
         # A copy of a small one costs less than a launch of its own.
         is_small = x.nbytes <= _SMALL_BYTES
-        self._join(row, x.clone() if is_small else x, at_once=not is_small)
+        self._take(row, x.clone() if is_small else x, joins=True, at_once=not is_small)
         return True
 
     def add_peaks(self, row: int, x: Tensor, unit: int | None) -> None:
@@ -239,9 +232,8 @@ class Recorder:
         """
         parts, unfinished, schedule = None, self._pass, self.schedule
         if self.is_recording:
-            if unfinished.peaks:
-                for (row, _, _), peaks in unfinished.peaks.items():
-                    self._join(row, peaks.get(), at_once=False)
+            for (row, _, _), peaks in unfinished.peaks.items():
+                self._take(row, peaks.get(), joins=True, at_once=False)
             if self._lacks_outputs:
                 self._lacks_outputs = False
                 warn(_NO_OUTPUTS)
@@ -365,31 +357,33 @@ class Recorder:
             for row in rows:
                 self.order.note(GRAD, row - self.first_rows[GRAD])
 
-    def _put(self, row: int, gradient: Tensor, place: Place) -> _Bucket:
-        """Put a gradient into its bucket, in place of one of the same row in any."""
+    def _take(self, row: int, x: Tensor, *, joins: bool, at_once: bool) -> None:
+        """Add a tensor to those that wait, or measure it now.
+
+        It takes the place of one of the same row, or is counted after it, where it joins.
+        """
+        place = place_of(x)
+        if place not in self.streams:
+            self.streams[place] = stream_of(x.device)
+        before = self._pass.buckets.get(place)
+        if joins and before is not None and row in before.tensors:
+            self._measure_bucket(place, is_to_change=False)
+        bucket = self._put(row, x, place, joins=joins)
+        bucket.n_bytes += x.element_size() * x.numel()
+        if at_once or bucket.n_bytes >= self.bucket_bytes:
+            self._measure_bucket(place, is_to_change=at_once)
+
+    def _put(self, row: int, x: Tensor, place: Place, *, joins: bool = False) -> _Bucket:
+        """Put a tensor into its bucket; where it does not join, no other has one of its row."""
         buckets = self._pass.buckets
         bucket = buckets.get(place)
         if bucket is None:
             bucket = buckets[place] = _Bucket(self.streams[place])
-        if len(buckets) > 1:
+        if len(buckets) > 1 and not joins:
             for each in buckets.values():
                 each.tensors.pop(row, None)
-        bucket.tensors[row] = gradient
-        return bucket
-
-    def _join(self, row: int, x: Tensor, *, at_once: bool) -> None:
-        """Add an output to those that wait; one of the same row is measured before it."""
-        place, unfinished = place_of(x), self._pass
-        bucket = unfinished.buckets.get(place)
-        if bucket is not None and row in bucket.tensors:
-            self._measure_bucket(place, is_to_change=False)
-            bucket = None
-        if bucket is None:
-            bucket = unfinished.buckets[place] = _Bucket(stream_of(x.device))
         bucket.tensors[row] = x
-        bucket.n_bytes += x.nbytes
-        if at_once or bucket.n_bytes >= self.bucket_bytes:
-            self._measure_bucket(place, is_to_change=at_once)
+        return bucket
 
     def _measure_bucket(self, place: Place, *, is_to_change: bool) -> None:
         """Measure what waits in a bucket, whose tensors may be changed as soon as this returns."""

@@ -216,16 +216,6 @@ def test_capturing_graph_is_known_to_hooks_too() -> None:
     assert seen == graphs
 
 
-def test_parameter_ids_are_those_of_all_modules_once() -> None:
-    shared = nn.Linear(2, 2, bias=False)
-    model = nn.ModuleDict({"a": nn.Sequential(shared, nn.ReLU()), "b": shared})
-    model.register_module("none", None)
-    model["a"].register_parameter("own", nn.Parameter(torch.ones(1)))
-    found = torch_internals.parameter_ids(model)
-    assert found == {id(p) for p in model.parameters()}
-    assert len(found) == 2
-
-
 def test_run_first_puts_a_hook_before_the_others() -> None:
     x, order = nn.Parameter(torch.ones(2)), []
     hooks = [lambda _, n=n: order.append(n) for n in range(3)]

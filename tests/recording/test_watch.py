@@ -23,6 +23,7 @@ import gradstat
 from gradstat import LinearBins
 from gradstat.bins import Bins
 from gradstat.history import FIELDS
+from gradstat.recording.options import LOOKS
 
 
 @pytest.fixture(autouse=True)
@@ -215,7 +216,7 @@ def test_watch_names_a_head_that_was_replaced_at_the_next_pass(when: str) -> Non
 
         with pytest.warns(RuntimeWarning, match=r"sees 2 of its 3 parameters .*out: 4.weight;"):
             train(1)
-        train(70)  # it is said once
+        train(LOOKS + 6)  # it is said once
     assert is_absent(w.last) == [False, False, True]
 
 
@@ -232,7 +233,7 @@ def test_log_names_parameters_that_no_pass_reaches_any_more() -> None:
                 w.log(loss=1.0)
 
         with pytest.warns(RuntimeWarning, match="sees 0 of its 3 parameters"):
-            log(64)
+            log(LOOKS)
     assert len(w.history) == 10
 
 
