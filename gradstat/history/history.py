@@ -428,10 +428,7 @@ class History(Records):
 
     @classmethod
     def merge(
-        cls,
-        parts: Sequence[History | str | os.PathLike[str]],
-        *,
-        replicated: bool | None = None,
+        cls, parts: Sequence[History | str | os.PathLike[str]], *, replicated: bool | None = None
     ) -> History:
         """What the ranks of a distributed run measured, together, as `reduce` puts it.
 

@@ -14,14 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gradstat.history.file import Link, encode
-from gradstat.history.reading import (
-    as_said,
-    check_fits,
-    head_of,
-    segment_name,
-    segments,
-    state_of,
-)
+from gradstat.history.reading import as_said, check_fits, head_of, segment_name, segments, state_of
 from gradstat.history.records import Records
 from gradstat.record import Record
 from gradstat.util import call_after_fork, plural, warn

@@ -17,12 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gradstat.bins import parse_bins
-from gradstat.history.check import (
-    check_histograms,
-    check_numbers,
-    check_rows,
-    check_steps,
-)
+from gradstat.history.check import check_histograms, check_numbers, check_rows, check_steps
 from gradstat.history.file import (
     MAGIC,
     SUFFIX,

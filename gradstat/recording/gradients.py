@@ -295,12 +295,7 @@ class StepHook:
         self._before = {index: (p, _wide_copy(p)) for index, p in parameters.items()}
 
     @leave_uncompiled
-    def _on_step(
-        self,
-        optimizer: Optimizer,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> None:
+    def _on_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # After the optimizer itself comes what step() is given.
         self._has_closure = any(map(callable, (*args[1:], *kwargs.values())))
         with self._recorder.lock:

@@ -14,16 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradstat.history import History
 from gradstat.history.journal import new_run
-from gradstat.record import (
-    GRAD,
-    OF_OUTPUTS,
-    OF_PARAMETERS,
-    OWN,
-    PARTIAL,
-    SAME,
-    UNKNOWN,
-    Placement,
-)
+from gradstat.record import GRAD, OF_OUTPUTS, OF_PARAMETERS, OWN, PARTIAL, SAME, UNKNOWN, Placement
 from gradstat.recording.torch_internals import default_store
 
 if TYPE_CHECKING:
