@@ -186,7 +186,7 @@ class _Index(NamedTuple):
     starts: list[int]  # first byte of each
     sizes: list[int]  # bytes of each
     checksums: list[int]  # of each
-    checked: bytearray  # whether each was found plausible: 1 its numbers, 2 its histograms, too
+    checked: bytearray  # of each, see `StoredRecord.checked`
 
 
 class StoredRecord(NamedTuple):
@@ -223,19 +223,13 @@ class StoredRecord(NamedTuple):
         return self.of_block.file.read(self.of_block.starts[self.place], n_bytes)
 
     @property
-    def is_checked(self) -> bool:
-        """Whether its numbers were found to be plausible."""
-        return self.of_block.checked[self.place] >= 1
-
-    @property
-    def is_verified(self) -> bool:
-        """Whether its histograms were, too."""
-        return self.of_block.checked[self.place] == 2
+    def checked(self) -> int:
+        """1 if its numbers were found to be plausible, 2 if its histograms were, too; else 0."""
+        return self.of_block.checked[self.place]
 
     def set_checked(self, *, whole: bool) -> None:
         """Its numbers were, or the whole of it."""
-        if whole or not self.is_checked:
-            self.of_block.checked[self.place] = 1 + whole
+        self.of_block.checked[self.place] = max(self.checked, 1 + whole)
 
 
 class Spool:

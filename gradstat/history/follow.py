@@ -40,7 +40,7 @@ class Follower:
         self._files: _Files = {}
         self._source: Iterator[Records | None] | None = None
         self._begun: set[tuple[int, int]] = set()  # files that have a whole block
-        self._error: ValueError | None = None  # of these files
+        self._error: ValueError | None = None  # of these files, which are damaged
         self._tried_again: _Files = {}
 
     def look(self) -> Look | None:
@@ -53,38 +53,28 @@ class Follower:
         if not found:
             self._files, self._source = {}, None
             return None
-        is_anew = self._source is None or not _goes_on(self._files, found)
-        if self._error is not None and found == self._files:
+        before, self._files = self._files, found
+        if self._error is not None and found == before:
             raise self._error.with_traceback(None)
-        self._files, self._error = found, None
-        if self._source is not None and not is_anew:
-            try:
-                records = next(self._source, None)
-            except (OSError, ValueError) as error:
-                # Another run may have taken the place of this one.
-                is_anew = found != self._tried_again
-                self._tried_again = found
-                if not is_anew:
-                    self._keep(error)
-                    raise
-        if is_anew:
+        is_anew = self._source is None or not _goes_on(before, found)
+        if self._source is None or is_anew:
             self._source = _followed(self._path, newest=self._is_newest)
-            try:
-                records = next(self._source, None)
-            except (OSError, ValueError) as error:
-                self._source = None
-                # A run that begins has files of number 0 alone, without a whole block for a moment.
-                begins = self._path.is_dir() and not any(int(path.stem) for path in found)
-                if isinstance(error, CutOffError) and begins:
-                    return Look(None, is_anew=False, is_all=True)
-                self._keep(error)
-                raise
+        try:
+            records = next(self._source, None)
+        except (OSError, ValueError) as error:
+            self._source = None
+            if not is_anew and found != self._tried_again:
+                # Another run may have taken the place of this one.
+                self._tried_again = found
+                return self.look()
+            # A run that begins has files of number 0 alone, without a whole block for a moment.
+            begins = self._path.is_dir() and not any(int(path.stem) for path in found)
+            if is_anew and begins and isinstance(error, CutOffError):
+                return Look(None, is_anew=False, is_all=True)
+            self._error = error if isinstance(error, ValueError) else None
+            raise
+        self._error = None
         return Look(records, is_anew, is_all=records is None)
-
-    def _keep(self, error: OSError | ValueError) -> None:
-        """Until the files change, if they are damaged."""
-        self._source = None
-        self._error = error if isinstance(error, ValueError) else None
 
     def _find(self) -> _Files:
         found: _Files = {}

@@ -412,8 +412,7 @@ class Records:
         new = [
             (record, its_data)
             for record, its_data in zip(records, data, strict=True)
-            if isinstance(record, StoredRecord)
-            and not (record.is_verified if whole else record.is_checked)
+            if isinstance(record, StoredRecord) and record.checked < 1 + whole
         ]
         for path, pairs in groupby(new, key=lambda each: each[0].path):
             stored = list(pairs)
@@ -446,7 +445,7 @@ class Records:
         """Integers, floats and formats, for which a record that was checked is read in part."""
         # Bytes of a file are not kept: a long run's would fill the memory.
         layout = self._whole[0]
-        if any(isinstance(each, StoredRecord) and not each.is_checked for each in records):
+        if any(isinstance(each, StoredRecord) and not each.checked for each in records):
             data = self._read(records, whole=False)
         else:
             size = layout.fixed.itemsize
