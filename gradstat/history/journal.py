@@ -49,16 +49,16 @@ class Journal:
     A timer's thread writes them, also when no more come. What cannot be written is kept and tried
     again; the first time a warning says so. A forked process writes nothing.
 
-    Args:
-        path: the directory; it is made if need be.
-        like: the history that the records are of, which learns which run it is of.
-        first_step: goes on with the records that are there, those from this step on superseded.
-            Without it ValueError refuses them, and always those of other layers or bins.
-        run: identifier of the run, which its ranks have in common; by default a new one.
+    With ``first_step`` it goes on with the records that are there, those from this step on
+    superseded. Without it ValueError refuses them, and always those of other layers or bins.
     """
 
     def __init__(
-        self, path: Path, like: Records, first_step: int | None = None, run: str | None = None
+        self,
+        path: Path,  # it is made if need be
+        like: Records,  # that the records are of; it learns which run it is of
+        first_step: int | None = None,
+        run: str | None = None,  # which its ranks have in common; by default a new one
     ) -> None:
         # Where it is now, whatever directory the process changes to.
         self._path = path.absolute()

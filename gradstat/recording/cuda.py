@@ -126,7 +126,7 @@ class Transfer:
             self._x = memory[: x.nbytes].view(x.dtype).view(x.shape).copy_(x, non_blocking=True)
             # The tensor's device need not be the current one.
             self._event = torch.cuda.current_stream(x.device).record_event()
-            _BLOCKS[memory.nbytes].append(_Block(memory, self._event, weakref.ref(self)))
+            _BLOCKS[memory.nbytes].append((memory, self._event, weakref.ref(self)))
         elif not x.is_cpu:
             self._x = x.cpu()
 
@@ -146,36 +146,24 @@ class Transfer:
         return self._x
 
 
-class _Block(NamedTuple):
-    """Pinned memory, the event after the last copy into it, and whom that was for."""
-
-    memory: Tensor
-    copied: torch.cuda.Event
-    owner: weakref.ref[Transfer]
-
-    def is_free(self) -> bool:
-        """Whether nobody reads it and nothing is copied into it any more."""
-        if self.owner() is not None:
-            return False
-        with SparingCaptures():
-            return bool(self.copied.query())  # type: ignore[no-untyped-call]
-
-
 # All pinned memory, by its bytes. It is used again and never freed: to free it, PyTorch records an
 # event on the streams that have copied into it, and where one of them is being captured, that event
 # fails all who ask for pinned memory later. So no record may keep it either.
-_BLOCKS: defaultdict[int, deque[_Block]] = defaultdict(deque)
+# With each piece the event after the last copy into it, and whom that was for.
+_BLOCKS: defaultdict[int, deque[tuple[Tensor, torch.cuda.Event, weakref.ref[Transfer]]]]
+_BLOCKS = defaultdict(deque)
 _LEAST_BYTES = 1 << 9
 
 
 def _pinned_memory(n_bytes: int) -> Tensor:
     size = max(_LEAST_BYTES, 1 << (n_bytes - 1).bit_length())
     blocks = _BLOCKS[size]
-    with suppress(IndexError):
-        oldest = blocks.popleft()
-        if oldest.is_free():
-            return oldest.memory
-        blocks.append(oldest)
+    with suppress(IndexError), SparingCaptures():
+        memory, copied, owner = blocks.popleft()
+        # Nobody reads it, and nothing is copied into it any more.
+        if owner() is None and copied.query():  # type: ignore[no-untyped-call]
+            return memory
+        blocks.append((memory, copied, owner))
     return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 

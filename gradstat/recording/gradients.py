@@ -170,8 +170,7 @@ class BackwardHooks:
                 if index in self._at_once:
                     recorder.measure_waiting()
             # After those that hooks have noted before.
-            if not recorder.order.is_known:
-                recorder.order.note(GRAD, index)
+            recorder.order.note(GRAD, index)
 
     def _begin(self) -> None:
         if is_compiled_autograd():
@@ -262,10 +261,8 @@ class StepHook:
         gradients = self._some_gradients()
         # Not by their addresses, which new gradients may be given again.
         is_new = [all(x is not y() or x._version != v for y, v in self._seen) for x in gradients]
-        if not any(is_new):
-            return
         # Those that were set to zero are of no pass.
-        if any(bool(local_part(x).any()) for x in gradients):
+        if any(is_new) and any(bool(local_part(x).any()) for x in gradients):
             self._measure(self._alive(), None)
 
     def is_running(self) -> bool:

@@ -103,9 +103,9 @@ class OutputHooks:
             if self._has_failed():
                 # What was seen so far belongs to a pass or a step that came to nothing.
                 recorder.drop()
-            order = recorder.order
-            if not order.is_known and (is_gradient or not _is_recomputing()):
-                order.note(GRAD_OUTPUT if is_gradient else ACTIVATION, index)
+            is_new = not is_gradient and not _is_recomputing()
+            if is_gradient or is_new:
+                recorder.order.note(GRAD_OUTPUT if is_gradient else ACTIVATION, index)
             self._is_seeing = True
             if is_gradient:
                 if self._pass.call is None:
@@ -113,7 +113,7 @@ class OutputHooks:
                 if self.sees_gradients:
                     recorder.take_scale(GRAD_OUTPUT, scale_of(self._scaler))
                     recorder.add_output(self._rows[GRAD_OUTPUT] + index, x)
-            elif ACTIVATION in self._rows and not _is_recomputing():
+            elif ACTIVATION in self._rows and is_new:
                 unit = self._unit_dims.unit_dim(index, x)
                 if recorder.add_output(self._rows[ACTIVATION] + index, x):
                     recorder.add_peaks(self._rows[UNIT] + index, x, unit)

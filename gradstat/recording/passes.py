@@ -505,7 +505,8 @@ class Order:
 
         The kind is ``GRAD``, ``ACTIVATION`` or ``GRAD_OUTPUT``.
         """
-        self._seen.setdefault((kind, number))
+        if not self.is_known:
+            self._seen.setdefault((kind, number))
 
     def forget(self) -> None:
         """The pass has come to nothing."""
