@@ -50,7 +50,7 @@ def reduce(mine: Records, group: dist.ProcessGroup | None, replicated: bool | No
     mine = told_of_replicas(_REDUCE, mine, replicated)
     mine.verify()  # nobody waits for a rank that cannot read its own
     sizes = [record.n_bytes for record in mine.records]
-    told = _gather((mine.at([]), mine.logged, mine.steps, mine.times, sizes), group)
+    told = _gather((mine.at([]), mine.logged, mine.steps, sizes), group)
     parts: list[Records] = [part for part, *_ in told]
     _check_alike(_REDUCE, [(f"rank {at}", part) for at, part in enumerate(parts)])
     for at, (_, _, steps, *_) in enumerate(told):
@@ -518,28 +518,23 @@ def merge_parts(parts: Sequence[Records | Path], replicated: bool | None) -> Rec
             error = cut_off
             continue
         rank = pieces[0].rank
-        _check_rank(names, rank, name)
+        if rank is not None and rank in names:
+            raise ValueError(f"{_MERGE} needs each rank once; {name} is another one of rank {rank}")
+        names.setdefault(rank, name)
         number = at if rank is None else rank
         ranks.append(Rank(number, name, pieces, is_journal=is_journal))
     if error and not ranks:
         raise error
-    merged = merge(ranks, replicated)
-    if None not in names:
-        _tell_lacking(f"{_MERGE} lacks {{}} of {{}} ranks", ranks)
-    return merged
-
-
-def _check_rank(names: dict[int | None, str], rank: int | None, name: str) -> None:
-    """Refuse a part of a rank that others are of, and parts of which only some are of a rank."""
-    if rank is not None and rank in names:
-        raise ValueError(f"{_MERGE} needs each rank once; {name} is another one of rank {rank}")
-    names.setdefault(rank, name)
     if None in names and len(names) > 1:
         of = next(each for each in names if each is not None)
         raise ValueError(
             f"{_MERGE} needs parts of which each is of a rank, or none; {names[None]} is of none, "
             f"and {names[of]} of rank {of}"
         )
+    merged = merge(ranks, replicated)
+    if None not in names:
+        _tell_lacking(f"{_MERGE} lacks {{}} of {{}} ranks", ranks)
+    return merged
 
 
 def rank_of(folder: Path, pieces: Iterable[Records]) -> Rank:

@@ -287,7 +287,6 @@ class StepHook:
             self._recorder.end()
 
     def _copy(self, parameters: dict[int, nn.Parameter]) -> None:
-        """Keep parameters as they are before the step."""
         self._recorder.measure_waiting()
         self._before = {index: (p, _wide_copy(p)) for index, p in parameters.items()}
 

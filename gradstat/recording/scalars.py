@@ -66,12 +66,12 @@ class ScalarLog:
             else:
                 names.append(name)
                 numbers.append(value)
-        for tensors in on_devices.values():
+        for device, tensors in on_devices.items():
+            wide = torch.float32 if device.type == "mps" else torch.float64
             with torch.no_grad():
                 # In memory of its own: the values may be changed in place afterwards.
-                source = torch.stack([_wide(value.detach()) for value in tensors.values()])
-            steps = self._steps_of(tensors)
-            self.pending.append((list(tensors), steps, Transfer(source)))
+                source = torch.stack([value.detach().to(wide) for value in tensors.values()])
+            self.pending.append((list(tensors), self._steps_of(tensors), Transfer(source)))
         steps = self._steps_of(names)
         if names and self.pending:
             self.pending.append((names, steps, numbers))
@@ -178,7 +178,3 @@ def _checked(name: str, value: object) -> float | Tensor:
         return float(value)
     except OverflowError as error:
         raise ValueError(f"log() needs numbers that float64 holds; {name} is beyond") from error
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.device.type == "mps" else x.double()

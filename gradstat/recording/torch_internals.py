@@ -26,7 +26,6 @@ from torch.utils.hooks import RemovableHandle
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_EXCHANGE = "cudaThreadExchangeStreamCaptureMode"
 _RELAXED = 2  # cudaStreamCaptureModeRelaxed
 
 # All batch and instance norms: where their units are is known from it.
@@ -57,10 +56,8 @@ running_pass: Callable[[], int] = torch._C._current_graph_task_id
 # The node of a graph whose backward runs in this thread: tells checkpoints from other code.
 running_node: Callable[[], Node | None] = torch._C._current_autograd_node
 
-
 # The current stream of a CUDA device, as CUDA's own number; asking for it takes little.
 raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0)
-
 
 # Has autograd call a function when the running pass ends; without it no pass has a record.
 call_at_end_of_backward: Callable[[Callable[[], None]], None] = (
@@ -90,7 +87,7 @@ def capturing_graph() -> object:
 
 def _exchange_capture_mode() -> Callable[..., object]:
     """The runtime's own function, which PyTorch has for C++ alone; else one that does nothing."""
-    name = "hipThreadExchangeStreamCaptureMode" if torch.version.hip else _EXCHANGE
+    name = f"{'hip' if torch.version.hip else 'cuda'}ThreadExchangeStreamCaptureMode"
     found = None if sys.platform == "win32" else getattr(ctypes.PyDLL(None), name, None)
     return found or (lambda _: None)
 

@@ -239,7 +239,6 @@ class Delivery:
                 self._file(step, self.assembly.record(record.parts))
 
     def _file(self, step: int, data: bytes) -> None:
-        """Hand on the bytes of a record."""
         if step <= self._newest_step:
             return  # replayed() was not called once for each replay
         self._newest_step = step
