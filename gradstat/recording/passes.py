@@ -50,7 +50,7 @@ from gradstat.recording.torch_internals import (
     running_pass,
 )
 from gradstat.recording.transfers import Delivery, Part, send, sent
-from gradstat.results import PACKED, packed
+from gradstat.results import packed
 from gradstat.util import call_after_fork, warn
 
 _SMALL_BYTES = 1 << 16
@@ -474,16 +474,11 @@ class Recorder:
 
         They are given scaled gradients, as a cast would be. Peaks would not be cast.
         """
-        cast = [at for at, row in enumerate(rows) if self._kinds[row] != UNIT]
-        shape = len(tensors), len(self._formats), len(PACKED)
-        if not cast:
-            return tensors[0].new_full(shape, math.nan, dtype=torch.float64)
-        chosen = [tensors[at].detach() for at in cast]
-        measured = packed(*measure_formats(chosen, self._formats, engine=self._engine))
-        if len(cast) == len(rows):
-            return measured
-        fields = measured.new_full(shape, math.nan)
-        fields[cast] = measured
+        tensors = [x.detach() for x in tensors]
+        fields = packed(*measure_formats(tensors, self._formats, engine=self._engine))
+        peaks = [at for at, row in enumerate(rows) if self._kinds[row] == UNIT]
+        if peaks:
+            fields[peaks] = math.nan
         return fields
 
 

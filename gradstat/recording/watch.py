@@ -490,7 +490,10 @@ class LiveView:
     """An output of a notebook's cell that shows a watch; a thread of its own draws it."""
 
     def __init__(self, recorder: Recorder, hooks: Hooks, every_s: float) -> None:
-        if not _is_notebook():
+        module = sys.modules.get("IPython")
+        shell = None if module is None else module.get_ipython()
+        # It has a kernel where cells have outputs that can change.
+        if not hasattr(shell, "kernel"):
             raise RuntimeError(
                 "live() needs a notebook, which this is not: watch(path=) and `gradstat serve` "
                 "show a run in the browser"
@@ -561,10 +564,3 @@ class LiveView:
 def html_of(history: History, *, is_open: bool) -> str:
     """What a notebook shows of a watch."""
     return f"<div>Watch, {'open' if is_open else 'closed'}</div>{history._repr_html_()}"
-
-
-def _is_notebook() -> bool:
-    """Whether a kernel runs this, whose cells have outputs that can change."""
-    module = sys.modules.get("IPython")
-    shell = None if module is None else module.get_ipython()
-    return hasattr(shell, "kernel")
