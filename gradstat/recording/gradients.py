@@ -19,7 +19,6 @@ from torch.utils.hooks import RemovableHandle
 
 from gradstat.record import GRAD, PARAM, UPDATE
 from gradstat.recording.passes import Recorder
-from gradstat.recording.scalars import LearningRates
 from gradstat.recording.shards import local_part
 from gradstat.recording.torch_internals import (
     bequeath,
@@ -89,8 +88,6 @@ class BackwardHooks:
         scaler: GradScaler | None,
         at_once: bool,  # measure each gradient before its hook returns
     ) -> None:
-        # They go on as long as this does, whether anybody keeps the watch or not.
-        self.rates: LearningRates | None = None
         self._recorder, self._scaler = recorder, scaler
         first_rows = recorder.first_rows
         self._first_gradient = first_rows.get(GRAD)
@@ -222,8 +219,6 @@ class StepHook:
         *,
         calls_only: bool,  # only `measure` makes records; those of updates wait for the step
     ) -> None:
-        # They go on as long as this does, whether anybody keeps the watch or not.
-        self.rates: LearningRates | None = None
         self._recorder, self._rows = recorder, recorder.first_rows
         self.calls_only = calls_only
         self._optimizer = None if optimizer is None else weakref.ref(optimizer)

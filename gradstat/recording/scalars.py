@@ -118,33 +118,21 @@ class ScalarLog:
         return steps
 
 
-class LearningRates:
-    """Logs ``lr``, or ``lr/0``, ``lr/1`` and so on, at each step of an optimizer."""
+def log_rates(optimizer: Optimizer, scalars: ScalarLog, hooks: object) -> RemovableHandle:
+    """Log ``lr``, or ``lr/0``, ``lr/1`` and so on, at each step, as long as the hooks are there."""
+    # The hook is the optimizer's, and must not keep alive what it logs to.
+    log_of, hooks_of = weakref.ref(scalars), weakref.ref(hooks)
 
-    def __init__(
-        self, optimizer: Optimizer, add: Callable[[Mapping[str, float | Tensor]], None]
-    ) -> None:
-        self._add, self._names = add, ["lr"]
-        # The hook is the optimizer's, and must not keep alive what it logs to.
-        reference = weakref.ref(self)
+    def on_step(optimizer: Optimizer, *_: Any) -> None:  # noqa: ANN401 (what step() is given)
+        log, groups = log_of(), optimizer.param_groups
+        if log is None or hooks_of() is None or is_capturing():
+            return
+        names = ["lr"] if len(groups) == 1 else [f"lr/{i}" for i in range(len(groups))]
+        rates = zip(names, map(_rate_of, groups), strict=True)
+        log.add({name: rate for name, rate in rates if rate is not None})
 
-        def on_step(optimizer: Optimizer, *_: Any) -> None:  # noqa: ANN401 (what step() is given)
-            rates = reference()
-            if rates is not None and not is_capturing():
-                rates.log(optimizer.param_groups)
-
-        self._handle: RemovableHandle = optimizer.register_step_pre_hook(on_step)
-
-    def log(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Log the rates of a step that comes."""
-        if len(groups) != len(self._names):
-            self._names = [f"lr/{i}" for i in range(len(groups))]
-        rates = zip(self._names, map(_rate_of, groups), strict=True)
-        self._add({name: rate for name, rate in rates if rate is not None})
-
-    def remove(self) -> None:
-        """Take the hook off."""
-        self._handle.remove()
+    handle: RemovableHandle = optimizer.register_step_pre_hook(on_step)
+    return handle
 
 
 def _rate_of(group: Mapping[str, Any]) -> float | Tensor | None:

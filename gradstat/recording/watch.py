@@ -21,6 +21,7 @@ from torch.amp import GradScaler
 from torch.cuda import CUDAGraph
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from gradstat.bins import Bins, Log2Bins
 from gradstat.diagnosis.alerts import Alert, Alerts
@@ -35,7 +36,7 @@ from gradstat.recording.cuda import Schedule, SideStream
 from gradstat.recording.gradients import BackwardHooks, StepHook
 from gradstat.recording.outputs import OutputHooks
 from gradstat.recording.passes import Recorder
-from gradstat.recording.scalars import LearningRates, ScalarLog
+from gradstat.recording.scalars import ScalarLog, log_rates
 from gradstat.recording.shards import agreed_run, rank_and_world, usual_placements
 from gradstat.recording.torch_internals import SparingCaptures, leave_uncompiled, unwrapped
 from gradstat.recording.transfers import Delivery, RunWriter, Sink
@@ -45,7 +46,7 @@ from gradstat.util import call_after_fork, check_integer, warn
 Kind = Literal["grad", "param", "update", "activation", "grad_output"]
 What = Kind | Literal["all"] | Sequence[Kind]
 Hooks = BackwardHooks | StepHook
-Others = OutputHooks | LearningRates
+Others = OutputHooks | RemovableHandle
 
 # Of a view in a notebook.
 _MOST_OF_THE_TIME = 0.05  # that is spent drawing
@@ -256,8 +257,7 @@ def watch(
             OutputHooks(model, list(seen.values()), recorder, scaler, stepping, hooks.is_running)
         )
     if optimizer is not None:
-        hooks.rates = LearningRates(optimizer, scalars.add)
-        others.append(hooks.rates)
+        others.append(log_rates(optimizer, scalars, hooks))
     opened = _Open(name, measures, recorder, weakref.ref(hooks), others)
     _OPEN[model] = [*(each for each in _OPEN.get(model, ()) if each.is_open), opened]
     return Watch(opened, hooks)
