@@ -220,7 +220,7 @@ class Schedule:
 
     def is_due(self) -> bool:
         """Whether to record the pass that comes or goes on, outside a graph."""
-        n_before = self.n_passes
+        n_before = self.n_told + self.n_missed
         return n_before % self._period == self.accumulation_steps - 1
 
     def has_left_graph(self, *, is_captured: bool) -> bool:
@@ -256,7 +256,7 @@ class Schedule:
 
     def count(self) -> int:
         """Count a pass that ran outside a graph; return the number of its step."""
-        step = self.step
+        step = (self.n_told + self.n_missed) // self.accumulation_steps
         self.n_told += 1
         if self._n_uncounted is not None:
             for counter in self._counters.values():

@@ -219,6 +219,8 @@ class Recorder:
 
     def measure_waiting(self) -> None:
         """Measure now what `add` has taken; afterwards it may change, on the current streams."""
+        if self._noted and not self._pass.buckets:  # as a rule, on a CPU
+            self._measure(self._take_noted(), None, None)
         self._put_noted()
         for place in list(self._pass.buckets):
             self._measure_bucket(place, is_to_change=False)
@@ -336,26 +338,28 @@ class Recorder:
     def _put_noted(self) -> None:
         """Put gradients that hooks have noted so far into buckets."""
         if self._noted:
-            n = len(self._noted)  # another thread may note one meanwhile
-            noted = dict(self._noted[:n])
-            del self._noted[:n]
-            self._note_order(noted)
-            bucket = self._pass.buckets.get(None)
-            if bucket is None:
-                bucket = self._pass.buckets[None] = _Bucket(None)
-            bucket.tensors.update(noted)
+            bucket = self._pass.buckets.setdefault(None, _Bucket(None))
+            bucket.tensors.update(self._take_noted())
         if self._noted_on:
             n = len(self._noted_on)
             noted_on = self._noted_on[:n]
             del self._noted_on[:n]
-            self._note_order(row for row, *_ in noted_on)
+            if not self.order.is_known:
+                self._note_order(row for row, *_ in noted_on)
             for row, gradient, place in noted_on:
                 self._put(row, gradient, place)
 
-    def _note_order(self, rows: Iterable[int]) -> None:
+    def _take_noted(self) -> dict[int, Tensor]:
+        n = len(self._noted)  # another thread may note one meanwhile
+        noted = dict(self._noted[:n])
+        del self._noted[:n]
         if not self.order.is_known:
-            for row in rows:
-                self.order.note(GRAD, row - self.first_rows[GRAD])
+            self._note_order(noted)
+        return noted
+
+    def _note_order(self, rows: Iterable[int]) -> None:
+        for row in rows:
+            self.order.note(GRAD, row - self.first_rows[GRAD])
 
     def _take(self, row: int, x: Tensor, *, joins: bool, at_once: bool) -> None:
         """Add a tensor to those that wait, or measure it now.

@@ -111,13 +111,6 @@ class Assembly:
     def __init__(self, history: History) -> None:
         self.layout, self._bins, self._kinds = history.layout, history.bins, history.kinds
 
-    def whole(self, parts: Sequence[Part]) -> bytes | None:
-        """A record that is there, and needs no assembling."""
-        if len(parts) == 1 and not parts[0].scales and len(parts[0].rows) == self.layout.n_rows:
-            data = parts[0].data
-            return data if isinstance(data, bytes) else None
-        return None
-
     def record(self, parts: Sequence[Part]) -> bytes:
         """The whole record; rows that no part has are without values.
 
@@ -175,7 +168,7 @@ class Delivery:
     ) -> None:
         self._history, self._schedule = history, schedule
         self._sink, self._journal, self._alerts = sink, journal, alerts
-        self.assembly = Assembly(history)
+        self.assembly, self._n_rows = Assembly(history), len(history.rows)
         self.pending: deque[ArrivingRecord] = deque()
         self._newest_step, self._n_filed = -1, 0
         self._arrived: deque[Record] = deque()  # for the sink
@@ -185,15 +178,16 @@ class Delivery:
 
     def add(self, step: int, parts: list[Part], n_told: int, stamp: Transfer | None = None) -> None:
         """Take a record that may still be on its way from its device; arguments as of that."""
-        # A whole record that is on the host, as of the CPU, waits for nothing, nor for others.
-        whole = self.assembly.whole(parts)
-        if whole is None or self.pending or self._moving.locked():
-            self.pending.append(ArrivingRecord(step, parts, n_told, stamp))
-            return
-        with self._moving, _NOTHING:
-            self._file(step, whole)
-        if self._sink is not None or self._alerts is not None:
-            self.collect(wait=False)
+        if len(parts) == 1 and not self.pending and not self._moving.locked():
+            rows, data, _, scales = parts[0]
+            # A whole record that is on the host, as of the CPU, waits for nothing, nor for others.
+            if isinstance(data, bytes) and not scales and len(rows) == self._n_rows:
+                with self._moving, _NOTHING:
+                    self._file(step, data)
+                if self._sink is not None or self._alerts is not None:
+                    self.collect(wait=False)
+                return
+        self.pending.append(ArrivingRecord(step, parts, n_told, stamp))
 
     def collect(self, wait: bool) -> None:
         """Hand on records: those that have arrived, or all."""
