@@ -189,13 +189,9 @@ class RecordLayout:
         return as_statistics(bins, (integers, floats, self.dense(data, rows)))
 
     def pack(self, integers: Array, floats: Array, formats: Array | None, counts: Array) -> bytes:
-        """The bytes of a record.
+        """The bytes of a record; counts are int64 ``(L, bins)``, empty bins among them.
 
-        Args:
-            integers: int64 ``(L, 8)``.
-            floats: float64 ``(L, 8)``.
-            formats: float64 ``(L, F, 10)``; ``None`` without any.
-            counts: int64 ``(L, bins)``.
+        The other numbers are as in `Unpacked`; ``None`` stands for no formats.
         """
         # Most columns are zero in all rows, and need not be looked at twice.
         used = np.flatnonzero(np.bitwise_or.reduce(counts, axis=0))
@@ -257,12 +253,10 @@ class RecordLayout:
     def assemble(
         self, parts: Sequence[tuple[Sequence[int], bytes]], joins: Sequence[int] = ()
     ) -> bytes:
-        """One record of several that have some of its rows each.
+        """One record of several that have some of its rows each: these rows, and their bytes.
 
-        Args:
-            parts: of each the rows that it has, and its bytes; one that never comes has no values.
-            joins: rows that are counted together; of others that come several times the last one
-                counts.
+        A row that never comes has no values. Of one that comes several times the last one counts,
+        but those that join are counted together.
         """
         # Those of as many rows have one layout, and are unpacked together.
         alike: dict[int, list[int]] = {}

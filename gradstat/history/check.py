@@ -12,7 +12,7 @@ import numpy as np
 
 from gradstat.bins import Bins
 from gradstat.formats import parse_format
-from gradstat.record import KINDS, UNIT, Row, Unpacked
+from gradstat.record import KINDS, UNIT, Numbers, Row, Unpacked
 from gradstat.results import FLOATS, INTEGERS, NO_SCALE_MAX, NO_SCALE_MIN, PACKED
 from gradstat.util import Array
 
@@ -48,17 +48,12 @@ def check_steps(steps: Sequence[int], last_step: int = -1) -> None:
 
 
 def check_numbers(
-    rows: Sequence[Row],
-    formats: Sequence[str],
-    steps: Sequence[int],
-    integers: Array,
-    floats: Array,
-    quantized: Array,
+    rows: Sequence[Row], formats: Sequence[str], steps: Sequence[int], numbers: Numbers
 ) -> None:
     """Refuse numbers of records, as `Unpacked` has them, that no measurement gives."""
-    integers = integers.reshape(-1, len(INTEGERS))
-    floats = floats.reshape(-1, len(FLOATS))
-    quantized = quantized.reshape(len(integers), len(formats), len(PACKED))
+    integers = numbers[0].reshape(-1, len(INTEGERS))
+    floats = numbers[1].reshape(-1, len(FLOATS))
+    quantized = numbers[2].reshape(len(integers), len(formats), len(PACKED))
     is_cast = np.tile(np.array([row.kind != UNIT for row in rows], bool), len(steps))
     for start in range(0, len(integers), _ROWS):
         part = slice(start, start + _ROWS)

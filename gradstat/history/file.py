@@ -252,13 +252,8 @@ class Spool:
         starts = [*accumulate(sizes, initial=at)][:-1]
         checksums = [zlib.crc32(record.data) for record in new]
         where = _Index(self._file, starts, sizes, checksums, bytearray([2]) * len(new))
-        places = iter(range(len(new)))
-        return [
-            StoredRecord(each.step, each.time_s, where, next(places))
-            if isinstance(each, Record)
-            else each
-            for each in records
-        ]
+        stored = (StoredRecord(x.step, x.time_s, where, place) for place, x in enumerate(new))
+        return [next(stored) if isinstance(each, Record) else each for each in records]
 
 
 class Link(NamedTuple):

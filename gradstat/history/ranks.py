@@ -52,7 +52,7 @@ def reduce(mine: Records, group: dist.ProcessGroup | None, replicated: bool | No
     sizes = [record.n_bytes for record in mine.records]
     told = _gather((mine.at([]), mine.logged, mine.steps, sizes), group)
     parts: list[Records] = [part for part, *_ in told]
-    _check_alike(_REDUCE, [(f"rank {at}", part) for at, part in enumerate(parts)])
+    union = _Union(_REDUCE, range(len(parts)), parts)
     for at, (_, _, steps, *_) in enumerate(told):
         if not np.array_equal(steps, told[0][2]):
             raise ValueError(
@@ -60,7 +60,6 @@ def reduce(mine: Records, group: dist.ProcessGroup | None, replicated: bool | No
                 f"{_shorten(steps.tolist())}, on rank 0 {_shorten(told[0][2].tolist())}"
             )
     numbers = dist.get_process_group_ranks(group)
-    union = _Union(_REDUCE, parts)
     sizes = np.sum([each for *_, each in told], axis=0).tolist()
     for window in windows_of(sizes, _MOST_BYTES_OF_ALL):
         sent = [mine.packed(record) for record in mine.records[window]]
@@ -86,8 +85,16 @@ def _shorten(x: list[int]) -> str:
 class _Union:
     """The records of all ranks, put together window by window."""
 
-    def __init__(self, function: str, parts: Sequence[Records]) -> None:
+    def __init__(self, function: str, ranks: Sequence[int], parts: Sequence[Records]) -> None:
         self._function = function  # what errors are of
+        for rank, part in zip(ranks, parts, strict=True):
+            for what in ("bins", "formats"):
+                theirs, first = (getattr(each, what) for each in (part, parts[0]))
+                if theirs != first:
+                    raise ValueError(
+                        f"{function} needs the same {what} on each rank; {what} on rank {rank} is "
+                        f"{theirs}, on rank {ranks[0]} {first}"
+                    )
         rows = list(dict.fromkeys(row for part in parts for row in part.rows))
         # Rows that all parts have stay in their places.
         if any(part.rows != rows for part in parts):
@@ -220,17 +227,6 @@ def _join_depths(rows: Sequence[Row], parts: Sequence[Records]) -> Array | None:
     return np.array([places[row] for row in rows], np.int64)
 
 
-def _check_alike(function: str, parts: Sequence[tuple[str, Records]]) -> None:
-    for name, part in parts:
-        for what in ("bins", "formats"):
-            theirs, first = (getattr(each, what) for each in (part, parts[0][1]))
-            if theirs != first:
-                raise ValueError(
-                    f"{function} needs the same {what} on each rank; {what} on {name} is {theirs}, "
-                    f"on {parts[0][0]} {first}"
-                )
-
-
 def told_of_replicas(function: str, records: Records, replicated: bool | None) -> Records:
     """Records with the placements that ``replicated`` of `History.reduce` tells of."""
     if replicated is not None and not isinstance(replicated, bool):
@@ -339,8 +335,7 @@ def merge(
     other bins, other ranges, replicas that are not equal, and ranks of several runs.
     """
     _check_one_run(ranks)
-    _check_alike(_MERGE, [(f"rank {rank.number}", rank.like) for rank in ranks])
-    union = _Union(_MERGE, [rank.like for rank in ranks])
+    union = _Union(_MERGE, [rank.number for rank in ranks], [rank.like for rank in ranks])
     left_out, superseded = set[int](), set[int]()
     leader = min(ranks, key=lambda rank: rank.number)
     n_bytes = min(_MOST_BYTES, _MOST_BYTES_OF_ALL // len(ranks))

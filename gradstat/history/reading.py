@@ -236,7 +236,7 @@ def _read_npz(path: Path) -> Records:
             raise ValueError(f"its sizes do not sum to its {len(bins)} bins")
         unpacked = Unpacked(integers, floats, formats, np.cumsum(sizes), bins, counts)
         check_steps(steps.tolist())
-        check_numbers(records.rows, records.formats, steps.tolist(), integers, floats, formats)
+        check_numbers(records.rows, records.formats, steps.tolist(), unpacked[:3])
         check_histograms(records.rows, records.bins, steps.tolist(), unpacked)
         data = records.layout.pack_all(unpacked)
         records.set_records(list(map(Record, steps.tolist(), times.tolist(), data)))

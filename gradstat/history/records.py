@@ -105,11 +105,6 @@ class Scalars:
         steps, values = _cut(self._series[name])
         return np.array(steps, np.int64), np.array(values, np.float64)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that the values take."""
-        return sum(16 * len(steps) for steps, _ in list(self._series.values()))
-
 
 def _cut(series: tuple[array[int], array[float]]) -> tuple[array[int], array[float]]:
     """A copy of as many steps as have values; to look into the arrays would keep them small."""
@@ -201,7 +196,8 @@ class Records:
     @property
     def nbytes(self) -> int:
         """Bytes that the records take, in memory or in their file."""
-        return sum([record.n_bytes for record in self._kept.records]) + self.logged.nbytes
+        n_values = sum(self.logged.sizes.values())
+        return sum([record.n_bytes for record in self._kept.records]) + 16 * n_values
 
     def append(self, step: int, data: bytes, *, time_s: float | None = None) -> None:
         """Add one record.
@@ -317,16 +313,12 @@ class Records:
         """The records, and what was logged, of the steps from one on and before another one."""
         records = self._kept.records
         first, last = (bisect_left(records, step, key=_step) for step in (start, end))
-        part = self._with(records[first:last])
-        part.logged = self.logged.between(start, end)
-        return part
+        return self._with(records[first:last], self.logged.between(start, end))
 
     def at(self, places: Iterable[int]) -> Self:
         """The records at some places among all, which rise, without what was logged."""
         records = self._kept.records
-        part = self._with([records[place] for place in places])
-        part.logged = Scalars()
-        return part
+        return self._with([records[place] for place in places], Scalars())
 
     def newest(self, n: int) -> Self:
         """The newest records, at most so many, without what was logged."""
@@ -342,11 +334,11 @@ class Records:
         return next(_windows(self._kept.records, n_bytes))[-1].step
 
     def take(self, columns: Array, rows: Sequence[Row], layers: Sequence[str]) -> Self:
-        """The same records with other rows, which are read when their numbers are.
+        """The same records, without what was logged, with other rows: read when their numbers are.
 
         ``columns`` are the numbers of these rows here; -1 stands for one without values.
         """
-        part = self._with(self._kept.records.copy())
+        part = self._with(self._kept.records.copy(), Scalars())
         part.rows, part.layers = list(rows), list(layers)
         part.layout = RecordLayout(len(part.rows), len(self.formats), self.bins.bins)
         part._taken = columns
@@ -396,9 +388,9 @@ class Records:
         copied.__dict__.update(self.__dict__)
         return copied
 
-    def _with(self, records: list[AnyRecord]) -> Self:
-        """These records in place of all."""
+    def _with(self, records: list[AnyRecord], logged: Scalars) -> Self:
         part = self._copy()
+        part.logged = logged
         part._kept, part._capacity = _Kept(records, len(records), 1), None
         part._fields, part._is_snapshot = {}, False
         if self.partial_step not in [record.step for record in records]:
@@ -422,7 +414,7 @@ class Records:
                         raise ValueError(f"its record of step {record.step} has another length")
                 steps = [record.step for record, _ in stored]
                 all_data = [each for _, each in stored]
-                check_numbers(rows, self.formats, steps, *layout.numbers(all_data))
+                check_numbers(rows, self.formats, steps, layout.numbers(all_data))
                 if whole:
                     check_histograms(rows, self.bins, steps, layout.unpack(all_data))
             for record, _ in stored:
