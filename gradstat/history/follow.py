@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from gradstat.history import reading
 from gradstat.history.file import SUFFIX
-from gradstat.history.ranks import Rank, directories, merge, rank_of, stats_of
+from gradstat.history.ranks import directories, merge, rank_of, stats_of
 from gradstat.history.records import Records
 from gradstat.util import CutOffError
 
@@ -111,22 +111,19 @@ def _followed(path: Path, *, newest: bool) -> Iterator[Records | None]:
 def _followed_ranks(folders: list[Path], *, newest: bool) -> Iterator[Records | None]:
     """Records that all ranks have, merged as `ranks.load` merges them."""
     sources = [reading.followed(folder, 1 if newest else _BYTES) for folder in folders]
-    ranks: dict[Path, Rank] = {}
+    ranks = [rank_of(folder, []) for folder in folders]
     while True:
         new = [next(source) for source in sources]
-        for folder, piece in zip(folders, new, strict=True):
-            if piece is not None and folder in ranks:
-                ranks[folder].add(piece)
-            elif piece is not None:
-                ranks[folder] = rank_of(folder, [piece])
+        for rank, piece in zip(ranks, new, strict=True):
+            if piece is not None:
+                rank.add(piece)
         is_all = all(piece is None for piece in new)
-        common = min([rank.last_step for rank in ranks.values()], default=-1)
-        has_records = common >= 0 and len(ranks) == len(folders)
-        if has_records and (is_all or not newest):
+        common = min(rank.last_step for rank in ranks)
+        if common >= 0 and (is_all or not newest):
             if newest:  # the last block of each, or what all have of it
-                recent = min(rank.newest_block for rank in ranks.values())
-                for rank in ranks.values():
+                recent = min(rank.newest_block for rank in ranks)
+                for rank in ranks:
                     rank.skip(min(recent, common))
-            yield merge(list(ranks.values()), end=common + 1, quiet=True)
+            yield merge(ranks, end=common + 1, quiet=True)
         elif is_all:
             yield None

@@ -303,13 +303,13 @@ class Rank:
 
     def take(self, step: int) -> Records:
         """The next ones up to a step, which are then no longer there."""
-        piece = self._pieces[0] if self._pieces else self.like.at([])
-        taken, rest = piece.between(end=step + 1), piece.between(step + 1)
-        if len(taken):
-            self._pieces[0] = rest
-            if not len(rest):
-                self._pieces.popleft()
-        return taken
+        if not self._pieces:
+            return self.like.at([])
+        piece = self._pieces.popleft()
+        rest = piece.between(step + 1)
+        if len(rest):
+            self._pieces.appendleft(rest)
+        return piece.between(end=step + 1)
 
     def skip(self, step: int) -> None:
         """Leave out those before a step."""
@@ -410,13 +410,14 @@ def _in_force(rank: Rank, ranks: Sequence[Rank]) -> Scalars:
 
 def ranges_of(numbers: Sequence[int]) -> str:
     """Rising numbers in words: ``0 to 3, 5``; of many the first and the last."""
-    starts = [0, *(at + 1 for at, (a, b) in enumerate(pairwise(numbers)) if b > a + 1)]
-    ends = [*(start - 1 for start in starts[1:]), len(numbers) - 1]
-    spans = [
-        f"{numbers[a]}" if a == b else f"{numbers[a]} to {numbers[b]}"
-        for a, b in zip(starts, ends, strict=True)
-    ]
-    return ", ".join(spans if len(spans) < 5 else [spans[0], "...", spans[-1]])
+    spans: list[list[int]] = []  # the first and the last of each
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    texts = [f"{first}" if first == last else f"{first} to {last}" for first, last in spans]
+    return ", ".join(texts if len(texts) < 5 else [texts[0], "...", texts[-1]])
 
 
 def own_directory(path: Path, rank: int | None) -> Path:

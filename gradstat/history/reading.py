@@ -293,16 +293,14 @@ def followed(path: Path, n_bytes: float, *, goes_on: bool = True) -> Iterator[Re
     plan = _plan(path, quiet=goes_on)
     for source in plan:
         for piece in _read_file(source, n_bytes, goes_on=goes_on and source is plan[-1]):
-            if piece is None:
-                yield None
-                continue
-            found = piece.rows, piece.layers, piece.bins, piece.formats
-            run = run or found
-            if found != run or (len(piece) and piece.first_step <= last_step):
-                raise ValueError(
-                    f"History.load() needs the files of one run; {path} has those of several"
-                )
-            last_step = max(last_step, piece.last_step)
+            if piece is not None:
+                found = piece.rows, piece.layers, piece.bins, piece.formats
+                run = run or found
+                if found != run or (len(piece) and piece.first_step <= last_step):
+                    raise ValueError(
+                        f"History.load() needs the files of one run; {path} has those of several"
+                    )
+                last_step = max(last_step, piece.last_step)
             yield piece
 
 

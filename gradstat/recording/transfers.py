@@ -47,7 +47,6 @@ _FORKED = (
     "process that it was forked from"
 )
 
-
 MANY_BYTES = 1 << 30  # of records in memory, from which on a warning is given
 _LOOK = 64  # records from one look at the memory to the next
 
