@@ -220,7 +220,7 @@ class Recorder:
     def measure_waiting(self) -> None:
         """Measure now what `add` has taken; afterwards it may change, on the current streams."""
         if self._noted and not self._pass.buckets:  # as a rule, on a CPU
-            self._measure(self._take_noted(), None, None)
+            self._measure(self._take_noted(), None)
         self._put_noted()
         for place in list(self._pass.buckets):
             self._measure_bucket(place, is_to_change=False)
@@ -395,22 +395,17 @@ class Recorder:
         if not bucket.tensors:  # others, in another bucket, have replaced them
             return
         if bucket.stream is None:
-            self._measure(bucket.tensors, None, None)
+            self._measure(bucket.tensors, None)
             return
         device = bucket.stream.device
         with nullcontext() if self._side is None else self._side.beside(device):
             take_over(bucket.tensors.values(), bucket.stream)
-            self._measure(bucket.tensors, device, self.schedule.flag(device))
+            self._measure(bucket.tensors, device)
         if is_to_change and self._side is not None:
             self._side.join()
 
-    def _measure(
-        self, tensors: dict[int, Tensor], device: torch.device | None, due: Tensor | None
-    ) -> None:
-        """Measure tensors by row, on one CUDA device if any, by a plan if there is one that fits.
-
-        ``due`` is as for `Plan.run`.
-        """
+    def _measure(self, tensors: dict[int, Tensor], device: torch.device | None) -> None:
+        """Measure tensors by row, all on one CUDA device or none, by a plan where one fits."""
         # By the rows as they came: a plan is found without sorting them.
         unfinished, key, formats = self._pass, (device, *tensors), None
         # Taken out while it is used: whoever measures within that, as the handler of a signal may,
@@ -435,6 +430,7 @@ class Recorder:
                 take = itemgetter(*rows) if len(rows) > 1 else lambda tensors: (tensors[rows[0]],)
                 measuring = choose_engine(self._engine, listed[0]).Plan(listed, self.history.bins)
                 plan = _RowsPlan(rows, take, alike(listed), measuring)
+        due = None if device is None else self.schedule.flag(device)
         result = plan.measuring.run(listed, formats, due)
         self._plans[key] = plan
         if len(self._plans) > self._most_plans:

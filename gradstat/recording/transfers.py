@@ -238,8 +238,14 @@ class Delivery:
         filed = Record(step, time.time(), data)
         self._history.add(filed)
         self._n_filed += 1
-        if self._n_filed % _LOOK == 0 and not self._has_told_bytes:
-            self._watch_memory()
+        is_to_look = self._n_filed % _LOOK == 0 and not self._has_told_bytes
+        if is_to_look and (n_bytes := self._history.nbytes) >= MANY_BYTES:
+            self._has_told_bytes = True
+            warn(
+                f"watch() holds {n_bytes / (1 << 30):.1f} GB of records in memory, "
+                f"{len(self._history)} of {self._n_rows} rows: watch(capacity=) bounds them, "
+                f"every= makes fewer, and path= writes them all to disk"
+            )
         if self._journal is not None:
             self._journal.add(filed)
         if self._alerts is not None:
@@ -250,18 +256,6 @@ class Delivery:
         if self._is_to_warn:
             self._is_to_warn = False
             warn(_FORKED)
-
-    def _watch_memory(self) -> None:
-        """Say once that the records take a lot of memory."""
-        history = self._history
-        if history.nbytes < MANY_BYTES:
-            return
-        self._has_told_bytes = True
-        warn(
-            f"watch() holds {history.nbytes / (1 << 30):.1f} GB of records in memory, "
-            f"{len(history)} of {len(history.layers)} rows: watch(capacity=) bounds them, every= "
-            f"makes fewer, and path= writes them all to disk"
-        )
 
 
 class RunWriter:
