@@ -56,6 +56,7 @@ class Follower:
         before, self._files = self._files, found
         if self._error is not None and found == before:
             raise self._error.with_traceback(None)
+        self._error = None
         is_anew = self._source is None or not _goes_on(before, found)
         if self._source is None or is_anew:
             self._source = _followed(self._path, newest=self._is_newest)
@@ -73,7 +74,6 @@ class Follower:
                 return Look(None, is_anew=False, is_all=True)
             self._error = error if isinstance(error, ValueError) else None
             raise
-        self._error = None
         return Look(records, is_anew, is_all=records is None)
 
     def _find(self) -> _Files:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
+from torch.autograd.graph import Node
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -365,9 +366,7 @@ def take_off(handles: list[RemovableHandle]) -> None:
     handles.clear()
 
 
-def _hook_nodes_after(
-    node: torch.autograd.graph.Node, function: Callable[..., None]
-) -> weakref.ref[Callable[..., None]] | None:
+def _hook_nodes_after(node: Node, function: Callable[..., None]) -> Call | None:
     """Have a function called, with its hooks' handles, before a node that comes after this one."""
     handles: list[RemovableHandle] = []
     call = partial(function, handles)

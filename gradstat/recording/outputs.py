@@ -128,8 +128,7 @@ class OutputHooks:
         if self._pass.call is not None and not self._pass.is_running():
             self._pass.call = None
             failed = True
-        if self._recorder.is_recording and not self._is_running():
-            failed = True
+        failed |= self._recorder.is_recording and not self._is_running()
         skipped = self._skips is not None and self._skips.found(self._recorder.schedule.n_passes)
         return failed or skipped
 
