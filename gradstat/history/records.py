@@ -326,8 +326,7 @@ class Records:
 
     def of_steps(self, steps: Container[int]) -> Self:
         """The records of some steps, without what was logged."""
-        records = self._kept.records
-        return self.at([at for at, record in enumerate(records) if record.step in steps])
+        return self.at([at for at, each in enumerate(self._kept.records) if each.step in steps])
 
     def reach(self, n_bytes: int) -> int:
         """The last step of the first records of so many bytes, or of one record."""

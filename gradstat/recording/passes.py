@@ -117,8 +117,7 @@ class Recorder:
         engine: str | None,
         side: SideStream | None,  # where launches run, if not where gradients are computed
     ) -> None:
-        self.history = history
-        self.lock, self.is_closed = threading.RLock(), False
+        self.history, self.lock, self.is_closed = history, threading.RLock(), False
         self.is_recording = False  # a pass has begun that is recorded, and has not ended
         self.schedule, self.scalars, self.order = schedule, scalars, Order(history)
         self.bucket_bytes, self._engine, self._side = bucket_bytes, engine, side
@@ -529,8 +528,7 @@ class Order:
 def _depths(n: int, seen: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Place of each of n things; one that was not seen comes after the one before it."""
     place = dict(zip(seen, range(len(seen)), strict=True))
-    key = -1
-    keys = []
+    keys, key = [], -1
     for each in range(n):
         key = place.get(each, key)
         keys.append(key)

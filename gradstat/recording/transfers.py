@@ -135,10 +135,9 @@ class Assembly:
         data, layout = part.data, replace(self.layout, n_rows=len(part.rows))
         if not isinstance(data, bytes):
             # Compiled, and so not imported before it is needed.
-            pack = import_engine("cpu").pack
+            pack: Callable[..., bytes] = import_engine("cpu").pack
             n_formats = layout.n_rows * layout.n_formats * len(PACKED)
-            found: bytes = pack(data.host(), part.start, layout.n_rows, layout.n_bins, n_formats)
-            data = found
+            data = pack(data.host(), part.start, layout.n_rows, layout.n_bins, n_formats)
         if not part.scales:
             return data
         integers, floats, counts = layout.integers(data), layout.floats(data), layout.dense(data)
