@@ -31,7 +31,8 @@ class Follower:
     """Reads a run that is written meanwhile: a few megabytes at each look, each record once.
 
     A run that is resumed, replaced, or joined by another rank is read from its beginning again. It
-    need not be there yet. With ``newest`` it tells of one block at a look, and reads none of it.
+    need not be there yet. With ``newest`` the records that were written last are enough: those of
+    one process come block by block, unread.
     """
 
     def __init__(self, path: Path, *, newest: bool = False) -> None:
