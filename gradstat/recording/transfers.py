@@ -132,14 +132,15 @@ class Assembly:
 
     def _data(self, part: Part) -> bytes:
         """The bytes of a part, unscaled."""
-        data, layout = part.data, replace(self.layout, n_rows=len(part.rows))
+        data, n, layout = part.data, len(part.rows), self.layout
         if not isinstance(data, bytes):
             # Compiled, and so not imported before it is needed.
             pack: Callable[..., bytes] = import_engine("cpu").pack
-            n_formats = layout.n_rows * layout.n_formats * len(PACKED)
-            data = pack(data.host(), part.start, layout.n_rows, layout.n_bins, n_formats)
+            n_formats = n * layout.n_formats * len(PACKED)
+            data = pack(data.host(), part.start, n, layout.n_bins, n_formats)
         if not part.scales:
             return data
+        layout = replace(layout, n_rows=n)
         integers, floats, counts = layout.integers(data), layout.floats(data), layout.dense(data)
         floats, kinds = floats.copy(), np.array([self._kinds[row] for row in part.rows])
         for kind, scale in part.scales.items():
