@@ -254,14 +254,14 @@ def test_a_replay_that_is_not_due_measures_nothing(bins: Log2Bins | LinearBins) 
     options = {"what": what, "when": "step", "optimizer": training.optimizer}
     with gradstat.watch(training.model, bins, every=4, **options) as w:
         graph = training.captured()
-        (captured,) = w._recorder._captured.of(graph).passes
+        ((launches, _),) = w._recorder._captured.of(graph).passes
         for number in range(1, 10):
             training.load()
             graph.replay()
             w.replayed()
             counted = [
                 row.sum() > 0
-                for each in captured.launches
+                for each in launches
                 for row in each.result[len(each.rows) * 16 :].view(len(each.rows), -1)
             ]
             assert all(counted) if number % 4 == 0 else not any(counted)
@@ -379,7 +379,7 @@ def test_a_capture_that_fails_counts_nothing(is_captured_at_once: bool) -> None:
         if not is_captured_at_once:
             training.step()
         graph = capture(training.step)
-        n_passes = w._recorder.n_passes
+        n_passes = w._recorder.schedule.n_passes
         for _ in range(5):
             training.load()
             graph.replay()
