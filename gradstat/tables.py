@@ -15,14 +15,13 @@ import importlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from gradstat.history import FIELDS, History
 from gradstat.results import QUANTIZATION_COUNTS, QUANTIZATION_FIELDS
-from gradstat.util import Array, encodable, json_text, replacing
+from gradstat.util import Array, as_path, encodable, json_text, replacing
 
 if TYPE_CHECKING:
     import pandas
@@ -67,7 +66,8 @@ def to_parquet(
     lists = {"bin_low": pa.float64(), "bin_high": pa.float64(), "bin_count": pa.int64()}
     types = plain | {name: pa.list_(each) for name, each in lists.items()}
     schema = pa.schema(list(types.items()), metadata={"gradstat_bins": history.bins.spec})
-    with replacing(Path(path)) as unfinished, parquet.ParquetWriter(unfinished, schema) as writer:
+    path = as_path("to_parquet", path)
+    with replacing(path) as unfinished, parquet.ParquetWriter(unfinished, schema) as writer:
         for part in rows(history, progress):
             offsets = np.concatenate([[0], np.cumsum(part.sizes)]).astype(np.int32)
             arrays = [
@@ -82,8 +82,9 @@ def to_csv(
     history: History, path: str | os.PathLike[str], *, progress: Progress | None = None
 ) -> None:
     """As `History.to_csv`."""
+    path = as_path("to_csv", path)
     with (
-        replacing(Path(path)) as unfinished,
+        replacing(path) as unfinished,
         unfinished.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.writer(file)

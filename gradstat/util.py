@@ -101,6 +101,13 @@ def check_integer(function: str, name: str, number: int, least: int) -> int:
     return int(number)
 
 
+def as_path(function: str, path: str | os.PathLike[str]) -> Path:
+    """A path that is an argument; TypeError for what is none."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{function}() needs a path; path is {path!r}")
+    return Path(path)
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of cells in columns; the first column and bars of "#" are aligned to the left."""
     columns = []

@@ -30,7 +30,7 @@ from gradstat.results import (
     union_norms,
     unpacked,
 )
-from gradstat.util import Array, check_integer, divide, one_of
+from gradstat.util import Array, as_path, check_integer, divide, one_of
 
 if TYPE_CHECKING:
     import pandas
@@ -372,7 +372,7 @@ class History(Records):
         As of all methods that write a file, one that is there is replaced, and OSError says that it
         cannot be written.
         """
-        reading.save(Path(path), self.snapshot())
+        reading.save(as_path("History.save", path), self.snapshot())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> History:
@@ -395,7 +395,7 @@ class History(Records):
         its files are to stay as they are meanwhile. What several ranks hold together is kept in a
         temporary file, beyond 32 MB, for as long as the History is there.
         """
-        return cls.from_records(ranks.load(Path(path)))
+        return cls.from_records(ranks.load(as_path("History.load", path)))
 
     def reduce(
         self, group: dist.ProcessGroup | None = None, *, replicated: bool | None = None

@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from gradstat.diagnosis.findings import began
 from gradstat.history import History, check_history
 from gradstat.record import ACTIVATION, NOUNS, OF_PARAMETERS, PARAM, UNIT, UPDATE
 from gradstat.report import thin
-from gradstat.util import Array, __version__, escaped, json_text, replacing
+from gradstat.util import Array, __version__, as_path, escaped, json_text, replacing
 
 _NUMBERS = ("numel", "mean", "std", "rms", "l2", "min", "max", "zeros", "nan", "posinf", "neginf")
 _SAMPLE = ("first", "rows", "counts", "finite", "zeros", "nonfinite")
@@ -37,11 +36,11 @@ def write(history: History, path: str | os.PathLike[str], *, title: str = "Gradi
     # and the page says how: a column of its map is the statistics of all elements of several
     # neighbouring records; distributions are those of single records, evenly spread, the newest
     # among them.
-    history = check_history("report", history)
+    history, path = check_history("report", history), as_path("report", path)
     if not isinstance(title, str):
         raise TypeError(f"report() needs a text; title is {title!r}")
     text = _render(history, title)
-    with replacing(Path(path)) as unfinished:
+    with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 

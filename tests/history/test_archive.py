@@ -1,7 +1,9 @@
 import json
 import pickle
+import re
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,22 @@ from gradstat.history import reading
 from gradstat.history.journal import Journal
 from gradstat.record import Placement, Row
 from gradstat.results import FLOATS, INTEGERS
+
+
+@pytest.mark.parametrize("path", [None, 3, b"run.npz"], ids=repr)
+def test_what_is_no_path_is_refused_by_its_name(path: object, generator: torch.Generator) -> None:
+    history, _ = make_history(Log2Bins(), generator, 1)
+    methods: dict[str, Callable[[object], object]] = {
+        "History.save": history.save,
+        "History.load": History.load,
+        "to_csv": history.to_csv,
+        "to_parquet": history.to_parquet,
+        "report": history.report,
+    }
+    for name, method in methods.items():
+        message = f"^{re.escape(f'{name}() needs a path; path is {path!r}')}$"
+        with pytest.raises(TypeError, match=message):
+            method(path)
 
 
 @pytest.mark.parametrize("bins", SCHEMES, ids=repr)
