@@ -105,8 +105,7 @@ class BackwardHooks:
             for index, parameter in enumerate(parameters)
             if at_once or not all(map(_is_ours, hooks_on_gradient(parameter)))
         }
-        n_bytes = sum(parameter.nbytes for parameter in parameters)
-        self._fit_in_bucket = n_bytes < recorder.bucket_bytes
+        self._fit_in_bucket = sum(p.nbytes for p in parameters) < recorder.bucket_bytes
         self._handles = []
         for index, parameter in enumerate(parameters):
             handle = _hook(parameter, self._hook_of(index))

@@ -445,7 +445,6 @@ class Recorder:
         if unfinished.n_rows > self._n_rows + _MOST_ROWS and not is_capturing():
             parts = [*unfinished.parts, *send(unfinished.launches)]
             unfinished.launches, unfinished.parts = [], self._delivery.assembly.combined(parts)
-            # What was put together has each row once.
             there = [x for x in unfinished.parts if isinstance(x.data, bytes)]
             unfinished.n_rows = sum(len(x.rows) for x in there)
 

@@ -229,8 +229,7 @@ def watch(
         journal = Journal(own_directory(Path(path), history.rank), history, first_step, run)
     side = SideStream() if stream == "side" else None
     schedule = Schedule(every, accumulation_steps, weights, engine, first_step or 0)
-    is_scaled = scaler is not None
-    alerts = None if alert is None else Alerts(history, alert, is_scaled=is_scaled)
+    alerts = None if alert is None else Alerts(history, alert, is_scaled=scaler is not None)
     keepers = [history.logged.add]
     if writer is not None:
         keepers.append(writer.add_scalar)
