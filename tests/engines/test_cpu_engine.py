@@ -132,6 +132,16 @@ def test_plan_after_a_refusal_starts_afresh() -> None:
     assert RecordLayout(2, 0, 2048).dense(data).sum(1).tolist() == [10, 10]
 
 
+@pytest.mark.usefixtures("two_threads")
+def test_measure_makes_do_with_the_helpers_there_are_where_their_lock_is_lost(
+    generator: torch.Generator,
+) -> None:
+    x = torch.randn(SHARED, generator=generator)
+    expected = measure(x)
+    with pool._pool._lock:
+        assert_identical(measure(x), expected)
+
+
 # Rows of units, channels, one unit, and enough for several threads, which have a part each.
 PEAK_SHAPES = [((5, 3), -1), ((2, 3, 4, 5), 1), ((7,), 0), ((1, 3, 400_000), 1), ((1027, 1030), 1)]
 

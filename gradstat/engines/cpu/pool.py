@@ -78,12 +78,17 @@ class _Pool:
         self._place: tuple[set[int], int] = (set(), 0)  # CPUs, of how many helpers
 
     def submit(self, shares: list[_Share]) -> None:
-        with self._lock:
-            while len(self.ids) < len(shares):
-                unstarted = _locked()
-                start_new_thread(self._help, (unstarted,))
-                unstarted.acquire()
-            self._keep_off_callers_cpu()
+        # Whoever finds it taken, by another thread or for good by an interrupt that came before the
+        # `try`, makes do with the helpers there are.
+        if self._lock.acquire(blocking=False):
+            try:
+                while len(self.ids) < len(shares):
+                    unstarted = _locked()
+                    start_new_thread(self._help, (unstarted,))
+                    unstarted.acquire()
+                self._keep_off_callers_cpu()
+            finally:
+                self._lock.release()
         for share in shares:
             self._shares.put(share)
 
