@@ -39,7 +39,7 @@ WATCH: list[tuple[Any, str, str]] = [
     (passes.Recorder, "measure_waiting", "of it, all that is measured"),
     (cpu.Plan, "run", "of that, the engine"),
     (cpu._Table, "run", "of the engine, the compiled work"),
-    (transfers.Delivery, "collect", "of the end, the record into the history"),
+    (transfers.Delivery, "add", "of the end, the record into the history"),
 ]
 
 

@@ -51,6 +51,7 @@ from gradstat.util import Array
 _ITEM = 1 << 16  # elements: enough to hide the taking of an item, few enough to share a tensor out
 _MAX_ITEMS = 2048  # of one tensor: its partials stay under 250 KB
 _ALONE_BELOW = 1 << 18  # elements: waking another thread takes longer than these
+_FEW = 1 << 14  # elements: torch finds peaks of fewer before a compiled function is prepared
 _KEPT_BYTES = 64 << 20  # of one room, between calls
 _KEPT_PLANS = 16  # between calls,
 _KEPT_TENSORS = 1024  # and of how many tensors each
@@ -112,6 +113,8 @@ def unit_peaks(x: Tensor, unit: int) -> Tensor:
 
     In one read of memory, where torch needs two.
     """
+    if x.numel() < _FEW:
+        return reference.unit_peaks(x, unit)
     units, inner = x.shape[unit], 1
     if not x.movedim(unit, -1).is_contiguous():
         inner = math.prod(x.shape[unit + 1 :])
