@@ -85,8 +85,7 @@ class Alerts:
         ends[np.isnan(ends)] = -math.inf
         before, now = np.logaddexp.reduce(2 * ends[:, self._weights], axis=1) / 2
         step = np.logaddexp.reduce(2 * ends[1, self._updates], initial=-math.inf) / 2
-        rates = sorted(self._rates.values()) or [1.0]
-        rate = math.log(rates[(len(rates) - 1) // 2])
+        rate = math.log(median(np.array(list(self._rates.values()) or [1.0])))
         with np.errstate(invalid="ignore"):  # of weights that are all zero, or NaN
             growth, pace = now - before, step - now
             self._reached = Reached(*np.fmax(self._reached, (step - rate, pace)).tolist())

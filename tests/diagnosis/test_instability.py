@@ -229,40 +229,44 @@ def test_alert_tells_of_instability_once_while_it_lasts() -> None:
     assert [(kind, at in range(70, 94)) for at, kind in told] == [("instability ahead", True)]
 
 
-def test_alert_tells_of_instability_where_steps_are_large() -> None:
+def alerts_of_steps(
+    n_steps: int, prepare: Callable[[int, nn.Parameter, dict[str, Any]], None]
+) -> list[Finding]:
+    """What alerts tell of steps whose gradient and learning rate a function sets before each."""
     torch.manual_seed(0)
     model = nn.Linear(50, 4, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     told: list[Finding] = []
     options = {"what": ("grad", "update"), "when": "step", "optimizer": optimizer}
     with gradstat.watch(model, alert=told.append, **options) as w:  # type: ignore[arg-type]
-        for step in range(150):
-            # There and back again: the weights do not grow.
-            model.weight.grad = torch.randn(4, 50) if step % 2 == 0 else -model.weight.grad
-            optimizer.param_groups[0]["lr"] *= 1.02
+        for step in range(n_steps):
+            prepare(step, model.weight, optimizer.param_groups[0])
             optimizer.step()
             w.log(loss=wavering(step))
             _ = w.history
+    return told
+
+
+def test_alert_tells_of_instability_where_steps_are_large() -> None:
+    def prepare(step: int, weight: nn.Parameter, group: dict[str, Any]) -> None:
+        # There and back again: the weights do not grow.
+        weight.grad = torch.randn(4, 50) if step % 2 == 0 else -weight.grad
+        group["lr"] *= 1.02
+
+    told = alerts_of_steps(150, prepare)
     assert [finding.kind for finding in told] == ["instability ahead"]
     assert told[0].numbers["pace"] > 0.02
 
 
 def test_alert_knows_of_steps_before_the_newest_records() -> None:
-    torch.manual_seed(0)
-    model = nn.Linear(50, 4, bias=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    told: list[Finding] = []
-    options = {"what": ("grad", "update"), "when": "step", "optimizer": optimizer}
-    noise, group = torch.randn(4, 50) / 200**0.5, optimizer.param_groups[0]
-    with gradstat.watch(model, alert=told.append, **options) as w:  # type: ignore[arg-type]
-        for step in range(180):
-            # There and back again, by gradients that are the smaller the higher the rate.
-            size = early(step) * (-1) ** step / group["lr"]
-            model.weight.grad = size * model.weight.detach().norm() * noise
-            optimizer.step()
-            group["lr"] *= 1.025
-            w.log(loss=wavering(step))
-            _ = w.history
+    noise = torch.randn(4, 50, generator=torch.Generator().manual_seed(1)) / 200**0.5
+
+    def prepare(step: int, weight: nn.Parameter, group: dict[str, Any]) -> None:
+        group["lr"] *= 1.025 if step else 1.0
+        # There and back again, by gradients that are the smaller the higher the rate.
+        weight.grad = early(step) * (-1) ** step / group["lr"] * weight.detach().norm() * noise
+
+    told = alerts_of_steps(180, prepare)
     assert [finding.kind for finding in told] == ["instability ahead"]
     assert told[0].numbers["possible_pace"] > 0.1
 

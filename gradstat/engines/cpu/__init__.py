@@ -402,11 +402,8 @@ def _peaks(x: Tensor, outer: int, units: int, inner: int) -> Tensor:
             address = x.data_ptr() + start * units * inner * x.itemsize
             find(address, min(n_each, outer - start), units, inner, to.data_ptr())
 
-    if len(starts) == 1:
-        share()
-        return peaks[0]
     run_together(share, len(starts))
-    return peaks.amax(0)
+    return peaks[0] if len(starts) == 1 else peaks.amax(0)
 
 
 @functools.cache

@@ -150,11 +150,8 @@ class _FormatTable:
             self._take_items(table.buffer_info()[0], stage, scratch.data_ptr())
             _scratches.append(scratch)
 
-        threads = count_threads()
-        if threads > 1 and sum(x.numel() for x in self._held) >= _ALONE_BELOW:
-            run_together(share, threads)
-        else:
-            share()
+        is_large = sum(x.numel() for x in self._held) >= _ALONE_BELOW
+        run_together(share, count_threads() if is_large else 1)
         merged = np.add.reduceat(partials, firsts)
         merged[..., work.LEAST_SCALE] = np.minimum.reduceat(partials[..., work.LEAST_SCALE], firsts)
         merged[..., work.MOST_SCALE] = np.maximum.reduceat(partials[..., work.MOST_SCALE], firsts)

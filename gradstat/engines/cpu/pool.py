@@ -123,12 +123,14 @@ def run_together(job: Callable[[], None], threads: int) -> None:
     Args:
         job: what each thread runs once; without the interpreter lock, or nothing is gained. It
             holds what it works on.
-        threads: how many threads in all.
+        threads: how many threads in all; one is the caller's own.
     """
     shares = [_Share(job) for _ in range(threads - 1)]
     try:
-        with contextlib.suppress(RuntimeError):  # the interpreter is shutting down: no new thread
-            _pool.submit(shares)
+        if shares:
+            # Where the interpreter is shutting down there is no new thread.
+            with contextlib.suppress(RuntimeError):
+                _pool.submit(shares)
         job()
     finally:
         _withdraw(shares)
