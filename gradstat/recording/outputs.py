@@ -31,18 +31,13 @@ from gradstat.recording.torch_internals import (
 )
 
 _SPATIAL = ("Conv", "ConvTranspose", "MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool")
-_BY_DIMENSIONS = {n: tuple(getattr(nn, f"{name}{n}d") for name in _SPATIAL) for n in (1, 2, 3)}
-_SECOND = (BATCH_NORM, nn.GroupNorm, nn.Upsample)
-_LAST = (
-    nn.Linear,
-    nn.Bilinear,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.Embedding,
-    nn.EmbeddingBag,
-    nn.RNNBase,
-    nn.RNNCellBase,
-    nn.MultiheadAttention,
+_LINEAR = (nn.Linear, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention)
+# Modules, and which dimension of their outputs has a unit in each of its places: from the end where
+# there need not be a batch.
+_UNIT_DIMS: tuple[tuple[tuple[type[nn.Module], ...], int], ...] = (
+    ((*_LINEAR, nn.LayerNorm, nn.RMSNorm, nn.RNNBase, nn.RNNCellBase), -1),
+    ((BATCH_NORM, nn.GroupNorm, nn.Upsample), 1),
+    *((tuple(getattr(nn, f"{name}{n}d") for name in _SPATIAL), -n - 1) for n in (1, 2, 3)),
 )
 
 _KEYS = itertools.count()
@@ -68,11 +63,16 @@ class OutputHooks:
         # The hooks are on the model and keep this alive, not the other way round.
         self._model = weakref.ref(_unwrapped(model))
         self._recorder, self._rows = recorder, recorder.first_rows
-        self._scaler, self._is_running = scaler, is_running
-        self._skips = None
-        if scaler is not None and optimizer is not None:
-            self._skips = _SkippedSteps(scaler, optimizer)
-        self._unit_dims, self._is_closed = _UnitDims(modules), False
+        self._scaler, self._is_running, self._is_closed = scaler, is_running, False
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+        # A scaler's of the iteration under way; ``update()`` puts a new dict in its place.
+        self._step_states: dict[int, object] | None = None
+        self._n_steps = 0
+        self._known_dims = [
+            next((dim for types, dim in _UNIT_DIMS if isinstance(module, types)), None)
+            for module in modules
+        ]
+        self._newest_dim: tuple[torch.Size, int] | None = None
         self._is_seeing = False  # still true afterwards where an exception has ended `see`
         self._pass = RunningPass(is_asked=True)
         self.sees_gradients = GRAD_OUTPUT in self._rows
@@ -114,7 +114,7 @@ class OutputHooks:
                     recorder.take_scale(GRAD_OUTPUT, scale_of(self._scaler))
                     recorder.add_output(self._rows[GRAD_OUTPUT] + index, x)
             elif ACTIVATION in self._rows and is_new:
-                unit = self._unit_dims.unit_dim(index, x)
+                unit = self._unit_dim(index, x)
                 if recorder.add_output(self._rows[ACTIVATION] + index, x):
                     recorder.add_peaks(self._rows[UNIT] + index, x, unit)
             self._is_seeing = False
@@ -129,8 +129,35 @@ class OutputHooks:
             self._pass.call = None
             failed = True
         failed |= self._recorder.is_recording and not self._is_running()
-        skipped = self._skips is not None and self._skips.found(self._recorder.schedule.n_passes)
-        return failed or skipped
+        return failed | self._has_skipped_step()
+
+    def _has_skipped_step(self) -> bool:
+        """Whether the iteration before has skipped its step, for which no hook is called."""
+        states, before = step_states_of(self._scaler), self._step_states
+        if self._optimizer is None or states is before:
+            return False
+        n_steps = self._recorder.schedule.n_passes
+        has_stepped = n_steps != self._n_steps
+        self._step_states, self._n_steps = states, n_steps
+        return before is not None and id(self._optimizer()) in before and not has_stepped
+
+    def _unit_dim(self, index: int, x: Tensor) -> int | None:
+        """The dimension of a module's output that has its units; ``None`` where there are none."""
+        # Where the module does not say, as an activation, it has its units where the newest of
+        # those that do had them, if its output has the same shape; if not, after the batch in four
+        # dimensions or more, and last otherwise.
+        known = self._known_dims[index]
+        if x.dim() == 0 or x.numel() == 0:
+            return None
+        if known is not None:
+            unit = min(known, x.dim() - 1) if known >= 0 else max(x.dim() + known, 0)
+            self._newest_dim = x.shape, unit
+            return unit
+        if self._newest_dim is not None and self._newest_dim[0] == x.shape:
+            return self._newest_dim[1]
+        if x.dim() == 1:
+            return None
+        return 1 if x.dim() >= 4 else x.dim() - 1
 
 
 class _OnOutput:
@@ -166,66 +193,6 @@ class _OnOutput:
     def __reduce__(self) -> tuple[Any, ...]:
         # Any callable would do that takes three arguments, returns None and needs no gradstat.
         return getattr, (nullcontext(), "__exit__")
-
-
-class _SkippedSteps:
-    """Finds out that a scaler has skipped an optimizer's step, for which no hook is called."""
-
-    def __init__(self, scaler: GradScaler, optimizer: Optimizer) -> None:
-        self._scaler, self._optimizer = scaler, weakref.ref(optimizer)
-        # Of the iteration under way; ``update()`` puts a new dict in its place.
-        self._states: dict[int, object] | None = None
-        self._n_steps = 0
-
-    def found(self, n_steps: int) -> bool:
-        """Whether the iteration before has skipped its step, given how many were made so far."""
-        states = step_states_of(self._scaler)
-        if states is self._states:
-            return False
-        before, stepped = self._states, n_steps != self._n_steps
-        self._states, self._n_steps = states, n_steps
-        return before is not None and id(self._optimizer()) in before and not stepped
-
-
-class _UnitDims:
-    """Which dimension of an output has a unit in each of its places."""
-
-    # Convolutions, their norms and pooling have their channels after the batch, (N, C, ...); linear
-    # layers, layer norms, embeddings and recurrent ones have their features last. Any other module,
-    # such as an activation, has its units where the newest of those had them, if its output has the
-    # same shape; if not, after the batch in four dimensions or more, and last otherwise.
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._known = [_known_dim(module) for module in modules]
-        self._newest: tuple[torch.Size, int] | None = None
-
-    def unit_dim(self, index: int, x: Tensor) -> int | None:
-        """The dimension of a module's output, from 0; ``None`` where there are no units."""
-        known = self._known[index]
-        if x.dim() == 0 or x.numel() == 0:
-            return None
-        if known is not None:
-            unit = min(known, x.dim() - 1) if known >= 0 else max(x.dim() + known, 0)
-            self._newest = x.shape, unit
-            return unit
-        if self._newest is not None and self._newest[0] == x.shape:
-            return self._newest[1]
-        if x.dim() == 1:
-            return None
-        return 1 if x.dim() >= 4 else x.dim() - 1
-
-
-def _known_dim(module: nn.Module) -> int | None:
-    """The dimension, from the end if it is negative; ``None`` if the module does not say."""
-    if isinstance(module, _LAST):
-        return -1
-    if isinstance(module, _SECOND):
-        return 1
-    for n, types in _BY_DIMENSIONS.items():
-        # From the end, as there need not be a batch.
-        if isinstance(module, types):
-            return -n - 1
-    return None
 
 
 def _hook_gradient(

@@ -159,7 +159,7 @@ def unwrapped(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def step_states_of(scaler: GradScaler) -> dict[int, object] | None:
+def step_states_of(scaler: GradScaler | None) -> dict[int, object] | None:
     """A scaler's states of this iteration, by optimizer's id: they tell of steps that it skips."""
     states: dict[int, object] | None = getattr(scaler, "_per_optimizer_states", None)
     return states
