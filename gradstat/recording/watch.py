@@ -41,7 +41,7 @@ from gradstat.recording.shards import agreed_run, rank_and_world, usual_placemen
 from gradstat.recording.torch_internals import SparingCaptures, leave_uncompiled, unwrapped
 from gradstat.recording.transfers import Delivery, RunWriter, Sink
 from gradstat.results import Statistics
-from gradstat.util import call_after_fork, check_integer, warn
+from gradstat.util import check_integer, warn
 
 Kind = Literal["grad", "param", "update", "activation", "grad_output"]
 What = Kind | Literal["all"] | Sequence[Kind]
@@ -501,45 +501,27 @@ class LiveView:
         # Whatever refers to the hooks would keep the watch open.
         self._recorder, self._hooks, self._every_s = recorder, weakref.ref(hooks), every_s
         self._as_output, self._drawn = api.HTML, self._state()
-        # Held by who draws; a signal's handler may close the watch within a drawing.
-        self._lock = threading.RLock()
-        self._is_to_end = self._has_ended = False
         self._output: Any = api.display(api.HTML(self._text()), display_id=True)
-        call_after_fork(self)
-        threading.Thread(target=self._follow, name="gradstat-live", daemon=True).start()
+        self._thread = threading.Thread(target=self._follow, name="gradstat-live", daemon=True)
+        self._thread.start()
 
     def finish(self) -> None:
-        """Draw the end of the run, and no more; the thread comes here too, after a slow viewer."""
-        self._is_to_end = True
-        if self._lock.acquire(timeout=_PATIENCE_S):
-            try:
-                if not self._has_ended:
-                    self._has_ended = True
-                    self._update()
-            finally:
-                self._lock.release()
-
-    def forget_other_threads(self) -> None:
-        """In a forked process: draw nothing."""
-        self._lock = threading.RLock()
-        self._is_to_end = self._has_ended = True
+        """Wait until the end of the run is drawn; a forked process has no thread that draws it."""
+        self._thread.join(_PATIENCE_S)
 
     def _follow(self) -> None:
         due = time.monotonic() + self._every_s
-        while self._is_open():
+        while not self._recorder.is_closed and self._hooks() is not None:
             time.sleep(_LOOK_S)
             begun = time.monotonic()
             if begun < due:
                 continue
-            with self._lock:
-                if not self._has_ended and self._state() != self._drawn:
-                    self._update()
+            if self._state() != self._drawn:
+                self._update()
             ended = time.monotonic()
             due = ended + max(self._every_s, (ended - begun) / _MOST_OF_THE_TIME)
-        self.finish()
-
-    def _is_open(self) -> bool:
-        return not (self._is_to_end or self._recorder.is_closed or self._hooks() is None)
+        with self._recorder.lock:  # once the last record is filed
+            self._update()
 
     def _state(self) -> object:
         """Equal as long as there is nothing new to draw."""
