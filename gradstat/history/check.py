@@ -5,7 +5,7 @@ Each check raises ValueError of the first thing that does not, and says where th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +14,7 @@ from gradstat.bins import Bins
 from gradstat.formats import parse_format
 from gradstat.record import KINDS, UNIT, Numbers, Row, Unpacked
 from gradstat.results import FLOATS, INTEGERS, NO_SCALE_MAX, NO_SCALE_MIN, PACKED
-from gradstat.util import Array
+from gradstat.util import Array, windows_of
 
 _N_COUNTS = PACKED.index("scale_min")
 _MOST_CHARACTERS = 80  # of a format's name
@@ -76,7 +76,8 @@ def check_histograms(
         )
     integers = records.integers.reshape(-1, len(INTEGERS))
     edges = np.append(0, records.ends)
-    for part in _portions(edges):
+    # A row takes memory, too.
+    for part in windows_of((sizes + _ENTRIES // _ROWS).tolist(), _ENTRIES):
         entries = slice(edges[part.start], edges[part.stop])
         histograms = sizes[part], records.bins[entries], records.counts[entries]
         wrong = _wrong_histograms(integers[part], *histograms, bins.bins)
@@ -88,16 +89,6 @@ def _refuse(wrong: Sequence[_Wrong], start: int, rows: Sequence[Row], steps: Seq
         if mask.any():
             step, row = divmod(start + int(mask.argmax()), len(rows))
             raise ValueError(f"its {what}, in step {steps[step]} of {str(rows[row])!r:.80}")
-
-
-def _portions(edges: Array) -> Iterator[slice]:
-    """Rows in portions of so many, or of one row, from where their entries begin and end."""
-    start = 0
-    while start < len(edges) - 1:
-        stop = int(np.searchsorted(edges, edges[start] + _ENTRIES, side="right")) - 1
-        stop = max(start + 1, min(stop, start + _ROWS))
-        yield slice(start, stop)
-        start = stop
 
 
 def _wrong_integers(integers: Array) -> list[_Wrong]:

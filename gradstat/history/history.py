@@ -274,7 +274,7 @@ class History(Records):
         for at, record in enumerate(records):
             data = self.packed(record).data
             counts[at] = self.layout.dense(data, slice(row, row + 1))[0]
-            ends[:, at] = self.layout.floats(data)[row, -2:]
+            ends[:, at] = self.layout.views(data)[1][row, -2:]
         return counts, self.bins.edges(*torch.from_numpy(ends)).numpy()
 
     def select(self, kind: str) -> History:

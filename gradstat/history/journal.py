@@ -117,12 +117,8 @@ class Journal:
             _LATER.write_soon(self)
 
     def flush(self) -> None:
-        """Write all records that wait, in the thread that adds them, after those being written."""
+        """Write all records that wait, after those that another thread is writing."""
         _LATER.cancel(self)
-        self.write()
-
-    def write(self) -> None:
-        """The same, for the timer."""
         if self._is_forked or self._is_writing_here():
             return
         with self._writing:
@@ -248,7 +244,7 @@ class _Later:
         self._timer = None
         try:
             while self._due:
-                self._due.pop().write()
+                self._due.pop().flush()
         except KeyError:  # another thread has taken the last one
             pass
         finally:

@@ -11,8 +11,8 @@ once, and has records of one moment; an interrupt loses at most the record that 
 from __future__ import annotations
 
 import math
+import struct
 import time
-from array import array
 from bisect import bisect_left
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -35,49 +35,46 @@ AnyRecord = Record | StoredRecord
 WINDOW_BYTES = 4 << 20  # of records that are unpacked at a time
 _CELLS = 1 << 20  # of histograms that are dense at a time
 
+_VALUE = struct.Struct("=qd")  # that is logged: its step, and itself
+_VALUES = np.dtype([("step", "i8"), ("value", "f8")])
+
 _step = attrgetter("step")
 
 
 class Scalars:
     """Values by name, each with its step: 16 bytes a value.
 
-    One thread adds; others, and handlers of signals, may read meanwhile: a step is added before its
-    value, and is there once its value is.
+    One thread adds; others, and handlers of signals, may read meanwhile: they see a value and its
+    step, or neither.
     """
 
     def __init__(self) -> None:
-        self._series: dict[str, tuple[array[int], array[float]]] = {}
+        # To look into the bytes would keep them from growing: whoever reads has a copy.
+        self._series: dict[str, bytearray] = {}
 
     def add(self, name: str, step: int, value: float) -> None:
         """Append a value; ValueError for a step below that of the value of this name before."""
-        series = self._series.get(name)
-        if series is None:
-            series = self._series[name] = (array("q"), array("d"))
-        steps, values = series
-        if steps and step < steps[-1]:
-            raise ValueError(f"add_scalar() needs steps from {steps[-1]} on; step is {step}")
-        del steps[len(values) :]  # what an interrupt has left
-        steps.append(step)
-        values.append(value)
-
-    def extend(self, other: Scalars, prefix: str = "") -> None:
-        """Append the values of another run, or of a later part of this one."""
-        for name, (steps, values) in other._series.items():
-            self.add_all(prefix + name, steps, values)
+        self._append(name, step, _VALUE.pack(step, value))
 
     def add_all(self, name: str, steps: Iterable[int], values: Iterable[float]) -> None:
         """Append values of one name."""
         for step, value in zip(steps, values, strict=True):
             self.add(name, step, value)
 
+    def extend(self, other: Scalars, prefix: str = "") -> None:
+        """Append the values of another run, or of a later part of this one."""
+        for name, series in other._series.items():
+            if series:
+                self._append(prefix + name, _VALUE.unpack_from(series)[0], series)
+
     def between(self, start: float = -math.inf, end: float = math.inf) -> Scalars:
         """Those of the steps from a first one on and before a last one; a copy."""
         kept = Scalars()
-        for name, series in list(self._series.items()):
-            steps, values = _cut(series)
-            part = slice(bisect_left(steps, start), bisect_left(steps, end))
-            if part.start < part.stop:
-                kept._series[name] = steps[part], values[part]
+        for name in self.names:
+            values = self._after(name)
+            first, last = (bisect_left(values["step"], step) for step in (start, end))
+            if first < last:
+                kept._series[name] = bytearray(values[first:last].tobytes())
         return kept
 
     @property
@@ -88,29 +85,33 @@ class Scalars:
     @property
     def sizes(self) -> dict[str, int]:
         """How many values each name has that has any."""
-        return {name: len(values) for name, (_, values) in list(self._series.items()) if values}
+        n_bytes = {name: len(series) for name, series in list(self._series.items())}
+        return {name: n // _VALUE.size for name, n in n_bytes.items() if n}
 
     def after(self, sizes: Mapping[str, int]) -> dict[str, tuple[list[int], list[float]]]:
         """Steps and values of each name that has more than so many, from there on."""
-        found = {}
-        for name, (steps, values) in list(self._series.items()):
-            start = sizes.get(name, 0)
-            new = values[start:].tolist()
-            if new:
-                found[name] = steps[start : start + len(new)].tolist(), new
-        return found
+        found = {name: self._after(name, sizes.get(name, 0)) for name in self.names}
+        return {
+            name: (values["step"].tolist(), values["value"].tolist())
+            for name, values in found.items()
+            if len(values)
+        }
 
     def get(self, name: str) -> tuple[Array, Array]:
         """Steps, int64 ``(N,)``, and values, float64 ``(N,)``: copies."""
-        steps, values = _cut(self._series[name])
-        return np.array(steps, np.int64), np.array(values, np.float64)
+        values = self._after(name)
+        return values["step"].copy(), values["value"].copy()
 
+    def _append(self, name: str, step: int, data: bytes | bytearray) -> None:
+        """Append values of which the first is of a step."""
+        series = self._series.setdefault(name, bytearray())
+        last = _VALUE.unpack_from(series, len(series) - _VALUE.size)[0] if series else step
+        if step < last:
+            raise ValueError(f"add_scalar() needs steps from {last} on; step is {step}")
+        series += data
 
-def _cut(series: tuple[array[int], array[float]]) -> tuple[array[int], array[float]]:
-    """A copy of as many steps as have values; to look into the arrays would keep them small."""
-    steps, values = series
-    copied = values[:]
-    return steps[: len(copied)], copied
+    def _after(self, name: str, n: int = 0) -> Array:
+        return np.frombuffer(self._series[name][n * _VALUE.size :], _VALUES)
 
 
 class _Kept(NamedTuple):
