@@ -155,17 +155,10 @@ class RecordLayout:
         _, n, counts = self._ends(data)
         return len(data) == self._counts_at(n) + _padded(counts.itemsize * n)
 
-    def integers(self, data: bytes) -> Array:
-        """Integers of a record: int64 ``(L, 8)``, a view."""
-        return self._part(data, "integers")
-
-    def floats(self, data: bytes) -> Array:
-        """Floats of a record: float64 ``(L, 8)``, a view."""
-        return self._part(data, "floats")
-
-    def formats(self, data: bytes) -> Array:
-        """What formats would do to each row: float64 ``(L, F, 10)``, a view."""
-        return self._part(data, "formats")
+    def views(self, data: bytes) -> Numbers:
+        """Integers, floats and formats of a record, as `Unpacked` has them, without S: views."""
+        fixed = self._fixed(data)[0]
+        return fixed["integers"], fixed["floats"], fixed["formats"]
 
     def entries(self, data: bytes) -> tuple[Array, Array, Array]:
         """Where the filled bins of each row end, their numbers and their counts: views."""
@@ -185,7 +178,7 @@ class RecordLayout:
 
     def statistics(self, data: bytes, bins: Bins, rows: slice = slice(None)) -> Statistics:
         """Rows that follow each other, by default all: copies, on the CPU."""
-        integers, floats = self.integers(data)[rows].copy(), self.floats(data)[rows].copy()
+        integers, floats = (x[rows].copy() for x in self.views(data)[:2])
         return as_statistics(bins, (integers, floats, self.dense(data, rows)))
 
     def pack(self, integers: Array, floats: Array, formats: Array | None, counts: Array) -> bytes:
@@ -241,10 +234,6 @@ class RecordLayout:
         # In memory that may be changed.
         joined = bytearray().join([data[: self.fixed.itemsize] for data in records])
         return self._fixed(joined, len(records))
-
-    def _part(self, data: bytes, name: str) -> Array:
-        part: Array = self._fixed(data)[name][0]
-        return part
 
     def _fixed(self, data: bytes | bytearray, n: int = 1) -> Array:
         # As numpy.frombuffer(), which takes no type without bytes: that of a run without rows.

@@ -294,7 +294,6 @@ class CapturedGraph:
     """The passes of a graph, and the stream of its last replay, if that is known."""
 
     def __init__(self, graph: object) -> None:
-        self.graph = weakref.ref(graph)
         # Results and the stamp of `Schedule.count_captured`; a replay writes both.
         self.passes: list[tuple[list[Launch], Tensor | None]] = []
         self.stream: torch.cuda.Stream | None = None
@@ -308,28 +307,25 @@ class CapturedPasses:
     """Results of captured passes, on their device; each replay writes those that are due."""
 
     def __init__(self) -> None:
-        # Those that are alive, the newest graph last.
-        self._graphs: list[CapturedGraph] = []
-        self._is_open = False
+        # Of the graphs that are alive, the newest last, and of the one that is being captured.
+        self._graphs: weakref.WeakKeyDictionary[object, CapturedGraph]
+        self._graphs = weakref.WeakKeyDictionary()
+        self._open: CapturedGraph | None = None
 
     def add(self, launches: list[Launch], stamp: Tensor | None) -> None:
         """Keep the results of a pass that has just been captured."""
         graph = capturing_graph()
-        if not self._is_open or self._graphs[-1].graph() is not graph:
+        if self._open is None or self._open is not self._graphs.get(graph):
             # A graph that is captured anew no longer has the passes that it had.
-            kept = [each for each in self._graphs if each.graph() not in (None, graph)]
-            self._graphs = [*kept, CapturedGraph(graph)]
-            self._is_open = True
-        self._graphs[-1].passes.append((launches, stamp))
+            self._graphs.pop(graph, None)
+            self._open = self._graphs[graph] = CapturedGraph(graph)
+        self._open.passes.append((launches, stamp))
 
     def of(self, graph: object) -> CapturedGraph | None:
         """What is known of a graph, or of the newest one for ``None``."""
-        for each in reversed(self._graphs):
-            known = each.graph()
-            if known is not None and (graph is None or known is graph):
-                return each
-        return None
+        found = [known for its, known in self._graphs.items() if graph is None or graph is its]
+        return found[-1] if found else None
 
     def end_graph(self) -> None:
         """Let no pass that is captured from now on belong to a graph captured so far."""
-        self._is_open = False
+        self._open = None

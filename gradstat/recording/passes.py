@@ -444,7 +444,7 @@ class Recorder:
         # What waits for the end of a record is not to grow with the outputs that it counts.
         if unfinished.n_rows > self._n_rows + _MOST_ROWS and not is_capturing():
             parts = [*unfinished.parts, *send(unfinished.launches)]
-            unfinished.launches, unfinished.parts = [], self._delivery.assembly.combined(parts)
+            unfinished.launches, unfinished.parts = [], self._delivery.combined(parts)
             there = [x for x in unfinished.parts if isinstance(x.data, bytes)]
             unfinished.n_rows = sum(len(x.rows) for x in there)
 

@@ -104,52 +104,6 @@ def sent(scales: Mapping[str, Computed]) -> dict[str, Transfer]:
     return {kind: Transfer(scale.get()) for kind, scale in scales.items()} if scales else {}
 
 
-class Assembly:
-    """Makes the bytes of a record of parts that have arrived."""
-
-    def __init__(self, history: History) -> None:
-        self.layout, self._bins, self._kinds = history.layout, history.bins, history.kinds
-
-    def record(self, parts: Sequence[Part]) -> bytes:
-        """The whole record; rows that no part has are without values.
-
-        Several rows of a module's outputs are counted together; of others the last one counts.
-        """
-        if len(parts) == 1 and len(parts[0].rows) == self.layout.n_rows:
-            return self._data(parts[0])
-        seen = Counter(row for part in parts for row in part.rows)
-        joins = [row for row, n in seen.items() if n > 1 and self._kinds[row] in OF_OUTPUTS]
-        held = [(part.rows, self._data(part)) for part in parts]
-        return self.layout.assemble(held or [((), b"")], joins)
-
-    def combined(self, parts: list[Part]) -> list[Part]:
-        """Parts in their order, the first of them that have arrived as one."""
-        arrived = list(takewhile(lambda part: part.has_arrived(wait=False), parts))
-        if len(arrived) < 2:
-            return parts
-        rows = tuple(range(self.layout.n_rows))
-        return [Part(rows, self.record(arrived), 0, {}), *parts[len(arrived) :]]
-
-    def _data(self, part: Part) -> bytes:
-        """The bytes of a part, unscaled."""
-        data, n, layout = part.data, len(part.rows), self.layout
-        if not isinstance(data, bytes):
-            # Compiled, and so not imported before it is needed.
-            pack: Callable[..., bytes] = import_engine("cpu").pack
-            n_formats = n * layout.n_formats * len(PACKED)
-            data = pack(data.host(), part.start, n, layout.n_bins, n_formats)
-        if not part.scales:
-            return data
-        layout = replace(layout, n_rows=n)
-        integers, floats, counts = layout.integers(data), layout.floats(data), layout.dense(data)
-        floats, kinds = floats.copy(), np.array([self._kinds[row] for row in part.rows])
-        for kind, scale in part.scales.items():
-            at = kinds == kind
-            scaled = as_statistics(self._bins, (integers[at], floats[at], counts[at]))
-            _, floats[at], counts[at] = as_arrays(scaled.unscale(scale.host().double()))
-        return layout.pack(integers, floats, layout.formats(data), counts)
-
-
 class Delivery:
     """Records on their way to whoever is to have them, oldest first.
 
@@ -165,9 +119,8 @@ class Delivery:
         journal: Journal | None,
         alerts: Alerts | None,
     ) -> None:
-        self._history, self._schedule = history, schedule
-        self._sink, self._journal, self._alerts = sink, journal, alerts
-        self.assembly, self._n_rows = Assembly(history), len(history.rows)
+        self._history, self._layout, self._kinds = history, history.layout, history.kinds
+        self._schedule, self._sink, self._journal, self._alerts = schedule, sink, journal, alerts
         self.pending: deque[ArrivingRecord] = deque()
         self._newest_step, self._n_filed = -1, 0
         self._arrived: deque[Record] = deque()  # for the sink
@@ -180,7 +133,7 @@ class Delivery:
         if len(parts) == 1 and not self.pending and not self._moving.locked():
             rows, data, _, scales = parts[0]
             # A whole record that is on the host, as of the CPU, waits for nothing, nor for others.
-            if isinstance(data, bytes) and not scales and len(rows) == self._n_rows:
+            if isinstance(data, bytes) and not scales and len(rows) == self._layout.n_rows:
                 with self._moving, _NOTHING:
                     self._file(step, data)
                 if self._sink is not None or self._alerts is not None:
@@ -198,8 +151,8 @@ class Delivery:
         if sink is not None and self._arrived and not self._handing_on.locked():
             with self._handing_on, _NOTHING:
                 while self._arrived:
-                    record, layout = self._arrived.popleft(), self.assembly.layout
-                    sink(record.step, layout.statistics(record.data, self._history.bins))
+                    record = self._arrived.popleft()
+                    sink(record.step, self._layout.statistics(record.data, self._history.bins))
         if self._alerts is not None:
             self._alerts.tell()
 
@@ -212,6 +165,14 @@ class Delivery:
             self._journal.warn_of_unwritten()
         if isinstance(self._sink, RunWriter):
             self._sink.finish()
+
+    def combined(self, parts: list[Part]) -> list[Part]:
+        """Parts of a record in their order, the first of them that have arrived as one."""
+        arrived = list(takewhile(lambda part: part.has_arrived(wait=False), parts))
+        if len(arrived) < 2:
+            return parts
+        rows = tuple(range(self._layout.n_rows))
+        return [Part(rows, self._assembled(arrived), 0, {}), *parts[len(arrived) :]]
 
     def forget_other_threads(self) -> None:
         """In a forked process: keep later records in the history alone."""
@@ -229,7 +190,37 @@ class Delivery:
             if record.stamp is not None:
                 step = self._schedule.take_stamp(record.stamp, record.n_told)
             if step is not None:
-                self._file(step, self.assembly.record(record.parts))
+                self._file(step, self._assembled(record.parts))
+
+    def _assembled(self, parts: Sequence[Part]) -> bytes:
+        """A record of parts that have arrived; rows that no part has are without values."""
+        if len(parts) == 1 and len(parts[0].rows) == self._layout.n_rows:
+            return self._data(parts[0])
+        # Several rows of a module's outputs are counted together; of others the last one counts.
+        seen = Counter(row for part in parts for row in part.rows)
+        joins = [row for row, n in seen.items() if n > 1 and self._kinds[row] in OF_OUTPUTS]
+        held = [(part.rows, self._data(part)) for part in parts]
+        return self._layout.assemble(held or [((), b"")], joins)
+
+    def _data(self, part: Part) -> bytes:
+        """The bytes of a part, unscaled."""
+        data, n, layout = part.data, len(part.rows), self._layout
+        if not isinstance(data, bytes):
+            # Compiled, and so not imported before it is needed.
+            pack: Callable[..., bytes] = import_engine("cpu").pack
+            n_formats = n * layout.n_formats * len(PACKED)
+            data = pack(data.host(), part.start, n, layout.n_bins, n_formats)
+        if not part.scales:
+            return data
+        layout = replace(layout, n_rows=n)
+        (integers, floats, formats), counts = layout.views(data), layout.dense(data)
+        floats, kinds = floats.copy(), np.array([self._kinds[row] for row in part.rows])
+        for kind, scale in part.scales.items():
+            at = kinds == kind
+            numbers = integers[at], floats[at], counts[at]
+            scaled = as_statistics(self._history.bins, numbers).unscale(scale.host().double())
+            _, floats[at], counts[at] = as_arrays(scaled)
+        return layout.pack(integers, floats, formats, counts)
 
     def _file(self, step: int, data: bytes) -> None:
         if step <= self._newest_step:
@@ -243,14 +234,13 @@ class Delivery:
             self._has_told_bytes = True
             warn(
                 f"watch() holds {n_bytes / (1 << 30):.1f} GB of records in memory, "
-                f"{len(self._history)} of {self._n_rows} rows: watch(capacity=) bounds them, "
-                f"every= makes fewer, and path= writes them all to disk"
+                f"{len(self._history)} of {self._layout.n_rows} rows: watch(capacity=) bounds "
+                f"them, every= makes fewer, and path= writes them all to disk"
             )
         if self._journal is not None:
             self._journal.add(filed)
         if self._alerts is not None:
-            layout = self.assembly.layout
-            self._alerts.see_record(layout.integers(data), layout.floats(data))
+            self._alerts.see_record(*self._layout.views(data)[:2])
         if self._sink is not None:
             self._arrived.append(filed)
         if self._is_to_warn:

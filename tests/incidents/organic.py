@@ -166,6 +166,6 @@ def told(history: History) -> list[tuple[int, Finding]]:
                 alerts.see_scalar(name, value)
         again.add(history.packed(record))
         layout, data = again.layout, again.packed(again.find(-1)).data
-        alerts.see_record(layout.integers(data), layout.floats(data))
+        alerts.see_record(*layout.views(data)[:2])
         alerts.tell()
     return found
