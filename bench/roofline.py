@@ -112,7 +112,7 @@ def format_arguments(
 ) -> tuple[Any, ...]:
     """The same for a kernel of narrow formats."""
     forms = [FORMATS[each] for each in formats.split(" + ")]
-    constants = tuple(triton_formats.form_constants(form) for form in forms)
+    constants = tuple(form.fields for form in forms)
     if name == "finish formats":
         results = {"spans_ptr": "*i64", "maxima_ptr": "*fp32", "partials_ptr": "*fp64"}
         results |= {"integers_ptr": "*i64", "floats_ptr": "*fp64", "n_rows": "i32"}

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -29,6 +30,19 @@ _GIVEN = "_scale_"
 LEAST_SCALE, LEAST_TENSOR_SCALE = 2.0**-126, 2.0**-117
 LEAST_EXPONENT = -127  # of an E8M0 scale
 _SCALE_BITS = {"block": 32, "e8m0": 8, "nvfp4": 8}
+
+# Fields of a format as compiled code takes it, see `Format.fields`: which scale; columns of a
+# block, 0 for none; bits of the smallest normal element; what takes the bits of a power of two to
+# those of the number that rounds its octave; largest element and exponent; scale and reciprocal, of
+# a constant one; whether the elements are bfloat16, whose largest octave has no such number;
+# whether all scales are powers of two; the largest element as a pair of float16.
+FIELDS = range(11)
+KIND, COLUMNS, LEAST, TO_ROUNDER, LARGEST, TOP, SCALE, INVERSE, IS_BFLOAT16, *_ = FIELDS
+# Scales: one that is known; from the tensor's largest magnitude; of blocks of a row; of blocks of
+# 128 rows; powers of two; e4m3.
+KINDS = range(6)
+CONSTANT, AMAX, IN_ROW, TILES, E8M0, NVFP4 = KINDS
+_KIND_OF = {"none": CONSTANT, "given": CONSTANT, "amax": AMAX, "e8m0": E8M0, "nvfp4": NVFP4}
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,26 @@ class Format:
         # That number, 1.5 times a power of two, ends its digits where elements of the octave do:
         # added and taken away, it leaves a float32 rounded to an element.
         return ((23 - self.mantissa_bits) << 23) | 1 << 22
+
+    @cached_property
+    def fields(self) -> tuple[float, ...]:
+        """The format as compiled code takes it: a number for each of `FIELDS`."""
+        down, columns = self.block or (1, 0)
+        kind = _KIND_OF.get(self.scaling, TILES if down > 1 else IN_ROW)
+        is_bfloat16 = self.exponent_bits == 8
+        return (
+            kind,
+            columns,
+            self.least_normal_bits,
+            self.to_rounder,
+            self.largest,
+            self.max_exponent,
+            self.scale,
+            float(np.float32(1) / np.float32(self.scale)),
+            is_bfloat16,
+            kind == E8M0 or (kind == CONSTANT and math.frexp(self.scale)[0] == 0.5),
+            0 if is_bfloat16 else 0x10001 * int(np.float16(self.largest).view(np.uint16)),
+        )
 
     @property
     def bits(self) -> float:

@@ -1,7 +1,7 @@
 """Device twin of gradstat/engines/reference.py: scales and rounding of narrow formats.
 
-A format is a tuple of constants, see `gradstat.engines.triton_formats.form_constants`. Magnitudes
-are float32; no instruction of a narrow type is needed.
+A format is a tuple of constants, see `gradstat.formats.Format.fields`. Magnitudes are float32; no
+instruction of a narrow type is needed.
 """
 
 import triton
@@ -12,31 +12,10 @@ from gradstat.kernels.items import nearly_reciprocal
 
 INF = tl.constexpr(float("inf"))
 
-# Fields of a format: which scale; columns of a block, 0 for none; bits of the smallest normal
-# element; what takes the bits of a power of two to those of the number that rounds its octave;
-# largest element and exponent; scale and reciprocal, of a constant one; whether the elements are
-# bfloat16, whose largest octave has no such number; whether all scales are powers of two; the
-# largest element as a pair of float16.
-KIND = tl.constexpr(0)
-COLUMNS = tl.constexpr(1)
-LEAST = tl.constexpr(2)
-TO_ROUNDER = tl.constexpr(3)
-LARGEST = tl.constexpr(4)
-TOP = tl.constexpr(5)
-SCALE = tl.constexpr(6)
-INVERSE = tl.constexpr(7)
-IS_BFLOAT16 = tl.constexpr(8)
-IS_POWER = tl.constexpr(9)
-LARGEST_PAIR = tl.constexpr(10)
-
-# Scales: one that is known; from the tensor's largest magnitude; of blocks of a row; of blocks of
-# 128 rows; powers of two; e4m3.
-CONSTANT = tl.constexpr(0)
-AMAX = tl.constexpr(1)
-IN_ROW = tl.constexpr(2)
-TILES = tl.constexpr(3)
-E8M0 = tl.constexpr(4)
-NVFP4 = tl.constexpr(5)
+# Fields of a format, and ways to find its scale, as `gradstat.formats` says.
+KIND, COLUMNS, LEAST, TO_ROUNDER, LARGEST, TOP = map(tl.constexpr, formats.FIELDS[:6])
+SCALE, INVERSE, IS_BFLOAT16, IS_POWER, LARGEST_PAIR = map(tl.constexpr, formats.FIELDS[6:])
+CONSTANT, AMAX, IN_ROW, TILES, E8M0, NVFP4 = map(tl.constexpr, formats.KINDS)
 
 _E4M3_LEAST = tl.constexpr(formats.E4M3.least_normal_bits)
 _E4M3_TO_ROUNDER = tl.constexpr(formats.E4M3.to_rounder)

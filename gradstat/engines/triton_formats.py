@@ -8,9 +8,7 @@ of several rows, take a launch before that finds it.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,33 +38,11 @@ from gradstat.kernels.formats import (
     formats_kernel,
     maxima_kernel,
 )
-from gradstat.kernels.rounding import AMAX, CONSTANT, E8M0, IN_ROW, NVFP4, TILES
 
 Array = NDArray[np.int64]
 
 TILE_ROWS = 128  # of a block of several rows
 WIDEST = 128  # columns of a group, at most
-_KINDS = {"none": CONSTANT, "given": CONSTANT, "amax": AMAX, "block": IN_ROW, "e8m0": E8M0}
-
-
-@functools.cache
-def form_constants(form: Format) -> tuple[Any, ...]:
-    """A format as kernels take it: the fields of kernels/rounding.py."""
-    down, columns = form.block or (1, 0)
-    kind = TILES if down > 1 else _KINDS.get(form.scaling, NVFP4)
-    return (
-        kind.value,
-        columns,
-        form.least_normal_bits,
-        form.to_rounder,
-        form.largest,
-        form.max_exponent,
-        form.scale,
-        float(np.float32(1) / np.float32(form.scale)),
-        form.exponent_bits == 8,
-        form.scaling == "e8m0" or (kind is CONSTANT and math.frexp(form.scale)[0] == 0.5),
-        0 if form.exponent_bits == 8 else 0x10001 * int(np.float16(form.largest).view(np.uint16)),
-    )
 
 
 def in_tiles(formats: Sequence[Format]) -> bool:
@@ -116,7 +92,7 @@ def _measure(
     element, warps = ELEMENTS[group.dtype], warps_on(device)
     has_tiles, columns = in_tiles(formats), group_columns(formats)
     in_pairs = compares_pairs(2, capability_of(device))
-    forms = tuple(form_constants(form) for form in formats)
+    forms = tuple(form.fields for form in formats)
     if n_items and (has_tiles or any(form.scaling in ("amax", "nvfp4") for form in formats)):
         maxima_kernel[(n_items,)](
             group.items, maxima, element, has_tiles, columns, THREADS, num_warps=warps

@@ -1,14 +1,12 @@
 """Compiled: narrow formats, their passes over magnitudes, and a thread's share of the work.
 
 A *chunk* is a run of rows of ``width`` magnitudes, float32, or part of one row that begins where a
-block does. The format is data, not code: a row of `FORM_FIELDS` int64, float32s as their bits.
+block does, or a block of several rows. The format is data, not code: its `Format.fields`.
 
 The work table is int64: first `HEAD` fields, then a line of `COLUMNS` for each tensor, then one of
-which only `FIRST` is read: the number of items. The work has up to three stages:
-
-    MAXIMUM  largest magnitude of each item: what the scale of a whole tensor is made of
-    IN_ROWS  all formats whose blocks lie in a row; an item is some rows, or part of one
-    TILES    formats whose blocks have several rows; an item is a block
+which only `FIRST` is read: the number of items. An *item* is a rectangle of a matrix: some rows,
+part of one, or a block of several rows. Without formats, items only have their largest magnitude
+found, of which the scale of a whole tensor is made.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradstat import formats
 from gradstat.bins import keeps_subnormals
 from gradstat.engines.cpu.compiling import (
     IR,
@@ -40,84 +37,61 @@ from gradstat.engines.cpu.compiling import (
 )
 from gradstat.engines.cpu.partials import ELEMENTS, real
 from gradstat.formats import (
+    AMAX,
+    CONSTANT,
     E4M3,
+    E8M0,
+    FIELDS,
     FORMATS,
+    INVERSE,
+    IS_BFLOAT16,
+    KIND,
+    LARGEST,
+    LEAST,
     LEAST_EXPONENT,
+    LEAST_SCALE,
     LEAST_TENSOR_SCALE,
+    NVFP4,
     NVFP4_LARGEST,
-    Format,
+    SCALE,
+    TILES,
+    TO_ROUNDER,
+    TOP,
 )
+from gradstat.formats import COLUMNS as BLOCK_COLUMNS
 
-CHUNK = 8192  # values: a multiple of every block's columns
+TILE = 128  # rows and columns of a block of several rows
+CHUNK = TILE * TILE  # values, at most: a multiple of every block's columns
 
-CONSTANT, AMAX, BLOCK, E8M0, NVFP4 = range(5)
-_KINDS = {"none": CONSTANT, "given": CONSTANT, "amax": AMAX, "block": BLOCK, "e8m0": E8M0}
-# Kind; columns of a block, 0 for none; bits of the smallest normal element; what takes the bits of
-# a power of two to those of the number that rounds its octave when it is added; bits of the largest
-# element, of the given scale, its reciprocal; exponent of the largest element; whether it is
-# bfloat16, whose largest octave has no such number.
-KIND, BLOCK_COLUMNS, LEAST, TO_ROUNDER, LARGEST, SCALE, INVERSE, TOP, IS_BFLOAT16 = range(9)
-FORM_FIELDS = 9
 _LARGEST_E4M3 = np.float32(E4M3.largest)
 _E4M3_LEAST, _E4M3_TO_ROUNDER = np.uint32(E4M3.least_normal_bits), np.uint32(E4M3.to_rounder)
 _LARGEST_E2M1 = np.float32(FORMATS["nvfp4"].largest)
-_MOST_INVERSE = np.float32(1 / formats.LEAST_SCALE)
+_MOST_INVERSE = np.float32(1 / LEAST_SCALE)
 _NVFP4_LARGEST = np.float32(NVFP4_LARGEST)
 _LEAST_TENSOR_SCALE = np.float32(LEAST_TENSOR_SCALE)
 _INFINITY = _EXPONENT = np.uint32(0x7F800000)  # all bits of the exponent
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
-
-MAXIMUM, IN_ROWS, TILES = range(3)
+_N_FIELDS = len(FIELDS)
 
 # The next item that nobody has taken, how many items and formats there are, and addresses: of the
-# formats, int64 (F, `FORM_FIELDS`); of the partials, float64 (items, 1 + F, `FIELDS`); of the
+# formats, float64 (F, fields); of the partials, float64 (items, 1 + F, `PARTIAL_FIELDS`); of the
 # largest magnitude of each tensor, float32.
 NEXT, ITEMS, FORMS, FORMS_AT, PARTIALS, MAXIMA = range(6)
 HEAD = 6
-# Address of the elements, rows and columns of the matrix, items before, elements of an item.
-ADDRESS, ROWS, WIDTH, FIRST, ITEM = range(5)
-COLUMNS = 5
+# Address of the elements, rows and columns of the matrix, items before, of an item its rows and
+# columns.
+ADDRESS, ROWS, WIDTH, FIRST, ITEM_ROWS, ITEM_WIDTH = range(6)
+COLUMNS = 6
 
 # Of an item and a format. Zeros are all that come to zero, those of the tensor too. The first row
 # of an item's is of the values: its zeros, non-finite ones, and sum of squares.
-ZEROS, SATURATED, SQUARES, EMPTY, LEAST_SCALE, MOST_SCALE = range(6)
-FIELDS = 6
+ZEROS, SATURATED, SQUARES, EMPTY, LOWEST_SCALE, HIGHEST_SCALE = range(6)
+PARTIAL_FIELDS = 6
 
-TILE = 128  # rows and columns of a block of several rows
-_BUFFER = 4 * max(CHUNK, TILE * TILE)
+_BUFFER = 4 * CHUNK
 SCRATCH_BYTES = 7 * _BUFFER
 
-Work = Callable[[int, int, int], None]
-
-
-def _bits(value: float | np.float32) -> int:
-    return int(np.float32(value).view(np.int32))
-
-
-def form_row(form: Format) -> list[int]:
-    """The fields of a format."""
-    columns = form.block[1] if form.block else 0
-    inverse = np.float32(1) / np.float32(form.scale)
-    return [
-        _KINDS.get(form.scaling, NVFP4),
-        columns,
-        form.least_normal_bits,
-        form.to_rounder,
-        _bits(form.largest),
-        _bits(form.scale),
-        _bits(inverse),
-        form.max_exponent,
-        form.name.startswith("bfloat16"),
-    ]
-
-
-def tensor_scale(form: Format, most: np.float32) -> float:
-    """The scale of a tensor whose largest magnitude this is, not 0, as `amax_scale` has it."""
-    if form.scaling == "given":
-        return form.scale
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = min(np.float32(form.largest) / most, _MOST_INVERSE) if most else np.float32(1)
-    return float(np.float32(1) / inverse)
+Work = Callable[[int, int], None]
 
 
 @compiler_intrinsic
@@ -246,11 +220,7 @@ def block_scales(
     maxima: Pointer, n: int, form: Pointer, tensor_scale: Scalar, inverses: Pointer, scales: Pointer
 ) -> None:
     """Reciprocal and scale of each block from its largest magnitude, all float32."""
-    element = reinterpret(np.int32(form[LARGEST]), np.float32)
-    if form[KIND] == BLOCK:
-        for j in range(n):
-            inverses[j], scales[j] = amax_scale(maxima[j], element)
-    elif form[KIND] == E8M0:
+    if form[KIND] == E8M0:
         top = np.int32(form[TOP] + 127)
         for j in range(n):
             exponent = np.int32(np.int32(reinterpret(maxima[j], np.int32) >> 23) - top)
@@ -260,7 +230,7 @@ def block_scales(
             # The least one is subnormal.
             bits = bits if exponent > LEAST_EXPONENT else np.int32(1 << 22)
             scales[j] = reinterpret(bits, np.float32)
-    else:
+    elif form[KIND] == NVFP4:
         inverse_of_tensor = np.float32(np.float32(1) / tensor_scale)
         for j in range(n):
             exact = np.float32(np.float32(maxima[j] / _LARGEST_E2M1) / tensor_scale)
@@ -270,6 +240,10 @@ def block_scales(
             inverses[j] = inverse if stored > 0 else np.float32(0)
             # The scale of the tensor comes later: this one is looked at.
             scales[j] = stored
+    else:
+        element = np.float32(form[LARGEST])
+        for j in range(n):
+            inverses[j], scales[j] = amax_scale(maxima[j], element)
 
 
 @compiled
@@ -292,7 +266,7 @@ def quantize(
 
     ``inverses`` and ``scales`` are one for each value.
     """
-    element = reinterpret(np.int32(form[LARGEST]), np.float32)
+    element = np.float32(form[LARGEST])
     least, to_rounder = np.uint32(form[LEAST]), np.uint32(form[TO_ROUNDER])
     zeros, saturated = np.int32(0), np.int32(0)
     if form[IS_BFLOAT16]:
@@ -317,11 +291,11 @@ def quantize(
 
 @compiled
 def _measure_chunk(
-    n: int, width: int, columns: int, form: Pointer, most: Scalar, scratch: int, partial: Pointer
+    n: int, width: int, nonzero: int, form: Pointer, most: Scalar, scratch: int, partial: Pointer
 ) -> None:
     """Add what a format does to the chunk of magnitudes at the beginning of the scratch memory.
 
-    ``columns`` is how many values share a scale, ``most`` the tensor's largest magnitude.
+    ``nonzero`` is how many of them are not zero, ``most`` the tensor's largest magnitude.
     """
     x = pointer(scratch, np.float32)
     inverses = pointer(scratch + _BUFFER, np.float32)
@@ -330,24 +304,26 @@ def _measure_chunk(
     maxima = pointer(scratch + 4 * _BUFFER, np.float32)
     of_blocks = pointer(scratch + 5 * _BUFFER, np.float32)
     to_blocks = pointer(scratch + 6 * _BUFFER, np.float32)
-    if form[KIND] == CONSTANT or form[KIND] == AMAX:
-        columns = width = n
-        to_blocks[0] = reinterpret(np.int32(form[INVERSE]), np.float32)
-        of_blocks[0] = reinterpret(np.int32(form[SCALE]), np.float32)
-        if form[KIND] == AMAX:
-            element = reinterpret(np.int32(form[LARGEST]), np.float32)
-            to_blocks[0], of_blocks[0] = amax_scale(most, element)
+    kind, columns, of_tensor = int(form[KIND]), int(form[BLOCK_COLUMNS]), nvfp4_scale(most)
+    if kind in (CONSTANT, AMAX, TILES):
+        columns = width = n  # one scale for all of them
+    if kind in (CONSTANT, AMAX):
+        # Whether the tensor has a scale depends on whether it has a value.
+        blocks, maxima[0] = 1, np.float32(nonzero)
+        to_blocks[0], of_blocks[0] = np.float32(form[INVERSE]), np.float32(form[SCALE])
+        if kind == AMAX:
+            to_blocks[0], of_blocks[0] = amax_scale(most, np.float32(form[LARGEST]))
     else:
-        of_tensor, bits = nvfp4_scale(most), pointer(scratch, np.uint32)
-        blocks = block_maxima(bits, n, width, columns, pointer(scratch + 4 * _BUFFER, np.uint32))
+        bits, of_bits = pointer(scratch, np.uint32), pointer(scratch + 4 * _BUFFER, np.uint32)
+        blocks = block_maxima(bits, n, width, columns, of_bits)
         block_scales(maxima, blocks, form, of_tensor, to_blocks, of_blocks)
-        empty, least, greatest = extreme_scales(maxima, of_blocks, blocks)
-        partial[EMPTY] += empty
-        partial[LEAST_SCALE] = smaller(partial[LEAST_SCALE], least)
-        partial[MOST_SCALE] = larger(partial[MOST_SCALE], greatest)
-        if form[KIND] == NVFP4:
-            for j in range(blocks):
-                of_blocks[j] = np.float32(of_blocks[j] * of_tensor)
+    empty, least, greatest = extreme_scales(maxima, of_blocks, blocks)
+    partial[EMPTY] += empty
+    partial[LOWEST_SCALE] = smaller(partial[LOWEST_SCALE], least)
+    partial[HIGHEST_SCALE] = larger(partial[HIGHEST_SCALE], greatest)
+    if kind == NVFP4:
+        for j in range(blocks):
+            of_blocks[j] = np.float32(of_blocks[j] * of_tensor)
     spread(to_blocks, n, width, columns, inverses)
     spread(of_blocks, n, width, columns, scales)
     zeros, saturated = quantize(x, n, form, inverses, scales, errors)
@@ -359,79 +335,64 @@ def _measure_chunk(
 @compiled
 def _clear(partials: Pointer, rows: int) -> None:
     for row in range(rows):
-        partial = after(partials, row * FIELDS)
-        for k in range(FIELDS):
+        partial = after(partials, row * PARTIAL_FIELDS)
+        for k in range(PARTIAL_FIELDS):
             partial[k] = 0.0
-        partial[LEAST_SCALE], partial[MOST_SCALE] = np.inf, -np.inf
-
-
-@compiled
-def _measure_formats(
-    n: int, width: int, columns: int, head: Pointer, most: Scalar, scratch: int, partials: Pointer
-) -> None:
-    """All formats of a stage over a chunk; ``columns`` is 0 for those of the format."""
-    for k in range(head[FORMS]):
-        form = after(pointer(head[FORMS_AT], np.int64), k * FORM_FIELDS)
-        own = columns if columns > 0 else form[BLOCK_COLUMNS]
-        partial = after(partials, (1 + k) * FIELDS)
-        _measure_chunk(n, width, own, form, most, scratch, partial)
+        partial[LOWEST_SCALE], partial[HIGHEST_SCALE] = np.inf, -np.inf
 
 
 def _make_work(element: object) -> Work:
-    def work(address: int, stage: int, scratch: int) -> None:
+    def work(address: int, scratch: int) -> None:
         """Take items until none is left; any number of threads at once.
 
         Args:
             address: of the work table.
-            stage: `MAXIMUM`, `IN_ROWS` or `TILES`.
             scratch: address of `SCRATCH_BYTES`, this thread's.
         """
         head, x = pointer(address, np.int64), pointer(scratch, np.float32)
+        forms, n_forms = pointer(head[FORMS_AT], np.float64), head[FORMS]
         line, tensor = after(head, HEAD), 0
         item = atomic_add(head, 1)
         while item < head[ITEMS]:
             while line[COLUMNS + FIRST] <= item:
                 line = after(line, COLUMNS)
                 tensor += 1
-            elements = pointer(line[ADDRESS], element)
+            elements, width = pointer(line[ADDRESS], element), line[WIDTH]
             most = pointer(head[MAXIMA], np.float32)[tensor]
-            partials = after(pointer(head[PARTIALS], np.float64), item * (1 + head[FORMS]) * FIELDS)
-            _clear(partials, 1 + head[FORMS])
-            rows, width, at = line[ROWS], line[WIDTH], item - line[FIRST]
-            if stage == TILES:
-                across = (width + TILE - 1) // TILE
-                top, left = at // across * TILE, at % across * TILE
-                right, n = smaller(left + TILE, width), 0
-                for row in range(top, smaller(top + TILE, rows)):
-                    start = after(elements, row * width + left)
-                    magnitudes(start, right - left, after(x, n))
-                    n += right - left
-                _measure_formats(n, n, n, head, most, scratch, partials)
-                item = atomic_add(head, 1)
-                continue
-            # From here on an item is a run of memory: part of one row, or some rows.
-            if width > CHUNK:
-                parts = (width + line[ITEM] - 1) // line[ITEM]
-                start = at // parts * width + at % parts * line[ITEM]
-                stop = smaller(start + line[ITEM], (at // parts + 1) * width)
-                width = stop - start
-            else:
-                start = at * (line[ITEM] // width) * width
-                stop = smaller(start + line[ITEM] // width * width, rows * width)
-            step = CHUNK if width > CHUNK else CHUNK // width * width
-            for begin in range(start, stop, step):
-                n = smaller(step, stop - begin)
-                zeros, nonfinite = magnitudes(after(elements, begin), n, x)
-                if stage == MAXIMUM:
-                    bits = largest(pointer(scratch, np.uint32), n)
-                    partials[MOST_SCALE] = larger(
-                        partials[MOST_SCALE], np.float64(reinterpret(bits, np.float32))
-                    )
-                    continue
-                partials[ZEROS] += zeros
-                partials[SATURATED] += nonfinite
-                partials[SQUARES] += sum_of_squares(x, n)
-                _measure_formats(n, smaller(n, width), 0, head, most, scratch, partials)
+            rows = item * (1 + n_forms)
+            partials = after(pointer(head[PARTIALS], np.float64), rows * PARTIAL_FIELDS)
+            _clear(partials, 1 + n_forms)
+            across = (width + line[ITEM_WIDTH] - 1) // line[ITEM_WIDTH]
+            top = (item - line[FIRST]) // across * line[ITEM_ROWS]
+            left = (item - line[FIRST]) % across * line[ITEM_WIDTH]
+            bottom = smaller(top + line[ITEM_ROWS], line[ROWS])
+            right = smaller(left + line[ITEM_WIDTH], width)
+            columns = smaller(CHUNK, right - left)
+            rows = CHUNK // columns
+            for row in range(top, bottom, rows):
+                for column in range(left, right, columns):
+                    wide = smaller(columns, right - column)
+                    n, zeros, nonfinite = smaller(rows, bottom - row) * wide, 0, 0
+                    # Whole rows are one run of memory.
+                    run = n if wide == width else wide
+                    for at in range(0, n, run):
+                        start = (row + at // wide) * width + column
+                        of_run = magnitudes(after(elements, start), run, after(x, at))
+                        zeros, nonfinite = zeros + of_run[0], nonfinite + of_run[1]
+                    if n_forms == 0:
+                        bits = largest(pointer(scratch, np.uint32), n)
+                        partials[HIGHEST_SCALE] = larger(
+                            partials[HIGHEST_SCALE], np.float64(reinterpret(bits, np.float32))
+                        )
+                        continue
+                    partials[ZEROS] += zeros
+                    partials[SATURATED] += nonfinite
+                    partials[SQUARES] += sum_of_squares(x, n)
+                    nonzero = n - zeros - nonfinite
+                    for k in range(n_forms):
+                        form = after(forms, k * _N_FIELDS)
+                        partial = after(partials, (1 + k) * PARTIAL_FIELDS)
+                        _measure_chunk(n, wide, nonzero, form, most, scratch, partial)
             item = atomic_add(head, 1)
 
     return work
@@ -442,4 +403,4 @@ def work_on(dtype: torch.dtype) -> Work:
     """The compiled function for tensors of one dtype."""
     name = f"{str(dtype).removeprefix('torch.')}_formats"
     work = _make_work(ELEMENTS[dtype])
-    return keeps_subnormals(compile_entry(work, name, "void(int64, int64, int64)"))
+    return keeps_subnormals(compile_entry(work, name, "void(int64, int64)"))

@@ -20,9 +20,8 @@ from gradstat.bins import keeps_subnormals
 from gradstat.engines import as_matrix, no_storage, reference
 from gradstat.engines.cpu import format_work as work
 from gradstat.engines.cpu.compiling import passes_trial, trial_tensors
-from gradstat.engines.cpu.format_work import CHUNK, form_row, tensor_scale
 from gradstat.engines.cpu.pool import count_threads, run_together
-from gradstat.formats import FORMATS, Format
+from gradstat.formats import FORMATS, KIND, TILES, Format
 from gradstat.results import NO_SCALE_MAX, NO_SCALE_MIN
 from gradstat.util import Array
 
@@ -98,88 +97,81 @@ class _FormatTable:
         self._shapes.append((height, width))
 
     def run(self, integers: Array, floats: Array) -> None:
-        """Do the stages; write the rows of the results."""
+        """Measure; write the rows of the results."""
         maxima = np.zeros(len(self._rows), np.float32)
         if any(form.scaling in ("amax", "nvfp4") for form in self._formats):
-            found = self._run(work.MAXIMUM, [], maxima)[:, 0, work.MOST_SCALE]
+            found = self._run([], maxima)[:, 0, work.HIGHEST_SCALE]
             maxima[:] = np.maximum(found, 0)  # minus infinity for an empty tensor
-        in_tiles = [bool(form.block and form.block[0] > 1) for form in self._formats]
-        for stage in (work.IN_ROWS, work.TILES):
-            chosen = [k for k, each in enumerate(in_tiles) if each == (stage == work.TILES)]
-            if not chosen and stage == work.TILES:
-                break
-            measured = self._run(stage, [self._formats[k] for k in chosen], maxima)
-            if stage == work.IN_ROWS:
-                values = measured[:, 0]
-            for j, k in enumerate(chosen):
+        in_tiles = [form.fields[KIND] == TILES for form in self._formats]
+        for is_tiles in dict.fromkeys(in_tiles):
+            chosen = [k for k, each in enumerate(in_tiles) if each == is_tiles]
+            measured = self._run([self._formats[k] for k in chosen], maxima, in_tiles=is_tiles)
+            values = measured[:, 0]
+            for j, k in enumerate(chosen, 1):
+                of_format = measured[:, j]
                 integers[k, self._rows] = _integers(
-                    self._formats[k], self._shapes, maxima, values, measured[:, 1 + j]
+                    self._formats[k], self._shapes, values, of_format
                 )
-                squares = values[:, work.SQUARES], measured[:, 1 + j, work.SQUARES]
+                squares = values[:, work.SQUARES], of_format[:, work.SQUARES]
                 floats[k, self._rows] = np.sqrt(np.stack(squares, 1))
 
-    def _run(self, stage: int, formats: Sequence[Format], maxima: Array) -> Array:
-        """Partials of the tensors, whose items threads share: float64 ``(N, 1 + F, FIELDS)``."""
+    def _run(self, formats: Sequence[Format], maxima: Array, *, in_tiles: bool = False) -> Array:
+        """Partials of the tensors: float64 ``(N, 1 + F, PARTIAL_FIELDS)``; threads share items."""
         lines: list[int] = []
         firsts: list[int] = []
-        n_items = 0
+        n_items = n_values = 0
         for x, (height, width) in zip(self._held, self._shapes, strict=True):
-            size = _ITEM
-            while x.numel() > size * _MAX_ITEMS:
+            size, numel = _ITEM, height * width
+            while numel > size * _MAX_ITEMS:
                 size *= 2
-            if stage == work.TILES:
-                n = -(-height // work.TILE) * -(-width // work.TILE)
-            else:
-                if x.numel() and (stage == work.MAXIMUM or width % self._columns == 0):
-                    height, width = 1, x.numel()  # blocks lie one after the other
-                n = height * -(-width // size) if width > CHUNK else -(-height // (size // width))
-            lines += (x.data_ptr(), height, width, n_items, size)
+            rows = columns = work.TILE
+            if not in_tiles:
+                if numel and (not formats or width % self._columns == 0):
+                    height, width = 1, numel  # blocks lie one after the other
+                rows, columns = size // width or 1, min(size, width)
+            lines += (x.data_ptr(), height, width, n_items, rows, columns)
             firsts.append(n_items)
-            n_items += max(n, 1)
-        forms = np.array([form_row(form) for form in formats], np.int64)
-        partials = np.empty((n_items, 1 + len(formats), work.FIELDS))
+            n_items += -(-height // rows) * -(-width // columns) or 1
+            n_values += numel
+        forms = np.array([form.fields for form in formats], np.float64)
+        partials = np.empty((n_items, 1 + len(formats), work.PARTIAL_FIELDS))
         addresses = (each.ctypes.data for each in (forms, partials, maxima))
         head = (0, n_items, len(formats), *addresses)
-        table = array("q", (*head, *lines, 0, 0, 0, n_items, 0))
+        table = array("q", (*head, *lines, 0, 0, 0, n_items, 0, 0))
 
         def share() -> None:
             try:
                 scratch = _scratches.pop()
             except IndexError:  # all are in use
                 scratch = torch.empty(work.SCRATCH_BYTES, dtype=torch.uint8, device="cpu")
-            self._take_items(table.buffer_info()[0], stage, scratch.data_ptr())
+            self._take_items(table.buffer_info()[0], scratch.data_ptr())
             _scratches.append(scratch)
 
-        is_large = sum(x.numel() for x in self._held) >= _ALONE_BELOW
-        run_together(share, count_threads() if is_large else 1)
+        run_together(share, count_threads() if n_values >= _ALONE_BELOW else 1)
         merged = np.add.reduceat(partials, firsts)
-        merged[..., work.LEAST_SCALE] = np.minimum.reduceat(partials[..., work.LEAST_SCALE], firsts)
-        merged[..., work.MOST_SCALE] = np.maximum.reduceat(partials[..., work.MOST_SCALE], firsts)
+        for how, field in ((np.minimum, work.LOWEST_SCALE), (np.maximum, work.HIGHEST_SCALE)):
+            merged[..., field] = how.reduceat(partials[..., field], firsts)
         return merged
 
 
 def _integers(
-    form: Format, shapes: Sequence[tuple[int, int]], maxima: Array, values: Array, found: Array
+    form: Format, shapes: Sequence[tuple[int, int]], values: Array, found: Array
 ) -> Array:
     """The integers of N tensors, ``(N, 8)``.
 
     Args:
         form: format.
         shapes: rows and columns of each tensor.
-        maxima: largest magnitude of each tensor, float32 ``(N,)``, where the format needs it.
-        values: partials of the tensors' values, ``(N, FIELDS)``.
+        values: partials of the tensors' values, ``(N, PARTIAL_FIELDS)``.
         found: partials of the format.
     """
     numel = np.array([height * width for height, width in shapes])
     zeros = values[:, work.ZEROS] + values[:, work.SATURATED]
     blocks = np.array([form.count_blocks(*shape) for shape in shapes])
-    empty = found[:, work.EMPTY]
-    least, most = found[:, work.LEAST_SCALE], found[:, work.MOST_SCALE]
-    if form.scaling in ("given", "amax"):
-        empty = (blocks > 0) & (zeros == numel)
-        scales = [tensor_scale(form, each) for each in maxima]
-        least = np.where(zeros < numel, scales, np.inf)
-        most = np.where(zeros < numel, scales, -np.inf)
+    least, most = found[:, work.LOWEST_SCALE], found[:, work.HIGHEST_SCALE]
+    has_scale = (blocks > 0) & (most > 0)
+    # Of a scale for a whole tensor each of its chunks had one.
+    empty = found[:, work.EMPTY] if form.block else (blocks > 0) & ~has_scale
     return np.stack(
         [
             numel - zeros,
@@ -188,8 +180,8 @@ def _integers(
             values[:, work.SATURATED],
             blocks,
             empty,
-            np.where(np.isinf(least), NO_SCALE_MIN, np.frexp(least)[1] - 1),
-            np.where(np.isinf(most), NO_SCALE_MAX, np.frexp(most)[1] - 1),
+            np.where(has_scale, np.frexp(least)[1] - 1, NO_SCALE_MIN),
+            np.where(has_scale, np.frexp(most)[1] - 1, NO_SCALE_MAX),
         ],
         1,
     ).astype(np.int64)
