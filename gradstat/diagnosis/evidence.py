@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -237,19 +236,26 @@ class Evidence:
         return self.part(evenly_spread(len(self.history), _MAX_SAMPLES))
 
     @cached_property
-    def samples(self) -> list[SampledCounts]:
-        """Histograms of the sampled records; none over linear bins."""
+    def samples(self) -> list[tuple[Array, Array, Array]]:
+        """Layer, number and count of each filled bin, by sample; no samples over linear bins."""
         if not isinstance(self.history.bins, Log2Bins):
             return []
-        records = self.sampled.history
-        return [
-            SampledCounts(*records.at([at]).unpack().histograms(self.columns))
-            for at in range(len(records))
-        ]
+        found, records = [], self.sampled.history
+        for at in range(len(records)):
+            sizes, bins, counts = records.at([at]).unpack().histograms(self.columns)
+            found.append((np.repeat(np.arange(len(sizes)), sizes), bins, counts))
+        return found
 
-    def shares_of(self, counts: list[Array]) -> Array:
-        """Counts of each sample, ``(L,)``, as shares of the elements that are not zero."""
-        return np.asarray(np.stack(counts) / np.maximum(self.sampled.nonzero, 1))
+    def shares(
+        self, chosen: Callable[[int, Array, Array], Array], zeros: Array | float = 0.0
+    ) -> Array:
+        """Shares of the non-zero elements that are in some bins, ``(samples, L)``."""
+        # Bins are chosen by sample, layers and numbers. Zeros that are in them are not counted.
+        counted = [
+            np.bincount(layers, counts * chosen(at, layers, bins), len(self.layers))
+            for at, (layers, bins, counts) in enumerate(self.samples)
+        ]
+        return np.asarray((np.stack(counted) - zeros) / np.maximum(self.sampled.nonzero, 1))
 
     @property
     def all_steps(self) -> tuple[int, int]:
@@ -262,37 +268,17 @@ class Evidence:
     def steps_of(self, first: int, last: int) -> tuple[int, int]:
         return int(self.steps[self.blocks[first][0]]), int(self.steps[self.blocks[last][-1]])
 
-    def lasting(self, shares: Array, limit: float) -> list[Lasting]:
+    def lasting(self, shares: Array, limit: float) -> list[tuple[float, int, tuple[int, int]]]:
         """Layers whose share, ``(samples, L)``, stays at a limit or above it, the largest first."""
+        # The largest share of each, its column, and the first and last step.
         kept = _runs(shares >= limit, _PERSISTENT)
         found = []
         for column in np.flatnonzero(kept.any(0)).tolist():
             mask, share = kept[:, column], shares[:, column]
             at = int(np.where(mask, share, -1.0).argmax())
             first, last = (int(self.sampled.steps[i]) for i in around(mask, at))
-            found.append(Lasting(column, (first, last), float(share[at])))
-        return sorted(found, key=lambda each: -each.share)
-
-
-class SampledCounts(NamedTuple):
-    """The histograms of a record, as the entries of all layers that are not zero."""
-
-    sizes: Array  # entries of each layer, (L,)
-    bins: Array  # of each entry, (E,)
-    counts: Array  # of each entry
-
-    def total(self, chosen: Array) -> Array:
-        """Elements of each layer, ``(L,)``, in the chosen ones of the entries, ``(E,)``."""
-        layers = np.repeat(np.arange(len(self.sizes)), self.sizes)
-        return np.bincount(layers, self.counts * chosen, len(self.sizes))
-
-
-class Lasting(NamedTuple):
-    """A layer, by its column, with a large share of something from one step to another."""
-
-    column: int
-    steps: tuple[int, int]
-    share: float
+            found.append((float(share[at]), column, (first, last)))
+        return sorted(found, key=lambda each: -each[0])
 
 
 def log(x: Array) -> Array:

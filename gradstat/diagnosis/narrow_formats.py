@@ -161,14 +161,16 @@ def find_underflow(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     # (types, layers)
     worst = np.stack([shares.max(0) for shares in flushed.values()])
     findings = []
-    for each in run.lasting(flushed["float16"], thresholds.underflow_share):
-        layer = run.layers[each.column]
-        numbers = dict(zip(NARROW, worst[:, each.column].tolist(), strict=True))
-        sentence = (
-            f"float16 without a loss scale would flush {each.share:.0%} of {layer}'s gradient to "
-            f"zero, bfloat16 {numbers['bfloat16']:.0%}."
+    for share, column, steps in run.lasting(flushed["float16"], thresholds.underflow_share):
+        layer, numbers = (
+            run.layers[column],
+            dict(zip(NARROW, worst[:, column].tolist(), strict=True)),
         )
-        findings.append(Finding("underflow", "warning", layer, each.steps, numbers, sentence))
+        sentence = (
+            f"float16 without a loss scale would flush {share:.0%} of {layer}'s gradient to zero, "
+            f"bfloat16 {numbers['bfloat16']:.0%}."
+        )
+        findings.append(Finding("underflow", "warning", layer, steps, numbers, sentence))
     if findings:
         return for_all(findings)
     by_layer = worst.T.tolist()
@@ -279,5 +281,4 @@ def _peaks(run: Evidence) -> Array:
 def _flushed(run: Evidence, dtype: torch.dtype) -> Array:
     """`Statistics.underflow` of each sample: ``(samples, L)``."""
     lost = is_flushed(torch.from_numpy(log2_edges()), dtype).numpy()
-    sampled = zip(run.samples, run.sampled["zeros"], strict=True)
-    return run.shares_of([each.total(lost[each.bins]) - zeros for each, zeros in sampled])
+    return run.shares(lambda at, layers, bins: lost[bins], run.sampled["zeros"])

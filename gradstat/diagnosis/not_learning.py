@@ -7,7 +7,7 @@ from operator import itemgetter
 
 import numpy as np
 
-from gradstat.diagnosis.evidence import Evidence, Lasting, is_rate, log2_edges, median
+from gradstat.diagnosis.evidence import Evidence, is_rate, log2_edges, median
 from gradstat.diagnosis.findings import Finding, Severity, for_all
 from gradstat.record import ACTIVATION, GRAD, OF_PARAMETERS, PARAM, UPDATE
 from gradstat.thresholds import Thresholds
@@ -128,13 +128,18 @@ def find_saturation(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Layers in which most elements that are not zero lie many octaves below the layer's rms."""
     if not run.samples:
         return []
-    shares = _stopped(run, thresholds.saturation_octaves)
+    edges = log2_edges()
+    outer = np.maximum(abs(edges[1:]), abs(edges[:-1]))
+    limits = np.nan_to_num(run.sampled["rms"]) * 2.0**-thresholds.saturation_octaves
+    # Zeros share a bin with the smallest numbers. They are taken away where that bin is counted.
+    zeros = run.sampled["zeros"] * (limits >= outer[len(outer) // 2])
+    shares = run.shares(lambda at, layers, bins: outer[bins] <= limits[at, layers], zeros)
     times = 2.0 ** min(thresholds.saturation_octaves, 1023)  # no float64 is larger
     said = (
         f"of the non-zero elements of {{layer}}'s gradient are more than {times:.0f} times smaller "
         "than its rms: the units they belong to hardly learn."
     )
-    return _saturated(run, run.lasting(shares, thresholds.saturation_share), said)
+    return _saturated(run, shares, thresholds, said)
 
 
 def find_saturated_outputs(run: Evidence, thresholds: Thresholds) -> list[Finding]:
@@ -144,23 +149,22 @@ def find_saturated_outputs(run: Evidence, thresholds: Thresholds) -> list[Findin
     sampled = run.sampled
     bounded = (sampled["abs_max"] <= 1) & (sampled["min"] < -_END) & (sampled["max"] > _END)
     at_end = np.minimum(*map(abs, (log2_edges()[1:], log2_edges()[:-1]))) >= _END
-    shares = run.shares_of([sample.total(at_end[sample.bins]) for sample in run.samples])
-    shares = np.where(bounded, shares, 0.0)
+    shares = np.where(bounded, run.shares(lambda at, layers, bins: at_end[bins]), 0.0)
     shares[:, : _first_with_parameters(run)] = 0.0
     said = (
         f"of {{layer}}'s outputs are within {1 - _END:g} of 1 or -1, the ends of a tanh, where its "
         "slope is almost zero: what is below it hardly learns. Smaller weights or a norm before it "
         "help."
     )
-    return _saturated(run, run.lasting(shares, thresholds.saturation_share), said)
+    return _saturated(run, shares, thresholds, said)
 
 
-def _saturated(run: Evidence, lasting: list[Lasting], said: str) -> list[Finding]:
+def _saturated(run: Evidence, shares: Array, thresholds: Thresholds, said: str) -> list[Finding]:
     found = []
-    for each in lasting:
-        layer, numbers = run.layers[each.column], {"share": each.share}
-        sentence = f"{each.share:.0%} {said.format(layer=run.printed[each.column])}"
-        found.append(Finding("saturation", "warning", layer, each.steps, numbers, sentence))
+    for share, column, steps in run.lasting(shares, thresholds.saturation_share):
+        layer, numbers = run.layers[column], {"share": share}
+        sentence = f"{share:.0%} {said.format(layer=run.printed[column])}"
+        found.append(Finding("saturation", "warning", layer, steps, numbers, sentence))
     return for_all(found)
 
 
@@ -321,17 +325,3 @@ def _first_with_parameters(run: Evidence) -> int:
     for kind in OF_PARAMETERS:
         owners |= {name.rpartition(".")[0] for name in run.of(kind).names}
     return next((at for at, module in enumerate(run.names) if module in owners), 0)
-
-
-def _stopped(run: Evidence, octaves: float) -> Array:
-    """Share of the non-zero elements whose bin is so far below the rms: ``(samples, L)``."""
-    # Zeros share a bin with the smallest numbers. They are taken away where that bin is counted.
-    edges = log2_edges()
-    outer = np.maximum(np.abs(edges[1:]), np.abs(edges[:-1]))
-    limits = np.nan_to_num(run.sampled["rms"]) * 2.0**-octaves
-    zeros = run.sampled["zeros"] * (limits >= outer[len(outer) // 2])
-    below = []
-    for sample, its_limits, its_zeros in zip(run.samples, limits, zeros, strict=True):
-        limit = np.repeat(its_limits, sample.sizes)
-        below.append(sample.total(outer[sample.bins] <= limit) - its_zeros)
-    return run.shares_of(below)

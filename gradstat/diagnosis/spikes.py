@@ -6,8 +6,6 @@ import math
 from operator import itemgetter
 
 import numpy as np
-import torch
-from torch.nn.functional import max_pool1d
 
 from gradstat.diagnosis import usual
 from gradstat.diagnosis.divergence import Leap, find_divergence, find_leap
@@ -32,7 +30,9 @@ def find_all_spikes(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Divergence, spikes and jumps of rows: of those that belong together the first."""
     findings = find_divergence(run, thresholds)
     for rule in (find_loss_spikes, find_gradient_spikes, _rate_jumps, _jumps):
-        findings += _apart(run, rule(run, thresholds), findings)
+        for each in rule(run, thresholds):
+            if not any(_reaches(run, other, each) for other in findings):
+                findings.append(each)
     return findings
 
 
@@ -45,7 +45,8 @@ def find_loss_spikes(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     if any(not np.array_equal(each, steps[0]) for each in steps):
         return found
     floor = math.log(thresholds.spike_loss)
-    total = usual.find_departures(log_losses(np.sum(series, 0)), floor, thresholds.spike_deviations)
+    mean = np.sum(np.array(series) / len(series), 0)  # a sum of large ones would overflow
+    total = usual.find_departures(log_losses(mean), floor, thresholds.spike_deviations)
     spans = [(steps[0][each.begin], steps[0][each.end - 1]) for each in total]
     return [f for f in found if any(a <= f.steps[1] and f.steps[0] <= b for a, b in spans)]
 
@@ -220,7 +221,7 @@ def _jumps(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         limit = math.log(limits[kind])
         series = np.where(np.isinf(sizes), math.nan, sizes)
         # Most rows never rise so far, and need no second look.
-        if not (series - _least_before(series) >= limit / 2).any():
+        if not (series - np.fmin.accumulate(series) >= limit / 2).any():
             continue
         around, floor = thresholds.spike_deviations, math.log(usual.FLOORS[kind])
         jumps = usual.find_departures(series, floor, around, limit / 2)
@@ -257,24 +258,6 @@ def _jump(run: Evidence, column: int, departure: Departure, over: float) -> Find
 def _is_learning(run: Evidence, record: int) -> bool:
     """Whether a loss falls in the window after a record, or none is known."""
     return not run.losses or any(run.falls(name, record, WINDOW) for name in run.losses)
-
-
-def _least_before(x: Array) -> Array:
-    """Least of two windows of values before each one; infinite where there are none."""
-    size = 2 * WINDOW
-    before = np.concatenate([np.full(size, math.inf), np.where(np.isnan(x), math.inf, x)[:-1]])
-    least: Array = -max_pool1d(torch.from_numpy(-before)[None], size, 1)[0].numpy()
-    return least
-
-
-def _apart(run: Evidence, found: list[Finding], others: list[Finding]) -> list[Finding]:
-    """Findings that belong to none of the others, nor to one before them."""
-    kept: list[Finding] = []
-    for each in found:
-        told = [*others, *kept]
-        if not any(_reaches(run, other, each) for other in told):
-            kept.append(each)
-    return kept
 
 
 def _reaches(run: Evidence, one: Finding, other: Finding) -> bool:

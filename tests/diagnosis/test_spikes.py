@@ -129,6 +129,15 @@ def test_diagnose_lets_one_of_several_losses_gain_what_another_loses() -> None:
     assert [each.kind for each in diagnose(alone)] == ["loss spike"]
 
 
+def test_diagnose_tells_a_spike_of_two_losses_whose_sum_no_float64_holds() -> None:
+    history = run()
+    for step in range(STEPS):
+        for name in ("judge_loss", "maker_loss"):
+            history.add_scalar(name, step, 1.5e308 if step == AT else wavering(step))
+    # The second one begins with the first.
+    assert [each.kind for each in diagnose(history)] == ["loss spike"]
+
+
 def test_diagnose_lets_weights_grow_little_by_little_while_the_loss_falls() -> None:
     def scale(step: int, kind: str, layer: int) -> float:
         return 1.04 ** max(0, step - 40) if kind == PARAM and layer == 1 else 1.0
