@@ -11,7 +11,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -141,12 +141,12 @@ def comparison(runs: Mapping[str, History], *, every_layer: bool = False) -> str
     typical = {name: _typical(history) for name, history in _alike(runs).items()}
     layers = list(dict.fromkeys(layer for values in typical.values() for layer in values))
     shown = layers if every_layer else _some(layers, _MOST_LAYERS)
-    ends = _ends_of([x for values in typical.values() for x in values.values()])
+    bars = _bars([x for values in typical.values() for x in values.values()])
     rows: list[tuple[str, ...]] = [("rms, median of all records", "A", "", "B", "", "B / A")]
     for layer in shown:
         a, b = (typical[name].get(layer, math.nan) for name in (one, other))
-        bars = _bar(a, *ends), _bar(b, *ends)
-        rows.append((escaped(layer), _number(a), bars[0], _number(b), bars[1], _ratio(b, a)))
+        of_a, of_b = (bars.get(x, "") for x in (a, b))
+        rows.append((escaped(layer), _number(a), of_a, _number(b), of_b, _ratio(b, a)))
     present = [[rms for rms in values.values() if rms > 0] for values in typical.values()]
     shares = [_ratio(each[0], each[-1]) if each else "-" for each in present]
     rows.append(("first layer / last layer", shares[0], "", shares[1], "", ""))
@@ -246,7 +246,7 @@ def newest(name: str, history: History) -> str:
     numbers = {name: history[name][-1].tolist() for name in _NEWEST}
     rms = numbers["rms"]
     shown = [history.layers.index(row) for row in first_rows(history)]
-    ends = _ends_of([rms[at] for at in shown])
+    bars = _bars([rms[at] for at in shown])
     rows = [("layer", "rms", "", "largest", "zeros", "NaN, infinite")]
     for at in shown:
         numel, finite, zeros = (numbers[name][at] for name in ("numel", "finite", "zeros"))
@@ -254,7 +254,7 @@ def newest(name: str, history: History) -> str:
             (
                 escaped(history.layers[at]),
                 _number(rms[at]),
-                _bar(rms[at], *ends),
+                bars.get(rms[at], ""),
                 _number(numbers["abs_max"][at]),
                 _percent(zeros / finite if finite else math.nan),
                 str(numel - finite) if numel else f"no {NOUNS[history.kinds[0]]}",
@@ -268,39 +268,32 @@ def newest(name: str, history: History) -> str:
 def export(options: argparse.Namespace) -> int:
     if options.tags is not None and options.to not in ("tensorboard", "wandb"):
         raise ValueError(f"--tags needs --to tensorboard or wandb; --to is {options.to}")
-    name = run_name(options.run_path)
-    check_output(options.run_path, options.directory / f"{name}.{options.to}")
+    name, to = run_name(options.run_path), options.to
+    tags: Literal["layer", "kind"] = options.tags or "layer"
+    path = options.directory / f"{name}.{to}"
+    check_output(options.run_path, path)
     history = load(options.run_path)
     options.directory.mkdir(parents=True, exist_ok=True)
     # Silent where stderr is not a terminal.
-    with tqdm(total=len(history), desc=options.to, unit="record", disable=None) as bar:
-        written = _export(history, options, name, bar.update)
-    print(escaped(written))
+    with tqdm(total=len(history), desc=to, unit="record", disable=None) as bar:
+        if to == "parquet":
+            tables.to_parquet(history, path, progress=bar.update)
+        elif to == "csv":
+            tables.to_csv(history, path, progress=bar.update)
+        elif to == "tensorboard":
+            from gradstat.integrations import tensorboard
+
+            path = options.directory / name
+            # Every point would be there twice.
+            if list(path.glob("events.out.tfevents.*")):
+                raise ValueError(f"{path} holds event files already")
+            tensorboard.write(history, path, tags=tags, progress=bar.update)
+        else:
+            from gradstat.integrations import wandb
+
+            path = wandb.write(history, options.directory, name, tags=tags, progress=bar.update)
+    print(escaped(path))
     return 0
-
-
-def _export(
-    history: History, options: argparse.Namespace, name: str, progress: Callable[[int], object]
-) -> Path:
-    folder, to = options.directory, options.to
-    tags: Literal["layer", "kind"] = options.tags or "layer"
-    path: Path = folder / (f"{name}.{to}" if to in ("parquet", "csv") else name)
-    if to == "parquet":
-        tables.to_parquet(history, path, progress=progress)
-    elif to == "csv":
-        tables.to_csv(history, path, progress=progress)
-    elif to == "tensorboard":
-        from gradstat.integrations import tensorboard
-
-        # Every point would be there twice.
-        if list(path.glob("events.out.tfevents.*")):
-            raise ValueError(f"{path} holds event files already")
-        tensorboard.write(history, path, tags=tags, progress=progress)
-    else:
-        from gradstat.integrations import wandb
-
-        return wandb.write(history, folder, name, tags=tags, progress=progress)
-    return path
 
 
 def report(options: argparse.Namespace) -> int:
@@ -388,20 +381,14 @@ def _some(items: Sequence[Item], most: int) -> list[Item]:
     return [items[i] for i in evenly_spread(len(items), most)]
 
 
-def _ends_of(values: Sequence[float]) -> tuple[float, float]:
-    """Smallest and largest of the values that a bar shows."""
-    known = [x for x in values if x > 0 and math.isfinite(x)]
-    return (min(known), max(known)) if known else (1.0, 1.0)
-
-
-def _bar(value: float, low: float, high: float) -> str:
-    """A bar on a log scale from the smallest value, one character long, to the largest."""
-    if not (value > 0 and math.isfinite(value)):
-        return ""
+def _bars(values: Sequence[float]) -> dict[float, str]:
+    """A bar for each value above 0, on a log scale from the smallest, one character long."""
     # Differences, since a quotient of float64 may overflow.
-    span = math.log(high) - math.log(low)
-    share = (math.log(value) - math.log(low)) / span if span else 1.0
-    return "#" * (1 + round(share * (_BAR - 1)))
+    logs = {x: math.log(x) for x in values if x > 0 and math.isfinite(x)}
+    low = min(logs.values(), default=0.0)
+    span = max(logs.values(), default=0.0) - low
+    shares = {x: (y - low) / span if span else 1.0 for x, y in logs.items()}
+    return {x: "#" * (1 + round(share * (_BAR - 1))) for x, share in shares.items()}
 
 
 def _number(value: float) -> str:

@@ -134,13 +134,12 @@ class _Events(RunWriter):
                 if isfinite(value):
                     points[f"{self._prefix(Row(kind, layer))}/{name}"] = value
         written = Summary()
-        for row, statistics, filled in viewers.rows(record, step):
+        for row, statistics, (counts, ends) in viewers.rows(record, step):
             prefix = tag = self._prefix(row)
             for name, value in viewers.scalars(statistics).items():
                 points[f"{prefix}/{name}"] = value
             if not self._by_kind:
                 tag += "/gradient" if row.kind == GRAD else "/histogram"
-            counts, ends = viewers.buckets(statistics, filled)
             if len(counts):
                 histogram = summary.histogram_raw(
                     tag,

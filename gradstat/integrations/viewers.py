@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 
@@ -14,21 +13,15 @@ from gradstat.results import Statistics, as_statistics
 from gradstat.util import Array, check_integer, evenly_spread
 
 
-class Filled(NamedTuple):
-    """The E filled bins of a histogram."""
-
-    numbers: Array  # which bins, rising, int64
-    counts: Array  # int64
-    edges: Array  # lower and upper one of each, float64 (E, 2)
-
-
-def buckets(statistics: Statistics, filled: Filled, most: int | None = None) -> tuple[Array, Array]:
+def buckets(
+    statistics: Statistics, numbers: Array, counts: Array, edges: Array, most: int | None = None
+) -> tuple[Array, Array]:
     """Counts, int64 ``(B,)``, and edges, ``(B + 1,)``, from the first filled bin to the last."""
-    # Nothing is redistributed: the counts are those of the record, or sums of neighbours, so that
-    # there are at the most so many. Empty neighbours are one bucket: between the negative and the
-    # positive values `Log2Bins` has hundreds of them. Values outside a linear range have a bucket
-    # on either side, and the smallest or largest value takes the place of an infinite edge.
-    numbers, counts, edges = filled
+    # Of the E filled bins: their numbers, which rise, counts, and edges, ``(E, 2)``. Nothing is
+    # redistributed: the counts are those of the record, or sums of neighbours, so that there are at
+    # the most so many. Empty neighbours are one bucket: between the negative and the positive
+    # values `Log2Bins` has hundreds of them. Values outside a linear range have a bucket on either
+    # side, and the smallest or largest value takes the place of an infinite edge.
     least, low, high, greatest = (
         float(getattr(statistics, name)) for name in ("min", "low", "high", "max")
     )
@@ -55,8 +48,10 @@ def buckets(statistics: Statistics, filled: Filled, most: int | None = None) -> 
     return counts, edges
 
 
-def rows(history: History, step: int) -> Iterator[tuple[Row, Statistics, Filled]]:
-    """Each row that has values in a step, its statistics without a histogram, its filled bins."""
+def rows(
+    history: History, step: int, most: int | None = None
+) -> Iterator[tuple[Row, Statistics, tuple[Array, Array]]]:
+    """Each row that has values in a step, its statistics without a histogram, and its `buckets`."""
     record = history.of_steps([step]).unpack()
     numbers, counts = record.bins.astype(np.int64), record.counts.astype(np.int64)
     edges, starts = record.edges(history.bins), np.append(0, record.ends)
@@ -64,8 +59,9 @@ def rows(history: History, step: int) -> Iterator[tuple[Row, Statistics, Filled]
         if record.integers[0, at, 0]:
             integers, floats = (x[0, at].copy() for x in record[:2])
             part = slice(starts[at], starts[at + 1])
-            filled = Filled(numbers[part], counts[part], edges[part])
-            yield row, as_statistics(history.bins, (integers, floats, np.empty(0))), filled
+            statistics = as_statistics(history.bins, (integers, floats, np.empty(0)))
+            filled = buckets(statistics, numbers[part], counts[part], edges[part], most)
+            yield row, statistics, filled
 
 
 def layers_of(history: History, kind: str) -> dict[int, str]:

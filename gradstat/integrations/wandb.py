@@ -182,8 +182,7 @@ def _histogram_name(kind: str, tags: str) -> str:
 def _histograms(history: History, step: int, tags: str) -> dict[str, object]:
     """Those of a record, by name."""
     found: dict[str, object] = {}
-    for (kind, layer), statistics, filled in viewers.rows(history, step):
-        counts, ends = viewers.buckets(statistics, filled, _MAX_BUCKETS)
+    for (kind, layer), _, (counts, ends) in viewers.rows(history, step, _MAX_BUCKETS):
         if len(counts):
             histogram = wandb.Histogram(np_histogram=(counts, ends))
             found[_histogram_name(kind, tags) + layer] = histogram

@@ -14,8 +14,7 @@ from histories import make_history
 import gradstat
 from gradstat import History
 from gradstat.cli import main
-from gradstat.integrations import tensorboard
-from gradstat.integrations.viewers import Filled, buckets
+from gradstat.integrations import tensorboard, viewers
 
 pytestmark = pytest.mark.integrations
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -183,15 +182,16 @@ def test_the_line_of_the_documentation_runs(
     assert read(tmp_path / "runs" / "live").Tags()["histograms"] == ["weight/gradient"]
 
 
-def filled(s: gradstat.Statistics) -> Filled:
-    """The filled bins of one tensor."""
+def buckets(s: gradstat.Statistics, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Those of one tensor."""
     numbers, edges = s.counts.nonzero()[:, 0].numpy(), s.edges.numpy()
-    return Filled(numbers, s.counts.numpy()[numbers], np.stack([edges[:-1], edges[1:]], 1)[numbers])
+    filled = np.stack([edges[:-1], edges[1:]], 1)[numbers]
+    return viewers.buckets(s, numbers, s.counts.numpy()[numbers], filled, most)
 
 
 def test_buckets_are_few_where_bins_are_empty() -> None:
     s = gradstat.statistics(torch.tensor([-1.0, -1.0, 0.0, 1.0]))
-    counts, edges = buckets(s, filled(s))
+    counts, edges = buckets(s)
     # Hundreds of bins lie between 0 and 1.
     assert counts.tolist() == [2, 0, 1, 0, 1]
     assert edges[[0, 1, -2, -1]] == pytest.approx([-1.25, -1.0, 1.0, 1.25])
@@ -203,7 +203,7 @@ def test_buckets_sums_neighbours_when_there_are_too_many(
 ) -> None:
     x = torch.randn(5000, generator=generator)
     s = gradstat.statistics(x)
-    counts, edges = buckets(s, filled(s), most)
+    counts, edges = buckets(s, most)
     assert most / 2 < len(counts) <= most
     assert counts.tolist() == np.histogram(x.numpy(), bins=edges)[0].tolist()
     assert counts.sum() == 5000
@@ -212,10 +212,10 @@ def test_buckets_sums_neighbours_when_there_are_too_many(
 def test_buckets_counts_what_is_outside_a_linear_range() -> None:
     x = torch.tensor([-9.0, -8.0, 0.25, 0.75, 7.0])
     s = gradstat.statistics(x, gradstat.LinearBins(2, 0.0, 1.0))
-    counts, edges = buckets(s, filled(s))
+    counts, edges = buckets(s)
     assert (counts.tolist(), edges.tolist()) == ([2, 1, 1, 1], [-9, 0, 0.5, 1, 7])
     inside = gradstat.statistics(x[2:4], gradstat.LinearBins(2, 0.0, 1.0))
-    assert buckets(inside, filled(inside))[0].tolist() == [1, 1]
+    assert buckets(inside)[0].tolist() == [1, 1]
 
 
 def test_write_keeps_what_was_logged(tmp_path: Path) -> None:
