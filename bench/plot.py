@@ -17,8 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from report import SCHEMES, Document, load
 
-from gradstat.plot.labels import INK
-from gradstat.plot.panels import style_frame
+from gradstat.plot.panels import INK, style_frame
 
 COLORS = {
     "gradstat log2": "#0072B2",

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from gradstat import History, plot
 from gradstat.bins import OCTAVES
-from gradstat.plot import data, labels, panels
+from gradstat.plot import data, panels
 from gradstat.util import evenly_spread, replacing
 
 Array = NDArray[Any]
@@ -67,7 +67,7 @@ def draw_octaves(every_step: dict[str, History], per_epoch: int) -> Figure:
     for name, history in every_step.items():
         for layer, title in LAYERS.items():
             shares = np.nan_to_num(data.octave_shares(history, layer, per_epoch))
-            drawn.append((labels.heading(name, title), shares))
+            drawn.append((panels.heading(name, title), shares))
     filled = np.flatnonzero(np.max([shares.max(0) for _, shares in drawn], axis=0) > _LEAST_SHARE)
     low, high = OCTAVES[filled[0]], OCTAVES[filled[-1] + 1]
     strip = (high - low) / 5  # where the zeros are
@@ -99,8 +99,8 @@ def draw_octaves(every_step: dict[str, History], per_epoch: int) -> Figure:
         ax.grid(visible=False, axis="x")
     axes[0].set_ylim(epochs + 1, 1 - 1.05 * height)
     axes[0].set_yticks([kept[at] + 1 for at in evenly_spread(len(kept), 5).tolist()])
-    labels.label_axes(figure, "|gradient|", "epoch")
-    labels.add_titles(figure, axes, [head for head, _ in drawn])
+    panels.label_axes(figure, "|gradient|", "epoch")
+    panels.add_titles(figure, axes, [head for head, _ in drawn])
     return figure
 
 
@@ -124,9 +124,9 @@ def draw_activations() -> Figure:
         ax.plot(x, derivative, color=panels.HUES[1], linewidth=1.8)
         ax.set_xlim(-5, 5)
     axes[1].set_ylim(-0.04, 1.04)
-    labels.label_axes(figure, "x", "")
-    labels.add_key(figure, ["f(x)", "derivative"], panels.HUES[:2])
-    labels.add_titles(figure, axes, list(curves))
+    panels.label_axes(figure, "x", "")
+    panels.add_key(figure, ["f(x)", "derivative"], panels.HUES[:2])
+    panels.add_titles(figure, axes, list(curves))
     return figure
 
 
@@ -144,8 +144,8 @@ def draw_loss(losses: dict[str, Array], per_epoch: int) -> Figure:
         "Bold: mean of an epoch. Pale: each step. The last batch of an epoch\n"
         "is small (8 images, of 5,000 in batches of 128): its loss scatters."
     )
-    labels.label_axes(figure, f"epoch of {per_epoch} steps\n\n{note}", "cross-entropy")
-    labels.add_key(figure, list(losses), panels.HUES[: len(losses)])
+    panels.label_axes(figure, f"epoch of {per_epoch} steps\n\n{note}", "cross-entropy")
+    panels.add_key(figure, list(losses), panels.HUES[: len(losses)])
     return figure
 
 
@@ -165,9 +165,9 @@ def draw_mean(every_step: dict[str, History], per_epoch: int) -> Figure:
         "error: the errors of a softmax\nsum to zero over the classes. The mean is a poor signal; "
         "magnitudes, in the figures that follow, are a good one."
     )
-    labels.label_axes(figure, f"epoch of {per_epoch} steps\n\n{note}", "mean gradient")
-    labels.add_key(figure, list(every_step), panels.HUES[: len(every_step)])
-    labels.add_titles(figure, axes, list(LAYERS.values()))
+    panels.label_axes(figure, f"epoch of {per_epoch} steps\n\n{note}", "mean gradient")
+    panels.add_key(figure, list(every_step), panels.HUES[: len(every_step)])
+    panels.add_titles(figure, axes, list(LAYERS.values()))
     return figure
 
 

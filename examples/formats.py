@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import gradstat
-from gradstat.plot import labels, panels
+from gradstat.plot import panels
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 from incident import LENGTH, VOCABULARY, make_text
@@ -135,7 +135,7 @@ def draw(full: Run, runs: dict[str, Run]) -> Figure:
     figure, (moves, losses) = panels.grid_2d(None, 2, 2, (4.6, 3.4), margin=1.9)
     for axes in (moves, losses):
         panels.style_2d(axes)
-    losses.plot(full.loss, color=labels.INK, linewidth=6, alpha=0.25)
+    losses.plot(full.loss, color=panels.INK, linewidth=6, alpha=0.25)
     colors = [panels.HUES[1], panels.HUES[0]]
     for (form, run), color in zip(runs.items(), colors, strict=True):
         survive = 100 * (1 - full.underflow[form]).clip(1e-5)
@@ -150,18 +150,18 @@ def draw(full: Run, runs: dict[str, Run]) -> Figure:
             textcoords="offset points",
             ha="left" if offset[0] > 0 else "right",
             fontsize=8,
-            color=labels.INK,
+            color=panels.INK,
         )
     moves.set_xscale("log")
     moves.set_xlabel(
-        "gradient that does not become zero, predicted, %", fontsize=9, color=labels.INK
+        "gradient that does not become zero, predicted, %", fontsize=9, color=panels.INK
     )
-    moves.set_ylabel("how far each weight moved, % of float32", fontsize=9, color=labels.INK)
+    moves.set_ylabel("how far each weight moved, % of float32", fontsize=9, color=panels.INK)
     moves.set_ylim(bottom=0)
-    losses.set_xlabel("step", fontsize=9, color=labels.INK)
-    losses.set_ylabel("loss", fontsize=9, color=labels.INK)
-    pale = (*to_rgb(labels.INK), 0.25)
-    labels.add_key(figure, ["gradients in float32", *runs], [pale, *colors])
+    losses.set_xlabel("step", fontsize=9, color=panels.INK)
+    losses.set_ylabel("loss", fontsize=9, color=panels.INK)
+    pale = (*to_rgb(panels.INK), 0.25)
+    panels.add_key(figure, ["gradients in float32", *runs], [pale, *colors])
     return figure
 
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import gradstat
-from gradstat.plot import labels, panels
+from gradstat.plot import panels
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 from networks import GPT
@@ -64,7 +64,7 @@ def draw(history: gradstat.History, finding: gradstat.Finding) -> Figure:
     for axes in (above, below):
         panels.style_2d(axes)
     steps, loss = history.scalar("loss")
-    above.plot(steps, loss, color=labels.INK, linewidth=1.4)
+    above.plot(steps, loss, color=panels.INK, linewidth=1.4)
     updates = history.select("update")
     sizes = updates["rms"] / np.median(updates["rms"], axis=0)
     for layer, size in zip(updates.layers, sizes.T, strict=True):
@@ -75,7 +75,7 @@ def draw(history: gradstat.History, finding: gradstat.Finding) -> Figure:
     peak = float(finding.numbers["peak"])
     text = {"textcoords": "offset points", "va": "center", "fontsize": 9}
     above.annotate(
-        f"step {spike}: the loss spikes", (spike, peak), (10, 0), color=labels.INK, **text
+        f"step {spike}: the loss spikes", (spike, peak), (10, 0), color=panels.INK, **text
     )
     below.annotate(
         f"step {first}: {finding.layer.removeprefix('update/')} moves first",
@@ -87,10 +87,10 @@ def draw(history: gradstat.History, finding: gradstat.Finding) -> Figure:
     above.set_xlim(first - BEFORE, first + AFTER)
     shown = loss[(steps >= first - BEFORE) & (steps <= first + AFTER)]
     above.set_ylim(shown.min() - 0.05, shown.max() + 0.1)
-    above.set_ylabel("loss", fontsize=9, color=labels.INK)
+    above.set_ylabel("loss", fontsize=9, color=panels.INK)
     below.set_yscale("log")
-    below.set_ylabel("update of each layer\n÷ its median", fontsize=9, color=labels.INK)
-    below.set_xlabel("step", fontsize=9, color=labels.INK)
+    below.set_ylabel("update of each layer\n÷ its median", fontsize=9, color=panels.INK)
+    below.set_xlabel("step", fontsize=9, color=panels.INK)
     below.set_yticks([1, 10, 100], ["1", "10", "100"])
     below.set_yticks([], minor=True)
     figure.align_ylabels([above, below])

@@ -57,8 +57,9 @@ def find_instability(
     in_rates = weights - run.log_rate
     step = _newest(log(run.pace) + in_rates)
     step[:_NEWEST] = math.nan  # optimizers that divide by an average begin with larger ones
-    possible = _most(step, reached.step) - in_rates
-    shows |= is_untried(possible, _most(pace, reached.pace)) & is_idle
+    possible = np.fmax(np.fmax.accumulate(step), reached.step) - in_rates
+    most = np.fmax(np.fmax.accumulate(pace), reached.pace)
+    shows |= is_untried(possible, most) & is_idle
     several = np.lib.stride_tricks.sliding_window_view(shows, _IN_A_ROW).all(1)
     at = np.flatnonzero(several) + _IN_A_ROW - 1
     if not len(at):
@@ -78,11 +79,6 @@ def is_untried(possible: Array, pace: Array | float) -> Array:
     """Whether a change of the weights would break training, and is far above all there were."""
     is_it: Array = (possible > math.log(FATAL_PACE)) & (possible > pace + _UNTRIED)
     return is_it
-
-
-def _most(x: Array, before: float) -> Array:
-    """The largest so far."""
-    return np.fmax(np.fmax.accumulate(x), before)
 
 
 def _losses_at_records(run: Evidence) -> tuple[Array, Array, Array]:
@@ -156,11 +152,9 @@ def _finding(
 
 
 def _trailing(x: Array, n: int) -> Array:
-    """Each value and those before it, ``(n, S, ...)``; NaN before the first one."""
-    padded = np.concatenate([np.full((n - 1, *x.shape[1:]), math.nan), x])
-    windows = np.lib.stride_tricks.sliding_window_view(padded, n, axis=0)
-    trailing: Array = np.moveaxis(windows, -1, 0)
-    return trailing
+    """Each value and those before it, ``(n, S)``; NaN before the first one."""
+    padded = np.append(np.full(n - 1, math.nan), x)
+    return np.lib.stride_tricks.sliding_window_view(padded, n).T
 
 
 def _newest(x: Array, n: int = _NEWEST) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,38 +15,29 @@ _LASTING = 3  # windows, at least, in which what is severe holds, or all of them
 _START = 5  # windows in which a network that has just begun may find its way out
 
 
-class _Line(NamedTuple):
-    """A straight line through log10 rms over depth."""
-
-    first: int  # column of the first layer that has an rms
-    last: int  # of the last one
-    slope: float  # decades from one layer to the next
-    fall: float  # decades from the last layer back to the first, along the line
-    r2: float  # share of the variance that the line explains
-
-
-def _fit_depth(levels: Array) -> _Line:
-    """Least squares over the layers that have an rms, not NaN; NaN for fewer than three."""
+def _fit_depth(levels: Array) -> tuple[float, float, float]:
+    """Slope and fall of a straight line through log10 rms over depth, and its R²."""
+    # Decades from one layer to the next, and from the last one back to the first. Least squares
+    # over the layers that have an rms, not NaN; NaN for fewer than three.
     present = np.flatnonzero(levels > 0)
     if len(present) < 3:
-        return _Line(0, 0, math.nan, math.nan, math.nan)
+        return math.nan, math.nan, math.nan
     depth, log_rms = np.arange(len(present)), np.log10(levels[present])
     (spread, joint), (_, total) = np.cov(depth, log_rms).tolist()
     slope = joint / spread
     r2 = slope * joint / total if total > 0 else 0.0
-    return _Line(int(present[0]), int(present[-1]), slope, slope * (len(present) - 1), r2)
+    return slope, slope * (len(present) - 1), r2
 
 
 def find_trend(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     """Vanishing or exploding over depth: a straight line through log rms against the layer."""
-    lines = [_fit_depth(levels) for levels in run.levels]
-    fall, r2 = np.array([(line.fall, line.r2) for line in lines]).T
+    slopes, falls, fits = np.array([_fit_depth(levels) for levels in run.levels]).T
     findings = []
     for kind, limit, sign in (
         ("vanishing", -math.log10(thresholds.vanishing_ratio), 1.0),
         ("exploding", math.log10(thresholds.exploding_ratio), -1.0),
     ):
-        mask = (r2 >= thresholds.depth_fit) & (sign * fall >= limit)
+        mask = (fits >= thresholds.depth_fit) & (sign * falls >= limit)
         # Few blocks from the first one on, and soon over, are how a network begins.
         start = int(np.append(mask, False).argmin())
         n_records = sum(len(block) for block in run.blocks[:start])
@@ -55,27 +45,23 @@ def find_trend(run: Evidence, thresholds: Thresholds) -> list[Finding]:
             mask[:start] = False
         if not mask.any():
             continue
-        at = int(np.argmax(np.where(mask, sign * fall, -math.inf)))
-        line = lines[at]
-        first, last = run.layers[line.first], run.layers[line.last]
-        ratio, times = _power_of_ten(-line.fall), _power_of_ten(abs(line.fall))
-        numbers = {
-            "ratio": ratio,
-            "slope": line.slope,
-            "fit": line.r2,
-            "rms": float(run.levels[at, line.first]),
-            "rms_last": float(run.levels[at, line.last]),
-        }
+        at = int(np.argmax(np.where(mask, sign * falls, -math.inf)))
+        slope, fall, levels = float(slopes[at]), float(falls[at]), run.levels[at]
+        first, last = np.flatnonzero(levels > 0)[[0, -1]].tolist()
+        ratio, times = _power_of_ten(-fall), _power_of_ten(abs(fall))
+        numbers = {"ratio": ratio, "slope": slope, "fit": float(fits[at])}
+        numbers |= {"rms": float(levels[first]), "rms_last": float(levels[last])}
         change = "shrinks" if kind == "vanishing" else "grows"
         sentence = (
-            f"From {last} back to {first} the gradient {change} {rounded(times)}-fold, by a factor "
-            f"of {_power_of_ten(abs(line.slope)):.2g} at each layer."
+            f"From {run.layers[last]} back to {run.layers[first]} the gradient {change} "
+            f"{rounded(times)}-fold, by a factor of {_power_of_ten(abs(slope)):.2g} at each layer."
         )
         begin, end = around(mask, at)
         lasts = end - begin + 1 >= min(_LASTING, len(mask))
         severe = kind == "vanishing" and ratio <= thresholds.vanishing_severe and lasts
         severity: Severity = "severe" if severe else "warning"
-        findings.append(Finding(kind, severity, first, run.span(mask, at), numbers, sentence))
+        steps, layer = run.span(mask, at), run.layers[first]
+        findings.append(Finding(kind, severity, layer, steps, numbers, sentence))
     return findings
 
 

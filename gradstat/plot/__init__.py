@@ -19,7 +19,7 @@ from gradstat.bins import OCTAVES
 from gradstat.diagnosis import diagnose
 from gradstat.diagnosis.findings import COLORS, began
 from gradstat.history import History
-from gradstat.plot import data, labels, panels
+from gradstat.plot import data, panels
 from gradstat.plot.data import Histories, Layers, Limits
 from gradstat.record import NOUNS
 from gradstat.util import Array, check_integer
@@ -77,7 +77,7 @@ def ridge(
         kept = data.select(each.steps, steps_per_epoch, _MAX_RIDGES)
         time = data.times(each.steps, steps_per_epoch)[kept]
         for layer, title in titles.items():
-            drawn.append((labels.heading(name, title), time, *data.histograms(each, layer, kept)))
+            drawn.append((panels.heading(name, title), time, *data.histograms(each, layer, kept)))
     if limits is None:
         limits = data.extent([panel[2:] for panel in drawn], symmetric=not log2)
 
@@ -86,19 +86,19 @@ def ridge(
     span = (first, last if last > first else first + 1)
     color = ScalarMappable(Normalize(*span), "viridis")
     time_unit = "step" if steps_per_epoch is None else "epoch"
-    heads, size = labels.fit_titles([head for head, *_ in drawn], panels.CELL - 0.1)
+    heads, size = panels.fit_titles([head for head, *_ in drawn], panels.CELL - 0.1)
     title_lines = max(head.count("\n") + 1 for head in heads)
     figure, boxes, bar = panels.grid_3d(figure, len(named), len(titles), title_lines)
     for box, head, (_, time, counts, edges) in zip(boxes, heads, drawn, strict=True):
         ax: Axes3D = figure.add_axes(box, projection="3d")
         panels.style_3d(ax, limits, span, max(1, counts.max()))
-        ax.set_title(head, fontsize=size, color=labels.INK, y=1.05, pad=0)
-        ax.set_xlabel(labels.value_label(ax.xaxis, noun, log2=log2), labelpad=-1)
+        ax.set_title(head, fontsize=size, color=panels.INK, y=1.05, pad=0)
+        ax.set_xlabel(panels.value_label(ax.xaxis, noun, log2=log2), labelpad=-1)
         ax.set_ylabel(time_unit, labelpad=-1)
         ax.set_zlabel("count", labelpad=1)
         panels.add_ridges(ax, time, counts, edges, limits, color.to_rgba(time))
     colorbar = panels.add_colorbar(figure, color, time_unit, figure.add_axes(bar))
-    colorbar.locator = labels.whole_numbers(5)
+    colorbar.locator = panels.whole_numbers(5)
     return figure
 
 
@@ -150,17 +150,17 @@ def curves(
     by_layer = split == "layer"
     data.check_panels("curves", 1, len(titles) if by_layer else len(named))
     log = field in _MAGNITUDES if log is None else log
-    heads, keys, drawn = list(map(labels.literal, named)), list(titles.values()), []
+    heads, keys, drawn = list(map(data.literal, named)), list(titles.values()), []
     for each in named.values():
         time = data.block_last(data.times(each.steps, steps_per_epoch), average)
         series = [data.block_mean(data.values(each, layer, field), average) for layer in titles]
         drawn.append([(time, values) for values in series])
     if by_layer:
         heads, keys, drawn = keys, heads, list(map(list, zip(*drawn, strict=True)))
-    keys = [labels.shorten(key, labels.KEY_INCHES, 9) for key in keys]
+    keys = [panels.shorten(key, panels.KEY_INCHES, 9) for key in keys]
     marked = data.standing_out([[value for _, value in lines] for lines in drawn], log=log)
     colors = panels.line_colors(len(keys), marked, ordered=not by_layer)
-    beside = max(0.4, labels.longest_inches([keys[i] for i in marked] or keys, 9))
+    beside = max(0.4, panels.longest_inches([keys[i] for i in marked] or keys, 9))
     columns, width, height = (4, 2.7, 2.2) if by_layer else (2, 3.9, 3.0)
     # Names at the lines' ends take room of each panel, a key of the figure.
     size = (width + beside, height) if marked else (width, height)
@@ -172,16 +172,16 @@ def curves(
         panels.style_2d(ax)
         for (time, value), color in zip(lines, colors, strict=True):
             panels.add_line(ax, time, value, color, log=log)
-    label = labels.field_label(field, data.noun(named, titles))
-    labels.label_axes(figure, labels.time_label(steps_per_epoch), label)
+    label = panels.field_label(field, data.noun(named, titles))
+    panels.label_axes(figure, panels.time_label(steps_per_epoch), label)
     for ax in axes:
-        labels.label_log(ax)
+        panels.label_log(ax)
     if marked:
         for ax in axes:
-            labels.label_ends(figure, ax, {i: keys[i] for i in marked})
+            panels.label_ends(figure, ax, {i: keys[i] for i in marked})
     elif any(keys):
-        labels.add_key(figure, keys, colors)
-    labels.add_titles(figure, axes, heads)
+        panels.add_key(figure, keys, colors)
+    panels.add_titles(figure, axes, heads)
     return figure
 
 
@@ -232,8 +232,8 @@ def heatmap(
     everything = np.concatenate([image.ravel() for _, image in images])
     norm = panels.color_norm(everything, log=log)
     height = min(12.0, max(1.6, 0.6 + 0.3 * len(titles)))
-    names = [labels.shorten(title, labels.KEY_INCHES, 8) for title in titles.values()]
-    margin = 0.3 + max(0.6, labels.longest_inches(names, 8))
+    names = [panels.shorten(title, panels.KEY_INCHES, 8) for title in titles.values()]
+    margin = 0.3 + max(0.6, panels.longest_inches(names, 8))
     figure, axes = panels.grid_2d(figure, len(named), 2, (4.2, height), margin=margin, sharey=True)
     for ax, (time, image) in zip(axes, images, strict=True):
         panels.style_2d(ax)
@@ -242,9 +242,9 @@ def heatmap(
         shown = range(0, len(titles), math.ceil(len(titles) / 40))
         ax.set_yticks(shown, [names[i] for i in shown])
     axes[0].invert_yaxis()
-    labels.label_axes(figure, labels.time_label(steps_per_epoch), "")
-    panels.add_colorbar(figure, drawn, labels.field_label(field, data.noun(named, titles)), axes)
-    labels.add_titles(figure, axes, list(map(labels.literal, named)))
+    panels.label_axes(figure, panels.time_label(steps_per_epoch), "")
+    panels.add_colorbar(figure, drawn, panels.field_label(field, data.noun(named, titles)), axes)
+    panels.add_titles(figure, axes, list(map(data.literal, named)))
     return figure
 
 
@@ -276,14 +276,14 @@ def _series_curves(
     figure: Figure | None,
 ) -> Figure:
     """`curves` of one number a step: a line for each history, marks where findings begin."""
-    names = list(map(labels.literal, named))
+    names = list(map(data.literal, named))
     lines = [_series(each, field) for each in named.values()]
     # The worst last, over the others.
     found = [each for history in named.values() for each in diagnose(history)[::-1]]
     found = [each for each in found if each.severity in _MARKS]
     marked = {each.severity for each in found}
     shown = {name: to_rgba(COLORS[each]) for each, name in _MARKS.items() if each in marked}
-    beside = labels.longest_inches([*names, *shown], 9)
+    beside = panels.longest_inches([*names, *shown], 9)
     figure, (ax,) = panels.grid_2d(figure, 1, 1, (5.2, 3.0), margin=0.5 + max(0.4, beside))
     panels.style_2d(ax)
     if log is None:
@@ -301,15 +301,15 @@ def _series_curves(
         time = data.times(np.array([began(each)]), steps_per_epoch)
         (mark,) = ax.plot(time, [0.0], "^", color=COLORS[each.severity], transform=at_axis)
         mark.set(clip_on=False, zorder=5)
-    label = labels.literal(field)
+    label = data.literal(field)
     if all(field not in each.scalars for each in named.values()):  # it is the norm
-        label = labels.field_label(field, NOUNS[next(iter(named.values())).kinds[0]])
-    labels.label_axes(figure, labels.time_label(steps_per_epoch), label)
+        label = panels.field_label(field, NOUNS[next(iter(named.values())).kinds[0]])
+    panels.label_axes(figure, panels.time_label(steps_per_epoch), label)
     if any(names):
-        labels.add_key(figure, names, colors, shown)
+        panels.add_key(figure, names, colors, shown)
     elif shown:
-        labels.add_key(figure, [], [], shown)
-    labels.label_log(ax)
+        panels.add_key(figure, [], [], shown)
+    panels.label_log(ax)
     return figure
 
 
@@ -334,7 +334,7 @@ def _counts_heatmap(
         size = math.ceil(len(each) / data.MAX_COLUMNS)
         time = data.block_mean(data.times(each.steps, steps_per_epoch), size)
         for layer, title in titles.items():
-            drawn.append((labels.heading(name, title), time, data.octave_shares(each, layer, size)))
+            drawn.append((panels.heading(name, title), time, data.octave_shares(each, layer, size)))
     everything = np.concatenate([shares for _, _, shares in drawn])
     norm = panels.color_norm(everything, log=bool(log))
     cmap = panels.density_colormap()
@@ -347,9 +347,9 @@ def _counts_heatmap(
     # Stray elements far below would squeeze the picture: show octaves that ever hold one in 100.
     shown = np.nan_to_num(everything).max(0, keepdims=True) > 0.01
     axes[0].set_ylim(*data.extent([(shown, OCTAVES[None])], symmetric=False))
-    labels.powers_of_two(axes[0].yaxis, 6)
+    panels.powers_of_two(axes[0].yaxis, 6)
     label = f"|{data.noun(named, titles)}|"
-    labels.label_axes(figure, labels.time_label(steps_per_epoch), label)
+    panels.label_axes(figure, panels.time_label(steps_per_epoch), label)
     panels.add_colorbar(figure, image, "share of elements", axes)
-    labels.add_titles(figure, axes, [head for head, *_ in drawn])
+    panels.add_titles(figure, axes, [head for head, *_ in drawn])
     return figure

@@ -11,9 +11,8 @@ import numpy as np
 from gradstat.bins import OCTAVES, Log2Bins, octaves
 from gradstat.diagnosis.evidence import median
 from gradstat.history import FIELDS, History, check_history, first_rows
-from gradstat.plot.labels import literal
 from gradstat.record import GRAD, NOUNS, UNIT, UPDATE, Row
-from gradstat.util import Array, divide, evenly_spread, one_of
+from gradstat.util import Array, divide, escaped, evenly_spread, one_of
 
 Histories: TypeAlias = History | Mapping[str, History] | Sequence[History]
 Layers: TypeAlias = Sequence[str] | Mapping[str, str]
@@ -26,6 +25,11 @@ MAX_COLUMNS = 200  # of an image against time
 _MAX_COLORED, _MAX_MARKED = 8, 4  # lines of a panel
 # Matplotlib widens limits before it draws, which must not overflow: on a linear axis and a log one.
 _LARGEST, _LOG_LARGEST = 1e300, 1e250
+
+
+def literal(name: str) -> str:
+    """A name that Matplotlib writes as it is, and does not take dollar signs for mathematics."""
+    return escaped(name).replace("$", r"\$")
 
 
 def check_histories(function: str, history: Histories) -> dict[str, History]:
@@ -98,12 +102,7 @@ def check_layers(
 
 def noun(named: dict[str, History], layers: Collection[str]) -> str:
     """What the values of some layers are called; "value" if they are of several kinds."""
-    kinds = {
-        kind
-        for each in named.values()
-        for layer, kind in zip(each.layers, each.kinds, strict=True)
-        if layer in layers
-    }
+    kinds = {row.kind for each in named.values() for row in each.rows if str(row) in layers}
     return NOUNS[kinds.pop()] if len(kinds) == 1 else "value"
 
 
@@ -158,9 +157,7 @@ def select(steps: Array, steps_per_epoch: int | None, most: int) -> Array:
     if steps_per_epoch is not None:
         epoch = steps // steps_per_epoch
         indices = np.flatnonzero(np.append(epoch[1:] != epoch[:-1], True))
-    if len(indices) > most:
-        indices = indices[evenly_spread(len(indices), most)]
-    return indices
+    return indices[evenly_spread(len(indices), most)]
 
 
 def values(history: History, layer: str, field: str) -> Array:

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from gradstat import History, LinearBins, Log2Bins, plot
-from gradstat.plot import labels
+from gradstat.plot import panels
 
 LOG2 = {name: make_history(Log2Bins(), LONG_NAMES) for name in ("ReLU", "sigmoid")}
 LINEAR = {name: make_history(LinearBins(30, nice=True), LONG_NAMES) for name in ("ReLU", "sigmoid")}
@@ -94,16 +94,16 @@ def test_logarithmic_axis_of_any_span_has_two_numbers_or_more(
 def test_fit_titles_breaks_all_in_two_if_one_is_too_long(
     titles: list[str], inches: float, expected: list[str], size: float
 ) -> None:
-    assert labels.fit_titles(titles, inches) == (expected, size)
+    assert panels.fit_titles(titles, inches) == (expected, size)
 
 
 @pytest.mark.parametrize("title", ["x" * 40, "module." * 12 + "weight", "name  " + "x" * 80])
 @pytest.mark.parametrize("inches", [0.5, 1.0, 2.5])
 def test_fit_titles_makes_any_title_fit(title: str, inches: float) -> None:
-    (fitted,), size = labels.fit_titles([title], inches)
+    (fitted,), size = panels.fit_titles([title], inches)
     assert 6 <= size <= 10
     for line in fitted.split("\n"):
-        assert labels.text_inches(line, size) <= inches * 1.01
+        assert panels.text_inches(line, size) <= inches * 1.01
     assert fitted.endswith(title[-3:])
 
 
@@ -194,9 +194,9 @@ def test_fit_titles_measures_a_long_title_a_few_times(monkeypatch: pytest.Monkey
         measured.append(text)
         return len(text) * size / 100
 
-    monkeypatch.setattr(labels, "text_inches", text_inches)
+    monkeypatch.setattr(panels, "text_inches", text_inches)
     title = "".join(chr(ord("a") + i % 26) for i in range(5000))
-    fitted, size = labels.fit_titles([title], 3.0)
+    fitted, size = panels.fit_titles([title], 3.0)
     assert size == 6
     assert fitted == ["…" + title[-49:]]
     assert len(measured) < 30
@@ -205,8 +205,8 @@ def test_fit_titles_measures_a_long_title_a_few_times(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("line", ["ab", "abcdefgh", "a"])
 @pytest.mark.parametrize("inches", [0.01, 0.1, 0.2, 0.3, 5.0])
 def test_shorten_leaves_what_fits(line: str, inches: float) -> None:
-    shown = labels.shorten(line, inches, 6)
-    assert labels.text_inches(shown, 6) <= inches or shown == "…" or shown == line == "a"
+    shown = panels.shorten(line, inches, 6)
+    assert panels.text_inches(shown, 6) <= inches or shown == "…" or shown == line == "a"
     assert shown == line or (shown[0] == "…" and line.endswith(shown[1:]))
 
 
