@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from gradstat.diagnosis import narrow_formats, not_learning, vanishing_exploding
+from gradstat.diagnosis.divergence import find_instability
 from gradstat.diagnosis.evidence import Evidence
 from gradstat.diagnosis.findings import FINDINGS, SEVERITIES, Finding, Severity, put_in_order
-from gradstat.diagnosis.instability import find_instability
 from gradstat.diagnosis.nonfinite import find_nonfinite
 from gradstat.diagnosis.spikes import find_all_spikes
 from gradstat.history import History, check_history

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from gradstat.diagnosis.divergence import REACH, Reached, find_instability, is_untried
 from gradstat.diagnosis.evidence import Evidence, is_loss, is_rate, median
 from gradstat.diagnosis.findings import Finding
-from gradstat.diagnosis.instability import REACH, Reached, find_instability, is_untried
 from gradstat.diagnosis.nonfinite import find_nonfinite
 from gradstat.diagnosis.spikes import find_gradient_spikes, find_loss_spikes
 from gradstat.diagnosis.usual import WINDOW

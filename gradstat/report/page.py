@@ -39,12 +39,6 @@ def write(history: History, path: str | os.PathLike[str], *, title: str = "Gradi
     history, path = check_history("report", history), as_path("report", path)
     if not isinstance(title, str):
         raise TypeError(f"report() needs a text; title is {title!r}")
-    text = _render(history, title)
-    with replacing(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
-
-
-def _render(history: History, title: str) -> str:
     columns = thin.columns(history)
     found = findings(diagnose(history), history.layers)
     told = contents(
@@ -63,7 +57,9 @@ def _render(history: History, title: str) -> str:
         "kept": told["samples"],
         "findings": found,
     }
-    return render(title, told, data)
+    text = render(title, told, data)
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def head(history: History) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from torch import nn
 
 import gradstat
 from gradstat import Finding, History, Log2Bins, Thresholds
+from gradstat.diagnosis.divergence import Reached
 from gradstat.diagnosis.evidence import Evidence
-from gradstat.diagnosis.instability import Reached
 from gradstat.record import ACTIVATION, GRAD, PARAM, UPDATE
 
 STEPS, AT = 160, 100
