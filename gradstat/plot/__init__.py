@@ -160,13 +160,18 @@ def curves(
     keys = [panels.shorten(key, panels.KEY_INCHES, 9) for key in keys]
     marked = data.standing_out([[value for _, value in lines] for lines in drawn], log=log)
     colors = panels.line_colors(len(keys), marked, ordered=not by_layer)
-    beside = max(0.4, panels.longest_inches([keys[i] for i in marked] or keys, 9))
-    columns, width, height = (4, 2.7, 2.2) if by_layer else (2, 3.9, 3.0)
-    # Names at the lines' ends take room of each panel, a key of the figure.
-    size = (width + beside, height) if marked else (width, height)
-    margin = 0.5 if marked else 0.5 + beside
+    in_key = marked or range(len(keys))
+    keys = [keys[i] for i in in_key]
+    columns, *size = (4, 2.7, 2.2) if by_layer else (2, 3.9, 3.0)
+    margin = 0.5 + max(0.4, panels.longest_inches(keys, 9))
     figure, axes = panels.grid_2d(
-        figure, len(heads), columns, size, margin=margin, sharex=True, sharey=not by_layer
+        figure,
+        len(heads),
+        columns,
+        (size[0], size[1]),
+        margin=margin,
+        sharex=True,
+        sharey=not by_layer,
     )
     for ax, lines in zip(axes, drawn, strict=True):
         panels.style_2d(ax)
@@ -176,11 +181,8 @@ def curves(
     panels.label_axes(figure, panels.time_label(steps_per_epoch), label)
     for ax in axes:
         panels.label_log(ax)
-    if marked:
-        for ax in axes:
-            panels.label_ends(figure, ax, {i: keys[i] for i in marked})
-    elif any(keys):
-        panels.add_key(figure, keys, colors)
+    if any(keys):
+        panels.add_key(figure, keys, [colors[i] for i in in_key])
     panels.add_titles(figure, axes, heads)
     return figure
 

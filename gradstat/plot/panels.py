@@ -54,9 +54,6 @@ _NAMES = {
 }
 _MEASURED = 200  # letters
 KEY_INCHES = 6.0  # of a line's or a row's name, at most
-_LINE_POINTS = 12.0  # from one label of a line to the next
-_LEADER = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 1}
-_OFFSET: dict[str, Any] = {"textcoords": "offset points", "va": "center", "annotation_clip": False}
 
 
 class ShownFigure(Figure):
@@ -197,7 +194,8 @@ def add_line(ax: Axes, time: Array, value: Array, color: Color, *, log: bool) ->
     value = drawable(value, log=log)
     marker = "o" if np.count_nonzero(np.isfinite(value)) == 1 else ""
     width = 0.6 if len(time) > 200 else 0.8 if color == GREY else 1.6
-    ax.plot(time, value, color=color, linewidth=width, marker=marker, markersize=4)
+    (line,) = ax.plot(time, value, color=color, linewidth=width, marker=marker, markersize=4)
+    line.set_zorder(2 if color == GREY else 3)
     if log and np.isfinite(value).any() and ax.get_yscale() != "log":
         ax.set_yscale("log")
     elif not log:
@@ -315,30 +313,6 @@ def add_key(
     lines += [Line2D([], [], color=color, marker="^", linestyle="") for color in marks.values()]
     look: dict[str, Any] = {"labelcolor": INK, "frameon": False, "handlelength": 1.2}
     figure.legend(lines, [*names, *marks], loc="outside right upper", fontsize=9, **look)
-
-
-def label_ends(figure: Figure, ax: Axes, names: dict[int, str]) -> None:
-    """Name some lines of a panel at their ends, those of neighbours apart from each other."""
-    figure.draw_without_rendering()
-    ends = []
-    for i, name in names.items():
-        data = np.asarray(ax.lines[i].get_data(), np.float64)
-        known = np.flatnonzero(np.isfinite(data[1]))
-        if len(known):
-            end = float(data[0, known[-1]]), float(data[1, known[-1]])
-            ends.append((float(ax.transData.transform(end)[1]) * 72 / figure.dpi, i, name, end))
-    ends.sort()
-    points = [end[0] for end in ends]
-    # From the lowest up, each at least a line's height over the one before; then all moved down by
-    # half of what that took, so that as many are above their line's end as below it.
-    for k in range(1, len(points)):
-        points[k] = max(points[k], points[k - 1] + _LINE_POINTS)
-    middle = np.mean([at - end[0] for at, end in zip(points, ends, strict=True)]) if ends else 0
-    for at, (y, i, name, end) in zip(points, ends, strict=True):
-        color, place = ax.lines[i].get_color(), (14, at - middle - y)
-        ax.lines[i].set_zorder(3)
-        ax.annotate("", end, place, arrowprops=_LEADER | {"color": color}, **_OFFSET)
-        ax.annotate(name, end, place, color=color, fontsize=9, **_OFFSET)
 
 
 def add_titles(figure: Figure, axes: list[Axes], titles: list[str]) -> None:

@@ -9,10 +9,8 @@ import pytest
 import torch
 from histories import LONG_NAMES, falling, make_history
 from legibility import assert_legible
-from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from gradstat import History, LinearBins, Log2Bins, plot
 from gradstat.record import KINDS, NOUNS
@@ -142,17 +140,16 @@ def test_curves_color_and_name_the_line_that_stands_out_of_many(
     history = make_history(Log2Bins(), [f"block.{i}" for i in range(28)], 12, gradient)
     for field in ("mean_abs", "mean"):
         figure = plot.curves(history, field, log=field == "mean_abs")
-        assert figure.legends == []
-        (ax,) = figure.axes
+        (ax,), (key,) = figure.axes, figure.legends
         assert_legible(figure, monkeypatch)
-        named = {text.get_text(): text.get_color() for text in ax.texts if text.get_text()}
-        assert set(named) == {"block.0", f"block.{spiking}", "block.27"}
+        pairs = zip(key.get_texts(), key.get_lines(), strict=True)
+        named = {text.get_text(): line.get_color() for text, line in pairs}
+        assert list(named) == ["block.0", f"block.{spiking}", "block.27"]
         others = {to_hex(line.get_color()) for line in ax.lines}
         for name, color in named.items():
             line = ax.lines[int(name[6:])]
             assert to_hex(line.get_color()) == to_hex(color)
             assert max(color[:3]) - min(color[:3]) > 0.3
-            assert text_beside(ax, name, line)
             others.remove(to_hex(color))
         (other,) = others
         assert len(set(to_rgb(other))) == 1
@@ -165,24 +162,15 @@ def test_of_lines_that_stray_together_one_stands_out() -> None:
         return torch.randn(50, generator=generator) * strays.get(layer, 1.0)
 
     history = make_history(Log2Bins(), [f"block.{i}" for i in range(28)], 12, gradient)
-    (ax,) = plot.curves(history).axes
-    named = {text.get_text() for text in ax.texts if text.get_text()}
-    assert named == {"block.0", "block.6", "block.20", "block.27"}
-
-
-def text_beside(ax: Axes, name: str, line: Line2D) -> bool:
-    """Whether a label is at the end of its line: to its right, and pointing there."""
-    (text,) = (text for text in ax.texts if text.get_text() == name)
-    x, y = line.get_data()
-    box = text.get_window_extent()
-    end = ax.transData.transform((x[-1], y[-1]))
-    return bool(text.xy == (x[-1], y[-1]) and box.x0 > end[0] and abs(box.y0 - end[1]) < 120)
+    (key,) = plot.curves(history).legends
+    named = [text.get_text() for text in key.get_texts()]
+    assert named == ["block.0", "block.6", "block.20", "block.27"]
 
 
 @pytest.mark.parametrize("lines", [8, 9])
-def test_curves_of_up_to_eight_lines_have_a_key(lines: int) -> None:
+def test_curves_of_up_to_eight_lines_name_them_all(lines: int) -> None:
     figure = plot.curves(make_history(Log2Bins(), lines, 3))
-    assert len(figure.legends) == (lines == 8)
+    assert len(figure.legends[0].get_texts()) == (8 if lines == 8 else 2)
     assert len({to_hex(line.get_color()) for line in figure.axes[0].lines}) == (
         8 if lines == 8 else 3
     )
