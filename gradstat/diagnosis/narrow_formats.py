@@ -53,7 +53,6 @@ class LayerFits(NamedTuple):
     """The `FormatFit` of each format to a row of a history."""
 
     row: Row
-    layer: str  # its name, as printed
     fits: dict[str, FormatFit]  # by the format's name
 
     def narrowest(self, thresholds: Thresholds) -> str | None:
@@ -85,8 +84,8 @@ def layer_fits(run: Evidence) -> list[LayerFits]:
             if not math.isnan(fit.snr):
                 fits[name] = fit
     return [
-        LayerFits(Row(kind, name), layer, fits)
-        for kind, name, layer, fits in zip(run.kinds, run.names, run.layers, found, strict=True)
+        LayerFits(Row(kind, name), fits)
+        for kind, name, fits in zip(run.kinds, run.names, found, strict=True)
         if fits
     ]
 
@@ -150,7 +149,7 @@ def find_narrowest(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     # A format that keeps everything has an infinite SNR, which is left out.
     numbers = {name: fit.snr for name, fit in worst.fits.items() if math.isfinite(fit.snr)}
     sentence = recommendation(layers, history.formats, thresholds)
-    return [Finding("narrowest format", "note", worst.layer, run.all_steps, numbers, sentence)]
+    return [Finding("narrowest format", "note", str(worst.row), run.all_steps, numbers, sentence)]
 
 
 def find_underflow(run: Evidence, thresholds: Thresholds) -> list[Finding]:

@@ -162,16 +162,10 @@ def curves(
     colors = panels.line_colors(len(keys), marked, ordered=not by_layer)
     in_key = marked or range(len(keys))
     keys = [keys[i] for i in in_key]
-    columns, *size = (4, 2.7, 2.2) if by_layer else (2, 3.9, 3.0)
+    columns, size = (4, (2.7, 2.2)) if by_layer else (2, (3.9, 3.0))
     margin = 0.5 + max(0.4, panels.longest_inches(keys, 9))
     figure, axes = panels.grid_2d(
-        figure,
-        len(heads),
-        columns,
-        (size[0], size[1]),
-        margin=margin,
-        sharex=True,
-        sharey=not by_layer,
+        figure, len(heads), columns, size, margin=margin, sharex=True, sharey=not by_layer
     )
     for ax, lines in zip(axes, drawn, strict=True):
         panels.style_2d(ax)

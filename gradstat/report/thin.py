@@ -246,14 +246,13 @@ def series_of(
 
 
 def _in_columns(steps: Array, values: Array, first: Array) -> Series:
-    at = np.maximum(np.searchsorted(first, steps, "right") - 1, 0)
+    column = np.maximum(np.searchsorted(first, steps, "right") - 1, 0)
     finite = np.isfinite(values)
-    at, known = at[finite], np.clip(values[finite], -_FLOAT32, _FLOAT32)
+    at, known = column[finite], np.clip(values[finite], -_FLOAT32, _FLOAT32)
     least, most = (np.full(len(first), np.nan) for _ in range(2))
     np.fmin.at(least, at, known)
     np.fmax.at(most, at, known)
     n = np.bincount(at, minlength=len(first))
     mean = divide(np.bincount(at, known, len(first)), n)
-    broken = np.maximum(np.searchsorted(first, steps[~finite], "right") - 1, 0)
     mean, least, most = (x.astype(np.float32) for x in (mean, least, most))
-    return Series(mean, least, most, np.bincount(broken, minlength=len(first)))
+    return Series(mean, least, most, np.bincount(column[~finite], minlength=len(first)))
