@@ -53,6 +53,7 @@ class LayerFits(NamedTuple):
     """The `FormatFit` of each format to a row of a history."""
 
     row: Row
+    layer: str  # its name, as printed
     fits: dict[str, FormatFit]  # by the format's name
 
     def narrowest(self, thresholds: Thresholds) -> str | None:
@@ -84,8 +85,8 @@ def layer_fits(run: Evidence) -> list[LayerFits]:
             if not math.isnan(fit.snr):
                 fits[name] = fit
     return [
-        LayerFits(Row(kind, name), fits)
-        for kind, name, fits in zip(run.kinds, run.names, found, strict=True)
+        LayerFits(Row(kind, name), layer, fits)
+        for kind, name, layer, fits in zip(run.kinds, run.names, run.layers, found, strict=True)
         if fits
     ]
 
@@ -114,14 +115,13 @@ def _for_kind(layers: Sequence[LayerFits], formats: Sequence[str], thresholds: T
     lacking = {
         name: [each for each in layers if not each.fits[name].keeps(thresholds)] for name in by_bits
     }
+    # The narrowest one that would do for most of them, and for all.
+    most = next((name for name in by_bits if 2 * len(lacking[name]) < len(layers)), None)
     whole = next((name for name in by_bits if not lacking[name]), None)
-    # Narrower ones that would do for most of them.
-    narrower = by_bits[: by_bits.index(whole) if whole else None]
-    most = next((name for name in narrower if 2 * len(lacking[name]) < len(layers)), None)
-    if whole is not None and most is None:
-        return f"{whole} for all {nouns}"
     if most is None:
         return f"none of the formats for the {nouns}"
+    if most == whole:
+        return f"{whole} for all {nouns}"
     left = lacking[most]
     worst = min(left, key=lambda each: each.fits[most].snr)
     exceptions = worst.row.name if len(left) == 1 else f"{worst.row.name} and {len(left) - 1} more"
@@ -149,7 +149,7 @@ def find_narrowest(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     # A format that keeps everything has an infinite SNR, which is left out.
     numbers = {name: fit.snr for name, fit in worst.fits.items() if math.isfinite(fit.snr)}
     sentence = recommendation(layers, history.formats, thresholds)
-    return [Finding("narrowest format", "note", str(worst.row), run.all_steps, numbers, sentence)]
+    return [Finding("narrowest format", "note", worst.layer, run.all_steps, numbers, sentence)]
 
 
 def find_underflow(run: Evidence, thresholds: Thresholds) -> list[Finding]:

@@ -138,12 +138,8 @@ def write(
 ) -> Path:
     """Write an offline run, which ``wandb sync`` sends, and return its folder.
 
-    Args:
-        history: as for `log`.
-        folder: where wandb makes its folder ``wandb``; made if it is not there.
-        name: of the run, in the project ``gradstat``.
-        tags: as for `log`.
-        progress: as for `log`.
+    It has a name in the project ``gradstat``. In the folder, which is made if it is not there,
+    wandb makes its own folder ``wandb``. The other arguments are as for `log`.
 
     Raises:
         ValueError: no records, other tags, or another run is going on in this process: use `log`.

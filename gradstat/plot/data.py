@@ -102,7 +102,12 @@ def check_layers(
 
 def noun(named: dict[str, History], layers: Collection[str]) -> str:
     """What the values of some layers are called; "value" if they are of several kinds."""
-    kinds = {row.kind for each in named.values() for row in each.rows if str(row) in layers}
+    kinds = {
+        kind
+        for each in named.values()
+        for layer, kind in zip(each.layers, each.kinds, strict=True)
+        if layer in layers
+    }
     return NOUNS[kinds.pop()] if len(kinds) == 1 else "value"
 
 

@@ -188,15 +188,13 @@ def sample(history: History, at: int) -> Sample:
     if log2:
         counts[:, 0] -= zeros
     filled: Array = counts > 0 if log2 else np.ones(counts.shape, bool)
-    first = filled.argmax(1)
-    rows = np.where(filled.any(1), n_rows - filled[:, ::-1].argmax(1) - first, 0)
-    number = np.arange(n_rows)
-    kept = (number >= first[:, None]) & (number < (first + rows)[:, None])
+    begun, ended = (np.logical_or.accumulate(x, axis=1) for x in (filled, filled[:, ::-1]))
+    kept = begun & ended[:, ::-1]
     edges = record.floats[0, :, -2:].clip(-_LARGEST / 2, _LARGEST / 2)
     return Sample(
         int(history.steps[at]),
-        first,
-        rows,
+        kept.argmax(1),
+        kept.sum(1),
         counts[kept],
         finite,
         zeros,
