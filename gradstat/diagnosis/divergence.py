@@ -244,7 +244,7 @@ def _losses_at_records(run: Evidence) -> tuple[Array, Array, Array]:
         x = np.where((at >= 0) & np.isfinite(x[at.clip(0)]), x[at.clip(0)], math.nan)
         level = _newest(x)
         noise = TO_DEVIATIONS * _newest(abs(x - _before(level, 1)), WINDOW)
-        least = np.fmin.reduce(_trailing(level, REACH - WINDOW), axis=0)
+        least = np.fmin.reduce(trailing(level, REACH - WINDOW), axis=0)
         is_falling = _before(level, _LEARNED) - level > _FALLS * np.maximum(noise, _LEAST_NOISE)
         is_well = (level - least <= _WELL) & ~np.isnan(_before(level, _LEARNED))
         flat &= ~is_falling & is_well
@@ -305,7 +305,7 @@ def _tell_ahead(
     return Finding("instability ahead", "warning", layer, (since, until), numbers, sentence)
 
 
-def _trailing(x: Array, n: int) -> Array:
+def trailing(x: Array, n: int) -> Array:
     """Each value and those before it, ``(n, S)``; NaN before the first one."""
     padded = np.append(np.full(n - 1, math.nan), x)
     return np.lib.stride_tricks.sliding_window_view(padded, n).T
@@ -313,7 +313,7 @@ def _trailing(x: Array, n: int) -> Array:
 
 def _newest(x: Array, n: int = _RECENT) -> Array:
     """Median of the newest values at each place."""
-    return median(_trailing(x, n))
+    return median(trailing(x, n))
 
 
 def _before(x: Array, n: int) -> Array:

@@ -8,7 +8,7 @@ from operator import itemgetter
 import numpy as np
 
 from gradstat.diagnosis import usual
-from gradstat.diagnosis.divergence import Leap, find_divergence, find_leap
+from gradstat.diagnosis.divergence import Leap, find_divergence, find_leap, trailing
 from gradstat.diagnosis.evidence import Evidence, log, log_losses, median
 from gradstat.diagnosis.findings import Finding, Severity, rounded
 from gradstat.diagnosis.usual import WINDOW, Departure, Mover, named
@@ -221,7 +221,8 @@ def _jumps(run: Evidence, thresholds: Thresholds) -> list[Finding]:
         limit = math.log(limits[kind])
         series = np.where(np.isinf(sizes), math.nan, sizes)
         # Most rows never rise so far, and need no second look.
-        if not (series - np.fmin.accumulate(series) >= limit / 2).any():
+        least = np.fmin.reduce(trailing(series, 2 * WINDOW + 1))
+        if not (series - least >= limit / 2).any():
             continue
         around, floor = thresholds.spike_deviations, math.log(usual.FLOORS[kind])
         jumps = usual.find_departures(series, floor, around, limit / 2)

@@ -394,12 +394,11 @@ def whole_numbers(most: int, prune: Literal["upper"] | None = None) -> ticker.Ma
 def log_ticks(low: float, high: float) -> tuple[ticker.Locator, ticker.Formatter]:
     """Ticks of a logarithmic axis, at least two: at powers of ten if there are two of these."""
     first, last = math.ceil(math.log10(low)), math.floor(math.log10(high))
-    if last - first > 60:
-        # Matplotlib's own reach past the ends, where powers of ten overflow.
-        powers = range(first, last + 1, math.ceil((last - first) / 6))
-        return ticker.FixedLocator([10.0**power for power in powers]), ticker.LogFormatterMathtext()
     if last > first:
-        return ticker.LogLocator(numticks=7), ticker.LogFormatterMathtext()
+        # Matplotlib's own reach past the ends, where powers of ten may overflow.
+        stride = math.ceil((last - first) / 6)
+        powers = [10.0**power for power in range(first, last + 1) if power % stride == 0]
+        return ticker.FixedLocator(powers), ticker.LogFormatterMathtext()
     if high > 10 * low:
         every = (math.inf, math.inf)
         formatter = ticker.LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=every)
