@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradstat.diagnosis.evidence import Evidence, log, log_losses, median
+from gradstat.bins import FLOAT64_MAX
+from gradstat.diagnosis.evidence import Evidence, exp, log, log_losses, median
 from gradstat.diagnosis.findings import Finding, rounded
 from gradstat.diagnosis.usual import TO_DEVIATIONS, WINDOW, named
 from gradstat.record import ACTIVATION, GRAD, PARAM, UPDATE
@@ -200,7 +201,7 @@ def find_instability(
     if PARAM not in run.kinds or not run.losses or len(run.steps) <= _LEARNED:
         return []
     # A logarithm: how many times larger all weights became in so many steps, by the newest records.
-    weights, steps = log(run.norm(PARAM)), run.steps.astype(np.float64)
+    weights, steps = log(np.minimum(run.norm(PARAM), FLOAT64_MAX)), run.steps.astype(np.float64)
     size, pace = _newest(weights), _newest(log(run.pace))
     growth = (size - _before(size, WINDOW)) * WINDOW / (steps - _before(steps, WINDOW))
     levels, is_flat, is_idle = _losses_at_records(run)
@@ -262,7 +263,7 @@ def _tell_ahead(
     possible: Array,
     thresholds: Thresholds,
 ) -> Finding:
-    times = math.exp(float(np.fmax.reduce(growth[first : last + 1])))
+    times = exp(float(np.fmax.reduce(growth[first : last + 1])))
     since, until = int(run.steps[first]), int(run.steps[last])
     numbers = {"first_step": float(since), "times": times}
     pace, rate = float(run.pace[last]), float(run.rate[last])
@@ -270,7 +271,7 @@ def _tell_ahead(
     if times <= thresholds.weights_growth:
         what = "each step changes the weights much,"
         if not np.nanmax(run.pace[first : last + 1], initial=0.0) > thresholds.weights_pace:
-            numbers["possible_pace"] = math.exp(possible[last])
+            numbers["possible_pace"] = exp(possible[last])
             what = (
                 f"steps are small only because gradients are: one as large for its learning rate "
                 f"as earlier ones would change the weights by {numbers['possible_pace']:.2g} of "
@@ -287,7 +288,7 @@ def _tell_ahead(
     )
     helps = "or weight decay"
     if run.kinds[output] == ACTIVATION and rises[output] > math.log(_NOTABLE):
-        numbers["output"] = math.exp(rises[output])
+        numbers["output"] = exp(rises[output])
         sentence += f" {named(run, output)} grew {rounded(numbers['output'])}-fold meanwhile."
         helps = "weight decay, or a norm there"
     if math.isfinite(pace):

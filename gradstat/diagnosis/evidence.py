@@ -169,7 +169,7 @@ class Evidence:
         """Norm of a step's change as a share of that of all weights: ``(S,)``; NaN if unknown."""
         if not {UPDATE, PARAM} <= set(self.history.kinds):
             return np.full(len(self.steps), math.nan)
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             return np.asarray(self.norm(UPDATE) / self.norm(PARAM))
 
     def norm(self, kind: str) -> Array:
@@ -285,6 +285,11 @@ def log(x: Array) -> Array:
     """Natural logarithm; NaN for zero, as for what is not known: it compares with nothing."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(x == 0, math.nan, np.log(x))
+
+
+def exp(power: float) -> float:
+    """The number e to a power; of a finite one the nearest to it that float64 holds."""
+    return math.exp(power if math.isinf(power) else min(max(power, -744.0), 709.0))
 
 
 def log_losses(losses: Array) -> Array:

@@ -80,10 +80,10 @@ def find_stuck(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     by_record = run.by_record(lambda part: median(_ratio(part).T))
     half = len(by_record) // 2
     early, late = (median(part) for part in (by_record[:half], by_record[half:]))
-    if late > _STEADY * early:
+    if late / _STEADY > early:
         return []  # a learning rate that warms up
     if (pace < thresholds.stuck_ratio).all():
-        is_ending = early > _STEADY * late
+        is_ending = early / _STEADY > late
         # Those that are dead have a finding of their own.
         stuck = np.flatnonzero(np.fmax.reduce(steps) < thresholds.stuck_ratio).tolist()
         stuck = [column for column in stuck if not _is_zero(run, column, slice(None))]

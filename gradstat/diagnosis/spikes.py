@@ -9,7 +9,7 @@ import numpy as np
 
 from gradstat.diagnosis import usual
 from gradstat.diagnosis.divergence import Leap, find_divergence, find_leap, trailing
-from gradstat.diagnosis.evidence import Evidence, log, log_losses, median
+from gradstat.diagnosis.evidence import Evidence, exp, log, log_losses, median
 from gradstat.diagnosis.findings import Finding, Severity, rounded
 from gradstat.diagnosis.usual import WINDOW, Departure, Mover, named
 from gradstat.record import ACTIVATION, GRAD, PARAM, UPDATE
@@ -107,7 +107,7 @@ def find_gradient_spikes(run: Evidence, thresholds: Thresholds) -> list[Finding]
         earlier = np.fmax.reduce(series[: spike.begin][-WINDOW:], initial=-math.inf)
         if series[spike.peak] <= earlier + _BEYOND:
             continue
-        before, peak = math.exp(spike.typical), float(norm[spike.peak])
+        before, peak = exp(spike.typical), float(norm[spike.peak])
         numbers, at = {"before": before, "peak": peak, "times": peak / before}, spike.begin
         what = (
             f"The gradient's norm rose {rounded(numbers['times'])}-fold, from {before:.2g} to "
@@ -247,7 +247,7 @@ def _jumps(run: Evidence, thresholds: Thresholds) -> list[Finding]:
 
 def _jump(run: Evidence, column: int, departure: Departure, over: float) -> Finding:
     steps = int(run.steps[departure.begin]), int(run.steps[departure.end - 1])
-    numbers = {"times": math.exp(over), "first_step": float(steps[0])}
+    numbers = {"times": exp(over), "first_step": float(steps[0])}
     sentence = (
         f"{named(run, column)} left its usual range at step {steps[0]} and reached "
         f"{rounded(numbers['times'])} times its usual size"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gradstat.diagnosis.evidence import Evidence, around, median
+from gradstat.diagnosis.evidence import Evidence, around, exp, median
 from gradstat.diagnosis.findings import rounded
 from gradstat.record import ACTIVATION, GRAD, GRAD_OUTPUT, NOUNS, PARAM, UNIT, UPDATE
 from gradstat.util import Array, plural
@@ -25,7 +25,6 @@ _SEVERAL, _NEARER = 4, 0.6  # values in a row, and the share of the half-width t
 _EARLY = 0.25  # of the half-width, from which on what leaves the range has begun to
 _PART = 1 / 40  # of what it reaches
 _SHIFTED = 3 * WINDOW  # values outside it that make a new level
-_LARGEST = 700.0  # whose exponential is finite
 
 # In the order in which a step computes them; the loss comes after the forward pass.
 PHASES = {PARAM: 0, ACTIVATION: 1, GRAD_OUTPUT: 3, GRAD: 4, UPDATE: 5}
@@ -147,8 +146,7 @@ def find_movers(
         most = float(over[is_out[:, column], column].max())
         left, _ = around(is_far[:, column] & (over[:, column] > _PART * most), newest)
         farthest = float(over[left : newest + 1, column].max())
-        times = math.exp(farthest) if farthest < _LARGEST else math.inf
-        mover = Mover(column, first + left, times)
+        mover = Mover(column, first + left, exp(farthest))
         earlier = mover.at < record or not is_same or PHASES[run.kinds[column]] < phase
         (before if earlier else together).append(mover)
     before.sort(key=lambda mover: _order(run, mover))

@@ -336,6 +336,23 @@ def test_diagnose_tells_a_jump_of_one_row(kind: str, times: float) -> None:
     assert "and came back" in finding.sentence
 
 
+@pytest.mark.parametrize("kind", [GRAD, PARAM, UPDATE, ACTIVATION])
+@pytest.mark.parametrize("exponent", [200, 300, 308])
+def test_diagnose_tells_a_jump_farther_than_float64_reaches(kind: str, exponent: int) -> None:
+    def gradient(step: int, row: int) -> torch.Tensor:
+        x = noise(step, row).double()
+        is_far = row == 3 * KINDS.index(kind) + 1 and AT <= step < AT + 4
+        return x * 10.0 ** (exponent if is_far else -exponent if KINDS[row // 3] == kind else 0)
+
+    history = make_history(Log2Bins(), LAYERS, STEPS, gradient, kinds=KINDS)
+    for step in range(STEPS):
+        history.add_scalar("loss", step, wavering(step) + 9 * (AT <= step < AT + 4))
+    found = diagnose(history)
+    (spike,) = (each for each in found if each.kind == "loss spike")
+    assert spike.numbers["first_step"] == AT
+    assert all(math.isfinite(x) for each in found for x in each.numbers.values())
+
+
 def test_diagnose_tells_weights_that_grow_step_by_step_from_their_first_step() -> None:
     history = run(
         lambda step: 1.0,
