@@ -163,7 +163,8 @@ def _find(runs: RunList, path: str, query: dict[str, list[str]]) -> tuple[str, s
     if match is None or run is None:
         return None
     if match[2] is None:
-        return _HTML, page.render(runs.name(run), {"live": f"/run/{int(match[1])}/data"})
+        title = runs.headings()[run.path]
+        return _HTML, page.render(title, {"live": f"/run/{int(match[1])}/data"})
     since = query.get("since", ["0"])[-1]
     if not re.fullmatch(r"[0-9]{1,15}", since):
         return None
@@ -203,9 +204,6 @@ class RunList:
             self.listed()  # it may be one of a directory
         return self._runs.get(number)
 
-    def name(self, run: LiveRun) -> str:
-        return self._headings()[run.path]
-
     def listed(self) -> list[dict[str, Any]]:
         """Number, name, seconds since the last change, and bytes of each run."""
         # Within a directory those that are being written come first, and then the newest. Seconds
@@ -217,7 +215,7 @@ class RunList:
             for path in self._paths
         ]
         numbers = {path: self._number(path) for group in groups for path in group}
-        headings = self._headings()
+        headings = self.headings()
         found = []
         for group in groups:
             lines = [_line(numbers[path], headings[path], path) for path in group]
@@ -226,7 +224,7 @@ class RunList:
             found += lines
         return found
 
-    def _headings(self) -> dict[Path, str]:
+    def headings(self) -> dict[Path, str]:
         """The name of each run, or its path where others have the same name."""
         names = {run.path: run_name(run.path) for run in list(self._runs.values())}
         n_of_name = Counter(names.values())

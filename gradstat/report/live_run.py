@@ -149,7 +149,7 @@ class Growing:
         self._newest: dict[str, Array] = {}
         self._most_columns = thin.most_columns(n_layers)
         self._most_samples = thin.most_samples(n_layers)
-        self._log2, self._kind = isinstance(first.bins, Log2Bins), first.kinds[0]
+        self._kind = first.kinds[0]
         self._sums = thin.Sums.of(first).part(slice(0))
         self._stride = self._sample_stride = 1
         self._samples: list[tuple[int, int, thin.Sample]] = []  # with its version and position
@@ -245,7 +245,6 @@ class Growing:
             {name: thin.Series(*(x[cut] for x in each)) for name, each in self._series.items()},
             [sample for at, sample in samples.values() if is_whole or at > version],
             self._newest if has_new else {},
-            log2=self._log2,
         )
         found |= {
             "from": start,

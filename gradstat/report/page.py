@@ -24,7 +24,7 @@ from gradstat.report import thin
 from gradstat.util import Array, __version__, as_path, escaped, json_text, replacing
 
 _NUMBERS = ("numel", "mean", "std", "rms", "l2", "min", "max", "zeros", "nan", "posinf", "neginf")
-_SAMPLE = ("first", "rows", "counts", "finite", "zeros", "nonfinite")
+_SAMPLE = ("first", "rows", "counts", "finite", "zeros", "nonfinite", "edges")
 # The scripts are modules. A page holds those that its own one imports, as a single module, since a
 # file of HTML can import no others.
 _IMPORT = re.compile(r'^import \{ [\w, ]+ \} from "\./(\w+\.js)";\n', re.MULTILINE)
@@ -46,7 +46,6 @@ def write(history: History, path: str | os.PathLike[str], *, title: str = "Gradi
         thin.series(history, columns),
         thin.samples(history, [finding["at"] for finding in found]),
         newest(history),
-        log2=isinstance(history.bins, Log2Bins),
     )
     data = told.pop("data")
     told |= {
@@ -115,8 +114,6 @@ def contents(
     series: Mapping[str, thin.Series],
     samples: Sequence[thin.Sample],
     newest: Mapping[str, Array],
-    *,
-    log2: bool,
 ) -> dict[str, Any]:
     """Columns, series and samples that a page is to add to its own, and the newest numbers."""
     arrays: dict[str, Array] = columns._asdict()
@@ -125,10 +122,8 @@ def contents(
         stacked = [getattr(each, name) for each in series.values()]
         arrays[f"series{name.capitalize()}"] = np.concatenate([np.empty(0, np.float32), *stacked])
     for name in _SAMPLE:
-        parts = [getattr(each, name) for each in samples]
+        parts = [getattr(each, name).ravel() for each in samples]
         arrays[f"sample{name.capitalize()}"] = np.concatenate([np.empty(0, np.int64), *parts])
-    if not log2:
-        arrays["sampleEdges"] = np.concatenate([np.empty((0, 2)), *(x.edges for x in samples)])
     arrays |= {f"newest{name.capitalize()}": x for name, x in newest.items()}
     layout, data = _pack(arrays)
     return {

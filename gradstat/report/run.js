@@ -75,7 +75,7 @@ function addSamples(told, fresh) {
     for (const name of ["First", "Rows", "Finite", "Zeros", "Nonfinite"]) own[name.toLowerCase()] = part(`sample${name}`);
     own.rows.forEach((n, layer) => { own.starts[layer + 1] = own.starts[layer] + n; });
     own.counts = fresh.sampleCounts.slice(start, start + own.starts[L]);
-    own.edges = fresh.sampleEdges?.slice(2 * k * L, 2 * (k + 1) * L);
+    own.edges = fresh.sampleEdges.slice(2 * k * L, 2 * (k + 1) * L);
     start += own.starts[L];
     known.set(step, own);
   });

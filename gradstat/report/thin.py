@@ -140,7 +140,7 @@ class Sample:
     finite: Array  # elements, int64 (L,)
     zeros: Array  # of them
     nonfinite: Array  # the other elements
-    edges: Array  # lowest and highest of all rows, float64 (L, 2); NaN over `Log2Bins`
+    edges: Array  # lowest and highest of all rows, float64 (L, 2); none over `Log2Bins`
 
 
 def columns(history: History) -> Columns:
@@ -199,7 +199,7 @@ def sample(history: History, at: int) -> Sample:
         finite,
         zeros,
         numel - finite,
-        np.full_like(edges, np.nan) if log2 else edges,
+        edges[:0] if log2 else edges,
     )
 
 
