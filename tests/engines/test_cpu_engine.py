@@ -7,7 +7,6 @@ import platform
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -21,13 +20,16 @@ import gradstat
 from gradstat import LinearBins, Log2Bins, Statistics
 from gradstat.bins import Bins
 from gradstat.engines import cpu, reference
-from gradstat.engines.cpu import compiling, pool
-from gradstat.engines.cpu.work import MAX_SHARED_BINS
+from gradstat.engines.cpu import compiling
+from gradstat.engines.cpu import formats as cpu_formats
+from gradstat.engines.cpu import threads as torch_threads
+from gradstat.engines.cpu.threads import run_together
+from gradstat.engines.cpu.work import CAME, MAX_SHARED_BINS, NEXT
 from gradstat.record import RecordLayout
 
 measure = functools.partial(gradstat.statistics, engine="cpu")
 
-SHARED = 1 << 19  # elements: enough that helper threads take part
+SHARED = 1 << 19  # elements: enough that several threads take part
 
 
 @pytest.fixture
@@ -132,16 +134,6 @@ def test_plan_after_a_refusal_starts_afresh() -> None:
     assert RecordLayout(2, 0, 2048).dense(data).sum(1).tolist() == [10, 10]
 
 
-@pytest.mark.usefixtures("two_threads")
-def test_measure_makes_do_with_the_helpers_there_are_where_their_lock_is_lost(
-    generator: torch.Generator,
-) -> None:
-    x = torch.randn(SHARED, generator=generator)
-    expected = measure(x)
-    with pool._pool._lock:
-        assert_identical(measure(x), expected)
-
-
 # Rows of units, channels, one unit, and enough for several threads, which have a part each.
 PEAK_SHAPES = [((5, 3), -1), ((2, 3, 4, 5), 1), ((7,), 0), ((1, 3, 400_000), 1), ((1027, 1030), 1)]
 
@@ -239,20 +231,15 @@ def test_measure_works_in_autograds_hooks_and_threads(generator: torch.Generator
         assert_identical(results[name], measure(2 * x))
 
 
-# Helper threads, and the locks they hold, do not come along into a forked child.
+# Other threads do not come along into a forked child, where OpenMP would wait for them.
 FORKED = """
-import multiprocessing, os, torch, gradstat
-from gradstat.engines.cpu import pool as helper_threads
+import multiprocessing, torch, gradstat
 
 torch.set_num_threads(2)
 x = torch.arange(1 << 19).float()
 
 def count(_):
     return gradstat.statistics(x, engine="cpu").counts.tolist()
-
-def helpers(_):
-    count(0)
-    return [os.path.exists(f"/proc/self/task/{id}") for id in helper_threads._pool.ids]
 
 class Rows(torch.utils.data.Dataset):
     def __len__(self):
@@ -263,7 +250,6 @@ class Rows(torch.utils.data.Dataset):
 here = count(0)
 with multiprocessing.get_context("fork").Pool(2) as pool:
     assert pool.map(count, range(4)) == [here] * 4
-    assert all(alive and all(alive) for alive in pool.map(helpers, range(4)))
 assert count(0) == here
 loader = torch.utils.data.DataLoader(Rows(), num_workers=2, multiprocessing_context="fork")
 assert [float(row) for row in loader] == [float((x.double() * i).sum()) for i in range(4)]
@@ -373,37 +359,92 @@ def test_measure_reads_negated_views_while_others_are_copied(generator: torch.Ge
         assert float(row.sum) == pytest.approx(-float(part.double().sum()), abs=1e-6 * magnitudes)
 
 
+is_x86 = platform.machine().lower() in ("x86_64", "amd64")
 CPUS = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
+
+
+# What torch has started in that mode keeps it for good, and is to have no share.
+FLUSHING = """
+import torch, gradstat
+from gradstat.engines.cpu import threads
+
+threads.os.sched_getaffinity = lambda _: range(4)
+threads._granted_cpus = lambda: 4
+torch.set_num_threads(1)
+x = (torch.arange(1 << 20, dtype=torch.float64) % 999 * 1e-43 - 4e-41).float()
+
+def measure():
+    return gradstat.statistics(x, engine="cpu"), gradstat.quantization(x, "bfloat16", engine="cpu")
+
+expected = measure()
+assert torch.set_flush_denormal(True)
+torch.set_num_threads(4)
+(x + 1.0).sum()  # starts threads
+torch.set_flush_denormal(False)
+assert int((x * 1.0 == 0).sum()) > 100_000  # they flush
+for _ in range(9):
+    for got, each in zip(measure(), expected, strict=True):
+        assert torch.equal(got.integers, each.integers), (got.integers, each.integers)
+        assert torch.equal(got.floats, each.floats), (got.floats, each.floats)
+print("done")
+"""
+
+
+@pytest.mark.skipif(not is_x86, reason="needs a processor that torch can make flush subnormals")
+def test_measure_keeps_subnormals_where_threads_of_torch_flush_them(tmp_path: Path) -> None:
+    assert run_python(FLUSHING, cwd=tmp_path) == "done\n"
 
 
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs, and to place threads")
-def test_helpers_are_kept_off_the_cpu_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.ones(1 << 20)
-    cpu.measure([x], Log2Bins())  # starts the helper
-    for mine in sorted(CPUS)[:2]:
-        monkeypatch.setattr(pool, "_get_cpu", lambda mine=mine: mine)
-        cpu.measure([x], Log2Bins())
-        for helper in pool._pool.ids:
-            assert os.sched_getaffinity(helper) == CPUS - {mine}
-    assert os.sched_getaffinity(0) == CPUS
-    assert pool._pool.ids
+def test_torchs_threads_share_the_work(generator: torch.Generator) -> None:
+    x = torch.randn(8 * SHARED, generator=generator)
+    plan = cpu.Plan([x], Log2Bins())
+    (table,) = plan._tables
+    came = []
+
+    def run(entry: Callable[[int], None], address: int, threads: int) -> None:
+        run_together(entry, address, threads)
+        came.append((table._table[CAME], table._table[NEXT]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "run_together", run)
+        shared = plan.run([x])
+    assert came == [(2, 64 + 2)]  # each has asked once more than there was
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_threads._team, "call", None)  # torch without OpenMP
+        assert plan.run([x]) == shared
+    assert len(came) == 1
 
 
 @pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs, and to place threads")
-def test_measure_uses_no_more_threads_than_its_thread_may_use_cpus(
-    monkeypatch: pytest.MonkeyPatch, two_threads: None
-) -> None:
-    asked: list[int] = []
-    monkeypatch.setattr(cpu, "run_together", lambda job, threads: asked.append(threads))
-    x = torch.ones(SHARED)
-    measure(x)
+def test_count_threads_is_no_more_than_the_thread_may_use_cpus(two_threads: None) -> None:
+    assert torch_threads.count_threads(9) == 2
+    assert torch_threads.count_threads(1) == 1
     os.sched_setaffinity(0, {min(CPUS)})
     try:
-        measure(x)
+        assert torch_threads.count_threads(9) == 1
     finally:
         os.sched_setaffinity(0, CPUS)
-    assert asked == [2]
+
+
+@pytest.mark.parametrize("bins", [Log2Bins(), LinearBins(30)], ids=str)
+def test_no_more_threads_work_than_may(
+    bins: Bins, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(4 * SHARED, generator=generator)
+    expected, formats = measure(x, bins), gradstat.quantization(x, "nvfp4", engine="cpu")
+    before = torch.get_num_threads()
+    for module in (cpu, cpu_formats):
+        monkeypatch.setattr(module, "count_threads", lambda most: min(most, 2))
+    torch.set_num_threads(8)
+    try:
+        for _ in range(5):
+            assert_identical(measure(x, bins), expected)
+            again = gradstat.quantization(x, "nvfp4", engine="cpu")
+            assert torch.equal(again.integers, formats.integers)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -423,12 +464,13 @@ def test_count_threads_respects_what_a_container_may_use(
     (tmp_path / "cpu").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text + "\n")
-    monkeypatch.setattr(pool, "_CGROUP", tmp_path)
-    assert pool._granted_cpus.__wrapped__() == cpus
-    monkeypatch.setattr(pool, "_granted_cpus", pool._granted_cpus.__wrapped__)
+    monkeypatch.setattr(torch_threads, "_CGROUP", tmp_path)
+    granted = torch_threads._granted_cpus.__wrapped__
+    assert granted() == cpus
+    monkeypatch.setattr(torch_threads, "_granted_cpus", granted)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     monkeypatch.setattr(os, "sched_getaffinity", lambda thread: set(range(64)))
-    assert pool.count_threads() == min(cpus, 64)
+    assert torch_threads.count_threads(100) == min(cpus, 64)
 
 
 # The caller frees the tensor right after: a helper that still reads it would end the process.
@@ -465,124 +507,7 @@ def test_measure_survives_interrupts(tmp_path: Path) -> None:
     assert run_python(INTERRUPTED, cwd=tmp_path).split() == [str(1 << 20)]
 
 
-@pytest.mark.parametrize("where", ["submitting", "at work", "waiting"])
-def test_run_together_waits_for_its_helpers_whatever_is_raised(
-    where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    caller, begun, ended = threading.get_ident(), threading.Event(), threading.Event()
-    raised: list[str] = []
-
-    def interrupt(at: str) -> None:
-        if at == where:
-            raised.append(at)
-            raise KeyboardInterrupt
-
-    def job() -> None:
-        if threading.get_ident() == caller:
-            assert begun.wait(5)
-            interrupt("at work")
-            return
-        begun.set()
-        time.sleep(0.2)
-        ended.set()
-
-    submit, withdraw = pool._Pool.submit, pool._Share.withdraw
-
-    def interrupted_submit(self: pool._Pool, shares: list[pool._Share]) -> None:
-        submit(self, shares)
-        assert begun.wait(5)
-        interrupt("submitting")
-
-    def interrupted_withdraw(self: pool._Share) -> None:
-        if not raised:
-            interrupt("waiting")
-        withdraw(self)
-
-    monkeypatch.setattr(pool._Pool, "submit", interrupted_submit)
-    monkeypatch.setattr(pool._Share, "withdraw", interrupted_withdraw)
-    with pytest.raises(KeyboardInterrupt):
-        pool.run_together(job, 2)
-    assert ended.is_set()
-
-
-@pytest.mark.parametrize("is_done", [False, True], ids=["withdrawn", "done"])
-def test_run_together_leaves_the_job_to_its_caller(
-    is_done: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # A helper that frees tensors after the end of the interpreter aborts the process.
-    kept: list[pool._Share] = []
-
-    def submit(_: pool._Pool, shares: list[pool._Share]) -> None:
-        kept.extend(shares)
-        for share in shares if is_done else ():
-            share.do()
-
-    def job() -> None:
-        calls.append(1)
-
-    calls: list[int] = []
-    monkeypatch.setattr(pool._Pool, "submit", submit)
-    pool.run_together(job, 3)
-    assert len(kept) == 2
-    assert len(calls) == (3 if is_done else 1)
-    alive = weakref.ref(job)
-    del job
-    assert alive() is None
-    if not is_done:
-        for share in kept:
-            share.do()
-        assert len(calls) == 1
-
-
-# Raises where handlers of signals run, at one place after the other: as a function begins, and
-# after one that is not Python's has returned; inside of libraries, too.
-INTERRUPTED_EVERYWHERE = """
-import sys, time
-from gradstat.engines.cpu import pool
-
-def job():
-    time.sleep(0.001)
-
-def interrupt(frame, event, argument):
-    global events
-    if event in ("call", "c_return"):
-        events += 1
-        if events == at:
-            raise KeyboardInterrupt
-
-def run(at_event):
-    global at, events
-    at, events = at_event, 0
-    sys.setprofile(interrupt)
-    try:
-        pool.run_together(job, 3)
-    finally:
-        sys.setprofile(None)
-
-interrupts = 0
-for at_event in range(1, 80):
-    for is_first in (True, False):
-        if is_first:
-            pool._pool = pool._Pool()  # starts its helpers, too
-        try:
-            run(at_event)
-        except KeyboardInterrupt:
-            interrupts += 1
-done = []
-for _ in range(20):
-    pool.run_together(lambda: (time.sleep(0.001), done.append(1)), 3)
-assert interrupts > 30, interrupts
-assert len(pool._pool.ids) == 2 and len(done) >= 20
-print("done")
-"""
-
-
-def test_run_together_can_be_interrupted_everywhere(tmp_path: Path) -> None:
-    assert run_python(INTERRUPTED_EVERYWHERE, cwd=tmp_path) == "done\n"
-
-
 OLDEST = {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
-is_x86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 @pytest.mark.skipif(not is_x86, reason="needs a processor of x86")

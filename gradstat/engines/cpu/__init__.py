@@ -27,7 +27,7 @@ from gradstat.bins import (
 from gradstat.engines import merge_dims, no_storage, reference
 from gradstat.engines.cpu.compiling import entry_point, passes_trial, trial_tensors
 from gradstat.engines.cpu.partials import FIELDS
-from gradstat.engines.cpu.pool import count_threads, run_together
+from gradstat.engines.cpu.threads import count_threads, run_together
 from gradstat.engines.cpu.work import (
     ADDRESSES,
     COUNTS_ONLY,
@@ -35,10 +35,12 @@ from gradstat.engines.cpu.work import (
     FUSED,
     HEAD,
     INTEGERS_AT,
+    ITEMS,
     MAX_SHARED_BINS,
-    NEXT,
     NUMBERS,
+    PARTIALS,
     SCRATCH_BYTES,
+    TENSORS,
     TOUCHED,
     fill_edges,
     find_peaks,
@@ -50,11 +52,13 @@ from gradstat.util import Array
 
 _ITEM = 1 << 16  # elements: enough to hide the taking of an item, few enough to share a tensor out
 _MAX_ITEMS = 2048  # of one tensor: its partials stay under 250 KB
-_ALONE_BELOW = 1 << 18  # elements: waking another thread takes longer than these
+_ALONE_BELOW = 3 * _ITEM  # elements: whoever works on an item has taken the next one already
 _FEW = 1 << 14  # elements: torch finds peaks of fewer before a compiled function is prepared
 _KEPT_BYTES = 64 << 20  # of one room, between calls
 _KEPT_PLANS = 16  # between calls,
 _KEPT_TENSORS = 1024  # and of how many tensors each
+
+_put_job = struct.Struct("6q").pack_into  # the head of a work table, up to its scratches
 
 Rows = tuple[Array, Array, Array]  # integers, floats and counts, as of `Statistics`
 
@@ -87,7 +91,7 @@ class _Room(_Rows):
         self.packed, self.packed_address = packed.data.cast("B"), packed.ctypes.data
 
 
-_scratches: list[tuple[Tensor, int]] = []  # between calls, with their addresses; zero
+_scratches: list[tuple[Tensor, int]] = []  # of calls, between them, with their addresses; zero
 _rooms: list[_Room] = []  # between calls
 _plans: dict[Hashable, Plan] = {}  # of calls of `measure`, between them; the latest are last
 
@@ -243,7 +247,8 @@ class _Table:
         tensors: Sequence[Tensor],
         addresses: array[int],
     ) -> None:
-        self._work = entry_point(work_on(dtype, is_linear))
+        self._shared_work = work_on(dtype, is_linear)
+        self._work = entry_point(self._shared_work)
         self._layouts: list[array[int]] = []
         lines: list[int] = []
         n_items = n_values = 0
@@ -256,12 +261,13 @@ class _Table:
             n_items += -(-numel // size)
             n_values += numel
         self._partials = array("d", bytes(8 * FIELDS * n_items))
-        # From NEXT to PARTIALS; `write_to` knows the others.
-        head = [0, len(rows), n_items, self._partials.buffer_info()[0], *[0] * (HEAD - 4)]
+        head = [0] * HEAD  # `write_to` and `run` know the others
+        head[TENSORS], head[ITEMS] = len(rows), n_items
+        head[PARTIALS] = self._partials.buffer_info()[0]
         head[ADDRESSES] = addresses.buffer_info()[0]
         self._table = array("q", (*head, *lines, 0, 0, 0, n_items, 0))
         self._address = self._table.buffer_info()[0]
-        self._is_large = n_values >= _ALONE_BELOW
+        self._n_items, self._is_large = n_items, n_values >= _ALONE_BELOW
 
     def write_to(self, rows: _Rows, n: int, n_bins: int, ranges: array[float] | None) -> None:
         """Let later runs write ``n`` rows there, over known ranges if any."""
@@ -277,21 +283,16 @@ class _Table:
 
     def run(self, stage: int) -> None:
         """Do a stage of the work, see `work`: threads share the items, then the rows are made."""
-        self._table[NEXT] = 0
-        if self._is_shared:
-            threads = count_threads()
-            if threads > 1:
-                run_together(lambda: self._share(stage, is_last=False), threads)
-        self._share(stage, is_last=True)
-
-    def _share(self, stage: int, *, is_last: bool) -> None:
-        try:
-            scratch = _scratches.pop()
-        except IndexError:  # all are in use
-            scratch = _new_scratch()
+        threads, item = count_threads(self._n_items) if self._is_shared else 1, 0
+        scratch = _take_scratch(threads)
+        if threads > 1:
+            _put_job(self._table, 0, 0, 0, threads, stage, False, scratch[1])
+            run_together(self._shared_work, self._address, threads)
+            item = self._n_items
+        _put_job(self._table, 0, item, 0, 1, stage, True, scratch[1])
         # Their product is zero in a thread that flushes subnormal numbers.
         work = self._work if SUBNORMAL * 1.0 else keeps_subnormals(self._work)
-        work(self._address, stage, is_last, scratch[1])
+        work(self._address)
         _scratches.append(scratch)
 
     def _layout_of(self, x: Tensor) -> int:
@@ -385,25 +386,14 @@ def _are_edges_trusted() -> bool:
 
 
 def _peaks(x: Tensor, outer: int, units: int, inner: int) -> Tensor:
-    # A peak takes a fourth of the time that measuring takes.
-    threads = count_threads() if x.numel() >= 4 * _ALONE_BELOW else 1
+    threads = count_threads(outer) if x.numel() >= _ALONE_BELOW else 1
     n_each = -(-outer // threads)
-    starts = list(range(0, outer, n_each))
-    peaks = torch.zeros((len(starts), units), dtype=x.dtype, device="cpu")
-    left = list(zip(starts, peaks, strict=True))
-    find = entry_point(find_peaks(x.itemsize))
-
-    def share() -> None:
-        while left:
-            try:
-                start, to = left.pop()
-            except IndexError:  # another thread took the last
-                return
-            address = x.data_ptr() + start * units * inner * x.itemsize
-            find(address, min(n_each, outer - start), units, inner, to.data_ptr())
-
-    run_together(share, len(starts))
-    return peaks[0] if len(starts) == 1 else peaks.amax(0)
+    parts = -(-outer // n_each)
+    peaks = torch.zeros((parts, units), dtype=x.dtype, device="cpu")
+    addresses = x.data_ptr(), peaks.data_ptr()
+    job = array("q", (0, parts, n_each, outer, units, inner, *addresses))
+    run_together(find_peaks(x.itemsize), job.buffer_info()[0], parts)
+    return peaks[0] if parts == 1 else peaks.amax(0)
 
 
 @functools.cache
@@ -462,6 +452,15 @@ def _leave(room: _Room) -> None:
         _rooms.append(room)
 
 
-def _new_scratch() -> tuple[Tensor, int]:
-    scratch = torch.zeros(SCRATCH_BYTES, dtype=torch.uint8, device="cpu")
-    return scratch, scratch.data_ptr()
+def _take_scratch(threads: int) -> tuple[Tensor, int]:
+    """Memory for what so many threads count."""
+    n_bytes = threads * SCRATCH_BYTES
+    try:
+        scratch = _scratches.pop()
+    except IndexError:  # all are in use
+        pass
+    else:
+        if len(scratch[0]) >= n_bytes:
+            return scratch
+    memory = torch.zeros(n_bytes, dtype=torch.uint8, device="cpu")
+    return memory, memory.data_ptr()

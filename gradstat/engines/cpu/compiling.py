@@ -110,6 +110,15 @@ def entry_point(entry: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @functools.cache
+def address_of(entry: Callable[..., Any]) -> int:
+    """Where an entry's machine code begins, for a caller that is not Python."""
+    (compiled,) = dict.values(cast(Any, entry).overloads)
+    name = compiled.fndesc.llvm_cfunc_wrapper_name
+    address: int = compiled.library.get_pointer_to_function(name)
+    return address
+
+
+@functools.cache
 def _checksum() -> int:
     """Checksum of processor, compiler and all that is compiled; Numba looks at one file only."""
     others = [Path(str(each.__file__)) for each in (bins, formats, results)]
@@ -241,6 +250,13 @@ def atomic_add(typing_context: IR, cell: IR, value: IR) -> IR:
     return types.int64(cell, types.int64), lambda _, builder, __, arguments: builder.atomic_rmw(
         "add", *arguments, "monotonic"
     )
+
+
+@inlined
+def flushes(n: int) -> Scalar:
+    """Whether this thread flushes subnormal numbers, by one times ``n``, any positive number."""
+    # Which the compiler does not know: it would leave out a product with 1.
+    return reinterpret(np.int64(n), np.float64) * np.float64(n) == 0
 
 
 @compiler_intrinsic

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradstat.bins import keeps_subnormals
 from gradstat.engines.cpu.compiling import (
     IR,
     Pointer,
@@ -30,6 +29,7 @@ from gradstat.engines.cpu.compiling import (
     compiled_for_types,
     compiled_sums_for_types,
     compiler_intrinsic,
+    flushes,
     larger,
     pointer,
     reinterpret,
@@ -73,11 +73,14 @@ _INFINITY = _EXPONENT = np.uint32(0x7F800000)  # all bits of the exponent
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _N_FIELDS = len(FIELDS)
 
-# The next item that nobody has taken, how many items and formats there are, and addresses: of the
-# formats, float64 (F, fields); of the partials, float64 (items, 1 + F, `PARTIAL_FIELDS`); of the
-# largest magnitude of each tensor, float32.
-NEXT, ITEMS, FORMS, FORMS_AT, PARTIALS, MAXIMA = range(6)
-HEAD = 6
+# The next item that nobody has taken, how many threads have come and how many may work, the address
+# of `SCRATCH_BYTES` for each thread;
+NEXT, CAME, THREADS, SCRATCHES = range(4)
+# how many items and formats there are, and addresses: of the formats, float64 (F, fields); of the
+# partials, float64 (items, 1 + F, `PARTIAL_FIELDS`); of the largest magnitude of each tensor,
+# float32.
+ITEMS, FORMS, FORMS_AT, PARTIALS, MAXIMA = range(4, 9)
+HEAD = 9
 # Address of the elements, rows and columns of the matrix, items before, of an item its rows and
 # columns.
 ADDRESS, ROWS, WIDTH, FIRST, ITEM_ROWS, ITEM_WIDTH = range(6)
@@ -91,7 +94,7 @@ PARTIAL_FIELDS = 6
 _BUFFER = 4 * CHUNK
 SCRATCH_BYTES = 7 * _BUFFER
 
-Work = Callable[[int, int], None]
+Work = Callable[[int], None]
 
 
 @compiler_intrinsic
@@ -342,14 +345,16 @@ def _clear(partials: Pointer, rows: int) -> None:
 
 
 def _make_work(element: object) -> Work:
-    def work(address: int, scratch: int) -> None:
-        """Take items until none is left; any number of threads at once.
-
-        Args:
-            address: of the work table.
-            scratch: address of `SCRATCH_BYTES`, this thread's.
-        """
-        head, x = pointer(address, np.int64), pointer(scratch, np.float32)
+    def work(address: int) -> None:
+        """Take items of the work table there until none is left; several threads at once."""
+        head = pointer(address, np.int64)
+        if flushes(head[ITEMS]):  # others do all
+            return
+        came = atomic_add(after(head, CAME), 1)
+        if came >= head[THREADS]:
+            return
+        scratch = head[SCRATCHES] + came * SCRATCH_BYTES
+        x = pointer(scratch, np.float32)
         forms, n_forms = pointer(head[FORMS_AT], np.float64), head[FORMS]
         line, tensor = after(head, HEAD), 0
         item = atomic_add(head, 1)
@@ -400,7 +405,7 @@ def _make_work(element: object) -> Work:
 
 @functools.cache
 def work_on(dtype: torch.dtype) -> Work:
-    """The compiled function for tensors of one dtype."""
+    """The compiled function for tensors of one dtype, idle in a thread that flushes subnormals."""
     name = f"{str(dtype).removeprefix('torch.')}_formats"
     work = _make_work(ELEMENTS[dtype])
-    return keeps_subnormals(compile_entry(work, name, "void(int64, int64)"))
+    return compile_entry(work, name, "void(int64)")

@@ -20,16 +20,14 @@ from gradstat.bins import keeps_subnormals
 from gradstat.engines import as_matrix, no_storage, reference
 from gradstat.engines.cpu import format_work as work
 from gradstat.engines.cpu.compiling import passes_trial, trial_tensors
-from gradstat.engines.cpu.pool import count_threads, run_together
+from gradstat.engines.cpu.threads import count_threads, run_together
 from gradstat.formats import FORMATS, KIND, TILES, Format
 from gradstat.results import NO_SCALE_MAX, NO_SCALE_MIN
 from gradstat.util import Array
 
 _ITEM = 1 << 15  # elements, at least
 _MAX_ITEMS = 2048  # of one tensor
-_ALONE_BELOW = 1 << 16  # elements: waking another thread takes longer than these
-
-_scratches: list[Tensor] = []  # between calls
+_ALONE_BELOW = 2 * _ITEM  # elements
 
 
 @keeps_subnormals
@@ -80,7 +78,7 @@ class _FormatTable:
     """The tensors of one dtype, and the stages of the work on them, see `format_work`."""
 
     def __init__(self, dtype: torch.dtype, formats: Sequence[Format]) -> None:
-        self._take_items, self._formats = work.work_on(dtype), formats
+        self._work, self._formats = work.work_on(dtype), formats
         self._columns = math.lcm(*(form.block[1] for form in formats if form.block))
         self._is_ordered = any(form.block for form in formats)
         self._held: list[Tensor] = []
@@ -135,19 +133,12 @@ class _FormatTable:
             n_values += numel
         forms = np.array([form.fields for form in formats], np.float64)
         partials = np.empty((n_items, 1 + len(formats), work.PARTIAL_FIELDS))
+        threads = count_threads(n_items) if n_values >= _ALONE_BELOW else 1
+        scratch = torch.empty(threads * work.SCRATCH_BYTES, dtype=torch.uint8, device="cpu")
         addresses = (each.ctypes.data for each in (forms, partials, maxima))
-        head = (0, n_items, len(formats), *addresses)
+        head = (0, 0, threads, scratch.data_ptr(), n_items, len(formats), *addresses)
         table = array("q", (*head, *lines, 0, 0, 0, n_items, 0, 0))
-
-        def share() -> None:
-            try:
-                scratch = _scratches.pop()
-            except IndexError:  # all are in use
-                scratch = torch.empty(work.SCRATCH_BYTES, dtype=torch.uint8, device="cpu")
-            self._take_items(table.buffer_info()[0], scratch.data_ptr())
-            _scratches.append(scratch)
-
-        run_together(share, count_threads() if n_values >= _ALONE_BELOW else 1)
+        run_together(self._work, table.buffer_info()[0], threads)
         merged = np.add.reduceat(partials, firsts)
         for how, field in ((np.minimum, work.LOWEST_SCALE), (np.maximum, work.HIGHEST_SCALE)):
             merged[..., field] = how.reduceat(partials[..., field], firsts)

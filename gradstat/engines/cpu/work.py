@@ -22,6 +22,7 @@ from gradstat.engines.cpu.compiling import (
     atomic_add,
     compile_entry,
     compiled,
+    flushes,
     inlined,
     larger,
     pointer,
@@ -41,15 +42,18 @@ from gradstat.engines.cpu.partials import (
 from gradstat.results import FLOATS
 
 # A work table is int64: a head, a line for each tensor, and one more line, of which FIRST counts.
-# The head: the next item that nobody has taken; how many tensors and items there are; the address
-# of the partials, float64 (items, FIELDS);
-NEXT, TENSORS, ITEMS, PARTIALS = range(4)
+# The head: the next item that nobody has taken; how many threads have come, and how many may work;
+# the stage; whether all items are done after it; the address of `SCRATCH_BYTES` for each thread,
+# zero, and left so;
+NEXT, CAME, THREADS, STAGE, IS_LAST, SCRATCHES = range(6)
+# how many tensors and items there are; the address of the partials, float64 (items, FIELDS);
+TENSORS, ITEMS, PARTIALS = range(6, 9)
 # addresses of the results' integers, floats and counts; how many bins a row has;
-INTEGERS_AT, FLOATS_AT, COUNTS_AT, BINS = range(4, 8)
+INTEGERS_AT, FLOATS_AT, COUNTS_AT, BINS = range(9, 13)
 # addresses of the low and high ends of linear ranges, float32, or 0 where the floats have them; of
 # which parts of each row's histogram are touched, see `Counters`; of the addresses of each row.
-LOWS, HIGHS, TOUCHED, ADDRESSES = range(8, 12)
-HEAD = 12
+LOWS, HIGHS, TOUCHED, ADDRESSES = range(13, 17)
+HEAD = 17
 # A line: elements, address of the layout (or 0), row of the results, items before, item's size.
 NUMEL, LAYOUT, ROW, FIRST, ITEM = range(5)
 COLUMNS = 5
@@ -65,7 +69,7 @@ MAX_SHARED_BINS = counters.MAX_SLOTS - 2  # more are counted straight into a row
 
 LOW, HIGH = FLOATS.index("low"), FLOATS.index("high")
 
-Work = Callable[[int, int, bool, int], None]
+Work = Callable[[int], None]
 
 
 @compiled
@@ -193,17 +197,18 @@ def _close_log2(total: Pointer, floats: Pointer, counts: Pointer, touched: Point
 
 
 def _make_work(element: object, is_linear: bool) -> Work:
-    def work(address: int, stage: int, is_last: bool, scratch: int) -> None:
-        """Take items until none is left; any number of threads at once.
+    def work(address: int) -> None:
+        """Take items of the work table there until none is left; several threads at once.
 
-        Args:
-            address: of the work table.
-            stage: `FUSED`, `FLOATS_ONLY` or `COUNTS_ONLY`.
-            is_last: whether, after it, all items are done: then the rows are made, from the
-                partials in their order.
-            scratch: address of `SCRATCH_BYTES`, this thread's; zero, and left so.
+        Whoever is told that all are done after it makes the rows, from the partials in their order.
         """
         head = pointer(address, np.int64)
+        if flushes(head[TENSORS]):  # others do all
+            return
+        came = atomic_add(after(head, CAME), 1)
+        if came >= head[THREADS]:
+            return
+        stage, scratch = head[STAGE], head[SCRATCHES] + came * SCRATCH_BYTES
         parts = pointer(head[PARTIALS], np.float64)
         total = pointer(scratch + counters.COUNTER_BYTES, np.float64)
         raw = pointer(scratch + counters.COUNTER_BYTES + 8 * FIELDS, element)
@@ -230,7 +235,7 @@ def _make_work(element: object, is_linear: bool) -> Work:
             # The next tensor has the same counters.
             if to.mode != counters.STRAIGHT and stage != FLOATS_ONLY:
                 counters.empty(within, to)
-        if is_last:
+        if head[IS_LAST]:
             for tensor in range(head[TENSORS]):
                 line = after(lines, tensor * COLUMNS)
                 to = _counters(head, line, n_slots, scratch)
@@ -257,11 +262,12 @@ def _make_work(element: object, is_linear: bool) -> Work:
 def work_on(dtype: torch.dtype, is_linear: bool) -> Work:
     """The compiled function for tensors of one dtype and one kind of bins.
 
-    For threads that do not flush subnormals: `keeps_subnormals` around it would cost each call.
+    It is idle in a thread that flushes subnormals: `keeps_subnormals` around it would cost each
+    call.
     """
     work = _make_work(ELEMENTS[dtype], is_linear)
     name = f"{str(dtype).removeprefix('torch.')}_{'linear' if is_linear else 'log2'}"
-    return compile_entry(work, name, "void(int64, int64, boolean, int64)")
+    return compile_entry(work, name, "void(int64)")
 
 
 @functools.cache
@@ -289,32 +295,40 @@ def fill_edges() -> Callable[[float, float, int, int], None]:
 
 
 @functools.cache
-def find_peaks(element_bytes: int) -> Callable[[int, int, int, int, int], None]:
+def find_peaks(element_bytes: int) -> Work:
     """The compiled function that finds largest magnitudes, for elements of so many bytes."""
     bits: Any = {2: np.int16, 4: np.int32, 8: np.int64}[element_bytes]
     magnitude = bits(np.iinfo(bits).max)  # all but the sign
 
-    def peaks(address: int, outer: int, units: int, inner: int, to: int) -> None:
-        """Take elements ``(outer, units, inner)`` into the magnitudes of ``units``, at first zero.
+    def peaks(address: int) -> None:
+        """Take parts of elements ``(outer, units, inner)`` until none is left.
 
-        Magnitudes are in the order of their bits, whatever their type: NaN is above infinity.
+        There are eight int64: 0; how many parts; outer of a part, and of all; units; inner; the
+        addresses of the elements and of magnitudes ``(parts, units)``, at first zero. Magnitudes
+        are in the order of their bits, whatever their type: NaN is above infinity.
         """
-        x, found = pointer(address, bits), pointer(to, bits)
-        for _ in range(outer):
-            # Units side by side are one vector's lanes; else one unit's elements are.
-            if inner == 1:
-                for unit in range(units):
-                    found[unit] = larger(found[unit], bits(x[unit] & magnitude))
-                x = after(x, units)
-            else:
-                for unit in range(units):
-                    most = found[unit]
-                    for j in range(inner):
-                        most = larger(most, bits(x[j] & magnitude))
-                    found[unit] = most
-                    x = after(x, inner)
+        job = pointer(address, np.int64)
+        parts, each, outer, units, inner = job[1], job[2], job[3], job[4], job[5]
+        part = atomic_add(job, 1)
+        while part < parts:
+            x = after(pointer(job[6], bits), part * each * units * inner)
+            found = after(pointer(job[7], bits), part * units)
+            for _ in range(smaller(each, outer - part * each)):
+                # Units side by side are one vector's lanes; else one unit's elements are.
+                if inner == 1:
+                    for unit in range(units):
+                        found[unit] = larger(found[unit], bits(x[unit] & magnitude))
+                    x = after(x, units)
+                else:
+                    for unit in range(units):
+                        most = found[unit]
+                        for j in range(inner):
+                            most = larger(most, bits(x[j] & magnitude))
+                        found[unit] = most
+                        x = after(x, inner)
+            part = atomic_add(job, 1)
 
-    return compile_entry(peaks, f"{element_bytes}", "void(int64, int64, int64, int64, int64)")
+    return compile_entry(peaks, f"{element_bytes}", "void(int64)")
 
 
 @functools.cache
