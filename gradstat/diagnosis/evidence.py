@@ -271,13 +271,14 @@ class Evidence:
     def lasting(self, shares: Array, limit: float) -> list[tuple[float, int, tuple[int, int]]]:
         """Layers whose share, ``(samples, L)``, stays at a limit or above it, the largest first."""
         # The largest share of each, its column, and the first and last step.
-        kept = _runs(shares >= limit, _PERSISTENT)
+        least, steps = min(_PERSISTENT, len(shares)), self.sampled.steps.tolist()
         found = []
-        for column in np.flatnonzero(kept.any(0)).tolist():
-            mask, share = kept[:, column], shares[:, column]
-            at = int(np.where(mask, share, -1.0).argmax())
-            first, last = (int(self.sampled.steps[i]) for i in around(mask, at))
-            found.append((float(share[at]), column, (first, last)))
+        for column, share in enumerate(shares.T):
+            spans = [span for span in spans_of(share >= limit) if span[1] - span[0] >= least]
+            if spans:
+                first, end = max(spans, key=lambda span: share[slice(*span)].max())
+                largest = float(share[first:end].max())
+                found.append((largest, column, (steps[first], steps[end - 1])))
         return sorted(found, key=lambda each: -each[0])
 
 
@@ -344,11 +345,7 @@ def around(mask: Array, at: int) -> tuple[int, int]:
     return int(before[-1] + 1 if len(before) else 0), int(after[0] if len(after) else len(mask)) - 1
 
 
-def _runs(mask: Array, least: int) -> Array:
-    """Where a mask is true at least so often in a row along its first axis, or all along it."""
-    least = min(least, len(mask))
-    windows = np.lib.stride_tricks.sliding_window_view(mask, least, axis=0)
-    kept = np.zeros_like(mask)
-    for i in range(least):
-        kept[i : i + len(windows)] |= windows.all(-1)
-    return kept
+def spans_of(mask: Array) -> list[tuple[int, int]]:
+    """First position of each run of true ones, and the one after it."""
+    ends: list[int] = np.flatnonzero(np.diff(mask, prepend=False, append=False)).tolist()
+    return list(zip(ends[::2], ends[1::2], strict=True))

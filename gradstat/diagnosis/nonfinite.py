@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradstat.diagnosis.evidence import Evidence, is_loss
+from gradstat.diagnosis.evidence import Evidence, is_loss, spans_of
 from gradstat.diagnosis.findings import Finding, Severity
 from gradstat.record import ACTIVATION, FROM_THE_END, GRAD, GRAD_OUTPUT, PARAM, UNIT, UPDATE
 from gradstat.thresholds import Thresholds
@@ -30,8 +30,7 @@ def find_nonfinite(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     bad = _broken(run)
     # What follows NaN is no finding of its own: records in a row are one episode, and the first of
     # them shows where it began.
-    ends = np.flatnonzero(np.diff(bad.any(1), prepend=False, append=False))
-    episodes = ends.reshape(-1, 2).tolist()
+    episodes = spans_of(np.asarray(bad.any(1)))
     groups = [[each for each in episodes if each[1] == len(bad)]]
     for kinds in (_FORWARD, _BACKWARD):
         passed = [each for each in episodes if each[1] < len(bad)]
@@ -63,7 +62,7 @@ def _kind(run: Evidence, bad: Array) -> str:
 
 
 def _finding(
-    run: Evidence, bad: Array, episodes: list[list[int]], thresholds: Thresholds
+    run: Evidence, bad: Array, episodes: list[tuple[int, int]], thresholds: Thresholds
 ) -> Finding:
     """Episodes of some records in a row, all of which passed or the one that did not."""
     (at, _), end = episodes[0], episodes[-1][1]
