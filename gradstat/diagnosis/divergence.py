@@ -10,7 +10,7 @@ import numpy as np
 from gradstat.bins import FLOAT64_MAX
 from gradstat.diagnosis.evidence import Evidence, exp, log, log_losses, median
 from gradstat.diagnosis.findings import Finding, rounded
-from gradstat.diagnosis.usual import TO_DEVIATIONS, WINDOW, named
+from gradstat.diagnosis.usual import TO_DEVIATIONS, WINDOW, named, trailing
 from gradstat.record import ACTIVATION, GRAD, PARAM, UPDATE
 from gradstat.thresholds import Thresholds
 from gradstat.util import Array
@@ -304,12 +304,6 @@ def _tell_ahead(
     sentence += f" {smaller} usually helps, {helps}."
     layer = run.layers[column]
     return Finding("instability ahead", "warning", layer, (since, until), numbers, sentence)
-
-
-def trailing(x: Array, n: int) -> Array:
-    """Each value and those before it, ``(n, S)``; NaN before the first one."""
-    padded = np.append(np.full(n - 1, math.nan), x)
-    return np.lib.stride_tricks.sliding_window_view(padded, n).T
 
 
 def _newest(x: Array, n: int = _RECENT) -> Array:

@@ -8,10 +8,10 @@ from operator import itemgetter
 import numpy as np
 
 from gradstat.diagnosis import usual
-from gradstat.diagnosis.divergence import Leap, find_divergence, find_leap, trailing
+from gradstat.diagnosis.divergence import Leap, find_divergence, find_leap
 from gradstat.diagnosis.evidence import Evidence, exp, log, log_losses, median
 from gradstat.diagnosis.findings import Finding, Severity, rounded
-from gradstat.diagnosis.usual import WINDOW, Departure, Mover, named
+from gradstat.diagnosis.usual import WINDOW, Departure, Mover, named, trailing
 from gradstat.record import ACTIVATION, GRAD, PARAM, UPDATE
 from gradstat.thresholds import Thresholds
 from gradstat.util import Array, plural

@@ -75,15 +75,15 @@ def find_departures(
     early = typical + np.maximum(wide, floor * _EARLY)
     is_out = (x > top) | np.isinf(x)
     # Several in a row need not be as far out as one alone.
-    several = _ahead(x, _SEVERAL).min(1)
     near = typical + np.maximum(_NEARER * wide, floor)
+    ahead = trailing(x[::-1], _SEVERAL)[:, ::-1]  # of each value those after it, and itself
+    several = ahead.min(0)
     top = np.where((several > near) & ~(x > top), near, top)
     is_out |= several > near
     if leap:
-        padded = np.append(np.full(APART + 2, math.nan), x)
-        earlier, newest = padded[: len(x)], padded[APART + 1 : -1]
+        earlier, newest = trailing(x, APART + 3)[[0, -2]]
         before = np.fmax(newest, typical) + np.fmax(newest - earlier, 0.0)
-        is_out &= np.fmax.reduce(_ahead(x, APART + 1), axis=1) - before >= leap
+        is_out &= np.fmax.reduce(ahead[-APART - 1 :]) - before >= leap
     departures: list[Departure] = []
     end = 0
     for first in np.flatnonzero(is_out).tolist():
@@ -114,9 +114,10 @@ def find_departures(
     return departures
 
 
-def _ahead(x: Array, n: int) -> Array:
-    """Each value and those after it, ``(T, n)``; NaN after the last one."""
-    return np.lib.stride_tricks.sliding_window_view(np.append(x, np.full(n - 1, math.nan)), n)
+def trailing(x: Array, n: int) -> Array:
+    """Each value, the last, and those before it, ``(n, T)``; NaN before the first one."""
+    padded = np.append(np.full(n - 1, math.nan), x)
+    return np.lib.stride_tricks.sliding_window_view(padded, n).T
 
 
 def find_movers(
