@@ -24,7 +24,6 @@ from gradstat.report import thin
 from gradstat.util import Array, __version__, as_path, escaped, json_text, replacing
 
 _NUMBERS = ("numel", "mean", "std", "rms", "l2", "min", "max", "zeros", "nan", "posinf", "neginf")
-_SAMPLE = ("first", "rows", "counts", "finite", "zeros", "nonfinite", "edges")
 # The scripts are modules. A page holds those that its own one imports, as a single module, since a
 # file of HTML can import no others.
 _IMPORT = re.compile(r'^import \{ [\w, ]+ \} from "\./(\w+\.js)";\n', re.MULTILINE)
@@ -121,7 +120,7 @@ def contents(
     for name in thin.Series._fields:
         stacked = [getattr(each, name) for each in series.values()]
         arrays[f"series{name.capitalize()}"] = np.concatenate([np.empty(0, np.float32), *stacked])
-    for name in _SAMPLE:
+    for name in thin.Sample._fields[1:]:
         parts = [getattr(each, name).ravel() for each in samples]
         arrays[f"sample{name.capitalize()}"] = np.concatenate([np.empty(0, np.int64), *parts])
     arrays |= {f"newest{name.capitalize()}": x for name, x in newest.items()}

@@ -7,7 +7,6 @@ sample is one record as it was measured. A series, such as a loss, has the same 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple, TypeAlias
 
@@ -124,8 +123,7 @@ def _formats(history: History, power: Array) -> tuple[Array, Array]:
     return noise.reshape(flat), lost.reshape(flat)
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """Histograms of one record: for each layer the rows from its first filled one to its last.
 
     Over `Log2Bins` a row is an octave of magnitudes: row r holds 2**(r - 127) up to 2**(r - 126),
