@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,8 +33,7 @@ LOSS, GRADIENT = 2, 3
 FLOORS = {PARAM: 1.1, ACTIVATION: 2.0, GRAD_OUTPUT: 3.0, GRAD: 3.0, UPDATE: 3.0}
 
 
-@dataclass(frozen=True)
-class Departure:
+class Departure(NamedTuple):
     """Values above their usual range."""
 
     begin: int  # position of the first one
@@ -51,8 +50,7 @@ class Departure:
         return float(np.nanmax(values - self.slope * np.arange(len(values)))) - self.typical
 
 
-@dataclass(frozen=True)
-class Mover:
+class Mover(NamedTuple):
     """A row that has left its usual range."""
 
     column: int
