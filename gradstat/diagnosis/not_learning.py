@@ -49,9 +49,7 @@ def find_absent(run: Evidence, thresholds: Thresholds) -> list[Finding]:
     if not never or len(never) == len(run.layers) or len(run.steps) < thresholds.window:
         return []
     updates = run.of(UPDATE)
-    moved = set()
-    if updates.layers:
-        moved = set(np.array(updates.names)[updates.totals[:, 1].sum(0) > 0])
+    moved = set(np.array(updates.names)[updates.totals[:, 1].sum(0) > 0])
     left_out = [each for each in never if moved and run.names[each] not in moved]
     # Most of a network is left out where the rest is trained alone.
     is_left_out = bool(left_out) and 2 * len(left_out) < len(run.layers)
@@ -321,7 +319,5 @@ def _dead(run: Evidence) -> Array:
 
 def _first_with_parameters(run: Evidence) -> int:
     """The first column of a module that has parameters, after the input; 0 where none is known."""
-    owners = set()
-    for kind in OF_PARAMETERS:
-        owners |= {name.rpartition(".")[0] for name in run.of(kind).names}
+    owners = {name.rpartition(".")[0] for kind in OF_PARAMETERS for name in run.of(kind).names}
     return next((at for at, module in enumerate(run.names) if module in owners), 0)

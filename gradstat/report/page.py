@@ -31,10 +31,6 @@ _EXPORT = re.compile(r"^export ", re.MULTILINE)
 
 
 def write(history: History, path: str | os.PathLike[str], *, title: str = "Gradients") -> None:
-    # The page shows one kind of rows at a time, beginning with the first. Long runs are thinned,
-    # and the page says how: a column of its map is the statistics of all elements of several
-    # neighbouring records; distributions are those of single records, evenly spread, the newest
-    # among them.
     history, path = check_history("report", history), as_path("report", path)
     if not isinstance(title, str):
         raise TypeError(f"report() needs a text; title is {title!r}")
