@@ -15,7 +15,7 @@ import zlib
 from collections import Counter
 from functools import lru_cache
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -57,10 +57,11 @@ def serve(options: argparse.Namespace) -> int:
     return 0
 
 
-class Server(ThreadingHTTPServer):
+# Not `ThreadingHTTPServer`, which looks up this machine's name.
+class Server(socketserver.ThreadingTCPServer):
     """Serves the pages of runs to this machine, on a port or, with 0, on any that is free."""
 
-    daemon_threads = True
+    daemon_threads = allow_reuse_address = True
     # With the usual 5, clients beyond it try again after a second, after two, after four.
     request_queue_size = socket.SOMAXCONN
 
@@ -71,15 +72,8 @@ class Server(ThreadingHTTPServer):
         except OSError as error:
             error.filename = f"{_HOST}:{port}"
             raise
-
-    def server_bind(self) -> None:
-        """Bind, without the look-up of this machine's name that `HTTPServer` makes."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = _HOST, self.server_address[1]
-
-    @property
-    def address(self) -> str:
-        return f"http://{_HOST}:{self.server_port}/"
+        self.server_port = self.server_address[1]
+        self.address = f"http://{_HOST}:{self.server_port}/"
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing of a browser that has gone."""
