@@ -1,4 +1,4 @@
-"""CUDA: streams, transfers to the host, and passes captured in graphs.
+"""CUDA: streams, and passes captured in graphs.
 
 Nothing may be asked of a device while a graph is captured. What a graph computes is asked for after
 a replay, which only the user knows of.
@@ -7,9 +7,8 @@ a replay, which only the user knows of.
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from gradstat.ops import choose_engine
 from gradstat.recording.torch_internals import (
-    SparingCaptures,
     call_after_replays,
     capturing_graph,
     is_capturing,
@@ -111,60 +109,6 @@ class SideStream:
     def forget(self) -> None:
         """Wait no more for what runs so far."""
         self._busy.clear()
-
-
-class Transfer:
-    """A tensor on its way from a device to the host."""
-
-    __slots__ = ("__weakref__", "_event", "_x")
-
-    def __init__(self, x: Tensor) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._x = x
-        if x.is_cuda:
-            memory = _pinned_memory(x.nbytes)
-            self._x = memory[: x.nbytes].view(x.dtype).view(x.shape).copy_(x, non_blocking=True)
-            # The tensor's device need not be the current one.
-            self._event = torch.cuda.current_stream(x.device).record_event()
-            _BLOCKS[memory.nbytes].append((memory, self._event, weakref.ref(self)))
-        elif not x.is_cpu:
-            self._x = x.cpu()
-
-    def has_arrived(self, wait: bool) -> bool:
-        """Whether it is there, which it is after waiting."""
-        if self._event is None:
-            return True
-        with SparingCaptures():
-            if self._event.query():  # type: ignore[no-untyped-call]
-                return True
-            if wait:
-                self._event.synchronize()
-        return wait
-
-    def host(self) -> Tensor:
-        """The same on the host, once it is there; as long as this object is."""
-        return self._x
-
-
-# All pinned memory, by its bytes. It is used again and never freed: to free it, PyTorch records an
-# event on the streams that have copied into it, and where one of them is being captured, that event
-# fails all who ask for pinned memory later. So no record may keep it either.
-# With each piece the event after the last copy into it, and whom that was for.
-_BLOCKS: defaultdict[int, deque[tuple[Tensor, torch.cuda.Event, weakref.ref[Transfer]]]]
-_BLOCKS = defaultdict(deque)
-_LEAST_BYTES = 1 << 9
-
-
-def _pinned_memory(n_bytes: int) -> Tensor:
-    size = max(_LEAST_BYTES, 1 << (n_bytes - 1).bit_length())
-    blocks = _BLOCKS[size]
-    with suppress(IndexError), SparingCaptures():
-        memory, copied, owner = blocks.popleft()
-        # Nobody reads it, and nothing is copied into it any more.
-        if owner() is None and copied.query():  # type: ignore[no-untyped-call]
-            return memory
-        blocks.append((memory, copied, owner))
-    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 class Launch(NamedTuple):
@@ -277,12 +221,12 @@ class Schedule:
             counter.count()
         return stamp
 
-    def take_stamp(self, stamp: Transfer, n_told: int) -> int | None:
+    def take_stamp(self, stamp: Tensor, n_told: int) -> int | None:
         """Compare what a replay has counted with the passes that the host had been told of before.
 
         Returns the number of the step; ``None`` if the replay was not due, and measured nothing.
         """
-        n_counted, is_due = stamp.host().tolist()
+        n_counted, is_due = stamp.tolist()
         n_passes = n_counted + (self._n_uncounted or 0)
         if n_passes - n_told != self.n_missed:
             self.n_missed = n_passes - n_told

@@ -34,7 +34,6 @@ from gradstat.recording.cuda import (
     Place,
     Schedule,
     SideStream,
-    Transfer,
     place_of,
     stream_of,
     take_over,
@@ -49,7 +48,7 @@ from gradstat.recording.torch_internals import (
     multiplied,
     running_pass,
 )
-from gradstat.recording.transfers import Delivery, Part, send, sent
+from gradstat.recording.transfers import Delivery, Part, Transfer, send, sent
 from gradstat.results import packed
 from gradstat.util import call_after_fork, warn
 

@@ -16,10 +16,11 @@ from torch.utils.hooks import RemovableHandle
 
 from gradstat.diagnosis.alerts import Alerts
 from gradstat.history.journal import Journal
-from gradstat.recording.cuda import Schedule, Transfer
+from gradstat.recording.cuda import Schedule
 from gradstat.recording.options import LOOKS, Replaced
 from gradstat.recording.shards import local_part
 from gradstat.recording.torch_internals import is_capturing
+from gradstat.recording.transfers import Transfer
 
 Keep = Callable[[str, int, float], None]
 

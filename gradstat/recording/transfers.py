@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter, deque
+import weakref
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gradstat.diagnosis.alerts import Alerts
 from gradstat.history import History
 from gradstat.history.journal import Journal
 from gradstat.ops import import_engine
 from gradstat.record import OF_OUTPUTS, Record
-from gradstat.recording.cuda import Computed, Launch, Schedule, Transfer, take_over
+from gradstat.recording.cuda import Computed, Launch, Schedule, take_over
+from gradstat.recording.torch_internals import SparingCaptures
 from gradstat.results import PACKED, Statistics, as_arrays, as_statistics
 from gradstat.util import call_after_fork, warn
 
@@ -49,6 +53,60 @@ _FORKED = (
 
 MANY_BYTES = 1 << 30  # of records in memory, from which on a warning is given
 _LOOK = 64  # records from one look at the memory to the next
+
+
+class Transfer:
+    """A tensor on its way from a device to the host."""
+
+    __slots__ = ("__weakref__", "_event", "_x")
+
+    def __init__(self, x: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._x = x
+        if x.is_cuda:
+            memory = _pinned_memory(x.nbytes)
+            self._x = memory[: x.nbytes].view(x.dtype).view(x.shape).copy_(x, non_blocking=True)
+            # The tensor's device need not be the current one.
+            self._event = torch.cuda.current_stream(x.device).record_event()
+            _BLOCKS[memory.nbytes].append((memory, self._event, weakref.ref(self)))
+        elif not x.is_cpu:
+            self._x = x.cpu()
+
+    def has_arrived(self, wait: bool) -> bool:
+        """Whether it is there, which it is after waiting."""
+        if self._event is None:
+            return True
+        with SparingCaptures():
+            if self._event.query():  # type: ignore[no-untyped-call]
+                return True
+            if wait:
+                self._event.synchronize()
+        return wait
+
+    def host(self) -> Tensor:
+        """The same on the host, once it is there; as long as this object is."""
+        return self._x
+
+
+# All pinned memory, by its bytes. It is used again and never freed: to free it, PyTorch records an
+# event on the streams that have copied into it, and where one of them is being captured, that event
+# fails all who ask for pinned memory later. So no record may keep it either.
+# With each piece the event after the last copy into it, and whom that was for.
+_BLOCKS: defaultdict[int, deque[tuple[Tensor, torch.cuda.Event, weakref.ref[Transfer]]]]
+_BLOCKS = defaultdict(deque)
+_LEAST_BYTES = 1 << 9
+
+
+def _pinned_memory(n_bytes: int) -> Tensor:
+    size = max(_LEAST_BYTES, 1 << (n_bytes - 1).bit_length())
+    blocks = _BLOCKS[size]
+    with suppress(IndexError), SparingCaptures():
+        memory, copied, owner = blocks.popleft()
+        # Nobody reads it, and nothing is copied into it any more.
+        if owner() is None and copied.query():  # type: ignore[no-untyped-call]
+            return memory
+        blocks.append((memory, copied, owner))
+    return torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True)
 
 
 class Part(NamedTuple):
@@ -188,7 +246,7 @@ class Delivery:
             record = self.pending.popleft()
             step: int | None = record.step
             if record.stamp is not None:
-                step = self._schedule.take_stamp(record.stamp, record.n_told)
+                step = self._schedule.take_stamp(record.stamp.host(), record.n_told)
             if step is not None:
                 self._file(step, self._assembled(record.parts))
 

@@ -91,7 +91,8 @@ class _Room(_Rows):
         self.packed, self.packed_address = packed.data.cast("B"), packed.ctypes.data
 
 
-_scratches: list[tuple[Tensor, int]] = []  # of calls, between them, with their addresses; zero
+# Of calls, between them: for how many threads, their addresses, the memory itself, which is zero.
+_scratches: list[tuple[int, int, Tensor]] = []
 _rooms: list[_Room] = []  # between calls
 _plans: dict[Hashable, Plan] = {}  # of calls of `measure`, between them; the latest are last
 
@@ -452,15 +453,13 @@ def _leave(room: _Room) -> None:
         _rooms.append(room)
 
 
-def _take_scratch(threads: int) -> tuple[Tensor, int]:
+def _take_scratch(threads: int) -> tuple[int, int, Tensor]:
     """Memory for what so many threads count."""
-    n_bytes = threads * SCRATCH_BYTES
     try:
         scratch = _scratches.pop()
+        if scratch[0] >= threads:
+            return scratch
     except IndexError:  # all are in use
         pass
-    else:
-        if len(scratch[0]) >= n_bytes:
-            return scratch
-    memory = torch.zeros(n_bytes, dtype=torch.uint8, device="cpu")
-    return memory, memory.data_ptr()
+    memory = torch.zeros(threads * SCRATCH_BYTES, dtype=torch.uint8, device="cpu")
+    return threads, memory.data_ptr(), memory
