@@ -129,9 +129,10 @@ def _count(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor]:
     """Counts in the bins of a scheme, and the edges."""
     check_tensors("histogram", [x])
     engine = check_engine("histogram", None, x.device)
-    if not torch.compiler.is_compiling():
-        return choose_engine(engine, x).histogram(x, bins)
     # A compiler takes `measure`, and then the edges, into its graph.
+    if not torch.compiler.is_compiling() and (engine or _fastest(x)) == "cpu":
+        counted: tuple[Tensor, Tensor] = import_engine("cpu").histogram(x, bins)
+        return counted
     result = measure([x], bins, engine)[0]
     return result.counts, result.edges
 

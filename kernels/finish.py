@@ -40,36 +40,25 @@ def finish_kernel(
         return
     block = tl.arange(0, BLOCK)
 
-    total = tl.zeros((BLOCK,), tl.float64)
-    magnitudes = tl.zeros((BLOCK,), tl.float64)
-    squares = tl.zeros((BLOCK,), tl.float64)
+    # What is added up: sum, l1 and sum of squares, then the counts in the order of the integers.
+    sums = ()
+    for _ in tl.static_range(10):
+        sums = sums + (tl.zeros((BLOCK,), tl.float64),)
     smallest = tl.full((BLOCK,), INF, tl.float64)
     largest = tl.full((BLOCK,), -INF, tl.float64)
-    finite = tl.zeros((BLOCK,), tl.float64)
-    zeros = tl.zeros((BLOCK,), tl.float64)
-    nan = tl.zeros((BLOCK,), tl.float64)
-    posinf = tl.zeros((BLOCK,), tl.float64)
-    neginf = tl.zeros((BLOCK,), tl.float64)
-    below = tl.zeros((BLOCK,), tl.float64)
-    above = tl.zeros((BLOCK,), tl.float64)
     for start in range(first, end, BLOCK):
         item = start + block
         mask = item < end
         p = partials_ptr + item * PARTIAL_FIELDS
-        total += tl.load(p, mask=mask, other=0.0)
-        magnitudes += tl.load(p + 1, mask=mask, other=0.0)
-        squares += tl.load(p + 2, mask=mask, other=0.0)
+        added = ()
+        for k in tl.static_range(10):
+            field_ptr = p + (k if k < 3 else k + 3)
+            added = added + (sums[k] + tl.load(field_ptr, mask=mask, other=0.0),)
+        sums = added
         smallest = tl.minimum(smallest, tl.load(p + 4, mask=mask, other=INF))
         largest = tl.maximum(largest, tl.load(p + 5, mask=mask, other=-INF))
-        finite += tl.load(p + 6, mask=mask, other=0.0)
-        zeros += tl.load(p + 7, mask=mask, other=0.0)
-        nan += tl.load(p + 8, mask=mask, other=0.0)
-        posinf += tl.load(p + 9, mask=mask, other=0.0)
-        neginf += tl.load(p + 10, mask=mask, other=0.0)
-        below += tl.load(p + 11, mask=mask, other=0.0)
-        above += tl.load(p + 12, mask=mask, other=0.0)
-    n = tl.sum(finite)
-    sum_ = tl.sum(total)
+    n = tl.sum(sums[3])
+    sum_ = tl.sum(sums[0])
     mean = sum_ / tl.maximum(n, 1.0)
 
     # Deviations from the whole mean: each item's own, and those of its mean.
@@ -95,19 +84,14 @@ def finish_kernel(
 
     i = integers_ptr + 8 * row
     tl.store(i, numel)
-    tl.store(i + 1, n.to(tl.int64))
-    tl.store(i + 2, tl.sum(zeros).to(tl.int64))
-    tl.store(i + 3, tl.sum(nan).to(tl.int64))
-    tl.store(i + 4, tl.sum(posinf).to(tl.int64))
-    tl.store(i + 5, tl.sum(neginf).to(tl.int64))
-    tl.store(i + 6, tl.sum(below).to(tl.int64))
-    tl.store(i + 7, tl.sum(above).to(tl.int64))
+    for k in tl.static_range(7):
+        tl.store(i + 1 + k, tl.sum(sums[3 + k]).to(tl.int64))
     f = floats_ptr + 8 * row
     tl.store(f, lo)
     tl.store(f + 1, hi)
     tl.store(f + 2, sum_)
     tl.store(f + 3, std)
-    tl.store(f + 4, tl.sum(magnitudes))
-    tl.store(f + 5, tl.sqrt(tl.sum(squares)))
+    tl.store(f + 4, tl.sum(sums[1]))
+    tl.store(f + 5, tl.sqrt(tl.sum(sums[2])))
     tl.store(f + 6, low)
     tl.store(f + 7, high)

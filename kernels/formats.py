@@ -473,27 +473,18 @@ def finish_formats_kernel(
 def _merge(partials_ptr, first, end, k, N_FORMS: tl.constexpr, BLOCK: tl.constexpr):
     """Partials of a tensor and a format from its items, in a fixed order; float64."""
     block = tl.arange(0, BLOCK)
-    counted = tl.zeros((BLOCK,), tl.float64)
-    second = tl.zeros((BLOCK,), tl.float64)
-    squares = tl.zeros((BLOCK,), tl.float64)
-    used = tl.zeros((BLOCK,), tl.float64)
-    least = tl.full((BLOCK,), INF, tl.float64)
-    greatest = tl.zeros((BLOCK,), tl.float64)
+    none = tl.zeros((BLOCK,), tl.float64)
+    sums, least, greatest = (none, none, none, none), none + INF, none
     for start in range(first, end, BLOCK):
         item = start + block
         mask = item < end
         p = partials_ptr + (item * (1 + N_FORMS) + k) * FORMAT_FIELDS
-        counted += tl.load(p, mask=mask, other=0.0)
-        second += tl.load(p + 1, mask=mask, other=0.0)
-        squares += tl.load(p + 2, mask=mask, other=0.0)
-        used += tl.load(p + 3, mask=mask, other=0.0)
+        added = ()
+        for field in tl.static_range(4):
+            added = added + (sums[field] + tl.load(p + field, mask=mask, other=0.0),)
+        sums = added
         least = tl.minimum(least, tl.load(p + 4, mask=mask, other=INF))
         greatest = tl.maximum(greatest, tl.load(p + 5, mask=mask, other=0.0))
-    return (
-        tl.sum(counted),
-        tl.sum(second),
-        tl.sum(squares),
-        tl.sum(used),
-        tl.min(least),
-        tl.max(greatest),
-    )
+    counted, second, squares, used = sums
+    totals = (tl.sum(counted), tl.sum(second), tl.sum(squares), tl.sum(used))
+    return totals + (tl.min(least), tl.max(greatest))

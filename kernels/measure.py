@@ -216,19 +216,10 @@ def measure_kernel(
         moved = (slots == 0).to(tl.int32) - (slots == LOG2_MAGNITUDES).to(tl.int32)
         histogram += moved * negative
     partial_ptr = partials_ptr + tl.program_id(0).to(tl.int64) * PARTIAL_FIELDS
-    tl.store(partial_ptr, sum64)
-    tl.store(partial_ptr + 1, l1)
-    tl.store(partial_ptr + 2, squares64)
-    tl.store(partial_ptr + 3, deviations)
-    tl.store(partial_ptr + 4, lo.to(tl.float64))
-    tl.store(partial_ptr + 5, hi.to(tl.float64))
-    tl.store(partial_ptr + 6, finite.to(tl.float64))
-    tl.store(partial_ptr + 7, z.to(tl.float64))
-    tl.store(partial_ptr + 8, nan.to(tl.float64))
-    tl.store(partial_ptr + 9, posinf.to(tl.float64))
-    tl.store(partial_ptr + 10, neginf.to(tl.float64))
-    tl.store(partial_ptr + 11, below.to(tl.float64))
-    tl.store(partial_ptr + 12, above.to(tl.float64))
+    partial = (sum64, l1, squares64, deviations, lo, hi, finite, z)
+    partial = partial + (nan, posinf, neginf, below, above)
+    for k in tl.static_range(PARTIAL_FIELDS):
+        tl.store(partial_ptr + k, partial[k].to(tl.float64))
     if BINS > 0:
         add_histogram(histogram, counts_ptr + tensor * BINS, BINS, SLOTS, LOG2)
 

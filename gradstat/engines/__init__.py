@@ -46,10 +46,6 @@ class Engine(Protocol):
         """Statistics of each of L tensors on one device."""
         ...
 
-    def histogram(self, x: Tensor, bins: Bins) -> tuple[Tensor, Tensor]:
-        """Counts and edges of one tensor."""
-        ...
-
     def Plan(self, tensors: Sequence[Tensor], bins: Bins) -> Plan:
         """How to measure these and others like them."""
         ...

@@ -36,12 +36,6 @@ def measure(tensors: Sequence[Tensor], bins: Bins) -> Statistics:
     return Statistics(bins, integers, floats, counts)
 
 
-def histogram(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor]:
-    """Counts and edges of one tensor."""
-    found = measure([x], bins)[0]
-    return found.counts, found.edges
-
-
 class Plan:
     """Measures anew each time; arguments as of `gradstat.engines.Plan`."""
 

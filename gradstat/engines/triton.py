@@ -82,12 +82,6 @@ def measure(tensors: Sequence[Tensor], bins: Bins) -> Statistics:
     return Statistics(bins, integers, floats, counts)
 
 
-def histogram(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor]:
-    """Counts and edges of one tensor."""
-    found = measure([x], bins)[0]
-    return found.counts, found.edges
-
-
 def unit_peaks(x: Tensor, unit: int) -> Tensor:
     """Largest magnitude of each of C units along a dimension, as `reference.unit_peaks`."""
     return reference.unit_peaks(x, unit)

@@ -39,6 +39,7 @@ from gradstat.engines.cpu.work import (
     MAX_SHARED_BINS,
     NUMBERS,
     PARTIALS,
+    RANGE_LOW,
     SCRATCH_BYTES,
     TENSORS,
     TOUCHED,
@@ -154,8 +155,8 @@ class Plan:
         self._bins, self._n = bins, len(tensors)
         self._n_bins, self._pack = bins.bins, entry_point(pack_rows())
         self._numels, self._dtypes = [x.numel() for x in tensors], [x.dtype for x in tensors]
-        is_linear, self._ranges = isinstance(bins, LinearBins), _known_ranges(bins, self._n)
-        self._is_automatic = is_linear and self._ranges is None
+        is_linear, ends = isinstance(bins, LinearBins), _known_ends(bins)
+        self._is_automatic = is_linear and ends is None
         # Where the elements of each are.
         self._addresses = array("q", bytes(8 * self._n))
         self._put_addresses = struct.Struct(f"{self._n}q").pack_into
@@ -165,7 +166,8 @@ class Plan:
         for dtype in dict.fromkeys(self._dtypes):
             rows = [row for row, each in enumerate(self._dtypes) if each == dtype]
             if is_trusted(dtype, is_linear):
-                self._tables.append(_Table(dtype, is_linear, rows, tensors, self._addresses))
+                table = _Table(dtype, is_linear, rows, tensors, self._addresses, ends)
+                self._tables.append(table)
             else:
                 self._others += rows
 
@@ -202,17 +204,16 @@ class Plan:
         if to is not self._room:
             self._room = to
             for table in self._tables:
-                table.write_to(to, self._n, self._n_bins, self._ranges)
+                table.write_to(to, self._n, self._n_bins)
         stage, others = FLOATS_ONLY if self._is_automatic else FUSED, self._others
         for table in self._tables:
             table.run(stage)
         if isinstance(self._bins, LinearBins) and self._is_automatic:
             rows = _split(to.held, self._n, self._bins.bins)
-            ranges = _nice_ranges(self._bins, rows[1]) if self._bins.nice else None
+            if self._bins.nice:
+                _write_nice_ranges(self._bins, rows[1])
             for table in self._tables:
-                table.write_to(to, self._n, self._bins.bins, ranges)
                 table.run(COUNTS_ONLY)
-            self._room = None
             if torch.float64 in self._dtypes:
                 # They have no range in float32; by `reference` they have one in float64.
                 beyond = as_statistics(self._bins, rows).abs_max > FLOAT32_MAX
@@ -238,6 +239,7 @@ class _Table:
         rows: N that have this dtype.
         tensors: of all rows.
         addresses: where each run finds those of their elements.
+        ends: of the range of all of them, if that is known.
     """
 
     def __init__(
@@ -247,6 +249,7 @@ class _Table:
         rows: Sequence[int],
         tensors: Sequence[Tensor],
         addresses: array[int],
+        ends: tuple[float, float] | None,
     ) -> None:
         self._shared_work = work_on(dtype, is_linear)
         self._work = entry_point(self._shared_work)
@@ -266,20 +269,16 @@ class _Table:
         head[TENSORS], head[ITEMS] = len(rows), n_items
         head[PARTIALS] = self._partials.buffer_info()[0]
         head[ADDRESSES] = addresses.buffer_info()[0]
+        head[RANGE_LOW:] = array("q", array("d", ends or (0.0, 0.0)).tobytes())
         self._table = array("q", (*head, *lines, 0, 0, 0, n_items, 0))
         self._address = self._table.buffer_info()[0]
         self._n_items, self._is_large = n_items, n_values >= _ALONE_BELOW
 
-    def write_to(self, rows: _Rows, n: int, n_bins: int, ranges: array[float] | None) -> None:
-        """Let later runs write ``n`` rows there, over known ranges if any."""
-        low = high = 0
-        if ranges is not None:
-            low = ranges.buffer_info()[0]
-            high = low + n * ranges.itemsize
+    def write_to(self, rows: _Rows, n: int, n_bins: int) -> None:
+        """Let later runs write ``n`` rows there."""
         address = rows.address
-        to = address, address + 64 * n, address + 8 * NUMBERS * n, n_bins
-        self._table[INTEGERS_AT : TOUCHED + 1] = array("q", (*to, low, high, rows.touched_address))
-        self._ranges = ranges  # whose memory the table has the address of
+        to = address, address + 64 * n, address + 8 * NUMBERS * n, n_bins, rows.touched_address
+        self._table[INTEGERS_AT : TOUCHED + 1] = array("q", to)
         self._is_shared = self._is_large and n_bins <= MAX_SHARED_BINS
 
     def run(self, stage: int) -> None:
@@ -425,17 +424,15 @@ def _check_storage(addresses: Sequence[int], numels: Sequence[int]) -> None:
 
 
 @keeps_subnormals
-def _known_ranges(bins: Bins, n: int) -> array[float] | None:
-    """The low and then the high ends of ``n`` tensors, float32, if the scheme has a range."""
-    ends = bins.known_range if isinstance(bins, LinearBins) else None
-    return None if ends is None else array("f", [ends[0]] * n + [ends[1]] * n)
+def _known_ends(bins: Bins) -> tuple[float, float] | None:
+    return bins.known_range if isinstance(bins, LinearBins) else None
 
 
 @keeps_subnormals
-def _nice_ranges(bins: LinearBins, floats: Array) -> array[float]:
-    minimum, maximum = torch.from_numpy(floats[:, :2]).unbind(-1)  # the first of `FLOATS`
-    low, high = bins.automatic_range(minimum, maximum)
-    return array("f", low.tolist() + high.tolist())
+def _write_nice_ranges(bins: LinearBins, floats: Array) -> None:
+    minimum, maximum, *_, low, high = torch.from_numpy(floats).unbind(-1)  # as `FLOATS`
+    for end, found in zip((low, high), bins.automatic_range(minimum, maximum), strict=True):
+        end.copy_(found)
 
 
 def _take_room(size: int) -> _Room:

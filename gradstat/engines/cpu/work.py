@@ -50,9 +50,9 @@ NEXT, CAME, THREADS, STAGE, IS_LAST, SCRATCHES = range(6)
 TENSORS, ITEMS, PARTIALS = range(6, 9)
 # addresses of the results' integers, floats and counts; how many bins a row has;
 INTEGERS_AT, FLOATS_AT, COUNTS_AT, BINS = range(9, 13)
-# addresses of the low and high ends of linear ranges, float32, or 0 where the floats have them; of
-# which parts of each row's histogram are touched, see `Counters`; of the addresses of each row.
-LOWS, HIGHS, TOUCHED, ADDRESSES = range(13, 17)
+# which parts of each row's histogram are touched, see `Counters`; addresses of the elements of each
+# row; low and high end of all linear ranges, float64, unless each row has its own.
+TOUCHED, ADDRESSES, RANGE_LOW, RANGE_HIGH = range(13, 17)
 HEAD = 17
 # A line: elements, address of the layout (or 0), row of the results, items before, item's size.
 NUMEL, LAYOUT, ROW, FIRST, ITEM = range(5)
@@ -95,12 +95,12 @@ def _gather(x: Pointer, layout: Pointer, begin: int, size: int, block: Pointer) 
 
 
 @inlined
-def _ends(head: Pointer, line: Pointer, floats: Pointer) -> tuple[float, float]:
-    """Ends of a tensor's linear range: those that were given, or those of its values."""
-    if head[LOWS] == 0:
+def _ends(head: Pointer, stage: int, floats: Pointer) -> tuple[float, float]:
+    """Ends of a tensor's linear range: its own, which is in its floats, or that of all."""
+    if stage == COUNTS_ONLY:
         return floats[LOW], floats[HIGH]
-    low, high = pointer(head[LOWS], np.float32), pointer(head[HIGHS], np.float32)
-    return np.float64(low[line[ROW]]), np.float64(high[line[ROW]])
+    ends = pointer(after(head, RANGE_LOW), np.float64)
+    return ends[0], ends[1]
 
 
 @compiled
@@ -224,7 +224,7 @@ def _make_work(element: object, is_linear: bool) -> Work:
             within = None
             if is_linear:
                 floats = pointer(head[FLOATS_AT] + line[ROW] * 8 * 8, np.float64)
-                low, high = _ends(head, line, floats)
+                low, high = _ends(head, stage, floats)
                 within = counters.linear_range(low, high, head[BINS])
             while item < line[COLUMNS + FIRST]:
                 partial = after(parts, item * FIELDS)
@@ -250,7 +250,7 @@ def _make_work(element: object, is_linear: bool) -> Work:
                 elif stage == FLOATS_ONLY:
                     _write_range(total, floats)
                 else:
-                    floats[LOW], floats[HIGH] = _ends(head, line, floats)
+                    floats[LOW], floats[HIGH] = _ends(head, stage, floats)
                     # NaN and infinities were counted outside the range.
                     to.integers[BELOW] -= np.int64(total[NEGINF])
                     to.integers[ABOVE] -= np.int64(total[NAN] + total[POSINF])
