@@ -116,15 +116,10 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """Where the numbers of a record are in its bytes.
+    """Where the numbers of a record are in its bytes."""
 
-    They are little-endian, in this order, each part padded with zeros to 8 bytes: integers, int64
-    ``(L, 8)``; floats, float64 ``(L, 8)``; formats, float64 ``(L, F, 10)``; ends, uint32 ``(L,)``,
-    where the filled bins of each row end; their numbers, uint16, or uint32 of more than 65,536
-    bins; their counts, uint32, or uint64 where a row has 2**32 elements or more. A row without
-    values has zeros, NaN and no filled bin. ``pack_rows`` in ``engines/cpu/work.py`` makes the same
-    bytes of what an engine has measured.
-    """
+    # docs/format.md describes it. ``pack_rows`` in ``engines/cpu/work.py`` makes the same bytes of
+    # what an engine has measured.
 
     n_rows: int  # L
     n_formats: int  # F
@@ -182,22 +177,16 @@ class RecordLayout:
         return as_statistics(bins, (integers, floats, self.dense(data, rows)))
 
     def pack(self, integers: Array, floats: Array, formats: Array | None, counts: Array) -> bytes:
-        """The bytes of a record; counts are int64 ``(L, bins)``, empty bins among them.
-
-        The other numbers are as in `Unpacked`; ``None`` stands for no formats.
-        """
-        # Most columns are zero in all rows, and need not be looked at twice.
-        used = np.flatnonzero(np.bitwise_or.reduce(counts, axis=0))
-        part = counts.take(used, axis=1)
+        """The bytes of a record; counts are int64 ``(L, bins)``, empty bins among them."""
+        # The other numbers are as in `Unpacked`; ``None`` stands for no formats.
         # NumPy finds what is not zero several times faster in one dimension and among booleans.
-        filled = part != 0
-        at = np.flatnonzero(filled.ravel())
-        ends = np.cumsum(np.count_nonzero(filled, axis=1))
-        bins = used[at % max(1, len(used))]
+        at = np.flatnonzero((counts != 0).ravel())
+        rows, bins = np.divmod(at, self.n_bins)
+        ends = np.searchsorted(rows, np.arange(self.n_rows), side="right")
         if formats is None:
             formats = np.empty((self.n_rows, 0, len(PACKED)))
         numbers = integers[None], floats[None], formats[None]
-        return self.pack_all(Unpacked(*numbers, ends, bins, part.ravel()[at]))[0]
+        return self.pack_all(Unpacked(*numbers, ends, bins, counts.ravel()[at]))[0]
 
     def pack_all(self, records: Unpacked) -> list[bytes]:
         """The bytes of each of several records."""
@@ -242,11 +231,9 @@ class RecordLayout:
     def assemble(
         self, parts: Sequence[tuple[Sequence[int], bytes]], joins: Sequence[int] = ()
     ) -> bytes:
-        """One record of several that have some of its rows each: these rows, and their bytes.
-
-        A row that never comes has no values. Of one that comes several times the last one counts,
-        but those that join are counted together.
-        """
+        """One record of several that have some of its rows each: these rows, and their bytes."""
+        # A row that never comes has no values. Of one that comes several times the last one counts,
+        # but those that join are counted together.
         # Those of as many rows have one layout, and are unpacked together.
         alike: dict[int, list[int]] = {}
         for at, (rows, _) in enumerate(parts):
@@ -316,10 +303,8 @@ class Unpacked(NamedTuple):
         return Unpacked(*taken(self[:3], columns), np.cumsum(sizes), bins, counts)
 
     def histograms(self, rows: Array) -> tuple[Array, Array, Array]:
-        """How many filled bins some of the S L rows have, their numbers and their counts.
-
-        The rows are given by their numbers; -1 stands for one without any.
-        """
+        """How many filled bins some of the S L rows have, their numbers and their counts."""
+        # The rows are given by their numbers; -1 stands for one without any.
         ends = np.append(self.ends, 0)
         sizes = np.append(self.sizes, 0)[rows]
         starts = ends[rows] - np.cumsum(sizes)  # of each row's entries here, less that there

@@ -25,7 +25,7 @@ from gradstat.diagnosis.findings import paragraph
 from gradstat.diagnosis.narrow_formats import FormatFit, layer_fits, recommendation
 from gradstat.history import History, check_history, first_rows
 from gradstat.history.follow import Follower
-from gradstat.history.ranks import files_of
+from gradstat.history.ranks import stats_of
 from gradstat.record import GRAD, NOUNS, PARAM, UNIT, UPDATE
 from gradstat.thresholds import Thresholds
 from gradstat.util import Array, aligned, escaped, evenly_spread, json_text, plural, replacing
@@ -50,7 +50,7 @@ def load(path: Path) -> History:
 
 def check_output(run: Path, output: Path) -> None:
     """Refuse to write over a run that is read."""
-    files = [run, *files_of(run)]
+    files = [run, *stats_of(run)]
     if output.exists() and any(file.exists() and output.samefile(file) for file in files):
         raise ValueError(f"{output} is the run itself, or a file of it; write to another one")
 

@@ -129,6 +129,8 @@ def _wrong_formats(integers: Array, quantized: Array, is_cast: Array) -> list[_W
     absent = (is_there != expected) & ((numel[:, 0] > 0) | ~is_cast)[:, None, None]
     least, most = np.moveaxis(scales, -1, 0)
     norm, error = np.moveaxis(norms, -1, 0)
+    # NaN differs from itself.
+    is_cut = (np.floor(quantized) != quantized)[..., : _N_COUNTS + 2]
     with np.errstate(invalid="ignore"):
         wrong = [
             ((counts < 0).any(-1) | (np.maximum(nonzero, nonfinite) > numel), "elements"),
@@ -138,10 +140,8 @@ def _wrong_formats(integers: Array, quantized: Array, is_cast: Array) -> list[_W
             ((least > most) & ((least < NO_SCALE_MIN) | (most > NO_SCALE_MAX)), "scales"),
             ((norms < 0).any(-1) | (error > norm * _MOST_ERROR), "norms"),
             ((nonzero == 0) & (norm > 0), "norms"),
-            ((np.floor(quantized) != quantized)[..., : _N_COUNTS + 2].any(-1), "counts"),
+            (is_cut.any(-1) & is_there.all(-1), "counts"),
         ]
-        # Comparisons with NaN say that it differs from itself.
-        wrong[-1] = (wrong[-1][0] & is_there.all(-1), wrong[-1][1])
     found = [(mask.any(1), f"formats have {what} that no tensor has") for mask, what in wrong]
     return [(absent.any((1, 2)), "formats are not of the rows that have values"), *found]
 

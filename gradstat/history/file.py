@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate, repeat
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -42,7 +42,7 @@ _INDEX = np.dtype(
 _ALIGNMENT = 8
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0)
 _PIECE = 1 << 20
-_MOST_READ, _MOST_OPEN = 1 << 30, 200  # bytes at once, files
+_MOST_OPEN = 200  # files
 _IN_MEMORY = 32 << 20  # bytes of a run that is put together
 _PATIENCE_S = 0.25  # longer than a write that goes on lets a file be
 
@@ -69,13 +69,10 @@ def damage_of(path: Path) -> Iterator[None]:
 
 def _kind_of(path: Path) -> str:
     """What else a file is, where its beginning says so, as that of a checkpoint does; else ""."""
-    try:
-        with open_regular(path) as file:
-            begins = file.read(256)
-    except OSError:
-        return ""
-    if begins.startswith(b"PK") and b"/data.pkl" in begins:
-        return "a checkpoint that torch.save() wrote: it holds weights, no record of a run"
+    with suppress(OSError), open_regular(path) as file:
+        begins = file.read(256)
+        if begins.startswith(b"PK") and b"/data.pkl" in begins:
+            return "a checkpoint that torch.save() wrote: it holds weights, no record of a run"
     return ""
 
 
@@ -106,15 +103,14 @@ class RunFile:
     def read(self, at: int, n_bytes: int) -> bytes:
         """Bytes from a place on; fewer where the file ends."""
         descriptor = self._get()
-        parts = []
-        while n_bytes and (part := _read_at(descriptor.number, min(n_bytes, _MOST_READ), at)):
-            parts.append(part)
-            at, n_bytes = at + len(part), n_bytes - len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        if hasattr(os, "pread"):
+            return os.pread(descriptor.number, n_bytes, at)
+        with _seeking:  # on Windows
+            os.lseek(descriptor.number, at, os.SEEK_SET)
+            return os.read(descriptor.number, n_bytes)
 
     @property
     def size(self) -> int:
-        """Bytes that there are now."""
         return os.fstat(self._get().number).st_size
 
     def _get(self) -> _Descriptor:
@@ -133,29 +129,6 @@ class RunFile:
         return descriptor
 
 
-class _Scratch(RunFile):
-    """A temporary file, which is gone with whoever reads it."""
-
-    def __init__(self) -> None:
-        self.path = Path(tempfile.gettempdir())
-        with tempfile.TemporaryFile() as file:
-            self._descriptor = _Descriptor(os.dup(file.fileno()), self.path)
-
-    def append(self, data: bytes) -> int:
-        """Write bytes after all others, and say where."""
-        at, rest = self.size, memoryview(data)
-        number = self._get().number
-        try:
-            with _seeking:
-                os.lseek(number, at, os.SEEK_SET)
-                while rest:
-                    rest = rest[os.write(number, rest[:_MOST_READ]) :]
-        except OSError as error:
-            error.filename = str(self.path)
-            raise
-        return at
-
-
 class _Descriptor:
     """An open file, closed when nobody holds it."""
 
@@ -164,14 +137,6 @@ class _Descriptor:
         weakref.finalize(self, os.close, self.number)
         found = _check_regular(self.number, path)
         self.identity = found.st_dev, found.st_ino
-
-
-def _read_at(descriptor: int, n_bytes: int, at: int) -> bytes:
-    if hasattr(os, "pread"):
-        return os.pread(descriptor, n_bytes, at)
-    with _seeking:  # on Windows
-        os.lseek(descriptor, at, os.SEEK_SET)
-        return os.read(descriptor, n_bytes)
 
 
 # Files that are open; of the ranks of a large run not all are at a time.
@@ -199,12 +164,10 @@ class StoredRecord(NamedTuple):
 
     @property
     def path(self) -> Path:
-        """The file's."""
         return self.of_block.file.path
 
     @property
     def n_bytes(self) -> int:
-        """Of its numbers."""
         return self.of_block.sizes[self.place]
 
     @property
@@ -228,16 +191,16 @@ class StoredRecord(NamedTuple):
         return self.of_block.checked[self.place]
 
     def set_checked(self, *, whole: bool) -> None:
-        """Its numbers were, or the whole of it."""
         self.of_block.checked[self.place] = max(self.checked, 1 + whole)
 
 
-class Spool:
-    """Keeps records: the first megabytes in memory, what follows in a temporary file."""
+class Spool(RunFile):
+    """Keeps records: some in memory, others in a temporary file, gone with whoever reads it."""
 
     def __init__(self) -> None:
+        self.path = Path(tempfile.gettempdir())
+        self._descriptor = None
         self._n_bytes = 0  # in memory
-        self._file: _Scratch | None = None
 
     def keep(self, records: Sequence[Record | StoredRecord]) -> list[Record | StoredRecord]:
         """The same records, to have in place of these; those of a file stay as they are."""
@@ -246,12 +209,20 @@ class Spool:
         if self._n_bytes + sum(sizes) <= _IN_MEMORY:
             self._n_bytes += sum(sizes)
             return [*records]
-        if self._file is None:
-            self._file = _Scratch()
-        at = self._file.append(b"".join([record.data for record in new]))
+        if self._descriptor is None:
+            with tempfile.TemporaryFile() as file:
+                self._descriptor = _Descriptor(os.dup(file.fileno()), self.path)
+        at = self.size
+        try:
+            with _seeking, open(self._descriptor.number, "r+b", closefd=False) as file:
+                file.seek(at)
+                file.writelines(record.data for record in new)
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
         starts = [*accumulate(sizes, initial=at)][:-1]
         checksums = [zlib.crc32(record.data) for record in new]
-        where = _Index(self._file, starts, sizes, checksums, bytearray([2]) * len(new))
+        where = _Index(self, starts, sizes, checksums, bytearray([2]) * len(new))
         stored = (StoredRecord(x.step, x.time_s, where, place) for place, x in enumerate(new))
         return [next(stored) if isinstance(each, Record) else each for each in records]
 
@@ -301,10 +272,8 @@ class Reader:
         self.n_lost: int | None = None  # records in the block that is cut off, if it says so
 
     def blocks(self, n_bytes: float = math.inf) -> Iterator[Block]:
-        """Blocks that follow, of so many bytes or a block more; may be called again.
-
-        ValueError for one that is damaged or out of its place.
-        """
+        """Blocks that follow, of so many bytes or a block more; may be called again."""
+        # ValueError for one that is damaged or out of its place.
         end = self._at + n_bytes
         self.is_over = False
         while self._at < end:
@@ -383,11 +352,10 @@ class Reader:
 
 
 class Npz:
-    """The arrays of a ``.npz`` file, whose sizes are checked before anything is inflated.
+    """The arrays of a ``.npz`` file, whose sizes are checked before anything is inflated."""
 
-    ValueError for another file, and for members that are no plain arrays or declare sizes that they
-    cannot have.
-    """
+    # ValueError for another file, and for members that are no plain arrays or declare sizes that
+    # they cannot have.
 
     def __init__(self, file: IO[bytes]) -> None:
         n_members = _count_members(file)

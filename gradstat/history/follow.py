@@ -28,12 +28,11 @@ class Look(NamedTuple):
 
 
 class Follower:
-    """Reads a run that is written meanwhile: a few megabytes at each look, each record once.
+    """Reads a run that is written meanwhile: a few megabytes at each look, each record once."""
 
-    A run that is resumed, replaced, or joined by another rank is read from its beginning again. It
-    need not be there yet. With ``newest`` the records that were written last are enough: those of
-    one process come block by block, unread.
-    """
+    # A run that is resumed, replaced, or joined by another rank is read from its beginning again.
+    # It need not be there yet. With ``newest`` the records that were written last are enough: those
+    # of one process come block by block, unread.
 
     def __init__(self, path: Path, *, newest: bool = False) -> None:
         self._path, self._is_newest = path, newest
@@ -45,11 +44,9 @@ class Follower:
         self._tried_again: _Files = {}
 
     def look(self) -> Look | None:
-        """Read what is new; ``None`` where there are no files.
-
-        OSError if a file cannot be opened, ValueError if one is damaged or another kind: it is not
-        read again before it changes.
-        """
+        """Read what is new; ``None`` where there are no files."""
+        # OSError if a file cannot be opened, ValueError if one is damaged or another kind: it is
+        # not read again before it changes.
         found = self._find()
         if not found:
             self._files, self._source = {}, None
@@ -122,7 +119,7 @@ def _followed_ranks(folders: list[Path], *, newest: bool) -> Iterator[Records | 
         common = min(rank.last_step for rank in ranks)
         if common >= 0 and (is_all or not newest):
             if newest:  # the last block of each, or what all have of it
-                recent = min(rank.newest_block for rank in ranks)
+                recent = min(rank.pieces[-1].first_step for rank in ranks)
                 for rank in ranks:
                     rank.skip(min(recent, common))
             yield merge(ranks, end=common + 1, quiet=True)

@@ -45,7 +45,8 @@ FIELDS = (*INTEGERS, *FLOATS, *DERIVED, *SHAPES)
 class History(Records):
     """Statistics of L layers over S recorded steps.
 
-    A layer without a gradient in a step has a row of NaN and of zero counts there. Records are kept
+    A layer without a gradient in a step has a row of NaN and of zero counts there. What was not
+    recorded, be it a step, a layer, a kind, a format or a scalar, is a KeyError. Records are kept
     packed, histograms as their filled bins alone; numbers are made when they are read, and kept.
 
     Args:
@@ -141,9 +142,6 @@ class History(Records):
 
         Returns:
             float64 or int64, shape ``(S, L)``; NaN (0 for a count) where a layer had no gradient.
-
-        Raises:
-            KeyError: another name.
         """
         if field not in FIELDS:
             raise KeyError(
@@ -178,9 +176,6 @@ class History(Records):
 
         Returns:
             steps, int64 ``(N,)``, which do not fall, and values, float64 ``(N,)``.
-
-        Raises:
-            KeyError: another name.
         """
         if name not in self.logged.names:
             raise KeyError(
@@ -206,9 +201,6 @@ class History(Records):
 
         Returns:
             float64 ``(S,)``; NaN for a record without any of them.
-
-        Raises:
-            KeyError: a kind, as for `select`, that was not recorded.
         """
         l2 = self["l2"][:, self._columns("norm", kind)]
         known = ~np.isnan(l2)
@@ -223,9 +215,6 @@ class History(Records):
 
         Returns:
             Statistics of shape ``(L,)``, on the CPU; it prints as a table of the rows.
-
-        Raises:
-            KeyError: a step that was not recorded.
         """
         found = self.layout.statistics(self.packed(self.find(step)).data, self.bins)
         names = [
@@ -234,11 +223,7 @@ class History(Records):
         return replace(found, names=tuple(names))
 
     def parts(self, step: int = -1) -> Iterator[tuple[slice, Statistics]]:
-        """As `record`, some layers at a time, in memory for a few histograms.
-
-        Yields:
-            Which of the L layers, and their statistics, on the CPU.
-        """
+        """As `record`, some layers at a time, in memory for a few histograms; which, and theirs."""
         data, n_layers = self.packed(self.find(step)).data, len(self.layers)
         size = max(1, _DENSE_BYTES // (8 * self.bins.bins))
         for start in range(0, max(n_layers, 1), size):
@@ -250,9 +235,6 @@ class History(Records):
 
         Returns:
             counts, int64 ``(bins,)``, and edges, float64 ``(bins + 1,)``.
-
-        Raises:
-            KeyError: an unknown layer, or a step that was not recorded.
         """
         row, data = self._find_layer(layer), self.packed(self.find(step)).data
         (found,) = self.layout.statistics(data, self.bins, slice(row, row + 1))
@@ -264,9 +246,6 @@ class History(Records):
         Returns:
             counts, int64 ``(S, bins)``, and edges, float64, ``(bins + 1,)`` for `Log2Bins` and
             ``(S, bins + 1)`` for `LinearBins`.
-
-        Raises:
-            KeyError: an unknown layer.
         """
         row, records = self._find_layer(layer), self.records
         counts = np.empty((len(records), self.bins.bins), dtype=np.int64)
@@ -281,15 +260,12 @@ class History(Records):
         """The rows of one kind, where ``watch(what=...)`` has recorded several.
 
         Args:
-            kind: ``"grad"``, ``"param"``, ``"update"``, ``"activation"``, ``"unit"`` (the largest
-                magnitude of each unit of an activation) or ``"grad_output"``.
+            kind: as for ``what`` of `gradstat.watch`, or ``"unit"``, the largest magnitude of each
+                unit of an activation.
 
         Returns:
             A new History of as many records and the same scalars, its layers named by their
             parameters or modules.
-
-        Raises:
-            KeyError: a kind that was not recorded.
         """
         columns = self._columns("select", kind)
         rows = [self.rows[column] for column in columns]
@@ -304,9 +280,6 @@ class History(Records):
         Returns:
             The rms of ``update`` over that of ``param``: float64 ``(S, L)``, for the layers of
             ``select("update")``; infinite for weights of zero that changed.
-
-        Raises:
-            KeyError: updates were not recorded.
         """
         update, weight = (self._columns("update_ratio", kind) for kind in (UPDATE, PARAM))
         rms = self["rms"]
@@ -320,9 +293,6 @@ class History(Records):
         Returns:
             float64 ``(S, L)``, for the layers of ``select("unit")``, which are those of
             ``select("activation")``.
-
-        Raises:
-            KeyError: activations were not recorded.
         """
         columns, now = self._columns("dead_units", UNIT), self.snapshot()
         return divide(now["zeros"][:, columns], now["numel"][:, columns])
@@ -337,9 +307,6 @@ class History(Records):
             By the names of `QUANTIZATION_FIELDS`, each ``(S, L)``, as `gradstat.Quantization` has
             them: int64 for counts, 0 where a layer had no gradient; float64 for the others, NaN
             there, and for the peaks of units.
-
-        Raises:
-            KeyError: a format that was not measured.
 
         Example:
             >>> import torch, gradstat
@@ -383,9 +350,6 @@ class History(Records):
                 records at its end is left out, with a RuntimeWarning. One that several ranks wrote
                 is put together as by `merge`; a RuntimeWarning says which ranks it lacks.
 
-        Returns:
-            An equal History.
-
         Raises:
             FileNotFoundError: there is no such file; another OSError: it cannot be opened.
             ValueError: a damaged file, one that neither of them wrote, or a directory that lacks
@@ -400,7 +364,7 @@ class History(Records):
     def reduce(
         self, group: dist.ProcessGroup | None = None, *, replicated: bool | None = None
     ) -> History:
-        """What all ranks of a distributed run measured, together; each of them must call it.
+        """What all ranks of a distributed run measured, together, on each; all must call it.
 
         Values that several ranks hold count once. A DTensor knows which: shards are put together
         and replicas are not, on one mesh or on several. Other gradients are the same on each rank
@@ -417,9 +381,6 @@ class History(Records):
                 ``True`` unless they were measured during backward. ``False`` also takes what
                 several meshes hold, and what is partial, as each one's own.
 
-        Returns:
-            The same new History on each rank.
-
         Raises:
             ValueError: on each rank: other bins or steps elsewhere, histograms over other ranges,
                 a layer that should be the same on several ranks and is not.
@@ -432,18 +393,15 @@ class History(Records):
     ) -> History:
         """What the ranks of a distributed run measured, together, as `reduce` puts it.
 
-        It needs no process group. Where the ranks hold different layers, as pipeline stages do, it
-        has all of them. Where some were ended earlier, it has the steps that all have, with a
-        RuntimeWarning that says which are left out; another one says which ranks are lacking.
+        It needs no process group. Where some ranks were ended earlier, it has the steps that all
+        have, with a RuntimeWarning that says which are left out; another one says which ranks are
+        lacking.
 
         Args:
             parts: of each rank its history, the file that `save` wrote, or the directory that
                 ``watch(path=...)`` wrote; or one directory of them all. Files are read some records
                 at a time.
             replicated: as for `reduce`.
-
-        Returns:
-            A new History.
 
         Raises:
             TypeError: what is none of these.

@@ -37,21 +37,17 @@ class _State(NamedTuple):
 
 
 def new_run() -> str:
-    """An identifier of a run that begins."""
     return secrets.token_hex(8)
 
 
 class Journal:
-    """Appends records to a file in a directory, those of a few seconds in one block.
+    """Appends records to a file in a directory, those of a few seconds in one block."""
 
-    With them goes what is logged in the history meanwhile.
-
-    A timer's thread writes them, also when no more come. What cannot be written is kept and tried
-    again; the first time a warning says so. A forked process writes nothing.
-
-    With ``first_step`` it goes on with the records that are there, those from this step on
-    superseded. Without it ValueError refuses them, and always those of other layers or bins.
-    """
+    # With them goes what is logged in the history meanwhile.
+    # A timer's thread writes them, also when no more come. What cannot be written is kept and tried
+    # again; the first time a warning says so.
+    # With ``first_step`` it goes on with the records that are there, those from this step on
+    # superseded. Without it ValueError refuses them, and always those of other layers or bins.
 
     def __init__(
         self,
@@ -65,9 +61,8 @@ class Journal:
         self._like = like
         self._state = _State([], [], {}, like.logged.sizes, 0, Link())
         self._waiting_bytes = 0  # about so many
-        self._is_created = self._is_forked = False
+        self._is_created = False
         self._has_warned, self._n_lost, self._n_told = False, 0, 0
-        call_after_fork(self)
         # The first is held for a moment, to take a record or to begin a block, the second while a
         # block is written. A signal's handler may take both again.
         self._lock, self._writing = threading.RLock(), threading.RLock()
@@ -96,14 +91,8 @@ class Journal:
                 ) from error
             self._warn_of(error)
 
-    def forget_other_threads(self) -> None:
-        """In a forked process: write nothing, which is for the other one to do."""
-        self._is_forked = True
-
     def add(self, record: Record) -> None:
         """Take a record of a higher step than before; it is written within a few seconds."""
-        if self._is_forked:
-            return
         with self._lock:
             self._state.waiting.append(record)
         self._waiting_bytes += len(record.data)
@@ -113,16 +102,14 @@ class Journal:
 
     def write_soon(self) -> None:
         """Write within a few seconds what has been logged."""
-        if not self._is_forked:
-            _LATER.write_soon(self)
+        _LATER.write_soon(self)
 
     def flush(self) -> None:
         """Write all records that wait, after those that another thread is writing."""
         _LATER.cancel(self)
-        if self._is_forked or self._is_writing_here():
-            return
-        with self._writing:
-            self._write_waiting()
+        if not self._is_writing_here():
+            with self._writing:
+                self._write_waiting()
 
     def warn_of_unwritten(self) -> None:
         """Say how many records could not be written, after the last attempt."""
@@ -181,12 +168,11 @@ class Journal:
             file.truncate()  # what an earlier attempt has left
             file.writelines(parts)
             end = file.tell()
-        n_logged = dict(state.n_logged)
-        for name, (steps, _) in scalars.items():
-            n_logged[name] = n_logged.get(name, 0) + len(steps)
+        new = {name: len(steps) for name, (steps, _) in scalars.items()}
+        n_logged = {name: state.n_logged.get(name, 0) + n for name, n in new.items()}
         with self._lock:
             self._state = self._state._replace(
-                leaving=[], told=now, n_logged=n_logged, end=end, link=link
+                leaving=[], told=now, n_logged=state.n_logged | n_logged, end=end, link=link
             )
 
     def _warn_of(self, error: OSError) -> None:
@@ -208,7 +194,6 @@ class _Later:
         call_after_fork(self)
 
     def forget_other_threads(self) -> None:
-        """In a forked process there is no timer."""
         self._timer = None
         self._due.clear()
 

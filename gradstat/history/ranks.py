@@ -95,13 +95,13 @@ class _Union:
                         f"{function} needs the same {what} on each rank; {what} on rank {rank} is "
                         f"{theirs}, on rank {ranks[0]} {first}"
                     )
-        rows = list(dict.fromkeys(row for part in parts for row in part.rows))
-        # Rows that all parts have stay in their places.
-        if any(part.rows != rows for part in parts):
-            rows.sort(key=lambda row: KINDS.index(row.kind))
         names = {
             row: name for part in parts for row, name in zip(part.rows, part.layers, strict=True)
         }
+        rows = list(names)
+        # Rows that all parts have stay in their places.
+        if any(part.rows != rows for part in parts):
+            rows.sort(key=lambda row: KINDS.index(row.kind))
         self._whole = Records(rows, parts[0].bins, parts[0].formats)
         self._whole.layers = [names[row] for row in rows]
         for part in parts:
@@ -252,10 +252,9 @@ class _Attempt(NamedTuple):
 
 
 class Rank:
-    """What one rank recorded, in pieces, each of one attempt and with the same placements.
+    """What one rank recorded, in pieces, each of one attempt and with the same placements."""
 
-    A journal is all that a rank wrote to its directory: it says which attempts there were.
-    """
+    # A journal is all that a rank wrote to its directory: it says which attempts there were.
 
     def __init__(
         self, number: int, name: str, pieces: Iterable[Records], *, is_journal: bool
@@ -265,7 +264,7 @@ class Rank:
         # Each supersedes those before it, from its first step on.
         self.attempts: list[_Attempt] = []
         self.like: Records  # the piece that it has told last, with its rows, bins and order
-        self._pieces: deque[Records] = deque()  # not yet merged
+        self.pieces: deque[Records] = deque()  # not yet merged
         for piece in pieces:
             self.add(piece)
 
@@ -284,36 +283,26 @@ class Rank:
         self.logged.extend(piece.logged)
         self.like = piece
         if len(piece):
-            self._pieces.append(piece.at(range(len(piece))))
-
-    @property
-    def next(self) -> Records | None:
-        """The records that come next, as many as are of one attempt with the same placements."""
-        return self._pieces[0] if self._pieces else None
+            self.pieces.append(piece.at(range(len(piece))))
 
     @property
     def last_step(self) -> int:
         """Of those that are not merged; -1 without any."""
-        return self._pieces[-1].last_step if self._pieces else -1
-
-    @property
-    def newest_block(self) -> int:
-        """First step of the piece that has come last."""
-        return self._pieces[-1].first_step
+        return self.pieces[-1].last_step if self.pieces else -1
 
     def take(self, step: int) -> Records:
         """The next ones up to a step, which are then no longer there."""
-        if not self._pieces:
+        if not self.pieces:
             return self.like.at([])
-        piece = self._pieces.popleft()
+        piece = self.pieces.popleft()
         rest = piece.between(step + 1)
         if len(rest):
-            self._pieces.appendleft(rest)
+            self.pieces.appendleft(rest)
         return piece.between(end=step + 1)
 
     def skip(self, step: int) -> None:
         """Leave out those before a step."""
-        while self._pieces and self._pieces[0].first_step < step:
+        while self.pieces and self.pieces[0].first_step < step:
             self.take(step - 1)
 
     def attempt_at(self, step: float) -> _Attempt | None:
@@ -329,11 +318,9 @@ def merge(
     end: float = math.inf,
     quiet: bool = False,
 ) -> Records:
-    """The union of all ranks' rows at the steps before an end that all have, not merged before.
-
-    Where a run was resumed with other ranks, all are those that it had in a step. ValueError for
-    other bins, other ranges, replicas that are not equal, and ranks of several runs.
-    """
+    """The union of all ranks' rows at the steps before an end that all have, not merged before."""
+    # Where a run was resumed with other ranks, all are those that it had in a step. ValueError for
+    # other bins, other ranges, replicas that are not equal, and ranks of several runs.
     _check_one_run(ranks)
     union = _Union(_MERGE, [rank.number for rank in ranks], [rank.like for rank in ranks])
     left_out, superseded = set[int](), set[int]()
@@ -341,7 +328,7 @@ def merge(
     n_bytes = min(_MOST_BYTES, _MOST_BYTES_OF_ALL // len(ranks))
     bounds = sorted({each.first_step for rank in ranks for each in rank.attempts} | {end})
     while True:
-        coming = [piece for rank in ranks if (piece := rank.next) is not None]
+        coming = [rank.pieces[0] for rank in ranks if rank.pieces]
         start = min([piece.first_step for piece in coming], default=math.inf)
         if start >= end:
             break
@@ -455,17 +442,11 @@ def directories(path: Path) -> list[Path]:
     return folders
 
 
-def files_of(path: Path) -> list[Path]:
-    """All files of a run."""
-    if not path.is_dir():
-        return [path]
-    return [file for each in (path, *rank_directories(path)) for file in reading.segments(each)]
-
-
 def stats_of(path: Path) -> dict[Path, os.stat_result]:
     """All files of a run that are there, and what the system says of each."""
-    found = {}
-    for file in files_of(path):
+    folders, found = [path, *rank_directories(path)], {}
+    files = [file for folder in folders for file in reading.segments(folder)]
+    for file in files if path.is_dir() else [path]:
         with suppress(FileNotFoundError):  # it has gone meanwhile
             found[file] = file.stat()
     return found
@@ -534,7 +515,6 @@ def merge_parts(parts: Sequence[Records | Path], replicated: bool | None) -> Rec
 
 
 def rank_of(folder: Path, pieces: Iterable[Records]) -> Rank:
-    """What the rank of a directory wrote."""
     return Rank(_number_of(folder), str(folder), pieces, is_journal=True)
 
 

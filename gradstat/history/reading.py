@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -271,21 +272,17 @@ class _Source(NamedTuple):
 
 
 def pieces(path: Path) -> Iterator[Records]:
-    """Find the records of a file, or of all files of a directory, some at a time.
-
-    Those of a piece have the same rows and placements, and their steps rise. Those at the end of a
-    directory's last file that are cut off are left out, with a warning. Errors are as of
-    `History.load`.
-    """
+    """Find the records of a file, or of all files of a directory, some at a time."""
+    # Those of a piece have the same rows and placements, and their steps rise. Those at the end of
+    # a directory's last file that are cut off are left out, with a warning. Errors are as of
+    # `History.load`.
     return (piece for piece in followed(path, math.inf, goes_on=False) if piece is not None)
 
 
 def followed(path: Path, n_bytes: float, *, goes_on: bool = True) -> Iterator[Records | None]:
-    """Read as `pieces`, and go on for ever with a directory's last file, which a run writes.
-
-    It looks through so many bytes of a file at once, or a block more. ``None`` stands for nothing
-    new yet, or no whole block of it.
-    """
+    """Read as `pieces`, and go on for ever with a directory's last file, which a run writes."""
+    # It looks through so many bytes of a file at once, or a block more. ``None`` stands for nothing
+    # new yet, or no whole block of it.
     if not path.is_dir():
         yield from _read_file(_Source(path, True, math.inf), n_bytes)
         return
@@ -313,10 +310,8 @@ def load(path: Path) -> Records:
 
 
 def check_fits(path: Path, records: Records) -> str | None:
-    """Refuse a directory with the records of other layers or bins than some, or a damaged one.
-
-    Returns the identifier of the run that it holds; ``None`` where no file has a whole block.
-    """
+    """Refuse a directory with the records of other layers or bins than some, or a damaged one."""
+    # Returns the identifier of the run that it holds; ``None`` where no file has a whole block.
     try:
         *_, source = _plan(path, quiet=True)
     except CutOffError:
@@ -345,17 +340,13 @@ def segments(path: Path) -> list[Path]:
 
 
 def segment_name(number: int) -> str:
-    """Name of a file in a directory of them."""
     return f"{number:08}{SUFFIX}"
 
 
 def is_begun(path: Path) -> bool:
-    """Whether a file has a whole block."""
-    try:
-        _begin(path)
-    except (OSError, ValueError):
-        return False
-    return True
+    with suppress(OSError, ValueError):
+        return bool(_begin(path))
+    return False
 
 
 def _begin(path: Path) -> tuple[Records, dict[str, Any]]:

@@ -42,11 +42,10 @@ _step = attrgetter("step")
 
 
 class Scalars:
-    """Values by name, each with its step: 16 bytes a value.
+    """Values by name, each with its step: 16 bytes a value."""
 
-    One thread adds; others, and handlers of signals, may read meanwhile: they see a value and its
-    step, or neither.
-    """
+    # One thread adds; others, and handlers of signals, may read meanwhile: they see a value and its
+    # step, or neither.
 
     def __init__(self) -> None:
         # To look into the bytes would keep them from growing: whoever reads has a copy.
@@ -57,7 +56,6 @@ class Scalars:
         self._append(name, step, _VALUE.pack(step, value))
 
     def add_all(self, name: str, steps: Iterable[int], values: Iterable[float]) -> None:
-        """Append values of one name."""
         for step, value in zip(steps, values, strict=True):
             self.add(name, step, value)
 
@@ -103,7 +101,6 @@ class Scalars:
         return values["step"].copy(), values["value"].copy()
 
     def _append(self, name: str, step: int, data: bytes | bytearray) -> None:
-        """Append values of which the first is of a step."""
         series = self._series.setdefault(name, bytearray())
         last = _VALUE.unpack_from(series, len(series) - _VALUE.size)[0] if series else step
         if step < last:
@@ -119,16 +116,10 @@ class _Kept(NamedTuple):
 
     # In the order of their steps. Whoever has this list sees records added, no others.
     records: list[AnyRecord]
+    # Fields that were read, of so many of the first records: (n, L), not to be changed.
+    fields: dict[str, Array]
     n_appended: int  # that there were at one time or another, where the number is bounded
-    stride: int  # of them, from one that is kept to the next
-
-
-class _Column(NamedTuple):
-    """A field of the first n records that there were when it was read."""
-
-    stride: int  # of the records
-    last_step: float  # of the last one of them
-    values: Array  # (n, L), not to be changed
+    stride: int = 1  # of them, from one that is kept to the next
 
 
 class Resumption(NamedTuple):
@@ -139,10 +130,9 @@ class Resumption(NamedTuple):
 
 
 class Records:
-    """S packed records of L rows, and what holds for all of them, as `History` says.
+    """S packed records of L rows, and what holds for all of them, as `History` says."""
 
-    Beside that a run has an identifier, where it is written, and how it was resumed, if it was.
-    """
+    # Beside that a run has an identifier, where it is written, and how it was resumed, if it was.
 
     def __init__(
         self,
@@ -165,20 +155,18 @@ class Records:
         self.run: str | None = None
         self.resumption: Resumption | None = None
         self._capacity = capacity
-        self._kept = _Kept([], 0, 1)
+        self._kept = _Kept([], {}, 0)
         # The layout and rows of the records as they are kept, and which of these rows are read.
         self._whole: tuple[RecordLayout, list[Row]] = self.layout, self.rows
         self._taken: Array | None = None
-        # Fields that were read. Snapshots share them, until they are appended to.
-        self._fields: dict[str, _Column] = {}
-        self._is_snapshot = False
+        self._is_snapshot = False  # which shares fields until it is appended to
 
     def __getstate__(self) -> dict[str, object]:
         """What is pickled: records of a file are read."""
         records: list[AnyRecord] = [
             Record(each.step, each.time_s, each.data) for each in self.records
         ]
-        return self.__dict__ | {"_kept": self._kept._replace(records=records), "_fields": {}}
+        return self.__dict__ | {"_kept": self._kept._replace(records=records, fields={})}
 
     def __len__(self) -> int:
         """Number of records, S."""
@@ -201,16 +189,10 @@ class Records:
         return sum([record.n_bytes for record in self._kept.records]) + 16 * n_values
 
     def append(self, step: int, data: bytes, *, time_s: float | None = None) -> None:
-        """Add one record.
+        """Add one record: its step, and its numbers as ``layout.pack()`` makes them, not copied.
 
-        Args:
-            step: its number.
-            data: its numbers, as ``layout.pack()`` makes them; kept, not copied.
-            time_s: when it was recorded, in seconds since 1970; by default now.
-
-        Raises:
-            TypeError: a step that is no integer.
-            ValueError: a step below 0, or not higher than the last one's; bytes of another layout.
+        It was recorded at a time in seconds since 1970, by default now. TypeError for a step that
+        is no integer, ValueError for one that is not higher than the last, or for other bytes.
         """
         layout, step = self.layout, check_integer("append", "step", step, 0)
         if step <= self.last_step:
@@ -228,8 +210,8 @@ class Records:
             self._kept = self._kept._replace(records=[*map(self.packed, self._kept.records)])
             self._whole, self._taken = (self.layout, self.rows), None
         if self._is_snapshot:
-            self._fields, self._is_snapshot = {}, False
-        records, n_appended, stride = self._kept
+            self._kept, self._is_snapshot = self._kept._replace(fields={}), False
+        records, _, n_appended, stride = self._kept
         if self._capacity is None:
             records.append(record)
             return
@@ -238,7 +220,7 @@ class Records:
             records = records[:-1]
         if len(records) >= self._capacity:
             records, stride = records[::2], 2 * stride
-        self._kept = _Kept([*records, record], n_appended + 1, stride)
+        self._kept = _Kept([*records, record], {}, n_appended + 1, stride)
 
     @property
     def records(self) -> list[AnyRecord]:
@@ -247,7 +229,6 @@ class Records:
 
     @property
     def first_step(self) -> int:
-        """Of the oldest record, of which there is one."""
         return self._kept.records[0].step
 
     @property
@@ -256,8 +237,7 @@ class Records:
         return self._kept.records[-1].step if self._kept.records else -1
 
     def set_records(self, records: Sequence[AnyRecord]) -> None:
-        """Have these records in place of all."""
-        self._kept, self._fields = _Kept([*records], len(records), 1), {}
+        self._kept = _Kept([*records], {}, len(records))
 
     def extend(self, part: Records) -> None:
         """Add the records of the same rows that follow; what holds for all is as the last say."""
@@ -270,13 +250,10 @@ class Records:
         self._kept.records.extend(part.records)
 
     def snapshot(self) -> Self:
-        """The same records, without those that are added later.
+        """Another History of the same records, not copied, without those that are added later.
 
         One call on a history sees all its records as they are at one moment, also while another
         thread trains; several calls that are to see the same ones need this.
-
-        Returns:
-            Another History, which takes no copy of the records.
         """
         taken = self._copy()
         kept = self._kept
@@ -334,10 +311,8 @@ class Records:
         return next(_windows(self._kept.records, n_bytes))[-1].step
 
     def take(self, columns: Array, rows: Sequence[Row], layers: Sequence[str]) -> Self:
-        """The same records, without what was logged, with other rows: read when their numbers are.
-
-        ``columns`` are the numbers of these rows here; -1 stands for one without values.
-        """
+        """The same records of other rows, read when their numbers are; without what was logged."""
+        # ``columns`` are the numbers of these rows here; -1 stands for one without values.
         part = self._with(self._kept.records.copy(), Scalars())
         part.rows, part.layers = list(rows), list(layers)
         part.layout = RecordLayout(len(part.rows), len(self.formats), self.bins.bins)
@@ -353,7 +328,6 @@ class Records:
         return map(self._unpack, _windows(self._kept.records.copy()))
 
     def unpack(self) -> Unpacked:
-        """Numbers of all records together."""
         return self._unpack(self._kept.records.copy())
 
     def numbers(self) -> Iterator[Numbers]:
@@ -367,21 +341,14 @@ class Records:
 
     def column(self, field: str) -> Array:
         """A field of `Statistics` of all records, ``(S, L)``, a copy; reads what is new."""
-        records, _, stride = self._kept
-        records = records.copy()
-        known, n = self._fields.get(field), 0
-        if known is not None and known.stride == stride:
-            n = min(len(known.values), len(records))
-            # The last one may have been there only because it was the last.
-            if n and (n < len(known.values) or records[n - 1].step != known.last_step):
-                n -= 1
-        if known is None or n < len(records):
-            before = self._field(field, []) if known is None else known.values[:n]
-            new = [self._field(field, window) for window in _windows(records[n:])]
-            last_step = records[-1].step if records else -math.inf
-            known = _Column(stride, last_step, np.concatenate([before, *new]))
-            self._fields[field] = known
-        return known.values[: len(records)].copy()
+        kept = self._kept
+        records, known = kept.records.copy(), kept.fields.get(field)
+        if known is None:
+            known = self._field(field, [])
+        if len(known) < len(records):
+            new = [self._field(field, window) for window in _windows(records[len(known) :])]
+            known = kept.fields[field] = np.concatenate([known, *new])
+        return known[: len(records)].copy()
 
     def _copy(self) -> Self:
         copied = type(self).__new__(type(self))
@@ -391,8 +358,8 @@ class Records:
     def _with(self, records: list[AnyRecord], logged: Scalars) -> Self:
         part = self._copy()
         part.logged = logged
-        part._kept, part._capacity = _Kept(records, len(records), 1), None
-        part._fields, part._is_snapshot = {}, False
+        part._kept = _Kept(records, {}, len(records))
+        part._capacity, part._is_snapshot = None, False
         if self.partial_step not in [record.step for record in records]:
             part.partial_step = None
         return part

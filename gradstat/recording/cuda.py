@@ -54,11 +54,9 @@ def stream_of(device: torch.device) -> torch.Stream | None:
 
 
 def take_over(tensors: Iterable[Tensor], stream: torch.Stream | None) -> None:
-    """Let the current stream use what another one computes.
-
-    It waits for all that the other stream has to do so far. The tensors' memory is given to no
-    other tensor before the current stream has done what it has to do by then.
-    """
+    """Let the current stream use what another one computes."""
+    # It waits for all that the other stream has to do so far. The tensors' memory is given to no
+    # other tensor before the current stream has done what it has to do by then.
     if stream is None:
         return
     current = torch.accelerator.current_stream(stream.device)
@@ -107,7 +105,6 @@ class SideStream:
             torch.cuda.current_stream(device).wait_stream(self._streams[device])
 
     def forget(self) -> None:
-        """Wait no more for what runs so far."""
         self._busy.clear()
 
 
@@ -121,11 +118,10 @@ class Launch(NamedTuple):
 
 
 class Schedule:
-    """Which passes are recorded: every so many steps the last pass of a step.
+    """Which passes are recorded: every so many steps the last pass of a step."""
 
-    The host counts all passes, those of a graph when it is told of a replay. A graph runs without
-    the host, so it counts its own passes on the device.
-    """
+    # The host counts all passes, those of a graph when it is told of a replay. A graph runs without
+    # the host, so it counts its own passes on the device.
 
     def __init__(
         self,
@@ -154,12 +150,10 @@ class Schedule:
 
     @property
     def n_passes(self) -> int:
-        """Passes that have ended."""
         return self.n_told + self.n_missed
 
     @property
     def step(self) -> int:
-        """Number of the step that the pass belongs to."""
         return self.n_passes // self.accumulation_steps
 
     def is_due(self) -> bool:
@@ -168,10 +162,8 @@ class Schedule:
         return n_before % self._period == self.accumulation_steps - 1
 
     def has_left_graph(self, *, is_captured: bool) -> bool:
-        """Whether this pass is in another graph, or none, than the pass last asked for.
-
-        What that pass has kept is then lost: its capture has failed.
-        """
+        """Whether this pass is in another graph, or none, than the pass last asked for."""
+        # What that pass has kept is then lost: its capture has failed.
         graph = weakref.ref(capturing_graph()) if is_captured else None
         if graph == self.graph:
             return False
@@ -180,11 +172,9 @@ class Schedule:
         return True
 
     def flag(self, device: torch.device) -> Tensor | None:
-        """What kernels on the current stream read to know whether the captured pass is due.
-
-        It is int64 ``(1,)``; ``None`` outside a capture, where a pass that is not due has no
-        kernels, and for a device without a counter, where all passes are measured.
-        """
+        """What kernels on the current stream read to know whether the captured pass is due."""
+        # It is int64 ``(1,)``; ``None`` outside a capture, where a pass that is not due has no
+        # kernels, and for a device without a counter, where all passes are measured.
         counter = self._counters.get(device)
         if counter is None or not is_capturing():
             return None
@@ -208,10 +198,8 @@ class Schedule:
         return step
 
     def count_captured(self) -> Tensor | None:
-        """Let each replay count the pass that has just been captured.
-
-        Returns what `take_stamp` reads, int64 ``(2,)``; ``None`` if the replays are not counted.
-        """
+        """Let each replay count the pass that has just been captured."""
+        # Returns what `take_stamp` reads, int64 ``(2,)``; ``None`` if the replays are not counted.
         if self._counters and not self._flags:  # nothing was measured
             self.flag(torch.device("cuda", torch.cuda.current_device()))
         counters = [self._counters[device] for device in self._flags]
@@ -222,10 +210,8 @@ class Schedule:
         return stamp
 
     def take_stamp(self, stamp: Tensor, n_told: int) -> int | None:
-        """Compare what a replay has counted with the passes that the host had been told of before.
-
-        Returns the number of the step; ``None`` if the replay was not due, and measured nothing.
-        """
+        """Compare what a replay has counted with the passes that the host knew of before."""
+        # Returns the number of the step; ``None`` if the replay was not due, and measured nothing.
         n_counted, is_due = stamp.tolist()
         n_passes = n_counted + (self._n_uncounted or 0)
         if n_passes - n_told != self.n_missed:
@@ -257,7 +243,6 @@ class CapturedPasses:
         self._open: CapturedGraph | None = None
 
     def add(self, launches: list[Launch], stamp: Tensor | None) -> None:
-        """Keep the results of a pass that has just been captured."""
         graph = capturing_graph()
         if self._open is None or self._open is not self._graphs.get(graph):
             # A graph that is captured anew no longer has the passes that it had.

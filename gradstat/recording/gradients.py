@@ -41,15 +41,13 @@ Call = weakref.ref[Callable[..., None]]
 
 
 class RunningPass:
-    """A backward pass, from the hook on that begins to await its end.
+    """A backward pass, from the hook on that begins to await its end."""
 
-    Autograd makes the call that awaits the end; where an exception ends the pass, it drops that
-    call. If a device's own thread runs the hooks, it does so a moment after the exception has
-    reached the caller.
-    """
+    # Autograd makes the call that awaits the end; where an exception ends the pass, it drops that
+    # call. If a device's own thread runs the hooks, it does so a moment after the exception has
+    # reached the caller.
 
-    def __init__(self, *, is_asked: bool) -> None:
-        self._is_asked = is_asked  # from outside of a hook, if it is running
+    def __init__(self) -> None:
         # What is awaited, while it is to come; dead where an exception has ended the pass.
         self.call: Call | None = None
         self._caller: object = None  # the thread that called the pass
@@ -60,11 +58,9 @@ class RunningPass:
         call_at_end_of_backward(function)
         # Autograd alone keeps it: no frame does, which an exception would keep.
         self.call = weakref.ref(function)
-        if self._is_asked:
-            self._caller = inherited(_CALLER)
+        self._caller = inherited(_CALLER)
 
     def forget_other_threads(self) -> None:
-        """In a forked process: await no pass of a thread that is not there."""
         self.call = None
 
     def is_running(self) -> bool:
@@ -99,7 +95,7 @@ class BackwardHooks:
             (first_rows[PARAM] + index, weakref.ref(parameter))
             for index, parameter in enumerate(parameters if PARAM in first_rows else ())
         ]
-        self._pass = RunningPass(is_asked=recorder.sees_outputs)
+        self._pass = RunningPass()
         # Indices of gradients that others may change, or free, as soon as the hook returns, such as
         # an optimizer that makes its step in a hook of its own.
         self._at_once = {
@@ -115,19 +111,15 @@ class BackwardHooks:
             run_first(parameter, handle)
 
     def remove(self) -> None:
-        """Take the hooks off."""
         take_off(self._handles)
 
     def is_running(self) -> bool:
-        """Whether a pass has begun that neither has ended nor been ended by an exception."""
         return self._pass.is_running()
 
     def _hook_of(self, index: int) -> Callable[[Tensor], None]:
-        """What notes a parameter's gradient: the part of a step that comes most often.
-
-        A training step fills the caches with its own, so each call of Python's costs several times
-        what it costs alone: this is one function, and takes no lock.
-        """
+        """What notes a parameter's gradient: the part of a step that comes most often."""
+        # A training step fills the caches with its own, so each call of Python's costs several
+        # times what it costs alone: this is one function, and takes no lock.
         recorder, running = self._recorder, self._pass
         note, note_on, streams = recorder.note, recorder.note_on, recorder.streams
         row = (self._first_gradient or 0) + index
@@ -245,7 +237,6 @@ class StepHook:
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def remove(self) -> None:
-        """Take the hooks off."""
         self._end_without_step()
         take_off(self._handles)
         take_off(self._order_handles)
@@ -325,14 +316,9 @@ class StepHook:
         return {index: p for index, p in parameters if p is not None}
 
     def _held_by(self, optimizer: Optimizer) -> dict[int, nn.Parameter]:
-        known: dict[int, nn.Parameter] = {}
-        for group in optimizer.param_groups:
-            held: list[nn.Parameter] = group["params"]
-            for parameter in held:
-                index = self._indices.get(id(parameter))
-                if index is not None and self._parameters[index]() is parameter:
-                    known[index] = parameter
-        return known
+        held: list[nn.Parameter] = [p for group in optimizer.param_groups for p in group["params"]]
+        known = ((self._indices.get(id(p), -1), p) for p in held)
+        return {at: p for at, p in known if at >= 0 and p is self._parameters[at]()}
 
     def _measure(self, parameters: dict[int, nn.Parameter], scale: Tensor | None) -> None:
         self._recorder.begin(scale)

@@ -42,7 +42,6 @@ _WHAT = {
 
 
 def check_directory(function: str, name: str, path: str | os.PathLike[str]) -> None:
-    """Raise unless a path may be that of a directory to write into."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"{function}() needs a directory's path; {name} is {path!r}")
     if not os.fspath(path):
@@ -60,7 +59,6 @@ def check_what(
     bins: Bins,
     modules: ModuleSelector | None,
 ) -> set[str]:
-    """Kinds of rows that are asked for."""
     asked = [what] if isinstance(what, str) else what
     if not isinstance(asked, Iterable):
         raise TypeError(f"watch() needs a name or several; what is {what!r}")
@@ -95,7 +93,6 @@ def check_what(
 def check_when(
     when: str, optimizer: Optimizer | None, scaler: GradScaler | None, accumulation_steps: int
 ) -> None:
-    """Raise unless the options fit the moment of measuring."""
     if when not in ("backward", "step", "call"):
         raise ValueError(f"watch() needs one of backward, step, call; when is {when!r}")
     if not isinstance(optimizer, Optimizer | None):
@@ -117,7 +114,6 @@ def check_when(
 
 
 def check_holds(optimizer: Optimizer, selected: Sequence[nn.Parameter]) -> None:
-    """Raise ValueError unless an optimizer holds one of the parameters."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if not any(id(parameter) in held for parameter in selected):
         raise ValueError(
@@ -190,12 +186,15 @@ class Replaced:
         self._has_told = False
 
     def look(self) -> None:
-        """Warn once if parameters have been replaced."""
         model = self._model()
         if model is None or self._has_told:
             return
         there = set(map(id, model.parameters()))
-        gone = [name for name in self._known if self._is_gone(name, there)]
+        gone = [
+            name
+            for name, parameter in ((name, known()) for name, known in self._known.items())
+            if parameter is None or not (id(parameter) in there or name in self._may_leave)
+        ]
         if gone:
             self._has_told = True
             some = ", ".join(gone[:_MOST_NAMES]) + ", ..." * (len(gone) > _MOST_NAMES)
@@ -204,10 +203,6 @@ class Replaced:
                 f"in the model, others have been replaced or taken out: {some}; watch() again to "
                 f"see what is there now"
             )
-
-    def _is_gone(self, name: str, there: set[int]) -> bool:
-        parameter = self._known[name]()
-        return parameter is None or not (id(parameter) in there or name in self._may_leave)
 
 
 def plain_name(model: nn.Module, name: str) -> str:

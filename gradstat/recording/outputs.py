@@ -45,11 +45,10 @@ _RUNNING: weakref.WeakValueDictionary[int, OutputHooks] = weakref.WeakValueDicti
 
 
 class OutputHooks:
-    """Each output of a module, and the gradient with respect to it, goes to the recorder.
+    """Each output of a module, and the gradient with respect to it, goes to the recorder."""
 
-    Outputs count while the model is in training mode and gradients are enabled. Outputs that a
-    checkpoint computes once more do not. The modules are in the order of the recorder's rows.
-    """
+    # Outputs count while the model is in training mode and gradients are enabled. Outputs that a
+    # checkpoint computes once more do not. The modules are in the order of the recorder's rows.
 
     def __init__(
         self,
@@ -74,7 +73,7 @@ class OutputHooks:
         ]
         self._newest_dim: tuple[torch.Size, int] | None = None
         self._is_seeing = False  # still true afterwards where an exception has ended `see`
-        self._pass = RunningPass(is_asked=True)
+        self._pass = RunningPass()
         self.sees_gradients = GRAD_OUTPUT in self._rows
         self.key = next(_KEYS)
         _RUNNING[self.key] = self

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from operator import itemgetter
@@ -97,13 +98,12 @@ class _Pass:
 
 
 class Recorder:
-    """Turns gradients into records.
+    """Turns gradients into records."""
 
-    A pass is ``begin()``, ``note`` or ``add()`` for each gradient, ``end()``; what `add_output`
-    took before belongs to it too. A pass that never ends, after an exception or an interrupt,
-    leaves nothing.
-    Callers hold `lock` meanwhile: autograd runs hooks in a thread for each device.
-    """
+    # A pass is ``begin()``, ``note`` or ``add()`` for each gradient, ``end()``; what `add_output`
+    # took before belongs to it too. A pass that never ends, after an exception or an interrupt,
+    # leaves nothing. Callers hold `lock` meanwhile: autograd runs hooks in a thread for each
+    # device.
 
     def __init__(
         self,
@@ -132,8 +132,7 @@ class Recorder:
         self._most_plans = 2 * len(history.rows) + 16
         # The first row of each kind that is recorded.
         self.first_rows = {kind: history.kinds.index(kind) for kind in dict.fromkeys(history.kinds)}
-        self.sees_outputs = not self.first_rows.keys().isdisjoint(OF_OUTPUTS)
-        self._lacks_outputs = self.sees_outputs  # so far
+        self._lacks_outputs = not self.first_rows.keys().isdisjoint(OF_OUTPUTS)  # so far
         self.drop()
         self._captured, self._delivery, self._replaced = CapturedPasses(), delivery, replaced
         call_after_fork(self)
@@ -158,10 +157,8 @@ class Recorder:
             self.is_recording = True
 
     def take_scale(self, kind: str, scale: Tensor | None) -> None:
-        """Remember what a record's values of a kind are multiplied by in this run of autograd.
-
-        The scale is 0-dim, on any device, and may be changed in place afterwards.
-        """
+        """Remember what a record's values of a kind are multiplied by in this run of autograd."""
+        # The scale is 0-dim, on any device, and may be changed in place afterwards.
         if scale is None:
             return
         run, unfinished = running_pass(), self._pass
@@ -175,10 +172,8 @@ class Recorder:
         unfinished.scaled_in[kind] = run
 
     def add(self, row: int, gradient: Tensor) -> None:
-        """Measure a row's tensor, now or by the end of the pass; a later one replaces it.
-
-        A tensor that cannot be measured is passed over.
-        """
+        """Measure a row's tensor, now or by the end of the pass; a later one replaces it."""
+        # A tensor that cannot be measured is passed over.
         if not self.is_recording:
             return
         self._put_noted()
@@ -187,10 +182,8 @@ class Recorder:
         self._take(row, gradient, joins=False, at_once=gradient._is_view())
 
     def add_output(self, row: int, x: Tensor) -> bool:
-        """Measure a row's output, if `is_due`, and count it together with those before.
-
-        It may be changed in place afterwards. Returns whether it can be measured.
-        """
+        """Measure a row's output, if `is_due`, and count it together with those before."""
+        # It may be changed in place afterwards. Returns whether it can be measured.
         x = own_part(self.history, row, x)
         if not is_measurable(x):
             return False
@@ -201,10 +194,8 @@ class Recorder:
         return True
 
     def add_peaks(self, row: int, x: Tensor, unit: int | None) -> None:
-        """Take the largest magnitude of each unit in this output and those before.
-
-        ``unit`` is their dimension in the output, if it has units; the row is that of the peaks.
-        """
+        """Take the largest magnitude of each unit in this output and those before."""
+        # ``unit`` is their dimension in the output, if it has units; the row is that of the peaks.
         x = own_part(self.history, row, x)
         if unit is None or not has_values(x):
             return
@@ -226,10 +217,8 @@ class Recorder:
             self._side.join()
 
     def end(self) -> None:
-        """Finish the pass; its record is in `history` once it has arrived on the host.
-
-        A captured pass has a record each time that `replayed` is called.
-        """
+        """Finish the pass; its record is in `history` once it has arrived on the host."""
+        # A captured pass has a record each time that `replayed` is called.
         parts, unfinished, schedule = None, self._pass, self.schedule
         if self.is_recording:
             for (row, _, _), peaks in unfinished.peaks.items():
@@ -261,10 +250,8 @@ class Recorder:
             self.collect(wait=False)
 
     def replayed(self, graph: object) -> bool:
-        """Take the results of captured passes that are due, which a replay has written anew.
-
-        ``None`` stands for the newest graph. Returns whether any pass was captured in it.
-        """
+        """Take the results of captured passes that are due, which a replay has written anew."""
+        # ``None`` stands for the newest graph. Returns whether any pass was captured in it.
         self._captured.end_graph()
         captured = self._captured.of(graph)
         if captured is None:
@@ -285,7 +272,6 @@ class Recorder:
         return True
 
     def drop(self) -> None:
-        """Forget an unfinished pass."""
         self.is_recording, self._pass = False, _Pass()
         self._noted.clear()
         self._noted_on.clear()
@@ -327,10 +313,9 @@ class Recorder:
             self._delivery.finish()
 
     def forget_other_threads(self) -> None:
-        """In a forked process: leave to the other one what it records."""
         self.lock = threading.RLock()
         self.drop()
-        self.scalars.forget_other_threads()
+        self.scalars.pending.clear()  # which are the other process's
         self._delivery.forget_other_threads()
 
     def _put_noted(self) -> None:
@@ -360,10 +345,8 @@ class Recorder:
             self.order.note(GRAD, row - self.first_rows[GRAD])
 
     def _take(self, row: int, x: Tensor, *, joins: bool, at_once: bool) -> None:
-        """Add a tensor to those that wait, or measure it now.
-
-        It takes the place of one of the same row, or is counted after it, where it joins.
-        """
+        """Add a tensor to those that wait, or measure it now."""
+        # It takes the place of one of the same row, or is counted after it, where it joins.
         place = place_of(x)
         if place not in self.streams:
             self.streams[place] = stream_of(x.device)
@@ -467,10 +450,8 @@ class Recorder:
         return prepared
 
     def _measured_formats(self, rows: Sequence[int], tensors: Sequence[Tensor]) -> Tensor:
-        """What the formats would do to the tensors, ``(L, F, 10)``; NaN for peaks of units.
-
-        They are given scaled gradients, as a cast would be. Peaks would not be cast.
-        """
+        """What the formats would do to the tensors, ``(L, F, 10)``; NaN for peaks of units."""
+        # They are given scaled gradients, as a cast would be. Peaks would not be cast.
         tensors = [x.detach() for x in tensors]
         fields = packed(*measure_formats(tensors, self._formats, engine=self._engine))
         peaks = [at for at, row in enumerate(rows) if self._kinds[row] == UNIT]
@@ -480,11 +461,10 @@ class Recorder:
 
 
 class Order:
-    """The order in which gradients arrive and modules run, as the first recorded pass shows it.
+    """The order in which gradients arrive and modules run, as the first recorded pass shows it."""
 
-    A model that torch.compile has compiled runs as a whole, and its gradients arrive in no order:
-    then the history keeps the order of registration.
-    """
+    # A model that torch.compile has compiled runs as a whole, and its gradients arrive in no order:
+    # then the history keeps the order of registration.
 
     def __init__(self, history: History) -> None:
         self._history = history
@@ -493,19 +473,14 @@ class Order:
         self._seen: dict[tuple[str, int], None] = {}
 
     def note(self, kind: str, number: int) -> None:
-        """A parameter's gradient has arrived, a module has run, or its output's gradient is there.
-
-        The kind is ``GRAD``, ``ACTIVATION`` or ``GRAD_OUTPUT``.
-        """
+        """A gradient has arrived (GRAD, GRAD_OUTPUT), or a module has run (ACTIVATION)."""
         if not self.is_known:
             self._seen.setdefault((kind, number))
 
     def forget(self) -> None:
-        """The pass has come to nothing."""
         self._seen.clear()
 
     def settle(self) -> None:
-        """The pass is over: tell the history."""
         self.is_known = True
         if has_compiled():
             return
@@ -514,13 +489,13 @@ class Order:
             for kind in (GRAD, ACTIVATION, GRAD_OUTPUT)
         )
         parameters, modules = gradients[::-1], outputs or output_gradients[::-1]
-        history = self._history
         if parameters or modules:
-            history.depth = np.zeros(len(history.rows), np.int64)
-            for kind in dict.fromkeys(history.kinds):
-                rows = np.flatnonzero(np.array(history.kinds) == kind)
-                seen = modules if kind in OF_OUTPUTS else parameters
-                history.depth[rows] = _depths(len(rows), seen)
+            self._history.depth = np.concatenate(
+                [
+                    _depths(n, modules if kind in OF_OUTPUTS else parameters)
+                    for kind, n in Counter(self._history.kinds).items()
+                ]
+            )
 
 
 def _depths(n: int, seen: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -530,9 +505,7 @@ def _depths(n: int, seen: list[int]) -> np.ndarray[tuple[int], np.dtype[np.int64
     for each in range(n):
         key = place.get(each, key)
         keys.append(key)
-    depths = np.empty(n, np.int64)
-    depths[np.argsort(keys, kind="stable")] = np.arange(n)
-    return depths
+    return np.argsort(np.argsort(keys, kind="stable"))
 
 
 def _divide(gradients: list[Tensor], scale: Tensor) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from math import isfinite
 from numbers import Real
 from typing import Any, TypeAlias
@@ -14,15 +14,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gradstat.diagnosis.alerts import Alerts
-from gradstat.history.journal import Journal
 from gradstat.recording.cuda import Schedule
 from gradstat.recording.options import LOOKS, Replaced
 from gradstat.recording.shards import local_part
 from gradstat.recording.torch_internals import is_capturing
-from gradstat.recording.transfers import Transfer
-
-Keep = Callable[[str, int, float], None]
+from gradstat.recording.transfers import Delivery, Transfer
 
 
 # Values that came together: names, steps, and the values, or what they are on their way in.
@@ -30,30 +26,25 @@ _Entry: TypeAlias = tuple[list[str], list[int], list[float] | Transfer]
 
 
 class ScalarLog:
-    """Gives each value its step, and keeps it once it is on the host.
+    """Gives each value its step, and keeps it once it is on the host."""
 
-    A value belongs to the pass that has just ended, unless that one has a value of this name: then
-    to the coming one. So it does not matter whether it is logged before or after a pass.
-    """
+    # A value belongs to the pass that has just ended, unless that one has a value of this name:
+    # then to the coming one. So it does not matter whether it is logged before or after a pass.
 
     def __init__(
         self,
         schedule: Schedule,
-        keepers: Sequence[Keep],  # the history first
-        journal: Journal | None,
-        alerts: Alerts | None,
+        delivery: Delivery,
         replaced: Replaced,  # is asked now and then, as no pass may come any more
     ) -> None:
+        self._schedule, self._delivery = schedule, delivery
         self._replaced, self._n_calls = replaced, 0
-        self._schedule, self._keepers = schedule, keepers
-        self._journal, self._alerts = journal, alerts
         self.broken_step = -1  # of the newest value that is not finite
         self._passes: dict[str, int] = {}  # that each name's last value belongs to
         self._n_before = schedule.n_passes  # passes before the first value
         self.pending: deque[_Entry] = deque()  # on their way
 
     def add(self, values: Mapping[str, float | Tensor]) -> None:
-        """Log values by name, as `Watch.log`."""
         self._n_calls += 1
         if self._n_calls % LOOKS == 0:
             self._replaced.look()
@@ -78,8 +69,7 @@ class ScalarLog:
             self.pending.append((names, steps, numbers))
         else:
             self._keep(names, steps, numbers)
-        if self._alerts is not None:
-            self._alerts.tell()
+        self._delivery.tell()
 
     def collect(self, wait: bool) -> None:
         """Keep values in their order: those that have arrived, or all."""
@@ -92,21 +82,11 @@ class ScalarLog:
             self.pending.popleft()
             self._keep(names, steps, values)
 
-    def forget_other_threads(self) -> None:
-        """In a forked process: values on their way, and alerts, are the other one's."""
-        self.pending.clear()
-        self._alerts = None
-
-    def _keep(self, names: Sequence[str], steps: Sequence[int], values: Sequence[float]) -> None:
+    def _keep(self, names: Iterable[str], steps: Iterable[int], values: Iterable[float]) -> None:
         for name, step, value in zip(names, steps, values, strict=True):
             if not isfinite(value):
                 self.broken_step = step
-            for keep in self._keepers:
-                keep(name, step, value)
-            if self._alerts is not None:
-                self._alerts.see_scalar(name, value)
-        if self._journal is not None:
-            self._journal.write_soon()
+            self._delivery.keep(name, step, value)
 
     def _steps_of(self, names: Iterable[str]) -> list[int]:
         """The steps that new values of these names belong to."""

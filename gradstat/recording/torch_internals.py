@@ -10,6 +10,7 @@ import ctypes
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -65,6 +66,10 @@ call_at_end_of_backward: Callable[[Callable[[], None]], None] = (
 )
 
 
+# The tensor that another is a view of: it keeps a hook when the view is changed in place.
+base_of: Callable[[Tensor], Tensor | None] = attrgetter("_base")
+
+
 def bequeath(name: str, value: object) -> None:
     """Let all hooks of the passes that this thread will call read a value, in whatever thread."""
     # Without it a pass that fails in a device's own thread may be noticed late.
@@ -93,11 +98,10 @@ def _exchange_capture_mode() -> Callable[..., object]:
 
 
 class SparingCaptures:
-    """A context in which this thread may ask the device while any thread captures a CUDA graph.
+    """A context in which this thread may ask the device while any thread captures a CUDA graph."""
 
-    Without it, as on Windows, a query breaks a capture of this thread, and one of another thread in
-    PyTorch's default mode.
-    """
+    # Without it, as on Windows, a query breaks a capture of this thread, and one of another thread
+    # in PyTorch's default mode.
 
     __slots__ = ("_mode",)
     _exchange: ClassVar = staticmethod(_exchange_capture_mode())
@@ -163,12 +167,6 @@ def step_states_of(scaler: GradScaler | None) -> dict[int, object] | None:
     """A scaler's states of this iteration, by optimizer's id: they tell of steps that it skips."""
     states: dict[int, object] | None = getattr(scaler, "_per_optimizer_states", None)
     return states
-
-
-def base_of(x: Tensor) -> Tensor | None:
-    """The tensor that this one is a view of: it keeps a hook when the view is changed in place."""
-    base: Tensor | None = x._base
-    return base
 
 
 def is_transformed(x: Tensor) -> bool:

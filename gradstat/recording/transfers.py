@@ -33,11 +33,10 @@ from gradstat.util import call_after_fork, warn
 
 
 class _Nothing:
-    """A context that does nothing; unlike `nullcontext` it is written in C.
+    """A context that does nothing; unlike `nullcontext` it is written in C."""
 
-    It goes with each lock: an interrupt just before the end of a single context would leave that
-    locked.
-    """
+    # It goes with each lock: an interrupt just before the end of a single context would leave that
+    # locked.
 
     __enter__ = __exit__ = staticmethod("".format)
 
@@ -118,10 +117,8 @@ class Part(NamedTuple):
     scales: dict[str, Transfer]  # what the values of a kind are still to be divided by
 
     def has_arrived(self, wait: bool) -> bool:
-        """Whether it is there, which it is after waiting."""
-        if self.scales and not all(x.has_arrived(wait) for x in self.scales.values()):
-            return False
-        return isinstance(self.data, bytes) or self.data.has_arrived(wait)
+        transfers = [x for x in (*self.scales.values(), self.data) if not isinstance(x, bytes)]
+        return all(x.has_arrived(wait) for x in transfers)
 
 
 class ArrivingRecord(NamedTuple):
@@ -133,7 +130,6 @@ class ArrivingRecord(NamedTuple):
     stamp: Transfer | None  # of a replay, how many there were in truth, for `Schedule.take_stamp`
 
     def has_arrived(self, wait: bool) -> bool:
-        """Whether it is there, which it is after waiting."""
         if self.stamp is not None and not self.stamp.has_arrived(wait):
             return False
         return all(part.has_arrived(wait) for part in self.parts)
@@ -158,16 +154,15 @@ def send(launches: Sequence[Launch]) -> list[Part]:
 
 
 def sent(scales: Mapping[str, Computed]) -> dict[str, Transfer]:
-    """Scales on their way to the host."""
     return {kind: Transfer(scale.get()) for kind, scale in scales.items()} if scales else {}
 
 
 class Delivery:
-    """Records on their way to whoever is to have them, oldest first.
+    """Records on their way to whoever is to have them, oldest first."""
 
-    A record is taken off before it is handed on, so that an interrupt loses one at most. One thread
-    at a time calls the methods, but a signal's handler or a sink may call them within a call.
-    """
+    # A record is taken off before it is handed on, so that an interrupt loses one at most. One
+    # thread at a time calls the methods, but a signal's handler or a sink may call them within a
+    # call.
 
     def __init__(
         self,
@@ -211,6 +206,20 @@ class Delivery:
                 while self._arrived:
                     record = self._arrived.popleft()
                     sink(record.step, self._layout.statistics(record.data, self._history.bins))
+        self.tell()
+
+    def keep(self, name: str, step: int, value: float) -> None:
+        """Hand on a value that was logged."""
+        self._history.logged.add(name, step, value)
+        if isinstance(self._sink, RunWriter):
+            self._sink.add_scalar(name, step, value)
+        if self._alerts is not None:
+            self._alerts.see_scalar(name, value)
+        if self._journal is not None:
+            self._journal.write_soon()
+
+    def tell(self) -> None:
+        """Call the function of an alert that is due."""
         if self._alerts is not None:
             self._alerts.tell()
 
@@ -307,12 +316,11 @@ class Delivery:
 
 
 class RunWriter:
-    """A sink that takes what a watch records and what is logged in it; never stops a training.
+    """A sink that takes what a watch records and what is logged in it; never stops a training."""
 
-    The first exception becomes a RuntimeWarning, and nothing more is written. A forked process
-    writes nothing. When one run has ended, the writer takes another one. Messages name the function
-    that made it.
-    """
+    # The first exception becomes a RuntimeWarning, and nothing more is written. A forked process
+    # writes nothing. When one run has ended, the writer takes another one. Messages name the
+    # function that made it.
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -328,11 +336,9 @@ class RunWriter:
             )
 
     def begin(self, history: History, first_step: int | None, collect: Callable[[], None]) -> None:
-        """Take the run that is to be written.
-
-        Of a run that is resumed, what is there from its first step on is superseded. ``collect``
-        waits for all of its records and ends it, for viewers that end before it.
-        """
+        """Take the run that is to be written."""
+        # Of a run that is resumed, what is there from its first step on is superseded. ``collect``
+        # waits for all of its records and ends it, for viewers that end before it.
         self._history, self._collect, self._is_writing = history, collect, True
         self._try(lambda: self.start(history, first_step))
 
@@ -349,7 +355,6 @@ class RunWriter:
         self._try(lambda: self.write_record(record, step))
 
     def add_scalar(self, name: str, step: int, value: float) -> None:
-        """Write a logged value."""
         self._try(lambda: self.write_scalar(name, step, value))
 
     def finish(self) -> None:
@@ -360,7 +365,6 @@ class RunWriter:
         self._is_writing = False
 
     def forget_other_threads(self) -> None:
-        """In a forked process: write nothing, which is for the other one to do."""
         self._is_writing = False
 
     def end_run(self) -> None:
@@ -370,19 +374,15 @@ class RunWriter:
 
     def start(self, history: History, first_step: int | None) -> None:
         """Open what is written to; of each viewer."""
-        raise NotImplementedError
 
     def write_record(self, record: History, step: int) -> None:
         """Write the one record of a history; of each viewer."""
-        raise NotImplementedError
 
     def write_scalar(self, name: str, step: int, value: float) -> None:
         """Write a logged value; of each viewer."""
-        raise NotImplementedError
 
     def end(self, history: History) -> None:
         """Write what is left, and close; of each viewer."""
-        raise NotImplementedError
 
     def _try(self, write: Callable[[], object]) -> None:
         if not self._is_writing:

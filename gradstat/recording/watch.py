@@ -230,12 +230,9 @@ def watch(
     side = SideStream() if stream == "side" else None
     schedule = Schedule(every, accumulation_steps, weights, engine, first_step or 0)
     alerts = None if alert is None else Alerts(history, alert, is_scaled=scaler is not None)
-    keepers = [history.logged.add]
-    if writer is not None:
-        keepers.append(writer.add_scalar)
     replaced = options.Replaced(model, selected)
-    scalars = ScalarLog(schedule, keepers, journal, alerts, replaced)
     delivery = Delivery(history, schedule, sink, journal, alerts)
+    scalars = ScalarLog(schedule, delivery, replaced)
     recorder = Recorder(history, schedule, scalars, delivery, replaced, bucket_bytes, engine, side)
     # Parameters by their ids: others may have taken their places, and names, since.
     watched = (*rows, *map(id, weights), *history.formats)
@@ -314,8 +311,6 @@ class Watch:
             every_s: seconds from one drawing to the next, 0.1 to 86,400.
 
         Raises:
-            TypeError: no number.
-            ValueError: fewer seconds, or more.
             RuntimeError: outside a notebook, or the watch is closed.
         """
         if not isinstance(every_s, Real) or isinstance(every_s, bool):
@@ -421,7 +416,6 @@ class Watch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close it."""
         self.close()
 
     def _check_open(self, function: str) -> None:
@@ -526,8 +520,7 @@ class LiveView:
     def _state(self) -> object:
         """Equal as long as there is nothing new to draw."""
         history = self._recorder.history
-        sizes = [len(history.scalar(name)[0]) for name in history.scalars]
-        return history.steps[-1:].tolist(), sizes
+        return history.last_step, history.logged.sizes
 
     def _update(self) -> None:
         self._drawn = self._state()
@@ -543,5 +536,4 @@ class LiveView:
 
 
 def html_of(history: History, *, is_open: bool) -> str:
-    """What a notebook shows of a watch."""
     return f"<div>Watch, {'open' if is_open else 'closed'}</div>{history._repr_html_()}"
