@@ -20,7 +20,6 @@ from gradstat.recording.shards import local_part
 from gradstat.recording.torch_internals import is_capturing
 from gradstat.recording.transfers import Delivery, Transfer
 
-
 # Values that came together: names, steps, and the values, or what they are on their way in.
 _Entry: TypeAlias = tuple[list[str], list[int], list[float] | Transfer]
 
