@@ -283,7 +283,7 @@ class History(Records):
         """
         update, weight = (self._columns("update_ratio", kind) for kind in (UPDATE, PARAM))
         rms = self["rms"]
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(all="ignore"):
             ratio: Array = rms[:, update] / rms[:, weight]
         return ratio
 

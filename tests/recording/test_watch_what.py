@@ -126,6 +126,16 @@ def test_update_ratio_is_rms_of_change_over_rms_of_weights() -> None:
         w.history.dead_units()
 
 
+def test_update_ratio_beyond_what_float64_holds_is_infinite() -> None:
+    model = nn.Linear(4, 2, bias=False).double()
+    nn.init.constant_(model.weight, 1e-310)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e300)
+    with gradstat.watch(model, what="update", when="step", optimizer=optimizer) as w:
+        (model.weight * 1e5).sum().backward()
+        optimizer.step()
+    assert w.history.update_ratio().tolist() == [[np.inf]]
+
+
 def test_update_of_half_precision_weights_counts_those_that_round_to_nothing() -> None:
     model = nn.Linear(16, 8, bias=False).bfloat16()
     nn.init.constant_(model.weight, 1.0)
