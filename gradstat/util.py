@@ -196,6 +196,16 @@ def evenly_spread(n: int, most: int) -> Array:
     return np.linspace(0, n - 1, min(most, n)).round().astype(np.int64)
 
 
+def median(x: Array) -> Array:
+    """Median over the first axis of what is not NaN, the lower of two; NaN where there is none."""
+    import numpy as np
+
+    ordered = np.sort(x, axis=0)
+    count = np.count_nonzero(~np.isnan(x), axis=0)
+    middle: Array = np.take_along_axis(ordered, np.maximum(count - 1, 0)[None] // 2, axis=0)[0]
+    return middle
+
+
 def windows_of(sizes: Sequence[int], most: int) -> Iterator[slice]:
     """Things one after the other, as many at a time as have so much together, or one."""
     start, size = 0, 0

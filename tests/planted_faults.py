@@ -184,7 +184,7 @@ FAULTS = [
     ),
     # What reads a run: findings, the page, figures, the command line, viewers.
     Fault(
-        "gradstat/diagnosis",
+        "gradstat/util.py",
         "np.maximum(count - 1, 0)[None] // 2",
         "count[None] // 2",
         "tests/diagnosis",

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from gradstat import tables
 from gradstat.diagnosis import Finding
-from gradstat.diagnosis.evidence import Evidence, median
+from gradstat.diagnosis.evidence import Evidence
 from gradstat.diagnosis.findings import paragraph
 from gradstat.diagnosis.narrow_formats import FormatFit, layer_fits, recommendation
 from gradstat.history import History, check_history, first_rows
@@ -28,7 +28,16 @@ from gradstat.history.follow import Follower
 from gradstat.history.ranks import stats_of
 from gradstat.record import GRAD, NOUNS, PARAM, UNIT, UPDATE
 from gradstat.thresholds import Thresholds
-from gradstat.util import Array, aligned, escaped, evenly_spread, json_text, plural, replacing
+from gradstat.util import (
+    Array,
+    aligned,
+    escaped,
+    evenly_spread,
+    json_text,
+    median,
+    plural,
+    replacing,
+)
 
 Item = TypeVar("Item")
 

@@ -9,17 +9,18 @@ from collections.abc import Callable
 import numpy as np
 
 from gradstat.diagnosis.divergence import REACH, Reached, find_instability, is_untried
-from gradstat.diagnosis.evidence import Evidence, is_loss, is_rate, median
+from gradstat.diagnosis.evidence import Evidence
 from gradstat.diagnosis.findings import Finding
 from gradstat.diagnosis.nonfinite import find_nonfinite
 from gradstat.diagnosis.spikes import find_gradient_spikes, find_loss_spikes
 from gradstat.diagnosis.usual import WINDOW
 from gradstat.diagnosis.vanishing_exploding import find_growth
 from gradstat.history import History
+from gradstat.history.records import is_loss, is_rate
 from gradstat.record import GRAD, PARAM, UNIT, UPDATE
 from gradstat.results import FLOATS, INTEGERS
 from gradstat.thresholds import Thresholds
-from gradstat.util import Array
+from gradstat.util import Array, median
 
 Alert = Callable[[Finding], object]
 

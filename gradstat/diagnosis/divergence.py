@@ -8,12 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from gradstat.bins import FLOAT64_MAX
-from gradstat.diagnosis.evidence import Evidence, exp, log, log_losses, median
+from gradstat.diagnosis.evidence import Evidence, exp, log, log_losses
 from gradstat.diagnosis.findings import Finding, rounded
 from gradstat.diagnosis.usual import TO_DEVIATIONS, WINDOW, named, trailing
 from gradstat.record import ACTIVATION, GRAD, PARAM, UPDATE
 from gradstat.thresholds import Thresholds
-from gradstat.util import Array
+from gradstat.util import Array, median
 
 _USUAL_PACE = 1e-3  # of a step's change to the weights, as a share of them
 _FATAL_PACE = 0.1  # that none survives

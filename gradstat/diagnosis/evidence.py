@@ -12,8 +12,9 @@ import torch
 
 from gradstat.bins import FLOAT64_MAX, Log2Bins
 from gradstat.history import History
+from gradstat.history.records import is_loss, is_rate
 from gradstat.record import GRAD, PARAM, UPDATE
-from gradstat.util import Array, divide, evenly_spread, windows_of
+from gradstat.util import Array, divide, evenly_spread, median, windows_of
 
 _MAX_BLOCKS = 200
 _MAX_SAMPLES = 64
@@ -312,14 +313,6 @@ def log2_edges() -> Array:
     return np.asarray(Log2Bins().edges(ends, ends))
 
 
-def median(x: Array) -> Array:
-    """Median over the first axis of what is not NaN, the lower of two; NaN where there is none."""
-    ordered = np.sort(x, axis=0)
-    count = np.count_nonzero(~np.isnan(x), axis=0)
-    middle: Array = np.take_along_axis(ordered, np.maximum(count - 1, 0)[None] // 2, axis=0)[0]
-    return middle
-
-
 # Of what a format would do, and how the records of a block are put together.
 _OF_FORMATS: dict[str, Callable[[Array], Array]] = {
     "snr": median,
@@ -328,14 +321,6 @@ _OF_FORMATS: dict[str, Callable[[Array], Array]] = {
     "scale_min": np.fmin.reduce,
     "scale_max": np.fmax.reduce,
 }
-
-
-def is_loss(name: str) -> bool:
-    return name.lower().endswith("loss") and not name.lower().startswith(("eval", "val", "test"))
-
-
-def is_rate(name: str) -> bool:
-    return name == "lr" or name.startswith("lr/")
 
 
 def around(mask: Array, at: int) -> tuple[int, int]:

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gradstat.diagnosis.evidence import Evidence, around, log2_edges, median
+from gradstat.diagnosis.evidence import Evidence, around, log2_edges
 from gradstat.diagnosis.findings import Finding, for_all
 from gradstat.formats import parse_format
 from gradstat.record import NOUNS, PARAM, Row
 from gradstat.results import is_flushed
 from gradstat.thresholds import Thresholds
-from gradstat.util import Array, plural
+from gradstat.util import Array, median, plural
 
 NARROW = {
     "float16": torch.float16,

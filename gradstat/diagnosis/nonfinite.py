@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradstat.diagnosis.evidence import Evidence, is_loss, spans_of
+from gradstat.diagnosis.evidence import Evidence, spans_of
 from gradstat.diagnosis.findings import Finding, Severity
+from gradstat.history.records import is_loss
 from gradstat.record import ACTIVATION, FROM_THE_END, GRAD, GRAD_OUTPUT, PARAM, UNIT, UPDATE
 from gradstat.thresholds import Thresholds
 from gradstat.util import Array, plural

@@ -7,11 +7,12 @@ from operator import itemgetter
 
 import numpy as np
 
-from gradstat.diagnosis.evidence import Evidence, is_rate, log2_edges, median
+from gradstat.diagnosis.evidence import Evidence, log2_edges
 from gradstat.diagnosis.findings import Finding, Severity, for_all
+from gradstat.history.records import is_rate
 from gradstat.record import ACTIVATION, GRAD, OF_PARAMETERS, PARAM, UPDATE
 from gradstat.thresholds import Thresholds
-from gradstat.util import Array, plural
+from gradstat.util import Array, median, plural
 
 _PERSISTENT = 3  # windows in a row, at least, in which a layer stands still
 _STEADY = 2.0  # a line from zero or to zero changes threefold between its halves

@@ -9,12 +9,12 @@ import numpy as np
 
 from gradstat.diagnosis import usual
 from gradstat.diagnosis.divergence import Leap, find_divergence, find_leap
-from gradstat.diagnosis.evidence import Evidence, exp, log, log_losses, median
+from gradstat.diagnosis.evidence import Evidence, exp, log, log_losses
 from gradstat.diagnosis.findings import Finding, Severity, rounded
 from gradstat.diagnosis.usual import WINDOW, Departure, Mover, named, trailing
 from gradstat.record import ACTIVATION, GRAD, PARAM, UPDATE
 from gradstat.thresholds import Thresholds
-from gradstat.util import Array, plural
+from gradstat.util import Array, median, plural
 
 _LASTING = 10  # values after which a spike that is not over is there to stay
 _SOON = 10  # records after a rate that rose

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradstat.diagnosis.evidence import Evidence, around, exp, median
+from gradstat.diagnosis.evidence import Evidence, around, exp
 from gradstat.diagnosis.findings import rounded
 from gradstat.record import ACTIVATION, GRAD, GRAD_OUTPUT, NOUNS, PARAM, UNIT, UPDATE
-from gradstat.util import Array, plural
+from gradstat.util import Array, median, plural
 
 WINDOW, _LEAST = 32, 10  # values before one that say where it should be
 _NEWEST = 5  # of them, that say where a falling series is now

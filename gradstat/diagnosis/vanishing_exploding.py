@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from gradstat.diagnosis.evidence import Evidence, around, median
+from gradstat.diagnosis.evidence import Evidence, around
 from gradstat.diagnosis.findings import Finding, Severity, for_all, rounded
 from gradstat.thresholds import Thresholds
-from gradstat.util import Array
+from gradstat.util import Array, median
 
 _LASTING = 3  # windows, at least, in which what is severe holds, or all of them
 _START = 5  # windows in which a network that has just begun may find its way out

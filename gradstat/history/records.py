@@ -111,6 +111,16 @@ class Scalars:
         return np.frombuffer(self._series[name][n * _VALUE.size :], _VALUES)
 
 
+def is_loss(name: str) -> bool:
+    """Whether logged values of a name are training losses."""
+    return name.lower().endswith("loss") and not name.lower().startswith(("eval", "val", "test"))
+
+
+def is_rate(name: str) -> bool:
+    """Whether they are learning rates, as `watch` logs them."""
+    return name == "lr" or name.startswith("lr/")
+
+
 class _Kept(NamedTuple):
     """The records, and how they came to be those."""
 

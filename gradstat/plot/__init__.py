@@ -158,7 +158,7 @@ def curves(
     if by_layer:
         heads, keys, drawn = keys, heads, list(map(list, zip(*drawn, strict=True)))
     keys = [panels.shorten(key, panels.KEY_INCHES, 9) for key in keys]
-    marked = data.standing_out([[value for _, value in lines] for lines in drawn], log=log)
+    marked = panels.standing_out([[value for _, value in lines] for lines in drawn], log=log)
     colors = panels.line_colors(len(keys), marked, ordered=not by_layer)
     in_key = marked or range(len(keys))
     keys = [keys[i] for i in in_key]

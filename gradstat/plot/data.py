@@ -9,7 +9,6 @@ from typing import TypeAlias
 import numpy as np
 
 from gradstat.bins import OCTAVES, Log2Bins, octaves
-from gradstat.diagnosis.evidence import median
 from gradstat.history import FIELDS, History, check_history, first_rows
 from gradstat.record import GRAD, NOUNS, UNIT, UPDATE, Row
 from gradstat.util import Array, divide, escaped, evenly_spread, one_of
@@ -22,7 +21,6 @@ Limits: TypeAlias = tuple[float, float]
 DERIVED = {"update_ratio": UPDATE, "dead_units": UNIT}
 MAX_PANELS = 100  # 25 rows of four: six feet of figure
 MAX_COLUMNS = 200  # of an image against time
-_MAX_COLORED, _MAX_MARKED = 8, 4  # lines of a panel
 # Matplotlib widens limits before it draws, which must not overflow: on a linear axis and a log one.
 _LARGEST, _LOG_LARGEST = 1e300, 1e250
 
@@ -187,38 +185,6 @@ def block_mean(x: Array, size: int) -> Array:
     total: Array = np.add.reduceat(np.where(finite, x, 0.0), starts, axis=0)
     count = np.add.reduceat(finite.astype(np.float64), starts, axis=0)
     return divide(total, count)
-
-
-def standing_out(panels: Sequence[Sequence[Array]], *, log: bool) -> list[int]:
-    """Which of many lines have a colour and a name: the first, the last, and those that stray."""
-    # A line strays when it is once much further from its usual place among the others than most
-    # ever are. Of those that stray together the one that goes furthest stands for all: at most six
-    # are left, and none where all lines have colours.
-    n = len(panels[0])
-    if n <= _MAX_COLORED:
-        return []
-    away = np.concatenate([_deviations(lines, log=log) for lines in panels], axis=1)
-    score = abs(away).max(1)
-    marked = [0, n - 1]
-    for i in np.argsort(-score, kind="stable").tolist():
-        if score[i] <= 2 * np.median(score) or len(marked) == _MAX_MARKED + 2:
-            break
-        if all(abs(away[i] - away[j]).max() > score[i] / 2 for j in marked):
-            marked.append(i)
-    return sorted(marked)
-
-
-def _deviations(lines: Sequence[Array], *, log: bool) -> Array:
-    """How far each line is from its usual place among the others: ``(N, T)``, 0 if unknown."""
-    if len({len(line) for line in lines}) != 1 or not len(lines[0]):
-        return np.zeros((len(lines), 1))
-    y = np.stack(lines)
-    with np.errstate(all="ignore"):
-        y = np.log(np.where(y > 0, y, np.nan)) if log else y
-        y = np.where(np.isfinite(y), y, np.nan)
-        y = y - median(y)
-        y = y - median(y.T)[:, None]
-    return np.asarray(np.nan_to_num(y))
 
 
 def block_last(x: Array, size: int) -> Array:

@@ -6,6 +6,7 @@ import io
 import math
 import sys
 from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -23,7 +24,7 @@ from mpl_toolkits.mplot3d import Axes3D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from gradstat.plot.data import Limits, drawable, literal, outline
-from gradstat.util import Array
+from gradstat.util import Array, median
 
 Color: TypeAlias = tuple[float, float, float, float]
 Box: TypeAlias = tuple[float, float, float, float]
@@ -53,6 +54,7 @@ _NAMES = {
     "neginf": "-infinity",
 }
 _MEASURED = 200  # letters
+_MAX_COLORED, _MAX_MARKED = 8, 4  # lines of a panel
 KEY_INCHES = 6.0  # of a line's or a row's name, at most
 
 
@@ -202,6 +204,38 @@ def add_line(ax: Axes, time: Array, value: Array, color: Color, *, log: bool) ->
         ax.yaxis.set_major_formatter(powers_apart())
         ax.yaxis.offsetText.set(fontsize=8, color=INK)
         ax.yaxis.set_major_locator(ticker.MaxNLocator(5))
+
+
+def standing_out(panels: Sequence[Sequence[Array]], *, log: bool) -> list[int]:
+    """Which of many lines have a colour and a name: the first, the last, and those that stray."""
+    # A line strays when it is once much further from its usual place among the others than most
+    # ever are. Of those that stray together the one that goes furthest stands for all: at most six
+    # are left, and none where all lines have colours.
+    n = len(panels[0])
+    if n <= _MAX_COLORED:
+        return []
+    away = np.concatenate([_deviations(lines, log=log) for lines in panels], axis=1)
+    score = abs(away).max(1)
+    marked = [0, n - 1]
+    for i in np.argsort(-score, kind="stable").tolist():
+        if score[i] <= 2 * np.median(score) or len(marked) == _MAX_MARKED + 2:
+            break
+        if all(abs(away[i] - away[j]).max() > score[i] / 2 for j in marked):
+            marked.append(i)
+    return sorted(marked)
+
+
+def _deviations(lines: Sequence[Array], *, log: bool) -> Array:
+    """How far each line is from its usual place among the others: ``(N, T)``, 0 if unknown."""
+    if len({len(line) for line in lines}) != 1 or not len(lines[0]):
+        return np.zeros((len(lines), 1))
+    y = np.stack(lines)
+    with np.errstate(all="ignore"):
+        y = np.log(np.where(y > 0, y, np.nan)) if log else y
+        y = np.where(np.isfinite(y), y, np.nan)
+        y = y - median(y)
+        y = y - median(y.T)[:, None]
+    return np.asarray(np.nan_to_num(y))
 
 
 def line_colors(count: int, marked: list[int] | None = None, *, ordered: bool) -> list[Color]:

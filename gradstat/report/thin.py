@@ -13,8 +13,9 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from gradstat.bins import Log2Bins, octave_of
-from gradstat.diagnosis.evidence import Evidence, is_loss, is_rate
+from gradstat.diagnosis.evidence import Evidence
 from gradstat.history import History
+from gradstat.history.records import is_loss, is_rate
 from gradstat.record import NOUNS
 from gradstat.util import Array, divide, evenly_spread
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gradstat
 from gradstat import LinearBins, Log2Bins
-from gradstat.diagnosis.evidence import median
+from gradstat.util import median
 
 
 @pytest.mark.parametrize(
