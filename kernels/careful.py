@@ -62,11 +62,8 @@ def careful_sums(address, strides, n, low, high, DTYPE, THREADS: tl.constexpr):
     magnitudes = tl.zeros((THREADS,), tl.float64)
     smallest = tl.full((THREADS,), INF, tl.float32)
     largest = tl.full((THREADS,), -INF, tl.float32)
-    nans = tl.zeros((THREADS,), tl.int32)
-    posinfs = tl.zeros((THREADS,), tl.int32)
-    neginfs = tl.zeros((THREADS,), tl.int32)
-    belows = tl.zeros((THREADS,), tl.int32)
-    aboves = tl.zeros((THREADS,), tl.int32)
+    none = tl.zeros((THREADS,), tl.int32)
+    counts = (none, none, none, none, none)
     for start in range(0, n, THREADS):
         offsets = start + threads
         x = load_any(address, strides, offsets, n, 0.0, DTYPE)
@@ -77,14 +74,14 @@ def careful_sums(address, strides, n, low, high, DTYPE, THREADS: tl.constexpr):
         magnitudes += tl.abs(value)
         smallest = tl.minimum(smallest, tl.where(used, x, INF))
         largest = tl.maximum(largest, tl.where(used, x, -INF))
-        nans += (x != x).to(tl.int32)
-        posinfs += (x == INF).to(tl.int32)
-        neginfs += (x == -INF).to(tl.int32)
-        belows += (used & (x < low)).to(tl.int32)
-        aboves += (used & (x > high)).to(tl.int32)
-    nan = tl.sum(nans)
-    posinf = tl.sum(posinfs)
-    neginf = tl.sum(neginfs)
+        found = (x != x, x == INF, x == -INF, used & (x < low), used & (x > high))
+        counted = ()
+        for k in tl.static_range(5):
+            counted = counted + (counts[k] + found[k].to(tl.int32),)
+        counts = counted
+    nan = tl.sum(counts[0])
+    posinf = tl.sum(counts[1])
+    neginf = tl.sum(counts[2])
     finite = n - nan - posinf - neginf
     sum64 = tl.sum(total)
     mean = sum64 / tl.maximum(finite, 1)
@@ -105,6 +102,6 @@ def careful_sums(address, strides, n, low, high, DTYPE, THREADS: tl.constexpr):
         nan,
         posinf,
         neginf,
-        tl.sum(belows),
-        tl.sum(aboves),
+        tl.sum(counts[3]),
+        tl.sum(counts[4]),
     )

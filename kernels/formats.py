@@ -353,30 +353,25 @@ def formats_kernel(
             tl.store(field_ptr, (tl.where(is_safe, nonzero, 0.0) + tl.sum(others)).to(tl.float64))
             tl.store(field_ptr + 1, tl.sum(nonfinite).to(tl.float64))
         else:
-            kept, saturated, blocks, least, greatest = _totals(sums[k - 1])
-            kept_, saturated_, blocks_, least_, greatest_ = _totals(more[k - 1])
-            tl.store(field_ptr, (tl.where(is_safe, kept, 0.0) + kept_).to(tl.float64))
-            tl.store(field_ptr + 1, (tl.where(is_safe, saturated, 0.0) + saturated_).to(tl.float64))
-            tl.store(field_ptr + 3, (tl.where(is_safe, blocks, 0.0) + blocks_).to(tl.float64))
-            tl.store(
-                field_ptr + 4, tl.minimum(tl.where(is_safe, least, INF), least_).to(tl.float64)
-            )
-            tl.store(
-                field_ptr + 5,
-                tl.maximum(tl.where(is_safe, greatest, 0.0), greatest_).to(tl.float64),
-            )
+            kept, saturated, blocks, least, greatest = _totals(sums[k - 1], is_safe)
+            kept_, saturated_, blocks_, least_, greatest_ = _totals(more[k - 1], n >= 0)
+            tl.store(field_ptr, (kept + kept_).to(tl.float64))
+            tl.store(field_ptr + 1, (saturated + saturated_).to(tl.float64))
+            tl.store(field_ptr + 3, (blocks + blocks_).to(tl.float64))
+            tl.store(field_ptr + 4, tl.minimum(least, least_).to(tl.float64))
+            tl.store(field_ptr + 5, tl.maximum(greatest, greatest_).to(tl.float64))
 
 
 @triton.jit
-def _totals(sums):
-    """Sums over the threads."""
+def _totals(sums, is_used):
+    """Sums over the threads, or over none of them."""
     kept, saturated, blocks, least, greatest = sums
     return (
-        _sum_counts(kept),
-        _sum_counts(saturated),
-        tl.sum(blocks),
-        tl.min(least),
-        tl.max(greatest),
+        tl.where(is_used, _sum_counts(kept), 0.0),
+        tl.where(is_used, _sum_counts(saturated), 0.0),
+        tl.where(is_used, tl.sum(blocks), 0.0),
+        tl.where(is_used, tl.min(least), INF),
+        tl.where(is_used, tl.max(greatest), 0.0),
     )
 
 

@@ -82,9 +82,11 @@ def merge_dims(x: Tensor) -> list[tuple[int, int]]:
     return merged or [(1, 1)]
 
 
-def no_storage(index: int) -> ValueError:
-    """The error for a tensor that has elements and no memory for them."""
-    return ValueError(f"measure() needs tensors with values; tensors[{index}] has no storage")
+def check_storage(tensors: Sequence[Tensor]) -> None:
+    """Raise ValueError for a tensor that has elements and no memory for them."""
+    for i, x in enumerate(tensors):
+        if x.numel() and not x.data_ptr():
+            raise ValueError(f"measure() needs tensors with values; tensors[{i}] has no storage")
 
 
 def as_matrix(x: Tensor, dim: int, ordered: bool) -> tuple[Tensor, int, int]:

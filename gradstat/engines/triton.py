@@ -23,7 +23,7 @@ from torch import Tensor
 from triton import knobs
 
 from gradstat.bins import Bins, LinearBins, Log2Bins, keeps_subnormals
-from gradstat.engines import NUMBERS, merge_dims, no_storage, reference, together
+from gradstat.engines import NUMBERS, check_storage, merge_dims, reference, together
 from gradstat.kernels.finish import finish_kernel
 from gradstat.kernels.items import ROWS
 from gradstat.kernels.measure import (
@@ -57,6 +57,8 @@ MAX_TABLE_BYTES = 64 << 20  # of all tables that are kept
 
 # Work items and spans of tensors of one dtype and of their rows.
 MakeTables = Callable[[Sequence[Tensor], Sequence[int]], tuple[NDArray[Any], NDArray[Any]]]
+# Of a part of a tensor in elements: a row, a plane of rows, and planes.
+Sizes: TypeAlias = tuple[int, int, int]
 # Flat memory of integers, floats and counts, as of `Statistics`, or where it begins.
 Rows: TypeAlias = tuple[Tensor, Tensor, Tensor] | tuple[int, int, int]
 
@@ -72,8 +74,6 @@ def measure(tensors: Sequence[Tensor], bins: Bins) -> Statistics:
     engine.
     """
     check_device("measure", "tensors[0]", tensors[0].device)
-    if bins.bins > MAX_BINS:
-        return reference.measure(tensors, bins)
     if any(map(Tensor.is_neg, tensors)):
         tensors = [x.resolve_neg() for x in tensors]  # a copy where torch keeps a sign apart
     n = len(tensors)
@@ -180,12 +180,8 @@ class _Launcher:
     """Launches a kernel over a grid of one dimension, the second time without the JIT's front.
 
     The front binds and classifies all arguments, which takes several times as long as the launch.
-    It finds the same each time: all pointers are aligned as memory of PyTorch's is.
-
-    Args:
-        kernel: of Triton.
-        constants: its last arguments, for which it is compiled.
-        options: of the compiler.
+    It finds the same each time: all pointers are aligned as memory of PyTorch's is. ``constants``
+    are the kernel's last arguments.
     """
 
     def __init__(self, kernel: Kernel, *constants: object, **options: object) -> None:
@@ -322,17 +318,6 @@ def limit_registers(itemsize: int, slots: int, capability: int) -> dict[str, int
     return {"maxnreg": least + -(-(slots // THREADS) // 8) * 8}  # they come in eights
 
 
-class StridedPart(NamedTuple):
-    """A part of a tensor: planes of rows of equally spaced elements.
-
-    Offset and strides in elements; strides from the element to the plane.
-    """
-
-    offset: int
-    sizes: tuple[int, int, int]
-    strides: tuple[int, int, int]
-
-
 def make_items(tensors: Sequence[Tensor], rows: Sequence[int]) -> tuple[Array, Array]:
     """Tables for one launch over N tensors of one dtype, which have those rows of the results.
 
@@ -346,7 +331,7 @@ def make_items(tensors: Sequence[Tensor], rows: Sequence[int]) -> tuple[Array, A
     for i, (x, row) in enumerate(zip(tensors, rows, strict=True)):
         first = n_items
         for part in _parts(x, size):
-            block = _split_part(x, row, part, size, TILE_BYTES // x.element_size())
+            block = _split_part(x, row, *part, size, TILE_BYTES // x.element_size())
             blocks.append(block)
             n_items += len(block)
         spans[i] = row, first, n_items, x.numel()
@@ -360,11 +345,11 @@ def item_size(tensors: Sequence[Tensor]) -> int:
     return min(max(1 << (total // TARGET_ITEMS).bit_length(), MIN_ITEM), MAX_ITEM)
 
 
-def _parts(x: Tensor, size: int) -> Iterator[StridedPart]:
-    """Parts of a tensor, each element in one of them, in memory order where there is one."""
+def _parts(x: Tensor, size: int) -> Iterator[tuple[int, Sizes, Sizes]]:
+    """Offset, sizes and strides of each part of a tensor, in memory order where there is one."""
     dims = merge_dims(x)
     if len(dims) == 1 and dims[0][1] == 1:
-        yield StridedPart(0, (dims[0][0], 1, 1), (1, 0, 0))
+        yield 0, (dims[0][0], 1, 1), (1, 0, 0)
         return
     *others, outer, middle, inner = [(1, 0), (1, 0), *dims]
     if inner[0] * middle[0] > size:  # more than an item: its rows are split alone
@@ -374,13 +359,15 @@ def _parts(x: Tensor, size: int) -> Iterator[StridedPart]:
     sizes, strides = zip(inner, middle, outer, strict=True)
     for at in product(*(range(length) for length, _ in others)):
         offset = sum(k * stride for k, (_, stride) in zip(at, others, strict=True))
-        yield StridedPart(offset, sizes, strides)
+        yield offset, sizes, strides
 
 
-def _split_part(x: Tensor, row: int, part: StridedPart, size: int, tile: int) -> Array:
-    address, itemsize = x.data_ptr() + part.offset * x.element_size(), x.element_size()
-    inner, middle, outer = part.sizes
-    inner_stride, middle_stride, outer_stride = part.strides
+def _split_part(
+    x: Tensor, row: int, offset: int, sizes: Sizes, strides: Sizes, size: int, tile: int
+) -> Array:
+    address, itemsize = x.data_ptr() + offset * x.element_size(), x.element_size()
+    inner, middle, outer = sizes
+    inner_stride, middle_stride, outer_stride = strides
     if middle == outer == inner_stride == 1:
         return _split_contiguous(address, row, inner, itemsize, size, tile)
     columns = min(inner, size)
@@ -495,9 +482,8 @@ def _make_tables(
     tensors: Sequence[Tensor], device: torch.device, is_capturing: bool, make_tables: MakeTables
 ) -> Tables:
     rows: dict[torch.dtype, list[int]] = {}
+    check_storage(tensors)
     for i, x in enumerate(tensors):
-        if x.numel() and not x.data_ptr():
-            raise no_storage(i)
         rows.setdefault(x.dtype, []).append(i)
     float64_rows = rows.pop(torch.float64, [])
     groups = []

@@ -127,18 +127,13 @@ def _measure(
 
 
 def _tables(
-    shapes: Sequence[tuple[int, int]],
-    tiles: Array,
+    shapes: Sequence[tuple[int, int]],  # of all matrices
+    tiles: Array,  # rows of the maxima of their first blocks of several rows
     formats: Sequence[Format],
     tensors: Sequence[Tensor],
-    rows: Sequence[int],
+    rows: Sequence[int],  # of these among all matrices
 ) -> tuple[Array, Array]:
-    """Tables for one launch over N matrices of one dtype, those of ``rows`` of all.
-
-    ``shapes`` are rows and columns of all matrices, ``tiles`` the row of the maximum of each one's
-    first block of several rows. The tables are the items, int64 ``(W, 9)``, see
-    kernels/block_groups.py, and the spans, int64 ``(N, 4 + F)``, see kernels/formats.py.
-    """
+    """Items, see kernels/block_groups.py, and spans, see kernels/formats.py, of one launch."""
     columns, n_items = group_columns(formats), 0
     size = item_size(tensors) // columns
     per_tile = TILE_BYTES // tensors[0].element_size() // columns

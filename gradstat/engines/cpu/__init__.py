@@ -24,7 +24,7 @@ from gradstat.bins import (
     Log2Bins,
     keeps_subnormals,
 )
-from gradstat.engines import merge_dims, no_storage, reference
+from gradstat.engines import check_storage, merge_dims, reference
 from gradstat.engines.cpu.compiling import entry_point, passes_trial, trial_tensors
 from gradstat.engines.cpu.partials import FIELDS
 from gradstat.engines.cpu.threads import count_threads, run_together
@@ -65,11 +65,7 @@ Rows = tuple[Array, Array, Array]  # integers, floats and counts, as of `Statist
 
 
 class _Rows:
-    """Memory for the rows of a call, `_split` tells how, and for what they have touched.
-
-    Args:
-        n: int64 numbers, zero.
-    """
+    """Memory for ``n`` numbers of rows, zero, as `_split` cuts it, and for what they touch."""
 
     def __init__(self, n: int) -> None:
         self.size = n
@@ -81,13 +77,11 @@ class _Rows:
 
 
 class _Room(_Rows):
-    """The same, which packing makes zero again, and room for twice as much: a record has no more.
-
-    The next call uses it again: new memory costs more than to measure small tensors.
-    """
+    """The same, which packing makes zero again, and room for as much twice, the most it packs."""
 
     def __init__(self, n: int) -> None:
         super().__init__(n)
+        # The next call uses it again: new memory costs more than to measure small tensors.
         packed = np.empty(2 * n, np.int64)
         self.packed, self.packed_address = packed.data.cast("B"), packed.ctypes.data
 
@@ -115,10 +109,7 @@ def histogram(x: Tensor, bins: Bins) -> tuple[Tensor, Tensor]:
 
 
 def unit_peaks(x: Tensor, unit: int) -> Tensor:
-    """Largest magnitude of each of C units along a dimension, as `reference.unit_peaks`.
-
-    In one read of memory, where torch needs two.
-    """
+    """As `reference.unit_peaks`, in one read of memory, where torch needs two."""
     if x.numel() < _FEW:
         return reference.unit_peaks(x, unit)
     units, inner = x.shape[unit], 1
@@ -133,16 +124,11 @@ def unit_peaks(x: Tensor, unit: int) -> Tensor:
 
 
 class Plan:
-    """How to measure tensors of which there are others like them at each step of a training.
+    """As `gradstat.engines.Plan`: the work tables and what they point to are made once.
 
-    All that is the same each time is made once: the work tables and what they point to. One call at
-    a time uses a plan; one that an exception has ended leaves it unusable.
-
-    Args:
-        tensors: L on the CPU.
-        bins: scheme.
-        is_trusted: says of a dtype and whether bins are linear if what is compiled for them is to
-            be used; `reference` measures the others.
+    One call at a time uses a plan; one that an exception has ended leaves it unusable.
+    ``is_trusted`` says of a dtype and whether bins are linear if what is compiled for them is to be
+    used; `reference` measures the others.
     """
 
     def __init__(
@@ -154,7 +140,7 @@ class Plan:
         is_trusted = is_trusted or _is_trusted
         self._bins, self._n = bins, len(tensors)
         self._n_bins, self._pack = bins.bins, entry_point(pack_rows())
-        self._numels, self._dtypes = [x.numel() for x in tensors], [x.dtype for x in tensors]
+        self._dtypes = [x.dtype for x in tensors]
         is_linear, ends = isinstance(bins, LinearBins), _known_ends(bins)
         self._is_automatic = is_linear and ends is None
         # Where the elements of each are.
@@ -174,13 +160,7 @@ class Plan:
     def run(
         self, tensors: Sequence[Tensor], formats: Tensor | None = None, due: Tensor | None = None
     ) -> bytes:
-        """Measure tensors that fit: a record of their rows, see `gradstat.record`.
-
-        Args:
-            tensors: L on the CPU.
-            formats: what narrow formats would do to each, float64 ``(L, F, 10)``.
-            due: of no use here: nothing is captured on a CPU.
-        """
+        """A record of the rows of tensors that fit; nothing is captured on a CPU."""
         n_formats = 0 if formats is None else formats.numel()
         n, n_bins = self._n, self._n_bins
         n_rows = n * (NUMBERS + n_bins)
@@ -199,7 +179,7 @@ class Plan:
         """Write the rows of tensors that fit to memory that is zero: `_split` tells how."""
         addresses = list(map(Tensor.data_ptr, tensors))
         if 0 in addresses:
-            _check_storage(addresses, self._numels)
+            check_storage(tensors)
         self._put_addresses(self._addresses, 0, *addresses)
         if to is not self._room:
             self._room = to
@@ -231,25 +211,16 @@ class Plan:
 
 
 class _Table:
-    """The tensors of one dtype as a work table, see `work`, and what must live as long as it.
-
-    Args:
-        dtype: of the tensors.
-        is_linear: whether their bins are.
-        rows: N that have this dtype.
-        tensors: of all rows.
-        addresses: where each run finds those of their elements.
-        ends: of the range of all of them, if that is known.
-    """
+    """The tensors of one dtype as a work table, see `work`, and what must live as long as it."""
 
     def __init__(
         self,
         dtype: torch.dtype,
         is_linear: bool,
-        rows: Sequence[int],
-        tensors: Sequence[Tensor],
-        addresses: array[int],
-        ends: tuple[float, float] | None,
+        rows: Sequence[int],  # that have this dtype
+        tensors: Sequence[Tensor],  # of all rows
+        addresses: array[int],  # where each run finds those of their elements
+        ends: tuple[float, float] | None,  # of the range of all of them, if that is known
     ) -> None:
         self._shared_work = work_on(dtype, is_linear)
         self._work = entry_point(self._shared_work)
@@ -308,15 +279,10 @@ class _Table:
 
 
 def pack(rows: Tensor, start: int, n: int, n_bins: int, n_formats: int) -> bytes:
-    """A record of rows that another engine has measured, see `gradstat.record`.
+    """A record of ``n`` rows that another engine has measured, an `engines.Result`.
 
-    Args:
-        rows: int64 on the host, contiguous: integers, floats and counts of ``n`` rows, and what
-            formats would do to each; zero afterwards.
-        start: where they begin in it.
-        n: how many.
-        n_bins: bins of each.
-        n_formats: how many numbers the formats' are, for all rows.
+    They begin at ``start`` in memory of the host, which is zero afterwards. ``n_formats`` is how
+    many numbers of formats all of them have.
     """
     room = _take_room(n * (NUMBERS + n_bins) + n_formats)
     address = rows.data_ptr() + 8 * start
@@ -415,12 +381,6 @@ def _split(memory: Array, n: int, n_bins: int) -> Rows:
     integers, floats = memory[: n * NUMBERS].reshape(2, n, NUMBERS // 2)
     counts = memory[n * NUMBERS : n * (NUMBERS + n_bins)]
     return integers, floats.view(np.float64), counts.reshape(n, n_bins)
-
-
-def _check_storage(addresses: Sequence[int], numels: Sequence[int]) -> None:
-    for row, (address, numel) in enumerate(zip(addresses, numels, strict=True)):
-        if numel and not address:
-            raise no_storage(row)
 
 
 @keeps_subnormals

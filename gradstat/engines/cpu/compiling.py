@@ -75,17 +75,14 @@ def compiled_for_types(make: Callable[..., Any], options: IR = _OPTIONS) -> Call
 compiled_sums_for_types = functools.partial(compiled_for_types, options=_ANY_ORDER)
 
 
-def compile_entry(function: Function, name: str, arguments: str) -> Function:
-    """Compile a function that Python calls, or load it from Numba's cache on disk.
-
-    The names of the cache's files have in them all that decides what is compiled: processes that
-    compile at the same time write the same files.
-
-    Args:
-        function: of a module in this package.
-        name: tells it from others of the same source.
-        arguments: Numba's signature.
-    """
+def compile_entry(
+    function: Function,  # of a module in this package
+    name: str,  # tells it from others of the same source
+    arguments: str,  # Numba's signature
+) -> Function:
+    """Compile a function that Python calls, or load it from Numba's cache on disk."""
+    # The names of the cache's files have in them all that decides what is compiled: processes that
+    # compile at the same time write the same files.
     function.__qualname__ = f"{function.__name__}_{name}_{_checksum():08x}"
     compile_now = functools.partial(_njit, arguments, nogil=True, **_OPTIONS)
     announcement = threading.Timer(_SLOW_SECONDS, sys.stderr.write, [_ANNOUNCEMENT])
@@ -136,10 +133,8 @@ def target() -> tuple[str, str, str]:
 
 
 def trial_tensors(dtype: torch.dtype) -> list[Tensor]:
-    """A few hundred values, over float16's magnitudes; alone, with special ones, and repeated.
-
-    The repeated are counted in other ways. All sums are as large as those of magnitudes, or nearly.
-    """
+    """A few hundred values, over float16's magnitudes; alone, with special ones, and repeated."""
+    # The repeated are counted in other ways. All sums are about as large as those of magnitudes.
     n = torch.arange(600, dtype=torch.float64, device="cpu")
     values = torch.exp(11 * torch.sin(n)) * torch.where(n % 8 == 0, -1.0, 1.0)
     special = torch.tensor(_SPECIAL, dtype=torch.float64, device="cpu")
@@ -148,19 +143,12 @@ def trial_tensors(dtype: torch.dtype) -> list[Tensor]:
 
 
 def passes_trial(
-    entry: Callable[..., Any],
-    what: str,
-    measure: Callable[[], Sequence[Tensor]],
-    define: Callable[[], Sequence[Tensor]],
+    entry: Callable[..., Any],  # what `compile_entry` returned
+    what: str,  # it computes, for the warning
+    measure: Callable[[], Sequence[Tensor]],  # gives results of it
+    define: Callable[[], Sequence[Tensor]],  # gives those of `reference`
 ) -> bool:
-    """Whether a compiled function may be used; a warning says where it may not.
-
-    Args:
-        entry: what `compile_entry` returned.
-        what: it computes, for the warning.
-        measure: gives results of it.
-        define: gives those of `reference`.
-    """
+    """Whether a compiled function may be used; a warning says where it may not."""
     note = _note(entry)
     if note is not None and note.exists():
         return True

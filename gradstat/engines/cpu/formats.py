@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gradstat.bins import keeps_subnormals
-from gradstat.engines import as_matrix, no_storage, reference
+from gradstat.engines import as_matrix, check_storage, reference
 from gradstat.engines.cpu import format_work as work
 from gradstat.engines.cpu.compiling import passes_trial, trial_tensors
 from gradstat.engines.cpu.threads import count_threads, run_together
@@ -47,6 +47,7 @@ def _measure(
     """The same; ``is_trusted`` says of a dtype if what is compiled for it is to be used."""
     integers = torch.zeros((len(formats), len(tensors), 8), dtype=torch.int64, device="cpu")
     floats = torch.zeros((len(formats), len(tensors), 2), dtype=torch.float64, device="cpu")
+    check_storage(tensors)
     tables: dict[torch.dtype, _FormatTable] = {}
     for row, x in enumerate(tensors):
         if x.dtype == torch.float64 or not is_trusted(x.dtype):
@@ -87,8 +88,6 @@ class _FormatTable:
 
     def append(self, row: int, x: Tensor, dim: int) -> None:
         """Add a tensor whose results go to a row."""
-        if x.numel() and not x.data_ptr():
-            raise no_storage(row)
         x, height, width = as_matrix(x, dim, self._is_ordered)
         self._held.append(x)
         self._rows.append(row)
@@ -148,14 +147,7 @@ class _FormatTable:
 def _integers(
     form: Format, shapes: Sequence[tuple[int, int]], values: Array, found: Array
 ) -> Array:
-    """The integers of N tensors, ``(N, 8)``.
-
-    Args:
-        form: format.
-        shapes: rows and columns of each tensor.
-        values: partials of the tensors' values, ``(N, PARTIAL_FIELDS)``.
-        found: partials of the format.
-    """
+    """Integers ``(N, 8)`` of matrices, from partials of values and format, ``(N, fields)``."""
     numel = np.array([height * width for height, width in shapes])
     zeros = values[:, work.ZEROS] + values[:, work.SATURATED]
     blocks = np.array([form.count_blocks(*shape) for shape in shapes])

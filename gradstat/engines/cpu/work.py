@@ -339,19 +339,15 @@ def pack_rows() -> Callable[[int, int, int, int, int, int], int]:
     """
 
     def pack(source: int, n: int, bins: int, n_formats: int, touched: int, target: int) -> int:
-        """Pack rows.
+        """Pack ``n`` rows, all zero afterwards; returns the number of bytes.
 
         Args:
-            source: address of int64: integers, floats and counts of the rows, and what formats
-                would do to each.
+            source: address of the rows, as `engines.Result` has them.
             n: how many rows.
             bins: of each.
             n_formats: how many numbers the formats' are, for all rows.
             touched: address of uint8, which parts of each histogram to look at; 0: all.
             target: address of twice as much memory.
-
-        Returns:
-            How many bytes are in it.
         """
         rows, packed = pointer(source, np.int64), pointer(target, np.int64)
         numbers = n * NUMBERS
