@@ -384,17 +384,16 @@ class Records:
             if isinstance(record, StoredRecord) and record.checked < 1 + whole
         ]
         for path, pairs in groupby(new, key=lambda each: each[0].path):
-            stored = list(pairs)
+            stored, all_data = zip(*pairs, strict=True)
             with damage_of(path):
-                for record, its_data in stored:
+                for record, its_data in zip(stored, all_data, strict=True):
                     if not layout.fits(its_data):
                         raise ValueError(f"its record of step {record.step} has another length")
-                steps = [record.step for record, _ in stored]
-                all_data = [each for _, each in stored]
+                steps = [record.step for record in stored]
                 check_numbers(rows, self.formats, steps, layout.numbers(all_data))
                 if whole:
                     check_histograms(rows, self.bins, steps, layout.unpack(all_data))
-            for record, _ in stored:
+            for record in stored:
                 record.set_checked(whole=whole)
         return data
 

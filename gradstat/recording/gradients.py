@@ -221,10 +221,9 @@ class StepHook:
         self._indices = {id(parameter): index for index, parameter in enumerate(parameters)}
         self._before: dict[int, tuple[nn.Parameter, Tensor]] = {}
         self._has_closure = False
-        # Of the first pass only, which tells the order of the layers.
-        self._arrived: dict[int, None] = {}  # in that order
+        # Until the first record, which tells the order of the layers.
         self._order_handles = [
-            _hook(parameter, partial(_note, self._arrived, index))
+            _hook(parameter, partial(_note, recorder.order.seen, (GRAD, index)))
             for index, parameter in enumerate(parameters)
         ]
         # Some gradients of the last record, and which version of each.
@@ -325,9 +324,6 @@ class StepHook:
         self._seen = [(weakref.ref(x), x._version) for x in self._some_gradients()]
         if self._order_handles and self._recorder.is_recording:
             take_off(self._order_handles)
-            for index in self._arrived:
-                self._recorder.order.note(GRAD, index)
-            self._arrived.clear()
         for index, parameter in parameters.items():
             gradient = parameter.grad
             if gradient is not None and GRAD in self._rows:
@@ -336,9 +332,9 @@ class StepHook:
                 self._recorder.add(self._rows[PARAM] + index, parameter)
 
 
-def _note(arrived: dict[int, None], index: int, _: Tensor) -> None:
+def _note(seen: dict[tuple[str, int], None], gradient: tuple[str, int], _: Tensor) -> None:
     """A hook that compiled autograd can trace, and that keeps nothing else alive."""
-    arrived[index] = None
+    seen[gradient] = None
 
 
 def _is_ours(hook: Callable[..., None]) -> bool:

@@ -62,16 +62,6 @@ _NO_OUTPUTS = (
 )
 
 
-class _Bucket:
-    """Tensors of some rows that wait to be measured together."""
-
-    __slots__ = ("n_bytes", "stream", "tensors")
-
-    def __init__(self, stream: torch.Stream | None) -> None:
-        self.tensors: dict[int, Tensor] = {}
-        self.stream, self.n_bytes = stream, 0
-
-
 class _RowsPlan(NamedTuple):
     """How the tensors of some rows are measured."""
 
@@ -84,10 +74,9 @@ class _RowsPlan(NamedTuple):
 class _Pass:
     """What there is of a pass that has not ended, or of one to come."""
 
-    __slots__ = ("buckets", "launches", "n_rows", "parts", "peaks", "scaled_in", "scales")
-
     def __init__(self) -> None:
-        self.buckets: dict[Place, _Bucket] = {}  # tensors that wait
+        self.buckets: dict[Place, dict[int, Tensor]] = {}  # tensors that wait, by row
+        self.n_bytes: dict[Place, int] = {}  # theirs, where they are measured when they are many
         self.launches: list[Launch] = []  # what is measured already
         self.parts: list[Part] = []  # of the record, on their way already
         self.n_rows = 0  # of the launches, and of the parts that are on the host
@@ -278,7 +267,7 @@ class Recorder:
         if self._side is not None:
             self._side.forget()
         if not self.order.is_known:
-            self.order.forget()
+            self.order.seen.clear()
 
     def has_failed(self) -> bool:
         """Whether a value that is not finite was logged for the pass that has not ended."""
@@ -321,8 +310,7 @@ class Recorder:
     def _put_noted(self) -> None:
         """Put gradients that hooks have noted so far into buckets."""
         if self._noted:
-            bucket = self._pass.buckets.setdefault(None, _Bucket(None))
-            bucket.tensors.update(self._take_noted())
+            self._pass.buckets.setdefault(None, {}).update(self._take_noted())
         if self._noted_on:
             n = len(self._noted_on)
             noted_on = self._noted_on[:n]
@@ -350,38 +338,35 @@ class Recorder:
         place = place_of(x)
         if place not in self.streams:
             self.streams[place] = stream_of(x.device)
-        before = self._pass.buckets.get(place)
-        if joins and before is not None and row in before.tensors:
+        if joins and row in self._pass.buckets.get(place, ()):
             self._measure_bucket(place, is_to_change=False)
-        bucket = self._put(row, x, place, joins=joins)
-        bucket.n_bytes += x.element_size() * x.numel()
-        if at_once or bucket.n_bytes >= self.bucket_bytes:
+        self._put(row, x, place, joins=joins)
+        n_bytes = self._pass.n_bytes.get(place, 0) + x.element_size() * x.numel()
+        self._pass.n_bytes[place] = n_bytes
+        if at_once or n_bytes >= self.bucket_bytes:
             self._measure_bucket(place, is_to_change=at_once)
 
-    def _put(self, row: int, x: Tensor, place: Place, *, joins: bool = False) -> _Bucket:
+    def _put(self, row: int, x: Tensor, place: Place, *, joins: bool = False) -> None:
         """Put a tensor into its bucket; where it does not join, no other has one of its row."""
         buckets = self._pass.buckets
-        bucket = buckets.get(place)
-        if bucket is None:
-            bucket = buckets[place] = _Bucket(self.streams[place])
+        bucket = buckets.setdefault(place, {})
         if len(buckets) > 1 and not joins:
             for each in buckets.values():
-                each.tensors.pop(row, None)
-        bucket.tensors[row] = x
-        return bucket
+                each.pop(row, None)
+        bucket[row] = x
 
     def _measure_bucket(self, place: Place, *, is_to_change: bool) -> None:
         """Measure what waits in a bucket, whose tensors may be changed as soon as this returns."""
-        bucket = self._pass.buckets.pop(place)
-        if not bucket.tensors:  # others, in another bucket, have replaced them
+        tensors, stream = self._pass.buckets.pop(place), self.streams.get(place)
+        self._pass.n_bytes.pop(place, None)
+        if not tensors:  # others, in another bucket, have replaced them
             return
-        if bucket.stream is None:
-            self._measure(bucket.tensors, None)
+        if stream is None:
+            self._measure(tensors, None)
             return
-        device = bucket.stream.device
-        with nullcontext() if self._side is None else self._side.beside(device):
-            take_over(bucket.tensors.values(), bucket.stream)
-            self._measure(bucket.tensors, device)
+        with nullcontext() if self._side is None else self._side.beside(stream.device):
+            take_over(tensors.values(), stream)
+            self._measure(tensors, stream.device)
         if is_to_change and self._side is not None:
             self._side.join()
 
@@ -470,22 +455,19 @@ class Order:
         self._history = history
         self.is_known = False
         # Numbers of parameters and modules, by what has come of them: a dict keeps their order.
-        self._seen: dict[tuple[str, int], None] = {}
+        self.seen: dict[tuple[str, int], None] = {}
 
     def note(self, kind: str, number: int) -> None:
         """A gradient has arrived (GRAD, GRAD_OUTPUT), or a module has run (ACTIVATION)."""
         if not self.is_known:
-            self._seen.setdefault((kind, number))
-
-    def forget(self) -> None:
-        self._seen.clear()
+            self.seen.setdefault((kind, number))
 
     def settle(self) -> None:
         self.is_known = True
         if has_compiled():
             return
         gradients, outputs, output_gradients = (
-            [number for its_kind, number in self._seen if its_kind == kind]
+            [number for its_kind, number in self.seen if its_kind == kind]
             for kind in (GRAD, ACTIVATION, GRAD_OUTPUT)
         )
         parameters, modules = gradients[::-1], outputs or output_gradients[::-1]

@@ -77,7 +77,7 @@ class ScalarLog:
             if not isinstance(values, list):
                 if not values.has_arrived(wait):
                     return
-                values = values.host().tolist()
+                values = values.host.tolist()
             self.pending.popleft()
             self._keep(names, steps, values)
 

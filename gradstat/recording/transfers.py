@@ -57,19 +57,19 @@ _LOOK = 64  # records from one look at the memory to the next
 class Transfer:
     """A tensor on its way from a device to the host."""
 
-    __slots__ = ("__weakref__", "_event", "_x")
+    __slots__ = ("__weakref__", "_event", "host")
 
     def __init__(self, x: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
-        self._x = x
+        self.host = x  # the same, once it is there; as long as this object is
         if x.is_cuda:
             memory = _pinned_memory(x.nbytes)
-            self._x = memory[: x.nbytes].view(x.dtype).view(x.shape).copy_(x, non_blocking=True)
+            self.host = memory[: x.nbytes].view(x.dtype).view(x.shape).copy_(x, non_blocking=True)
             # The tensor's device need not be the current one.
             self._event = torch.cuda.current_stream(x.device).record_event()
             _BLOCKS[memory.nbytes].append((memory, self._event, weakref.ref(self)))
         elif not x.is_cpu:
-            self._x = x.cpu()
+            self.host = x.cpu()
 
     def has_arrived(self, wait: bool) -> bool:
         """Whether it is there, which it is after waiting."""
@@ -81,10 +81,6 @@ class Transfer:
             if wait:
                 self._event.synchronize()
         return wait
-
-    def host(self) -> Tensor:
-        """The same on the host, once it is there; as long as this object is."""
-        return self._x
 
 
 # All pinned memory, by its bytes. It is used again and never freed: to free it, PyTorch records an
@@ -255,7 +251,7 @@ class Delivery:
             record = self.pending.popleft()
             step: int | None = record.step
             if record.stamp is not None:
-                step = self._schedule.take_stamp(record.stamp.host(), record.n_told)
+                step = self._schedule.take_stamp(record.stamp.host, record.n_told)
             if step is not None:
                 self._file(step, self._assembled(record.parts))
 
@@ -276,7 +272,7 @@ class Delivery:
             # Compiled, and so not imported before it is needed.
             pack: Callable[..., bytes] = import_engine("cpu").pack
             n_formats = n * layout.n_formats * len(PACKED)
-            data = pack(data.host(), part.start, n, layout.n_bins, n_formats)
+            data = pack(data.host, part.start, n, layout.n_bins, n_formats)
         if not part.scales:
             return data
         layout = replace(layout, n_rows=n)
@@ -285,7 +281,7 @@ class Delivery:
         for kind, scale in part.scales.items():
             at = kinds == kind
             numbers = integers[at], floats[at], counts[at]
-            scaled = as_statistics(self._history.bins, numbers).unscale(scale.host().double())
+            scaled = as_statistics(self._history.bins, numbers).unscale(scale.host.double())
             _, floats[at], counts[at] = as_arrays(scaled)
         return layout.pack(integers, floats, formats, counts)
 
