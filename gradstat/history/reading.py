@@ -88,11 +88,11 @@ def _begun(said: Mapping[str, Any]) -> Records:
     """A run without records, from what is said of it where its file begins."""
     if said.get("format") != FORMAT:
         raise ValueError(f"its format is {said.get('format')!r:.80}, not {FORMAT}")
-    rows = [Row(*_texts({"rows": each}, "rows")) for each in _list(said, "rows")]
-    formats = _texts(said, "formats")
+    rows = [Row(*_list({"rows": each}, "rows", of_texts=True)) for each in _list(said, "rows")]
+    formats = _list(said, "formats", of_texts=True)
     check_rows(rows, formats)
     records = Records(rows, parse_bins(_text(said, "bins")), formats)
-    records.layers = _texts(said, "layers")
+    records.layers = _list(said, "layers", of_texts=True)
     if len(records.layers) != len(rows):
         raise ValueError(f"its layers are {len(records.layers)}, of {len(rows)} rows")
     modules = said.get("modules", {})
@@ -153,22 +153,17 @@ def _parse_json_number(value: object) -> float:
     raise ValueError(f"its scalars hold {value!r:.80}, which is no number")
 
 
-def _list(said: Mapping[str, Any], name: str) -> list[Any]:
+def _list(said: Mapping[str, Any], name: str, *, of_texts: bool = False) -> list[Any]:
     found = said.get(name)
     if not isinstance(found, list):
         raise ValueError(f"it lacks {name}" if found is None else f"its {name} hold {found!r:.80}")
+    if of_texts and not all(isinstance(each, str) for each in found):
+        raise ValueError(f"its {name} hold what is no text: {found!r:.80}")
     return found
 
 
-def _texts(said: Mapping[str, Any], name: str) -> list[str]:
-    texts = _list(said, name)
-    if not all(isinstance(each, str) for each in texts):
-        raise ValueError(f"its {name} hold what is no text: {texts!r:.80}")
-    return texts
-
-
 def _text(said: Mapping[str, Any], name: str) -> str:
-    (text,) = _texts({name: [said.get(name)]}, name)
+    (text,) = _list({name: [said.get(name)]}, name, of_texts=True)
     return text
 
 

@@ -83,8 +83,8 @@ class Scalars:
     @property
     def sizes(self) -> dict[str, int]:
         """How many values each name has that has any."""
-        n_bytes = {name: len(series) for name, series in list(self._series.items())}
-        return {name: n // _VALUE.size for name, n in n_bytes.items() if n}
+        named = list(self._series.items())
+        return {name: len(series) // _VALUE.size for name, series in named if series}
 
     def after(self, sizes: Mapping[str, int]) -> dict[str, tuple[list[int], list[float]]]:
         """Steps and values of each name that has more than so many, from there on."""

@@ -246,15 +246,13 @@ class Recorder:
         if captured is None:
             return False
         for launches, stamp in captured.passes:
-            schedule, parts, arriving = self.schedule, None, None
-            step, n_told = schedule.step, schedule.n_told
-            if self.is_due():
+            step, n_told, is_due = self.schedule.step, self.schedule.n_told, self.is_due()
+            self.schedule.n_told += 1
+            if is_due:
                 # After this replay, and before the next one on its stream.
                 with torch.cuda.stream(captured.stream):
                     arriving = None if stamp is None else Transfer(stamp)
                     parts = send(launches)
-            schedule.n_told += 1
-            if parts is not None:
                 self._delivery.add(step, parts, n_told, arriving)
         if self._delivery.pending or self.scalars.pending:
             self.collect(wait=False)

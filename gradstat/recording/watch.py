@@ -243,8 +243,7 @@ def watch(
     hooks: Hooks
     stepping = optimizer if when == "step" else None
     if when == "backward":
-        at_once = _is_changed_in_backward(model)
-        hooks = BackwardHooks(weights, recorder, scaler, at_once)
+        hooks = BackwardHooks(weights, recorder, scaler, _is_changed_in_backward(model))
     else:
         hooks = StepHook(weights, recorder, optimizer, calls_only=when == "call")
     others: list[Others] = []
