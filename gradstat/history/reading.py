@@ -163,8 +163,7 @@ def _list(said: Mapping[str, Any], name: str, *, of_texts: bool = False) -> list
 
 
 def _text(said: Mapping[str, Any], name: str) -> str:
-    (text,) = _list({name: [said.get(name)]}, name, of_texts=True)
-    return text
+    return str(_list({name: [said.get(name)]}, name, of_texts=True)[0])
 
 
 def _integers(said: Mapping[str, Any], name: str, *shape: int) -> Array:
@@ -368,10 +367,10 @@ def _plan(path: Path, *, quiet: bool) -> list[_Source]:
     end = math.inf
     run: tuple[str | None, Path] | None = None
     # The last one comes first: it says how long the others were when it was begun.
-    lengths: dict[int, set[int]] = {}
+    lengths = set[tuple[int, int]]()  # of files by their numbers
     for number, file in reversed(list(enumerate(files))):
         # A file without a whole block was never the last one of a run.
-        may_end_early = not plan or file.stat().st_size in lengths.get(number, ())
+        may_end_early = not plan or (number, file.stat().st_size) in lengths
         try:
             begun, said = _begin(file)
         except CutOffError:
@@ -393,8 +392,7 @@ def _plan(path: Path, *, quiet: bool) -> list[_Source]:
         plan.insert(0, _Source(file, may_end_early, end))
         if begun.resumption is not None:
             end = min(end, begun.resumption.first_step)
-        for at, n_bytes in enumerate(said.get("lengths", ())):
-            lengths.setdefault(at, set()).add(n_bytes)
+        lengths |= set(enumerate(said.get("lengths", ())))
     return plan
 
 
