@@ -99,7 +99,7 @@ FAULTS = [
         TRITON,
     ),
     Fault("gradstat/engines", "tuple([(x.shape, x.stride()) for x in tensors])", "0", TRITON),
-    Fault("gradstat/engines", "whole if x.data_ptr() % ALIGNMENT == 0 else 0", "whole", TRITON),
+    Fault("gradstat/engines", "% triton_engine.ALIGNMENT == 0 else 0", "> 0 else 0", TRITON),
     # The definitions, and how memory is read.
     Fault(
         "gradstat/engines", "merged[-1][1] == size * step", "merged[-1][1] >= size * step", ENGINES

@@ -16,21 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradstat.engines import as_matrix, reference
-from gradstat.engines.triton import (
-    ALIGNMENT,
-    ELEMENTS,
-    FINISH_BLOCK,
-    THREADS,
-    TILE_BYTES,
-    Group,
-    capability_of,
-    check_device,
-    compares_pairs,
-    find_tables,
-    item_size,
-    on_device,
-    warps_on,
-)
+from gradstat.engines import triton as triton_engine
+from gradstat.engines.triton import Group
 from gradstat.formats import Format
 from gradstat.kernels.formats import (
     FORMAT_FIELDS,
@@ -60,7 +47,7 @@ def measure_formats(
 ) -> tuple[Tensor, Tensor]:
     """As `reference.measure_formats`, without waiting for the device; float64 tensors go there."""
     device, n = tensors[0].device, len(tensors)
-    check_device("measure_formats", "tensors[0]", device)
+    triton_engine.check_device("measure_formats", "tensors[0]", device)
     integers = torch.empty((len(formats), n, 8), dtype=torch.int64, device=device)
     floats = torch.empty((len(formats), n, 2), dtype=torch.float64, device=device)
     ordered = any(form.block for form in formats)
@@ -70,8 +57,8 @@ def measure_formats(
     # Largest magnitudes of the tensors, then of their blocks of several rows.
     tiles = np.cumsum([n, *n_tiles])
     make_tables = functools.partial(_tables, shapes, tiles, formats)
-    with on_device(device):
-        tables = find_tables(
+    with triton_engine.on_device(device):
+        tables = triton_engine.find_tables(
             [x for x, _, _ in matrices], device, make_tables, shapes, tuple(formats)
         )
         maxima = integers.new_zeros(int(tiles[-1]), dtype=torch.int32)
@@ -89,13 +76,13 @@ def _measure(
 ) -> None:
     """Launch the kernels for the tensors of one dtype."""
     n_items, device = len(group.items), floats.device
-    element, warps = ELEMENTS[group.dtype], warps_on(device)
+    element, warps = triton_engine.ELEMENTS[group.dtype], triton_engine.warps_on(device)
     has_tiles, columns = in_tiles(formats), group_columns(formats)
-    in_pairs = compares_pairs(2, capability_of(device))
+    in_pairs = triton_engine.compares_pairs(2, triton_engine.capability_of(device))
     forms = tuple(form.fields for form in formats)
     if n_items and (has_tiles or any(form.scaling in ("amax", "nvfp4") for form in formats)):
         maxima_kernel[(n_items,)](
-            group.items, maxima, element, has_tiles, columns, THREADS, num_warps=warps
+            group.items, maxima, element, has_tiles, columns, triton_engine.THREADS, num_warps=warps
         )
     maxima = maxima.view(torch.float32)
     partials = floats.new_empty((n_items, 1 + len(formats), FORMAT_FIELDS.value))
@@ -109,7 +96,7 @@ def _measure(
             has_tiles,
             columns,
             in_pairs,
-            THREADS,
+            triton_engine.THREADS,
             num_warps=warps,
         )
     finish_formats_kernel[(len(group.spans),)](
@@ -120,7 +107,7 @@ def _measure(
         floats,
         integers.shape[1],
         forms,
-        FINISH_BLOCK,
+        triton_engine.FINISH_BLOCK,
         num_warps=warps,
         enable_fp_fusion=False,
     )
@@ -135,8 +122,8 @@ def _tables(
 ) -> tuple[Array, Array]:
     """Items, see kernels/block_groups.py, and spans, see kernels/formats.py, of one launch."""
     columns, n_items = group_columns(formats), 0
-    size = item_size(tensors) // columns
-    per_tile = TILE_BYTES // tensors[0].element_size() // columns
+    size = triton_engine.item_size(tensors) // columns
+    per_tile = triton_engine.TILE_BYTES // tensors[0].element_size() // columns
     tables = [np.empty((0, 9), np.int64)]
     spans = np.empty((len(rows), 4 + len(formats)), np.int64)
     for i, (x, row) in enumerate(zip(tensors, rows, strict=True)):
@@ -146,7 +133,7 @@ def _tables(
         n = np.diff(starts, append=height * per_row)
         # Groups that lie one after the other, without a gap.
         whole = height * per_row if width % columns == 0 else per_row - 1 if height == 1 else 0
-        whole = whole if x.data_ptr() % ALIGNMENT == 0 else 0
+        whole = whole if x.data_ptr() % triton_engine.ALIGNMENT == 0 else 0
         first_row, column = np.divmod(starts, per_row)
         table = np.empty((len(starts), 9), np.int64)
         table[:, 0] = x.data_ptr() + (first_row * width + column * columns) * x.element_size()

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gradstat import formats
 from gradstat.engines.cpu.compiling import (
     IR,
     Pointer,
@@ -36,42 +37,21 @@ from gradstat.engines.cpu.compiling import (
     smaller,
 )
 from gradstat.engines.cpu.partials import ELEMENTS, real
-from gradstat.formats import (
-    AMAX,
-    CONSTANT,
-    E4M3,
-    E8M0,
-    FIELDS,
-    FORMATS,
-    INVERSE,
-    IS_BFLOAT16,
-    KIND,
-    LARGEST,
-    LEAST,
-    LEAST_EXPONENT,
-    LEAST_SCALE,
-    LEAST_TENSOR_SCALE,
-    NVFP4,
-    NVFP4_LARGEST,
-    SCALE,
-    TILES,
-    TO_ROUNDER,
-    TOP,
-)
-from gradstat.formats import COLUMNS as BLOCK_COLUMNS
 
 TILE = 128  # rows and columns of a block of several rows
 CHUNK = TILE * TILE  # values, at most: a multiple of every block's columns
 
-_LARGEST_E4M3 = np.float32(E4M3.largest)
-_E4M3_LEAST, _E4M3_TO_ROUNDER = np.uint32(E4M3.least_normal_bits), np.uint32(E4M3.to_rounder)
-_LARGEST_E2M1 = np.float32(FORMATS["nvfp4"].largest)
-_MOST_INVERSE = np.float32(1 / LEAST_SCALE)
-_NVFP4_LARGEST = np.float32(NVFP4_LARGEST)
-_LEAST_TENSOR_SCALE = np.float32(LEAST_TENSOR_SCALE)
+_LARGEST_E4M3 = np.float32(formats.E4M3.largest)
+_E4M3_LEAST = np.uint32(formats.E4M3.least_normal_bits)
+_E4M3_TO_ROUNDER = np.uint32(formats.E4M3.to_rounder)
+_LARGEST_E2M1 = np.float32(formats.FORMATS["nvfp4"].largest)
+_MOST_INVERSE = np.float32(1 / formats.LEAST_SCALE)
+_NVFP4_LARGEST = np.float32(formats.NVFP4_LARGEST)
+_LEAST_TENSOR_SCALE = np.float32(formats.LEAST_TENSOR_SCALE)
+_LEAST_EXPONENT = np.int32(formats.LEAST_EXPONENT)
 _INFINITY = _EXPONENT = np.uint32(0x7F800000)  # all bits of the exponent
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
-_N_FIELDS = len(FIELDS)
+_N_FIELDS = len(formats.FIELDS)
 
 # The next item that nobody has taken, how many threads have come and how many may work, the address
 # of `SCRATCH_BYTES` for each thread;
@@ -223,17 +203,17 @@ def block_scales(
     maxima: Pointer, n: int, form: Pointer, tensor_scale: Scalar, inverses: Pointer, scales: Pointer
 ) -> None:
     """Reciprocal and scale of each block from its largest magnitude, all float32."""
-    if form[KIND] == E8M0:
-        top = np.int32(form[TOP] + 127)
+    if form[formats.KIND] == formats.E8M0:
+        top = np.int32(form[formats.TOP] + 127)
         for j in range(n):
             exponent = np.int32(np.int32(reinterpret(maxima[j], np.int32) >> 23) - top)
-            exponent = exponent if exponent > LEAST_EXPONENT else np.int32(LEAST_EXPONENT)
+            exponent = exponent if exponent > _LEAST_EXPONENT else _LEAST_EXPONENT
             inverses[j] = reinterpret(np.int32(np.int32(127 - exponent) << 23), np.float32)
             bits = np.int32(np.int32(127 + exponent) << 23)
             # The least one is subnormal.
-            bits = bits if exponent > LEAST_EXPONENT else np.int32(1 << 22)
+            bits = bits if exponent > _LEAST_EXPONENT else np.int32(1 << 22)
             scales[j] = reinterpret(bits, np.float32)
-    elif form[KIND] == NVFP4:
+    elif form[formats.KIND] == formats.NVFP4:
         inverse_of_tensor = np.float32(np.float32(1) / tensor_scale)
         for j in range(n):
             exact = np.float32(np.float32(maxima[j] / _LARGEST_E2M1) / tensor_scale)
@@ -244,7 +224,7 @@ def block_scales(
             # The scale of the tensor comes later: this one is looked at.
             scales[j] = stored
     else:
-        element = np.float32(form[LARGEST])
+        element = np.float32(form[formats.LARGEST])
         for j in range(n):
             inverses[j], scales[j] = amax_scale(maxima[j], element)
 
@@ -269,10 +249,10 @@ def quantize(
 
     ``inverses`` and ``scales`` are one for each value.
     """
-    element = np.float32(form[LARGEST])
-    least, to_rounder = np.uint32(form[LEAST]), np.uint32(form[TO_ROUNDER])
+    element = np.float32(form[formats.LARGEST])
+    least, to_rounder = np.uint32(form[formats.LEAST]), np.uint32(form[formats.TO_ROUNDER])
     zeros, saturated = np.int32(0), np.int32(0)
-    if form[IS_BFLOAT16]:
+    if form[formats.IS_BFLOAT16]:
         for j in range(n):
             q = rounded_bfloat16(np.float32(x[j] * inverses[j]))
             saturated = np.int32(saturated + np.int32(q > element))
@@ -307,15 +287,17 @@ def _measure_chunk(
     maxima = pointer(scratch + 4 * _BUFFER, np.float32)
     of_blocks = pointer(scratch + 5 * _BUFFER, np.float32)
     to_blocks = pointer(scratch + 6 * _BUFFER, np.float32)
-    kind, columns, of_tensor = int(form[KIND]), int(form[BLOCK_COLUMNS]), nvfp4_scale(most)
-    if kind in (CONSTANT, AMAX, TILES):
+    kind, columns = int(form[formats.KIND]), int(form[formats.COLUMNS])
+    of_tensor = nvfp4_scale(most)
+    if kind in (formats.CONSTANT, formats.AMAX, formats.TILES):
         columns = width = n  # one scale for all of them
-    if kind in (CONSTANT, AMAX):
+    if kind in (formats.CONSTANT, formats.AMAX):
         # Whether the tensor has a scale depends on whether it has a value.
         blocks, maxima[0] = 1, np.float32(nonzero)
-        to_blocks[0], of_blocks[0] = np.float32(form[INVERSE]), np.float32(form[SCALE])
-        if kind == AMAX:
-            to_blocks[0], of_blocks[0] = amax_scale(most, np.float32(form[LARGEST]))
+        to_blocks[0] = np.float32(form[formats.INVERSE])
+        of_blocks[0] = np.float32(form[formats.SCALE])
+        if kind == formats.AMAX:
+            to_blocks[0], of_blocks[0] = amax_scale(most, np.float32(form[formats.LARGEST]))
     else:
         bits, of_bits = pointer(scratch, np.uint32), pointer(scratch + 4 * _BUFFER, np.uint32)
         blocks = block_maxima(bits, n, width, columns, of_bits)
@@ -324,7 +306,7 @@ def _measure_chunk(
     partial[EMPTY] += empty
     partial[LOWEST_SCALE] = smaller(partial[LOWEST_SCALE], least)
     partial[HIGHEST_SCALE] = larger(partial[HIGHEST_SCALE], greatest)
-    if kind == NVFP4:
+    if kind == formats.NVFP4:
         for j in range(blocks):
             of_blocks[j] = np.float32(of_blocks[j] * of_tensor)
     spread(to_blocks, n, width, columns, inverses)

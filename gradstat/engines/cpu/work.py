@@ -29,16 +29,6 @@ from gradstat.engines.cpu.compiling import (
     smaller,
 )
 from gradstat.engines.cpu.counters import ABOVE, BELOW, TOUCHED_BINS, Counters
-from gradstat.engines.cpu.partials import (
-    BLOCK,
-    ELEMENTS,
-    FIELDS,
-    MAX,
-    MIN,
-    NAN,
-    NEGINF,
-    POSINF,
-)
 from gradstat.results import FLOATS
 
 # A work table is int64: a head, a line for each tensor, and one more line, of which FIRST counts.
@@ -46,7 +36,7 @@ from gradstat.results import FLOATS
 # the stage; whether all items are done after it; the address of `SCRATCH_BYTES` for each thread,
 # zero, and left so;
 NEXT, CAME, THREADS, STAGE, IS_LAST, SCRATCHES = range(6)
-# how many tensors and items there are; the address of the partials, float64 (items, FIELDS);
+# how many tensors and items there are; the address of the partials, float64 (items, fields);
 TENSORS, ITEMS, PARTIALS = range(6, 9)
 # addresses of the results' integers, floats and counts; how many bins a row has;
 INTEGERS_AT, FLOATS_AT, COUNTS_AT, BINS = range(9, 13)
@@ -64,7 +54,7 @@ FUSED, FLOATS_ONLY, COUNTS_ONLY = range(3)
 NUMBERS = 2 * 8  # integers and floats of a row
 NARROW_BINS = 1 << 16  # whose numbers take 16 bits
 
-SCRATCH_BYTES = counters.COUNTER_BYTES + 8 * FIELDS + 8 * BLOCK
+SCRATCH_BYTES = counters.COUNTER_BYTES + 8 * partials.FIELDS + 8 * partials.BLOCK
 MAX_SHARED_BINS = counters.MAX_SLOTS - 2  # more are counted straight into a row
 
 LOW, HIGH = FLOATS.index("low"), FLOATS.index("high")
@@ -109,7 +99,8 @@ def _write_range(total: Pointer, floats: Pointer) -> None:
     if total[partials.FINITE] == 0:
         floats[LOW], floats[HIGH] = 0.0, 1.0
         return
-    low, high = counters.below(total[MIN]), np.float32(-counters.below(-total[MAX]))
+    low = counters.below(total[partials.MIN])
+    high = np.float32(-counters.below(-total[partials.MAX]))
     low, high = larger(low, np.float32(-counters.LARGEST)), smaller(high, counters.LARGEST)
     if low == high:
         half = larger(np.float32(abs(low) * np.float32(2.0**-21)), np.float32(0.5))
@@ -145,8 +136,8 @@ def _item(
         known = partial
     else:
         partials.clear(partial)
-    for begin in range(start, stop, BLOCK):
-        x, size = after(first, begin), smaller(BLOCK, stop - begin)
+    for begin in range(start, stop, partials.BLOCK):
+        x, size = after(first, begin), smaller(partials.BLOCK, stop - begin)
         if line[LAYOUT] != 0:
             _gather(first, pointer(line[LAYOUT], np.int64), begin, size, raw)
             x = raw
@@ -157,13 +148,13 @@ def _item(
             continue
         # Slots ascend with values: if both extremes are in one slot, no other value needs a look.
         slot, plain = -1, False
-        if known[NAN] + known[POSINF] + known[NEGINF] == 0:
-            slot = counters.common_slot(known[MIN], known[MAX], within)
-            plain = counters.is_plain(known[MIN], known[MAX], within)
+        if known[partials.NAN] + known[partials.POSINF] + known[partials.NEGINF] == 0:
+            slot = counters.common_slot(known[partials.MIN], known[partials.MAX], within)
+            plain = counters.is_plain(known[partials.MIN], known[partials.MAX], within)
         if slot >= 0:
             counters.add_to_row(slot, size, within, to)
         else:
-            ahead = begin + BLOCK if begin + BLOCK < stop else stop + skipped
+            ahead = begin + partials.BLOCK if begin + partials.BLOCK < stop else stop + skipped
             counters.count(x, size, within, plain, to, after(first, ahead))
 
 
@@ -211,7 +202,7 @@ def _make_work(element: object, is_linear: bool) -> Work:
         stage, scratch = head[STAGE], head[SCRATCHES] + came * SCRATCH_BYTES
         parts = pointer(head[PARTIALS], np.float64)
         total = pointer(scratch + counters.COUNTER_BYTES, np.float64)
-        raw = pointer(scratch + counters.COUNTER_BYTES + 8 * FIELDS, element)
+        raw = pointer(scratch + counters.COUNTER_BYTES + 8 * partials.FIELDS, element)
         line = lines = after(head, HEAD)
         addresses = pointer(head[ADDRESSES], np.int64)
         n_slots = head[BINS] + 2 if is_linear else head[BINS]
@@ -227,7 +218,7 @@ def _make_work(element: object, is_linear: bool) -> Work:
                 low, high = _ends(head, stage, floats)
                 within = counters.linear_range(low, high, head[BINS])
             while item < line[COLUMNS + FIRST]:
-                partial = after(parts, item * FIELDS)
+                partial = after(parts, item * partials.FIELDS)
                 # Taken before it is needed, so that its memory can be fetched meanwhile.
                 next_item = atomic_add(after(head, NEXT), 1)
                 _item(line, first, item, next_item, stage, within, partial, total, raw, to)
@@ -243,7 +234,7 @@ def _make_work(element: object, is_linear: bool) -> Work:
                 partials.clear(total)
                 # Whoever did them: sums in this order do not depend on the threads.
                 for item in range(line[FIRST], line[COLUMNS + FIRST]):
-                    partials.merge(total, after(parts, item * FIELDS))
+                    partials.merge(total, after(parts, item * partials.FIELDS))
                 partials.write_row(total, line[NUMEL], to.integers, floats)
                 if not is_linear:
                     _close_log2(total, floats, to.counts, to.touched)
@@ -252,8 +243,8 @@ def _make_work(element: object, is_linear: bool) -> Work:
                 else:
                     floats[LOW], floats[HIGH] = _ends(head, stage, floats)
                     # NaN and infinities were counted outside the range.
-                    to.integers[BELOW] -= np.int64(total[NEGINF])
-                    to.integers[ABOVE] -= np.int64(total[NAN] + total[POSINF])
+                    to.integers[BELOW] -= np.int64(total[partials.NEGINF])
+                    to.integers[ABOVE] -= np.int64(total[partials.NAN] + total[partials.POSINF])
 
     return work
 
@@ -265,7 +256,7 @@ def work_on(dtype: torch.dtype, is_linear: bool) -> Work:
     It is idle in a thread that flushes subnormals: `keeps_subnormals` around it would cost each
     call.
     """
-    work = _make_work(ELEMENTS[dtype], is_linear)
+    work = _make_work(partials.ELEMENTS[dtype], is_linear)
     name = f"{str(dtype).removeprefix('torch.')}_{'linear' if is_linear else 'log2'}"
     return compile_entry(work, name, "void(int64)")
 
