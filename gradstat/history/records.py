@@ -221,16 +221,18 @@ class Records:
             self._whole, self._taken = (self.layout, self.rows), None
         if self._is_snapshot:
             self._kept, self._is_snapshot = self._kept._replace(fields={}), False
-        records, _, n_appended, stride = self._kept
+        records, fields, n_appended, stride = self._kept
         if self._capacity is None:
             records.append(record)
             return
         if records and (n_appended - 1) % stride:
             # It was kept only because it was the last one.
             records = records[:-1]
+        known = {name: values[: len(records)] for name, values in list(fields.items())}
         if len(records) >= self._capacity:
             records, stride = records[::2], 2 * stride
-        self._kept = _Kept([*records, record], {}, n_appended + 1, stride)
+            known = {name: values[::2] for name, values in known.items()}
+        self._kept = _Kept([*records, record], known, n_appended + 1, stride)
 
     @property
     def records(self) -> list[AnyRecord]:
