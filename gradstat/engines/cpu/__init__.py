@@ -1,7 +1,8 @@
 """The CPU engine: one pass over memory, compiled by Numba, on all of torch's threads.
 
 It computes what `reference` defines: every integer is equal, every float within 1e-5 of float64.
-Beside a tensor it needs under 1 MB, whatever its strides; results do not depend on the threads.
+Beside a tensor it needs under 0.5 MB, whatever its strides, and a fourth for each more thread;
+results do not depend on the threads.
 """
 
 from __future__ import annotations
@@ -55,9 +56,8 @@ _ITEM = 1 << 16  # elements: enough to hide the taking of an item, few enough to
 _MAX_ITEMS = 2048  # of one tensor: its partials stay under 250 KB
 _ALONE_BELOW = 3 * _ITEM  # elements: whoever works on an item has taken the next one already
 _FEW = 1 << 14  # elements: torch finds peaks of fewer before a compiled function is prepared
-_KEPT_BYTES = 64 << 20  # of one room, between calls
-_KEPT_PLANS = 16  # between calls,
-_KEPT_TENSORS = 1024  # and of how many tensors each
+# What is kept from one call to the next: bytes of a room, plans, and tensors of a plan.
+_KEPT_BYTES, _KEPT_PLANS, _KEPT_TENSORS = 64 << 20, 16, 1024
 
 _put_job = struct.Struct("6q").pack_into  # the head of a work table, up to its scratches
 
@@ -65,10 +65,11 @@ Rows = tuple[Array, Array, Array]  # integers, floats and counts, as of `Statist
 
 
 class _Rows:
-    """Memory for ``n`` numbers of rows, zero, as `_split` cuts it, and for what they touch."""
+    """Memory, zero, for ``n`` numbers of rows, as `_split` cuts it, and for what they touch."""
 
     def __init__(self, n: int) -> None:
         self.size = n
+        # After them more than a byte for each part of a histogram.
         memory = np.zeros(n + n // 64 + 1, np.int64)
         self.held, self.touched = memory[:n], memory[n:].view(np.uint8)
         # In half the time of `numpy.ndarray.ctypes`.
@@ -77,7 +78,7 @@ class _Rows:
 
 
 class _Room(_Rows):
-    """The same, which packing makes zero again, and room for as much twice, the most it packs."""
+    """The same, which packing makes zero again, and room for a packed record: twice as much."""
 
     def __init__(self, n: int) -> None:
         super().__init__(n)
@@ -86,10 +87,10 @@ class _Room(_Rows):
         self.packed, self.packed_address = packed.data.cast("B"), packed.ctypes.data
 
 
-# Of calls, between them: for how many threads, their addresses, the memory itself, which is zero.
+# Kept from one call to the next, as all three: for how many threads, the address, the memory, zero.
 _scratches: list[tuple[int, int, Tensor]] = []
-_rooms: list[_Room] = []  # between calls
-_plans: dict[Hashable, Plan] = {}  # of calls of `measure`, between them; the latest are last
+_rooms: list[_Room] = []
+_plans: dict[Hashable, Plan] = {}  # of `measure`; the latest are last
 
 
 def measure(tensors: Sequence[Tensor], bins: Bins) -> Statistics:

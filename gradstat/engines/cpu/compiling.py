@@ -242,8 +242,8 @@ def atomic_add(typing_context: IR, cell: IR, value: IR) -> IR:
 
 @inlined
 def flushes(n: int) -> Scalar:
-    """Whether this thread flushes subnormal numbers, by one times ``n``, any positive number."""
-    # Which the compiler does not know: it would leave out a product with 1.
+    """Whether this thread flushes subnormal numbers; ``n`` is any positive number."""
+    # Its bits are those of a subnormal number. The compiler would leave out a product with 1.
     return reinterpret(np.int64(n), np.float64) * np.float64(n) == 0
 
 

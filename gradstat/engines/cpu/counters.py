@@ -6,8 +6,8 @@ pattern: bins in the order of patterns, -0.0 and NaN among them. ``within``, the
 for it.
 
 Neighbours in one slot would wait for each other at one counter, so a slot has one in each of
-several *lanes*. Linear slots are counted two values at a time, with a counter for each pair of
-slots. Lanes are emptied into the row before they can overflow, and at the end.
+several *lanes*. Few linear slots of a large tensor are counted two values at a time, with a counter
+for each pair of slots. Lanes are emptied into the row before they can overflow, and at the end.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ LANES_HOLD, PAIRS_HOLD = 1 << 24, 2 * LANES * 65535  # values: no counter overfl
 TOUCHED_BINS = 64  # most of a small tensor's are empty, and need not be looked at again
 MANY_FROM = 1 << 15  # elements of a tensor: fewer do not pay for many counters
 
-LANE_BYTES = 2 * LANES * BLOCK  # of pairs, uint16; those of slots need half as many
+LANE_BYTES = 2 * LANES * BLOCK  # of pairs, uint16; those of slots, uint32, need less
 COUNTER_BYTES = 8 + 8 * MAX_PAIR_SLOTS + LANE_BYTES + 6 * BLOCK
 
 STRAIGHT, IN_LANES, IN_PAIRS = range(3)

@@ -4,9 +4,9 @@ Elements are given as their bit patterns, in an integer type that says what they
 most `BLOCK` of them: it, its slots and the counters they touch stay in the fast caches.
 
 What is known of some elements is a *partial*, a float64 row of the fields below; counts are exact
-in it. Its sums are in units of ``UNIT``, a power of two, so that no square overflows or is lost.
-They are sums of distances from ``PIVOT``: 0 or, where values are close to each other, one of them,
-so that little cancels.
+in it. Its sums are in units of ``UNIT``, a power of two, so that no square overflows or is lost:
+``SHIFTED`` of distances from ``PIVOT``, which is 0 or, where values are close to each other, among
+them, so that little cancels; ``L1`` of magnitudes; ``CENTRAL`` of squared distances from the mean.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The compiled function that Python calls: a thread's share of the work on a list, and the rows.
+"""Compiled functions that Python calls: a thread's share of the work on a list, rows, edges, peaks.
 
-The work table is int64: first `HEAD` fields, then a line of `COLUMNS` for each tensor, then one of
-which only `FIRST` is read: the number of items. An *item* is a part of one tensor. Its size depends
-on that tensor alone, so the floats do not depend on the threads.
+An *item* of the work is a part of one tensor. Its size depends on that tensor alone, so the floats do
+not depend on the threads.
 """
 
 from __future__ import annotations
