@@ -1,7 +1,7 @@
 """Compiled functions that Python calls: a thread's share of the work on a list, rows, edges, peaks.
 
-An *item* of the work is a part of one tensor. Its size depends on that tensor alone, so the floats do
-not depend on the threads.
+An *item* of the work is a part of one tensor. Its size depends on that tensor alone, so the floats
+do not depend on the threads.
 """
 
 from __future__ import annotations
