@@ -119,8 +119,8 @@ FAULTS = [
     Fault("gradstat/engines/cpu", "infinite - n - posinf", "infinite - n", CPU),
     Fault(
         "gradstat/engines/cpu",
-        "np.int64(total[NAN] + total[POSINF])",
-        "np.int64(total[POSINF])",
+        "np.int64(total[partials.NAN] + total[partials.POSINF])",
+        "np.int64(total[partials.POSINF])",
         CPU,
     ),
     Fault("gradstat/engines/cpu", "rows[8 * row] >= 1 << 32", "rows[8 * row] > 1 << 33", CPU),

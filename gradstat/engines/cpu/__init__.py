@@ -31,14 +31,14 @@ from gradstat.engines.cpu.partials import FIELDS
 from gradstat.engines.cpu.threads import count_threads, run_together
 from gradstat.engines.cpu.work import (
     ADDRESSES,
-    COUNTS_ONLY,
-    FLOATS_ONLY,
     FUSED,
     HEAD,
+    HISTOGRAM_ONLY,
     INTEGERS_AT,
     ITEMS,
     MAX_SHARED_BINS,
     NUMBERS,
+    NUMBERS_ONLY,
     PARTIALS,
     RANGE_LOW,
     SCRATCH_BYTES,
@@ -186,7 +186,7 @@ class Plan:
             self._room = to
             for table in self._tables:
                 table.write_to(to, self._n, self._n_bins)
-        stage, others = FLOATS_ONLY if self._is_automatic else FUSED, self._others
+        stage, others = NUMBERS_ONLY if self._is_automatic else FUSED, self._others
         for table in self._tables:
             table.run(stage)
         if isinstance(self._bins, LinearBins) and self._is_automatic:
@@ -194,7 +194,7 @@ class Plan:
             if self._bins.nice:
                 _write_nice_ranges(self._bins, rows[1])
             for table in self._tables:
-                table.run(COUNTS_ONLY)
+                table.run(HISTOGRAM_ONLY)
             if torch.float64 in self._dtypes:
                 # They have no range in float32; by `reference` they have one in float64.
                 beyond = as_statistics(self._bins, rows).abs_max > FLOAT32_MAX

@@ -47,8 +47,9 @@ HEAD = 17
 NUMEL, LAYOUT, ROW, FIRST, ITEM = range(5)
 COLUMNS = 5
 
-# What to do: floats and counts in one sweep, or one after the other where the range comes between.
-FUSED, FLOATS_ONLY, COUNTS_ONLY = range(3)
+# What to do: numbers and histogram in one sweep, or the one after the other where the range comes
+# between.
+FUSED, NUMBERS_ONLY, HISTOGRAM_ONLY = range(3)
 
 NUMBERS = 2 * 8  # integers and floats of a row
 NARROW_BINS = 1 << 16  # whose numbers take 16 bits
@@ -86,7 +87,7 @@ def _gather(x: Pointer, layout: Pointer, begin: int, size: int, block: Pointer) 
 @inlined
 def _ends(head: Pointer, stage: int, floats: Pointer) -> tuple[float, float]:
     """Ends of a tensor's linear range: its own, which is in its floats, or that of all."""
-    if stage == COUNTS_ONLY:
+    if stage == HISTOGRAM_ONLY:
         return floats[LOW], floats[HIGH]
     ends = pointer(after(head, RANGE_LOW), np.float64)
     return ends[0], ends[1]
@@ -130,7 +131,7 @@ def _item(
     stop = smaller(line[NUMEL], start + line[ITEM])
     # Other threads have these: what this one counts next lies behind them.
     skipped = (next_item - item - 1) * line[ITEM]
-    if stage == COUNTS_ONLY:
+    if stage == HISTOGRAM_ONLY:
         # The first sweep has left the whole item's extremes, which hold for each of its blocks.
         known = partial
     else:
@@ -140,10 +141,10 @@ def _item(
         if line[LAYOUT] != 0:
             _gather(first, pointer(line[LAYOUT], np.int64), begin, size, raw)
             x = raw
-        if stage != COUNTS_ONLY:
+        if stage != HISTOGRAM_ONLY:
             partials.summarise(x, size, known)
             partials.merge(partial, known)
-        if stage == FLOATS_ONLY:
+        if stage == NUMBERS_ONLY:
             continue
         # Slots ascend with values: if both extremes are in one slot, no other value needs a look.
         slot, plain = -1, False
@@ -223,7 +224,7 @@ def _make_work(element: object, is_linear: bool) -> Work:
                 _item(line, first, item, next_item, stage, within, partial, total, raw, to)
                 item = next_item
             # The next tensor has the same counters.
-            if to.mode != counters.STRAIGHT and stage != FLOATS_ONLY:
+            if to.mode != counters.STRAIGHT and stage != NUMBERS_ONLY:
                 counters.empty(within, to)
         if head[IS_LAST]:
             for tensor in range(head[TENSORS]):
@@ -237,7 +238,7 @@ def _make_work(element: object, is_linear: bool) -> Work:
                 partials.write_row(total, line[NUMEL], to.integers, floats)
                 if not is_linear:
                     _close_log2(total, floats, to.counts, to.touched)
-                elif stage == FLOATS_ONLY:
+                elif stage == NUMBERS_ONLY:
                     _write_range(total, floats)
                 else:
                     floats[LOW], floats[HIGH] = _ends(head, stage, floats)
