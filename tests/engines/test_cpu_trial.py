@@ -69,14 +69,16 @@ def test_what_differs_is_not_trusted_and_a_warning_names_the_versions(
 def broken(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All that is compiled for float64, float16's formats and edges does nothing."""
     known: tuple[Any, ...] = cpu._is_trusted, cpu._are_edges_trusted, formats._is_trusted
-    wrong, work_on, formats_on = entry(None), cpu.work_on, format_work.work_on
+    wrong, work_on, formats_on = entry(None), cpu.work.work_on, format_work.work_on
     monkeypatch.setattr(
-        cpu, "work_on", lambda dtype, *more: wrong if dtype.itemsize == 8 else work_on(dtype, *more)
+        cpu.work,
+        "work_on",
+        lambda dtype, *more: wrong if dtype.itemsize == 8 else work_on(dtype, *more),
     )
     monkeypatch.setattr(
         format_work, "work_on", lambda dtype: wrong if dtype.itemsize == 2 else formats_on(dtype)
     )
-    monkeypatch.setattr(cpu, "fill_edges", lambda: wrong)
+    monkeypatch.setattr(cpu.work, "fill_edges", lambda: wrong)
     monkeypatch.setattr(cpu, "_plans", {})
     for each in known:
         each.cache_clear()

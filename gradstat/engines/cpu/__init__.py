@@ -25,30 +25,11 @@ from gradstat.bins import (
     Log2Bins,
     keeps_subnormals,
 )
-from gradstat.engines import check_storage, merge_dims, reference
+from gradstat.engines import NUMBERS, check_storage, merge_dims, reference
+from gradstat.engines.cpu import work
 from gradstat.engines.cpu.compiling import entry_point, passes_trial, trial_tensors
 from gradstat.engines.cpu.partials import FIELDS
 from gradstat.engines.cpu.threads import count_threads, run_together
-from gradstat.engines.cpu.work import (
-    ADDRESSES,
-    FUSED,
-    HEAD,
-    HISTOGRAM_ONLY,
-    INTEGERS_AT,
-    ITEMS,
-    MAX_SHARED_BINS,
-    NUMBERS,
-    NUMBERS_ONLY,
-    PARTIALS,
-    RANGE_LOW,
-    SCRATCH_BYTES,
-    TENSORS,
-    TOUCHED,
-    fill_edges,
-    find_peaks,
-    pack_rows,
-    work_on,
-)
 from gradstat.results import Statistics, as_statistics
 from gradstat.util import Array
 
@@ -140,7 +121,7 @@ class Plan:
     ) -> None:
         is_trusted = is_trusted or _is_trusted
         self._bins, self._n = bins, len(tensors)
-        self._n_bins, self._pack = bins.bins, entry_point(pack_rows())
+        self._n_bins, self._pack = bins.bins, entry_point(work.pack_rows())
         self._dtypes = [x.dtype for x in tensors]
         is_linear, ends = isinstance(bins, LinearBins), _known_ends(bins)
         self._is_automatic = is_linear and ends is None
@@ -186,7 +167,7 @@ class Plan:
             self._room = to
             for table in self._tables:
                 table.write_to(to, self._n, self._n_bins)
-        stage, others = NUMBERS_ONLY if self._is_automatic else FUSED, self._others
+        stage, others = work.NUMBERS_ONLY if self._is_automatic else work.FUSED, self._others
         for table in self._tables:
             table.run(stage)
         if isinstance(self._bins, LinearBins) and self._is_automatic:
@@ -194,7 +175,7 @@ class Plan:
             if self._bins.nice:
                 _write_nice_ranges(self._bins, rows[1])
             for table in self._tables:
-                table.run(HISTOGRAM_ONLY)
+                table.run(work.HISTOGRAM_ONLY)
             if torch.float64 in self._dtypes:
                 # They have no range in float32; by `reference` they have one in float64.
                 beyond = as_statistics(self._bins, rows).abs_max > FLOAT32_MAX
@@ -223,7 +204,7 @@ class _Table:
         addresses: array[int],  # where each run finds those of their elements
         ends: tuple[float, float] | None,  # of the range of all of them, if that is known
     ) -> None:
-        self._shared_work = work_on(dtype, is_linear)
+        self._shared_work = work.work_on(dtype, is_linear)
         self._work = entry_point(self._shared_work)
         self._layouts: list[array[int]] = []
         lines: list[int] = []
@@ -237,11 +218,11 @@ class _Table:
             n_items += -(-numel // size)
             n_values += numel
         self._partials = array("d", bytes(8 * FIELDS * n_items))
-        head = [0] * HEAD  # `write_to` and `run` know the others
-        head[TENSORS], head[ITEMS] = len(rows), n_items
-        head[PARTIALS] = self._partials.buffer_info()[0]
-        head[ADDRESSES] = addresses.buffer_info()[0]
-        head[RANGE_LOW:] = array("q", array("d", ends or (0.0, 0.0)).tobytes())
+        head = [0] * work.HEAD  # `write_to` and `run` know the others
+        head[work.TENSORS], head[work.ITEMS] = len(rows), n_items
+        head[work.PARTIALS] = self._partials.buffer_info()[0]
+        head[work.ADDRESSES] = addresses.buffer_info()[0]
+        head[work.RANGE_LOW :] = array("q", array("d", ends or (0.0, 0.0)).tobytes())
         self._table = array("q", (*head, *lines, 0, 0, 0, n_items, 0))
         self._address = self._table.buffer_info()[0]
         self._n_items, self._is_large = n_items, n_values >= _ALONE_BELOW
@@ -250,8 +231,8 @@ class _Table:
         """Let later runs write ``n`` rows there."""
         address = rows.address
         to = address, address + 64 * n, address + 8 * NUMBERS * n, n_bins, rows.touched_address
-        self._table[INTEGERS_AT : TOUCHED + 1] = array("q", to)
-        self._is_shared = self._is_large and n_bins <= MAX_SHARED_BINS
+        self._table[work.INTEGERS_AT : work.TOUCHED + 1] = array("q", to)
+        self._is_shared = self._is_large and n_bins <= work.MAX_SHARED_BINS
 
     def run(self, stage: int) -> None:
         """Do a stage of the work, see `work`: threads share the items, then the rows are made."""
@@ -263,8 +244,8 @@ class _Table:
             item = self._n_items
         _put_job(self._table, 0, item, 0, 1, stage, True, scratch[1])
         # Their product is zero in a thread that flushes subnormal numbers.
-        work = self._work if SUBNORMAL * 1.0 else keeps_subnormals(self._work)
-        work(self._address)
+        take_items = self._work if SUBNORMAL * 1.0 else keeps_subnormals(self._work)
+        take_items(self._address)
         _scratches.append(scratch)
 
     def _layout_of(self, x: Tensor) -> int:
@@ -287,7 +268,7 @@ def pack(rows: Tensor, start: int, n: int, n_bins: int, n_formats: int) -> bytes
     """
     room = _take_room(n * (NUMBERS + n_bins) + n_formats)
     address = rows.data_ptr() + 8 * start
-    end = entry_point(pack_rows())(address, n, n_bins, n_formats, 0, room.packed_address)
+    end = entry_point(work.pack_rows())(address, n, n_bins, n_formats, 0, room.packed_address)
     data = bytes(room.packed[:end])
     _leave(room)
     return data
@@ -328,13 +309,13 @@ def _is_trusted(dtype: torch.dtype, is_linear: bool) -> bool:
         each = [reference.measure(tensors, bins) for bins in schemes]
         return [x for s in each for x in (s.integers, s.floats, s.counts)]
 
-    return passes_trial(work_on(dtype, is_linear), f"statistics of {dtype}", measured, defined)
+    return passes_trial(work.work_on(dtype, is_linear), f"statistics of {dtype}", measured, defined)
 
 
 def _edges(low: float, high: float, bins: int) -> Tensor:
     """As `LinearBins.edges`, compiled."""
     edges = torch.empty(bins + 1, dtype=torch.float64, device="cpu")
-    fill_edges()(low, high, bins, edges.data_ptr())
+    work.fill_edges()(low, high, bins, edges.data_ptr())
     return edges
 
 
@@ -342,7 +323,7 @@ def _edges(low: float, high: float, bins: int) -> Tensor:
 def _are_edges_trusted() -> bool:
     ends = (-1.0, 2.0), (0.0, 2.0**-120), (-(2.0**127), 2.0**127)
     return passes_trial(
-        fill_edges(),
+        work.fill_edges(),
         "edges",
         lambda: [_edges(*each, 20) for each in ends],
         lambda: [
@@ -359,7 +340,7 @@ def _peaks(x: Tensor, outer: int, units: int, inner: int) -> Tensor:
     peaks = torch.zeros((parts, units), dtype=x.dtype, device="cpu")
     addresses = x.data_ptr(), peaks.data_ptr()
     job = array("q", (0, parts, n_each, outer, units, inner, *addresses))
-    run_together(find_peaks(x.itemsize), job.buffer_info()[0], parts)
+    run_together(work.find_peaks(x.itemsize), job.buffer_info()[0], parts)
     return peaks[0] if parts == 1 else peaks.amax(0)
 
 
@@ -374,7 +355,7 @@ def _are_peaks_trusted(dtype: torch.dtype) -> bool:
     def defined() -> list[Tensor]:
         return [reference.unit_peaks(values, unit) for unit in (2, 1)]
 
-    return passes_trial(find_peaks(dtype.itemsize), f"peaks of {dtype}", found, defined)
+    return passes_trial(work.find_peaks(dtype.itemsize), f"peaks of {dtype}", found, defined)
 
 
 def _split(memory: Array, n: int, n_bins: int) -> Rows:
@@ -419,5 +400,5 @@ def _take_scratch(threads: int) -> tuple[int, int, Tensor]:
             return scratch
     except IndexError:  # all are in use
         pass
-    memory = torch.zeros(threads * SCRATCH_BYTES, dtype=torch.uint8, device="cpu")
+    memory = torch.zeros(threads * work.SCRATCH_BYTES, dtype=torch.uint8, device="cpu")
     return threads, memory.data_ptr(), memory

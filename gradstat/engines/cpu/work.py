@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from gradstat.bins import LOG2_FINITE, LOG2_MAGNITUDES, keeps_subnormals
+from gradstat.engines import NUMBERS
 from gradstat.engines.cpu import counters, partials
 from gradstat.engines.cpu.compiling import (
     Pointer,
@@ -51,7 +52,6 @@ COLUMNS = 5
 # between.
 FUSED, NUMBERS_ONLY, HISTOGRAM_ONLY = range(3)
 
-NUMBERS = 2 * 8  # integers and floats of a row
 NARROW_BINS = 1 << 16  # whose numbers take 16 bits
 
 SCRATCH_BYTES = counters.COUNTER_BYTES + 8 * partials.FIELDS + 8 * partials.BLOCK
