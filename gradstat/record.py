@@ -1,7 +1,8 @@
 """What a row of a record is of, who holds it, and the one layout of a record, from engine to file.
 
-A record is a step, a time and one block of bytes. Engines write it, and history, journal, file and
-merging hand it on as it is; it is unpacked when its numbers are read.
+A record is a step, a time and one block of bytes. Engines write the bytes, and history, journal and
+file hand them on as they are. They are unpacked where parts of a record or ranks are put together,
+and when numbers are read.
 """
 
 from __future__ import annotations

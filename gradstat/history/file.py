@@ -228,7 +228,7 @@ class Spool(RunFile):
 
 
 class Link(NamedTuple):
-    """Where in a file a block ends."""
+    """What the next block of a file must follow."""
 
     number: int = 0  # of the next block
     checksum: int = 0  # of the block's header

@@ -33,7 +33,7 @@ class _State(NamedTuple):
     told: dict[str, Any]  # what the blocks before have said
     n_logged: dict[str, int]  # values of each scalar that they have
     end: int  # bytes of the file that are written
-    link: Link  # where its last block ends
+    link: Link  # of its last block
 
 
 def new_run() -> str:
@@ -182,7 +182,7 @@ class Journal:
 
 
 class _Timer(threading.Timer):
-    """Writes what journals have, after a while."""
+    """A timer of journals, by which the end of the process knows it."""
 
 
 class _Later:

@@ -3,9 +3,10 @@
 `Scalars` are what it logged beside them, such as its loss.
 
 The rule for whoever interrupts, reads in another thread, or forks: what a reader sees changes in
-one step of the interpreter. A record is appended by one ``list.append``, whatever is replaced is
-replaced in one assignment, and everything that can fail is done before. So a reader takes the list
-once, and has records of one moment; an interrupt loses at most the record that is being added.
+one step of the interpreter. A record is appended by one ``list.append`` where their number is not
+bounded, whatever is replaced is replaced in one assignment, and everything that can fail is done
+before. So a reader takes the list once, and has records of one moment; an interrupt loses at most
+the record that is being added.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Scalars:
                 self._append(prefix + name, _VALUE.unpack_from(series)[0], series)
 
     def between(self, start: float = -math.inf, end: float = math.inf) -> Scalars:
-        """Those of the steps from a first one on and before a last one; a copy."""
+        """Those of the steps from a first one on and before an end; a copy."""
         kept = Scalars()
         for name in self.names:
             values = self._after(name)
@@ -124,12 +125,11 @@ def is_rate(name: str) -> bool:
 class _Kept(NamedTuple):
     """The records, and how they came to be those."""
 
-    # In the order of their steps. Whoever has this list sees records added, no others.
-    records: list[AnyRecord]
-    # Fields that were read, of so many of the first records: (n, L), not to be changed.
-    fields: dict[str, Array]
-    n_appended: int  # that there were at one time or another, where the number is bounded
-    stride: int = 1  # of them, from one that is kept to the next
+    records: list[AnyRecord]  # by step; records are added to this list, and none is taken out
+    fields: dict[str, Array]  # that were read, of the first n records: (n, L), not to be changed
+    # Where the number of records is bounded:
+    n_appended: int  # records so far, with those that are no longer kept
+    stride: int = 1  # every so many of them are kept
 
 
 class Resumption(NamedTuple):
@@ -142,7 +142,7 @@ class Resumption(NamedTuple):
 class Records:
     """S packed records of L rows, and what holds for all of them, as `History` says."""
 
-    # Beside that a run has an identifier, where it is written, and how it was resumed, if it was.
+    # A run has an identifier as well, if it is written, and how it was resumed, if it was.
 
     def __init__(
         self,

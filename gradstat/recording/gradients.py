@@ -41,7 +41,7 @@ Call = weakref.ref[Callable[..., None]]
 
 
 class RunningPass:
-    """A backward pass, from the hook on that begins to await its end."""
+    """A backward pass, from its first hook to its end."""
 
     # Autograd makes the call that awaits the end; where an exception ends the pass, it drops that
     # call. If a device's own thread runs the hooks, it does so a moment after the exception has
@@ -54,7 +54,7 @@ class RunningPass:
         call_after_fork(self)
 
     def await_end(self, function: Callable[[], None]) -> None:
-        """Have a method called at the end of the pass that the caller of this is a hook of."""
+        """Have a method called at the end of the pass whose hook calls this."""
         call_at_end_of_backward(function)
         # Autograd alone keeps it: no frame does, which an exception would keep.
         self.call = weakref.ref(function)
@@ -134,8 +134,8 @@ class BackwardHooks:
                 self._begin()
             if recorder.is_recording:
                 gradient = parameter.grad
-                # It waits for the end of the pass, but where all would be more than a bucket holds,
-                # and where it may change before.
+                # It waits for the end of the pass, unless all are more than a bucket holds, or it
+                # may change before, as a view does, see `Recorder.add`.
                 if waits and gradient is not None and not gradient._is_view():
                     if gradient.is_cpu:
                         note((row, gradient))

@@ -55,7 +55,7 @@ from gradstat.util import call_after_fork, warn
 
 _SMALL_BYTES = 1 << 16
 _UNSCALED: dict[str, Computed] = {}
-_MOST_ROWS = 256  # that wait on their device, 16 KB each over Log2Bins
+_MOST_ROWS = 256  # beyond those of one record that wait to become one: 16 KB each over Log2Bins
 _NO_OUTPUTS = (
     "watch() has seen no output of the model's modules, which are NaN in its records: they must be "
     "run in training mode, and compiled after watch()"
@@ -91,8 +91,8 @@ class Recorder:
 
     # A pass is ``begin()``, ``note`` or ``add()`` for each gradient, ``end()``; what `add_output`
     # took before belongs to it too. A pass that never ends, after an exception or an interrupt,
-    # leaves nothing. Callers hold `lock` meanwhile: autograd runs hooks in a thread for each
-    # device.
+    # leaves nothing, unless `end_early` keeps it. Callers of all but ``note`` hold `lock`: autograd
+    # runs hooks in a thread for each device.
 
     def __init__(
         self,
@@ -147,7 +147,6 @@ class Recorder:
 
     def take_scale(self, kind: str, scale: Tensor | None) -> None:
         """Remember what a record's values of a kind are multiplied by in this run of autograd."""
-        # The scale is 0-dim, on any device, and may be changed in place afterwards.
         if scale is None:
             return
         run, unfinished = running_pass(), self._pass
@@ -156,13 +155,13 @@ class Recorder:
         if kind in unfinished.scales:
             # Tensors that wait have the scale before.
             self.measure_waiting()
+        # 0-dim, on any device; it may be changed in place afterwards.
         computed = Computed.now(scale.detach().clone())
         unfinished.scales = {**unfinished.scales, kind: computed}
         unfinished.scaled_in[kind] = run
 
     def add(self, row: int, gradient: Tensor) -> None:
-        """Measure a row's tensor, now or by the end of the pass; a later one replaces it."""
-        # A tensor that cannot be measured is passed over.
+        """Measure a row's tensor, if it can be, by the end of the pass; a later one replaces it."""
         if not self.is_recording:
             return
         self._put_noted()
@@ -171,13 +170,12 @@ class Recorder:
         self._take(row, gradient, joins=False, at_once=gradient._is_view())
 
     def add_output(self, row: int, x: Tensor) -> bool:
-        """Measure a row's output, if `is_due`, and count it together with those before."""
-        # It may be changed in place afterwards. Returns whether it can be measured.
+        """Measure a row's output and count it with those before; say whether it can be measured."""
         x = own_part(self.history, row, x)
         if not is_measurable(x):
             return False
         self._lacks_outputs = False
-        # A copy of a small one costs less than a launch of its own.
+        # It may be changed in place afterwards. A copy of a small one costs less than a launch.
         is_small = x.nbytes <= _SMALL_BYTES
         self._take(row, x.clone() if is_small else x, joins=True, at_once=not is_small)
         return True
@@ -196,8 +194,8 @@ class Recorder:
         self._pass.peaks[key] = Computed.now(peaks)
 
     def measure_waiting(self) -> None:
-        """Measure now what `add` has taken; afterwards it may change, on the current streams."""
-        if self._noted and not self._pass.buckets:  # as a rule, on a CPU
+        """Measure now what waits; afterwards it may change, on the current streams."""
+        if self._noted and not self._pass.buckets:  # all of it, on a CPU, where a bucket holds it
             self._measure(self._take_noted(), None)
         self._put_noted()
         for place in list(self._pass.buckets):
@@ -207,7 +205,6 @@ class Recorder:
 
     def end(self) -> None:
         """Finish the pass; its record is in `history` once it has arrived on the host."""
-        # A captured pass has a record each time that `replayed` is called.
         parts, unfinished, schedule = None, self._pass, self.schedule
         if self.is_recording:
             for (row, _, _), peaks in unfinished.peaks.items():
@@ -217,7 +214,8 @@ class Recorder:
                 warn(_NO_OUTPUTS)
             self.measure_waiting()
             if is_capturing():
-                # It has not run yet, and nothing may be asked of the device now.
+                # It has not run yet, and nothing may be asked of the device now. It has a record
+                # each time that `replayed` is called.
                 self._captured.add(unfinished.launches, schedule.count_captured())
                 self.drop()
                 return
@@ -234,13 +232,15 @@ class Recorder:
         step = schedule.count()
         if parts is not None:
             self._delivery.add(step, parts, n_told)
-        # A pass without a record says nothing of what alerts have told of.
+        # Where nothing waits no alert is due either, which `collect` would call.
         if self._delivery.pending or self.scalars.pending:
             self.collect(wait=False)
 
     def replayed(self, graph: object) -> bool:
-        """Take the results of captured passes that are due, which a replay has written anew."""
-        # ``None`` stands for the newest graph. Returns whether any pass was captured in it.
+        """Take what a replay of a graph, by default the newest, has written of passes that are due.
+
+        Returns whether any pass was captured in it.
+        """
         self._captured.end_graph()
         captured = self._captured.of(graph)
         if captured is None:
@@ -417,8 +417,7 @@ class Recorder:
         """What is measured of tensors of any kind; those that cannot be measured are left out."""
         prepared = {}
         for row, x in tensors.items():
-            # To disable gradients here is not for a hook: an interrupt may end it before it enables
-            # them again.
+            # Detached, not under `torch.no_grad`: an interrupt could leave gradients disabled.
             x = own_part(self.history, row, x.detach() if x.requires_grad else x)
             if x.is_sparse:
                 x = x.coalesce().values()

@@ -1,8 +1,9 @@
 """From the device to whoever is to have it: transfers, records that have arrived, `RunWriter`.
 
-A pass leaves launches, whose results are sent to the host: parts of a record. When all of them have
-arrived they become the bytes of one record, see `gradstat.record`, which goes to the history, the
-journal and the sink. No memory of a transfer is kept after that.
+A pass leaves parts of a record: on a CPU the record itself as a rule, on a GPU launches, whose
+results are sent to the host. When all of them have arrived they become the bytes of one record, see
+`gradstat.record`, which goes to the history, the journal, the alerts and the sink. No memory of a
+transfer is kept after that.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from gradstat.util import call_after_fork, warn
 
 
 class _Nothing:
-    """A context that does nothing; unlike `nullcontext` it is written in C."""
+    """A context that does nothing, by methods that are written in C, unlike `nullcontext`'s."""
 
-    # It goes with each lock: an interrupt just before the end of a single context would leave that
-    # locked.
+    # It goes with each lock. Where an interrupt comes as a ``with`` block ends, the ``__exit__`` of
+    # the last context may be left out: so that is not the lock's.
 
     __enter__ = __exit__ = staticmethod("".format)
 
@@ -108,7 +109,7 @@ class Part(NamedTuple):
     """Some rows of a record."""
 
     rows: tuple[int, ...]  # which, in order
-    data: bytes | Transfer  # theirs, or what several parts are on their way in from one device
+    data: bytes | Transfer  # the bytes, or what brings them, and those of other parts
     start: int  # where they begin in that
     scales: dict[str, Transfer]  # what the values of a kind are still to be divided by
 
@@ -173,18 +174,18 @@ class Delivery:
         self.pending: deque[ArrivingRecord] = deque()
         self._newest_step, self._n_filed = -1, 0
         self._arrived: deque[Record] = deque()  # for the sink
-        # Held while records are moved, and handed on, by whoever does so further out in the thread.
+        # Held by who moves records, or hands them on, further out in the thread.
         self._moving, self._handing_on = threading.Lock(), threading.Lock()
         self._is_to_warn = self._has_told_bytes = False
 
     def add(self, step: int, parts: list[Part], n_told: int, stamp: Transfer | None = None) -> None:
-        """Take a record that may still be on its way from its device; arguments as of that."""
+        """Take a record that may still be on its way; arguments as of `ArrivingRecord`."""
         if len(parts) == 1 and not self.pending and not self._moving.locked():
             rows, data, _, scales = parts[0]
-            # A whole record that is on the host, as of the CPU, waits for nothing, nor for others.
+            # A whole record on the host, as of the CPU, is handed on at once if none waits.
             if isinstance(data, bytes) and not scales and len(rows) == self._layout.n_rows:
                 with self._moving, _NOTHING:
-                    self._file(step, data)
+                    self._hand_over(step, data)
                 if self._sink is not None or self._alerts is not None:
                     self.collect(wait=False)
                 return
@@ -253,7 +254,7 @@ class Delivery:
             if record.stamp is not None:
                 step = self._schedule.take_stamp(record.stamp.host, record.n_told)
             if step is not None:
-                self._file(step, self._assembled(record.parts))
+                self._hand_over(step, self._assembled(record.parts))
 
     def _assembled(self, parts: Sequence[Part]) -> bytes:
         """A record of parts that have arrived; rows that no part has are without values."""
@@ -285,7 +286,7 @@ class Delivery:
             _, floats[at], counts[at] = as_arrays(scaled)
         return layout.pack(integers, floats, formats, counts)
 
-    def _file(self, step: int, data: bytes) -> None:
+    def _hand_over(self, step: int, data: bytes) -> None:
         if step <= self._newest_step:
             return  # replayed() was not called once for each replay
         self._newest_step = step
