@@ -70,7 +70,9 @@ def _measured(name: str, doc: str) -> _View:
         found: Tensor = getattr(self, part)[..., at]
         return found
 
-    return _View(column, doc=doc)
+    view = _View(column)
+    view.__doc__ = doc  # given as an argument, it would be hidden by that of the class
+    return view
 
 
 class _OfTensors:

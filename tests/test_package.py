@@ -194,6 +194,9 @@ def test_public_names_are_sorted_and_documented() -> None:
         value = getattr(gradstat, name)
         # Its own docstring, not one that a dataclass or a base class makes up.
         assert "\n" in (value.__doc__ or ""), name
+        for member, each in inspect.getmembers(value if inspect.isclass(value) else None):
+            if not member.startswith("_") and (callable(each) or isinstance(each, property)):
+                assert each.__doc__, f"{name}.{member}"
 
 
 @pytest.mark.parametrize("name", [*MODULES, "gradstat"])

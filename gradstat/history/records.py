@@ -241,6 +241,7 @@ class Records:
 
     @property
     def first_step(self) -> int:
+        """Of the oldest record, which there must be."""
         return self._kept.records[0].step
 
     @property
@@ -249,6 +250,7 @@ class Records:
         return self._kept.records[-1].step if self._kept.records else -1
 
     def set_records(self, records: Sequence[AnyRecord]) -> None:
+        """Put others in their place."""
         self._kept = _Kept([*records], {}, len(records))
 
     def extend(self, part: Records) -> None:
@@ -340,6 +342,7 @@ class Records:
         return map(self._unpack, _windows(self._kept.records.copy()))
 
     def unpack(self) -> Unpacked:
+        """Numbers of all records."""
         return self._unpack(self._kept.records.copy())
 
     def numbers(self) -> Iterator[Numbers]:
