@@ -47,7 +47,8 @@ class RunningPass:
     # call. If a device's own thread runs the hooks, it does so a moment after the exception has
     # reached the caller.
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_asked: bool) -> None:
+        self._is_asked = is_asked  # from outside of a hook, if it is running
         # What is awaited, while it is to come; dead where an exception has ended the pass.
         self.call: Call | None = None
         self._caller: object = None  # the thread that called the pass
@@ -58,7 +59,8 @@ class RunningPass:
         call_at_end_of_backward(function)
         # Autograd alone keeps it: no frame does, which an exception would keep.
         self.call = weakref.ref(function)
-        self._caller = inherited(_CALLER)
+        if self._is_asked:
+            self._caller = inherited(_CALLER)
 
     def forget_other_threads(self) -> None:
         self.call = None
@@ -95,7 +97,7 @@ class BackwardHooks:
             (first_rows[PARAM] + index, weakref.ref(parameter))
             for index, parameter in enumerate(parameters if PARAM in first_rows else ())
         ]
-        self._pass = RunningPass()
+        self._pass = RunningPass(is_asked=recorder.sees_outputs)
         # Indices of gradients that others may change, or free, as soon as the hook returns, such as
         # an optimizer that makes its step in a hook of its own.
         self._at_once = {

@@ -73,7 +73,7 @@ class OutputHooks:
         ]
         self._newest_dim: tuple[torch.Size, int] | None = None
         self._is_seeing = False  # still true afterwards where an exception has ended `see`
-        self._pass = RunningPass()
+        self._pass = RunningPass(is_asked=True)
         self.sees_gradients = GRAD_OUTPUT in self._rows
         self.key = next(_KEYS)
         _RUNNING[self.key] = self

@@ -121,7 +121,8 @@ class Recorder:
         self._most_plans = 2 * len(history.rows) + 16
         # The first row of each kind that is recorded.
         self.first_rows = {kind: history.kinds.index(kind) for kind in dict.fromkeys(history.kinds)}
-        self._lacks_outputs = not self.first_rows.keys().isdisjoint(OF_OUTPUTS)  # so far
+        self.sees_outputs = not self.first_rows.keys().isdisjoint(OF_OUTPUTS)
+        self._lacks_outputs = self.sees_outputs  # so far
         self.drop()
         self._captured, self._delivery, self._replaced = CapturedPasses(), delivery, replaced
         call_after_fork(self)
