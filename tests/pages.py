@@ -58,10 +58,11 @@ def written_in(page: Page, plot: str) -> list[str]:
           real.call(this, text, ...rest);
         };
         dispatchEvent(new Event("resize"));
-        return new Promise((done) => setTimeout(() => {
+        // The page draws in the next frame, however late that comes; the one after it is ours.
+        return new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => {
           CanvasRenderingContext2D.prototype.fillText = real;
           done(kept);
-        }, 200)); }""",
+        }))); }""",
         plot,
     )
 

@@ -169,7 +169,8 @@ def test_texts_of_the_series_do_not_touch(open_report: Open) -> None:
           real.call(this, text, x, y);
         };
         dispatchEvent(new Event("resize"));
-        return new Promise((done) => setTimeout(() => done(kept), 200)); }"""
+        return new Promise((done) =>
+          requestAnimationFrame(() => requestAnimationFrame(() => done(kept)))); }"""
     for width in (400, 1400):
         kept = open_report(h, width).locator(SERIES).evaluate(boxes)
         assert len(kept) > 6
