@@ -23,8 +23,9 @@ from gradstat.engines import cpu, reference
 from gradstat.engines.cpu import compiling
 from gradstat.engines.cpu import formats as cpu_formats
 from gradstat.engines.cpu import threads as torch_threads
+from gradstat.engines.cpu.compiling import CAME, NEXT
 from gradstat.engines.cpu.threads import run_together
-from gradstat.engines.cpu.work import CAME, MAX_SHARED_BINS, NEXT
+from gradstat.engines.cpu.work import MAX_SHARED_BINS
 from gradstat.record import RecordLayout
 
 measure = functools.partial(gradstat.statistics, engine="cpu")

@@ -40,7 +40,7 @@ _FEW = 1 << 14  # elements: torch finds peaks of fewer before a compiled functio
 # What is kept from one call to the next: bytes of a room, plans, and tensors of a plan.
 _KEPT_BYTES, _KEPT_PLANS, _KEPT_TENSORS = 64 << 20, 16, 1024
 
-_put_job = struct.Struct("6q").pack_into  # the head of a work table, up to its scratches
+_put_job = struct.Struct("6q").pack_into  # the head of a work table, up to `IS_LAST`
 
 Rows = tuple[Array, Array, Array]  # integers, floats and counts, as of `Statistics`
 
@@ -239,10 +239,10 @@ class _Table:
         threads, item = count_threads(self._n_items) if self._is_shared else 1, 0
         scratch = _take_scratch(threads)
         if threads > 1:
-            _put_job(self._table, 0, 0, 0, threads, stage, False, scratch[1])
+            _put_job(self._table, 0, 0, 0, threads, scratch[1], stage, False)
             run_together(self._shared_work, self._address, threads)
             item = self._n_items
-        _put_job(self._table, 0, item, 0, 1, stage, True, scratch[1])
+        _put_job(self._table, 0, item, 0, 1, scratch[1], stage, True)
         # Their product is zero in a thread that flushes subnormal numbers.
         take_items = self._work if SUBNORMAL * 1.0 else keeps_subnormals(self._work)
         take_items(self._address)

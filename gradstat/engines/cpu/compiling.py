@@ -247,6 +247,20 @@ def flushes(n: int) -> Scalar:
     return reinterpret(np.int64(n), np.float64) * np.float64(n) == 0
 
 
+# Work that threads share has a table, int64, that begins with these: the next item that nobody has
+# taken; how many threads have come, and how many may work; the address of memory for each of these.
+NEXT, CAME, THREADS, SCRATCHES = range(4)
+
+
+@inlined
+def own_scratch(head: Pointer, n_bytes: int) -> Scalar:
+    """Address of this thread's memory, of so many bytes; 0 if it is to leave the work to others."""
+    if flushes(head[THREADS]):
+        return np.int64(0)
+    came = atomic_add(after(head, CAME), 1)
+    return head[SCRATCHES] + came * n_bytes if came < head[THREADS] else np.int64(0)
+
+
 @compiler_intrinsic
 def prefetch(typing_context: IR, start: IR) -> IR:
     """``prefetch(start)``: ask for the memory there, which need not exist, in the cache."""

@@ -21,6 +21,7 @@ import torch
 from gradstat import formats
 from gradstat.engines.cpu.compiling import (
     IR,
+    NEXT,
     Pointer,
     Scalar,
     after,
@@ -30,8 +31,8 @@ from gradstat.engines.cpu.compiling import (
     compiled_for_types,
     compiled_sums_for_types,
     compiler_intrinsic,
-    flushes,
     larger,
+    own_scratch,
     pointer,
     reinterpret,
     smaller,
@@ -53,12 +54,9 @@ _INFINITY = _EXPONENT = np.uint32(0x7F800000)  # all bits of the exponent
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _N_FIELDS = len(formats.FIELDS)
 
-# The next item that nobody has taken, how many threads have come and how many may work, the address
-# of `SCRATCH_BYTES` for each thread;
-NEXT, CAME, THREADS, SCRATCHES = range(4)
-# how many items and formats there are, and addresses: of the formats, float64 (F, fields); of the
-# partials, float64 (items, 1 + F, `PARTIAL_FIELDS`); of the largest magnitude of each tensor,
-# float32.
+# The head: as `compiling` says, with `SCRATCH_BYTES` for each thread; how many items and formats
+# there are, and addresses: of the formats, float64 (F, fields); of the partials, float64
+# (items, 1 + F, `PARTIAL_FIELDS`); of the largest magnitude of each tensor, float32.
 ITEMS, FORMS, FORMS_AT, PARTIALS, MAXIMA = range(4, 9)
 HEAD = 9
 # Address of the elements, rows and columns of the matrix, items before, of an item its rows and
@@ -330,16 +328,13 @@ def _make_work(element: object) -> Work:
     def work(address: int) -> None:
         """Take items of the work table there until none is left; several threads at once."""
         head = pointer(address, np.int64)
-        if flushes(head[ITEMS]):  # others do all
+        scratch = own_scratch(head, SCRATCH_BYTES)
+        if scratch == 0:
             return
-        came = atomic_add(after(head, CAME), 1)
-        if came >= head[THREADS]:
-            return
-        scratch = head[SCRATCHES] + came * SCRATCH_BYTES
         x = pointer(scratch, np.float32)
         forms, n_forms = pointer(head[FORMS_AT], np.float64), head[FORMS]
         line, tensor = after(head, HEAD), 0
-        item = atomic_add(head, 1)
+        item = atomic_add(after(head, NEXT), 1)
         while item < head[ITEMS]:
             while line[COLUMNS + FIRST] <= item:
                 line = after(line, COLUMNS)
@@ -380,7 +375,7 @@ def _make_work(element: object) -> Work:
                         form = after(forms, k * _N_FIELDS)
                         partial = after(partials, (1 + k) * PARTIAL_FIELDS)
                         _measure_chunk(n, wide, nonzero, form, most, scratch, partial)
-            item = atomic_add(head, 1)
+            item = atomic_add(after(head, NEXT), 1)
 
     return work
 

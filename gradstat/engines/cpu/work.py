@@ -17,14 +17,15 @@ from gradstat.bins import LOG2_FINITE, LOG2_MAGNITUDES, keeps_subnormals
 from gradstat.engines import NUMBERS
 from gradstat.engines.cpu import counters, partials
 from gradstat.engines.cpu.compiling import (
+    NEXT,
     Pointer,
     after,
     atomic_add,
     compile_entry,
     compiled,
-    flushes,
     inlined,
     larger,
+    own_scratch,
     pointer,
     smaller,
 )
@@ -32,10 +33,9 @@ from gradstat.engines.cpu.counters import ABOVE, BELOW, TOUCHED_BINS, Counters
 from gradstat.results import FLOATS
 
 # A work table is int64: a head, a line for each tensor, and one more line, of which FIRST counts.
-# The head: the next item that nobody has taken; how many threads have come, and how many may work;
-# the stage; whether all items are done after it; the address of `SCRATCH_BYTES` for each thread,
-# zero, and left so;
-NEXT, CAME, THREADS, STAGE, IS_LAST, SCRATCHES = range(6)
+# The head: as `compiling` says, with `SCRATCH_BYTES` for each thread, zero, and left so; the stage;
+# whether all items are done after it;
+STAGE, IS_LAST = range(4, 6)
 # how many tensors and items there are; the address of the partials, float64 (items, fields);
 TENSORS, ITEMS, PARTIALS = range(6, 9)
 # addresses of the results' integers, floats and counts; how many bins a row has;
@@ -194,12 +194,9 @@ def _make_work(element: object, is_linear: bool) -> Work:
         Whoever is told that all are done after it makes the rows, from the partials in their order.
         """
         head = pointer(address, np.int64)
-        if flushes(head[TENSORS]):  # others do all
+        stage, scratch = head[STAGE], own_scratch(head, SCRATCH_BYTES)
+        if scratch == 0:
             return
-        came = atomic_add(after(head, CAME), 1)
-        if came >= head[THREADS]:
-            return
-        stage, scratch = head[STAGE], head[SCRATCHES] + came * SCRATCH_BYTES
         parts = pointer(head[PARTIALS], np.float64)
         total = pointer(scratch + counters.COUNTER_BYTES, np.float64)
         raw = pointer(scratch + counters.COUNTER_BYTES + 8 * partials.FIELDS, element)
