@@ -42,7 +42,7 @@ _INDEX = np.dtype(
 _ALIGNMENT = 8
 _NO_WAITING = getattr(os, "O_NONBLOCK", 0)
 _PIECE = 1 << 20
-_MOST_OPEN = 200  # files
+_MOST_READ, _MOST_OPEN = 1 << 30, 200  # bytes at once, files
 _IN_MEMORY = 32 << 20  # bytes of a run that is put together
 _PATIENCE_S = 0.25  # longer than a write that goes on lets a file be
 
@@ -91,6 +91,14 @@ def _check_regular(descriptor: int, path: Path) -> os.stat_result:
     return found
 
 
+def _read_at(descriptor: int, n_bytes: int, at: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(descriptor, n_bytes, at)
+    with _seeking:  # on Windows
+        os.lseek(descriptor, at, os.SEEK_SET)
+        return os.read(descriptor, n_bytes)
+
+
 class RunFile:
     """A regular file that is read at any place; it stays readable when it is renamed or removed."""
 
@@ -102,12 +110,12 @@ class RunFile:
 
     def read(self, at: int, n_bytes: int) -> bytes:
         """Bytes from a place on; fewer where the file ends."""
-        descriptor = self._get()
-        if hasattr(os, "pread"):
-            return os.pread(descriptor.number, n_bytes, at)
-        with _seeking:  # on Windows
-            os.lseek(descriptor.number, at, os.SEEK_SET)
-            return os.read(descriptor.number, n_bytes)
+        descriptor, parts = self._get(), list[bytes]()
+        # No system reads more than 2 GB at once, and macOS refuses to.
+        while n_bytes and (part := _read_at(descriptor.number, min(n_bytes, _MOST_READ), at)):
+            parts.append(part)
+            at, n_bytes = at + len(part), n_bytes - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     @property
     def size(self) -> int:

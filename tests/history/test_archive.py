@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import re
 import time
@@ -15,7 +16,7 @@ from watching import LAYERS, SCHEMES, absent, arrays, assert_same, make_history
 import gradstat
 from gradstat import History, LinearBins, Log2Bins
 from gradstat.bins import Bins
-from gradstat.history import reading
+from gradstat.history import file, reading
 from gradstat.history.journal import Journal
 from gradstat.record import Placement, Row
 from gradstat.results import FLOATS, INTEGERS
@@ -214,3 +215,15 @@ def test_history_keeps_what_a_rank_holds_of_which_tensor(
         assert (loaded.rank, loaded.world) == (3, 8)
         for each in (loaded, loaded.select("grad"), loaded.snapshot()):
             assert each.placements == [(-1, (-1, -1), ()), (2, (2, 4), (24, 8))]
+
+
+def test_run_file_reads_what_a_system_reads_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(bytes(range(100)))
+    opened, read = file.RunFile(tmp_path / "x"), os.pread
+    monkeypatch.setattr(os, "pread", lambda number, n, at: read(number, min(n, 7), at))
+    assert opened.read(3, 50) == bytes(range(3, 53))
+    assert opened.read(90, 50) == bytes(range(90, 100))
+    monkeypatch.setattr(file, "_MOST_READ", 4)
+    assert opened.read(3, 50) == bytes(range(3, 53))
